@@ -1,0 +1,62 @@
+# Two commands for a newcomer: `make run` and `make test`. Each sets up what it needs in .venv from the hash-locked
+# requirements; nothing has to be installed beforehand but Python 3.11 or newer and make.
+.DEFAULT_GOAL := help
+VENV ?= .venv
+BIN := $(VENV)/bin
+BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SUITE := $(VENV)/json-schema-test-suite
+
+.PHONY: help run test lint check-types layers tests bench lock wheel clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@test -n "$(BASE_PYTHON)" || { echo "No Python 3.11 or newer found; install one, or name it: make BASE_PYTHON=/path/to/python3"; exit 1; }
+	$(BASE_PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python requirements.txt requirements-build.txt pyproject.toml
+	@echo "Installing the locked requirements into $(VENV) …"
+	$(PIP) install --require-hashes -r requirements.txt -r requirements-build.txt
+	$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	@echo "Installing what the tests need …"
+	$(PIP) install --require-hashes -r requirements-dev.txt
+	@touch $@
+
+# The official JSON Schema suite comes as data in the source distribution of the jsonschema library, by its hash.
+$(SUITE): $(VENV)/installed-dev requirements-suite.txt
+	$(PIP) download --no-deps --no-build-isolation --no-binary :all: --require-hashes -r requirements-suite.txt --dest $@
+	@touch $@
+
+run: $(VENV)/installed  ## the demo: a validation, a purchase, an export, and a service to play with
+	@$(BIN)/norce-adapter demo
+
+test: lint tests  ## everything that CI checks
+
+lint: $(VENV)/installed-dev  ## format, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+tests: $(SUITE)
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/installed-dev  ## measured claims, as ratios within one run
+	$(BIN)/python benchmarks/accept.py
+
+wheel: $(VENV)/installed-dev
+	$(BIN)/python -m build --wheel --no-isolation
+
+lock:  ## resolve the requirements anew (needs uv)
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.txt
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group build -o requirements-build.txt
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group dev -c requirements.txt -o requirements-dev.txt
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

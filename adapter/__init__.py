@@ -1,0 +1,1 @@
+"""An order adapter behind Norce Checkout."""
