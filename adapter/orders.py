@@ -285,6 +285,21 @@ def instant(text: Any) -> datetime | None:
         return None
 
 
+def canonical(tree: Any) -> bytes:
+    """One spelling of a JSON value: sorted keys, compact, 1.0 written as 1. Equal values have equal bytes."""
+    return msgspec.json.encode(_integral(tree), order="sorted")
+
+
+def _integral(tree: Any) -> Any:
+    if isinstance(tree, float) and tree.is_integer():
+        return int(tree)
+    if isinstance(tree, dict):
+        return {key: _integral(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_integral(value) for value in tree]
+    return tree
+
+
 def _view(exact: Any) -> tuple[Order, tuple[str, ...]]:
     set_aside: list[str] = []
     while len(set_aside) < MOST_MEMBERS_SET_ASIDE:
