@@ -22,6 +22,7 @@ from adapter.plugin import Previous
 
 FOR_EVER = 253_402_300_799_000  # the last second of the year 9999: paused until a person resumes
 LONGEST_MESSAGE = 1000
+LEASE_MS = 15_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +103,21 @@ class Lanes:
         """
         return await self._store.write(self._enter, (tuple(keys), version))
 
-    async def claim(self, asks: Sequence[Ask]) -> list[Claim]:
+    async def claim(self, asks: Sequence[Ask], most: int) -> list[Claim]:
         """
-        Takes due lanes, queue by queue in turn, never more of a queue than asked. Durable when this returns.
+        Takes at most `most` due lanes, queue by queue in turn, never more of a queue than asked. Then it is on disk.
 
         Raises `StoreUnavailable`.
         """
-        return await self._store.write(self._claim, tuple(asks))
+        return await self._store.write(self._claim, (tuple(asks), most))
 
     async def settle(self, record: Record) -> bool:
         """Writes attempt, delivery, lane and pause in one transaction. False where the lane was lost meanwhile."""
         return await self._store.write(self._settle, record)
+
+    async def beat(self) -> None:
+        """Renews this process's lease. A store that cannot be written says so here, and here it is found healed."""
+        await self._store.write(self._beat, None)
 
     async def next_due_at(self) -> int | None:
         """When the next lane of a running queue is due, in milliseconds; None where nothing waits."""
@@ -126,7 +131,7 @@ class Lanes:
         answers = []
         for keys, version in items:
             now = self._clock()
-            row = {"started_at": now, "lease_until": now, "version": version}
+            row = {"started_at": now, "lease_until": now + LEASE_MS, "version": version}
             self._process_id = connection.execute(insert(processes).values(row)).inserted_primary_key[0]  # type: ignore[index]
             # The lock on the file says that there is no other process: whatever is held, its holder is dead.
             connection.execute(update(lanes).where(lanes.c.holder.is_not(None)).values(holder=None))
@@ -145,17 +150,18 @@ class Lanes:
             answers.append({key: known[key] for key in keys})
         return answers
 
-    def _claim(self, connection: Connection, items: Sequence[Sequence[Ask]]) -> list[list[Claim]]:
-        return [self._claim_lanes(connection, asks) for asks in items]
+    def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[Ask], int]]) -> list[list[Claim]]:
+        return [self._claim_lanes(connection, asks, most) for asks, most in items]
 
-    def _claim_lanes(self, connection: Connection, asks: Sequence[Ask]) -> list[Claim]:
+    def _claim_lanes(self, connection: Connection, asks: Sequence[Ask], most: int) -> list[Claim]:
         now = self._clock()
         paused = set(connection.execute(select(queues.c.id).where(queues.c.paused_until > now)).scalars())
         self._turn += 1
         first = self._turn % max(len(asks), 1)
-        claims = []
+        claims: list[Claim] = []
         for ask in (*asks[first:], *asks[:first]):
-            if ask.most < 1 or ask.queue_id in paused:
+            room = min(ask.most, most - len(claims))
+            if room < 1 or ask.queue_id in paused:
                 continue
             due = connection.execute(
                 select(lanes)
@@ -166,7 +172,7 @@ class Lanes:
                     lanes.c.next_at <= now,
                 )
                 .order_by(lanes.c.next_at)
-                .limit(ask.most)
+                .limit(room)
             ).all()
             for lane in due:
                 claim = self._take(connection, lane, ask, now)
@@ -271,6 +277,11 @@ class Lanes:
                 .values(paused_until=FOR_EVER, pause_reason=settlement.pauses)
             )
         return True
+
+    def _beat(self, connection: Connection, items: Sequence[None]) -> list[None]:
+        lease = {"lease_until": self._clock() + LEASE_MS}
+        connection.execute(update(processes).where(processes.c.id == self._process_id).values(lease))
+        return [None for _ in items]
 
     def _next_due_at(self, connection: Connection, items: Sequence[None]) -> list[int | None]:
         now = self._clock()

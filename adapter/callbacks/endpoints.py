@@ -1,0 +1,291 @@
+"""
+Where a newcomer starts: the walk of a callback, and the only table of status codes for Norce.
+
+A notification: read, identify the sender, parse, ask who wants it, remember it on disk, 200. A validation: read,
+identify, ask the routes inside the deadline, 200 or 400 with the problems. Nothing a caller sends is answered 500.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qsl
+
+import msgspec
+import structlog
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from adapter.callbacks.parsing import (
+    BadRequest,
+    CallbackInvalid,
+    ConfigurationNotFound,
+    Merchants,
+    NotJson,
+    Unresolved,
+    check_order_id,
+    parse_notification,
+    parse_validation,
+)
+from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated
+from adapter.conditions import Result
+from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.store import StoreUnavailable
+from adapter.metrics import Metrics
+from adapter.norce.client import OrderNotFound
+from adapter.routes import Callback, Routes, Wanting
+from adapter.verdicts import Verdicts
+
+log = structlog.get_logger(__name__)
+
+RETRY_AFTER_SECONDS = 5
+
+
+class CallbackUnknown(Exception):
+    """No callback of this name is configured."""
+
+
+class MethodNotAllowed(Exception):
+    """This callback is not called that way. `allowed`: how it is."""
+
+    def __init__(self, allowed: str) -> None:
+        super().__init__(allowed)
+        self.allowed = allowed
+
+
+class BodyTooLarge(Exception):
+    """More bytes than the limit, whatever the headers say."""
+
+
+class BodyTooSlow(Exception):
+    """The body did not arrive in time, or the caller went away."""
+
+
+# What went wrong: status, Norce's code, and what the caller is told where the error has no words of its own.
+STATUS: dict[type[Exception], tuple[int, str, str]] = {
+    BadRequest: (400, "order-bad-request", ""),
+    Unauthenticated: (401, "unauthorized", "The caller is not known."),
+    Unresolved: (404, "order-not-found", ""),
+    OrderNotFound: (404, "order-not-found", "Norce has no such order."),
+    CallbackUnknown: (404, "callback-not-found", "There is no such callback."),
+    ConfigurationNotFound: (404, "configuration-not-found", ""),
+    MethodNotAllowed: (405, "method-not-allowed", "This callback takes other methods; see Allow."),
+    BodyTooSlow: (408, "request-timeout", "The body did not arrive in time."),
+    BodyTooLarge: (413, "payload-too-large", "The body is larger than this service takes."),
+    NotJson: (415, "unsupported-media-type", ""),
+    StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """What is told to the caller, and the facts for the log line."""
+
+    response: Response
+    facts: dict[str, Any]
+
+
+class CallbackEndpoint:
+    """`/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's; `wake` tells of new work."""
+
+    def __init__(
+        self,
+        *,
+        routes: Routes,
+        senders: Senders,
+        merchants: Merchants,
+        inbox: Inbox,
+        verdicts: Verdicts,
+        queue_ids: dict[tuple[str, str, str], int],
+        metrics: Metrics,
+        adapter_id: str,
+        max_body_bytes: int,
+        receive_timeout_seconds: float,
+        clock: Callable[[], int],
+        wake: Callable[[], None],
+    ) -> None:
+        self.routes = routes
+        self.senders = senders
+        self.merchants = merchants
+        self.inbox = inbox
+        self.verdicts = verdicts
+        self.queue_ids = queue_ids
+        self.metrics = metrics
+        self.adapter_id = adapter_id
+        self.max_body_bytes = max_body_bytes
+        self.receive_timeout_seconds = receive_timeout_seconds
+        self.clock = clock
+        self.wake = wake
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.perf_counter()
+        name, order_id = scope["path_params"]["callback"], scope["path_params"]["order_id"]
+        callback = self.routes.callbacks.get(name)
+        try:
+            raw = await self.read_raw(scope, receive)
+            sender = self.identify(raw)
+            if callback is None:
+                check_order_id(order_id)
+                raise CallbackUnknown(name)
+            if callback.kind == "notification":
+                answered = await self.receive_notification(raw, sender, callback)
+            else:
+                answered = await self.answer_validation(raw, sender, callback)
+        except Exception as error:  # noqa: BLE001 - the last place where an error can still become an answer
+            answered = _refusal(error)
+        response = answered.response
+        seconds = time.perf_counter() - started
+        shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")
+        self.metrics.callbacks.labels(shown, kind, response.status_code).inc()
+        self.metrics.callback_duration.labels(kind).observe(seconds)
+        write = log.warning if response.status_code >= 500 or response.status_code == 401 else log.info
+        write(
+            "callback_answered",
+            callback=shown,
+            kind=kind,
+            order_id=order_id if len(order_id) <= 64 else None,
+            status_code=response.status_code,
+            duration_ms=round(seconds * 1000, 2),
+            **answered.facts,
+        )
+        await response(scope, receive, send)
+
+    async def receive_notification(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
+        """Something happened: on disk, once, before the 200."""
+        _only(raw, "POST")
+        notification = parse_notification(raw, sender, callback, self.merchants, self.clock())
+        merchant, channel = notification.merchant, notification.channel
+        self.metrics.received.labels(merchant, channel, "callback").inc()
+        wanting = self.routes.wanting(callback, notification.order)
+        self._count(callback, wanting)
+        # A condition in error is owed, too: it is decided again when the delivery's turn comes, and ends as a dead
+        # letter that a person sees.
+        wanted = tuple(
+            Wanted(queue_id=self.queue_ids[route.name, merchant, channel], refetch=route.refetch)
+            for route, _ in wanting.routes
+        )
+        received = await self.inbox.receive(
+            Receipt(
+                identity=notification.identity,
+                merchant=merchant,
+                channel=channel,
+                callback=callback.name,
+                order_id=notification.order_id,
+                snapshot_at=notification.snapshot_at,
+                source="callback",
+                body=notification.raw,
+                wanted=wanted,
+            )
+        )
+        self.metrics.stored.labels(received.value).inc()
+        if received in (Received.NEW, Received.REPLAYED) and wanted:
+            self.wake()
+        facts = {"merchant": merchant, "channel": channel, "result": received.value, "routes": len(wanted)}
+        return Answered(response=Response(status_code=200), facts={**facts, **_who(sender)})
+
+    async def answer_validation(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
+        """May this order proceed? 200, empty, or 400 with every problem of every route."""
+        _only(raw, "POST", "GET")  # POST in the Order API's text, GET in one adapter's description: both are answered
+        request = parse_validation(raw, sender, callback, self.merchants)
+        verdicts = await self.verdicts.validate(callback, request.merchant, request.channel, request.order_id)
+        problems = [problem for verdict in verdicts for problem in verdict.problems]
+        facts = {
+            "merchant": request.merchant,
+            "channel": request.channel,
+            "result": "rejected" if problems else "approved",
+            "routes": len(verdicts),
+            **_who(sender),
+        }
+        if not problems:
+            return Answered(response=Response(status_code=200), facts=facts)
+        body = [{"adapterId": self.adapter_id, "code": each.code, "message": each.message} for each in problems]
+        return Answered(response=_json(400, body), facts=facts)
+
+    async def read_raw(self, scope: Scope, receive: Receive) -> RawCallback:
+        """The request as it came. Raises `BodyTooLarge` (on bytes read, chunked too), `BodyTooSlow`."""
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        query: dict[str, tuple[str, ...]] = {}
+        for name, value in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
+            query[name] = (*query.get(name, ()), value)
+        parameters = scope["path_params"]
+        return RawCallback(
+            method=scope["method"],
+            order_id=parameters["order_id"],
+            callback=parameters["callback"],
+            query=query,
+            headers=headers,
+            body=await self._read_body(receive),
+        )
+
+    async def _read_body(self, receive: Receive) -> bytes:
+        try:
+            async with asyncio.timeout(self.receive_timeout_seconds):
+                chunks, size, more = [], 0, True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise BodyTooSlow
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > self.max_body_bytes:
+                        raise BodyTooLarge
+                    chunks.append(chunk)
+                    more = message.get("more_body", False)
+        except TimeoutError as error:
+            raise BodyTooSlow from error
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def identify(self, raw: RawCallback) -> Sender:
+        """Who is calling. Raises `Unauthenticated`."""
+        try:
+            sender = self.senders.identify(raw)
+        except Unauthenticated:
+            self.metrics.auth.labels("none", "none", "refused").inc()
+            raise
+        self.metrics.auth.labels(sender.scheme, sender.key, "identified").inc()
+        return sender
+
+    def _count(self, callback: Callback, wanting: Wanting) -> None:
+        self.metrics.conditions.labels("callback", wanting.callback.value).inc()
+        if wanting.callback is not Result.MATCHED:
+            # Norce sent it, so the condition held there; where it does not hold here, somebody should know.
+            self.metrics.disagreements.labels(callback.name).inc()
+        for _, held in wanting.routes:
+            self.metrics.conditions.labels("route", held.value).inc()
+
+
+def _only(raw: RawCallback, *methods: str) -> None:
+    if raw.method not in methods:
+        raise MethodNotAllowed(", ".join(methods))
+
+
+def _who(sender: Sender) -> dict[str, str]:
+    return {"scheme": sender.scheme, "key": sender.key}
+
+
+def _refusal(error: Exception) -> Answered:
+    known = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), None)
+    if known is None:
+        log.error("callback_failed", exc_info=error)
+        known = (500, "internal-server-error", "Something is wrong on our side.")
+    status, code, text = known
+    body = {"code": code, "message": text or str(error)}
+    headers: dict[str, str] = {}
+    facts: dict[str, Any] = {"code": code}
+    if isinstance(error, CallbackInvalid):
+        body["innerErrorCode"] = facts["inner_code"] = error.inner
+    if isinstance(error, Unauthenticated):
+        facts["reason"] = error.reason
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, StoreUnavailable):
+        headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+    if isinstance(error, MethodNotAllowed):
+        headers["allow"] = error.allowed
+    if isinstance(error, BodyTooLarge | BodyTooSlow):
+        headers["connection"] = "close"  # the rest of the body is not waited for
+    return Answered(response=_json(status, body, headers), facts=facts)
+
+
+def _json(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json")

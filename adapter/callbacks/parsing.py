@@ -1,0 +1,188 @@
+"""
+What was sent. Only these functions build a `ReceivedNotification` or a `ValidationRequest`, and they ask for the
+`Sender` that only `senders` hands out: a value of these types has passed every check.
+
+The `scope` and `schema` in a notification's own body are data: Norce has decided on them already, and they never run.
+"""
+
+import hashlib
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
+from adapter.conditions import MISSING
+from adapter.orders import NotAnOrder, canonical, decode, instant, order_in
+from adapter.routes import Callback
+
+LONGEST_ID = 64
+FURTHEST_AHEAD_MS = 10 * 60 * 1000
+
+
+class CallbackInvalid(Exception):
+    """A callback that cannot be taken as it is. `inner` names what is wrong with it, in kebab-case."""
+
+    def __init__(self, inner: str, message: str) -> None:
+        super().__init__(message)
+        self.inner = inner
+
+
+class BadRequest(CallbackInvalid):
+    """The caller sent something that contradicts itself or the form: it must be mended at the caller's end."""
+
+
+class NotJson(CallbackInvalid):
+    """The body does not say that it is JSON."""
+
+
+class ConfigurationNotFound(CallbackInvalid):
+    """The merchant or the channel is not in our configuration."""
+
+
+class Unresolved(CallbackInvalid):
+    """The URL holds literal braces: a placeholder that the caller did not fill in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivedNotification:
+    """A notification whose sender is known and whose form is right. `order` is the plain tree, `raw` the whole body."""
+
+    sender: Sender
+    callback: Callback
+    merchant: str
+    channel: str
+    order_id: str
+    order: dict[str, Any]
+    raw: bytes
+    identity: bytes
+    snapshot_at: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidationRequest:
+    """A validation to answer. A body is no part of it: the order is read from Norce."""
+
+    sender: Sender
+    callback: Callback
+    merchant: str
+    channel: str
+    order_id: str
+
+
+Merchants = Mapping[str, Container[str]]
+
+
+def check_order_id(order_id: str) -> None:
+    """
+    Raises `Unresolved` on literal braces, `BadRequest` on an id that is empty, over 64 characters or holds a control
+    character.
+    """
+    if "{" in order_id or "}" in order_id:
+        raise Unresolved("unresolved-placeholder", "The order id in the path is an unresolved placeholder.")
+    if not order_id or len(order_id) > LONGEST_ID or not order_id.isprintable():
+        raise BadRequest("order-id", f"An order id has 1 to {LONGEST_ID} printable characters.")
+
+
+def parse_notification(
+    raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants, now: int
+) -> ReceivedNotification:
+    """
+    The notification in a request: a bare order, or `{"notification": …, "order": …}`. `now` in milliseconds.
+
+    Raises `NotJson`, `BadRequest`, `ConfigurationNotFound`, `Unauthenticated` (a secret that is not good for this
+    merchant), `Unresolved`.
+    """
+    check_order_id(raw.order_id)
+    media_type = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (
+        media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+    ):
+        raise NotJson("content-type", "The body must be application/json.")
+    try:
+        order = order_in(decode(raw.body))
+    except NotAnOrder as error:
+        raise _malformed() from error
+    order_id = order.get("id")
+    if order_id is not None and order_id != raw.order_id:
+        raise BadRequest("order-id-differs", "The order id in the path and the one in the body differ.")
+    merchant, channel = _whose(raw, sender, merchants, order)
+    modified = _micros(order.get("lastModified"), now)
+    return ReceivedNotification(
+        sender=sender,
+        callback=callback,
+        merchant=merchant,
+        channel=channel,
+        order_id=raw.order_id,
+        order=order,
+        raw=raw.body,
+        identity=_identity(callback, merchant, channel, raw.order_id, order, modified),
+        snapshot_at=None if modified is None else modified // 1000,
+    )
+
+
+def parse_validation(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> ValidationRequest:
+    """
+    The validation in a request; its body is not looked at.
+
+    Raises `BadRequest`, `ConfigurationNotFound`, `Unauthenticated`, `Unresolved`.
+    """
+    check_order_id(raw.order_id)
+    merchant, channel = _whose(raw, sender, merchants, {})
+    return ValidationRequest(
+        sender=sender, callback=callback, merchant=merchant, channel=channel, order_id=raw.order_id
+    )
+
+
+def _whose(raw: RawCallback, sender: Sender, merchants: Merchants, order: Mapping[str, Any]) -> tuple[str, str]:
+    merchant = _one_of("merchant", sender.merchant, raw.headers.get("x-merchant"), order.get("merchant"))
+    channel = _one_of("channel", sender.channel, raw.headers.get("x-channel"), order.get("channel"))
+    if merchant not in merchants or channel not in merchants[merchant]:
+        raise ConfigurationNotFound("merchant-or-channel", "This merchant and channel are not configured here.")
+    if not sender.may_speak_for(merchant):
+        raise Unauthenticated("the secret is not good for this merchant")
+    return merchant, channel
+
+
+def _one_of(what: str, *values: Any) -> str:
+    given = {value for value in values if isinstance(value, str) and value}
+    if len(given) != 1 or any(value is not None and not isinstance(value, str) for value in values):
+        which = "differs between the URL, the header and the body" if given else "is given nowhere"
+        raise BadRequest(f"{what}-unclear", f"The {what} {which}.")
+    return given.pop()
+
+
+def _micros(value: Any, now: int) -> int | None:
+    moment = instant(value)
+    if moment is None:
+        return None
+    micros = (moment - _EPOCH) // _MICROSECOND
+    return micros if 0 < micros <= (now + FURTHEST_AHEAD_MS) * 1000 else None
+
+
+def _identity(
+    callback: Callback, merchant: str, channel: str, order_id: str, order: dict[str, Any], modified: int | None
+) -> bytes:
+    """
+    Which event it is: merchant, channel, callback, order, when it was modified and the value at the scope; without a
+    moment the whole order. It begins with the moment, so that the ledger's index grows at its end.
+    """
+    named: list[Any] = ["v1", merchant, channel, callback.name, order_id, modified]
+    if modified is None:
+        named.append(order)
+    elif callback.condition is not None and (value := callback.condition.value(order)) is not MISSING:
+        named.append(value)
+    try:
+        return (modified or 0).to_bytes(8, "big") + hashlib.sha256(canonical(named)).digest()[:16]
+    except NotAnOrder as error:
+        raise _malformed() from error
+
+
+def _malformed() -> BadRequest:
+    return BadRequest(
+        "malformed-json", "The body must be one JSON object in strict JSON (RFC 8259), not nested too deeply."
+    )
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = datetime.resolution

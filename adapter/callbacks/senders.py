@@ -1,0 +1,148 @@
+"""
+Who is calling: a keyed signature in the URL, or a shared secret in a header or in the query.
+
+A registered URL is not secret, since the shopper's browser sees the order it stands on (Norce's public reference
+front end loads it). So a signature opens one callback for one order and nothing else. Every candidate is tried and
+compared as bytes in constant time; a refusal is the same for every reason, which is in the log and in the metric.
+"""
+
+import hashlib
+import hmac
+from base64 import urlsafe_b64encode
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from adapter.config import Senders as SendersConfig
+
+
+class Unauthenticated(Exception):
+    """The caller did not show that it may call. `reason` is for the log, never for the caller."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RawCallback:
+    """A request that nobody has vouched for: the path's decoded parts, the query, the headers, the body's bytes."""
+
+    method: str
+    order_id: str
+    callback: str
+    query: Mapping[str, tuple[str, ...]]
+    headers: Mapping[str, str]
+    body: bytes
+
+    def once(self, parameter: str) -> str | None:
+        """A query parameter that stands there exactly once."""
+        values = self.query.get(parameter, ())
+        return values[0] if len(values) == 1 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    """
+    Somebody who may call. `merchant` and `channel` are set where the signature covers them; `merchants` are those that
+    the secret is good for, None for all.
+    """
+
+    scheme: str
+    key: str
+    merchant: str | None = None
+    channel: str | None = None
+    merchants: frozenset[str] | None = None
+
+    def may_speak_for(self, merchant: str) -> bool:
+        return self.merchants is None or merchant in self.merchants
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Secrets:
+    scheme: str
+    name: str
+    digests: tuple[bytes, ...]
+    merchants: frozenset[str] | None
+
+
+def signature(key: bytes, merchant: str, channel: str, order_id: str, callback: str) -> str:
+    """
+    The `sig` of a callback URL: unpadded base64url of HMAC-SHA256 over `["v1", merchant, channel, order_id, callback]`
+    as compact UTF-8 JSON.
+    """
+    text = msgspec.json.encode(["v1", merchant, channel, order_id, callback])
+    return urlsafe_b64encode(hmac.digest(key, text, "sha256")).rstrip(b"=").decode()
+
+
+class Senders:
+    """Everybody who may call, from the configuration."""
+
+    def __init__(self, config: SendersConfig) -> None:
+        keys = config.signed_urls.keys if config.signed_urls else {}
+        self._keys = {name: secret.reveal().encode() for name, secret in keys.items()}
+        self._secrets = [
+            *(
+                _secrets("header", each.header.lower(), (v.reveal() for v in each.values), each.merchants)
+                for each in config.header_secrets
+            ),
+            *(
+                _secrets("url", each.parameter, (v.reveal() for v in each.values), each.merchants)
+                for each in config.url_secrets
+            ),
+        ]
+
+    def identify(self, raw: RawCallback) -> Sender:
+        """The sender of a request. Raises `Unauthenticated`."""
+        if "sig" in raw.query:
+            return self._signed(raw)
+        found: Sender | None = None
+        for secrets in self._secrets:
+            shown = raw.headers.get(secrets.name) if secrets.scheme == "header" else raw.once(secrets.name)
+            digest = _digest(shown or "")
+            for number, known in enumerate(secrets.digests):
+                if hmac.compare_digest(digest, known) and found is None:
+                    key = f"{secrets.name}-{number + 1}"
+                    found = Sender(scheme=secrets.scheme, key=key, merchants=secrets.merchants)
+        if found is None:
+            raise Unauthenticated("no valid secret")
+        return found
+
+    def signed_url(self, public_url: str, merchant: str, channel: str, order_id: str, callback: str) -> str:
+        """A callback URL signed with the first key. Raises `LookupError` where no key is configured."""
+        if not self._keys:
+            raise LookupError("senders.signed_urls.keys names no key to sign with")
+        name, key = next(iter(self._keys.items()))
+        query = urlencode(
+            {
+                "merchant": merchant,
+                "channel": channel,
+                "key": name,
+                "sig": signature(key, merchant, channel, order_id, callback),
+            }
+        )
+        path = f"/api/v1/callbacks/orders/{quote(order_id, safe='')}/{quote(callback, safe='')}"
+        return f"{public_url.rstrip('/')}{path}?{query}"
+
+    def _signed(self, raw: RawCallback) -> Sender:
+        shown, name = raw.once("sig"), raw.once("key")
+        merchant, channel = raw.once("merchant"), raw.once("channel")
+        key = self._keys.get(name or "")
+        if shown is None or merchant is None or channel is None or key is None:
+            raise Unauthenticated("incomplete signature, or unknown key")
+        expected = signature(key, merchant, channel, raw.order_id, raw.callback)
+        if not hmac.compare_digest(shown.encode(), expected.encode()):
+            raise Unauthenticated("wrong signature")
+        return Sender(scheme="signed_url", key=name or "", merchant=merchant, channel=channel)
+
+
+def _secrets(scheme: str, name: str, values: Iterable[str], merchants: Iterable[str] | None) -> _Secrets:
+    bound = None if merchants is None else frozenset(merchants)
+    return _Secrets(scheme=scheme, name=name, digests=tuple(map(_digest, values)), merchants=bound)
+
+
+def _digest(value: str) -> bytes:
+    # Digests have one length: a comparison then tells nothing about the length of the secret either.
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).digest()

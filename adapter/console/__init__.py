@@ -1,0 +1,68 @@
+"""
+The operations port: health and metrics, for the people and machines that run the service. Not for the internet.
+
+Alive means that the event loop answers. Ready means that callbacks can be taken: the ledger can be written and the
+service is not stopping. A destination that is down does not make the service unready: the intake must go on.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from adapter.ledger.desk import Desk
+from adapter.ledger.store import Store
+from adapter.metrics import Metrics
+
+
+@dataclass(kw_only=True)
+class Health:
+    """What the probes tell. `checks` are asked at every `/readyz`, by name: True where all is well."""
+
+    started: bool = False
+    stopping: bool = False
+    checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
+
+    def ready(self) -> dict[str, bool]:
+        return {"started": self.started, "not_stopping": not self.stopping} | {n: c() for n, c in self.checks.items()}
+
+
+def console(health: Health, metrics: Metrics, store: Store) -> Starlette:
+    """The app behind the operations port."""
+
+    async def livez(_request: Request) -> Response:
+        return JSONResponse({"alive": True})
+
+    async def readyz(_request: Request) -> Response:
+        checks = health.ready()
+        return JSONResponse({"ready": all(checks.values()), "checks": checks}, 200 if all(checks.values()) else 503)
+
+    async def startupz(_request: Request) -> Response:
+        return JSONResponse({"started": health.started}, 200 if health.started else 503)
+
+    def read() -> None:
+        with store.read_connection() as connection:
+            overview = Desk(connection).overview(store.clock())
+        metrics.show(
+            deliveries=overview.by_route,
+            oldest_waiting_seconds=overview.oldest_waiting_seconds,
+            paused=overview.paused,
+            store_available=not store.failing,
+        )
+
+    async def show_metrics(_request: Request) -> Response:
+        await asyncio.to_thread(read)
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return Starlette(
+        routes=[
+            Route("/livez", livez),
+            Route("/readyz", readyz),
+            Route("/startupz", startupz),
+            Route("/metrics", show_metrics),
+        ]
+    )

@@ -1,0 +1,75 @@
+"""
+Every metric there is, in one table. Labels are bounded: names from the configuration, never an order id.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10)
+SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600, 86400)
+
+
+class Metrics:
+    """The service's metrics, in a registry of their own. All names begin with `norce_adapter_`."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = CollectorRegistry()
+        counter, gauge, histogram = (self._maker(kind) for kind in (Counter, Gauge, Histogram))
+        self.callbacks = counter("callbacks_total", "Callbacks answered.", ["callback", "kind", "status"])
+        self.callback_duration = histogram(
+            "callback_duration_seconds", "From the body's arrival to the answer; for notifications, the accept time.",
+            ["kind"], buckets=FAST,
+        )  # fmt: skip
+        self.auth = counter("auth_total", "Callers identified, or refused.", ["scheme", "key", "result"])
+        self.received = counter(
+            "notifications_received_total", "Notifications parsed.", ["merchant", "channel", "source"]
+        )
+        self.stored = counter("notifications_stored_total", "Notifications by what became of them.", ["result"])
+        self.conditions = counter("conditions_evaluated_total", "Conditions decided.", ["origin", "result"])
+        self.disagreements = counter(
+            "notifications_disagreed_total",
+            "Notifications whose callback's condition does not hold here.",
+            ["callback"],
+        )
+        self.verdicts = counter("verdicts_total", "Verdicts by route.", ["callback", "route", "verdict"])
+        self.attempts = counter("delivery_attempts_total", "Attempts by how they ended.", ["route", "outcome"])
+        self.attempt_duration = histogram(
+            "delivery_attempt_duration_seconds", "From the claim to the record.", ["route"], buckets=SLOW
+        )
+        self.end_to_end = histogram("delivery_end_to_end_seconds", "From receipt to done.", ["route"], buckets=SLOW)
+        self.deliveries = gauge("deliveries", "Deliveries waiting or dead.", ["route", "state"])
+        self.oldest_waiting = gauge("oldest_waiting_age_seconds", "Age of the oldest waiting delivery.", ["route"])
+        self.queue_paused = gauge("queue_paused", "1 while the queue is paused.", ["route", "merchant", "channel"])
+        self.store_available = gauge("store_available", "1 while the ledger can be written.")
+        self.build_info = gauge("build_info", "1.", ["version"])
+        self.build_info.labels(version).set(1)
+
+    def show(
+        self,
+        *,
+        deliveries: Mapping[tuple[str, str], int],
+        oldest_waiting_seconds: Mapping[str, float],
+        paused: Iterable[tuple[str, str, str]],
+        store_available: bool,
+    ) -> None:
+        """Puts what is read from the ledger at each scrape into the gauges."""
+        for gauge in (self.deliveries, self.oldest_waiting, self.queue_paused):
+            gauge.clear()
+        for labels, count in deliveries.items():
+            self.deliveries.labels(*labels).set(count)
+        for route, age in oldest_waiting_seconds.items():
+            self.oldest_waiting.labels(route).set(age)
+        for queue in paused:
+            self.queue_paused.labels(*queue).set(1)
+        self.store_available.set(store_available)
+
+    def text(self) -> bytes:
+        """All of it, in the Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def _maker(self, kind: type) -> Callable:  # type: ignore[type-arg]
+        def make(name: str, text: str, labels: tuple[str, ...] | list[str] = (), **options: object) -> object:
+            return kind(f"norce_adapter_{name}", text, labels, registry=self.registry, **options)
+
+        return make

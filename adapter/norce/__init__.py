@@ -1,0 +1,1 @@
+"""Norce Checkout, as we call it."""
