@@ -26,11 +26,12 @@ ALLOWED = frozenset(
     }
 )  # fmt: skip
 
+INFO, WARNING = logging.INFO, logging.WARNING
 LONGEST_TEXT = 200
 MOST_FRAMES = 20
 
 
-def configure(*, stream: TextIO | None = None, level: int = logging.INFO) -> None:
+def configure(*, stream: TextIO | None = None, level: int = INFO) -> None:
     """Sets structlog and the standard library's logging up for this process: lines on `stream`, or standard error."""
     out = stream or sys.stderr
     render: structlog.typing.Processor

@@ -70,8 +70,17 @@ class Store:
     `capacity` is how many pieces of work may wait for the writer.
     """
 
-    def __init__(self, engine: Engine, *, lock: int | None, clock: Callable[[], int], capacity: int = 4000) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        reader: Engine,
+        *,
+        lock: int | None,
+        clock: Callable[[], int],
+        capacity: int = 4000,
+    ) -> None:
         self.engine = engine
+        self._reader = reader
         self.clock = clock
         self.capacity = capacity
         self.failing = False  # whether the last transaction failed on the database
@@ -117,7 +126,7 @@ class Store:
         except (DBAPIError, OSError) as error:
             os.close(lock)
             raise StoreUnavailable(f"cannot open {path}: {_cause(error)}") from error
-        return cls(engine, lock=lock, clock=clock(last or 0))
+        return cls(engine, _engine(url, read_only=True), lock=lock, clock=clock(last or 0))
 
     async def write(self, work: Callable[[Connection, Sequence[Item]], Sequence[Answer]], item: Item) -> Answer:
         """
@@ -137,14 +146,15 @@ class Store:
         return await done
 
     def read_connection(self) -> Connection:
-        """A connection for reading beside the writer."""
-        return self.engine.connect()
+        """A connection that only reads, beside the writer and without waiting for it."""
+        return self._reader.connect()
 
     def close(self) -> None:
         """Lets the writer finish what it has, and gives the database back."""
         self._batches.put(None)
         self._thread.join(timeout=10)
         self.engine.dispose()
+        self._reader.dispose()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -1,0 +1,260 @@
+"""
+Wiring: what is made from what, in which order the service starts and stops.
+
+Start: ledger, queues, plugins' loops, dispatcher, ports. Stop: readiness off, no new callbacks, running deliveries
+finish or are released, plugins' loops, ledger last. One owner of signals: two uvicorn servers would overwrite each
+other's, and raise SIGTERM again.
+"""
+
+import asyncio
+import contextlib
+import random
+import signal
+import socket
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import structlog
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.senders import Senders
+from adapter.config import Config
+from adapter.console import Health, console
+from adapter.dispatcher import Dispatcher, Queue
+from adapter.ledger.inbox import Inbox
+from adapter.ledger.lanes import Lanes, QueueKey
+from adapter.ledger.store import Store, StoreUnavailable
+from adapter.metrics import Metrics
+from adapter.norce.client import Account, Norce, base_url
+from adapter.routes import Routes
+from adapter.runner import Runner
+from adapter.verdicts import Verdicts
+
+log = structlog.get_logger(__name__)
+
+CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
+BEAT_SECONDS = 5.0
+VERSION = version("norce-adapter")
+
+
+class PortInUse(Exception):
+    """A port cannot be listened on. Choose another in `server.port` or `operations.port`, or stop who has it."""
+
+
+class Service:
+    """A running service: where it listens, and how it is told to stop."""
+
+    def __init__(self, *, public_address: str, operations_address: str, health: Health, dispatcher: Dispatcher) -> None:
+        self.public_address = public_address
+        self.operations_address = operations_address
+        self.health = health
+        self.dispatcher = dispatcher
+
+
+@contextlib.asynccontextmanager
+async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
+    """
+    The service, from its first port to its last record.
+
+    Raises `ledger.store.StoreInUse`, `StoreUnavailable` and `PortInUse` before anything is served.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        store = Store.open(config.store.url)
+        stack.callback(store.close)
+        health, metrics = Health(), Metrics(VERSION)
+        health.checks["store"] = lambda: not store.failing
+
+        def moment() -> datetime:
+            return datetime.fromtimestamp(store.clock() / 1000, UTC)
+
+        def make_norce() -> Norce:
+            return Norce(accounts(config), adapter_id=config.adapter.id, timeout=config.norce.timeout)
+
+        norce = make_norce()
+        stack.push_async_callback(norce.aclose)
+        runner = Runner(make_norce=make_norce, clock=moment)
+        stack.push_async_callback(runner.stop, config.norce.timeout)
+        lanes = Lanes(store)
+        queues = await lanes.enter(queue_keys(config, routes), version=VERSION)
+        of_route = {route.name: route for route in routes.all}
+        dispatcher = Dispatcher(
+            {
+                queue_id: Queue(id=queue_id, route=of_route[key.route], merchant=key.merchant, channel=key.channel)
+                for key, queue_id in queues.items()
+            },
+            lanes=lanes,
+            runner=runner,
+            norce=norce,
+            norce_timeout=config.norce.timeout,
+            metrics=metrics,
+            clock=store.clock,
+            slots=config.dispatcher.slots,
+            random=random.random,
+        )
+        endpoint = CallbackEndpoint(
+            routes=routes,
+            senders=Senders(config.senders),
+            merchants={name: frozenset(merchant.channels) for name, merchant in config.merchants.items()},
+            inbox=Inbox(store),
+            verdicts=Verdicts(routes, runner=runner, norce=norce, metrics=metrics, clock=store.clock),
+            queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
+            metrics=metrics,
+            adapter_id=config.adapter.id,
+            max_body_bytes=config.server.max_body_bytes,
+            receive_timeout_seconds=config.server.receive_timeout.total_seconds(),
+            clock=store.clock,
+            wake=dispatcher.wake,
+        )
+        public = listen(config.server.host, config.server.port)
+        stack.callback(public.close)
+        operations = listen(config.operations.host, config.operations.port)
+        stack.callback(operations.close)
+        # The operations port is the last to go: somebody wants to see how a shutdown is going.
+        await stack.enter_async_context(served(console(health, metrics, store), operations))
+        await stack.enter_async_context(_task(_beat(lanes)))
+        working = asyncio.create_task(dispatcher.run())
+        health.checks["dispatcher"] = lambda: not working.done()
+
+        async def stop_dispatching() -> None:
+            await dispatcher.stop(config.dispatcher.grace)
+            await working
+
+        stack.push_async_callback(stop_dispatching)
+        await stack.enter_async_context(served(Starlette(routes=[Route(CALLBACK_PATH, endpoint)]), public))
+
+        health.started = True
+        service = Service(
+            public_address=_address(public),
+            operations_address=_address(operations),
+            health=health,
+            dispatcher=dispatcher,
+        )
+        log.info("serving", address=service.public_address, operations_address=service.operations_address,
+                 version=VERSION, adapter_id=config.adapter.id)  # fmt: skip
+        try:
+            yield service
+        finally:
+            health.stopping = True
+            log.info("stopping", running=dispatcher.running)
+    log.info("stopped")
+
+
+async def serve(config: Config, routes: Routes) -> None:
+    """Serves until SIGTERM or SIGINT. Raises what `running` raises."""
+    async with running(config, routes):
+        await told_to_stop()
+
+
+async def told_to_stop() -> None:
+    """Returns at the first SIGTERM or SIGINT; a second one then has its usual effect."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        await stop.wait()
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def accounts(config: Config) -> dict[str, Account]:
+    """Every merchant's address and tokens at Norce."""
+    return {
+        name: Account(
+            base_url=str(config.norce.base_url or base_url(config.norce.environment, merchant.slug)),
+            tokens=merchant.tokens,
+        )
+        for name, merchant in config.merchants.items()
+    }
+
+
+def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
+    """A queue for every notification route, merchant and channel."""
+    return [
+        QueueKey(route=route.name, merchant=merchant, channel=channel)
+        for route in routes.all
+        if route.callback.kind == "notification"
+        for merchant, of_merchant in config.merchants.items()
+        for channel in of_merchant.channels
+    ]
+
+
+async def _beat(lanes: Lanes) -> None:
+    while True:
+        with contextlib.suppress(StoreUnavailable):  # the store has said so itself
+            await lanes.beat()
+        await asyncio.sleep(BEAT_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def _task(coroutine: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to `serve`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def served(app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
+    """An app behind a listening socket, from the first connection to the last answer."""
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        ws="none",
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=10,
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    while not server.started:
+        if task.done():
+            await task
+            raise RuntimeError("the HTTP server ended before it started")
+        await asyncio.sleep(0.005)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is any free one. Raises `PortInUse`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # Named as TCP: asyncio sends small answers at once (TCP_NODELAY) only on a socket that says so.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        raise PortInUse(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return listening
+
+
+def _address(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{host}:{port}"

@@ -1,0 +1,308 @@
+"""
+The commands. Exit codes are stable: 0 ok, 1 failed, 2 usage, 3 nothing matched, 4 configuration, 5 store.
+
+What is meant for a program goes to standard output; logs, progress and errors go to standard error.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+import httpx
+import uvloop
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from adapter import app, logs, routes
+from adapter import config as configuration
+from adapter.callbacks.senders import Senders
+from adapter.config import Config, ConfigurationInvalid
+from adapter.demo import DemoFailed, demo, walk
+from adapter.ledger.desk import Desk
+from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
+from adapter.plugin import NotificationHandler, ValidationHandler
+
+FAILED, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 3, 4, 5
+
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    envvar="NORCE_ADAPTER_CONFIG",
+    default="config.yaml",
+    show_default=True,
+    show_envvar=True,
+    help="The configuration file.",
+)
+output_option = click.option(
+    "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For people or programs."
+)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """An order adapter behind Norce Checkout."""
+
+
+@main.command()
+@config_option
+def serve(config_path: Path) -> None:
+    """Serve callbacks until SIGTERM or SIGINT."""
+    logs.configure()
+    config, built = _configured(config_path)
+    try:
+        uvloop.run(app.serve(config, built))
+    except (StoreInUse, StoreUnavailable) as error:
+        _end(STORE, str(error))
+    except app.PortInUse as error:
+        _end(FAILED, str(error))
+
+
+@main.command()
+@config_option
+def check(config_path: Path) -> None:
+    """Check configuration, handlers and settings, and print every problem."""
+    _, built = _configured(config_path)
+    for warning in built.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{config_path}: {len(built.callbacks)} callbacks, {len(built.all)} routes; all is well")
+
+
+@main.command("demo")
+@click.option("--exit", "then_exit", is_flag=True, help="End after the walk in place of serving on.")
+@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+def demo_command(then_exit: bool, output: str) -> None:
+    """Walk a purchase through the service, between stand-ins for Norce and Jetshop."""
+    logs.configure(level=logs.WARNING if then_exit or sys.stderr.isatty() else logs.INFO)
+    try:
+        uvloop.run(_demo(then_exit=then_exit, output=output))
+    except DemoFailed as error:
+        _end(FAILED, str(error))
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--callback", required=True, help="The name of a configured callback.")
+@click.option("--to", "address", help="Where the service is; the configured port of this machine where left out.")
+@click.option("--merchant", help="In place of the order's own merchant.")
+@click.option("--channel", help="In place of the order's own channel.")
+@click.option("--order", "order_id", help="In place of the order's own id.")
+@click.option("--repeat", default=1, show_default=True, type=click.IntRange(1, 100_000), help="How often to send it.")
+@click.option("--expect", type=click.IntRange(100, 599), help="Fail where an answer has another status.")
+@config_option
+def send(
+    file: Path,
+    callback: str,
+    address: str | None,
+    merchant: str | None,
+    channel: str | None,
+    order_id: str | None,
+    repeat: int,
+    expect: int | None,
+    config_path: Path,
+) -> None:
+    """
+    Send FILE (an order, an envelope or an event record) to a callback, signed as Norce's registration would be.
+    """
+    config, _ = _configured(config_path)
+    if callback not in config.callbacks:
+        _end(2, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
+    body, order = _body(file)
+    merchant, channel = merchant or order.get("merchant"), channel or order.get("channel")
+    order_id = order_id or order.get("id")
+    if not merchant or not channel or not order_id:
+        _end(2, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
+    to = address or f"http://127.0.0.1:{config.server.port}"
+    url, headers = _authenticated(config, to, merchant, channel, order_id, callback)
+    try:
+        statuses = _post(url, headers, body, repeat)
+    except httpx.HTTPError as error:
+        _end(FAILED, f"no answer from {to}: {type(error).__name__}")
+    for status, count in sorted(statuses.items()):
+        click.echo(f"{status}: {count}")
+    if expect is not None and set(statuses) != {expect}:
+        _end(FAILED, f"expected {expect} each time")
+
+
+@main.group("handlers")
+def handlers_group() -> None:
+    """The handlers that installed packages offer."""
+
+
+@handlers_group.command("list")
+@output_option
+def handlers_list(output: str) -> None:
+    """List the installed handlers."""
+    rows = []
+    for name, point in sorted(routes.installed().items()):
+        row: dict[str, Any] = {"name": name, "from": point.dist.name if point.dist else None, "kind": None}
+        try:
+            handler = point.load()
+        except Exception as error:  # noqa: BLE001 - a plugin's import may fail in any way; it is listed as broken
+            row |= {"says": f"cannot be imported: {type(error).__name__}"}
+        else:
+            kinds = {NotificationHandler: "notification", ValidationHandler: "validation"}
+            row["kind"] = next((text for kind, text in kinds.items() if issubclass(handler, kind)), "none of ours")
+            row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
+        rows.append(row)
+    _print(rows, output)
+
+
+@main.group("deliveries")
+def deliveries_group() -> None:
+    """What is owed, done and dead."""
+
+
+@deliveries_group.command("list")
+@click.option("--state", type=click.Choice(["waiting", "done", "dead"]))
+@click.option("--route", help="Only this route's.")
+@click.option("--order", "order_id", help="Only this order's.")
+@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
+@output_option
+@config_option
+def deliveries_list(
+    state: str | None, route: str | None, order_id: str | None, limit: int, output: str, config_path: Path
+) -> None:
+    """List deliveries, the newest first."""
+    with _desk(config_path) as desk:
+        rows = desk.deliveries(state=state, route=route, order_id=order_id, limit=limit)
+    _print(rows, output, ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference"))
+
+
+@deliveries_group.command("show")
+@click.argument("delivery_id", type=int)
+@output_option
+@config_option
+def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
+    """Show one delivery with its attempts."""
+    with _desk(config_path) as desk:
+        delivery = desk.delivery(delivery_id)
+    if delivery is None:
+        _end(NOTHING_MATCHED, f"there is no delivery {delivery_id}")
+    if output == "json":
+        click.echo(json.dumps(delivery, ensure_ascii=False))
+        return
+    for name, value in delivery.items():
+        if name != "attempts" and value is not None:
+            click.echo(f"{name:18}{value}")
+    click.echo()
+    _print(delivery["attempts"], "table")
+
+
+@main.command()
+def version() -> None:
+    """The version of this service."""
+    click.echo(app.VERSION)
+
+
+# --- what they share ------------------------------------------------------------------------------------------------
+
+
+def _configured(path: Path) -> tuple[Config, routes.Routes]:
+    try:
+        config = configuration.load(path, os.environ)
+        return config, routes.build(config)
+    except ConfigurationInvalid as error:
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        count = len(error.problems)
+        _end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
+
+
+def _end(code: int, message: str) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _desk(config_path: Path) -> Iterator[Desk]:
+    config, _ = _configured(config_path)
+    try:
+        with open_for_reading(config.store.url).connect() as connection:
+            yield Desk(connection)
+    except (StoreMissing, StoreUnavailable) as error:
+        _end(STORE, str(error))
+
+
+def _print(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
+    if output == "json":
+        click.echo(json.dumps(rows, ensure_ascii=False))
+    elif rows:
+        names = columns or tuple(rows[0])
+        table = Table(*names, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
+        Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    if not rows:
+        sys.exit(NOTHING_MATCHED)
+
+
+def _body(file: Path) -> tuple[bytes, dict[str, Any]]:
+    raw = file.read_bytes()
+    try:
+        tree = json.loads(raw)
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        _end(2, f"{file} is no JSON object")
+    if isinstance(tree.get("payload"), dict):  # an event record of the Notification API
+        tree = tree["payload"]
+        raw = json.dumps(tree, ensure_ascii=False).encode()
+    order = tree.get("order", tree)
+    if not isinstance(order, dict):
+        _end(2, f"{file} holds no order")
+    return raw, order
+
+
+def _authenticated(
+    config: Config, to: str, merchant: str, channel: str, order_id: str, callback: str
+) -> tuple[str, dict[str, str]]:
+    headers = {"content-type": "application/json", "x-merchant": merchant, "x-channel": channel}
+    if config.senders.signed_urls is not None:
+        return Senders(config.senders).signed_url(to, merchant, channel, order_id, callback), headers
+    url = app.CALLBACK_PATH.replace("{order_id}", order_id).replace("{callback}", callback)
+    for header_secret in config.senders.header_secrets:
+        headers[header_secret.header] = header_secret.values[0].reveal()
+        return f"{to.rstrip('/')}{url}", headers
+    url_secret = config.senders.url_secrets[0]
+    return f"{to.rstrip('/')}{url}?{url_secret.parameter}={url_secret.values[0].reveal()}", headers
+
+
+def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:
+    statuses: dict[int, int] = {}
+    times = range(repeat)
+    with httpx.Client(trust_env=False, timeout=30) as http:
+        for _ in track(times, "sending", console=Console(stderr=True)) if repeat > 1 and sys.stderr.isatty() else times:
+            answer = http.post(url, headers=headers, content=body)
+            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            if answer.status_code >= 400 and repeat == 1:
+                click.echo(answer.text, err=True)
+    return statuses
+
+
+async def _demo(*, then_exit: bool, output: str) -> None:
+    async with demo() as running:
+        summary = await walk(running, (lambda line: click.echo(line, err=True)) if output == "json" else click.echo)
+        if output == "json":
+            click.echo(json.dumps(summary))
+        if then_exit:
+            return
+        service = running.service
+        click.echo(
+            "\nStill running; Ctrl-C ends it.\n"
+            f"  callbacks   {service.public_address}\n"
+            f"  operations  {service.operations_address}/readyz  {service.operations_address}/metrics\n"
+            f"  Norce       {running.norce_address} (stand-in)\n"
+            f"  Jetshop     {running.jetshop_address} (stand-in)\n\n"
+            "In another terminal:\n"
+            f"  export NORCE_ADAPTER_CONFIG={running.config_path}\n"
+            "  norce-adapter deliveries list\n"
+            "  norce-adapter send adapter/demo/orders/order-completed.json --callback order-status --repeat 5"
+        )
+        await app.told_to_stop()
