@@ -264,11 +264,15 @@ def read_order(raw: bytes, data: dict[str, Any] | None = None) -> Order:
     """
     The typed view of the order in `raw`, bare or in an envelope. `data` saves a second decode where the caller has one.
 
-    Raises `NotAnOrder` where the bytes hold no JSON object; a wrong type in a member never raises.
+    Raises `NotAnOrder` where the bytes hold no JSON object, or one nested too deeply; a wrong type in a member never
+    raises.
     """
     if data is None:
         data = order_in(decode(raw))
-    exact = _without_nulls(order_in(_EXACT.decode(raw)))
+    try:
+        exact = _without_nulls(order_in(_EXACT.decode(raw)))
+    except RecursionError as error:
+        raise NotAnOrder("nested too deeply") from error
     order, set_aside = _view(exact)
     order.__dict__.update(data=data, raw=raw, set_aside=set_aside)
     return order
@@ -286,8 +290,15 @@ def instant(text: Any) -> datetime | None:
 
 
 def canonical(tree: Any) -> bytes:
-    """One spelling of a JSON value: sorted keys, compact, 1.0 written as 1. Equal values have equal bytes."""
-    return msgspec.json.encode(_integral(tree), order="sorted")
+    """
+    One spelling of a JSON value: sorted keys, compact, 1.0 written as 1. Equal values have equal bytes.
+
+    Raises `NotAnOrder` where it is nested too deeply.
+    """
+    try:
+        return msgspec.json.encode(_integral(tree), order="sorted")
+    except RecursionError as error:
+        raise NotAnOrder("nested too deeply") from error
 
 
 def _integral(tree: Any) -> Any:

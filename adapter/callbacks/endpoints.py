@@ -87,7 +87,7 @@ class Answered:
 
 
 class CallbackEndpoint:
-    """`/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's; `wake` tells of new work."""
+    """`/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's; `wake` tells of work."""
 
     def __init__(
         self,
