@@ -1,0 +1,484 @@
+"""
+Schemas, patterns and values that are meant to fetch, to hang or to crash the process.
+
+Each attack runs in a process of its own with a hard limit, since nothing in the same process could interrupt it: the
+engine and Python's regular expressions both hold the interpreter. A limit that is reached, or a crash, fails the test.
+"""
+
+import json
+import subprocess
+import sys
+import textwrap
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HARD_LIMIT = 20  # seconds, for a whole batch; the slowest takes two or three on a small machine
+
+PRELUDE = """
+import json, sys, threading
+from adapter.conditions import Condition, ConditionInvalid
+
+answers = {}
+
+def attack(name, schema, *values, scope="/value"):
+    try:
+        condition = Condition(scope, schema).compile()
+    except ConditionInvalid as refused:
+        answers[name] = refused.code
+        return
+    evaluations = [condition.evaluate({"value": value}) for value in values]
+    answers[name] = " ".join(evaluation.code or "matched" for evaluation in evaluations) or "compiled"
+
+def nested(levels, leaf=1, wrap=lambda inner: {"a": inner}):
+    for _ in range(levels):
+        leaf = wrap(leaf)
+    return leaf
+
+def in_list(inner):
+    return [inner]
+"""
+
+
+def run(attacks: str) -> dict[str, str]:
+    """What became of each attack: the code of its refusal, or how each of its values was decided."""
+    script = PRELUDE + textwrap.dedent(attacks) + "\nprint(json.dumps(answers))"
+    command = [sys.executable, "-c", script]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=HARD_LIMIT, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    answers: dict[str, str] = json.loads(process.stdout)
+    return answers
+
+
+# Fetching ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def trap() -> Iterator[tuple[str, list[str]]]:
+    """A server that answers every request with the schema `true` and remembers it."""
+    requests: list[str] = []
+
+    class Trap(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            requests.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"true")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Trap) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", requests
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_nothing_is_ever_fetched_from_the_network() -> None:
+    with trap() as (address, requests):
+        answers = run(f"""
+            address = {address!r}
+            attack("ref", {{"$ref": address + "/ref"}}, 1)
+            attack("ref with a fragment", {{"$ref": address + "/ref#/$defs/a"}}, 1)
+            attack("ref in an unused definition", {{"$defs": {{"a": {{"$ref": address + "/unused"}}}}}}, 1)
+            attack("ref that the value does not reach", {{"properties": {{"a": {{"$ref": address + "/a"}}}}}}, 1)
+            attack("ref relative to an id", {{"$id": address + "/base", "$ref": "other"}}, 1)
+            attack("ref below another id", {{"items": {{"$id": address + "/x/", "items": {{"$ref": "y"}}}}}}, [[1]])
+            attack("ref in contentSchema", {{"contentSchema": {{"$ref": address + "/content"}}}}, "1")
+            attack("ref in a keyword that nobody knows", {{"x-mine": {{"$ref": address + "/mine"}}}}, 1)
+            attack("ref to a keyword that nobody knows",
+                   {{"$ref": "#/x-mine", "x-mine": {{"$ref": address + "/mine"}}}}, 1)
+            attack("dynamic ref", {{"$dynamicRef": address + "/dynamic#a"}}, 1)
+            attack("dialect", {{"$schema": address + "/dialect"}}, 1)
+            attack("inner dialect", {{"$defs": {{"a": {{"$id": "a", "$schema": address + "/dialect"}}}}}}, 1)
+            attack("id", {{"$id": address + "/id", "type": "integer"}}, 1)
+            attack("value", {{"const": {{"$ref": address + "/value"}}}}, {{"$ref": address + "/value"}})
+            attack("schema in the value", True, {{"$schema": address + "/value", "$ref": address + "/value"}})
+        """)
+        while_attacked = list(requests)
+        urllib.request.urlopen(f"{address}/control").close()
+
+    assert answers == {
+        "ref": "ref_remote",
+        "ref with a fragment": "ref_remote",
+        "ref in an unused definition": "ref_remote",
+        "ref that the value does not reach": "ref_remote",
+        "ref relative to an id": "ref_remote",
+        "ref below another id": "ref_remote",
+        "ref in contentSchema": "ref_remote",
+        "ref in a keyword that nobody knows": "matched",
+        "ref to a keyword that nobody knows": "ref_remote",
+        "dynamic ref": "ref_remote",
+        "dialect": "dialect",
+        "inner dialect": "dialect",
+        "id": "matched",
+        "value": "matched",
+        "schema in the value": "matched",
+    }
+    assert while_attacked == []
+    assert requests == ["/control"]  # the trap does work
+
+
+def test_no_file_is_ever_read(tmp_path: Path) -> None:
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"const": "TOPSECRET"}')
+
+    answers = run(f"""
+        opened = []
+        sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
+        attack("file", {{"$ref": {secret.as_uri()!r}}}, 1)
+        attack("file in an unused definition", {{"$defs": {{"a": {{"$ref": {secret.as_uri()!r}}}}}}}, 1)
+        attack("path", {{"$ref": {str(secret)!r}}}, 1)
+        attack("path relative to a directory", {{"$id": {tmp_path.as_uri() + "/"!r}, "$ref": "secret.json"}}, 1)
+        try:
+            Condition("/value", {{"$ref": {secret.as_uri()!r}}}).compile()
+        except ConditionInvalid as refused:
+            answers["message"] = str("TOPSECRET" in str(refused))
+        answers["opened"] = str({str(secret)!r} in opened)
+    """)
+
+    assert answers == {
+        "file": "ref_remote",
+        "file in an unused definition": "ref_remote",
+        "path": "ref_remote",
+        "path relative to a directory": "ref_remote",
+        "message": "False",
+        "opened": "False",
+    }
+
+
+# Fan-out and recursion ---------------------------------------------------------------------------------------------
+
+
+def test_schemas_that_multiply_through_references_are_refused() -> None:
+    answers = run("""
+        def laughs(levels, keyword="allOf"):
+            refs = lambda level: [{"$ref": f"#/$defs/d{level + 1}"}] * 2
+            definitions = {f"d{level}": {keyword: refs(level)} for level in range(levels)}
+            return {"$defs": definitions | {f"d{levels}": {"type": "string"}}, "$ref": "#/$defs/d0"}
+
+        for keyword in "allOf", "anyOf", "oneOf", "prefixItems":
+            attack(f"{keyword}, 30 levels", laughs(30, keyword), 1)
+        attack("few levels", laughs(8), 1, "a")
+        wide = {"$defs": {"a": {"enum": list(range(150))}}, "anyOf": [{"$ref": "#/$defs/a"}] * 150}
+        attack("one large definition, often", wide, -1)
+        attack("the metaschema, often", {"allOf": [{"$ref": "https://json-schema.org/draft/2020-12/schema"}] * 50}, {})
+        alias = ["x"]
+        for _ in range(40):
+            alias = [alias] * 10
+        attack("a document that names its own parts", {"enum": alias}, 1)
+        endless = []
+        endless += [endless, endless]
+        attack("a document that contains itself", {"enum": endless}, 1)
+    """)
+
+    assert answers.pop("few levels") == "schema matched"
+    assert answers.pop("a document that contains itself") in ("expansion", "too_deep")
+    assert len(answers) == 7
+    assert set(answers.values()) == {"expansion"}
+
+
+def test_schemas_that_come_back_to_the_same_value_are_refused() -> None:
+    answers = run("""
+        attack("itself", {"$ref": "#"}, 1)
+        attack("itself twice", {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}, 1)
+        attack("its negation", {"not": {"$ref": "#"}}, 1)
+        attack("its condition", {"if": {"$ref": "#"}, "then": False}, 1)
+        attack("in turn", {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, 1)
+        attack("an anchor", {"$anchor": "a", "anyOf": [{"$ref": "#a"}]}, 1)
+        attack("a dynamic anchor", {"$dynamicAnchor": "a", "anyOf": [{"$dynamicRef": "#a"}]}, 1)
+        attack("by its id", {"$id": "http://a/b", "oneOf": [{"$ref": "b"}]}, 1)
+        attack("deep inside", {"items": {"properties": {"a": {"allOf": [{"$ref": "#/items/properties/a"}]}}}}, [])
+        attack("a dependency", {"dependentSchemas": {"a": {"$ref": "#"}}}, {"a": 1})
+        attack("a dependency of old", {"dependencies": {"a": {"$ref": "#"}}}, {"a": 1})
+        for keyword in "allOf", "anyOf", "oneOf":
+            refs = lambda i: [{"$ref": f"#/$defs/d{(i + step) % 12}"} for step in range(1, 12)]
+            clique = {f"d{i}": {keyword: refs(i)} for i in range(12)}
+            attack(f"twelve, each to all others, {keyword}", {"$defs": clique, "$ref": "#/$defs/d0"}, 1)
+    """)
+
+    assert len(answers) == 14
+    assert set(answers.values()) == {"recursive_ref"}
+
+
+def test_recursion_into_the_value_is_decided_fast_or_refused() -> None:
+    """The first half would be 2 to the power of 64 if the engine forgot what it has decided already."""
+    answers = run("""
+        again = {"$ref": "#"}
+        deep, deep_list = nested(64), nested(64, wrap=in_list)
+        too_deep = nested(65), nested(65, wrap=in_list)
+
+        members = {"type": "object", "properties": {"a": again}}
+        attack("plain", {"properties": {"a": again}}, deep, *too_deep)
+        attack("allOf", {"type": "object", "allOf": [members, members]}, deep)
+        attack("anyOf", {"type": "object", "anyOf": [members, members]}, deep)
+        attack("oneOf", {"type": "object", "oneOf": [members, members]}, deep)
+        attack("if", {"type": "object", "if": members, "then": members, "else": members}, deep)
+        attack("not", {"type": "object", "not": {"not": members}, "allOf": [members]}, deep)
+        attack("patterns", {"type": "object", "patternProperties": {"a": again, "^a": again}}, deep)
+        attack("lists", {"type": "array", "items": again, "contains": again}, deep_list)
+        attack("unevaluated members", {"type": "object", "allOf": [members], "unevaluatedProperties": again}, deep)
+        attack("unevaluated items", {"type": "array", "anyOf": [{"prefixItems": [again]}, {"contains": again}],
+                                     "unevaluatedItems": False}, deep_list)
+        dynamic = {"properties": {"a": {"$dynamicRef": "#a"}}}
+        attack("dynamic", {"$dynamicAnchor": "a", "type": "object", "anyOf": [dynamic, dynamic]}, deep)
+        attack("unique", {"type": "array", "uniqueItems": True, "items": again}, deep_list)
+
+        def ring(length):
+            refs = lambda i: [{"properties": {"a": {"$ref": f"#/$defs/d{(i + 1) % length}"}}}] * 2
+            definitions = {f"d{i}": {"type": "object", "anyOf": refs(i)} for i in range(length)}
+            return {"$defs": definitions, "$ref": "#/$defs/d0"}
+
+        refs = [{"properties": {"a": {"$ref": f"#/$defs/d{i}"}}} for i in range(10)]
+        clique = {f"d{i}": {"type": "object", "anyOf": refs} for i in range(10)}
+        attack("a ring of 13", ring(13), deep)
+        attack("a ring of 24", ring(24), deep)
+        attack("ten, each to all", {"$defs": clique, "$ref": "#/$defs/d0"}, deep)
+        many = [{"type": "object", "additionalProperties": again}] * 500 + [{"const": str(i)} for i in range(1500)]
+        attack("many ways back for many scalars", {"anyOf": many}, {str(i): -1 for i in range(50_000)})
+    """)
+
+    assert answers.pop("plain") == "matched too_deep too_deep"
+    assert answers.pop("a ring of 24") == "too_deep"
+    assert answers.pop("a ring of 13") == "expansion"
+    assert answers.pop("ten, each to all") == "expansion"
+    assert answers.pop("many ways back for many scalars") == "expansion"
+    assert len(answers) == 11
+    assert set(answers.values()) == {"schema"}
+
+
+def test_the_longest_way_through_a_recursive_schema_does_not_crash_a_thread() -> None:
+    answers = run("""
+        def chain(length, last):
+            step = lambda i: {"allOf": [{"$ref": f"#/$defs/d{i + 1}"}]}
+            return {"$defs": {f"d{i}": step(i) for i in range(length)} | {f"d{length}": last}, "$ref": "#/$defs/d0"}
+
+        back = {"$ref": "#/$defs/d0"}
+        schemas = {
+            "members": chain(30, {"additionalProperties": back}),
+            "unevaluated members": chain(30, {"unevaluatedProperties": back}),
+            "lists": chain(30, {"items": back, "uniqueItems": True}),
+        }
+
+        def all_of_them():
+            for name, schema in schemas.items():
+                attack(name, schema, nested(64), nested(64, wrap=in_list))
+
+        thread = threading.Thread(target=all_of_them)
+        thread.start()
+        thread.join()
+    """)
+
+    assert answers == dict.fromkeys(("members", "unevaluated members", "lists"), "matched matched")
+
+
+def test_nested_unevaluated_keywords_are_refused() -> None:
+    """Eighteen levels of the first, one kilobyte, took ten seconds."""
+    answers = run("""
+        def tower(levels, keyword, wrap, leaf):
+            for _ in range(levels):
+                leaf = wrap(leaf) | {keyword: False}
+            return leaf
+
+        members, items = {"patternProperties": {"a": True}}, {"contains": True}
+        for name, wrap in {
+            "allOf": lambda s: {"allOf": [s]},
+            "anyOf": lambda s: {"anyOf": [s]},
+            "oneOf": lambda s: {"oneOf": [s]},
+            "if": lambda s: {"if": s},
+            "allOf twice": lambda s: {"allOf": [{"allOf": [s]}]},
+        }.items():
+            attack(name, tower(14, "unevaluatedProperties", wrap, members), {f"a{i}": 1 for i in range(10)})
+            attack(name + ", items", tower(14, "unevaluatedItems", wrap, items), [1] * 10)
+        attack("few levels", tower(3, "unevaluatedProperties", lambda s: {"allOf": [s]}, members), {"a": 1}, {"b": 1})
+        leaf = True
+        for _ in range(14):
+            leaf = {"allOf": [{"unevaluatedProperties": leaf}], "unevaluatedProperties": False}
+        attack("one within the other", leaf, nested(20))
+    """)
+
+    assert answers.pop("few levels") == "matched schema"
+    assert len(answers) == 11
+    assert set(answers.values()) == {"expansion"}
+
+
+# Depth -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [65, 1_000, 100_000])
+def test_deep_schemas_are_refused(levels: int) -> None:
+    answers = run(f"""
+        def deep(wrap):
+            schema = True
+            for _ in range({levels}):
+                schema = wrap(schema)
+            return schema
+
+        attack("items", deep(lambda s: {{"items": s}}), [])
+        attack("allOf", deep(lambda s: {{"allOf": [s]}}), 1)
+        attack("not", deep(lambda s: {{"not": s}}), 1)
+        attack("const", {{"const": deep(in_list)}}, [])
+        chain = {{f"d{{i}}": {{"$ref": f"#/$defs/d{{i + 1}}"}} for i in range(min({levels}, 1_000))}}
+        attack("references", {{"$defs": chain | {{f"d{{len(chain)}}": True}}, "$ref": "#/$defs/d0"}}, 1)
+        unknown = {{f"x{{i}}": {{"$ref": f"#/x{{i + 1}}"}} for i in range(min({levels}, 1_000))}}
+        attack("references outside definitions", unknown | {{f"x{{len(unknown)}}": True, "$ref": "#/x0"}}, 1)
+    """)
+
+    assert len(answers) == 6
+    assert set(answers.values()) == {"too_deep"}
+
+
+def test_deep_values_are_an_error_and_no_crash() -> None:
+    answers = run("""
+        schemas = {
+            "any": True,
+            "recursive": {"additionalProperties": {"$ref": "#"}, "items": {"$ref": "#"}},
+            "unique": {"uniqueItems": True},
+            "const": {"const": [[1]]},
+        }
+        in_object = lambda inner: {"a": inner}
+        values = [nested(levels, wrap=wrap) for levels in (65, 1_000, 100_000) for wrap in (in_list, in_object)]
+        for name, schema in schemas.items():
+            attack(name, schema, *values)
+        endless = []
+        endless.append(endless)
+        doubling = []
+        doubling += [doubling, doubling]
+        attack("endless", True, endless, doubling)
+    """)
+
+    assert answers.pop("endless") == "too_deep too_costly"
+    assert answers == dict.fromkeys(("any", "recursive", "unique", "const"), " ".join(["too_deep"] * 6))
+
+
+# Regular expressions -----------------------------------------------------------------------------------------------
+
+
+def test_patterns_that_backtrack_are_decided_fast() -> None:
+    answers = run("""
+        a = "a" * 50_000 + "!"
+        for pattern in "^(a+)+$", "^(a|a)*$", "^(a|aa)+$", "^(a*)*b$", "(a*a*)*c", "^([a-zA-Z]+)*$", "(.*a){12}b":
+            attack(pattern, {"pattern": pattern}, a)
+        mail = r"^([a-zA-Z0-9_.-])+@(([a-zA-Z0-9-])+.)+([a-zA-Z0-9]{2,4})+$"
+        attack("mail", {"pattern": mail}, "a@" + "a." * 25_000 + "!", "someone@example.com")
+        attack("names", {"patternProperties": {"^(a+)+$": False}, "additionalProperties": False}, {a: 1})
+        attack("names, unevaluated", {"patternProperties": {"^(a+)+$": True}, "unevaluatedProperties": False}, {a: 1})
+        attack("names of names", {"propertyNames": {"pattern": "^(a+)+$"}}, {a: 1})
+        attack("negated", {"not": {"pattern": "^(a+)+$"}}, a)
+    """)
+
+    assert answers.pop("mail") == "schema matched"
+    assert answers.pop("negated") == "matched"
+    assert len(answers) == 10
+    assert set(answers.values()) == {"schema"}
+
+
+def test_patterns_too_large_to_be_fast_are_refused() -> None:
+    answers = run(r"""
+        for pattern in (
+            "(?:a{1,1000}){1,1000}", "a{1000000}", "(((a{30}){30}){30}){30}", r"\p{L}{1000}", r"(\w{100}){100}",
+            "(" * 2000 + ")" * 2000, "(?=a)b", "(?<=a)b", r"(a)\1", r"(?<n>a)\k<n>", "(a", "[b-a]", "*",
+        ):
+            attack(pattern, {"pattern": pattern}, "a")
+    """)
+
+    assert len(answers) == 13
+    assert set(answers.values()) == {"pattern_unsupported"}
+
+
+def test_patterns_that_are_slow_in_linear_time_meet_short_texts_only() -> None:
+    """The last took 8.5 microseconds a character: 8 seconds for the largest body that we accept."""
+    answers = run("""
+        import random
+        bits = format(random.Random(1).getrandbits(1_000_000), "b")
+        for pattern in "[01]*1[01]{20}2", "[01]*1[01]{400}2", "(?:0|1)*1(?:0|1){2000}[23]":
+            attack(pattern, {"pattern": pattern}, bits[:10_000], bits)
+        attack("in parts", {"items": {"pattern": "[01]*1[01]{400}2"}}, [bits[i:i + 1000] for i in range(100_000)])
+        names = {bits[i:i + 1000]: 1 for i in range(9000)}
+        attack("as names", {"propertyNames": {"pattern": "[01]*1[01]{400}2"}}, names)
+        attack("many", {"anyOf": [{"pattern": f"[01]*1[01]{{{i}}}2"} for i in range(300, 400)]}, bits[:500], bits)
+    """)
+
+    assert answers == {
+        "[01]*1[01]{20}2": "schema too_costly",
+        "[01]*1[01]{400}2": "schema too_costly",
+        "(?:0|1)*1(?:0|1){2000}[23]": "schema too_costly",
+        "in parts": "too_costly",
+        "as names": "too_costly",
+        "many": "schema too_costly",
+    }
+
+
+# Large values ------------------------------------------------------------------------------------------------------
+
+
+def test_large_values_are_decided_fast() -> None:
+    answers = run("""
+        numbers = list(range(150_000))
+        attack("unique numbers", {"uniqueItems": True}, numbers, numbers + [1.0])
+        attack("unique objects", {"uniqueItems": True}, [{"a": i} for i in range(100_000)])
+        attack("unique lists", {"uniqueItems": True}, [[i] for i in range(150_000)])
+        attack("unique mixture", {"uniqueItems": True}, [x for i in range(30_000) for x in (i, str(i), [i], {"a": i})])
+        attack("unique fractions", {"uniqueItems": True}, [i * 1e300 for i in range(100_000)])
+        attack("contains", {"contains": {"const": -1}}, numbers)
+        attack("fractions", {"items": {"multipleOf": 0.01}}, [1e308] * 100_000)
+        attack("members", {"patternProperties": {"^a": True}, "unevaluatedProperties": False},
+               {f"a{i}": 1 for i in range(10_000)})
+        attack("a long text", {"minLength": 1, "pattern": "b$"}, "a" * 100_000)
+    """)
+
+    assert answers == {
+        "unique numbers": "matched schema",
+        "unique objects": "matched",
+        "unique lists": "matched",
+        "unique mixture": "matched",
+        "unique fractions": "matched",
+        "contains": "schema",
+        "fractions": "matched",
+        "members": "matched",
+        "a long text": "schema",
+    }
+
+
+def test_large_schemas_do_not_meet_large_values() -> None:
+    """A thousand alternatives on a quarter of a million items took more than twelve seconds."""
+    answers = run("""
+        options = {"anyOf": [{"const": i} for i in range(1000)]}
+        attack("alternatives", {"contains": options}, [-1] * 250_000)
+        attack("alternatives for one value", options, -1, 999)
+        attack("objects", {"contains": {"enum": [{"a": i} for i in range(9000)]}}, [{"a": -1}] * 100_000)
+        attack("names", {"patternProperties": {f"a{i}": True for i in range(300)}, "unevaluatedProperties": False},
+               {f"a{i}": 1 for i in range(80_000)})
+    """)
+
+    assert answers == {
+        "alternatives": "too_costly",
+        "alternatives for one value": "schema matched",
+        "objects": "too_costly",
+        "names": "too_costly",
+    }
+
+
+def test_numbers_that_are_compared_slowly_are_not_compared() -> None:
+    """Ten thousand numbers just beyond 64 bits held `uniqueItems` for twelve seconds."""
+    answers = run("""
+        attack("just beyond 64 bits", {"uniqueItems": True}, [2**63 + i for i in range(40_000)])
+        attack("4000 digits", {"uniqueItems": True}, [10**4000 + i for i in range(250)])
+        attack("multiples", {"items": {"multipleOf": 0.01}}, [10**4000 + i for i in range(250)])
+        attack("one", {"const": 1}, 10**4000)
+        attack("one in the schema", {"const": 10**400}, 1)
+    """)
+
+    assert answers.pop("one in the schema") == "schema"
+    assert len(answers) == 4
+    assert set(answers.values()) == {"number_too_large"}
