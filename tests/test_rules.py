@@ -1,0 +1,173 @@
+"""The two handlers that reach nobody: `rules`, which answers from conditions, and `log`, which writes one line."""
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.handlers.log import LogHandler
+from adapter.handlers.rules import Rules, RulesSettings, RuleUndecided
+from adapter.orders import Order, read_order
+from adapter.plugin import Context, Done, NoSettings, Notification, Problem, Settings
+
+COMPLETED = (Path(__file__).parent / "orders" / "order-completed.json").read_bytes()
+NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
+PERSON = {
+    "scope": "/customer/billing/nationalIdentificationNumber",
+    "schema": {"type": "string"},
+    "code": "national-id-missing",
+    "message": "We need your national identification number.",
+}
+SWEDISH = {"scope": "/country", "schema": {"const": "SE"}, "code": "not-swedish", "message": "We sell in Sweden only."}
+LOYAL = {"scope": "/customer/loyalty", "code": "not-a-member", "message": "This sale is for members."}
+
+
+def rules(*rules: dict[str, Any]) -> RulesSettings:
+    return msgspec.convert({"rules": rules}, RulesSettings)
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.lines.append((event, fields))
+
+    debug = warning = error = info
+
+
+def context(settings: Settings, log: Lines | None = None) -> Context[Any]:
+    return Context(
+        settings=settings,
+        log=log or Lines(),
+        http=None,  # type: ignore[arg-type]  # neither handler reaches anybody
+        orders=None,  # type: ignore[arg-type]
+        clock=lambda: NOW,
+        identity="the-event",
+        route="a-route",
+        deadline=NOW,
+        first_attempt_at=NOW,
+    )
+
+
+def validate(order: Order, *given: dict[str, Any]) -> list[Problem]:
+    return asyncio.run(Rules().validate(order, context(rules(*given))))
+
+
+def test_rules_that_hold_leave_nothing_against_the_purchase():
+    assert validate(read_order(COMPLETED), SWEDISH, LOYAL) == []
+
+
+def test_rules_that_do_not_hold_are_reported_in_their_order():
+    order = read_order(b'{"id": "o", "country": "NO", "customer": {"billing": {}}}')
+
+    problems = validate(order, PERSON, SWEDISH, LOYAL)
+
+    assert [problem.code for problem in problems] == ["national-id-missing", "not-swedish", "not-a-member"]
+    assert problems[0].message == "We need your national identification number."
+
+
+@pytest.mark.parametrize(
+    ("billing", "holds"),
+    [
+        ({}, False),
+        (None, False),
+        ({"nationalIdentificationNumber": None}, False),
+        ({"nationalIdentificationNumber": "1"}, True),
+    ],
+    ids=["absent", "no-address", "null", "there"],
+)
+def test_a_rule_with_a_type_demands_presence(billing, holds):
+    order = read_order(json.dumps({"id": "o", "customer": {"billing": billing}}).encode())
+
+    assert (validate(order, PERSON) == []) is holds
+
+
+def test_a_rule_without_a_schema_holds_for_null_and_not_for_nothing():
+    assert validate(read_order(b'{"customer": {"loyalty": null}}'), LOYAL) == []
+    assert len(validate(read_order(b'{"customer": {}}'), LOYAL)) == 1
+
+
+def test_a_rule_that_cannot_be_decided_is_no_answer():
+    """A scope that leads through an array has no answer, and so has the purchase."""
+    in_an_array = SWEDISH | {"scope": "/payments/0/state", "code": "unpaid"}
+
+    with pytest.raises(RuleUndecided) as raised:
+        validate(read_order(COMPLETED), in_an_array)
+
+    assert str(raised.value) == "the rule unpaid could not be decided: scope_in_array"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"scope": "country"}, "scope_syntax"),
+        ({"scope": ""}, "scope_empty"),
+        ({"schema": {"type": "text"}}, "schema_invalid"),
+        ({"schema": {"$ref": "https://example.com/schema"}}, "ref_remote"),
+        ({"code": "Not kebab"}, "kebab-case"),
+        ({"message": ""}, "length"),
+    ],
+    ids=["scope", "no-scope", "schema", "remote", "code", "message"],
+)
+def test_a_rule_that_cannot_work_is_found_with_the_settings(change, text):
+    with pytest.raises(msgspec.ValidationError, match=r"\$\.rules\[1\]") as raised:
+        rules(PERSON, SWEDISH | change)
+
+    assert text in str(raised.value)
+
+
+def test_there_is_at_least_one_rule():
+    with pytest.raises(msgspec.ValidationError, match="length >= 1"):
+        rules()
+
+
+def test_conditions_are_compiled_once():
+    settings = rules(PERSON)
+
+    assert settings.rules[0].compiled is settings.rules[0].compiled
+    assert Rules.computes
+    assert Rules.settings_type is RulesSettings
+
+
+def seen(order: Order) -> tuple[Done, list[tuple[str, dict[str, Any]]]]:
+    log = Lines()
+    notification = Notification(
+        id=1,
+        merchant="fjallboden",
+        channel="se-b2c",
+        callback="order-status",
+        order=order,
+        received=order,
+        raw=order.raw,
+        received_at=NOW,
+    )
+    return asyncio.run(LogHandler().deliver(notification, context(NoSettings(), log))), log.lines
+
+
+def test_log_writes_one_line_without_the_order():
+    outcome, lines = seen(read_order(COMPLETED))
+
+    assert outcome == Done()
+    assert lines == [
+        (
+            "order_seen",
+            {
+                "order_id": "oKvRmTzQwYbLsXnHdJcFgPeAu",
+                "merchant": "fjallboden",
+                "channel": "se-b2c",
+                "callback": "order-status",
+                "status": "completed",
+            },
+        )
+    ]
+
+
+def test_log_repeats_no_state_that_norce_does_not_have():
+    _, lines = seen(read_order(b'{"id": "o", "state": {"currentStatus": "19 Main Street"}}'))
+
+    assert lines[0][1]["status"] == "other"
