@@ -215,7 +215,7 @@ class Dispatcher(_Part, frozen=True, kw_only=True):
     slots: Annotated[Positive, says("How many deliveries run at once in this process.")] = 32
     grace: Annotated[
         timedelta, Within("0s", "10m"), says("How long a shutdown waits for running deliveries before it cancels them.")
-    ] = timedelta(seconds=25)
+    ] = timedelta(seconds=20)
 
 
 class Override(_Part, frozen=True, kw_only=True):

@@ -101,7 +101,7 @@ def test_what_is_left_out_has_its_default(file: Path) -> None:
     assert (config.operations.host, config.operations.port, config.operations.token) == ("127.0.0.1", 8081, None)
     assert config.store.url == "sqlite:///data/adapter.db"
     assert (config.norce.environment, config.norce.base_url) == ("playground", None)
-    assert (config.dispatcher.slots, config.dispatcher.grace) == (32, timedelta(seconds=25))
+    assert (config.dispatcher.slots, config.dispatcher.grace) == (32, timedelta(seconds=20))
     assert config.merchants["norce"].slug == "norce"
     assert config.routes["export"].refetch
     assert config.routes["export"].retry.schedule[0] == timedelta(seconds=5)
