@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,6 +59,7 @@ def serve(config_path: Path) -> None:
     config, built = _configured(config_path)
     try:
         uvloop.run(app.serve(config, built))
+        _leave_threads_behind()
     except (StoreInUse, StoreUnavailable) as error:
         _end(STORE, str(error))
     except app.PortInUse as error:
@@ -113,9 +115,9 @@ def send(
     config, _ = _configured(config_path)
     if callback not in config.callbacks:
         _end(2, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
-    body, order = _body(file)
-    merchant, channel = merchant or order.get("merchant"), channel or order.get("channel")
-    order_id = order_id or order.get("id")
+    instead = {"id": order_id, "merchant": merchant, "channel": channel}
+    body, order = _body(file, {name: value for name, value in instead.items() if value is not None})
+    order_id, merchant, channel = (order.get(name) for name in instead)
     if not merchant or not channel or not order_id:
         _end(2, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
     to = address or f"http://127.0.0.1:{config.server.port}"
@@ -215,6 +217,14 @@ def _configured(path: Path) -> tuple[Config, routes.Routes]:
         _end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
 
 
+def _leave_threads_behind() -> None:
+    """Ends the process where a plugin has left a thread at work: Python would wait for one of `asyncio.to_thread`."""
+    if threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
 def _end(code: int, message: str) -> NoReturn:
     click.echo(message, err=True)
     sys.exit(code)
@@ -243,7 +253,8 @@ def _print(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | N
         sys.exit(NOTHING_MATCHED)
 
 
-def _body(file: Path) -> tuple[bytes, dict[str, Any]]:
+def _body(file: Path, instead: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
+    """The bytes to send and the order in them: the file's own, unless something has to be put in its place."""
     raw = file.read_bytes()
     try:
         tree = json.loads(raw)
@@ -257,6 +268,9 @@ def _body(file: Path) -> tuple[bytes, dict[str, Any]]:
     order = tree.get("order", tree)
     if not isinstance(order, dict):
         _end(2, f"{file} holds no order")
+    if instead:
+        order.update(instead)
+        raw = json.dumps(tree, ensure_ascii=False).encode()
     return raw, order
 
 

@@ -1,0 +1,85 @@
+"""The documents say what is true: their code runs, their commands exist, their links lead somewhere."""
+
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import click
+import pytest
+from ruamel.yaml import YAML
+
+from adapter.cli import main
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str) -> list[pytest.param]:  # type: ignore[valid-type]
+    found = []
+    for path in DOCUMENTS:
+        for match in re.finditer(rf"^```{language}\n(.*?)^```", path.read_text("utf-8"), re.M | re.S):
+            line = path.read_text("utf-8")[: match.start()].count("\n") + 1
+            found.append(pytest.param(match[1], id=f"{path.name}:{line}"))
+    assert found, f"no {language} blocks found"
+    return found
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code: str) -> None:
+    exec(compile(code, "a document", "exec"), {"__name__": "a_document"})
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_yaml_blocks_are_yaml(text: str) -> None:
+    assert isinstance(YAML(typ="safe").load(text), dict)
+
+
+@pytest.mark.parametrize("text", blocks("toml"))
+def test_toml_blocks_are_toml(text: str) -> None:
+    assert tomllib.loads(text)
+
+
+@pytest.mark.parametrize("text", blocks("console"))
+def test_commands_exist_with_these_options(text: str) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.M))
+    for line in text.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert words[1] in targets
+        elif words[:1] == ["norce-adapter"]:
+            parse(main, words[1:])
+        else:
+            assert words[:1] in ([], ["export"]), f"nothing here knows {words[0]}"
+
+
+def parse(command: click.Command, words: list[str]) -> None:
+    """Has click parse the words as it would, and run nothing."""
+    context = command.make_context(command.name or "", list(words), resilient_parsing=False)
+    if isinstance(command, click.Group):
+        name, sub, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        assert sub is not None, name
+        parse(sub, rest)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text("utf-8")):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_readme_names_every_word_of_the_ledger() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+
+    for word in (
+        "rejected",
+        "exhausted",
+        "unknown",
+        "condition",
+        "lane",
+        "queue",
+        "in doubt",
+        "dead letter",
+        "verdict",
+    ):
+        assert word in readme
