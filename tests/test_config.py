@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from adapter import config as config_module
 from adapter.config import (
-    LARGEST_FILE_BYTES,
     Config,
     ConfigFile,
     ConfigurationInvalid,
@@ -25,6 +23,7 @@ from adapter.config import (
     merged,
     read_settings,
 )
+from adapter.config.document import LARGEST_FILE_BYTES
 from adapter.plugin import Secret, Settings, Url
 
 CANARY = "canary-9f8e7d6c5b4a"
@@ -60,7 +59,7 @@ routes:
 """
 
 
-REFERENCE = Path(config_module.__file__).parent.parent / "config.yaml"
+REFERENCE = Path(__file__).parent.parent / "config.yaml"
 
 
 def everything_commented_in(text: str) -> str:
