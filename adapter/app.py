@@ -12,12 +12,14 @@ import random
 import signal
 import socket
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 
 import structlog
 import uvicorn
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
@@ -39,6 +41,7 @@ log = structlog.get_logger(__name__)
 
 CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
 BEAT_SECONDS = 5.0
+PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 VERSION = version("norce-adapter")
 
 
@@ -78,7 +81,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         norce = make_norce()
         stack.push_async_callback(norce.aclose)
         runner = Runner(make_norce=make_norce, clock=moment)
-        stack.push_async_callback(runner.stop, config.norce.timeout)
+        stack.push_async_callback(runner.stop, PLUGINS_STOP_WITHIN)
         lanes = Lanes(store)
         queues = await lanes.enter(queue_keys(config, routes), version=VERSION)
         of_route = {route.name: route for route in routes.all}
@@ -120,12 +123,15 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         working = asyncio.create_task(dispatcher.run())
         health.checks["dispatcher"] = lambda: not working.done()
 
-        async def stop_dispatching() -> None:
-            await dispatcher.stop(config.dispatcher.grace)
+        intake = contextlib.AsyncExitStack()
+
+        async def stop_working() -> None:
+            # Beside each other, so that the grace of what runs counts from the signal.
+            await asyncio.gather(intake.aclose(), dispatcher.stop(config.dispatcher.grace))
             await working
 
-        stack.push_async_callback(stop_dispatching)
-        await stack.enter_async_context(served(Starlette(routes=[Route(CALLBACK_PATH, endpoint)]), public))
+        stack.push_async_callback(stop_working)
+        await intake.enter_async_context(served(_public(endpoint), public))
 
         health.started = True
         service = Service(
@@ -184,6 +190,15 @@ def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
         for merchant, of_merchant in config.merchants.items()
         for channel in of_merchant.channels
     ]
+
+
+def _public(endpoint: CallbackEndpoint) -> Starlette:
+    async def not_found(_request: Request, _error: Exception) -> Response:
+        return JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404)
+
+    public = Starlette(routes=[Route(CALLBACK_PATH, endpoint)], exception_handlers={404: not_found})
+    public.router.redirect_slashes = False  # whether Norce follows redirects is documented nowhere
+    return public
 
 
 async def _beat(lanes: Lanes) -> None:
