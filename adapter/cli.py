@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import quote, urlencode
 
 import click
 import httpx
@@ -19,6 +20,7 @@ import uvloop
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from sqlalchemy.exc import DBAPIError
 
 from adapter import app, logs, routes
 from adapter import config as configuration
@@ -26,10 +28,11 @@ from adapter.callbacks.senders import Senders
 from adapter.config import Config, ConfigurationInvalid
 from adapter.demo import DemoFailed, demo, walk
 from adapter.ledger.desk import Desk
-from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
+from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading, sqlite_path
 from adapter.plugin import NotificationHandler, ValidationHandler
 
 FAILED, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 3, 4, 5
+WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
 
 config_option = click.option(
     "--config",
@@ -118,7 +121,8 @@ def send(
     instead = {"id": order_id, "merchant": merchant, "channel": channel}
     body, order = _body(file, {name: value for name, value in instead.items() if value is not None})
     order_id, merchant, channel = (order.get(name) for name in instead)
-    if not merchant or not channel or not order_id:
+    named = merchant and channel and order_id
+    if not named or not (isinstance(merchant, str) and isinstance(channel, str) and isinstance(order_id, str)):
         _end(2, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
     to = address or f"http://127.0.0.1:{config.server.port}"
     url, headers = _authenticated(config, to, merchant, channel, order_id, callback)
@@ -146,11 +150,13 @@ def handlers_list(output: str) -> None:
         row: dict[str, Any] = {"name": name, "from": point.dist.name if point.dist else None, "kind": None}
         try:
             handler = point.load()
-        except Exception as error:  # noqa: BLE001 - a plugin's import may fail in any way; it is listed as broken
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is listed as broken
             row |= {"says": f"cannot be imported: {type(error).__name__}"}
         else:
             kinds = {NotificationHandler: "notification", ValidationHandler: "validation"}
-            row["kind"] = next((text for kind, text in kinds.items() if issubclass(handler, kind)), "none of ours")
+            is_class = isinstance(handler, type)
+            fitting = (text for kind, text in kinds.items() if is_class and issubclass(handler, kind))
+            row["kind"] = next(fitting, "none of ours")
             row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
         rows.append(row)
     _print(rows, output)
@@ -238,6 +244,8 @@ def _desk(config_path: Path) -> Iterator[Desk]:
             yield Desk(connection)
     except (StoreMissing, StoreUnavailable) as error:
         _end(STORE, str(error))
+    except DBAPIError as error:
+        _end(STORE, f"cannot read {sqlite_path(config.store.url)}: {error.orig}")
 
 
 def _print(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
@@ -248,7 +256,7 @@ def _print(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | N
         table = Table(*names, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
-        Console(soft_wrap=not sys.stdout.isatty()).print(table)
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     if not rows:
         sys.exit(NOTHING_MATCHED)
 
@@ -280,12 +288,15 @@ def _authenticated(
     headers = {"content-type": "application/json", "x-merchant": merchant, "x-channel": channel}
     if config.senders.signed_urls is not None:
         return Senders(config.senders).signed_url(to, merchant, channel, order_id, callback), headers
-    url = app.CALLBACK_PATH.replace("{order_id}", order_id).replace("{callback}", callback)
-    for header_secret in config.senders.header_secrets:
-        headers[header_secret.header] = header_secret.values[0].reveal()
-        return f"{to.rstrip('/')}{url}", headers
-    url_secret = config.senders.url_secrets[0]
-    return f"{to.rstrip('/')}{url}?{url_secret.parameter}={url_secret.values[0].reveal()}", headers
+    path = app.CALLBACK_PATH.replace("{callback}", callback).replace("{order_id}", quote(order_id, safe=""))
+    url = f"{to.rstrip('/')}{path}"
+    for in_header in config.senders.header_secrets:
+        if in_header.merchants is None or merchant in in_header.merchants:
+            return url, headers | {in_header.header: in_header.values[0].reveal()}
+    for in_url in config.senders.url_secrets:
+        if in_url.merchants is None or merchant in in_url.merchants:
+            return f"{url}?{urlencode({in_url.parameter: in_url.values[0].reveal()})}", headers
+    _end(2, f"no secret in senders is good for merchant {merchant}")
 
 
 def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:
@@ -307,7 +318,8 @@ async def _demo(*, then_exit: bool, output: str) -> None:
             click.echo(json.dumps(summary))
         if then_exit:
             return
-        service = running.service
+        service, command = running.service, Path(sys.argv[0])
+        order = running.config_path.with_name("order-completed.json")
         click.echo(
             "\nStill running; Ctrl-C ends it.\n"
             f"  callbacks   {service.public_address}\n"
@@ -316,7 +328,7 @@ async def _demo(*, then_exit: bool, output: str) -> None:
             f"  Jetshop     {running.jetshop_address} (stand-in)\n\n"
             "In another terminal:\n"
             f"  export NORCE_ADAPTER_CONFIG={running.config_path}\n"
-            "  norce-adapter deliveries list\n"
-            "  norce-adapter send adapter/demo/orders/order-completed.json --callback order-status --repeat 5"
+            f"  {command} deliveries list\n"
+            f"  {command} send {order} --callback order-status --repeat 5"
         )
         await app.told_to_stop()

@@ -79,6 +79,9 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             "@JETSHOP@": jetshop_address,
         }.items():
             text = text.replace(mark, value)
+        (folder / "order-completed.json").write_bytes(
+            files(__package__).joinpath("orders/order-completed.json").read_bytes()
+        )
         path = folder / "config.yaml"
         path.write_text(text, "utf-8")
         config = configuration.load(path, {})
