@@ -129,7 +129,7 @@ def next_attempt_at(
     due = failed_at + schedule[attempts - 1] * (1 + LARGEST_JITTER * min(max(jitter, 0.0), 1.0))
     if not_before is None:
         return due
-    return max(due, failed_at + min(not_before, LONGEST_DEFERRAL))
+    return max(due, failed_at + min(max(not_before, timedelta(0)), LONGEST_DEFERRAL))
 
 
 def settle(result: Result, attempt: Attempt) -> Settlement:

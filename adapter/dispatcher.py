@@ -9,7 +9,7 @@ over after a crash then asks the destination, and finds what this process did.
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -78,6 +78,7 @@ class Dispatcher:
         self._slots = slots
         self._random = random
         self._news = asyncio.Event()
+        self._claiming = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: set[Run[Any]] = set()
         self._busy: Counter[int] = Counter()
@@ -98,18 +99,22 @@ class Dispatcher:
         while not self._stopping:
             # Clear the news before claiming: what lands in between must not be lost.
             self._news.clear()
+            asked_at = self._clock()
             try:
-                claims = await self._claim()
-                if not claims:
-                    await self._sleep()
+                async with self._claiming:
+                    asks = self._asks()
+                    claims = await self._lanes.claim(asks, self._free) if asks else []
+                    for claim in claims:
+                        self._busy[claim.queue_id] += 1
+                        task = asyncio.create_task(self._attempt(claim))
+                        self._tasks.add(task)
+                        task.add_done_callback(self._finished)
+                if not asks:  # no room: a slot that is given back will wake us
+                    await self._wait(POLL)
+                elif not claims:
+                    await self._sleep(asked_at)
             except StoreUnavailable:
                 await self._wait(STORE_RETRY)
-                continue
-            for claim in claims:
-                self._busy[claim.queue_id] += 1
-                task = asyncio.create_task(self._attempt(claim))
-                self._tasks.add(task)
-                task.add_done_callback(self._finished)
 
     async def stop(self, grace: timedelta) -> None:
         """
@@ -118,6 +123,8 @@ class Dispatcher:
         """
         self._stopping = True
         self.wake()
+        async with self._claiming:  # what is being claimed now must be among the tasks, or it would stay in doubt
+            pass
         await self._drain(grace)
         self._cancelling = True
         for run in self._runs:
@@ -139,9 +146,13 @@ class Dispatcher:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("dispatcher_failed", exc_info=error)  # the lane stays claimed, and in doubt at the next start
 
-    async def _claim(self) -> list[Claim]:
-        free = self._slots - len(self._tasks)
-        asks = [
+    @property
+    def _free(self) -> int:
+        return self._slots - len(self._tasks)
+
+    def _asks(self) -> list[Ask]:
+        free = self._free
+        return [
             Ask(
                 queue_id=queue.id,
                 most=min(free, queue.route.concurrency - self._busy[queue.id]),
@@ -150,13 +161,15 @@ class Dispatcher:
             for queue in self._queues.values()
             if free > 0 and self._busy[queue.id] < queue.route.concurrency
         ]
-        return await self._lanes.claim(asks, free) if asks else []
 
-    async def _sleep(self) -> None:
+    async def _sleep(self, asked_at: int) -> None:
         due = await self._lanes.next_due_at()
-        now = self._clock()
-        # What is due already could not be taken: a slot that is given back will wake us.
-        await self._wait(POLL if due is None or due <= now else min(POLL, timedelta(milliseconds=due - now)))
+        # What was due when we asked could not be taken: a slot that is given back will wake us. What has become due
+        # since then nobody has asked for.
+        if due is None or due <= asked_at:
+            await self._wait(POLL)
+        else:
+            await self._wait(min(POLL, timedelta(milliseconds=max(due - self._clock(), 0))))
 
     async def _wait(self, at_most: timedelta) -> None:
         try:
@@ -189,6 +202,8 @@ class Dispatcher:
         route, handling = queue.route, queue.route.handling
         looking_up = claim.in_doubt and handling.looks_up
         kind = "lookup" if looking_up else "deliver"
+        if self._stopping:  # claimed while the service stops
+            return _Ended(result=Ending.RELEASED, kind=kind)
         if claim.in_doubt and not looking_up and not handling.repeatable:
             return _Ended(
                 result=Unknown("in-doubt", "an attempt ended without a known outcome, and cannot be looked up")
@@ -202,7 +217,7 @@ class Dispatcher:
             if held is not Held.MATCHED:
                 return _Ended(result=Ending.MOVED_ON if held is Held.NOT_MATCHED else Ending.CONDITION)
         now = _moment(self._clock())
-        if self._cancelling or now + route.timeout > _moment(claim.doubt_ends_at):
+        if self._stopping or now + route.timeout > _moment(claim.doubt_ends_at):
             return _Ended(result=Ending.RELEASED, kind=kind)
         call = Call(
             route=route.name,
@@ -296,6 +311,12 @@ class Dispatcher:
                     log.error("settle_given_up", delivery_id=claim.delivery_id, route=queue.route.name)
                     return
                 await asyncio.sleep(STORE_RETRY.total_seconds())
+            except Exception as error:  # words of the handler's that cannot be written: the outcome counts, not they
+                if (record.message, record.reference, record.facts) == (None, None, None):
+                    raise
+                log.error("handler_failed", route=queue.route.name, delivery_id=claim.delivery_id,
+                          order_id=claim.order_id, handler=queue.route.handler_name, exc_info=error)  # fmt: skip
+                record = replace(record, message=None, reference=None, facts=None)
         now = self._clock()
         event = {State.DONE: "delivery_done", State.WAITING: "delivery_retried", State.DEAD: "delivery_dead"}
         write = log.warning if settlement.state is State.DEAD or settlement.pauses else log.info

@@ -36,7 +36,7 @@ def configure(*, stream: TextIO | None = None, level: int = INFO) -> None:
     out = stream or sys.stderr
     render: structlog.typing.Processor
     if out.isatty():
-        render = structlog.dev.ConsoleRenderer(exception_formatter=lambda _stream, _info: None)
+        render = _for_a_person(structlog.dev.ConsoleRenderer(exception_formatter=lambda _stream, _info: None))
     else:
         render = _json
     structlog.configure(
@@ -65,6 +65,7 @@ def _timestamp(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> Mu
 
 
 def _exception(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    fields.pop("exception", None)  # ours alone: it is not checked any further
     info = fields.pop("exc_info", None)
     if info is True:
         info = sys.exc_info()
@@ -102,8 +103,20 @@ def _shown(name: str, value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return value if len(value) <= LONGEST_TEXT else value[:LONGEST_TEXT] + "…"
+        text = str(value).encode(errors="replace").decode()  # an exact `str`, and one that can be written
+        return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
     return "[redacted]"  # a repr may be an order
+
+
+def _for_a_person(render: structlog.dev.ConsoleRenderer) -> structlog.typing.Processor:
+    def rendered(logger: Any, name: str, fields: MutableMapping[str, Any]) -> str:
+        if "exception" in fields:  # a renderer for terminals takes a text
+            chain = (["caused by " * bool(number) + each["type"], *each["frames"]]
+                     for number, each in enumerate(fields["exception"]))  # fmt: skip
+            fields["exception"] = "\n".join("\n    ".join(each) for each in chain)
+        return render(logger, name, fields)
+
+    return rendered
 
 
 def _json(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> str:

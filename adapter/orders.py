@@ -23,9 +23,13 @@ class NotAnOrder(Exception):
     """The bytes are not one JSON object in strict JSON (RFC 8259), or hold no order."""
 
 
-def _refuse_non_finite(*amounts: Decimal | None) -> None:
-    if not all(amount is None or amount.is_finite() for amount in amounts):
-        raise ValueError("an amount is not a finite number")
+_NOT_FINITE = "not a finite number: "
+
+
+def _refuse_non_finite(**amounts: Decimal | None) -> None:
+    for name, amount in amounts.items():
+        if amount is not None and not amount.is_finite():
+            raise ValueError(_NOT_FINITE + name)  # the member, which msgspec's own path does not name
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -46,7 +50,7 @@ class Price(_Part, frozen=True, kw_only=True):
     excluding_vat: Decimal | None = None
 
     def __post_init__(self) -> None:
-        _refuse_non_finite(self.including_vat, self.excluding_vat)
+        _refuse_non_finite(includingVat=self.including_vat, excludingVat=self.excluding_vat)
 
 
 class Transition(_Part, frozen=True, kw_only=True):
@@ -93,7 +97,7 @@ class Item(_Part, frozen=True, kw_only=True):
     attributes: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        _refuse_non_finite(self.vat_rate)
+        _refuse_non_finite(vatRate=self.vat_rate)
 
 
 class Cart(_Part, frozen=True, kw_only=True):
@@ -157,7 +161,7 @@ class Payment(_Part, frozen=True, kw_only=True):
     attributes: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        _refuse_non_finite(self.amount, self.upper_limit_amount)
+        _refuse_non_finite(amount=self.amount, upperLimitAmount=self.upper_limit_amount)
 
 
 class Named(_Part, frozen=True, kw_only=True):
@@ -188,7 +192,7 @@ class Shipping(_Part, frozen=True, kw_only=True):
     attributes: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
-        _refuse_non_finite(self.vat_rate)
+        _refuse_non_finite(vatRate=self.vat_rate)
 
 
 class Order(_Part, frozen=True, kw_only=True, dict=True):
@@ -317,7 +321,8 @@ def _view(exact: Any) -> tuple[Order, tuple[str, ...]]:
         try:
             return msgspec.convert(exact, Order), tuple(set_aside)
         except msgspec.ValidationError as error:
-            path = str(error).rpartition(" - at `")[2].rstrip("`")
+            what, _, path = str(error).rpartition(" - at `")
+            path = path.rstrip("`") + what.replace(_NOT_FINITE, ".") * what.startswith(_NOT_FINITE)
             if not _drop(exact, path):
                 break
             set_aside.append(path)

@@ -59,9 +59,9 @@ def retry_after(value: str | None, now: datetime | None = None) -> timedelta | N
     """`Retry-After` (RFC 9110, 10.2.3) as a duration: seconds or a date; None where it is neither."""
     if value is None:
         return None
-    if value.strip().isdigit():
-        return timedelta(seconds=min(int(value), 10**7))
     try:
+        if value.strip().isdecimal():
+            return timedelta(seconds=min(int(value), 10**7))
         moment = parsedate_to_datetime(value)
     except (ValueError, OverflowError):
         return None
@@ -123,7 +123,8 @@ class _Guarded(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
-        origin = (url.scheme, url.host, url.port or {"https": 443, "http": 80}.get(url.scheme, 0))
+        host = url.raw_host.decode("ascii")  # in the one spelling that the wire has, as in `Url.origin`
+        origin = (url.scheme, host, url.port or {"https": 443, "http": 80}.get(url.scheme, 0))
         if origin not in self._allowed:
             raise Misconfigured("host-not-allowed", f"{url.host} is in no Url of this handler's settings")
         left = (self._deadline - self._clock() - ENDS_BEFORE_DEADLINE).total_seconds()

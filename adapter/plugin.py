@@ -26,7 +26,6 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -99,22 +98,24 @@ class Url(str):
 
     def __new__(cls, text: str) -> "Url":
         try:
-            parts = urlsplit(text)
-            port = parts.port
-        except ValueError as error:
+            parts = httpx.URL(text)
+        except (httpx.InvalidURL, ValueError) as error:
             raise ValueError("is not an address") from error
-        loopback = parts.hostname in ("localhost", "127.0.0.1", "::1")
-        if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and loopback)):
+        if any(character.isspace() for character in text) or not 0 < (1 if parts.port is None else parts.port) < 65536:
+            raise ValueError("is not an address")
+        loopback = parts.host in ("localhost", "127.0.0.1", "::1")
+        if not parts.host or not (parts.scheme == "https" or (parts.scheme == "http" and loopback)):
             raise ValueError("must be an https:// address; http:// is taken for localhost, 127.0.0.1 and [::1] only")
-        if "@" in parts.netloc or parts.query or parts.fragment or port == 0:
+        authority = text.partition("://")[2].partition("/")[0]
+        if "@" in authority or "?" in text or "#" in text:
             raise ValueError("must be a plain address: no user, password, query or fragment in it")
         return super().__new__(cls, text.rstrip("/"))
 
     @property
     def origin(self) -> tuple[str, str, int]:
-        """Scheme, host and port: `("https", "shop.example", 443)`."""
-        parts = urlsplit(self)
-        return parts.scheme, parts.hostname or "", parts.port or {"https": 443, "http": 80}[parts.scheme]
+        """Scheme, host and port: `("https", "shop.example", 443)`; the host as it is on the wire (`xn--…`)."""
+        parts = httpx.URL(self)
+        return parts.scheme, parts.raw_host.decode("ascii"), parts.port or {"https": 443, "http": 80}[parts.scheme]
 
 
 class Secret:

@@ -185,7 +185,7 @@ class _Builder:
             return None
         try:
             class_ = self._handlers[name].load()
-        except Exception as error:  # noqa: BLE001 - a plugin's import may fail in any way; it is reported, not raised
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is reported, not raised
             self._problem(path, f"the handler cannot be imported: {type(error).__name__}: {error}")
             return None
         kind = _KINDS[callback.kind]
@@ -194,7 +194,7 @@ class _Builder:
             return None
         try:
             handler: Handler = class_()
-        except Exception as error:  # noqa: BLE001 - as above
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
             self._problem(path, f"the handler cannot be made: {type(error).__name__}: {error}")
             return None
         return handler

@@ -174,11 +174,13 @@ class Runner:
 
     def deliver(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | Skip]:
         """Starts `deliver` on the deliveries' loop."""
-        return self._deliveries.run(handler.deliver(notification, self._context(self._deliveries, call)))
+        context = self._context(self._deliveries, call)
+        return self._deliveries.run(_called(lambda: handler.deliver(notification, context)))
 
     def lookup(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | None]:
         """Starts `lookup` on the deliveries' loop."""
-        return self._deliveries.run(handler.lookup(notification, self._context(self._deliveries, call)))
+        context = self._context(self._deliveries, call)
+        return self._deliveries.run(_called(lambda: handler.lookup(notification, context)))
 
     async def validate(self, handler: ValidationHandler[Any], order: Order, call: Call) -> list[Problem]:
         """
@@ -186,9 +188,11 @@ class Runner:
 
         Raises what the handler raises. The caller keeps the deadline: a hop may not come back in time.
         """
+        context = self._context(None if handler.computes else self._answers, call)
+        called = _called(lambda: handler.validate(order, context))
         if handler.computes:
-            return await handler.validate(order, self._context(None, call))
-        run = self._answers.run(handler.validate(order, self._context(self._answers, call)))
+            return await called
+        run = self._answers.run(called)
         try:
             return await run.ended()
         except asyncio.CancelledError:
@@ -218,6 +222,18 @@ class Runner:
             first_attempt_at=call.first_attempt_at,
             previous=call.previous,
         )
+
+
+async def _called(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """
+    One call of a plugin's method, made where it is to run: one that is no coroutine must not block the service's loop.
+
+    A plugin that tries to end the process would end the loop for all of them; that is a bug of its own alone.
+    """
+    try:
+        return await call()
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError("the handler tried to end the process") from error
 
 
 class _NoNetwork(httpx.AsyncBaseTransport):

@@ -114,7 +114,7 @@ class Verdicts:
             log.error("handler_failed", route=route.name, handler=route.handler_name, exc_info=error)
             return self._no_answer(route, "failed")
         problems = task.result()
-        if not isinstance(problems, list) or not all(isinstance(problem, Problem) for problem in problems):
+        if not isinstance(problems, list) or not all(map(_can_be_told, problems)):
             log.error("handler_failed", route=route.name, handler=route.handler_name, reason="returned no problems")
             return self._no_answer(route, "failed")
         return Verdict(route=route.name, problems=tuple(problems))
@@ -125,3 +125,14 @@ class Verdicts:
             return Verdict(route=route.name, problems=(), missing=why)
         problem = Problem("not-answered", f"{route.name} could not be decided in time; please try again.")
         return Verdict(route=route.name, problems=(problem,), missing=why)
+
+
+def _can_be_told(problem: object) -> bool:
+    """Whether it is a problem with text in it: what cannot be written as JSON would take the other answers with it."""
+    if not isinstance(problem, Problem) or not isinstance(problem.message, str):
+        return False
+    try:
+        problem.message.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

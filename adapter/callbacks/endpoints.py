@@ -204,17 +204,19 @@ class CallbackEndpoint:
 
     async def read_raw(self, scope: Scope, receive: Receive) -> RawCallback:
         """The request as it came. Raises `BodyTooLarge` (on bytes read, chunked too), `BodyTooSlow`."""
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        query: dict[str, tuple[str, ...]] = {}
+        headers: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        query: dict[str, list[str]] = {}
         for name, value in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
-            query[name] = (*query.get(name, ()), value)
+            query.setdefault(name, []).append(value)
         parameters = scope["path_params"]
         return RawCallback(
             method=scope["method"],
             order_id=parameters["order_id"],
             callback=parameters["callback"],
-            query=query,
-            headers=headers,
+            query={name: tuple(values) for name, values in query.items()},
+            headers={name: ", ".join(values) for name, values in headers.items()},  # two that differ fit nothing
             body=await self._read_body(receive),
         )
 

@@ -75,12 +75,12 @@ Merchants = Mapping[str, Container[str]]
 
 def check_order_id(order_id: str) -> None:
     """
-    Raises `Unresolved` on literal braces, `BadRequest` on an id that is empty, over 64 characters or holds a control
-    character.
+    Raises `Unresolved` on literal braces, `BadRequest` on an id that is empty, over 64 characters, holds a control
+    character or is a step in a path (`..`): it becomes part of a URL at Norce.
     """
     if "{" in order_id or "}" in order_id:
         raise Unresolved("unresolved-placeholder", "The order id in the path is an unresolved placeholder.")
-    if not order_id or len(order_id) > LONGEST_ID or not order_id.isprintable():
+    if not order_id or len(order_id) > LONGEST_ID or not order_id.isprintable() or order_id in (".", ".."):
         raise BadRequest("order-id", f"An order id has 1 to {LONGEST_ID} printable characters.")
 
 

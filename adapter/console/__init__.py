@@ -9,14 +9,18 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import structlog
+from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from adapter.ledger.desk import Desk
+from adapter.ledger.desk import Desk, Overview
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -45,8 +49,12 @@ def console(health: Health, metrics: Metrics, store: Store) -> Starlette:
         return JSONResponse({"started": health.started}, 200 if health.started else 503)
 
     def read() -> None:
-        with store.read_connection() as connection:
-            overview = Desk(connection).overview(store.clock())
+        try:
+            with store.read_connection() as connection:
+                overview = Desk(connection).overview(store.clock())
+        except DBAPIError as error:  # a failing store is when all other metrics are needed most
+            log.warning("ledger_unreadable", error_type=type(error).__name__)
+            overview = Overview(by_route={}, oldest_waiting_seconds={}, paused={})
         metrics.show(
             deliveries=overview.by_route,
             oldest_waiting_seconds=overview.oldest_waiting_seconds,

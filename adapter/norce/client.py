@@ -83,7 +83,7 @@ class Norce:
                         break
         except (httpx.HTTPError, TimeoutError) as error:
             raise NorceUnavailable(f"no answer from Norce: {type(error).__name__}") from error
-        return _order(answer)
+        return _order(answer, order_id)
 
     def for_handlers(self, merchant: str, channel: str) -> "HandlerOrders":
         """The same as a handler sees it, through `context.orders`."""
@@ -118,7 +118,7 @@ def base_url(environment: str, slug: str) -> str:
     return f"https://{slug}.api-se.{segment}norce.tech/checkout"
 
 
-def _order(answer: httpx.Response) -> Order:
+def _order(answer: httpx.Response, order_id: str) -> Order:
     status = answer.status_code
     if status == 404:
         raise OrderNotFound("Norce has no such order")
@@ -129,6 +129,9 @@ def _order(answer: httpx.Response) -> Order:
     if len(answer.content) > LARGEST_ORDER_BYTES:
         raise NorceUnavailable("Norce's answer is larger than 4 MiB")
     try:
-        return read_order(answer.content)
+        order = read_order(answer.content)
     except NotAnOrder as error:
         raise NorceUnavailable("Norce's answer is no order") from error
+    if order.id != order_id:  # a page of a proxy's, say: no condition would hold on it, and the order would be lost
+        raise NorceUnavailable("Norce's answer is not this order")
+    return order

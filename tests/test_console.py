@@ -1,0 +1,177 @@
+"""`adapter.console`: what the probes and the scraper are told."""
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from adapter.console import Health, console
+from adapter.ledger.inbox import Inbox, Receipt, Wanted
+from adapter.ledger.lanes import Lanes, QueueKey
+from adapter.ledger.store import Store, StoreUnavailable
+from adapter.metrics import Metrics
+
+
+class Stage:
+    """The operations port over a real ledger, without a service."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "ledger.db"
+        self.store = Store.open(f"sqlite:///{self.path}")
+        self.health = Health(started=True)
+        self.health.checks["store"] = lambda: not self.store.failing
+        self.metrics = Metrics("1.2.3")
+        self.app = console(self.health, self.metrics, self.store)
+
+    async def get(self, path: str, method: str = "GET") -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://operations") as http:
+            return await http.request(method, path)
+
+    def asks(self, path: str, method: str = "GET") -> httpx.Response:
+        return asyncio.run(self.get(path, method))
+
+
+@pytest.fixture
+def stage(tmp_path: Path) -> Iterator[Stage]:
+    made = Stage(tmp_path)
+    yield made
+    made.store.close()
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[Any]], float]:
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_it_is_alive_where_it_answers(stage: Stage) -> None:
+    stage.health.stopping = True
+
+    answer = stage.asks("/livez")
+
+    assert (answer.status_code, answer.json()) == (200, {"alive": True})
+
+
+def test_it_is_started_once_everything_is_up(stage: Stage) -> None:
+    stage.health.started = False
+    before = stage.asks("/startupz")
+    stage.health.started = True
+    after = stage.asks("/startupz")
+
+    assert (before.status_code, before.json()) == (503, {"started": False})
+    assert (after.status_code, after.json()) == (200, {"started": True})
+
+
+def test_it_is_ready_where_every_check_is_well(stage: Stage) -> None:
+    answer = stage.asks("/readyz")
+
+    assert answer.status_code == 200
+    assert answer.json() == {"ready": True, "checks": {"started": True, "not_stopping": True, "store": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [({"started": False}, "started"), ({"stopping": True}, "not_stopping"), ({}, "store"), ({}, "dispatcher")],
+    ids=["not started", "stopping", "store failing", "dispatcher ended"],
+)
+def test_it_is_not_ready_where_one_check_is_not_and_says_which(
+    stage: Stage, change: dict[str, bool], check: str
+) -> None:
+    for name, value in change.items():
+        setattr(stage.health, name, value)
+    if not change:
+        stage.health.checks[check] = lambda: False
+
+    answer = stage.asks("/readyz")
+
+    assert answer.status_code == 503
+    assert [name for name, well in answer.json()["checks"].items() if not well] == [check]
+
+
+def test_a_store_that_fails_makes_it_unready_until_the_next_write_is_well(stage: Stage) -> None:
+    def fails(connection: Any, _items: Any) -> list[None]:
+        connection.exec_driver_sql("SELECT * FROM no_such_table")
+        return [None]
+
+    def works(_connection: Any, items: Any) -> list[None]:
+        return [None for _ in items]
+
+    async def walk() -> list[int]:
+        statuses = [(await stage.get("/readyz")).status_code]
+        with pytest.raises(StoreUnavailable):
+            await stage.store.write(fails, None)
+        statuses.append((await stage.get("/readyz")).status_code)
+        statuses.append(int(samples((await stage.get("/metrics")).text)["norce_adapter_store_available", frozenset()]))
+        await stage.store.write(works, None)
+        statuses.append((await stage.get("/readyz")).status_code)
+        return statuses
+
+    assert asyncio.run(walk()) == [200, 503, 0, 200]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE"])
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/startupz", "/metrics"])
+def test_what_only_tells_takes_no_other_method(stage: Stage, path: str, method: str) -> None:
+    assert stage.asks(path, method).status_code == 405
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/api/v1/callbacks/orders/o1/order-status", "/metrics/x"])
+def test_nothing_else_is_there(stage: Stage, path: str) -> None:
+    assert stage.asks(path).status_code == 404
+
+
+def test_the_metrics_are_prometheus_text_with_every_name(stage: Stage) -> None:
+    answer = stage.asks("/metrics")
+
+    families = {family.name: family.type for family in text_string_to_metric_families(answer.text)}
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert {f"norce_adapter_{name}" for name in [
+        "callbacks", "callback_duration_seconds", "auth", "notifications_received", "notifications_stored",
+        "conditions_evaluated", "notifications_disagreed", "verdicts", "delivery_attempts",
+        "delivery_attempt_duration_seconds", "delivery_end_to_end_seconds", "deliveries",
+        "oldest_waiting_age_seconds", "queue_paused", "store_available", "build_info",
+    ]} <= families.keys()  # fmt: skip
+    assert all(re.fullmatch(r"norce_adapter_[a-z_]+", name) for name in families)
+    assert samples(answer.text)["norce_adapter_build_info", frozenset({("version", "1.2.3")})] == 1
+
+
+def test_the_metrics_tell_what_waits_in_the_ledger(stage: Stage) -> None:
+    async def walk() -> str:
+        queues = await Lanes(stage.store).enter([QueueKey(route="export", merchant="norce", channel="1")], version="0")
+        for number in range(3):
+            receipt = Receipt(
+                identity=bytes([number] * 24), merchant="norce", channel="1", callback="order-status",
+                order_id=f"canary-{number}", snapshot_at=1, source="callback", body=b"{}",
+                wanted=tuple(Wanted(queue_id=queue, refetch=True) for queue in queues.values()),
+            )  # fmt: skip
+            await Inbox(stage.store).receive(receipt)
+        return (await stage.get("/metrics")).text
+
+    text = asyncio.run(walk())
+
+    told = samples(text)
+    assert told["norce_adapter_deliveries", frozenset({("route", "export"), ("state", "waiting")})] == 3
+    assert told["norce_adapter_oldest_waiting_age_seconds", frozenset({("route", "export")})] >= 0
+    assert told["norce_adapter_store_available", frozenset()] == 1
+    assert "canary" not in text
+
+
+def test_the_metrics_are_still_told_where_the_ledger_cannot_be_read(stage: Stage) -> None:
+    """A failing store is when they are needed most."""
+    stage.store.failing = True
+    for suffix in ("", "-wal", "-shm"):
+        if os.path.exists(f"{stage.path}{suffix}"):
+            os.truncate(f"{stage.path}{suffix}", 0)
+
+    answer = stage.asks("/metrics")
+
+    assert answer.status_code == 200
+    assert samples(answer.text)["norce_adapter_store_available", frozenset()] == 0

@@ -1,0 +1,179 @@
+"""`adapter.demo`: the walk a newcomer sees, and what is really behind it."""
+
+import asyncio
+import copy
+import json
+import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from adapter.callbacks.senders import Senders
+from adapter.demo import Demo, DemoFailed, demo, walk
+from adapter.demo.norce import NorceStandIn
+from adapter.ledger.desk import Desk
+from adapter.ledger.store import open_for_reading
+
+SUMMARY = {
+    "validation": {"denied": 400, "approved": 200},
+    "notification": 200,
+    "repeated": 200,
+    "exports": 1,
+    "rejected": 1,
+}
+
+
+def url(running: Demo, order: dict[str, Any], callback: str) -> str:
+    senders = Senders(running.config.senders)
+    return senders.signed_url(
+        running.service.public_address, order["merchant"], order["channel"], order["id"], callback
+    )
+
+
+def deliveries(running: Demo) -> list[dict[str, Any]]:
+    with open_for_reading(running.config.store.url).connect() as connection:
+        return Desk(connection).deliveries()
+
+
+def completed(running: Demo) -> dict[str, Any]:
+    [order] = [order for order in running.norce.orders.values() if order["id"].startswith("oKv")]
+    return order
+
+
+def test_the_walk_ends_with_one_export_and_one_dead_letter() -> None:
+    said: list[str] = []
+
+    async def play() -> tuple[dict[str, Any], list[Any], list[Any], list[dict[str, Any]]]:
+        async with demo(port=0, operations_port=0) as running:
+            summary = await walk(running, said.append)
+            return summary, list(running.jetshop.journal), list(running.jetshop.violations), deliveries(running)
+
+    summary, journal, violations, owed = asyncio.run(play())
+
+    assert summary == SUMMARY
+    [accepted] = journal
+    assert (accepted.document["orderReference"], accepted.result) == ("100245", "created")
+    assert violations == []
+    assert sorted((each["state"], each["reason"]) for each in owed) == [("dead", "rejected"), ("done", "delivered")]
+    assert any("denied: 400" in line for line in said)
+    assert any("approved: 200" in line for line in said)
+
+
+def test_the_order_sent_five_more_times_is_still_one_export() -> None:
+    async def play() -> tuple[list[int], list[Any], int]:
+        async with demo(port=0, operations_port=0) as running, httpx.AsyncClient(trust_env=False) as http:
+            await walk(running, lambda _line: None)
+            order = completed(running)
+            shuffled = dict(reversed(order.items()))
+            answers = [
+                await http.post(url(running, order, "order-status"), json=body)
+                for body in (order, shuffled, {"order": order, "notification": {}}, order, copy.deepcopy(order))
+            ]
+            before = len(deliveries(running))
+            journal = running.jetshop.journal
+        # The service has ended, and with it whatever it might still have sent.
+        return [answer.status_code for answer in answers], list(journal), before
+
+    statuses, journal, owed = asyncio.run(play())
+
+    assert statuses == [200] * 5
+    assert len(journal) == 1
+    assert owed == 2
+
+
+def test_the_demo_takes_other_ports_where_its_own_are_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+
+        async def play() -> tuple[str, int]:
+            async with demo(port=port, operations_port=port) as running, httpx.AsyncClient(trust_env=False) as http:
+                answer = await http.get(f"{running.service.operations_address}/readyz")
+                return running.service.public_address, answer.status_code
+
+        address, ready = asyncio.run(play())
+
+    assert not address.endswith(f":{port}")
+    assert ready == 200
+
+
+def test_the_demo_keeps_its_secrets_to_itself_and_leaves_nothing_behind() -> None:
+    async def play() -> tuple[Any, list[int]]:
+        async with demo(port=0, operations_port=0) as running:
+            folder = running.config_path.parent
+            modes = [(folder / name).stat().st_mode & 0o777 for name in ("norce-token", "jetshop-password", "url-key")]
+            secrets = [(folder / name).read_text() for name in ("norce-token", "jetshop-password", "url-key")]
+            assert not any(secret in running.config_path.read_text() for secret in secrets)
+            return folder, modes
+
+    folder, modes = asyncio.run(play())
+
+    assert modes == [0o600] * 3
+    assert not folder.exists()
+
+
+def test_a_walk_that_goes_wrong_says_so() -> None:
+    async def play() -> None:
+        async with demo(port=0, operations_port=0) as running:
+            running.norce.orders = Forgetful()
+            await walk(running, lambda _line: None)
+
+    with pytest.raises(DemoFailed, match="the walk ended with"):
+        asyncio.run(play())
+
+
+class Forgetful(dict[str, Any]):
+    """A Norce that loses every order at once."""
+
+    def __setitem__(self, _key: str, _value: Any) -> None:
+        return
+
+
+# --- the stand-in for Norce -------------------------------------------------------------------------------------------
+
+ORDER = {"id": "o1", "merchant": "norce", "channel": "1"}
+
+
+@pytest.fixture
+def norce() -> NorceStandIn:
+    stand_in = NorceStandIn("a-token")
+    stand_in.put(ORDER)
+    return stand_in
+
+
+def read(norce: NorceStandIn, order_id: str = "o1", **headers: str) -> httpx.Response:
+    given = {"authorization": "Bearer a-token", "x-merchant": "norce", "x-channel": "1"}
+    given |= {name.replace("_", "-"): value for name, value in headers.items()}
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(norce.app), base_url="http://norce") as http:
+            return await http.get(f"/order/api/v0/checkout/orders/{order_id}", headers=given)
+
+    return asyncio.run(ask())
+
+
+def test_the_stand_in_gives_an_order_as_norce_would(norce: NorceStandIn) -> None:
+    answer = read(norce)
+
+    assert answer.status_code == 200
+    assert answer.json() == ORDER | {"lastModified": answer.json()["lastModified"]}
+
+
+@pytest.mark.parametrize(
+    ("order_id", "headers", "status", "code"),
+    [
+        ("o1", {"authorization": "Bearer wrong"}, 401, "unauthorized"),
+        ("o2", {}, 404, "order-not-found"),
+        ("o1", {"x_merchant": "other"}, 404, "order-not-found"),
+        ("o1", {"x_channel": "2"}, 404, "order-not-found"),
+    ],
+    ids=["another token", "another order", "another merchant", "another channel"],
+)
+def test_the_stand_in_is_as_strict_as_norce(
+    norce: NorceStandIn, order_id: str, headers: dict[str, str], status: int, code: str
+) -> None:
+    answer = read(norce, order_id, **headers)
+
+    assert (answer.status_code, json.loads(answer.content)["code"]) == (status, code)

@@ -1,0 +1,1070 @@
+"""Claim, run, record: a real ledger and real plugin loops, with handlers and a Norce that remember what was asked."""
+
+import asyncio
+import io
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+
+from adapter import dispatcher as dispatcher_module
+from adapter import logs
+from adapter.conditions import Condition
+from adapter.dispatcher import SLACK, Dispatcher, Queue
+from adapter.ledger.desk import Desk
+from adapter.ledger.inbox import Inbox, Receipt, Wanted
+from adapter.ledger.lanes import Ask, Claim, Lanes, QueueKey, Record
+from adapter.ledger.store import Store, StoreUnavailable
+from adapter.metrics import Metrics
+from adapter.norce.client import Account, Norce
+from adapter.plugin import (
+    Context,
+    Done,
+    Misconfigured,
+    NoSettings,
+    Notification,
+    NotificationHandler,
+    Outcome,
+    Reject,
+    Retry,
+    Secret,
+    Skip,
+    Unknown,
+)
+from adapter.routes import Callback, Route
+from adapter.runner import Runner
+
+NOON = 1_770_120_000_000
+CANARY = "19811218-9876"
+SECOND = timedelta(seconds=1)
+NORCE_TIMEOUT = 5 * SECOND
+SHORTLY = SECOND / 2  # long enough for a handler to begin
+PATIENCE = 10  # seconds that a test waits for something that happens at once
+KEY = QueueKey(route="export", merchant="fjallboden", channel="1")
+
+Step = Done | Skip | BaseException | Callable[[Notification, Context[NoSettings]], Awaitable[Any]] | None
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> int:
+        return self.now
+
+    def moment(self) -> datetime:
+        return datetime.fromtimestamp(self.now / 1000, UTC)
+
+
+class Plain(NotificationHandler[NoSettings]):
+    """Does what it is told, one step a call, and remembers the calls."""
+
+    def __init__(self, *steps: Step) -> None:
+        self.steps = list(steps)
+        self.calls: list[str] = []
+        self.seen: list[tuple[Notification, Context[NoSettings]]] = []
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        return await self._step("deliver", notification, context)  # type: ignore[no-any-return]
+
+    async def _step(self, kind: str, notification: Notification, context: Context[NoSettings]) -> Any:
+        self.calls.append(kind)
+        self.seen.append((notification, context))
+        step = self.steps.pop(0) if self.steps else Done()
+        if isinstance(step, BaseException):
+            raise step
+        return await step(notification, context) if callable(step) else step
+
+
+class Asking(Plain):
+    async def lookup(self, notification: Notification, context: Context[NoSettings]) -> Done | None:
+        return await self._step("lookup", notification, context)  # type: ignore[no-any-return]
+
+
+class Repeating(Plain):
+    repeatable = True
+
+
+class FakeNorce:
+    """Answers with the orders it has, or with what it was told to answer first."""
+
+    def __init__(self) -> None:
+        self.orders: dict[str, dict[str, Any]] = {}
+        self.answers: list[httpx.Response | Exception | Callable[[], Awaitable[None]]] = []
+        self.asked: list[str] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        order_id = request.url.path.rpartition("/")[2]
+        self.asked.append(order_id)
+        answer = self.answers.pop(0) if self.answers else None
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, httpx.Response):
+            return answer
+        if answer is not None:
+            await answer()
+        return httpx.Response(200, json=self.orders[order_id])
+
+
+class WatchedLanes(Lanes):
+    """Says what was claimed and settled, can keep a claim back, and can fail as a database does."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__(store)
+        self.claimed: asyncio.Queue[list[Claim]] = asyncio.Queue()
+        self.settled: asyncio.Queue[Record] = asyncio.Queue()
+        self.failures = {"claim": 0, "settle": 0}
+        self.keep_back: asyncio.Event | None = None
+
+    async def claim(self, asks: Sequence[Ask], most: int) -> list[Claim]:
+        self._fail("claim")
+        claims = await super().claim(asks, most)
+        self.claimed.put_nowait(claims)
+        if self.keep_back is not None and claims:
+            await self.keep_back.wait()
+        return claims
+
+    async def settle(self, record: Record) -> bool:
+        self._fail("settle")
+        kept = await super().settle(record)
+        self.settled.put_nowait(record)
+        return kept
+
+    def _fail(self, what: str) -> None:
+        if self.failures[what]:
+            self.failures[what] -= 1
+            raise StoreUnavailable("the disk is full")
+
+
+@dataclass
+class Work:
+    """A dispatcher at work."""
+
+    store: Store
+    lanes: WatchedLanes
+    norce: FakeNorce
+    clock: HandClock
+    dispatcher: Dispatcher
+    metrics: Metrics
+    queue_ids: dict[str, int]
+
+    async def owe(self, order_id: str = "order-1", snapshot: int = 1, *, route: str = "export", **now: Any) -> None:
+        """Norce notifies of an order. `now`: what the order is by the time it is read again."""
+        order = {"id": order_id, "merchant": "fjallboden", "channel": "1", "state": {"currentStatus": "completed"}}
+        self.norce.orders[order_id] = {**order, **now}
+        await Inbox(self.store).receive(
+            Receipt(
+                identity=f"{order_id}/{snapshot}/{route}".encode(),
+                merchant="fjallboden",
+                channel="1",
+                callback="order-status",
+                order_id=order_id,
+                snapshot_at=snapshot,
+                source="callback",
+                body=json.dumps(order).encode(),
+                wanted=(Wanted(queue_id=self.queue_ids[route], refetch=True),),
+            )
+        )
+        self.dispatcher.wake()
+
+    async def settled(self) -> dict[str, Any]:
+        """The next delivery that is settled, as the desk shows it."""
+        record = await asyncio.wait_for(self.lanes.settled.get(), PATIENCE)
+        return self.shown(record.claim.delivery_id)
+
+    def shown(self, delivery_id: int = 1) -> dict[str, Any]:
+        with self.store.read_connection() as connection:
+            shown = Desk(connection).delivery(delivery_id)
+        assert shown is not None
+        return shown
+
+    def pauses(self) -> dict[tuple[str, str, str], str]:
+        with self.store.read_connection() as connection:
+            return dict(Desk(connection).overview(self.clock.now).paused)
+
+    def move_to(self, moment: str | int) -> None:
+        """The clock at a moment, and the dispatcher told to look."""
+        if isinstance(moment, str):
+            moment = int(datetime.fromisoformat(moment).timestamp() * 1000)
+        self.clock.now = moment
+        self.dispatcher.wake()
+
+    async def a_turn(self) -> list[Claim]:
+        """What a claim takes that began after this call."""
+        for _ in range(2):  # the first may have been under way
+            while not self.lanes.claimed.empty():
+                self.lanes.claimed.get_nowait()
+            self.dispatcher.wake()
+            claims = await asyncio.wait_for(self.lanes.claimed.get(), PATIENCE)
+        return claims
+
+
+def route(handler: NotificationHandler[Any], **more: Any) -> Route:
+    given: dict[str, Any] = {
+        "name": "export",
+        "callback": Callback(name="order-status", kind="notification"),
+        "when": None,
+        "handler_name": "shop",
+        "handler": handler,
+        "settings": {("fjallboden", "1"): NoSettings()},
+        "refetch": True,
+        "no_answer": None,
+        "timeout": 30 * SECOND,
+        "schedule": (5 * SECOND, 60 * SECOND, 300 * SECOND),
+        "concurrency": 4,
+    }
+    return Route(**{**given, **more})
+
+
+@asynccontextmanager
+async def working(
+    path: Path, *routes: Route, slots: int = 8, before: Callable[[Store, int], Awaitable[None]] | None = None
+) -> AsyncIterator[Work]:
+    clock, fake = HandClock(), FakeNorce()
+    store = Store.open(f"sqlite:///{path / 'adapter.db'}", clock=lambda _last: clock)
+
+    def norce() -> Norce:
+        account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
+        transport = httpx.MockTransport(fake)
+        return Norce({"fjallboden": account}, adapter_id="test", timeout=NORCE_TIMEOUT, transport=transport)
+
+    lanes = WatchedLanes(store)
+    keys = {each.name: replace(KEY, route=each.name) for each in routes}
+    ids = await lanes.enter(list(keys.values()), version="test")
+    if before is not None:
+        await before(store, ids[KEY])
+        ids = await lanes.enter(list(keys.values()), version="test")
+    metrics = Metrics("test")
+    runner = Runner(make_norce=norce, clock=clock.moment)
+    our_norce = norce()
+    dispatcher = Dispatcher(
+        {ids[key]: Queue(id=ids[key], route=each, merchant=key.merchant, channel=key.channel)
+         for each in routes for key in [keys[each.name]]},
+        lanes=lanes, runner=runner, norce=our_norce, norce_timeout=NORCE_TIMEOUT, metrics=metrics, clock=clock,
+        slots=slots, random=lambda: 0.0,
+    )  # fmt: skip
+    run = asyncio.create_task(dispatcher.run())
+    queue_ids = {name: ids[key] for name, key in keys.items()}
+    try:
+        yield Work(store, lanes, fake, clock, dispatcher, metrics, queue_ids)
+    finally:
+        await dispatcher.stop(timedelta(0))
+        await run
+        await runner.stop(timedelta(seconds=PATIENCE))
+        await our_norce.aclose()
+        store.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(bounded())
+
+
+@pytest.fixture(autouse=True)
+def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What has been logged, as it leaves the process."""
+    stream, root = io.StringIO(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    logs.configure(stream=stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+# --- outcomes become rows -------------------------------------------------------------------------------------------
+
+
+class OwnOutcome(Outcome):
+    """What a plugin must not invent."""
+
+
+@pytest.mark.parametrize(
+    ("step", "handler", "expected"),
+    [
+        pytest.param(Done("shop-7"), Plain, ("done", "delivered", False, None, "shop-7"), id="done"),
+        pytest.param(
+            Skip("nothing-changed"), Plain, ("done", "skipped", False, "nothing-changed", None), id="skip"
+        ),
+        pytest.param(Retry("busy"), Plain, ("waiting", None, False, "busy", None), id="retry"),
+        pytest.param(Reject("no-shop"), Plain, ("dead", "rejected", False, "no-shop", None), id="reject"),
+        pytest.param(Unknown("no-answer"), Plain, ("dead", "unknown", True, "no-answer", None), id="unknown"),
+        pytest.param(
+            Unknown("no-answer"), Asking, ("waiting", None, True, "no-answer", None), id="unknown, looks up"
+        ),
+        pytest.param(
+            Unknown("no-answer"), Repeating, ("waiting", None, False, "no-answer", None), id="unknown, repeatable"
+        ),
+        pytest.param(
+            Misconfigured("unauthorized"), Plain, ("waiting", None, False, "unauthorized", None), id="misconfigured"
+        ),
+        pytest.param(
+            RuntimeError("bug"), Asking, ("waiting", None, True, "handler-failed", None), id="bug, looks up"
+        ),
+        pytest.param(RuntimeError("bug"), Plain, ("dead", "unknown", True, "handler-failed", None), id="bug"),
+        pytest.param(None, Plain, ("dead", "unknown", True, "handler-failed", None), id="returns nothing"),
+        pytest.param(OwnOutcome("mine"), Plain, ("dead", "unknown", True, "handler-failed", None), id="own outcome"),
+        pytest.param(
+            SystemExit(1), Asking, ("waiting", None, True, "handler-failed", None), id="tries to end the process"
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_handler_says_is_what_the_row_says(
+    tmp_path: Path, step: Step, handler: type[Plain], expected: tuple[Any, ...]
+) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(handler(step))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert tuple(row[name] for name in ("state", "reason", "in_doubt", "code", "reference")) == expected
+
+    run(test)
+
+
+def test_a_handler_is_given_the_order_as_norce_has_it_now_and_as_it_came(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe(currency="SEK")
+            await work.settled()
+
+            ((notification, context),) = handler.seen
+            assert (notification.order.currency, notification.received.currency) == ("SEK", None)
+            assert notification.raw == notification.received.raw
+            assert (notification.merchant, notification.channel, notification.callback) == (
+                "fjallboden", "1", "order-status",
+            )  # fmt: skip
+            assert (context.attempt, context.route, context.previous) == (1, "export", None)
+            assert context.deadline == work.clock.moment() + 30 * SECOND
+
+    run(test)
+
+
+def test_a_route_that_does_not_refetch_acts_on_the_order_as_it_came(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler, refetch=False)) as work:
+            await work.owe(currency="SEK")
+            await work.settled()
+
+            assert handler.seen[0][0].order.currency is None
+            assert work.norce.asked == []
+
+    run(test)
+
+
+def test_a_retry_comes_at_its_moment_with_the_same_key_and_the_next_number(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain(Retry("busy", after=90 * SECOND), Done())
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe()
+            row = await work.settled()
+            assert row["next_at"] == "2026-02-03T12:01:30.000Z"
+
+            work.move_to(NOON + 89_999)
+            assert await work.a_turn() == []
+            work.move_to(NOON + 90_000)
+            row = await work.settled()
+
+            assert (row["state"], row["tries"]) == ("done", 2)
+            first, second = (context for _, context in handler.seen)
+            assert (first.attempt, second.attempt) == (1, 2)
+            assert first.first_attempt_at == second.first_attempt_at
+            assert first.key() == second.key()
+
+    run(test)
+
+
+def test_a_delivery_is_dead_when_its_schedule_is_used_up(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain(*(Retry("busy") for _ in range(10)))
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe()
+            row = await work.settled()
+            while row["state"] == "waiting":
+                work.move_to(row["next_at"])
+                row = await work.settled()
+
+            assert (row["state"], row["reason"], row["tries"]) == ("dead", "exhausted", 4)
+
+    run(test)
+
+
+def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain(Done("shop-7", {"digest": "abc"}))
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe(snapshot=1)
+            await work.settled()
+            await work.owe(snapshot=2)
+            await work.settled()
+
+            previous = handler.seen[1][1].previous
+            assert previous is not None
+            assert (previous.reference, previous.facts) == ("shop-7", {"digest": "abc"})
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(Done("shop-7", {"amount": Decimal("1.50")}), id="facts that are no JSON"),  # type: ignore[dict-item]
+        pytest.param(Done({"id": 7}), id="a reference that is no text"),  # type: ignore[arg-type]
+        pytest.param(Done("\ud800"), id="a text that is no Unicode"),
+    ],
+)
+def test_a_done_that_cannot_be_written_as_it_is_is_done_all_the_same(tmp_path: Path, said: Done) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(Plain(said))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["reason"], row["reference"]) == ("done", "delivered", None)
+            assert not work.store.failing
+
+    run(test)
+
+
+def test_an_exception_of_a_handler_is_logged_once_with_its_places_and_without_what_it_says(
+    tmp_path: Path, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    async def test() -> None:
+        async def bug(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            number = CANARY
+            raise RuntimeError(f"cannot parse {number}")
+
+        async with working(tmp_path, route(Asking(bug))) as work:
+            await work.owe(customer={"billing": {"nationalIdentificationNumber": CANARY}})
+            row = await work.settled()
+
+        failed = [line for line in lines() if line["event"] == "handler_failed"]
+        assert len(failed) == 1
+        assert failed[0]["exception"][0]["type"] == "builtins.RuntimeError"
+        assert any(" in bug" in frame for frame in failed[0]["exception"][0]["frames"])
+        assert CANARY not in json.dumps(lines())
+        assert CANARY not in json.dumps(row)
+
+    run(test)
+
+
+def test_every_attempt_is_one_line_and_one_count(tmp_path: Path, lines: Callable[[], list[dict[str, Any]]]) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            await work.settled()
+
+        told = [(line["event"], line["attempt"]) for line in lines() if line["event"].startswith("delivery_")]
+        assert told == [("delivery_retried", 1), ("delivery_done", 2)]
+        counted = {
+            outcome: work.metrics.registry.get_sample_value(
+                "norce_adapter_delivery_attempts_total", {"route": "export", "outcome": outcome}
+            )
+            for outcome in ("retry", "done")
+        }
+        assert counted == {"retry": 1, "done": 1}
+
+    run(test)
+
+
+# --- doubt ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_doubt_is_looked_up_before_anything_is_sent_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), None, Done("shop-7"))
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            await work.settled()
+            row = await work.settled()
+
+            assert handler.calls == ["deliver", "lookup", "deliver"]
+            assert (row["state"], row["reason"]) == ("done", "delivered")
+            assert [each["outcome"] for each in row["attempts"]] == ["unknown", "not_there", "done"]
+
+    run(test)
+
+
+def test_what_a_lookup_finds_is_not_sent_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done("shop-7"))
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            row = await work.settled()
+
+            assert handler.calls == ["deliver", "lookup"]
+            assert (row["state"], row["in_doubt"], row["reference"]) == ("done", False, "shop-7")
+
+    run(test)
+
+
+def test_a_lookup_waits_until_the_request_in_doubt_has_had_its_time(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done())
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe()
+            await work.settled()
+            doubt_ends = NOON + int((30 * SECOND + NORCE_TIMEOUT + SLACK).total_seconds() * 1000)
+
+            work.move_to(doubt_ends - 1)
+            assert await work.a_turn() == []
+            assert handler.calls == ["deliver"]
+            work.move_to(doubt_ends)
+            await work.settled()
+
+            assert handler.calls == ["deliver", "lookup"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("step", [Reject("refused"), Retry("busy"), Unknown("no-answer"), RuntimeError()], ids=repr)
+def test_a_lookup_that_finds_nothing_out_leaves_the_doubt(tmp_path: Path, step: Exception) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(Asking(Unknown("no-answer"), step))) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+
+            row = await work.settled()
+
+            assert (row["state"], row["in_doubt"]) == ("waiting", True)
+
+    run(test)
+
+
+async def died_in_hand(store: Store, queue_id: int) -> None:
+    """A process has claimed what is owed, and is gone; the doubt about it has ended."""
+    await Inbox(store).receive(
+        Receipt(
+            identity=b"in-hand", merchant="fjallboden", channel="1", callback="order-status", order_id="order-1",
+            snapshot_at=1, source="callback", body=b'{"id": "order-1"}',
+            wanted=(Wanted(queue_id=queue_id, refetch=True),),
+        )
+    )  # fmt: skip
+    dead = Lanes(store)
+    await dead.enter([KEY], version="test")
+    (claim,) = await dead.claim([Ask(queue_id=queue_id, most=1, doubt_ms=1000)], 1)
+    assert isinstance(store.clock, HandClock)
+    store.clock.now = claim.doubt_ends_at
+
+
+@pytest.mark.parametrize(
+    ("handler", "calls", "expected"),
+    [
+        pytest.param(Asking, ["lookup"], ("done", "delivered"), id="looked up"),
+        pytest.param(Repeating, ["deliver"], ("done", "delivered"), id="repeated"),
+        pytest.param(Plain, [], ("dead", "unknown"), id="for a person"),
+    ],
+)
+def test_after_a_crash_nothing_is_sent_blindly(
+    tmp_path: Path, handler: type[Plain], calls: list[str], expected: tuple[str, str]
+) -> None:
+    async def test() -> None:
+        shop = handler()
+        async with working(tmp_path, route(shop, refetch=False), before=died_in_hand) as work:
+            row = await work.settled()
+
+            assert shop.calls == calls
+            assert (row["state"], row["reason"]) == expected
+
+    run(test)
+
+
+def test_a_handler_that_is_repeated_gets_the_same_key(tmp_path: Path) -> None:
+    async def test() -> None:
+        shop = Repeating(Unknown("no-answer"), Done())
+        async with working(tmp_path, route(shop)) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            await work.settled()
+
+            first, second = (context.key("order") for _, context in shop.seen)
+            assert first == second
+
+    run(test)
+
+
+# --- the order as norce has it now ----------------------------------------------------------------------------------
+
+COMPLETED = Condition("/state/currentStatus", {"const": "completed"}).compile()
+
+
+def test_what_no_longer_holds_on_the_order_as_it_is_now_is_done_as_moved_on(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+            await work.owe(state={"currentStatus": "declined"})
+
+            row = await work.settled()
+
+            assert handler.calls == []
+            assert (row["state"], row["reason"]) == ("done", "moved_on")
+
+    run(test)
+
+
+def test_a_condition_that_cannot_be_decided_is_a_dead_letter(tmp_path: Path) -> None:
+    async def test() -> None:
+        deep: Any = "completed"
+        for _ in range(100):
+            deep = [deep]
+        handler = Plain()
+        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+            await work.owe(state={"currentStatus": deep})
+
+            row = await work.settled()
+
+            assert handler.calls == []
+            assert (row["state"], row["reason"]) == ("dead", "condition")
+
+    run(test)
+
+
+def test_a_lookup_asks_whatever_the_order_has_become(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done("shop-7"))
+        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+            await work.owe()
+            row = await work.settled()
+            work.norce.orders["order-1"]["state"] = {"currentStatus": "declined"}
+            work.move_to(row["next_at"])
+
+            row = await work.settled()
+
+            assert handler.calls == ["deliver", "lookup"]
+            assert row["reason"] == "delivered"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        pytest.param(httpx.Response(429, headers={"retry-after": "120"}), ("waiting", None, 120), id="429"),
+        pytest.param(httpx.Response(503), ("waiting", None, 5), id="503"),
+        pytest.param(httpx.Response(500), ("waiting", None, 5), id="500"),
+        pytest.param(httpx.ConnectError("refused"), ("waiting", None, 5), id="no connection"),
+        pytest.param(httpx.ReadTimeout("slow"), ("waiting", None, 5), id="no answer"),
+        pytest.param(httpx.Response(200, text="<html>"), ("waiting", None, 5), id="a page in place of an order"),
+        pytest.param(httpx.Response(200, json={}), ("waiting", None, 5), id="an object that is no order"),
+        pytest.param(httpx.Response(200, json={"id": "order-2"}), ("waiting", None, 5), id="another order"),
+        pytest.param(httpx.Response(404), ("dead", "rejected", None), id="404"),
+    ],
+)
+def test_an_order_that_cannot_be_read_again_is_not_handled(
+    tmp_path: Path, answer: httpx.Response | Exception, expected: tuple[str, str | None, int | None]
+) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+            work.norce.answers = [answer]
+            await work.owe()
+
+            row = await work.settled()
+
+            assert handler.calls == []
+            due = row["next_at"] and datetime.fromisoformat(row["next_at"]) - work.clock.moment()
+            assert (row["state"], row["reason"], due and due.total_seconds()) == expected
+
+    run(test)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(tmp_path: Path, status: int) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler)) as work:
+            work.norce.answers = [httpx.Response(status)]
+            await work.owe()
+            row = await work.settled()
+            await work.owe("order-2")
+
+            assert await work.a_turn() == []
+            assert handler.calls == []
+            assert (row["state"], row["tries"]) == ("waiting", 0)
+            assert work.pauses() == {("export", "fjallboden", "1"): "norce-unauthorized"}
+
+    run(test)
+
+
+def test_where_too_little_time_is_left_the_handler_is_not_begun(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler)) as work:
+
+            async def dawdle() -> None:
+                work.clock.now += int((NORCE_TIMEOUT + SLACK).total_seconds() * 1000) + 1
+
+            work.norce.answers = [dawdle]
+            await work.owe()
+            released = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            row = await work.settled()
+
+            assert (released.outcome, released.settlement.counts) == ("released", False)
+            assert handler.calls == ["deliver"]
+            assert (row["state"], row["tries"]) == ("done", 1)
+
+    run(test)
+
+
+# --- deadlines ------------------------------------------------------------------------------------------------------
+
+
+async def for_ever(_notification: Notification, _context: Context[NoSettings]) -> Done:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(Asking(for_ever), timeout=timedelta(0))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "deadline-passed")
+
+    run(test)
+
+
+def test_what_a_handler_still_says_after_its_deadline_is_recorded(tmp_path: Path) -> None:
+    async def test() -> None:
+        async def late(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return Done("late")
+            raise AssertionError
+
+        async with working(tmp_path, route(Plain(late), timeout=SHORTLY)) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["reference"]) == ("done", "late")
+
+    run(test)
+
+
+def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(tmp_path: Path) -> None:
+    async def test() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+        deadline_passed = asyncio.Event()
+
+        async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            entered.set()
+            go_on.wait(PATIENCE)
+            return Done("late")
+
+        def hear(_logger: Any, _level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+            if fields["event"] == "deadline_passed":
+                deadline_passed.set()
+            return fields
+
+        structlog.configure(processors=[hear, structlog.processors.JSONRenderer()])
+        async with working(tmp_path, route(Plain(blocks), timeout=SHORTLY)) as work:
+            await work.owe()
+            assert await asyncio.to_thread(entered.wait, PATIENCE)
+            await deadline_passed.wait()
+            work.move_to(NOON + 3_600_000)
+            assert await work.a_turn() == []
+            assert work.dispatcher.running == 1
+
+            go_on.set()
+            row = await work.settled()
+
+            assert (row["state"], row["reference"]) == ("done", "late")
+
+    try:
+        run(test)
+    finally:
+        structlog.reset_defaults()
+
+
+def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop(tmp_path: Path) -> None:
+    threads: list[int] = []
+
+    class Synchronous(NotificationHandler[NoSettings]):
+        def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:  # type: ignore[override]
+            threads.append(threading.get_ident())
+            return Done()
+
+    async def test() -> None:
+        async with working(tmp_path, route(Synchronous())) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["code"]) == ("dead", "handler-failed")
+            assert threads != [threading.get_ident()]
+
+    run(test)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+class Counting(NotificationHandler[NoSettings]):
+    """Holds every call until told to go on, and knows how many there were at once."""
+
+    def __init__(self) -> None:
+        self.running = self.peak = 0
+        self.entered = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        self.entered.release()
+        try:
+            await asyncio.to_thread(self.go_on.wait, PATIENCE)
+        finally:
+            self.running -= 1
+        return Done()
+
+    async def has_begun(self, times: int) -> None:
+        for _ in range(times):
+            assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE)
+
+
+def test_no_more_of_a_queue_are_tried_at_once_than_its_concurrency(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Counting()
+        async with working(tmp_path, route(handler, concurrency=2)) as work:
+            for number in range(5):
+                await work.owe(f"order-{number}")
+            await handler.has_begun(2)
+            assert work.dispatcher.running == 2
+
+            handler.go_on.set()
+            for _ in range(5):
+                assert (await work.settled())["state"] == "done"
+
+            assert handler.peak == 2
+
+    run(test)
+
+
+def test_no_more_are_tried_at_once_than_there_are_slots(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Counting()
+        routes = route(handler), route(handler, name="other")
+        async with working(tmp_path, *routes, slots=3) as work:
+            for number in range(4):
+                await work.owe(f"order-{number}")
+                await work.owe(f"order-{number}", route="other")
+            await handler.has_begun(3)
+
+            handler.go_on.set()
+            for _ in range(8):
+                await work.settled()
+
+            assert handler.peak == 3
+
+    run(test)
+
+
+def test_one_queue_that_is_full_does_not_hold_up_another(tmp_path: Path) -> None:
+    async def test() -> None:
+        full, free = Counting(), Plain()
+        async with working(tmp_path, route(full, concurrency=1), route(free, name="other")) as work:
+            await work.owe("order-1")
+            await work.owe("order-2")
+            await full.has_begun(1)
+
+            await work.owe("order-3", route="other")
+            row = await work.settled()
+
+            assert (row["route"], row["state"]) == ("other", "done")
+            full.go_on.set()
+
+    run(test)
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_waits_for_what_runs_and_takes_nothing_more(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler = Counting()
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe("order-1")
+            await handler.has_begun(1)
+            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
+            await work.owe("order-2")
+
+            handler.go_on.set()
+            await stopping
+
+            assert (work.shown(1)["state"], work.shown(2)["state"]) == ("done", "waiting")
+            assert work.shown(2)["tries"] == 0
+
+    run(test)
+
+
+def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(tmp_path: Path) -> None:
+    async def test() -> None:
+        begun = threading.Event()
+
+        async def hangs(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            begun.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async with working(tmp_path, route(Asking(hangs))) as work:
+            await work.owe()
+            await asyncio.to_thread(begun.wait, PATIENCE)
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "shutdown")
+
+    run(test)
+
+
+def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "LAST_WORDS", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+
+        async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            entered.set()
+            go_on.wait(PATIENCE)
+            return Done()
+
+        async with working(tmp_path, route(Asking(blocks))) as work:
+            await work.owe()
+            await asyncio.to_thread(entered.wait, PATIENCE)
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert (row["state"], row["in_doubt"], row["attempts"]) == ("waiting", True, [])
+            go_on.set()
+
+    run(test)
+
+
+def test_what_is_claimed_while_the_service_stops_is_given_back(tmp_path: Path) -> None:
+    """Otherwise an order of which nothing was ever sent would be in doubt, and perhaps wait for a person."""
+
+    async def test() -> None:
+        handler = Plain()
+        async with working(tmp_path, route(handler)) as work:
+            work.lanes.keep_back = asyncio.Event()
+            await work.owe()
+            while not await asyncio.wait_for(work.lanes.claimed.get(), PATIENCE):
+                pass
+            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(0)))
+            await asyncio.sleep(0)
+            work.lanes.keep_back.set()
+
+            await stopping
+
+            assert work.dispatcher.running == 0
+            row = work.shown()
+            assert handler.calls == []
+            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+
+    run(test)
+
+
+def test_what_is_being_read_again_while_the_service_stops_is_given_back(tmp_path: Path) -> None:
+    async def test() -> None:
+        handler, reading, go_on = Plain(), asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> None:
+            reading.set()
+            await go_on.wait()
+
+        async with working(tmp_path, route(handler)) as work:
+            work.norce.answers = [slowly]
+            await work.owe()
+            await reading.wait()
+            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
+            await asyncio.sleep(0)
+            go_on.set()
+
+            await stopping
+
+            row = work.shown()
+            assert handler.calls == []
+            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+
+    run(test)
+
+
+# --- a store that fails ---------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_tried_until_the_store_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        handler = Plain(Done("shop-7"))
+        async with working(tmp_path, route(handler)) as work:
+            work.lanes.failures["settle"] = 3
+            await work.owe()
+
+            row = await work.settled()
+
+            assert handler.calls == ["deliver"]
+            assert (row["state"], row["reference"]) == ("done", "shop-7")
+
+    run(test)
+
+
+def test_work_goes_on_when_the_store_takes_claims_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        async with working(tmp_path, route(Plain())) as work:
+            work.lanes.failures["claim"] = 3
+            await work.owe()
+
+            assert (await work.settled())["state"] == "done"
+
+    run(test)
+
+
+def test_a_record_that_no_store_takes_before_the_end_leaves_the_lane_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        handler = Counting()
+        async with working(tmp_path, route(handler)) as work:
+            await work.owe()
+            await handler.has_begun(1)
+            work.lanes.failures["settle"] = 1_000_000
+            handler.go_on.set()
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert (row["state"], row["in_doubt"]) == ("waiting", True)
+
+    run(test)

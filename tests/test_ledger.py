@@ -1,0 +1,985 @@
+"""What the service remembers: intake, claims and records on a real SQLite file, with a clock that the test moves."""
+
+import asyncio
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, event, text
+
+from adapter.deliveries import Reason, Settlement, State
+from adapter.ledger import lanes as lanes_module
+from adapter.ledger.desk import Desk
+from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.lanes import Ask, Claim, Lanes, QueueKey, Record
+from adapter.ledger.schema import metadata
+from adapter.ledger.store import (
+    Clock,
+    Store,
+    StoreBusy,
+    StoreInUse,
+    StoreMissing,
+    StoreUnavailable,
+    open_for_reading,
+)
+
+T = TypeVar("T")
+NOON = 1_770_120_000_000
+HOUR = 3_600_000
+DOUBT = 60_000
+EXPORT = QueueKey(route="export", merchant="fjallboden", channel="1")
+HISTORY = QueueKey(route="history", merchant="fjallboden", channel="1")
+OTHER = QueueKey(route="export", merchant="annan", channel="1")
+
+DELIVERED = Settlement(state=State.DONE, reason=Reason.DELIVERED)
+SKIPPED = Settlement(state=State.DONE, reason=Reason.SKIPPED)
+REJECTED = Settlement(state=State.DEAD, reason=Reason.REJECTED)
+EXHAUSTED = Settlement(state=State.DEAD, reason=Reason.EXHAUSTED)
+CONDITION = Settlement(state=State.DEAD, reason=Reason.CONDITION)
+UNKNOWN = Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
+
+
+class HandClock:
+    """Moves when the test moves it."""
+
+    def __init__(self, now: int = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
+
+
+class Ledger:
+    """A ledger of three queues, driven from a test that is not a coroutine."""
+
+    def __init__(self, path: Path, clock: HandClock, loop: asyncio.Runner) -> None:
+        self.path, self.clock, self._loop = path, clock, loop
+        self.store = Store.open(f"sqlite:///{path}", clock=lambda _last: clock)
+        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store)
+        self.queues = self.do(self.lanes.enter([EXPORT, HISTORY, OTHER], version="test"))
+        self.export, self.history, self.other = (self.queues[key] for key in (EXPORT, HISTORY, OTHER))
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run(work)
+
+    def receive(self, receipt: Receipt) -> Received:
+        return self.do(self.inbox.receive(receipt))
+
+    def claim(self, *queues: int, most: int = 100) -> list[Claim]:
+        asks = [Ask(queue_id=each, most=most, doubt_ms=DOUBT) for each in queues or (self.export,)]
+        return self.do(self.lanes.claim(asks, most))
+
+    def claim_one(self, *queues: int) -> Claim:
+        (claim,) = self.claim(*queues)
+        return claim
+
+    def settle(self, claim: Claim, settlement: Settlement = DELIVERED, **more: Any) -> bool:
+        more = {"kind": "deliver", "outcome": "done", **more}
+        return self.do(self.lanes.settle(Record(claim=claim, settlement=settlement, **more)))
+
+    def owed(self, *snapshots: int, refetch: bool = True, order_id: str = "order-1") -> None:
+        """Receives a notification for each snapshot, in this order."""
+        queue = self.export if refetch else self.history
+        for snapshot in snapshots:
+            self.receive(receipt(order_id, snapshot, wanted=[(queue, refetch)]))
+
+    def states(self) -> list[tuple[int, str, str | None]]:
+        """Snapshot, state and reason of every delivery, in the order of arrival."""
+        return self.rows("SELECT snapshot_at, state, reason FROM deliveries ORDER BY id")
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Read with a driver of the test's own: what is not on disk is not seen."""
+        with closing(sqlite3.connect(self.path)) as connection:
+            return connection.execute(sql).fetchall()
+
+    def reopened(self) -> "Ledger":
+        """As after a crash: nothing is settled, and the next process enters."""
+        self.store.close()
+        return Ledger(self.path, self.clock, self._loop)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with asyncio.Runner() as loop:
+        ledger = Ledger(tmp_path / "adapter.db", HandClock(), loop)
+        try:
+            yield ledger
+        finally:
+            ledger.store.close()
+
+
+def body_of(order_id: str, snapshot: int, **members: Any) -> bytes:
+    return json.dumps({"id": order_id, "total": 100.0, "snapshot": snapshot, **members}).encode()
+
+
+def receipt(
+    order_id: str = "order-1",
+    snapshot: int | None = 1,
+    *,
+    wanted: Sequence[tuple[int, bool]] = (),
+    body: bytes | None = None,
+    identity: bytes | None = None,
+    source: str = "callback",
+) -> Receipt:
+    return Receipt(
+        identity=identity if identity is not None else f"{order_id}/{snapshot}".encode(),
+        merchant="fjallboden",
+        channel="1",
+        callback="order-status",
+        order_id=order_id,
+        snapshot_at=snapshot,
+        source=source,
+        body=body if body is not None else body_of(order_id, snapshot or 0),
+        wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
+    )
+
+
+def waiting(due: int, *, known: bool = True, counts: bool = True, pauses: str | None = None) -> Settlement:
+    moment = datetime.fromtimestamp(due / 1000, UTC)
+    return Settlement(state=State.WAITING, known=known, due_at=moment, counts=counts, pauses=pauses)
+
+
+# --- intake ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_notification_is_on_disk_with_its_deliveries_when_receive_returns(ledger: Ledger) -> None:
+    received = ledger.receive(receipt(wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    assert received is Received.NEW
+    assert ledger.rows("SELECT order_id, merchant, callback, body FROM notifications") == [
+        ("order-1", "fjallboden", "order-status", body_of("order-1", 1))
+    ]
+    assert ledger.states() == [(1, "waiting", None), (1, "waiting", None)]
+    assert len(ledger.rows("SELECT 1 FROM lanes")) == 2
+
+
+def test_a_notification_that_nobody_wants_is_kept_all_the_same(ledger: Ledger) -> None:
+    ledger.receive(receipt())
+
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
+    assert ledger.states() == []
+
+
+ORDER = {"id": "order-1", "total": 100.0, "items": [{"quantity": 2, "sku": "A"}]}
+SPELLED_ANEW = b'{"items": [{"sku":"A", "quantity":2.0}], "total": 100, "id": "order-1"}'
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(json.dumps(ORDER).encode(), id="byte for byte"),
+        pytest.param(SPELLED_ANEW, id="other order of members and spelling of numbers"),
+        pytest.param(b'{"notification": {"id": "n-1"}, "order": ' + SPELLED_ANEW + b"}", id="in an envelope"),
+    ],
+)
+def test_the_same_event_again_does_nothing_more(ledger: Ledger, again: bytes) -> None:
+    wanted = [(ledger.export, True)]
+    ledger.receive(receipt(body=json.dumps(ORDER).encode(), wanted=wanted))
+
+    received = ledger.receive(receipt(body=again, wanted=wanted))
+
+    assert received is Received.REPEAT
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
+    assert len(ledger.states()) == 1
+
+
+def test_another_order_under_the_same_identity_is_kept_as_a_conflict_without_deliveries(ledger: Ledger) -> None:
+    wanted = [(ledger.export, True)]
+    ledger.receive(receipt(body=b'{"total": 1}', wanted=wanted))
+
+    received = ledger.receive(receipt(body=b'{"total": 2}', wanted=wanted))
+
+    assert received is Received.CONFLICT
+    assert ledger.rows("SELECT conflicts_with, identity IS NULL, body FROM notifications ORDER BY id") == [
+        (None, 0, b'{"total": 1}'),
+        (1, 1, b'{"total": 2}'),
+    ]
+    assert len(ledger.states()) == 1
+
+
+def test_the_repeat_of_a_conflict_is_not_stored_again(ledger: Ledger) -> None:
+    for body in (b'{"total": 1}', b'{"total": 2}'):
+        ledger.receive(receipt(body=body))
+
+    received = ledger.receive(receipt(body=b'{"total": 2.0}'))
+
+    assert received is Received.REPEAT
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 2
+
+
+def test_a_third_order_under_the_same_identity_is_a_conflict_of_its_own(ledger: Ledger) -> None:
+    received = [ledger.receive(receipt(body=b'{"total": %d}' % total)) for total in (1, 2, 3, 3)]
+
+    assert received == [Received.NEW, Received.CONFLICT, Received.CONFLICT, Received.REPEAT]
+
+
+def test_where_the_body_has_been_pruned_the_identity_has_the_word(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}'))
+    with closing(sqlite3.connect(ledger.path)) as connection, connection:
+        connection.execute("UPDATE notifications SET body = NULL")
+
+    assert ledger.receive(receipt(body=b'{"total": 2}')) is Received.REPEAT
+
+
+def test_the_same_event_twice_in_one_group_is_stored_once(ledger: Ledger) -> None:
+    wanted = [(ledger.export, True)]
+
+    async def together() -> list[Received]:
+        each = [receipt(wanted=wanted), receipt(wanted=wanted), receipt(body=b'{"other": 1}', wanted=wanted)]
+        return await asyncio.gather(*(ledger.inbox.receive(one) for one in each))
+
+    assert ledger.do(together()) == [Received.NEW, Received.REPEAT, Received.CONFLICT]
+    assert len(ledger.states()) == 1
+
+
+def test_two_events_of_one_order_in_one_group_share_a_lane(ledger: Ledger) -> None:
+    async def together() -> None:
+        wanted = [(ledger.history, False)]
+        await asyncio.gather(*(ledger.inbox.receive(receipt(snapshot=each, wanted=wanted)) for each in (2, 1)))
+
+    ledger.do(together())
+
+    assert len(ledger.rows("SELECT 1 FROM lanes")) == 1
+    assert [state for _, state, _ in ledger.states()] == ["waiting", "waiting"]
+
+
+def test_without_a_moment_of_its_own_a_notification_takes_the_place_of_its_arrival(ledger: Ledger) -> None:
+    ledger.receive(receipt(snapshot=None, wanted=[(ledger.export, True)]))
+
+    assert ledger.states() == [(NOON, "waiting", None)]
+
+
+# --- the writer -----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def commits_counted(store: Store) -> Iterator[list[str]]:
+    commits: list[str] = []
+
+    def count(_connection: Connection) -> None:
+        commits.append("commit")
+
+    event.listen(store.engine, "commit", count)
+    yield commits
+    event.remove(store.engine, "commit", count)
+
+
+def test_what_arrives_together_is_one_transaction(ledger: Ledger) -> None:
+    async def together() -> list[Received]:
+        wanted = [(ledger.export, True)]
+        return await asyncio.gather(*(ledger.inbox.receive(receipt(f"o-{n}", wanted=wanted)) for n in range(50)))
+
+    with commits_counted(ledger.store) as commits:
+        received = ledger.do(together())
+
+    assert received == [Received.NEW] * 50
+    assert commits == ["commit"]
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 50
+
+
+def test_what_arrives_while_a_transaction_is_being_committed_becomes_the_next_one(ledger: Ledger) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slowly(_connection: Connection, items: Sequence[Any]) -> Sequence[Any]:
+        writing.set()
+        go_on.wait(10)
+        return items
+
+    async def in_two_waves() -> None:
+        first = asyncio.create_task(ledger.store.write(slowly, 0))
+        await asyncio.to_thread(writing.wait, 10)
+        rest = [asyncio.create_task(ledger.store.write(_as_is, n)) for n in range(10)]
+        await asyncio.sleep(0)
+        go_on.set()
+        await asyncio.gather(first, *rest)
+
+    with commits_counted(ledger.store) as commits:
+        ledger.do(in_two_waves())
+
+    assert commits == ["commit", "commit"]
+
+
+def _as_is(_connection: Connection, items: Sequence[Any]) -> Sequence[Any]:
+    return items
+
+
+def test_a_row_that_cannot_be_stored_fails_alone(ledger: Ledger) -> None:
+    wanted = [(ledger.export, True)]
+
+    async def together() -> list[Received | BaseException]:
+        each = [receipt("o-1", wanted=wanted), receipt("o-\ud800", identity=b"x", body=b"{}", wanted=wanted)]
+        each.append(receipt("o-3", wanted=wanted))
+        return await asyncio.gather(*(ledger.inbox.receive(one) for one in each), return_exceptions=True)
+
+    first, second, third = ledger.do(together())
+
+    assert (first, third) == (Received.NEW, Received.NEW)
+    assert isinstance(second, UnicodeEncodeError)
+    assert ledger.rows("SELECT id, order_id FROM notifications ORDER BY id") == [(1, "o-1"), (2, "o-3")]
+    assert len(ledger.states()) == 2
+    assert not ledger.store.failing
+
+
+def test_a_value_of_a_type_that_no_column_takes_is_no_failure_of_the_database(ledger: Ledger) -> None:
+    def odd(connection: Connection, items: Sequence[Any]) -> list[None]:
+        for item in items:
+            connection.execute(text("INSERT INTO processes VALUES (:id, 0, 0, 'x')"), {"id": item})
+        return [None] * len(items)
+
+    async def together() -> list[BaseException | None]:
+        values: list[Any] = [100, {"no": "column"}, 101]
+        return await asyncio.gather(*(ledger.store.write(odd, each) for each in values), return_exceptions=True)
+
+    first, second, third = ledger.do(together())
+
+    assert first is third is None
+    assert isinstance(second, Exception)
+    assert not isinstance(second, StoreUnavailable)
+    assert not ledger.store.failing
+
+
+class Disk:
+    """A disk that is full while it is told to be, without a file system of its own."""
+
+    def __init__(self, store: Store) -> None:
+        self.full = False
+        event.listen(store.engine, "begin", self._limit)
+
+    def _limit(self, connection: Connection) -> None:
+        # SQLite never goes below what the file has already: 1 means "not a page more".
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {1 if self.full else 1_000_000}")
+
+
+def test_a_full_disk_is_said_and_heals_without_a_restart(ledger: Ledger) -> None:
+    disk = Disk(ledger.store)
+    wanted = [(ledger.export, True)]
+    large = b'{"filler": "' + b"x" * 100_000 + b'"}'
+    ledger.receive(receipt("before", wanted=wanted))
+
+    disk.full = True
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="full"):
+            ledger.receive(receipt("during", wanted=wanted, body=large))
+    assert ledger.store.failing
+
+    disk.full = False
+    assert ledger.receive(receipt("during", wanted=wanted, body=large)) is Received.NEW
+    assert not ledger.store.failing
+    assert ledger.rows("SELECT order_id FROM notifications ORDER BY id") == [("before",), ("during",)]
+    assert [claim.order_id for claim in ledger.claim()] == ["before", "during"]
+
+
+def test_on_a_full_disk_everybody_of_the_group_is_told(ledger: Ledger) -> None:
+    disk = Disk(ledger.store)
+    disk.full = True
+
+    async def together() -> list[Received | BaseException]:
+        each = [receipt(f"o-{n}", body=b'"' + b"x" * 50_000 + b'"') for n in range(5)]
+        return await asyncio.gather(*(ledger.inbox.receive(one) for one in each), return_exceptions=True)
+
+    answers = ledger.do(together())
+
+    assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
+    assert ledger.rows("SELECT 1 FROM notifications") == []
+
+
+def test_a_beat_finds_that_the_store_has_healed(ledger: Ledger) -> None:
+    disk = Disk(ledger.store)
+    disk.full = True
+    with pytest.raises(StoreUnavailable):
+        ledger.receive(receipt(body=b'"' + b"x" * 100_000 + b'"'))
+    disk.full = False
+
+    ledger.do(ledger.lanes.beat())
+
+    assert not ledger.store.failing
+
+
+def test_beyond_its_capacity_the_store_is_busy_and_takes_more_afterwards(ledger: Ledger) -> None:
+    ledger.store.capacity = 3
+
+    async def together() -> list[Received | BaseException]:
+        return await asyncio.gather(
+            *(ledger.inbox.receive(receipt(f"o-{n}")) for n in range(5)), return_exceptions=True
+        )
+
+    answers = ledger.do(together())
+
+    assert answers[:3] == [Received.NEW] * 3
+    assert [type(answer) for answer in answers[3:]] == [StoreBusy] * 2
+    assert ledger.receive(receipt("o-4")) is Received.NEW
+
+
+def test_a_second_process_does_not_get_the_database(ledger: Ledger) -> None:
+    with pytest.raises(StoreInUse):
+        Store.open(f"sqlite:///{ledger.path}")
+
+    assert ledger.receive(receipt()) is Received.NEW
+
+
+def test_a_closed_store_gives_the_database_back(ledger: Ledger) -> None:
+    ledger.store.close()
+
+    Store.open(f"sqlite:///{ledger.path}").close()
+
+
+def test_where_the_database_cannot_be_made_opening_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a-file").write_text("")
+
+    with pytest.raises(StoreUnavailable):
+        Store.open(f"sqlite:///{tmp_path}/a-file/adapter.db")
+
+
+def test_a_file_that_is_no_database_is_refused_and_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "adapter.db"
+    path.write_bytes(b"this is no database, only some text that is long enough to look at" * 20)
+
+    for _ in range(2):  # the second time shows that the lock was given back
+        with pytest.raises(StoreUnavailable):
+            Store.open(f"sqlite:///{path}")
+
+
+def test_the_migrations_make_exactly_the_tables_of_the_schema(ledger: Ledger) -> None:
+    with ledger.store.read_connection() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), metadata)
+
+    assert differences == []
+
+
+def test_commits_are_flushed_to_the_disk(ledger: Ledger) -> None:
+    def pragmas(connection: Connection, items: Sequence[None]) -> list[tuple[str, int]]:
+        names = ("journal_mode", "synchronous")
+        journal, synchronous = (connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names)
+        return [(journal, synchronous) for _ in items]
+
+    assert ledger.do(ledger.store.write(pragmas, None)) == ("wal", 2)
+
+
+def test_a_reader_that_comes_before_the_first_start_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreMissing):
+        open_for_reading(f"sqlite:///{tmp_path}/adapter.db")
+
+
+def test_the_clock_does_not_go_below_the_last_recorded_moment(ledger: Ledger) -> None:
+    ledger.clock.now = 4_000_000_000_000
+    ledger.owed(1)
+    ledger.clock.now += 1000
+    ledger.settle(ledger.claim_one())
+    ledger.store.close()
+
+    seen: list[int] = []
+
+    def clock(last: int) -> Callable[[], int]:
+        seen.append(last)
+        return Clock(last)
+
+    store = Store.open(f"sqlite:///{ledger.path}", clock=clock)
+    now = store.clock()
+    store.close()
+
+    assert seen == [4_000_000_001_000]
+    assert 4_000_000_001_000 <= now < 4_000_000_060_000
+
+
+def test_the_clock_is_the_wall_clock_where_nothing_is_ahead_of_it() -> None:
+    before = datetime.now(UTC)
+    moment = datetime.fromtimestamp(Clock(1)() / 1000, UTC)
+
+    assert abs(moment - before) < timedelta(seconds=5)
+
+
+# --- stale snapshots ------------------------------------------------------------------------------------------------
+
+
+def test_a_newer_snapshot_supersedes_older_deliveries_that_were_never_tried(ledger: Ledger) -> None:
+    ledger.owed(1, 2, 3)
+
+    assert ledger.states() == [(1, "done", "superseded"), (2, "done", "superseded"), (3, "waiting", None)]
+    assert json.loads(ledger.claim_one().body or b"")["snapshot"] == 3
+
+
+def test_an_older_snapshot_that_arrives_late_is_superseded_on_arrival(ledger: Ledger) -> None:
+    ledger.owed(2, 1)
+
+    assert ledger.states() == [(2, "waiting", None), (1, "done", "superseded")]
+
+
+def test_a_late_snapshot_is_superseded_also_when_the_newer_one_is_done(ledger: Ledger) -> None:
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one())
+
+    ledger.owed(1)
+
+    assert ledger.states() == [(2, "done", "delivered"), (1, "done", "superseded")]
+    assert ledger.claim() == []
+
+
+def test_a_snapshot_of_the_same_moment_is_a_newer_trigger(ledger: Ledger) -> None:
+    for identity in (b"a", b"b"):
+        ledger.receive(receipt(identity=identity, wanted=[(ledger.export, True)]))
+
+    assert ledger.states() == [(1, "done", "superseded"), (1, "waiting", None)]
+
+
+def test_a_delivery_that_was_tried_is_not_superseded_and_goes_first(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
+
+    ledger.owed(2, 3)
+
+    assert ledger.states() == [(1, "waiting", None), (2, "done", "superseded"), (3, "waiting", None)]
+    assert ledger.claim() == []  # the newer one does not overtake the retry
+    ledger.clock.now += 5000
+    retry = ledger.claim_one()
+    assert (retry.delivery_id, retry.attempt) == (1, 2)
+    ledger.settle(retry)
+    assert ledger.claim_one().delivery_id == 3
+
+
+def test_a_delivery_in_hand_is_not_superseded(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    ledger.owed(2)
+
+    assert ledger.claim() == []
+    assert ledger.settle(claim)
+    assert ledger.states() == [(1, "done", "delivered"), (2, "waiting", None)]
+    assert ledger.claim_one().delivery_id == 2
+
+
+def test_a_route_that_does_not_refetch_gets_every_snapshot_in_order(ledger: Ledger) -> None:
+    ledger.owed(3, 1, 2, refetch=False)
+
+    seen = []
+    for _ in range(3):
+        claim = ledger.claim_one(ledger.history)
+        seen.append(json.loads(claim.body or b"")["snapshot"])
+        ledger.settle(claim, passes=False)
+
+    assert seen == [1, 2, 3]
+    assert ledger.claim(ledger.history) == []
+
+
+def test_nothing_is_put_before_a_delivery_that_was_tried(ledger: Ledger) -> None:
+    ledger.owed(2, refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), waiting(NOON), passes=False)
+
+    ledger.owed(1, refetch=False)
+
+    assert ledger.claim_one(ledger.history).delivery_id == 1  # snapshot 2, which came and was tried first
+
+
+# --- dead letters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION], ids=lambda each: each.reason.value)
+def test_a_dead_letter_of_a_route_that_refetches_is_passed(ledger: Ledger, settlement: Settlement) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    ledger.owed(2)
+
+    ledger.settle(claim, settlement)
+
+    assert ledger.states()[0] == (1, "dead", settlement.reason.value)  # type: ignore[union-attr]
+    assert ledger.claim_one().delivery_id == 2
+
+
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION], ids=lambda each: each.reason.value)
+def test_a_dead_letter_of_a_route_that_does_not_refetch_holds_its_lane(ledger: Ledger, settlement: Settlement) -> None:
+    ledger.owed(1, 2, refetch=False)
+
+    ledger.settle(ledger.claim_one(ledger.history), settlement, passes=False)
+    ledger.owed(3, refetch=False)
+    ledger.clock.now += 100 * HOUR
+
+    assert ledger.claim(ledger.history) == []
+    assert ledger.do(ledger.lanes.next_due_at()) is None
+
+
+@pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
+def test_an_unknown_outcome_always_holds_its_lane(ledger: Ledger, refetch: bool) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(1, refetch=refetch)
+    claim = ledger.claim_one(queue)
+
+    ledger.settle(claim, UNKNOWN, passes=refetch)
+    ledger.owed(2, refetch=refetch)
+    ledger.clock.now += 100 * HOUR
+
+    assert ledger.claim(queue) == []
+    assert ledger.states() == [(1, "dead", "unknown"), (2, "waiting", None)]
+
+
+def test_a_dead_letter_holds_its_own_lane_only(ledger: Ledger) -> None:
+    ledger.owed(1, refetch=False, order_id="order-1")
+    ledger.owed(1, refetch=False, order_id="order-2")
+    first, second = ledger.claim(ledger.history)
+
+    ledger.settle(first, UNKNOWN, passes=False)
+    ledger.settle(second, waiting(NOON), passes=False)
+
+    assert [claim.order_id for claim in ledger.claim(ledger.history)] == ["order-2"]
+
+
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED], ids=["rejected", "exhausted"])
+@pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
+def test_a_repeat_replays_a_dead_letter_whose_outcome_is_known(
+    ledger: Ledger, settlement: Settlement, refetch: bool
+) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(1, refetch=refetch)
+    ledger.settle(ledger.claim_one(queue), settlement, passes=refetch)
+
+    received = ledger.receive(receipt(wanted=[(queue, refetch)]))
+
+    assert received is Received.REPLAYED
+    assert ledger.states() == [(1, "waiting", None)]
+    again = ledger.claim_one(queue)
+    assert (again.delivery_id, again.attempt, again.in_doubt) == (1, 1, False)
+
+
+def test_repeats_replay_at_most_once_an_hour(ledger: Ledger) -> None:
+    ledger.owed(1)
+    answers = []
+    for minutes in (0, 30, 59, 60, 119, 120):
+        ledger.clock.now = NOON + minutes * 60_000
+        for claim in ledger.claim():
+            ledger.settle(claim, REJECTED)
+        answers.append(ledger.receive(receipt()))
+
+    repeat, replayed = Received.REPEAT, Received.REPLAYED
+    assert answers == [replayed, repeat, repeat, replayed, repeat, replayed]
+
+
+@pytest.mark.parametrize(
+    "settlement",
+    [
+        UNKNOWN,
+        CONDITION,
+        DELIVERED,
+        SKIPPED,
+        Settlement(state=State.DONE, reason=Reason.DISCARDED),
+        Settlement(state=State.DONE, reason=Reason.MOVED_ON),
+    ],
+    ids=lambda each: each.reason.value,
+)
+def test_a_repeat_never_replays_anything_else(ledger: Ledger, settlement: Settlement) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), settlement)
+    ledger.clock.now += 2 * HOUR
+
+    received = ledger.receive(receipt(wanted=[(ledger.export, True)]))
+
+    assert received is Received.REPEAT
+    assert ledger.claim() == []
+    assert ledger.states()[0][2] == settlement.reason.value  # type: ignore[union-attr]
+
+
+def test_reconciliation_replays_nothing(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), REJECTED)
+
+    assert ledger.receive(receipt(source="reconciliation")) is Received.REPEAT
+    assert ledger.claim() == []
+
+
+def test_a_replay_does_not_pass_an_unknown_outcome_that_holds_the_lane(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), REJECTED)
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one(), UNKNOWN)
+
+    ledger.receive(receipt(snapshot=1))
+    ledger.clock.now += 2 * HOUR
+
+    assert ledger.claim() == []
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_says_all_that_an_attempt_needs(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.clock.now += 7
+
+    claim = ledger.claim_one()
+
+    assert (claim.order_id, claim.merchant, claim.channel, claim.callback) == (
+        "order-1", "fjallboden", "1", "order-status",
+    )  # fmt: skip
+    assert claim.body == body_of("order-1", 1)
+    assert claim.identity == b"order-1/1"
+    assert (claim.attempt, claim.in_doubt, claim.previous) == (1, False, None)
+    assert (claim.received_at, claim.claimed_at, claim.first_attempt_at) == (NOON, NOON + 7, NOON + 7)
+    assert claim.doubt_ends_at == NOON + 7 + DOUBT
+
+
+def test_a_lane_in_hand_is_not_handed_out_again(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.claim_one()
+    ledger.clock.now += 100 * HOUR
+
+    assert ledger.claim() == []
+    assert ledger.do(ledger.lanes.next_due_at()) is None
+
+
+def test_an_attempt_is_written_with_its_outcome(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    ledger.clock.now += 250
+
+    ledger.settle(claim, REJECTED, outcome="reject", code="no-such-shop", message="x" * 5000)
+
+    assert ledger.rows(
+        "SELECT delivery_id, claim, kind, started_at, ended_at, outcome, code, length(message) FROM attempts"
+    ) == [(1, 1, "deliver", NOON, NOON + 250, "reject", "no-such-shop", lanes_module.LONGEST_MESSAGE)]
+
+
+def test_the_last_done_is_there_at_the_next_claim_of_the_lane(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), reference="shop-7", facts={"digest": "abc", "lines": 3})
+    ledger.clock.now += HOUR
+    ledger.owed(2)
+
+    previous = ledger.claim_one().previous
+
+    assert previous is not None
+    assert (previous.reference, previous.facts) == ("shop-7", {"digest": "abc", "lines": 3})
+    assert previous.at == datetime.fromtimestamp(NOON / 1000, UTC)
+
+
+def test_a_retry_is_not_due_before_its_moment(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
+    ledger.clock.now = NOON + 4999
+
+    assert ledger.claim() == []
+    assert ledger.do(ledger.lanes.next_due_at()) == NOON + 5000
+    ledger.clock.now = NOON + 5000
+    assert ledger.claim_one().attempt == 2
+
+
+def test_an_attempt_that_does_not_count_is_taken_back(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    ledger.settle(ledger.claim_one(), waiting(NOON, counts=False))
+
+    assert ledger.claim_one().attempt == 1
+
+
+def test_an_outcome_that_is_not_known_leaves_the_lane_in_doubt_until_one_is(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON, known=False))
+    second = ledger.claim_one()
+    ledger.settle(second, waiting(NOON, known=False))
+    third = ledger.claim_one()
+    ledger.settle(third, waiting(NOON))
+
+    fourth = ledger.claim_one()
+
+    assert [claim.in_doubt for claim in (second, third, fourth)] == [True, True, False]
+
+
+def test_a_claim_can_be_settled_once(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    assert ledger.settle(claim, waiting(NOON))
+    assert not ledger.settle(claim, REJECTED)
+    assert ledger.states() == [(1, "waiting", None)]
+    assert len(ledger.rows("SELECT 1 FROM attempts")) == 1
+
+
+def test_an_old_claim_records_nothing_after_the_lane_was_taken_over(ledger: Ledger) -> None:
+    ledger.owed(1)
+    old = ledger.claim_one()
+    after = ledger.reopened()
+    try:
+        after.clock.now += DOUBT
+        new = after.claim_one()
+
+        kept_old, kept_new = after.settle(old, REJECTED), after.settle(new)
+
+        assert (kept_old, kept_new) == (False, True)
+        assert after.states() == [(1, "done", "delivered")]
+    finally:
+        after.store.close()
+
+
+def test_what_a_dead_process_held_is_in_doubt_and_not_due_before_the_doubt_ends(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    after = ledger.reopened()
+    try:
+        assert after.claim() == []
+        assert after.do(after.lanes.next_due_at()) == claim.doubt_ends_at
+        after.clock.now = claim.doubt_ends_at - 1
+        assert after.claim() == []
+        after.clock.now = claim.doubt_ends_at
+        taken_over = after.claim_one()
+
+        assert (taken_over.delivery_id, taken_over.attempt, taken_over.in_doubt) == (1, 2, True)
+        assert taken_over.number > claim.number
+    finally:
+        after.store.close()
+
+
+def test_a_claim_is_on_disk_before_it_is_handed_out(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    ledger.claim_one()
+
+    assert ledger.rows("SELECT claim, settled, holder IS NOT NULL FROM lanes") == [(1, 0, 1)]
+
+
+def test_no_more_lanes_than_asked_are_taken(ledger: Ledger) -> None:
+    for number in range(5):
+        ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    asks = [
+        Ask(queue_id=ledger.export, most=2, doubt_ms=DOUBT),
+        Ask(queue_id=ledger.history, most=5, doubt_ms=DOUBT),
+    ]
+    claims = ledger.do(ledger.lanes.claim(asks, 4))
+
+    taken = [claim.queue_id for claim in claims]
+    assert len(taken) == 4
+    assert taken.count(ledger.export) <= 2
+
+
+def test_queues_come_in_turn_so_that_no_backlog_starves_another(ledger: Ledger) -> None:
+    for number in range(6):
+        ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    taken = [ledger.claim(ledger.export, ledger.history, most=1)[0].queue_id for _ in range(4)]
+
+    assert sorted(taken) == sorted([ledger.export, ledger.history] * 2)
+
+
+def test_lanes_of_a_queue_come_in_the_order_in_which_they_are_due(ledger: Ledger) -> None:
+    for number in (3, 1, 2):
+        ledger.clock.now = NOON + number
+        ledger.owed(1, order_id=f"order-{number}")
+    ledger.clock.now = NOON + HOUR
+
+    assert [claim.order_id for claim in ledger.claim()] == ["order-1", "order-2", "order-3"]
+
+
+# --- pauses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_misconfigured_queue_pauses_keeps_its_work_and_goes_on_at_the_next_start(ledger: Ledger) -> None:
+    ledger.owed(1, order_id="order-1")
+    ledger.owed(1, order_id="order-2")
+    first = ledger.claim(most=1)[0]
+    ledger.settle(first, waiting(NOON, counts=False, pauses="destination-unauthorized"))
+    ledger.clock.now += 1000 * HOUR
+
+    assert ledger.claim() == []
+    assert ledger.do(ledger.lanes.next_due_at()) is None
+    after = ledger.reopened()
+    try:
+        claims = after.claim()
+        assert sorted((claim.order_id, claim.attempt) for claim in claims) == [("order-1", 1), ("order-2", 1)]
+    finally:
+        after.store.close()
+
+
+def test_a_pause_is_for_one_route_of_one_merchant_and_channel(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.receive(receipt("elsewhere", wanted=[(ledger.other, True)]))
+    ledger.settle(ledger.claim_one(), waiting(NOON, counts=False, pauses="destination-unauthorized"))
+
+    claims = ledger.claim(ledger.export, ledger.other)
+
+    assert [claim.order_id for claim in claims] == ["elsewhere"]
+
+
+def test_entering_again_finds_the_same_queues(ledger: Ledger) -> None:
+    before = ledger.queues
+    after = ledger.reopened()
+    after.store.close()
+
+    assert after.queues == before
+
+
+# --- the desk -------------------------------------------------------------------------------------------------------
+
+
+def desk(ledger: Ledger, look: Callable[[Desk], T]) -> T:
+    with ledger.store.read_connection() as connection:
+        return look(Desk(connection))
+
+
+def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> None:
+    ledger.owed(1, order_id="order-1")
+    ledger.owed(1, order_id="order-2", refetch=False)
+    ledger.settle(ledger.claim_one(), REJECTED, outcome="reject", code="no-such-shop", message="The shop is unknown.")
+
+    def ids(**asked: Any) -> list[int]:
+        return [each["id"] for each in desk(ledger, lambda desk: desk.deliveries(**asked))]
+
+    assert ids() == [2, 1]
+    assert ids(limit=1) == [2]
+    assert ids(state="dead") == [1]
+    assert ids(route="history") == [2]
+    assert ids(order_id="order-1", state="waiting") == []
+
+
+def test_the_desk_shows_a_delivery_with_its_attempts(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000), outcome="retry", code="destination-busy")
+    ledger.clock.now += 5000
+    ledger.settle(ledger.claim_one(), reference="shop-7")
+
+    shown = desk(ledger, lambda desk: desk.delivery(1))
+
+    assert shown is not None
+    assert (shown["state"], shown["reason"], shown["tries"], shown["reference"]) == ("done", "delivered", 2, "shop-7")
+    assert shown["first_attempt_at"] == "2026-02-03T12:00:00.000Z"
+    assert [(each["outcome"], each["code"]) for each in shown["attempts"]] == [
+        ("retry", "destination-busy"),
+        ("done", None),
+    ]
+
+
+def test_the_desk_knows_which_delivery_is_in_doubt_and_when_it_is_due(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000, known=False))
+    ledger.owed(2)
+
+    first, second = (desk(ledger, lambda desk: desk.delivery(number)) for number in (1, 2))  # noqa: B023
+
+    assert first is not None
+    assert second is not None
+    assert (first["in_doubt"], first["next_at"]) == (True, "2026-02-03T12:00:05.000Z")
+    assert (second["in_doubt"], second["next_at"]) == (False, None)
+
+
+def test_the_desk_has_nothing_to_show_for_a_delivery_that_is_not_there(ledger: Ledger) -> None:
+    assert desk(ledger, lambda desk: desk.delivery(1)) is None
+
+
+def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None:
+    for number in (1, 2, 3):
+        ledger.owed(1, order_id=f"order-{number}")
+    ledger.clock.now += 90_000
+    dead, done, paused = ledger.claim()
+    ledger.settle(dead, REJECTED)
+    ledger.settle(done)
+    ledger.settle(paused, waiting(NOON, counts=False, pauses="destination-unauthorized"))
+
+    overview = desk(ledger, lambda desk: desk.overview(ledger.clock.now))
+
+    assert overview.by_route == {("export", "waiting"): 1, ("export", "dead"): 1}
+    assert overview.oldest_waiting_seconds == {"export": 90.0}
+    assert overview.paused == {("export", "fjallboden", "1"): "destination-unauthorized"}

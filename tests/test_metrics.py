@@ -1,0 +1,108 @@
+"""`adapter.metrics`: the table of all there is, used, bounded and without a customer in it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.parser import text_string_to_metric_families
+
+import adapter
+from adapter import metrics as metrics_module
+from adapter.metrics import Metrics
+
+PACKAGE = Path(adapter.__file__).parent
+TABLE = {name: value for name, value in vars(Metrics("0")).items() if isinstance(value, MetricWrapperBase)}
+# What a label may say: names from the configuration or from a closed list. An order's id, say, is neither.
+LABELS = {
+    "callback", "channel", "key", "kind", "merchant", "origin", "outcome", "result", "route", "scheme", "source",
+    "state", "status", "verdict", "version",
+}  # fmt: skip
+
+
+def labels_of(metric: MetricWrapperBase) -> tuple[str, ...]:
+    return metric._labelnames
+
+
+def elsewhere() -> str:
+    """The package without the table itself."""
+    return "\n".join(path.read_text("utf-8") for path in PACKAGE.rglob("*.py") if path != Path(metrics_module.__file__))
+
+
+def uses() -> Iterator[tuple[str, ast.Call]]:
+    """Every `….<metric>.labels(…)` in the package, the table included."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "labels":
+                assert isinstance(node.func.value, ast.Attribute), path
+                yield node.func.value.attr, node
+
+
+def test_the_table_is_not_empty() -> None:
+    assert len(TABLE) >= 16
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_metric_is_used(name: str) -> None:
+    shown_at_a_scrape = {"deliveries", "oldest_waiting", "queue_paused", "store_available", "build_info"}
+
+    used = re.search(rf"metrics\.{name}\b", elsewhere())
+
+    assert used or name in shown_at_a_scrape
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_name_says_whose_it_is_and_its_unit(name: str) -> None:
+    metric = TABLE[name]
+
+    [family] = metric.collect()
+    assert re.fullmatch(r"norce_adapter_[a-z]+(_[a-z]+)*", family.name)
+    assert family.documentation.endswith(".")
+    assert family.type != "histogram" or family.name.endswith("_seconds")
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_labels_are_of_the_closed_list(name: str) -> None:
+    assert set(labels_of(TABLE[name])) <= LABELS
+
+
+def test_no_label_is_given_an_order_or_what_a_caller_made_up() -> None:
+    for name, call in uses():
+        given = {node.id for each in call.args for node in ast.walk(each) if isinstance(node, ast.Name)}
+        given |= {node.attr for each in call.args for node in ast.walk(each) if isinstance(node, ast.Attribute)}
+        assert not given & {"order_id", "order", "body", "raw", "headers", "query", "message", "reference"}, name
+
+
+def test_every_use_gives_as_many_labels_as_the_table_says() -> None:
+    for name, call in uses():
+        if not any(isinstance(argument, ast.Starred) for argument in call.args):
+            assert len(call.args) == len(labels_of(TABLE[name])), name
+
+
+def test_what_is_shown_at_a_scrape_replaces_what_was_shown_before() -> None:
+    metrics = Metrics("0")
+    metrics.show(
+        deliveries={("export", "waiting"): 3, ("export", "dead"): 1},
+        oldest_waiting_seconds={"export": 60.0},
+        paused=[("export", "norce", "1")],
+        store_available=False,
+    )
+    metrics.show(deliveries={("export", "dead"): 2}, oldest_waiting_seconds={}, paused=[], store_available=True)
+
+    told = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(metrics.text().decode())
+        for sample in family.samples
+        if re.search("deliveries$|oldest|paused|available", sample.name)
+    }
+    assert told == {("norce_adapter_deliveries", "export", "dead"): 2, ("norce_adapter_store_available",): 1}
+
+
+def test_two_services_in_one_process_count_apart() -> None:
+    one, other = Metrics("0"), Metrics("0")
+    one.stored.labels("new").inc()
+
+    assert one.registry.get_sample_value("norce_adapter_notifications_stored_total", {"result": "new"}) == 1
+    assert other.registry.get_sample_value("norce_adapter_notifications_stored_total", {"result": "new"}) is None

@@ -1,0 +1,432 @@
+"""The typed view of an order: exact, forgiving about what is optional, and silent about what it holds."""
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter.orders import (
+    MOST_MEMBERS_SET_ASIDE,
+    NotAnOrder,
+    Order,
+    Price,
+    canonical,
+    decode,
+    instant,
+    order_in,
+    read_order,
+)
+
+COMPLETED = (Path(__file__).parent / "orders" / "order-completed.json").read_bytes()
+TREE: dict[str, Any] = json.loads(COMPLETED)
+CANARY = "canary-19811218"
+
+
+def order_of(**members: Any) -> Order:
+    return read_order(json.dumps({"id": "order-1", **members}).encode())
+
+
+# --- the view -------------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_are_kept_as_they_came() -> None:
+    spelled = b' {"id" : "order-1",\n"total": {"includingVat": 1.50}, "id": "order-1"}\n'
+
+    assert read_order(spelled).raw == spelled
+
+
+def test_a_real_order_is_read_whole() -> None:
+    order = read_order(COMPLETED)
+
+    assert order.set_aside == ()
+    assert (order.id, order.merchant, order.channel) == (TREE["id"], "fjallboden", "se-b2c")
+    assert order.state.current_status == "completed"
+    assert [item.sku for item in order.cart.items] == [item["sku"] for item in TREE["cart"]["items"]]
+    assert order.cart.items[0].price == Price(including_vat=Decimal(1499), excluding_vat=Decimal("1199.2"))
+    assert order.data == TREE
+
+
+def test_a_tree_that_was_decoded_already_is_not_decoded_again() -> None:
+    data = order_in(decode(COMPLETED))
+
+    assert read_order(COMPLETED, data).data is data
+
+
+@pytest.mark.parametrize(
+    ("written", "exact"),
+    [
+        ("0.1", Decimal("0.1")),
+        ("1499.90", Decimal("1499.90")),
+        ("100", Decimal(100)),
+        ("1e2", Decimal(100)),
+        ("-0.05", Decimal("-0.05")),
+        ("0.30000000000000004", Decimal("0.30000000000000004")),
+        ("79228162514264337593543950335.5", Decimal("79228162514264337593543950335.5")),
+        ('"12.30"', Decimal("12.30")),
+    ],
+)
+def test_an_amount_is_what_is_written(written: str, exact: Decimal) -> None:
+    order = read_order(b'{"id": "order-1", "total": {"includingVat": %s}}' % written.encode())
+
+    assert order.total.including_vat == exact
+
+
+def test_tenths_add_up() -> None:
+    tenth = order_of(total={"includingVat": 0.1}).total.including_vat
+
+    assert tenth is not None
+    assert sum([tenth] * 10) == 1
+
+
+@pytest.mark.parametrize("written", ["1e-1000000", "0.1e-999999999", "1e-101"])
+def test_a_number_with_an_absurd_exponent_does_no_harm(written: str) -> None:
+    order = read_order(b'{"id": "order-1", "total": {"includingVat": %s}}' % written.encode())
+
+    assert order.total.including_vat is not None
+    assert 0 <= order.total.including_vat < Decimal("1e-99")
+    assert len(f"{order.total.including_vat:f}") < 400
+
+
+NOT_FINITE = ["NaN", "nan", "sNaN", "Infinity", "-Infinity", "inf"]
+
+
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_an_amount_that_is_not_finite_is_set_aside_alone(value: str) -> None:
+    item = {"sku": "A", "vatRate": value, "price": {"includingVat": 10, "excludingVat": value}}
+    order = order_of(
+        cart={"items": [item]},
+        payments=[{"id": "p-1", "amount": value, "upperLimitAmount": 5}],
+        total={"includingVat": value, "excludingVat": 8},
+    )
+
+    (line,), (payment,) = order.cart.items, order.payments
+    assert (line.sku, line.vat_rate, line.price) == ("A", None, Price(including_vat=Decimal(10)))
+    assert (payment.id, payment.amount, payment.upper_limit_amount) == ("p-1", None, Decimal(5))
+    assert order.total == Price(excluding_vat=Decimal(8))
+    assert sorted(order.set_aside) == [
+        "$.cart.items[0].price.excludingVat",
+        "$.cart.items[0].vatRate",
+        "$.payments[0].amount",
+        "$.total.includingVat",
+    ]
+
+
+def test_a_name_that_looks_like_a_number_is_a_name() -> None:
+    assert order_of(customer={"billing": {"givenName": "Nan"}}).customer.billing.given_name == "Nan"
+
+
+def test_what_the_view_does_not_know_is_in_the_data() -> None:
+    order = order_of(loyalty={"level": 3}, cart={"items": [{"sku": "A", "logistics": {"weight": 5}}]})
+
+    assert order.data["loyalty"] == {"level": 3}
+    assert order.data["cart"]["items"][0]["logistics"] == {"weight": 5}
+    assert order.set_aside == ()
+
+
+def test_a_value_that_an_enumeration_gets_later_is_kept() -> None:
+    order = order_of(
+        state={"currentStatus": "on-hold"},
+        customer={"type": "robot"},
+        payments=[{"state": "half-done", "type": "barter"}],
+    )
+
+    assert (order.state.current_status, order.customer.type) == ("on-hold", "robot")
+    assert (order.payments[0].state, order.payments[0].type) == ("half-done", "barter")
+
+
+def nulled(tree: Any) -> Iterator[Any]:
+    """The order once for every member, with that member null."""
+    for path in paths(tree):
+        changed = copy.deepcopy(tree)
+        put(changed, path, None)
+        yield path, changed
+
+
+def paths(tree: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where every member of an order stands."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield (*at, key)
+            yield from paths(value, (*at, key))
+    elif isinstance(tree, list):
+        for index, value in enumerate(tree):
+            yield from paths(value, (*at, index))
+
+
+def put(tree: Any, path: tuple[str | int, ...], value: Any) -> None:
+    for step in path[:-1]:
+        tree = tree[step]
+    tree[path[-1]] = value
+
+
+def removed(tree: Any, path: tuple[str | int, ...]) -> Any:
+    tree = copy.deepcopy(tree)
+    parent = tree
+    for step in path[:-1]:
+        parent = parent[step]
+    del parent[path[-1]]
+    return tree
+
+
+def test_null_is_the_same_as_absent() -> None:
+    for path, with_null in nulled(TREE):
+        if "attributes" in path[:-1]:
+            continue  # free form: what is in there is the sender's
+        without = read_order(json.dumps(removed(TREE, path)).encode())
+        order = read_order(json.dumps(with_null).encode())
+
+        assert order == without, path
+        assert order.set_aside == (), path
+
+
+def test_an_order_in_an_envelope_gives_the_same_view() -> None:
+    envelope = b'{"notification": {"id": "n-1", "scope": "/state"}, "order": ' + COMPLETED + b"}"
+    bare, enveloped = read_order(COMPLETED), read_order(envelope)
+
+    assert enveloped == bare
+    assert enveloped.data == bare.data
+    assert enveloped.raw == envelope
+
+
+PLACES = list(paths(TREE))
+JSON_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+    | st.sampled_from(NOT_FINITE),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["id", "items", "a"]), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@given(place=st.sampled_from(PLACES), value=JSON_VALUES)
+def test_a_member_of_the_wrong_type_costs_itself_and_nothing_beside_it(place: tuple[Any, ...], value: Any) -> None:
+    tree = copy.deepcopy(TREE)
+    put(tree, place, value)
+
+    order = read_order(json.dumps(tree).encode())
+
+    for name in ("id", "merchant", "channel"):
+        if isinstance(tree[name], str):
+            assert getattr(order, name) == tree[name]
+    intact = read_order(COMPLETED)
+    for name, member in (("state", "state"), ("cart", "cart"), ("customer", "customer"), ("total", "total")):
+        if place[0] != member:
+            assert getattr(order, name) == getattr(intact, name)
+    prefix = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
+    assert all(path.startswith(f"${prefix}") for path in order.set_aside)
+
+
+@given(value=JSON_VALUES)
+def test_an_order_of_whatever_members_is_shown_at_least_with_its_ids(value: Any) -> None:
+    names = [name for name in TREE if name not in ("id", "merchant", "channel")]
+    tree = {**TREE, **dict.fromkeys(names, value)}
+
+    order = read_order(json.dumps(tree).encode())
+
+    assert (order.id, order.merchant, order.channel) == (TREE["id"], TREE["merchant"], TREE["channel"])
+
+
+def test_an_order_of_nothing_but_odd_members_is_shown_with_its_ids_alone() -> None:
+    order = order_of(merchant="m", channel="1", currency="SEK", payments=[{"id": n} for n in range(100)])
+
+    assert (order.id, order.merchant, order.channel, order.currency) == ("order-1", "m", "1", None)
+    assert len(order.set_aside) == MOST_MEMBERS_SET_ASIDE + 1
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda order: order,
+        lambda order: order.customer,
+        lambda order: order.customer.billing,
+        lambda order: order.cart.items,
+        lambda order: order.payments,
+        lambda order: [order.total, order.state],
+    ],
+    ids=["order", "customer", "billing", "items", "payments", "parts"],
+)
+def test_a_repr_shows_no_values(look: Callable[[Order], Any]) -> None:
+    order = order_of(
+        state={"currentStatus": CANARY},
+        cart={"items": [{"name": CANARY}]},
+        payments=[{"reference": CANARY}],
+        customer={"billing": {"email": CANARY, "nationalIdentificationNumber": CANARY}},
+        attributes={"note": CANARY},
+    )
+
+    assert CANARY not in repr(look(order))
+    assert CANARY not in f"{look(order)}"
+
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        pytest.param(b"", id="nothing"),
+        pytest.param(b"{", id="half"),
+        pytest.param(b"{} {}", id="two"),
+        pytest.param(b'{"a": NaN}', id="NaN"),
+        pytest.param(b'{"a": Infinity}', id="Infinity"),
+        pytest.param(b'{"a": 1e400}', id="a number out of range"),
+        pytest.param(b'{"a": 01}', id="a leading zero"),
+        pytest.param(b'{"a": "\\ud800"}', id="a lone surrogate"),
+        pytest.param(b'{"a": "\xff"}', id="no UTF-8"),
+        pytest.param(b"\xef\xbb\xbf{}", id="a byte order mark"),
+        pytest.param('{"a": 1}'.encode("utf-16"), id="UTF-16"),
+        pytest.param(b"{'a': 1}", id="single quotes"),
+        pytest.param(b'{"a": 1,}', id="a trailing comma"),
+        pytest.param(b'{"a": 1} // note', id="a comment"),
+        pytest.param(b"[" * 100_000, id="a hundred thousand brackets"),
+        pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, id="a hundred thousand objects"),
+    ],
+)
+def test_what_is_not_strict_json_is_no_order(raw: bytes) -> None:
+    with pytest.raises(NotAnOrder):
+        decode(raw)
+    with pytest.raises(NotAnOrder):
+        read_order(raw)
+
+
+@pytest.mark.parametrize("raw", [b"[]", b"null", b'"order"', b"7", b"true"], ids=bytes.decode)
+def test_what_is_not_an_object_is_no_order(raw: bytes) -> None:
+    with pytest.raises(NotAnOrder):
+        read_order(raw)
+
+
+def test_of_equal_keys_the_last_one_wins_in_the_view_and_in_the_data() -> None:
+    order = read_order(b'{"id": "first", "id": "last", "currency": "NOK", "currency": "SEK"}')
+
+    assert (order.id, order.currency) == ("last", "SEK")
+    assert order.data == {"id": "last", "currency": "SEK"}
+
+
+@pytest.mark.parametrize("depth", [600, 900, 1100, 5000, 50_000])
+def test_what_is_nested_too_deeply_is_no_order(depth: int) -> None:
+    raw = b'{"id": "order-1", "a": ' + b'{"a": ' * depth + b"1" + b"}" * depth + b"}"
+
+    with pytest.raises(NotAnOrder):
+        read_order(raw)
+
+
+def test_a_decent_depth_is_read() -> None:
+    raw = b'{"id": "order-1", "a": ' + b"[" * 100 + b"]" * 100 + b"}"
+
+    assert read_order(raw).id == "order-1"
+
+
+@given(st.binary(max_size=40))
+def test_whatever_the_bytes_are_it_is_an_order_or_not_an_order(raw: bytes) -> None:
+    try:
+        assert isinstance(read_order(raw), Order)
+    except NotAnOrder:
+        assert True
+
+
+@pytest.mark.parametrize(
+    ("tree", "inner"),
+    [
+        ({"order": {"id": "a"}, "notification": {}}, {"id": "a"}),
+        ({"id": "a"}, {"id": "a"}),
+        ({"id": "a", "order": None}, {"id": "a", "order": None}),
+        ({"id": "a", "order": "first"}, {"id": "a", "order": "first"}),
+    ],
+    ids=["envelope", "bare", "null member", "a member of that name"],
+)
+def test_the_order_is_the_body_or_its_member_of_that_name(tree: Any, inner: Any) -> None:
+    assert order_in(tree) == inner
+
+
+# --- one spelling ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b'{"a": 1.0}', b'{"a": 1}'),
+        (b'{"a": 1e2}', b'{"a": 100.00}'),
+        (b'{"a": -0.0}', b'{"a": 0}'),
+        (b'{"a": 1, "b": 2}', b'{"b":2,"a":1}'),
+        (b'{"a": {"c": [1.0], "b": 2}}', b'{"a": {"b": 2, "c": [1]}}'),
+        (b'{"a": "\\u00e5"}', '{"a": "å"}'.encode()),
+        (b'{"a": "\\/"}', b'{"a": "/"}'),
+        (b'{"a": 1, "a": 2}', b'{"a": 2}'),
+    ],
+)
+def test_equal_values_have_one_spelling(one: bytes, other: bytes) -> None:
+    assert canonical(decode(one)) == canonical(decode(other))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (b'{"a": 1}', b'{"a": 1.5}'),
+        (b'{"a": 1}', b'{"a": "1"}'),
+        (b'{"a": 1}', b'{"a": true}'),
+        (b'{"a": null}', b"{}"),
+        (b"[1, 2]", b"[2, 1]"),
+        (b'{"a": ""}', b'{"a": null}'),
+    ],
+)
+def test_other_values_have_another_spelling(one: bytes, other: bytes) -> None:
+    assert canonical(decode(one)) != canonical(decode(other))
+
+
+@given(JSON_VALUES)
+def test_the_spelling_says_the_same_value(value: Any) -> None:
+    spelled = canonical(value)
+
+    assert json.loads(spelled) == value
+    assert canonical(json.loads(spelled)) == spelled
+
+
+def test_what_is_nested_too_deeply_has_no_spelling() -> None:
+    deep: Any = 1
+    for _ in range(5000):
+        deep = [deep]
+
+    with pytest.raises(NotAnOrder):
+        canonical(deep)
+
+
+# --- moments --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "moment"),
+    [
+        ("2026-02-03T08:16:35.870Z", datetime(2026, 2, 3, 8, 16, 35, 870_000, UTC)),
+        ("2026-02-03T09:16:35.87+01:00", datetime(2026, 2, 3, 8, 16, 35, 870_000, UTC)),
+        ("2026-02-03T08:16:35", datetime(2026, 2, 3, 8, 16, 35, tzinfo=UTC)),
+        ("2026-02-03", datetime(2026, 2, 3, tzinfo=UTC)),
+        ("2026-02-03T08:16:35.8701234Z", datetime(2026, 2, 3, 8, 16, 35, 870_123, UTC)),
+        ("yesterday", None),
+        ("", None),
+        ("0001-01-01T00:00:00+14:00", None),
+        ("9999-12-31T23:59:59-14:00", None),
+        (None, None),
+        (1770106595, None),
+    ],
+)
+def test_a_moment_is_aware_utc_or_none(text: Any, moment: datetime | None) -> None:
+    assert instant(text) == moment
+
+
+@given(st.text(max_size=30) | JSON_VALUES)
+def test_no_text_breaks_the_reading_of_a_moment(value: Any) -> None:
+    moment = instant(value)
+
+    assert moment is None or moment.tzinfo is UTC

@@ -1,0 +1,321 @@
+"""The door for plugin authors: settings that cannot be wrong, secrets that do not show, outcomes and keys."""
+
+import asyncio
+import copy
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Generic, TypeVar
+
+import httpx
+import msgspec
+import pytest
+import structlog
+
+from adapter.orders import Order, read_order
+from adapter.plugin import (
+    LONGEST_CODE,
+    Context,
+    Done,
+    Misconfigured,
+    NoSettings,
+    Notification,
+    NotificationHandler,
+    Orders,
+    Outcome,
+    Problem,
+    Reject,
+    Retry,
+    Secret,
+    Settings,
+    Skip,
+    Unknown,
+    Url,
+    ValidationHandler,
+    can_look_up,
+)
+
+NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
+CANARY = "canary-19811218"
+
+
+# --- addresses ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "origin"),
+    [
+        ("https://shop.example", "https://shop.example", ("https", "shop.example", 443)),
+        ("https://shop.example/", "https://shop.example", ("https", "shop.example", 443)),
+        ("https://shop.example/api/v1/", "https://shop.example/api/v1", ("https", "shop.example", 443)),
+        ("https://shop.example:8443/api", "https://shop.example:8443/api", ("https", "shop.example", 8443)),
+        ("https://Shop.Example", "https://Shop.Example", ("https", "shop.example", 443)),
+        ("https://fjällboden.example", "https://fjällboden.example", ("https", "xn--fjllboden-w2a.example", 443)),
+        ("https://shop.example/@people", "https://shop.example/@people", ("https", "shop.example", 443)),
+        ("http://localhost:9000", "http://localhost:9000", ("http", "localhost", 9000)),
+        ("http://127.0.0.1", "http://127.0.0.1", ("http", "127.0.0.1", 80)),
+        ("http://[::1]:9000/", "http://[::1]:9000", ("http", "::1", 9000)),
+    ],
+)
+def test_an_address_is_https_or_this_machine(text: str, kept: str, origin: tuple[str, str, int]) -> None:
+    url = Url(text)
+
+    assert (url, url.origin) == (kept, origin)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "shop.example",
+        "//shop.example",
+        "https://",
+        "https:///orders",
+        "http://shop.example",
+        "http://127.0.0.2",
+        "http://localhost.example",
+        "http://2130706433",
+        "ftp://shop.example",
+        "file:///etc/passwd",
+        "javascript:alert(1)",
+        "https://user@shop.example",
+        "https://user:password@shop.example",
+        "https://@shop.example",
+        "https://shop.example\\@evil.example",
+        "https://shop.example?a=b",
+        "https://shop.example?",
+        "https://shop.example#a",
+        "https://shop.example#",
+        "https://shop.example:0",
+        "https://shop.example:99999",
+        "https://shop.example:port",
+        "https://[::1",
+        " https://shop.example",
+        "https://shop.example ",
+        "https://shop.example\n",
+        "https://shop .example",
+        "https://shop.example/a\tb",
+    ],
+)
+def test_an_address_that_is_anything_else_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"address"):
+        Url(text)
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Holder:
+    secret: Secret
+
+
+class SecretSettings(Settings, frozen=True, kw_only=True):
+    password: Secret
+
+
+def test_a_secret_is_shown_by_nothing_but_reveal() -> None:
+    secret = Secret(CANARY)
+
+    shown = [
+        str(secret),
+        repr(secret),
+        f"{secret}",
+        f"{secret!r:>20}",
+        "%s %r" % (secret, secret),  # noqa: UP031
+        repr([secret]),
+        repr({"password": secret}),
+        repr(Holder(secret)),
+        repr(SecretSettings(password=secret)),
+        str(ValueError(secret)),
+    ]
+    assert CANARY not in "".join(shown)
+    assert secret.reveal() == CANARY
+
+
+def test_a_secret_cannot_be_encoded_by_mistake() -> None:
+    for encode in (json.dumps, msgspec.json.encode, msgspec.to_builtins):
+        with pytest.raises(TypeError):
+            encode(Secret(CANARY))
+
+
+def test_secrets_are_compared_by_value_and_never_equal_their_text() -> None:
+    assert Secret("a") == copy.copy(Secret("a"))
+    assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
+    assert Secret("a") != Secret("b")
+    assert Secret("a") != "a"
+
+
+def test_unknown_settings_are_refused() -> None:
+    with pytest.raises(msgspec.ValidationError, match="unknown field"):
+        msgspec.convert({"pasword": "x"}, NoSettings)
+
+
+# --- codes ----------------------------------------------------------------------------------------------------------
+
+CODED = [Skip, Retry, Reject, Unknown, Misconfigured, lambda code: Problem(code, "We sell in Sweden only.")]
+NAMES = ["Skip", "Retry", "Reject", "Unknown", "Misconfigured", "Problem"]
+
+
+@pytest.mark.parametrize("make", CODED, ids=NAMES)
+@pytest.mark.parametrize("code", ["sold-out", "a", "http-404", "4", "a" * LONGEST_CODE])
+def test_a_code_is_kebab_case(make: type, code: str) -> None:
+    make(code)
+
+
+@pytest.mark.parametrize("make", CODED, ids=NAMES)
+@pytest.mark.parametrize(
+    "code",
+    ["", "Sold-Out", "sold_out", "sold out", "-a", "a-", "a--b", "a\n", "såld", "a" * (LONGEST_CODE + 1)],
+    ids=repr,
+)
+def test_a_code_that_is_not_kebab_case_is_refused(make: type, code: str) -> None:
+    with pytest.raises(ValueError, match="kebab-case"):
+        make(code)
+
+
+def test_an_outcome_is_its_code_and_what_a_person_reads() -> None:
+    assert str(Reject("no-such-shop", "The shop is unknown.")) == "no-such-shop: The shop is unknown."
+    assert str(Unknown("no-answer")) == "no-answer"
+    assert Retry("busy", after=timedelta(seconds=5)).after == timedelta(seconds=5)
+
+
+@pytest.mark.parametrize("outcome", [Retry, Reject, Unknown, Misconfigured])
+def test_an_outcome_is_an_exception_that_passes_through_anything(outcome: type[Outcome]) -> None:
+    @asynccontextmanager
+    async def around() -> AsyncIterator[None]:
+        yield
+
+    async def raised_through_a_context_manager() -> None:
+        async with around():
+            raise outcome("code") from ValueError()
+
+    with pytest.raises(outcome):
+        asyncio.run(raised_through_a_context_manager())
+
+
+# --- the context ----------------------------------------------------------------------------------------------------
+
+
+class NoOrders:
+    async def read(self, order_id: str) -> Order:
+        raise Reject("order-not-found")
+
+
+def context(identity: str = "ab", route: str = "export", attempt: int = 1) -> Context[NoSettings]:
+    orders: Orders = NoOrders()
+    return Context(
+        settings=NoSettings(),
+        log=structlog.get_logger(),
+        http=httpx.AsyncClient(transport=httpx.MockTransport(lambda _request: httpx.Response(200))),
+        orders=orders,
+        clock=lambda: NOON,
+        identity=identity,
+        route=route,
+        deadline=NOON,
+        attempt=attempt,
+        first_attempt_at=NOON,
+    )
+
+
+def test_a_key_is_the_same_for_every_attempt_and_after_a_restart() -> None:
+    # Written out: a key that changed with a new version would let an order through twice.
+    assert context().key() == "6532d2086f8ae1f16cae43d43efa76cc34e2a566ce09ff16889127eaac9fc408"
+    assert context(attempt=1).key("order") == context(attempt=9).key("order")
+
+
+def test_a_key_differs_by_name_by_route_and_by_event() -> None:
+    keys = [
+        context().key(),
+        context().key("order"),
+        context().key("payment"),
+        context(route="other").key(),
+        context(identity="cd").key(),
+    ]
+
+    assert len(set(keys)) == len(keys)
+    assert all(len(key) == 64 and int(key, 16) >= 0 for key in keys)
+
+
+def test_a_notification_shows_nothing_of_its_order() -> None:
+    order = read_order(json.dumps({"id": "order-1", "customer": {"billing": {"email": CANARY}}}).encode())
+    notification = Notification(
+        id=1,
+        merchant="m",
+        channel="1",
+        callback="order-status",
+        order=order,
+        received=order,
+        raw=order.raw,
+        received_at=NOON,
+    )
+
+    assert CANARY not in repr(notification)
+
+
+# --- handlers -------------------------------------------------------------------------------------------------------
+
+Own = TypeVar("Own", bound=Settings)
+
+
+class ShopSettings(Settings, frozen=True, kw_only=True):
+    base_url: Url
+
+
+class Plain(NotificationHandler):  # type: ignore[type-arg]
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        return Done()
+
+
+class Shop(NotificationHandler[ShopSettings]):
+    async def deliver(self, notification: Notification, context: Context[ShopSettings]) -> Done | Skip:
+        return Done()
+
+
+class Child(Shop):
+    pass
+
+
+class Family(NotificationHandler[Own], Generic[Own]):
+    async def deliver(self, notification: Notification, context: Context[Own]) -> Done | Skip:
+        return Done()
+
+
+class Member(Family[ShopSettings]):
+    async def lookup(self, notification: Notification, context: Context[ShopSettings]) -> Done | None:
+        return None
+
+
+class Rule(ValidationHandler[ShopSettings]):
+    async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+        return []
+
+
+@pytest.mark.parametrize(
+    ("handler", "expected"),
+    [
+        (Plain, NoSettings),
+        (Shop, ShopSettings),
+        (Child, ShopSettings),
+        (Family, NoSettings),
+        (Member, ShopSettings),
+        (Rule, ShopSettings),
+    ],
+)
+def test_a_handler_says_its_settings_as_its_type(handler: type[Shop], expected: type[Settings]) -> None:
+    assert handler.settings_type is expected
+
+
+@pytest.mark.parametrize(("handler", "expected"), [(Shop, False), (Child, False), (Member, True)])
+def test_a_handler_can_look_up_where_it_says_how(handler: type[Shop], expected: bool) -> None:
+    assert can_look_up(handler) is expected
+
+
+def test_a_handler_that_lacks_its_method_cannot_be_made() -> None:
+    class Half(NotificationHandler[NoSettings]):
+        pass
+
+    with pytest.raises(TypeError, match="deliver"):
+        Half()  # type: ignore[abstract]

@@ -1,0 +1,125 @@
+"""A plugin as strangers ship it: a package of its own, built and installed, found by its entry points."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flows.stage import Neighbours, Stage, free_port, install_sample_plugin, order, until
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+
+class Erp:
+    """A small ERP: takes an order, and tells what it has."""
+
+    def __init__(self) -> None:
+        self.orders: dict[str, dict[str, Any]] = {}
+        self.puts = 0
+        self.app = Starlette(routes=[Route("/api/orders/{order_id}", self._order, methods=["GET", "PUT"])])
+
+    async def _order(self, request: Request) -> Response:
+        order_id = request.path_params["order_id"]
+        if request.method == "PUT":
+            self.puts += 1
+            self.orders[order_id] = await request.json()
+        if order_id not in self.orders:
+            return Response(status_code=404)
+        return JSONResponse({"number": f"ERP-{order_id}"})
+
+
+@pytest.fixture(scope="module")
+def sample_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_sample_plugin(tmp_path_factory.mktemp("sample-plugin"))
+
+
+@pytest.fixture(scope="module")
+def neighbours() -> Iterator[Neighbours]:
+    with Neighbours() as neighbours:
+        yield neighbours
+
+
+@pytest.fixture
+def stage(tmp_path: Path, neighbours: Neighbours, sample_plugin: Path) -> Iterator[Stage]:
+    with Stage(tmp_path, neighbours) as stage:
+        stage.environ["PYTHONPATH"] = str(sample_plugin)
+        stage.config["routes"] = {
+            "export-to-erp": {
+                "callback": "order-status",
+                "handler": "sample-erp",
+                "settings": {"url": f"http://127.0.0.1:{free_port()}", "company": 7},
+            }
+        }
+        yield stage
+
+
+def test_its_handlers_are_listed_with_their_package(stage: Stage) -> None:
+    listed = stage.command("handlers", "list", "--output", "json")
+
+    assert listed.returncode == 0
+    rows = {row["name"]: row for row in json.loads(listed.stdout)}
+    assert rows["sample-erp"] == {
+        "name": "sample-erp",
+        "from": "norce-adapter-sample",
+        "kind": "notification",
+        "says": "Exports orders to an ERP, one PUT each.",
+    }
+    assert rows["sample-sleeping-check"]["kind"] == "validation"
+    assert {row["from"] for row in rows.values()} == {"norce-adapter", "norce-adapter-sample"}
+
+
+def test_without_its_package_its_handlers_are_a_problem_of_the_configuration(stage: Stage) -> None:
+    del stage.environ["PYTHONPATH"]
+
+    checked = stage.command("check")
+
+    assert checked.returncode == 4
+    assert "routes.export-to-erp.handler: no installed handler has this name" in checked.stderr
+
+
+def test_its_settings_are_checked_at_their_lines(stage: Stage) -> None:
+    settings = stage.config["routes"]["export-to-erp"]["settings"]
+    settings |= {"url": "ftp://erp.example", "company": 0, "colour": "blue"}
+    lines = stage.write().read_text().splitlines()
+
+    checked = stage.command("check")
+
+    assert checked.returncode == 4
+    *problems, last = checked.stderr.splitlines()
+    assert last == "3 problems in the configuration; nothing was started"
+    for problem, written in zip(problems, ('"url": "ftp', '"company": 0', '"colour"'), strict=True):
+        (line,) = (number for number, text in enumerate(lines, 1) if written in text)
+        key = written.split('"')[1]
+        assert problem.startswith(f"{stage.folder / 'config.yaml'}:{line}: routes.export-to-erp.settings.{key}: ")
+
+
+def test_settings_that_are_right_pass(stage: Stage) -> None:
+    checked = stage.command("check")
+
+    assert (checked.returncode, checked.stderr) == (0, "")
+    assert checked.stdout.endswith("2 callbacks, 1 routes; all is well\n")
+
+
+def test_its_export_arrives(stage: Stage, neighbours: Neighbours) -> None:
+    erp = Erp()
+    stage.config["routes"]["export-to-erp"]["settings"]["url"] = f"{neighbours.add(erp.app)}/api"
+    service = stage.start()
+
+    assert stage.notify(service, order("for-the-erp")) == 200
+
+    ended = stage.ended("for-the-erp")
+    assert (ended["reason"], ended["reference"]) == ("delivered", "ERP-for-the-erp")
+    assert erp.orders == {"for-the-erp": {"company": 7, "reference": "for-the-erp", "currency": "SEK"}}
+    assert erp.puts == 1
+
+
+def test_an_erp_that_is_down_is_a_retry_without_a_word_of_the_plugins_about_it(stage: Stage) -> None:
+    service = stage.start()
+
+    stage.notify(service, order("for-nobody"))
+
+    retried = until(lambda: service.said("delivery_retried", order_id="for-nobody"))
+    assert (retried[0]["outcome"], retried[0]["code"]) == ("retry", "destination-unreachable")
