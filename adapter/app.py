@@ -24,6 +24,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.protocol import GuardedProtocol
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
 from adapter.console import Health, console
@@ -237,6 +238,7 @@ async def served(app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
         server_header=False,
         proxy_headers=False,
         ws="none",
+        http=GuardedProtocol,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=10,
     )

@@ -174,11 +174,27 @@ def test_a_secret_comes_from_the_environment_or_from_a_file_beside_the_configura
 
 
 def test_only_the_last_line_break_of_a_file_is_taken_off(file: Path) -> None:
-    (file.parent / "secret").write_bytes(b" two\nlines \r\n")
+    (file.parent / "secret").write_bytes(b" two\nlines of text \r\n")
 
-    config = read(file, changed("${env:NORCE_TOKEN}", "${file:secret}"))
+    config = read(file, changed("${env:NORCE_ADAPTER_URL_KEY}", "${file:secret}"))
 
-    assert config.merchants["norce"].tokens[0].reveal() == " two\nlines "
+    assert config.senders.signed_urls is not None
+    assert config.senders.signed_urls.keys["k1"].reveal() == " two\nlines of text "
+
+
+@pytest.mark.parametrize("token", ["dör", "two\nlines", " led", "trailed "], ids=repr)
+def test_a_token_that_cannot_travel_in_a_header_is_a_problem_with_its_place_and_without_its_value(
+    file: Path, token: str
+) -> None:
+    (file.parent / "secret").write_text(f"{CANARY}{token}" if token != " led" else token + CANARY)
+
+    with pytest.raises(ConfigurationInvalid) as refused:
+        read(file, changed("${env:NORCE_TOKEN}", "${file:secret}"))
+
+    (problem,) = refused.value.problems
+    assert (problem.line, problem.path) == (4, "merchants.norce.tokens[0]")
+    assert "visible ASCII" in problem.message
+    assert CANARY not in str(problem)
 
 
 def test_other_values_may_be_references_too(file: Path) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, event, text
 from adapter.deliveries import Reason, Settlement, State
 from adapter.ledger import lanes as lanes_module
 from adapter.ledger.desk import Desk
-from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.inbox import MOST_CONFLICTS, Inbox, Receipt, Received, Wanted
 from adapter.ledger.lanes import Ask, Claim, Lanes, QueueKey, Record
 from adapter.ledger.schema import metadata
 from adapter.ledger.store import (
@@ -213,6 +213,26 @@ def test_the_repeat_of_a_conflict_is_not_stored_again(ledger: Ledger) -> None:
 
     assert received is Received.REPEAT
     assert len(ledger.rows("SELECT 1 FROM notifications")) == 2
+
+
+def test_conflicts_of_one_identity_are_kept_up_to_a_bound_and_digested_once(ledger: Ledger) -> None:
+    bodies = [b'{"id": "order-1", "n": %d}' % number for number in range(MOST_CONFLICTS + 5)]
+
+    answers = [ledger.receive(receipt(body=body)) for body in bodies]
+
+    assert answers == [Received.NEW, *[Received.CONFLICT] * (MOST_CONFLICTS + 4)]
+    assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(1 + MOST_CONFLICTS,) * 2]
+
+
+def test_a_conflict_once_more_replays_nothing(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}', wanted=[(ledger.export, True)]))
+    ledger.receive(receipt(body=b'{"total": 2}'))
+    ledger.settle(ledger.claim_one(), REJECTED)
+
+    received = ledger.receive(receipt(body=b'{"total": 2}'))
+
+    assert received is Received.REPEAT
+    assert ledger.states() == [(1, "dead", "rejected")]
 
 
 def test_a_third_order_under_the_same_identity_is_a_conflict_of_its_own(ledger: Ledger) -> None:

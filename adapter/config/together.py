@@ -12,6 +12,9 @@ from adapter.config.shape import ONLY_FOR_NOTIFICATIONS, SLUG, SLUG_IN_WORDS, Op
 from adapter.plugin import Secret
 
 SHORTEST_URL_KEY_BYTES = 16
+IN_A_HEADER = re.compile(
+    r"merchants\..+\.tokens\[\d+\]|merchants\[.+\]\.tokens\[\d+\]|senders\.header_secrets\[\d+\]\.values\[\d+\]"
+)
 PARAMETERS_OF_SIGNED_URLS = ("merchant", "channel", "key", "sig")
 
 
@@ -86,6 +89,13 @@ def _check_senders(tree: Mapping[str, Any], reader: Reader) -> None:
 
 
 def _check_merchants(tree: Mapping[str, Any], reader: Reader) -> None:
+    for at, value in reader.values.items():
+        if (
+            IN_A_HEADER.fullmatch(at)
+            and isinstance(value, Secret)
+            and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value.reveal())
+        ):
+            reader.report(at, "must be visible ASCII text, for it travels in a header")
     routes, replaced = _members(tree, "routes"), "base_url" in _members(tree, "norce")
     for name, merchant in _members(tree, "merchants").items():
         at = under("merchants", name)

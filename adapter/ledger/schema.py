@@ -67,6 +67,7 @@ notifications = Table(
     Column("snapshot_at", BigInteger, nullable=False, doc="lastModified, or else when it was received"),
     Column("received_at", BigInteger, nullable=False),
     Column("source", Text, nullable=False, doc="callback or reconciliation"),
+    Column("digest", LargeBinary, doc="of the order, once it had to be compared"),
     Column("body", LargeBinary, doc="as received, byte for byte; null once pruned"),
     Index("uq_notifications_identity", "identity", unique=True),
     Index(

@@ -23,6 +23,7 @@ def upgrade() -> None:
         sa.Column("snapshot_at", sa.BigInteger(), nullable=False),
         sa.Column("received_at", sa.BigInteger(), nullable=False),
         sa.Column("source", sa.Text(), nullable=False),
+        sa.Column("digest", sa.LargeBinary(), nullable=True),
         sa.Column("body", sa.LargeBinary(), nullable=True),
         sa.ForeignKeyConstraint(["conflicts_with"], ["notifications.id"], name=op.f("fk_notifications_conflicts_with")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_notifications")),

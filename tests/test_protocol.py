@@ -1,0 +1,133 @@
+"""Connections whose request never gets a complete head."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from adapter.callbacks.protocol import LARGEST_HEAD_BYTES, LONGEST_HEAD_SECONDS, GuardedProtocol
+
+HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop whose timers go off when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timers: list[tuple[float, asyncio.TimerHandle, Callable[[], object]]] = []
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+        timer = super().call_later(3600, callback, *args, context=context)
+        self.timers.append((delay, timer, lambda: callback(*args)))
+        return timer
+
+    def after(self, delay: float) -> None:
+        for due, timer, call in [*self.timers]:
+            if due <= delay and not timer.cancelled():
+                timer.cancel()
+                call()
+
+
+class Wire(asyncio.Transport):
+    """The far end of a connection: what was written, and whether it was closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self.written = b""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+@pytest.fixture
+def connection():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = Config(app, http=GuardedProtocol, log_config=None, lifespan="off", ws="none", timeout_keep_alive=3000)
+    config.load()
+    loop = Loop()
+    asyncio.set_event_loop(loop)
+    protocol, wire = GuardedProtocol(config, ServerState(), {}, loop), Wire()
+    protocol.connection_made(wire)
+    yield loop, protocol, wire
+    protocol.connection_lost(None)
+    loop.run_until_complete(asyncio.sleep(0))
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+def settle(loop: Loop) -> None:
+    for _ in range(10):
+        loop.run_until_complete(asyncio.sleep(0))
+
+
+def test_a_connection_that_sends_nothing_is_closed(connection) -> None:
+    loop, _, wire = connection
+
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert wire.closed
+
+
+def test_a_head_that_drips_in_is_closed_however_busily_it_drips(connection) -> None:
+    loop, protocol, wire = connection
+    for byte in HEAD[:-4]:
+        protocol.data_received(bytes([byte]))
+
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert wire.closed
+
+
+def test_a_head_that_grows_and_grows_is_closed(connection) -> None:
+    _, protocol, wire = connection
+    protocol.data_received(b"POST / HTTP/1.1\r\n")
+    for number in range(LARGEST_HEAD_BYTES // 1000 + 1):
+        protocol.data_received(b"x-%d: " % number + b"y" * 1000 + b"\r\n")
+
+    assert wire.closed
+
+
+def test_a_body_has_no_such_end_here(connection) -> None:
+    loop, protocol, wire = connection
+    protocol.data_received(HEAD)
+
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert not wire.closed
+
+
+def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:
+    loop, protocol, wire = connection
+    for _ in range(2):
+        protocol.data_received(HEAD + b"{}")
+        settle(loop)
+    assert wire.written.count(b"HTTP/1.1 200") == 2
+    loop.after(LONGEST_HEAD_SECONDS)
+    assert not wire.closed
+
+    protocol.data_received(HEAD[:20])
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert wire.closed
