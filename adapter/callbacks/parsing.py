@@ -13,7 +13,7 @@ from typing import Any
 
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
-from adapter.orders import NotAnOrder, canonical, decode, instant, order_in
+from adapter.orders import NotAnOrder, canonical, decode, instant, order_digest, order_in
 from adapter.routes import Callback
 
 LONGEST_ID = 64
@@ -116,7 +116,7 @@ def parse_notification(
         order_id=raw.order_id,
         order=order,
         raw=raw.body,
-        identity=_identity(callback, merchant, channel, raw.order_id, order, modified),
+        identity=_identity(callback, merchant, channel, raw, order, modified),
         snapshot_at=None if modified is None else modified // 1000,
     )
 
@@ -161,18 +161,18 @@ def _micros(value: Any, now: int) -> int | None:
 
 
 def _identity(
-    callback: Callback, merchant: str, channel: str, order_id: str, order: dict[str, Any], modified: int | None
+    callback: Callback, merchant: str, channel: str, raw: RawCallback, order: dict[str, Any], modified: int | None
 ) -> bytes:
     """
     Which event it is: merchant, channel, callback, order, when it was modified and the value at the scope; without a
     moment the whole order. It begins with the moment, so that the ledger's index grows at its end.
     """
-    named: list[Any] = ["v1", merchant, channel, callback.name, order_id, modified]
-    if modified is None:
-        named.append(order)
-    elif callback.condition is not None and (value := callback.condition.value(order)) is not MISSING:
-        named.append(value)
+    named: list[Any] = ["v1", merchant, channel, callback.name, raw.order_id, modified]
     try:
+        if modified is None:
+            named.append(order_digest(raw.body).hex())
+        elif callback.condition is not None and (value := callback.condition.value(order)) is not MISSING:
+            named.append(value)
         return (modified or 0).to_bytes(8, "big") + hashlib.sha256(canonical(named)).digest()[:16]
     except NotAnOrder as error:
         raise _malformed() from error
