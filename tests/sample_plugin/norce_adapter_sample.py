@@ -1,0 +1,107 @@
+"""Handlers as somebody else would write and ship them: one that is right, and some that hold others up."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from adapter.plugin import (
+    Context,
+    Done,
+    Notification,
+    NotificationHandler,
+    Order,
+    Problem,
+    Reject,
+    Settings,
+    Skip,
+    Url,
+    ValidationHandler,
+)
+
+LONG = 30.0  # seconds
+
+
+class ErpSettings(Settings, frozen=True, kw_only=True):
+    url: Annotated[Url, msgspec.Meta(description="Where the ERP is.")]
+    company: Annotated[int, msgspec.Meta(ge=1, description="The company's number in the ERP.")] = 1
+
+
+class ErpExport(NotificationHandler[ErpSettings]):
+    """Exports orders to an ERP, one PUT each."""
+
+    async def deliver(self, notification: Notification, context: Context[ErpSettings]) -> Done | Skip:
+        order = notification.order
+        if order.reference is None:
+            raise Reject("erp-no-reference", "the order has no /reference")
+        document = {"company": context.settings.company, "reference": order.reference, "currency": order.currency}
+        answer = await context.http.put(f"{context.settings.url}/orders/{order.id}", json=document)
+        return Done(answer.raise_for_status().json()["number"])
+
+    async def lookup(self, notification: Notification, context: Context[ErpSettings]) -> Done | None:
+        answer = await context.http.get(f"{context.settings.url}/orders/{notification.order.id}")
+        return None if answer.status_code == 404 else Done(answer.raise_for_status().json()["number"])
+
+
+class CallsSettings(Settings, frozen=True, kw_only=True):
+    calls: Annotated[str, msgspec.Meta(description="A file; each call adds a line to it.")]
+
+
+class WaitsSettings(CallsSettings, frozen=True, kw_only=True):
+    until: Annotated[str, msgspec.Meta(description="A file; a call ends when there is one.")]
+
+
+class Waits(NotificationHandler[WaitsSettings]):
+    """Says that it was called, and waits for a file."""
+
+    async def deliver(self, notification: Notification, context: Context[WaitsSettings]) -> Done | Skip:
+        _say(context.settings, f"deliver {notification.order.id}")
+        try:
+            while not _exists(context.settings.until):  # noqa: ASYNC110 - the file is made by another process
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            _say(context.settings, f"cancelled {notification.order.id}")
+            raise
+        return Done(f"waited-{notification.order.id}")
+
+    async def lookup(self, notification: Notification, context: Context[WaitsSettings]) -> Done | None:
+        _say(context.settings, f"lookup {notification.order.id}")
+        return None
+
+
+class Sleeps(NotificationHandler[CallsSettings]):
+    """Blocks its thread, as no handler should."""
+
+    async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
+        _say(context.settings, f"deliver {notification.order.id}")
+        time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
+        return Done()
+
+
+class SleepsInAThread(NotificationHandler[CallsSettings]):
+    """Does its blocking work beside the loop, which is right, but for ever so long."""
+
+    async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
+        _say(context.settings, f"deliver {notification.order.id}")
+        await asyncio.to_thread(time.sleep, LONG)
+        return Done()
+
+
+class SleepingCheck(ValidationHandler[CallsSettings]):
+    """Blocks its thread, as no handler should, while a shopper waits."""
+
+    async def validate(self, order: Order, context: Context[CallsSettings]) -> list[Problem]:
+        _say(context.settings, f"validate {order.id}")
+        time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
+        return []
+
+
+def _say(settings: CallsSettings, line: str) -> None:
+    with Path(settings.calls).open("a") as file:
+        file.write(line + "\n")
+
+
+def _exists(path: str) -> bool:
+    return Path(path).exists()
