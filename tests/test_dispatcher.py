@@ -484,6 +484,22 @@ def test_every_attempt_is_one_line_and_one_count(tmp_path: Path, lines: Callable
     run(test)
 
 
+class Busier(Retry):
+    """A plugin's own shade of an outcome."""
+
+
+def test_a_plugins_own_shade_of_an_outcome_is_counted_under_our_name(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(Plain(Busier("busy")))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert [attempt["outcome"] for attempt in row["attempts"]] == ["retry"]
+
+    run(test)
+
+
 # --- doubt ----------------------------------------------------------------------------------------------------------
 
 

@@ -1003,3 +1003,14 @@ def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None
     assert overview.by_route == {("export", "waiting"): 1, ("export", "dead"): 1}
     assert overview.oldest_waiting_seconds == {"export": 90.0}
     assert overview.paused == {("export", "fjallboden", "1"): "destination-unauthorized"}
+
+
+def test_a_database_of_a_newer_version_says_so_and_is_given_back(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'ledger.db'}"
+    Store.open(url).close()
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+
+    for _ in range(2):  # the lock is not kept: the second start says the same
+        with pytest.raises(StoreUnavailable, match="9999"):
+            Store.open(url)

@@ -154,6 +154,7 @@ def test_a_cause_that_was_put_away_is_not_shown() -> None:
                 raise KeyError(CANARY) from None
         except KeyError as error:
             return error
+        raise AssertionError("nothing was raised")
 
     assert [each["type"] for each in logs.described(raised())] == ["builtins.KeyError"]
 

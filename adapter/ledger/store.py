@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import structlog
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
@@ -123,7 +124,7 @@ class Store:
                     )
                 ).scalar()
                 connection.rollback()
-        except (DBAPIError, OSError) as error:
+        except (DBAPIError, OSError, CommandError) as error:
             os.close(lock)
             raise StoreUnavailable(f"cannot open {path}: {_cause(error)}") from error
         return cls(engine, _engine(url, read_only=True), lock=lock, clock=clock(last or 0))
