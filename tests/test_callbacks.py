@@ -725,7 +725,7 @@ def test_a_body_that_is_shorter_than_it_says_stores_nothing(listening: Listening
     after = listening.post(f"{ROOT}/after/order-status", content=b"{}")
 
     assert after.status_code == 200
-    with closing(sqlite3.connect(configuration_path(listening))) as ledger:
+    with contextlib.closing(sqlite3.connect(configuration_path(listening))) as ledger:
         assert ledger.execute("SELECT order_id FROM notifications WHERE order_id = 'short'").fetchall() == []
 
 
