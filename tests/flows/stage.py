@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import httpx
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter.demo.norce import NorceStandIn
 from adapter.handlers.jetshop.stand_in import JetshopStandIn
@@ -100,15 +101,24 @@ class Seen(NamedTuple):
 
 
 class Shop(JetshopStandIn):
-    """The shop, which remembers every request as it arrives, whatever became of it."""
+    """The shop, which remembers every request that arrives in one piece, whatever became of it."""
 
     def __init__(self) -> None:
         super().__init__(username="stories", password=PASSWORD)
         self.seen: list[Seen] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:  # killed in the middle of its request: nothing that anybody could act on
+            return
         self.seen.append(Seen(scope["method"], scope["path"].split("/")[-2], time.monotonic()))
-        await super().__call__(scope, receive, send)
+        whole = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def again() -> Message:
+            return next(whole, None) or await receive()
+
+        await super().__call__(scope, again, send)
 
     def behaves(self) -> None:
         """Whatever was scripted and has not been met yet is forgotten."""
