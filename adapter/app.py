@@ -152,20 +152,22 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
 
 
 async def serve(config: Config, routes: Routes) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what `running` raises."""
-    async with running(config, routes):
-        await told_to_stop()
+    """Serves until SIGTERM or SIGINT, also where it comes while the service starts. Raises what `running` raises."""
+    with told_to_stop() as stop:
+        async with running(config, routes):
+            await stop.wait()
 
 
-async def told_to_stop() -> None:
-    """Returns at the first SIGTERM or SIGINT; a second one then has its usual effect."""
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[asyncio.Event]:
+    """An event that is set by SIGTERM and SIGINT, which have their usual effect again afterwards."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
-        await stop.wait()
+        yield stop
     finally:
         for number in signals:
             loop.remove_signal_handler(number)

@@ -312,23 +312,24 @@ def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[i
 
 
 async def _demo(*, then_exit: bool, output: str) -> None:
-    async with demo() as running:
-        summary = await walk(running, (lambda line: click.echo(line, err=True)) if output == "json" else click.echo)
-        if output == "json":
-            click.echo(json.dumps(summary))
-        if then_exit:
-            return
-        service, command = running.service, Path(sys.argv[0])
-        order = running.config_path.with_name("order-completed.json")
-        click.echo(
-            "\nStill running; Ctrl-C ends it.\n"
-            f"  callbacks   {service.public_address}\n"
-            f"  operations  {service.operations_address}/readyz  {service.operations_address}/metrics\n"
-            f"  Norce       {running.norce_address} (stand-in)\n"
-            f"  Jetshop     {running.jetshop_address} (stand-in)\n\n"
-            "In another terminal:\n"
-            f"  export NORCE_ADAPTER_CONFIG={running.config_path}\n"
-            f"  {command} deliveries list\n"
-            f"  {command} send {order} --callback order-status --repeat 5"
-        )
-        await app.told_to_stop()
+    with app.told_to_stop() as stop:
+        async with demo() as running:
+            summary = await walk(running, (lambda line: click.echo(line, err=True)) if output == "json" else click.echo)
+            if output == "json":
+                click.echo(json.dumps(summary))
+            if then_exit:
+                return
+            service, command = running.service, Path(sys.argv[0])
+            order = running.config_path.with_name("order-completed.json")
+            click.echo(
+                "\nStill running; Ctrl-C ends it.\n"
+                f"  callbacks   {service.public_address}\n"
+                f"  operations  {service.operations_address}/readyz  {service.operations_address}/metrics\n"
+                f"  Norce       {running.norce_address} (stand-in)\n"
+                f"  Jetshop     {running.jetshop_address} (stand-in)\n\n"
+                "In another terminal:\n"
+                f"  export NORCE_ADAPTER_CONFIG={running.config_path}\n"
+                f"  {command} deliveries list\n"
+                f"  {command} send {order} --callback order-status --repeat 5"
+            )
+            await stop.wait()

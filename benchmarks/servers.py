@@ -59,8 +59,9 @@ def echo(port: int) -> None:
 async def service(path: Path) -> None:
     """The whole service, as `norce-adapter serve` runs it, with a handler that is never done."""
     loaded = config.load(path, {})
-    async with app.running(loaded, routes.build(loaded, [_Installed("holds", Holds)])):  # type: ignore[list-item]
-        await app.told_to_stop()
+    with app.told_to_stop() as stop:
+        async with app.running(loaded, routes.build(loaded, [_Installed("holds", Holds)])):  # type: ignore[list-item]
+            await stop.wait()
 
 
 if __name__ == "__main__":
