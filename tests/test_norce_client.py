@@ -137,7 +137,7 @@ def test_a_token_is_in_no_error() -> None:
 
 
 LARGE = b'{"id": "order-1", "filler": "' + b"x" * LARGEST_ORDER_BYTES + b'"}'
-DEEP = b'{"id": "order-1", "a": ' + b"[" * 800 + b"]" * 800 + b"}"
+DEEP = b'{"id": "order-1", "a": ' + b"[" * 5000 + b"]" * 5000 + b"}"
 ANSWERS: list[Any] = [
     pytest.param(httpx.Response(404), OrderNotFound, Reject, id="404"),
     pytest.param(httpx.Response(401), NorceRefused, Misconfigured, id="401"),

@@ -186,7 +186,7 @@ class Store:
             try:
                 loop.call_soon_threadsafe(self._finished, loop, outcomes)
             except RuntimeError:  # the loop is closed; what was written stays written
-                return
+                break
         if self._connection is not None:
             self._connection.close()
 
@@ -272,11 +272,15 @@ def _engine(url: str, *, read_only: bool) -> Engine:
             check_same_thread=False,
             timeout=5,
         )
-        connection.execute("PRAGMA busy_timeout = 5000")
-        if not read_only:
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits at a power cut
-            connection.execute("PRAGMA cache_size = -65536")
+        try:
+            connection.execute("PRAGMA busy_timeout = 5000")
+            if not read_only:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits at a power cut
+                connection.execute("PRAGMA cache_size = -65536")
+        except sqlite3.Error:  # not a database, say
+            connection.close()
+            raise
         return connection
 
     engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
