@@ -78,6 +78,7 @@ class Dispatcher:
         self._slots = slots
         self._random = random
         self._news = asyncio.Event()
+        self._has_room = True
         self._claiming = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._runs: set[Run[Any]] = set()
@@ -91,8 +92,9 @@ class Dispatcher:
         return len(self._tasks)
 
     def wake(self) -> None:
-        """There is new work."""
-        self._news.set()
+        """There is new work. Without a free slot for it that is no news: the slot will be, when it is given back."""
+        if self._has_room:
+            self._news.set()
 
     async def run(self) -> None:
         """Claims and starts work until `stop` is called. A store that fails is tried again, for as long as it takes."""
@@ -103,6 +105,7 @@ class Dispatcher:
             try:
                 async with self._claiming:
                     asks = self._asks()
+                    self._has_room = bool(asks)
                     claims = await self._lanes.claim(asks, self._free) if asks else []
                     for claim in claims:
                         self._busy[claim.queue_id] += 1
@@ -122,7 +125,7 @@ class Dispatcher:
         doubt; what cannot be cancelled keeps its lane claimed, and the next start finds it so.
         """
         self._stopping = True
-        self.wake()
+        self._news.set()
         async with self._claiming:  # what is being claimed now must be among the tasks, or it would stay in doubt
             pass
         await self._drain(grace)
@@ -142,7 +145,7 @@ class Dispatcher:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self.wake()
+        self._news.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("dispatcher_failed", exc_info=error)  # the lane stays claimed, and in doubt at the next start
 
