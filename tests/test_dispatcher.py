@@ -20,7 +20,7 @@ import structlog
 from adapter import dispatcher as dispatcher_module
 from adapter import logs
 from adapter.conditions import Condition
-from adapter.dispatcher import SLACK, Dispatcher, Queue
+from adapter.dispatcher import POLL, SLACK, Dispatcher, Queue
 from adapter.ledger.desk import Desk
 from adapter.ledger.inbox import Inbox, Receipt, Wanted
 from adapter.ledger.lanes import Ask, Claim, Lanes, QueueKey, Record
@@ -125,11 +125,13 @@ class WatchedLanes(Lanes):
         self.settled: asyncio.Queue[Record] = asyncio.Queue()
         self.failures = {"claim": 0, "settle": 0}
         self.keep_back: asyncio.Event | None = None
+        self.after_claim: Callable[[], None] = lambda: None
 
     async def claim(self, asks: Sequence[Ask], most: int) -> list[Claim]:
         self._fail("claim")
         claims = await super().claim(asks, most)
         self.claimed.put_nowait(claims)
+        self.after_claim()
         if self.keep_back is not None and claims:
             await self.keep_back.wait()
         return claims
@@ -480,6 +482,26 @@ def test_every_attempt_is_one_line_and_one_count(tmp_path: Path, lines: Callable
             for outcome in ("retry", "done")
         }
         assert counted == {"retry": 1, "done": 1}
+
+    run(test)
+
+
+def test_what_becomes_due_just_after_a_claim_is_claimed_at_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with working(tmp_path, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+            await work.owe()
+            due = int(datetime.fromisoformat((await work.settled())["next_at"]).timestamp() * 1000)
+
+            def later() -> None:
+                work.clock.now = max(work.clock.now, due)
+
+            work.lanes.after_claim = later  # the next claim finds nothing, and what is due is due by then
+            work.dispatcher.wake()
+
+            # Well before the dispatcher would have looked again by itself.
+            async with asyncio.timeout(POLL.total_seconds() / 2):
+                row = await work.settled()
+            assert row["state"] == "done"
 
     run(test)
 
