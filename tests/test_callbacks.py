@@ -48,7 +48,7 @@ from adapter.routes import build
 from adapter.runner import Runner
 from adapter.verdicts import Verdicts
 
-ORDERS = Path(__file__).parent / "orders"
+ORDERS = Path(__file__).parent.parent / "adapter/demo/orders"
 MODIFIED = "2026-02-03T08:16:35.870Z"
 ENVIRON = {
     "TOKEN": "canary-token-at-norce-0123456789",

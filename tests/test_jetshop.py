@@ -47,7 +47,7 @@ from adapter.plugin import (
     Url,
 )
 
-ORDERS = Path(__file__).parent / "orders"
+ORDERS = Path(__file__).parent.parent / "adapter/demo/orders"
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
 NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
 ABSENT = object()

@@ -24,7 +24,7 @@ from adapter.orders import (
     read_order,
 )
 
-COMPLETED = (Path(__file__).parent / "orders" / "order-completed.json").read_bytes()
+COMPLETED = (Path(__file__).parent.parent / "adapter/demo/orders" / "order-completed.json").read_bytes()
 TREE: dict[str, Any] = json.loads(COMPLETED)
 CANARY = "canary-19811218"
 

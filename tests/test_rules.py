@@ -14,7 +14,7 @@ from adapter.handlers.rules import Rules, RulesSettings, RuleUndecided
 from adapter.orders import Order, read_order
 from adapter.plugin import Context, Done, NoSettings, Notification, Problem, Settings
 
-COMPLETED = (Path(__file__).parent / "orders" / "order-completed.json").read_bytes()
+COMPLETED = (Path(__file__).parent.parent / "adapter/demo/orders" / "order-completed.json").read_bytes()
 NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
 PERSON = {
     "scope": "/customer/billing/nationalIdentificationNumber",

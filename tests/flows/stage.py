@@ -36,7 +36,7 @@ from adapter.ledger.store import open_for_reading
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "norce-adapter"
 TESTS = Path(__file__).parent.parent
-COMPLETED = json.loads((TESTS / "orders" / "order-completed.json").read_text())
+COMPLETED = json.loads((TESTS.parent / "adapter/demo/orders/order-completed.json").read_text())
 URL_KEY = "a key of the stories, for signing URLs"
 NORCE_TOKEN = "a token of the stories"
 PASSWORD = "a password of the stories"
