@@ -11,7 +11,7 @@ import contextlib
 import random
 import signal
 import socket
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 
@@ -23,17 +23,21 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from adapter.attempts import Attempts, Queue
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.protocol import GuardedProtocol
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
 from adapter.console import Health, console
-from adapter.dispatcher import Dispatcher, Queue
+from adapter.dispatcher import Dispatcher
+from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox
-from adapter.ledger.lanes import Lanes, QueueKey
-from adapter.ledger.store import Store, StoreUnavailable
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
+from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
+from adapter.pauses import Policy
 from adapter.routes import Routes
 from adapter.runner import Runner
 from adapter.verdicts import Verdicts
@@ -41,7 +45,6 @@ from adapter.verdicts import Verdicts
 log = structlog.get_logger(__name__)
 
 CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
-BEAT_SECONDS = 5.0
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 VERSION = version("norce-adapter")
 
@@ -81,10 +84,12 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
 
         norce = make_norce()
         stack.push_async_callback(norce.aclose)
-        runner = Runner(make_norce=make_norce, clock=moment)
+        runner = Runner(make_norce=make_norce, clock=moment, replaced=metrics.loop_replaced)
         stack.push_async_callback(runner.stop, PLUGINS_STOP_WITHIN)
-        lanes = Lanes(store)
-        queues = await lanes.enter(queue_keys(config, routes), version=VERSION)
+        lease = Lease(store, version=VERSION)
+        await lease.enter()
+        lanes = Lanes(store, lease, policy=pause_policy(config))
+        queues = await lanes.open_queues(queue_keys(config, routes))
         of_route = {route.name: route for route in routes.all}
         dispatcher = Dispatcher(
             {
@@ -92,13 +97,14 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
                 for key, queue_id in queues.items()
             },
             lanes=lanes,
-            runner=runner,
-            norce=norce,
-            norce_timeout=config.norce.timeout,
+            lease=lease,
+            attempts=Attempts(runner=runner, norce=norce, clock=store.clock),
+            before_handler=config.norce.timeout,
             metrics=metrics,
             clock=store.clock,
             slots=config.dispatcher.slots,
             random=random.random,
+            shared=store.shared,
         )
         endpoint = CallbackEndpoint(
             routes=routes,
@@ -120,7 +126,10 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         stack.callback(operations.close)
         # The operations port is the last to go: somebody wants to see how a shutdown is going.
         await stack.enter_async_context(served(console(health, metrics, store), operations))
-        await stack.enter_async_context(_task(_beat(lanes)))
+        await stack.enter_async_context(_task(dispatcher.keep_lease()))
+        await stack.enter_async_context(_task(runner.watch()))
+        loop = asyncio.get_running_loop()
+        stack.callback(store.database.listen(lambda: _told(loop, dispatcher.wake)))
         working = asyncio.create_task(dispatcher.run())
         health.checks["dispatcher"] = lambda: not working.done()
 
@@ -195,6 +204,12 @@ def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
     ]
 
 
+def pause_policy(config: Config) -> Policy:
+    """When a queue pauses by itself."""
+    given = config.dispatcher
+    return Policy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
+
+
 def _public(endpoint: CallbackEndpoint) -> Starlette:
     async def not_found(_request: Request, _error: Exception) -> Response:
         return JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404)
@@ -204,11 +219,9 @@ def _public(endpoint: CallbackEndpoint) -> Starlette:
     return public
 
 
-async def _beat(lanes: Lanes) -> None:
-    while True:
-        with contextlib.suppress(StoreUnavailable):  # the store has said so itself
-            await lanes.beat()
-        await asyncio.sleep(BEAT_SECONDS)
+def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+        loop.call_soon_threadsafe(wake)
 
 
 @contextlib.asynccontextmanager

@@ -27,8 +27,9 @@ from adapter import config as configuration
 from adapter.callbacks.senders import Senders
 from adapter.config import Config, ConfigurationInvalid
 from adapter.demo import DemoFailed, demo, walk
+from adapter.ledger.databases import database_at
 from adapter.ledger.desk import Desk
-from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading, sqlite_path
+from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
 from adapter.plugin import NotificationHandler, ValidationHandler
 
 FAILED, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 3, 4, 5
@@ -245,7 +246,7 @@ def _desk(config_path: Path) -> Iterator[Desk]:
     except (StoreMissing, StoreUnavailable) as error:
         _end(STORE, str(error))
     except DBAPIError as error:
-        _end(STORE, f"cannot read {sqlite_path(config.store.url)}: {error.orig}")
+        _end(STORE, f"cannot read {database_at(config.store.url).where}: {error.orig}")
 
 
 def _print(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:

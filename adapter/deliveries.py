@@ -14,6 +14,8 @@ handler has looked it up (or has declared that repeating does no harm).
 | `Retry` | waiting by the schedule, then dead: exhausted | waiting, still in doubt, then dead: unknown |
 | `Reject` | dead: rejected | waiting, still in doubt, then dead: unknown |
 | condition in error | dead: condition | - |
+| a handler that never lets go of its thread | dead: unknown | the same |
+| `Retry`, `Unknown` in a paused queue | as above, but the attempt does not count | the same |
 | `Misconfigured` | waiting, the queue pauses, the attempt does not count | the same, still in doubt |
 | `Unknown`, deadline, bug, shutdown | looked up when due; repeated where repeatable; else dead: unknown | as `Retry` |
 | released before the handler ran | waiting, due at once, the attempt does not count | the same, still in doubt |
@@ -61,6 +63,7 @@ class Ending(Enum):
     MOVED_ON = "moved_on"
     CONDITION = "condition"
     RELEASED = "released"  # given back before the handler was called
+    BLOCKED = "blocked"  # the handler blocks its thread far past its deadline, and cannot be stopped
 
 
 Result = Done | Skip | Retry | Reject | Unknown | Misconfigured | Ending
@@ -80,7 +83,10 @@ class Handling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """The facts about an attempt that decide what follows. `number` counts from 1; `jitter` is 0 to 1."""
+    """
+    The facts about an attempt that decide what follows. `number` counts from 1; `jitter` is 0 to 1. In a queue that is
+    paused a failure says nothing new about its order, so it uses up nothing of the schedule.
+    """
 
     number: int
     in_doubt: bool
@@ -89,6 +95,7 @@ class Attempt:
     handling: Handling
     schedule: Sequence[timedelta]
     jitter: float
+    paused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +148,8 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
             return _again(attempt, counts=False)
         case Misconfigured():
             return _again(attempt, counts=False, pauses=result.code)
+        case Ending.BLOCKED:
+            return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
         case Ending.NOT_THERE:
             if attempt.number > len(attempt.schedule):
                 return Settlement(state=State.DEAD, reason=Reason.EXHAUSTED)
@@ -159,9 +168,9 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
         case Retry():
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED, not_before=result.after)
         case Unknown() if attempt.handling.looks_up:
-            due = next_attempt_at(attempt.schedule, attempt.number, attempt.ended_at, attempt.jitter)
+            due = _due(attempt)
             due = max(due or attempt.doubt_ends_at, attempt.doubt_ends_at)  # the last attempt is looked up, too
-            return Settlement(state=State.WAITING, known=False, due_at=due)
+            return Settlement(state=State.WAITING, known=False, due_at=due, counts=not attempt.paused)
         case Unknown() if attempt.handling.repeatable:
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED)
     return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
@@ -173,10 +182,19 @@ def _again(attempt: Attempt, *, counts: bool, pauses: str | None = None) -> Sett
 
 
 def _by_schedule(attempt: Attempt, *, known: bool, then: Reason, not_before: timedelta | None = None) -> Settlement:
-    due = next_attempt_at(attempt.schedule, attempt.number, attempt.ended_at, attempt.jitter, not_before)
+    due = _due(attempt, not_before)
     if due is None:
         return Settlement(state=State.DEAD, reason=then, known=known)
     # The request in doubt must have had its time before anybody asks, or asks again.
     if then is Reason.UNKNOWN or attempt.handling.repeatable:
         due = max(due, attempt.doubt_ends_at)
-    return Settlement(state=State.WAITING, known=known, due_at=due)
+    return Settlement(state=State.WAITING, known=known, due_at=due, counts=not attempt.paused)
+
+
+def _due(attempt: Attempt, not_before: timedelta | None = None) -> datetime | None:
+    number = attempt.number
+    if attempt.paused:
+        number = min(number, len(attempt.schedule))
+        if number == 0:  # no retries at all; the pause itself is the wait
+            return attempt.ended_at
+    return next_attempt_at(attempt.schedule, number, attempt.ended_at, attempt.jitter, not_before)

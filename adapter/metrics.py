@@ -38,6 +38,10 @@ class Metrics:
             "delivery_attempt_duration_seconds", "From the claim to the record.", ["route"], buckets=SLOW
         )
         self.end_to_end = histogram("delivery_end_to_end_seconds", "From receipt to done.", ["route"], buckets=SLOW)
+        self.loops_replaced = counter(
+            "plugins_loops_replaced_total", "Loops of the plugins' that a handler held, and was left with.",
+            ["loop", "route"],
+        )  # fmt: skip
         self.deliveries = gauge("deliveries", "Deliveries waiting or dead.", ["route", "state"])
         self.oldest_waiting = gauge("oldest_waiting_age_seconds", "Age of the oldest waiting delivery.", ["route"])
         self.queue_paused = gauge("queue_paused", "1 while the queue is paused.", ["route", "merchant", "channel"])
@@ -63,6 +67,9 @@ class Metrics:
         for queue in paused:
             self.queue_paused.labels(*queue).set(1)
         self.store_available.set(store_available)
+
+    def loop_replaced(self, loop: str, route: str) -> None:
+        self.loops_replaced.labels(loop, route).inc()
 
     def text(self) -> bytes:
         """All of it, in the Prometheus text format."""

@@ -4,11 +4,13 @@ Runs a handler under its deadline, on one of the plugins' own event loops.
 There are two such loops, each in a thread of its own: one for answers, one for deliveries. A handler that blocks its
 thread delays other plugins of its kind, never the intake, a `no_answer` or a shutdown. What a reader would get wrong:
 a deadline that has passed does not mean that the handler has stopped. Python cannot interrupt a thread, so a `Run`
-tells the two apart: `result` gives up at the deadline, `ended` waits until the coroutine is really over.
+tells the two apart: `result` gives up at the deadline, `ended` waits until the coroutine is really over. A loop that is
+held far past a deadline is abandoned and replaced: its runs end with `LoopAbandoned`, whatever their thread still does.
 """
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -34,12 +36,22 @@ from adapter.plugin import (
     ValidationHandler,
 )
 
+log = structlog.get_logger(__name__)
+
 T = TypeVar("T")
 Clock = Callable[[], datetime]
 
 
 class DeadlinePassed(Exception):
     """The handler had not ended at its deadline. It may still be running."""
+
+
+class LoopAbandoned(Exception):
+    """The loop was given up, for the run `blocked_by` (None where something else holds it) does not let go of it."""
+
+    def __init__(self, blocked_by: "Run[Any] | None") -> None:
+        super().__init__("the plugins' loop was abandoned")
+        self.blocked_by = blocked_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,30 +61,54 @@ class _End(Generic[T]):
 
 
 class Run(Generic[T]):
-    """One call of a handler, seen from the loop that asked for it."""
+    """One call of a handler, seen from the loop that asked for it. `name` is its route; `deadline` is monotonic."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], *, name: str, deadline: float
+    ) -> None:
+        self.name = name
+        self.deadline = deadline
         self._caller = asyncio.get_running_loop()
         self._loop = loop
         self._end: asyncio.Future[_End[T]] = self._caller.create_future()
-        self._task: asyncio.Task[T] | None = None
+        self._over: asyncio.Future[None] = self._caller.create_future()
+        self.task: asyncio.Task[T] | None = None
         loop.call_soon_threadsafe(self._begin, coroutine)
 
     async def result(self, within: timedelta) -> T:
-        """What the handler returned or raised. Raises `DeadlinePassed` where it is still running after `within`."""
+        """
+        What the handler returned or raised. Raises `DeadlinePassed` where it is still running after `within`, and
+        `LoopAbandoned`.
+        """
         await asyncio.wait((self._end,), timeout=max(within.total_seconds(), 0))
         if not self._end.done():
             raise DeadlinePassed
         return self._outcome()
 
     async def ended(self) -> T:
-        """What it returned or raised, however long it takes; `asyncio.CancelledError` where it was cancelled."""
+        """
+        What it returned or raised, however long it takes; `asyncio.CancelledError` where it was cancelled. Raises
+        `LoopAbandoned`.
+        """
         await asyncio.wait((self._end,))
         return self._outcome()
 
+    async def over(self) -> None:
+        """Returns when the coroutine has really ended, abandoned or not."""
+        await asyncio.wait((self._over,))
+
     def cancel(self) -> None:
         """Asks the coroutine to stop at its next await; one that blocks its thread hears of it when it lets go."""
-        self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
+        self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
+
+    def abandon(self, blocked_by: "Run[Any] | None") -> None:
+        """Nobody waits for it any more; should it ever go on, it is cancelled."""
+        self.cancel()
+        if not self._end.done():
+            self._end.set_result(_End(error=LoopAbandoned(blocked_by)))
+
+    def when_over(self, told: Callable[[], None]) -> None:
+        self._over.add_done_callback(lambda _: told())
 
     def _outcome(self) -> T:
         end = self._end.result()
@@ -83,10 +119,10 @@ class Run(Generic[T]):
     # --- on the plugins' loop ---
 
     def _begin(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(coroutine)
-        self._task.add_done_callback(self._over)
+        self.task = self._loop.create_task(coroutine)
+        self.task.add_done_callback(self._ended)
 
-    def _over(self, task: asyncio.Task[T]) -> None:
+    def _ended(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
             end: _End[T] = _End(error=asyncio.CancelledError())
         elif (error := task.exception()) is not None:
@@ -101,20 +137,55 @@ class Run(Generic[T]):
     def _tell(self, end: _End[T]) -> None:
         if not self._end.done():
             self._end.set_result(end)
+        if not self._over.done():
+            self._over.set_result(None)
 
 
 class PluginLoop:
     """An event loop in a daemon thread: a handler that never returns does not keep the process alive."""
 
     def __init__(self, name: str, make_norce: Callable[[], Norce], make_outgoing: Callable[[], Outgoing]) -> None:
+        self.name = name
         self.loop = asyncio.new_event_loop()
         self.norce = make_norce()
         self.outgoing = make_outgoing()
+        self._runs: set[Run[Any]] = set()
+        self._asked_at: float | None = None  # when it was asked for a sign of life that has not come yet
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T]) -> Run[T]:
-        return Run(self.loop, coroutine)
+    def run(self, coroutine: Coroutine[Any, Any, T], *, name: str = "", within: timedelta = timedelta.max) -> Run[T]:
+        run = Run(self.loop, coroutine, name=name, deadline=time.monotonic() + within.total_seconds())
+        self._runs.add(run)
+        run.when_over(lambda: self._runs.discard(run))
+        return run
+
+    def is_held(self, patience: timedelta) -> bool:
+        """
+        Whether the loop has shown no sign of life for so long, and the run that has it is as far past its deadline.
+        Asks for the next sign.
+        """
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+            self.loop.call_soon_threadsafe(self._alive)
+            return False
+        holding = self.holding()
+        late_since = self._asked_at if holding is None else max(self._asked_at, holding.deadline)
+        return now - late_since > patience.total_seconds()
+
+    def holding(self) -> Run[Any] | None:
+        """The run that the thread is in at this moment."""
+        task = asyncio.current_task(self.loop)
+        return next((run for run in self._runs if task is not None and run.task is task), None)
+
+    def abandon(self) -> Run[Any] | None:
+        """Gives the loop up with all its runs; answers the one that holds it. Its thread ends when that lets go."""
+        holding = self.holding()
+        for run in tuple(self._runs):
+            run.abandon(holding)
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop)
+        return holding
 
     async def stop(self, within: timedelta) -> bool:
         """Closes the connections and ends the thread; False where a handler holds it."""
@@ -127,9 +198,19 @@ class PluginLoop:
         await asyncio.to_thread(self._thread.join, 1.0)
         return not self._thread.is_alive()
 
+    async def _end(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=5)
+        await self._close()
+        self.loop.stop()
+
     async def _close(self) -> None:
         await self.norce.aclose()
         await self.outgoing.aclose()
+
+    def _alive(self) -> None:
+        self._asked_at = None
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
@@ -154,7 +235,10 @@ class Call:
 
 
 class Runner:
-    """The plugins' loops. Make it on the service's own loop; `stop` when done."""
+    """
+    The plugins' loops. Make it on the service's own loop; `stop` when done. `patience` is how long a handler may hold
+    its loop past its deadline; `replaced` is told which loop was then replaced, and the route that held it.
+    """
 
     def __init__(
         self,
@@ -162,25 +246,51 @@ class Runner:
         make_norce: Callable[[], Norce],
         make_outgoing: Callable[[], Outgoing] = Outgoing,
         clock: Clock,
+        patience: timedelta = timedelta(seconds=10),
+        replaced: Callable[[str, str], None] = lambda _loop, _route: None,
     ) -> None:
         self._clock = clock
-        self._answers = PluginLoop("plugins-answers", make_norce, make_outgoing)
-        self._deliveries = PluginLoop("plugins-deliveries", make_norce, make_outgoing)
+        self._patience = patience
+        self._replaced = replaced
+        self._make_norce = make_norce
+        self._make_outgoing = make_outgoing
+        self._answers = self._make("plugins-answers")
+        self._deliveries = self._make("plugins-deliveries")
         # For handlers that compute: one for all calls, for making a client costs more than a small rule.
         self._nothing_outside: tuple[httpx.AsyncClient, Orders] = (
             httpx.AsyncClient(transport=_NoNetwork()),
             _NoOrders(),
         )
 
+    def _make(self, name: str) -> PluginLoop:
+        return PluginLoop(name, self._make_norce, self._make_outgoing)
+
+    async def watch(self, every: timedelta = timedelta(seconds=1)) -> None:
+        """Replaces a loop that a handler holds far past its deadline; until cancelled."""
+        while True:
+            await asyncio.sleep(every.total_seconds())
+            if self._answers.is_held(self._patience):
+                self._answers = self._replace(self._answers)
+            if self._deliveries.is_held(self._patience):
+                self._deliveries = self._replace(self._deliveries)
+
+    def _replace(self, held: PluginLoop) -> PluginLoop:
+        route = getattr(held.abandon(), "name", "unknown")
+        log.error("plugins_loop_replaced", loop=held.name, route=route)
+        self._replaced(held.name, route)
+        return self._make(held.name)
+
     def deliver(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | Skip]:
         """Starts `deliver` on the deliveries' loop."""
         context = self._context(self._deliveries, call)
-        return self._deliveries.run(_called(lambda: handler.deliver(notification, context)))
+        called = _called(lambda: handler.deliver(notification, context))
+        return self._deliveries.run(called, name=call.route, within=self._left(call))
 
     def lookup(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | None]:
         """Starts `lookup` on the deliveries' loop."""
         context = self._context(self._deliveries, call)
-        return self._deliveries.run(_called(lambda: handler.lookup(notification, context)))
+        called = _called(lambda: handler.lookup(notification, context))
+        return self._deliveries.run(called, name=call.route, within=self._left(call))
 
     async def validate(self, handler: ValidationHandler[Any], order: Order, call: Call) -> list[Problem]:
         """
@@ -192,7 +302,7 @@ class Runner:
         called = _called(lambda: handler.validate(order, context))
         if handler.computes:
             return await called
-        run = self._answers.run(called)
+        run = self._answers.run(called, name=call.route, within=self._left(call))
         try:
             return await run.ended()
         except asyncio.CancelledError:
@@ -202,6 +312,9 @@ class Runner:
     async def stop(self, within: timedelta) -> None:
         """Ends both loops. A thread that a handler blocks is left behind, for the process to take with it."""
         await asyncio.gather(self._answers.stop(within), self._deliveries.stop(within))
+
+    def _left(self, call: Call) -> timedelta:
+        return call.deadline - self._clock()
 
     def _context(self, loop: PluginLoop | None, call: Call) -> Context[Any]:
         log = structlog.get_logger("plugin", route=call.route, order_id=call.order_id, attempt=call.attempt)

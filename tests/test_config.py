@@ -526,10 +526,10 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
     ),
     "PostgreSQL": (
         "senders:",
-        "store: {url: postgresql+psycopg://db/adapter}\nsenders:",
+        "store: {url: postgresql://db/adapter}\nsenders:",
         9,
         "store.url",
-        "comes later; use sqlite:///",
+        "or postgresql+psycopg://",
     ),
     "key twice": ("routes:\n  export", "callbacks: {}\nroutes:\n  export", 13, "callbacks", "twice, first in line 10"),
     "merge key": (

@@ -78,16 +78,6 @@ class Operations(_Part, frozen=True, kw_only=True):
     token: Annotated[Secret | None, says("The bearer token of commands; without one, every command is refused.")] = None
 
 
-class Store(_Part, frozen=True, kw_only=True):
-    url: Annotated[
-        str,
-        says(
-            "Where notifications and deliveries are kept: sqlite:/// and a path, relative to the working "
-            "directory (four slashes for an absolute one); by reference where it holds a password."
-        ),
-    ] = "sqlite:///data/adapter.db"
-
-
 class Norce(_Part, frozen=True, kw_only=True):
     environment: Annotated[
         Literal["playground", "stage", "production"], says("Which of Norce's environments to talk with.")
@@ -105,6 +95,48 @@ class Dispatcher(_Part, frozen=True, kw_only=True):
     grace: Annotated[
         timedelta, Within("0s", "10m"), says("How long a shutdown waits for running deliveries before it cancels them.")
     ] = timedelta(seconds=20)
+    pause_after: Annotated[
+        int,
+        says(
+            "After how many orders that failed one after the other a queue pauses by itself; 0 is never.", ge=0, le=1000
+        ),
+    ] = 5
+    pause: Annotated[
+        timedelta,
+        Within("100ms", "1d"),
+        says("How long such a pause is at first, before one delivery is tried; twice as long each time that fails."),
+    ] = timedelta(seconds=30)
+    longest_pause: Annotated[timedelta, Within("100ms", "1d"), says("How long such a pause is at the longest.")] = (
+        timedelta(minutes=10)
+    )
+
+
+class Retention(_Part, frozen=True, kw_only=True):
+    bodies: Annotated[
+        timedelta,
+        Within("1h", "3650d"),
+        says("How long the body of a notification is kept when everything owed for it is done."),
+    ] = timedelta(days=30)
+    bodies_of_dead_letters: Annotated[
+        timedelta, Within("1h", "3650d"), says("How long it is kept otherwise; what still waits keeps its body.")
+    ] = timedelta(days=90)
+    rows: Annotated[
+        timedelta,
+        Within("1d", "3650d"),
+        says("How long the ledger remembers a notification and what became of it: so long a repeat is known as one."),
+    ] = timedelta(days=400)
+
+
+class Store(_Part, frozen=True, kw_only=True):
+    url: Annotated[
+        str,
+        says(
+            "Where notifications and deliveries are kept: sqlite:/// and a path, relative to the working "
+            "directory (four slashes for an absolute one), for one process on one machine; postgresql+psycopg:// for "
+            "any number of nodes. By reference where it holds a password."
+        ),
+    ] = "sqlite:///data/adapter.db"
+    retention: Annotated[Retention, says("How long things are kept.")] = Retention()
 
 
 class Override(_Part, frozen=True, kw_only=True):
@@ -272,7 +304,8 @@ class Route(_Part, frozen=True, kw_only=True):
     )
     retry: Annotated[Retries, says("Notifications: what happens after an attempt that failed.")] = Retries()
     concurrency: Annotated[
-        Positive, says("Notifications: how many deliveries run at once, per process, merchant and channel.")
+        Positive,
+        says("Notifications: how many deliveries run at once, per merchant and channel, on all nodes together."),
     ] = 8
     settings: Annotated[
         Mapping[str, Any], says("The handler's settings for every merchant and channel that does not say otherwise.")

@@ -46,10 +46,9 @@ def check_together(tree: Mapping[str, Any], reader: Reader) -> None:
 
 def _check_addresses(tree: Mapping[str, Any], reader: Reader) -> None:
     url = reader.values.get("store.url", Store().url)
-    if url.startswith("postgresql+psycopg://"):
-        reader.report("store.url", "PostgreSQL comes later; use sqlite:///data/adapter.db")  # until it is served
-    elif not re.fullmatch(r"sqlite:///(?!:memory:)[^?#]+", url):
-        reader.report("store.url", "must be sqlite:/// and the path of a file")
+    if not re.fullmatch(r"sqlite:///(?!:memory:)[^?#]+|postgresql\+psycopg://[^\s]+", url):
+        remedy = "must be sqlite:/// and the path of a file, or postgresql+psycopg://user@host/database"
+        reader.report("store.url", remedy)
     if re.search(r"//[^/@]*:[^/@]*@", url) and not isinstance(url, Reference):
         reader.report("store.url", f"holds a password; give the whole address by reference: {HOW_TO_REFER}")
     server, operations = (

@@ -12,10 +12,10 @@ from enum import Enum
 from hashlib import sha256
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, bindparam, func, insert, select, update
-from sqlalchemy.sql import Executable
+from sqlalchemy import Connection, func, select, update
 
 from adapter.deliveries import Reason, State
+from adapter.ledger.rearm import rearm
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.store import Store
 from adapter.orders import NotAnOrder, order_digest
@@ -65,24 +65,31 @@ class Inbox:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._clock = store.clock
-        dialect = store.engine.dialect
-        self._find = _Prepared(
-            select(notifications.c.id).where(notifications.c.identity == bindparam("identity")), dialect
+        database = store.database
+        columns = [column.name for column in notifications.c if column.name != "id"]
+        self._add_notifications = database.insert(
+            notifications, columns, "ON CONFLICT (identity) DO NOTHING RETURNING id, identity"
         )
-        self._add_notification = _Prepared(
-            insert(notifications).values({c: bindparam(c.name) for c in notifications.c}), dialect
+        # New or not, the lane is locked, and made due where nothing else is going on in it.
+        self._add_lanes = database.insert(
+            lanes,
+            ("queue_id", "order_id", "next_at", "newest_snapshot_at"),
+            "ON CONFLICT (queue_id, order_id) DO UPDATE SET newest_snapshot_at ="
+            " CASE WHEN excluded.newest_snapshot_at > lanes.newest_snapshot_at"
+            " THEN excluded.newest_snapshot_at ELSE lanes.newest_snapshot_at END,"
+            " next_at = CASE WHEN lanes.holder IS NULL AND lanes.current_delivery_id IS NULL AND lanes.next_at IS NULL"
+            " THEN excluded.next_at ELSE lanes.next_at END"
+            " RETURNING queue_id, order_id, id, newest_snapshot_at",
         )
-        self._find_lane = _Prepared(
-            select(
-                lanes.c.id, lanes.c.holder, lanes.c.current_delivery_id, lanes.c.next_at, lanes.c.newest_snapshot_at
-            ).where(lanes.c.queue_id == bindparam("queue_id"), lanes.c.order_id == bindparam("order_id")),
-            dialect,
+        self._add_deliveries = database.insert(
+            deliveries, ("notification_id", "lane_id", "snapshot_at", "state", "reason", "ended_at")
         )
-        new_lane = (lanes.c.id, lanes.c.queue_id, lanes.c.order_id, lanes.c.next_at, lanes.c.newest_snapshot_at)
-        self._add_lane = _Prepared(insert(lanes).values({c: bindparam(c.name) for c in new_lane}), dialect)
-        d = deliveries.c
-        new_delivery = (d.id, d.notification_id, d.lane_id, d.snapshot_at, d.state, d.reason, d.ended_at)
-        self._add_delivery = _Prepared(insert(deliveries).values({c: bindparam(c.name) for c in new_delivery}), dialect)
+        parameter = "%s" if database.shared else "?"
+        self._supersede = (
+            f"UPDATE deliveries SET state = 'done', reason = 'superseded', ended_at = {parameter} FROM lanes"  # noqa: S608
+            f" WHERE deliveries.lane_id {database.among} AND deliveries.state = 'waiting'"
+            " AND lanes.id = deliveries.lane_id AND deliveries.id <> coalesce(lanes.current_delivery_id, 0)"
+        )
 
     async def receive(self, receipt: Receipt) -> Received:
         """
@@ -90,72 +97,67 @@ class Inbox:
 
         Raises `StoreUnavailable` where nothing was stored.
         """
-        return await self._store.write(self._remember, receipt)
+        return await self._store.write(self._remember, receipt, len(receipt.body))
 
     # --- in the writer's thread, inside its transaction ---
 
     def _remember(self, connection: Connection, receipts: Sequence[Receipt]) -> list[Received]:
+        # Through the driver, a statement a table: that is most of what an accept costs.
         cursor = connection.connection.cursor()
         now = self._clock()
-        # Taken anew from the tables for each group: a group that was rolled back has used up nothing.
-        keys = _Keys(cursor)
-        new: list[dict[str, Any]] = []
-        ids: dict[bytes, int] = {}
-        answers: list[Received] = []
+        first: dict[bytes, Receipt] = {}
         for receipt in receipts:
-            known = ids.get(receipt.identity)
-            if known is None:
-                row = self._find.one(cursor, identity=receipt.identity)
-                known = row[0] if row else None
-            elif new:  # its twin came in the same group: it must be in the table before it can be compared
-                self._add_notification.many(cursor, new)
-                new = []
-            if known is not None:
-                answers.append(self._again(connection, known, receipt, keys, now))
-                continue
-            notification_id = ids[receipt.identity] = keys.notification()
-            new.append(_row(receipt, notification_id, now))
+            first.setdefault(receipt.identity, receipt)
+        # In the order of their identities, here and on every other node: two batches never wait for each other.
+        rows = [_row(first[identity], now) for identity in sorted(first)]
+        ids = {identity: key for key, identity in self._add_notifications.rows(cursor, rows)}
+        new = [receipt for receipt in first.values() if receipt.identity in ids]
+        if self._owe(cursor, new, ids, now):
+            self._store.database.tell(cursor)
+        return [
+            Received.NEW
+            if receipt.identity in ids and first[receipt.identity] is receipt
+            else self._again(connection, receipt, now)
+            for receipt in receipts
+        ]
+
+    def _owe(self, cursor: Any, new: Sequence[Receipt], ids: dict[bytes, int], now: int) -> bool:
+        """Puts what each route is owed into its lane; a batch is folded per lane. Whether anything is owed."""
+        owed: dict[tuple[int, str], list[tuple[int, int]]] = {}
+        refetches: dict[int, bool] = {}
+        for receipt in new:
+            snapshot_at = now if receipt.snapshot_at is None else receipt.snapshot_at
             for wanted in receipt.wanted:
-                self._owe(cursor, notification_id, receipt, wanted, keys, now)
-            answers.append(Received.NEW)
-        if new:
-            self._add_notification.many(cursor, new)
-        return answers
+                refetches[wanted.queue_id] = wanted.refetch
+                owed.setdefault((wanted.queue_id, receipt.order_id), []).append((snapshot_at, ids[receipt.identity]))
+        if not owed:
+            return False
+        rows = [(*lane, now, max(owed[lane])[0]) for lane in sorted(owed)]
+        locked = {(queue_id, order_id): rest for queue_id, order_id, *rest in self._add_lanes.rows(cursor, rows)}
+        superseded: list[int] = []
+        added: list[tuple[Any, ...]] = []
+        for lane, snapshots in owed.items():
+            lane_id, newest_snapshot_at = locked[lane]
+            # A route that re-reads needs the newest trigger alone: not what was here before, nor what arrives late.
+            newest = max(reversed(snapshots), key=_first) if refetches[lane[0]] else None
+            if newest is not None and newest[0] >= newest_snapshot_at:
+                superseded.append(lane_id)
+            for snapshot in snapshots:
+                snapshot_at, notification_id = snapshot
+                passed = newest is not None and (snapshot is not newest or snapshot_at < newest_snapshot_at)
+                state = (
+                    (State.DONE.value, Reason.SUPERSEDED.value, now) if passed else (State.WAITING.value, None, None)
+                )
+                added.append((notification_id, lane_id, snapshot_at, *state))
+        if superseded:
+            cursor.execute(self._supersede, (now, self._store.database.several(superseded)))
+        self._add_deliveries.rows(cursor, added)
+        return True
 
-    def _owe(
-        self, cursor: Any, notification_id: int, receipt: Receipt, wanted: Wanted, keys: "_Keys", now: int
-    ) -> None:
-        snapshot_at = now if receipt.snapshot_at is None else receipt.snapshot_at
-        state, reason, ended_at = State.WAITING.value, None, None
-        row = self._find_lane.one(cursor, queue_id=wanted.queue_id, order_id=receipt.order_id)
-        if row is None:
-            lane_id = keys.lane()
-            self._add_lane.one_row(
-                cursor, id=lane_id, queue_id=wanted.queue_id, order_id=receipt.order_id, next_at=now,
-                newest_snapshot_at=snapshot_at,
-            )  # fmt: skip
-        else:
-            lane_id, holder, current, next_at, newest = row
-            changes: dict[str, int] = {}
-            if snapshot_at >= newest:
-                changes["newest_snapshot_at"] = snapshot_at
-                if wanted.refetch:
-                    cursor.execute(*_supersede(lane_id, current, now))
-            elif wanted.refetch:  # it arrives late: a newer trigger has been here
-                state, reason, ended_at = State.DONE.value, Reason.SUPERSEDED.value, now
-            if state == State.WAITING.value and holder is None and current is None and next_at is None:
-                changes["next_at"] = now
-            if changes:
-                names = ", ".join(f"{name} = ?" for name in changes)
-                cursor.execute(f"UPDATE lanes SET {names} WHERE id = ?", (*changes.values(), lane_id))  # noqa: S608
-        self._add_delivery.one_row(
-            cursor, id=keys.delivery(), notification_id=notification_id, lane_id=lane_id, snapshot_at=snapshot_at,
-            state=state, reason=reason, ended_at=ended_at,
-        )  # fmt: skip
-
-    def _again(self, connection: Connection, known: int, receipt: Receipt, keys: "_Keys", now: int) -> Received:
-        # A pruned body cannot be compared any more; the identity then has the word.
+    def _again(self, connection: Connection, receipt: Receipt, now: int) -> Received:
         n = notifications.c
+        known = connection.execute(select(n.id).where(n.identity == receipt.identity)).scalar_one()
+        # A pruned body cannot be compared any more; the identity then has the word.
         one_of_them = (n.id == known) | (n.conflicts_with == known)
         rows = connection.execute(select(n.id, n.digest, n.body).where(one_of_them).order_by(n.id)).all()
         same = next((row.id for row in rows if row.body is None or row.body == receipt.body), None)
@@ -164,9 +166,8 @@ class Inbox:
             same = next((row.id for row in rows if self._digest_of(connection, row) == digest), None)
             if same is None:
                 if len(rows) <= MOST_CONFLICTS:
-                    row = _row(receipt, keys.notification(), now)
-                    conflict = row | {"identity": None, "conflicts_with": known, "digest": digest}
-                    connection.execute(insert(notifications).values(conflict))
+                    row = _row(receipt, now, conflicts_with=known, digest=digest)
+                    self._add_notifications.rows(connection.connection.cursor(), [row])
                 return Received.CONFLICT
         if same != known:  # a conflict once more, which has no deliveries
             return Received.REPEAT
@@ -192,94 +193,33 @@ class Inbox:
                 func.coalesce(d.replayed_at, 0) <= now - REPLAY_AT_MOST_EVERY_MS,
             )
         ).all()
-        for delivery_id, lane_id in dead:
-            connection.execute(
-                update(deliveries)
-                .where(d.id == delivery_id)
-                .values(
-                    state=State.WAITING.value,
-                    reason=None,
-                    ended_at=None,
-                    attempts=0,
-                    first_attempt_at=None,
-                    replayed_at=now,
-                )
-            )
-            idle = (lanes.c.holder.is_(None)) & (lanes.c.next_at.is_(None))
-            connection.execute(
-                update(lanes)
-                .where(
-                    lanes.c.id == lane_id, idle, func.coalesce(lanes.c.current_delivery_id, delivery_id) == delivery_id
-                )
-                .values(next_at=now)
-            )
-        return bool(dead)
+        if not dead:
+            return False
+        self._store.database.tell(connection.connection.cursor())
+        return rearm(connection, [(row.id, row.lane_id) for row in dead], now) > 0
 
 
-class _Keys:
-    """Keys in order of insertion. One process writes, so the highest in the table is the last one given."""
-
-    def __init__(self, cursor: Any) -> None:
-        self._cursor = cursor
-        self._last: dict[str, int] = {}
-
-    def notification(self) -> int:
-        return self._next("notifications")
-
-    def lane(self) -> int:
-        return self._next("lanes")
-
-    def delivery(self) -> int:
-        return self._next("deliveries")
-
-    def _next(self, table: str) -> int:
-        if table not in self._last:
-            self._last[table] = self._cursor.execute(f"SELECT max(id) FROM {table}").fetchone()[0] or 0  # noqa: S608
-        self._last[table] += 1
-        return self._last[table]
+def _first(pair: tuple[int, int]) -> int:
+    return pair[0]
 
 
-class _Prepared:
-    """A statement compiled once from the tables, and run through the driver: that is most of what an accept costs."""
-
-    def __init__(self, statement: Executable, dialect: Dialect) -> None:
-        compiled = statement.compile(dialect=dialect)  # type: ignore[attr-defined]
-        self._sql = str(compiled)
-        self._names: list[str] = compiled.positiontup
-
-    def one(self, cursor: Any, **values: Any) -> Any:
-        return cursor.execute(self._sql, [values[name] for name in self._names]).fetchone()
-
-    def one_row(self, cursor: Any, **values: Any) -> None:
-        cursor.execute(self._sql, [values[name] for name in self._names])
-
-    def many(self, cursor: Any, rows: Sequence[dict[str, Any]]) -> None:
-        cursor.executemany(self._sql, [[row[name] for name in self._names] for row in rows])
-
-
-def _supersede(lane_id: int, current: int | None, now: int) -> tuple[str, tuple[Any, ...]]:
+def _row(
+    receipt: Receipt, now: int, *, conflicts_with: int | None = None, digest: bytes | None = None
+) -> tuple[Any, ...]:
+    """The columns of the table after its key, in their order."""
     return (
-        "UPDATE deliveries SET state = 'done', reason = 'superseded', ended_at = ?"
-        " WHERE lane_id = ? AND state = 'waiting' AND id <> ?",
-        (now, lane_id, current or 0),
+        receipt.identity if conflicts_with is None else None,
+        conflicts_with,
+        receipt.merchant,
+        receipt.channel,
+        receipt.callback,
+        receipt.order_id,
+        now if receipt.snapshot_at is None else receipt.snapshot_at,
+        now,
+        receipt.source,
+        digest,
+        receipt.body,
     )
-
-
-def _row(receipt: Receipt, notification_id: int, now: int) -> dict[str, Any]:
-    return {
-        "id": notification_id,
-        "identity": receipt.identity,
-        "conflicts_with": None,
-        "merchant": receipt.merchant,
-        "channel": receipt.channel,
-        "callback": receipt.callback,
-        "order_id": receipt.order_id,
-        "snapshot_at": now if receipt.snapshot_at is None else receipt.snapshot_at,
-        "received_at": now,
-        "source": receipt.source,
-        "digest": None,
-        "body": receipt.body,
-    }
 
 
 def _digest(body: bytes) -> bytes:

@@ -5,308 +5,284 @@ A lane (one order on one route) is what is claimed; one delivery of it is tried 
 snapshots, and nothing goes before a delivery that has been attempted. `claim` counts up for ever and is the fence: who
 settles with an older number has lost the lane and records nothing. A claim sets `next_at` to the moment when the doubt
 about it would end, so that a process which dies leaves the lane due at the right time, without anybody's doing.
+
+| lane | holder | next_at | current delivery | goes on by |
+|---|---|---|---|---|
+| idle | - | - | - | a notification |
+| due, or waiting for a retry | - | a moment | the attempted one, if any | a claim |
+| held | a process | when doubt would end | the one that is tried | a settlement; the end of the lease |
+| stopped | - | - | the dead letter | a person |
+
+Locks are taken in one order everywhere: queues before lanes that nobody waits for (`SKIP LOCKED`), lanes by queue and
+order before queues.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, insert, select, update
 
-from adapter.deliveries import Reason, Settlement, State
-from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues
+from adapter.deliveries import Settlement, State, settle
+from adapter.ledger.claims import (
+    Ask,
+    Claim,
+    QueueKey,
+    Record,
+    Taken,
+    attempt_row,
+    claim_of,
+    goes_on,
+    lane_after,
+    pausing_of,
+    queue_columns,
+)
+from adapter.ledger.lease import Lease
+from adapter.ledger.rearm import locked_lanes
+from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 from adapter.ledger.store import Store
-from adapter.plugin import Previous
-
-FOR_EVER = 253_402_300_799_000  # the last second of the year 9999: paused until a person resumes
-LONGEST_MESSAGE = 1000
-LEASE_MS = 15_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueKey:
-    """A queue: one route for one merchant and channel."""
-
-    route: str
-    merchant: str
-    channel: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """How many lanes of one queue there is room for, and how long a claim of it stays in doubt."""
-
-    queue_id: int
-    most: int
-    doubt_ms: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """A lane in this process's hands, with the delivery to try. `number` is the fence; `attempt` counts from 1."""
-
-    lane_id: int
-    number: int
-    in_doubt: bool
-    doubt_ends_at: int
-    queue_id: int
-    delivery_id: int
-    attempt: int
-    first_attempt_at: int
-    claimed_at: int
-    notification_id: int
-    callback: str
-    merchant: str
-    channel: str
-    order_id: str
-    identity: bytes
-    received_at: int
-    body: bytes | None
-    previous: Previous | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """
-    What became of a claim. `kind` is deliver or lookup; `outcome`, `code`, `message` and `reference` are for people.
-
-    `passes` says whether a dead letter lets the lane go on (a route that re-reads the order needs only the newest).
-    """
-
-    claim: Claim
-    settlement: Settlement
-    kind: str
-    outcome: str
-    code: str | None = None
-    message: str | None = None
-    reference: str | None = None
-    facts: Mapping[str, Any] | None = None
-    passes: bool = True
+from adapter.pauses import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, after_attempt
 
 
 class Lanes:
-    """Work for one process. `enter` first."""
+    """Work for one process, under its lease. `policy` says when a queue pauses."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, lease: Lease, *, policy: Policy) -> None:
         self._store = store
         self._clock = store.clock
-        self._process_id = 0
+        self._lease = lease
+        self._policy = policy
         self._turn = 0
 
-    async def enter(self, keys: Sequence[QueueKey], *, version: str) -> dict[QueueKey, int]:
+    async def open_queues(self, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
         """
-        Registers this process, makes the queues that are new, and frees what a dead process held.
-
-        Pauses for broken credentials end here: whoever starts the service has mended them. Answers the queues' ids.
+        The queues' ids; those that are new are made. Pauses for broken credentials end here: whoever starts the service
+        has mended them.
         """
-        return await self._store.write(self._enter, (tuple(keys), version))
+        return await self._store.write(self._open_queues, tuple(keys))
 
-    async def claim(self, asks: Sequence[Ask], most: int) -> list[Claim]:
+    async def claim(self, asks: Sequence[Ask], most: int) -> Taken:
         """
         Takes at most `most` due lanes, queue by queue in turn, never more of a queue than asked. Then it is on disk.
 
-        Raises `StoreUnavailable`.
+        Raises `StoreUnavailable`; the claims may be on disk all the same, and `give_back` undoes them.
         """
         return await self._store.write(self._claim, (tuple(asks), most))
 
-    async def settle(self, record: Record) -> bool:
-        """Writes attempt, delivery, lane and pause in one transaction. False where the lane was lost meanwhile."""
+    async def give_back(self, held: Collection[int]) -> int:
+        """Undoes the claims of this process whose lanes are not among `held`: nobody has run them. How many."""
+        return await self._store.write(self._give_back, tuple(held))
+
+    async def settle(self, record: Record) -> Settlement | None:
+        """Writes attempt, delivery, lane and queue in one transaction; None where the lane was lost meanwhile."""
         return await self._store.write(self._settle, record)
 
-    async def beat(self) -> None:
-        """Renews this process's lease. A store that cannot be written says so here, and here it is found healed."""
-        await self._store.write(self._beat, None)
-
-    async def next_due_at(self) -> int | None:
-        """When the next lane of a running queue is due, in milliseconds; None where nothing waits."""
-        return await self._store.write(self._next_due_at, None)
+    async def release(self, claim: Claim) -> None:
+        """Gives up a lane that was settled and kept, once its handler has really ended."""
+        await self._store.write(self._release, claim)
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _enter(
-        self, connection: Connection, items: Sequence[tuple[Sequence[QueueKey], str]]
-    ) -> list[dict[QueueKey, int]]:
-        answers = []
-        for keys, version in items:
-            now = self._clock()
-            row = {"started_at": now, "lease_until": now + LEASE_MS, "version": version}
-            self._process_id = connection.execute(insert(processes).values(row)).inserted_primary_key[0]  # type: ignore[index]
-            # The lock on the file says that there is no other process: whatever is held, its holder is dead.
-            connection.execute(update(lanes).where(lanes.c.holder.is_not(None)).values(holder=None))
-            connection.execute(
-                update(queues).where(queues.c.paused_until == FOR_EVER).values(paused_until=None, pause_reason=None)
-            )
-            known = {
-                QueueKey(route=row.route, merchant=row.merchant, channel=row.channel): row.id
-                for row in connection.execute(select(queues.c.id, queues.c.route, queues.c.merchant, queues.c.channel))
-            }
-            for key in keys:
-                if key not in known:
-                    values = {"route": key.route, "merchant": key.merchant, "channel": key.channel}
-                    result = connection.execute(insert(queues).values(values))
-                    known[key] = result.inserted_primary_key[0]  # type: ignore[index]
-            answers.append({key: known[key] for key in keys})
-        return answers
+    def _open_queues(self, connection: Connection, items: Sequence[Sequence[QueueKey]]) -> list[dict[QueueKey, int]]:
+        mended = queues.c.paused_by == PausedBy.MISCONFIGURED.value
+        connection.execute(update(queues).where(mended).values(queue_columns(RUNNING)))
+        rows = sorted({(key.route, key.merchant, key.channel) for keys in items for key in keys})
+        ending = "ON CONFLICT (route, merchant, channel) DO NOTHING"
+        add = self._store.database.insert(queues, ("route", "merchant", "channel"), ending)
+        add.rows(connection.connection.cursor(), rows)
+        known = {
+            QueueKey(route=row.route, merchant=row.merchant, channel=row.channel): row.id
+            for row in connection.execute(select(queues))
+        }
+        return [{key: known[key] for key in keys} for keys in items]
 
-    def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[Ask], int]]) -> list[list[Claim]]:
-        return [self._claim_lanes(connection, asks, most) for asks, most in items]
+    def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[Ask], int]]) -> list[Taken]:
+        return [self._take(connection, {ask.queue_id: ask for ask in asks}, most) for asks, most in items]
 
-    def _claim_lanes(self, connection: Connection, asks: Sequence[Ask], most: int) -> list[Claim]:
+    def _take(self, connection: Connection, asks: Mapping[int, Ask], most: int) -> Taken:
         now = self._clock()
-        paused = set(connection.execute(select(queues.c.id).where(queues.c.paused_until > now)).scalars())
+        # One step into the index a queue: neither its waiting lanes nor its blocked ones cost anything.
+        earliest = _due().with_only_columns(lanes.c.next_at).limit(1).scalar_subquery()
+        stands = connection.execute(select(queues, earliest.label("due")).where(queues.c.id.in_(asks))).all()
+        due = {row.id: max(row.due, row.paused_until or 0) for row in stands if row.due is not None and row.paused_until != FOR_EVER}
+        later = min((moment for moment in due.values() if moment > now), default=None)
+        ready = sorted(queue_id for queue_id, moment in due.items() if moment <= now)
+        if not ready or most < 1:
+            return Taken(claims=[], next_due_at=later)
+        # One node at a time counts what is held of a queue; the intake does not wait for it.
+        locked = connection.execute(
+            select(queues).where(queues.c.id.in_(ready)).order_by(queues.c.id).with_for_update(key_share=True)
+        ).all()
+        held = Counter({row.queue_id: row.held for row in connection.execute(_held())})
         self._turn += 1
-        first = self._turn % max(len(asks), 1)
-        claims: list[Claim] = []
-        for ask in (*asks[first:], *asks[:first]):
-            room = min(ask.most, most - len(claims))
-            if room < 1 or ask.queue_id in paused:
-                continue
-            due = connection.execute(
-                select(lanes)
-                .where(
-                    lanes.c.queue_id == ask.queue_id,
-                    lanes.c.holder.is_(None),
-                    lanes.c.next_at.is_not(None),
-                    lanes.c.next_at <= now,
-                )
-                .order_by(lanes.c.next_at)
-                .limit(room)
-            ).all()
-            for lane in due:
-                claim = self._take(connection, lane, ask, now)
-                if claim is not None:
-                    claims.append(claim)
-        return claims
+        first = self._turn % len(locked)
+        taken: list[tuple[Any, Ask]] = []
+        for queue in (*locked[first:], *locked[:first]):
+            ask = asks[queue.id]
+            room = min(pausing_of(queue).room(ask.concurrency, now) - held[queue.id], most - len(taken))
+            if room > 0:
+                some = _due(queue.id).where(lanes.c.next_at <= now).limit(room)
+                taken += [(lane, ask) for lane in connection.execute(some.with_for_update(skip_locked=True, of=lanes))]
+        return Taken(claims=self._hold(connection, taken, now), next_due_at=later)
 
-    def _take(self, connection: Connection, lane: Any, ask: Ask, now: int) -> Claim | None:
-        d = deliveries.c
-        delivery_id = lane.current_delivery_id or connection.execute(_first_waiting(lane.id)).scalar()
-        if delivery_id is None:  # nothing is owed: what was due has been superseded
-            connection.execute(update(lanes).where(lanes.c.id == lane.id).values(next_at=None))
-            return None
-        doubt_ends_at = now + ask.doubt_ms
+    def _hold(self, connection: Connection, taken: Sequence[tuple[Any, Ask]], now: int) -> list[Claim]:
+        idle = [lane.id for lane, _ in taken if lane.delivery_id is None]  # what was due has been superseded
+        if idle:
+            connection.execute(update(lanes).where(lanes.c.id.in_(idle)).values(next_at=None))
+        held = {lane.delivery_id: (lane, ask) for lane, ask in taken if lane.delivery_id is not None}
+        if not held:
+            return []
         connection.execute(
             update(lanes)
-            .where(lanes.c.id == lane.id)
+            .where(lanes.c.id == bindparam("lane"))
             .values(
-                holder=self._process_id, claim=lane.claim + 1, current_delivery_id=delivery_id, next_at=doubt_ends_at
-            )
+                holder=self._lease.process_id,
+                claim=lanes.c.claim + 1,
+                current_delivery_id=bindparam("delivery"),
+                next_at=bindparam("doubt_ends_at"),
+            ),
+            [
+                {"lane": lane.id, "delivery": delivery_id, "doubt_ends_at": now + ask.doubt_ms}
+                for delivery_id, (lane, ask) in held.items()
+            ],
         )
+        d, n = deliveries.c, notifications.c
+        counted = {"attempts": d.attempts + 1, "first_attempt_at": func.coalesce(d.first_attempt_at, now)}
+        connection.execute(update(deliveries).where(d.id.in_(held)).values(counted))
+        rows = connection.execute(
+            select(d.id.label("delivery_id"), d.attempts, d.first_attempt_at, notifications)
+            .join_from(deliveries, notifications, d.notification_id == n.id)
+            .where(d.id.in_(held))
+        ).all()
+        claims = {}
+        for row in rows:
+            lane, ask = held[row.delivery_id]
+            claims[row.delivery_id] = claim_of(row, lane, holder=self._lease.process_id, now=now, doubt_ms=ask.doubt_ms)
+        return [claims[delivery_id] for delivery_id in held]
+
+    def _give_back(self, connection: Connection, items: Sequence[Sequence[int]]) -> list[int]:
+        answers = []
+        for held in items:
+            mine = (lanes.c.holder == self._lease.process_id) & lanes.c.id.not_in(held)
+            ids = {row.id for row in connection.execute(select(lanes.c.id).where(mine))}
+            for lane in locked_lanes(connection, ids):
+                # As if it had never been claimed; what was in doubt before still is.
+                settled = lane.claim if lane.settled == lane.claim - 1 else lane.settled
+                freed = {"holder": None, "settled": settled, "next_at": self._clock()}
+                connection.execute(update(lanes).where(lanes.c.id == lane.id).values(freed))
+                current = deliveries.c.id == lane.current_delivery_id
+                connection.execute(update(deliveries).where(current).values(attempts=deliveries.c.attempts - 1))
+            answers.append(len(ids))
+        return answers
+
+    def _settle(self, connection: Connection, records: Sequence[Record]) -> list[Settlement | None]:
+        now = self._clock()
+        locked = {row.id: row for row in locked_lanes(connection, {record.claim.lane_id for record in records})}
+        kept = [record for record in records if _is_held(locked.get(record.claim.lane_id), record.claim)]
+        pausing = self._queues(connection, kept)
+        settlements: dict[int, Settlement] = {}
+        for record in kept:
+            claim = record.claim
+            was = pausing[claim.queue_id]
+            attempt = replace(record.attempt, paused=not was.is_running())
+            settlements[claim.lane_id] = settle(record.result, attempt)
+            pausing[claim.queue_id] = after = after_attempt(was, record.result, claim.lane_id, now, self._policy)
+            if after is not was:
+                connection.execute(update(queues).where(queues.c.id == claim.queue_id).values(queue_columns(after)))
+        if kept:
+            self._write(connection, [(record, settlements[record.claim.lane_id]) for record in kept], now)
+        # A connection that broke at the commit left it open whether this is written already: then it stands there.
+        again = [record for record in records if record.claim.lane_id not in settlements]
+        written = [record for record in again if _is_written(connection, record.claim)]
+        settlements |= {record.claim.lane_id: settle(record.result, record.attempt) for record in written}
+        return [settlements.get(record.claim.lane_id) for record in records]
+
+    def _queues(self, connection: Connection, records: Sequence[Record]) -> dict[int, Pausing]:
+        """How the queues of these records stand; locked only where that may change, for they are everybody's."""
+        ids = {record.claim.queue_id for record in records}
+        stand = {row.id: pausing_of(row) for row in connection.execute(select(queues).where(queues.c.id.in_(ids)))}
+        changing = {
+            record.claim.queue_id
+            for record in records
+            if stand[(of := record.claim).queue_id]
+            is not after_attempt(stand[of.queue_id], record.result, of.lane_id, self._clock(), self._policy)
+        }
+        if changing:
+            again = select(queues).where(queues.c.id.in_(changing)).order_by(queues.c.id)
+            stand |= {row.id: pausing_of(row) for row in connection.execute(again.with_for_update(key_share=True))}
+        return stand
+
+    def _write(self, connection: Connection, settled: Sequence[tuple[Record, Settlement]], now: int) -> None:
+        d = deliveries.c
         connection.execute(
             update(deliveries)
-            .where(d.id == delivery_id)
-            .values(attempts=d.attempts + 1, first_attempt_at=func.coalesce(d.first_attempt_at, now))
+            .where(d.id == bindparam("delivery"))
+            .values(
+                state=bindparam("to_state"),
+                reason=bindparam("for_reason"),
+                ended_at=bindparam("at"),
+                attempts=d.attempts - bindparam("uncounted"),
+            ),
+            [
+                {
+                    "delivery": record.claim.delivery_id,
+                    "to_state": settlement.state.value,
+                    "for_reason": settlement.reason and settlement.reason.value,
+                    "at": None if settlement.reason is None else now,
+                    "uncounted": 0 if settlement.counts else 1,
+                }
+                for record, settlement in settled
+            ],
         )
-        n = notifications.c
-        row = connection.execute(
-            select(d.attempts, d.first_attempt_at, notifications)
-            .join_from(deliveries, notifications, d.notification_id == n.id)
-            .where(d.id == delivery_id)
-        ).one()
-        return Claim(
-            lane_id=lane.id,
-            number=lane.claim + 1,
-            in_doubt=lane.claim > lane.settled,
-            doubt_ends_at=doubt_ends_at,
-            queue_id=lane.queue_id,
-            delivery_id=delivery_id,
-            attempt=row.attempts,
-            first_attempt_at=row.first_attempt_at,
-            claimed_at=now,
-            notification_id=row.id,
-            callback=row.callback,
-            merchant=row.merchant,
-            channel=row.channel,
-            order_id=row.order_id,
-            identity=row.identity,
-            received_at=row.received_at,
-            body=row.body,
-            previous=_previous(lane.previous),
-        )
-
-    def _settle(self, connection: Connection, records: Sequence[Record]) -> list[bool]:
-        return [self._record(connection, record) for record in records]
-
-    def _record(self, connection: Connection, record: Record) -> bool:
-        claim, settlement, now = record.claim, record.settlement, self._clock()
-        stopped = settlement.state is State.DEAD and (settlement.holds_lane or not record.passes)
-        lane: dict[str, Any] = {"holder": None}
-        if settlement.known:
-            lane["settled"] = claim.number
-        if settlement.state is State.WAITING:
-            lane["next_at"] = _milliseconds(settlement.due_at, now)
-        elif stopped:
-            lane["next_at"] = None
-        else:
-            lane["current_delivery_id"] = None
-        if settlement.reason is Reason.DELIVERED:
-            lane["previous"] = json.dumps({"reference": record.reference, "facts": dict(record.facts or {}), "at": now})
-        held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == self._process_id)
-        if connection.execute(update(lanes).where(held).values(lane)).rowcount != 1:
-            return False
-        d = deliveries.c
-        delivery: dict[str, Any] = {"state": settlement.state.value}
-        if settlement.reason is not None:
-            delivery |= {"reason": settlement.reason.value, "ended_at": now}
-        if not settlement.counts:
-            delivery["attempts"] = d.attempts - 1
-        connection.execute(update(deliveries).where(d.id == claim.delivery_id).values(delivery))
-        if "current_delivery_id" in lane:  # the lane goes on: is more owed?
-            more = connection.execute(_first_waiting(claim.lane_id)).scalar()
-            next_at = None if more is None else now
-            connection.execute(update(lanes).where(lanes.c.id == claim.lane_id).values(next_at=next_at))
+        going_on = [record.claim.lane_id for record, settlement in settled if goes_on(record, settlement)]
+        waiting = (d.lane_id.in_(going_on)) & (d.state == State.WAITING.value)
+        more = set(connection.execute(select(d.lane_id).where(waiting)).scalars()) if going_on else set()
         connection.execute(
-            insert(attempts).values(
-                delivery_id=claim.delivery_id,
-                claim=claim.number,
-                kind=record.kind,
-                started_at=claim.claimed_at,
-                ended_at=now,
-                outcome=record.outcome,
-                code=record.code,
-                message=None if record.message is None else record.message[:LONGEST_MESSAGE],
-                reference=record.reference,
-            )
+            update(lanes)
+            .where(lanes.c.id == bindparam("lane"))
+            .values(
+                holder=bindparam("by"),
+                settled=func.coalesce(bindparam("number"), lanes.c.settled),
+                current_delivery_id=bindparam("delivery"),
+                next_at=bindparam("due"),
+                previous=func.coalesce(bindparam("done"), lanes.c.previous),
+            ),
+            [lane_after(record, settlement, more, now) for record, settlement in settled],
         )
-        if settlement.pauses:
-            connection.execute(
-                update(queues)
-                .where(queues.c.id == claim.queue_id)
-                .values(paused_until=FOR_EVER, pause_reason=settlement.pauses)
-            )
-        return True
+        connection.execute(insert(attempts), [attempt_row(record, now) for record, _ in settled])
 
-    def _beat(self, connection: Connection, items: Sequence[None]) -> list[None]:
-        lease = {"lease_until": self._clock() + LEASE_MS}
-        connection.execute(update(processes).where(processes.c.id == self._process_id).values(lease))
-        return [None for _ in items]
-
-    def _next_due_at(self, connection: Connection, items: Sequence[None]) -> list[int | None]:
-        now = self._clock()
-        running = select(queues.c.id).where(func.coalesce(queues.c.paused_until, 0) <= now)
-        earliest = select(func.min(lanes.c.next_at)).where(
-            lanes.c.queue_id.in_(running), lanes.c.holder.is_(None), lanes.c.next_at.is_not(None)
-        )
-        due = connection.execute(earliest).scalar()
-        return [due for _ in items]
+    def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
+        for claim in claims:
+            held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == claim.holder)
+            connection.execute(update(lanes).where(held).values(holder=None))
+        return [None for _ in claims]
 
 
-def _first_waiting(lane_id: int) -> Any:
+def _due(queue_id: int | None = None) -> Any:
+    """Lanes that nobody holds, with the delivery whose turn it is, the earliest first; of a queue, or of the row's."""
     d = deliveries.c
-    waiting = (d.lane_id == lane_id) & (d.state == State.WAITING.value)
-    return select(d.id).where(waiting).order_by(d.snapshot_at, d.id).limit(1)
-
-
-def _previous(text: str | None) -> Previous | None:
-    if text is None:
-        return None
-    value = json.loads(text)
-    return Previous(
-        reference=value["reference"], facts=value["facts"], at=datetime.fromtimestamp(value["at"] / 1000, UTC)
+    waiting = (d.lane_id == lanes.c.id) & (d.state == State.WAITING.value)
+    turn = select(d.id).where(waiting).order_by(d.snapshot_at, d.id).limit(1).scalar_subquery()
+    return (
+        select(lanes, func.coalesce(lanes.c.current_delivery_id, turn).label("delivery_id"))
+        .where(
+            lanes.c.queue_id == (queues.c.id if queue_id is None else queue_id),
+            lanes.c.holder.is_(None),
+            lanes.c.next_at.is_not(None),
+        )
+        .order_by(lanes.c.next_at)
     )
 
 
-def _milliseconds(moment: datetime | None, now: int) -> int:
-    return now if moment is None else int(moment.timestamp() * 1000)
+def _held() -> Any:
+    return select(lanes.c.queue_id, func.count().label("held")).where(lanes.c.holder.is_not(None)).group_by(lanes.c.queue_id)
+
+
+def _is_held(lane: Any, claim: Claim) -> bool:
+    return lane is not None and lane.claim == claim.number and lane.holder == claim.holder
+
+
+def _is_written(connection: Connection, claim: Claim) -> bool:
+    same = (attempts.c.delivery_id == claim.delivery_id) & (attempts.c.claim == claim.number)
+    return connection.execute(select(attempts.c.id).where(same)).first() is not None

@@ -48,9 +48,12 @@ queues = Table(
     Column("route", Text, nullable=False),
     Column("merchant", Text, nullable=False),
     Column("channel", Text, nullable=False),
-    Column("paused_until", BigInteger, doc="null: running"),
-    Column("pause_reason", Text, doc="the code that paused it"),
+    Column("paused_until", BigInteger, doc="null: running; in the past: one lane is tried, until one succeeds"),
+    Column("pause_reason", Text, doc="the code that paused it, or a person's words"),
     Column("failures_in_row", Integer, nullable=False, server_default=text("0")),
+    Column("paused_by", Text, doc="failures, retry_after, misconfigured or person"),
+    Column("failed_lanes", Text, doc="the lanes of the failures in a row, as JSON: one order counts once"),
+    Column("pauses_in_row", Integer, nullable=False, server_default=text("0")),
     UniqueConstraint("route", "merchant", "channel"),
 )
 
@@ -83,7 +86,8 @@ lanes = Table(
     metadata,
     Column("id", Key, primary_key=True),
     Column("queue_id", Key, ForeignKey("queues.id"), nullable=False),
-    Column("order_id", Text, nullable=False),
+    # In the order of its bytes on both databases: lanes are locked in that order, everywhere.
+    Column("order_id", Text().with_variant(Text(collation="C"), "postgresql"), nullable=False),
     Column("holder", Key, doc="null: free"),
     Column("claim", BigInteger, nullable=False, server_default=text("0"), doc="counts up for ever: the fence"),
     Column("settled", BigInteger, nullable=False, server_default=text("0"), doc="the last claim known to have ended"),
@@ -150,4 +154,23 @@ attempts = Table(
     Column("code", Text),
     Column("message", Text, doc="for a person; from the handler"),
     Column("reference", Text, doc="the destination's name for the effect"),
+)
+
+marks = Table(
+    "marks",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", BigInteger, nullable=False, doc="how far something has come: the clock, the pruning"),
+)
+
+actions = Table(
+    "actions",
+    metadata,
+    Column("id", Key, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("command", Text, nullable=False),
+    Column("who", Text, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("matching", Text, nullable=False, doc="what it was asked for, as JSON"),
+    Column("changed", Integer, nullable=False, server_default=text("0")),
 )

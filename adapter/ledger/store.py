@@ -1,5 +1,5 @@
 """
-The database underneath: one connection that writes, in groups, and the ledger's one clock.
+The open ledger: one connection that writes, in groups, and the clock that everything in it goes by.
 
 `write` returns when the work is on disk. Everything that arrives while one transaction is being committed becomes the
 next one: no added wait, one fsync for all of them. What a reader would get wrong: the writer works in a thread of its
@@ -8,85 +8,75 @@ and only while the writer is idle.
 """
 
 import asyncio
-import fcntl
-import os
+import contextlib
 import queue
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.pool import NullPool
+
+from adapter.ledger.clock import Clock
+from adapter.ledger.databases import Database, StoreInUse, StoreMissing, StoreUnavailable, database_at
+
+__all__ = ["Store", "StoreBusy", "StoreInUse", "StoreMissing", "StoreUnavailable", "open_for_reading"]
 
 log = structlog.get_logger(__name__)
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 Work = Callable[[Connection, Sequence[Any]], Sequence[Any]]
+Outcome = tuple["asyncio.Future[Any]", Any, bool]  # who waits, the answer or the error, whether it is an error
 
-
-class StoreUnavailable(Exception):
-    """
-    The database cannot be written now: full disk, read-only volume, lost connection. Nothing of this call was stored.
-
-    It heals by itself: the next write tries anew.
-    """
+MOST_WAITING = 4_000
+MOST_BYTES_WAITING = 64 * 1024 * 1024
+TRIES = 5  # of a transaction that met another one
 
 
 class StoreBusy(StoreUnavailable):
     """More is waiting to be written than the service holds in memory. Nothing of this call was stored."""
 
 
-class StoreInUse(Exception):
-    """Another `serve` has this database. Stop it first, or send it the command through its operations port."""
+class _Piece:
+    """Work that waits for the writer."""
 
+    __slots__ = ("done", "item", "size", "work")
 
-class StoreMissing(Exception):
-    """There is no database at this address yet: `serve` makes it."""
-
-
-class Clock:
-    """Milliseconds since 1970: the wall clock at start plus monotonic time, never below the last recorded moment."""
-
-    def __init__(self, last_recorded: int = 0) -> None:
-        self._start = max(time.time_ns() // 1_000_000, last_recorded)
-        self._monotonic = time.monotonic_ns()
-
-    def __call__(self) -> int:
-        return self._start + (time.monotonic_ns() - self._monotonic) // 1_000_000
+    def __init__(self, work: Work, item: Any, size: int, done: "asyncio.Future[Any]") -> None:
+        self.work = work
+        self.item = item
+        self.size = size
+        self.done = done
 
 
 class Store:
     """
-    An open ledger database. Use from one event loop; `close` when done.
+    An open ledger. Use from one event loop; `close` when done.
 
-    `capacity` is how many pieces of work may wait for the writer.
+    `capacity` is how many pieces of work may wait for the writer. `failing` says whether the last transaction failed
+    on the database; `shared`, whether other processes write as well.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        reader: Engine,
-        *,
-        lock: int | None,
-        clock: Callable[[], int],
-        capacity: int = 4000,
-    ) -> None:
-        self.engine = engine
-        self._reader = reader
+    def __init__(self, database: Database, *, clock: Clock, capacity: int = MOST_WAITING) -> None:
+        self.database = database
+        self.shared = database.shared
+        self.engine = database.engine(read_only=False)
+        self._reader = database.engine(read_only=True)
         self.clock = clock
         self.capacity = capacity
-        self.failing = False  # whether the last transaction failed on the database
-        self._lock = lock
-        self._gathered: list[tuple[Work, Any, asyncio.Future[Any]]] = []
+        self.failing = False
+        self._gathered: list[_Piece] = []
+        self._bytes = 0
         self._writer_is_idle = True
         self._handing_over = False
         self._batches: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -95,52 +85,42 @@ class Store:
         self._thread.start()
 
     @classmethod
-    def open(cls, url: str, *, clock: Callable[[int], Callable[[], int]] = Clock) -> "Store":
+    def open(cls, url: str, *, clock: Clock | None = None) -> "Store":
         """
         Takes the database for this process and brings its tables up to date.
 
         Raises `StoreInUse` where another process has it and `StoreUnavailable` where it cannot be opened.
         """
-        path = sqlite_path(url)
+        database = database_at(url)
+        clock = clock or Clock.of(database)
+        database.take()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise StoreUnavailable(f"cannot open {path}: {error.strerror}") from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(lock)
-            raise StoreInUse(f"another process serves {path}; stop it first") from error
-        try:
-            engine = _engine(url, read_only=False)
+            engine = database.engine(read_only=False)
             with engine.connect() as connection:
-                migrate(connection)
-                last = connection.execute(
-                    text(
-                        "SELECT max(moment) FROM (SELECT max(received_at) AS moment FROM (SELECT received_at FROM"
-                        " notifications ORDER BY id DESC LIMIT 100) UNION ALL SELECT max(ended_at) FROM (SELECT"
-                        " ended_at FROM attempts ORDER BY id DESC LIMIT 100))"
-                    )
-                ).scalar()
-                connection.rollback()
+                migrate(database, connection)
+                with connection.begin():
+                    clock.read(connection, alone=not database.shared)
         except (DBAPIError, OSError, CommandError) as error:
-            os.close(lock)
-            raise StoreUnavailable(f"cannot open {path}: {_cause(error)}") from error
-        return cls(engine, _engine(url, read_only=True), lock=lock, clock=clock(last or 0))
+            database.give_back()
+            raise StoreUnavailable(f"cannot open {database.where}: {_cause(error)}") from error
+        return cls(database, clock=clock)
 
-    async def write(self, work: Callable[[Connection, Sequence[Item]], Sequence[Answer]], item: Item) -> Answer:
+    async def write(
+        self, work: Callable[[Connection, Sequence[Item]], Sequence[Answer]], item: Item, size: int = 0
+    ) -> Answer:
         """
         Has `work` done with `item` in a transaction, and returns its answer once that is on disk.
 
-        `work` gets all items that go into one transaction with it, and answers each. Raises `StoreUnavailable`, or what
-        `work` raises for this item alone: the others of its group are then done one by one.
+        `work` gets all items that go into one transaction with it, and answers each; it may be called again for the
+        same items where a transaction has to be repeated. `size` is what the item holds in memory, in bytes. Raises
+        `StoreUnavailable`, or what `work` raises for this item alone: the others of its group are then done one by one.
         """
-        if len(self._gathered) >= self.capacity:
+        if len(self._gathered) >= self.capacity or self._bytes + size > MOST_BYTES_WAITING:
             raise StoreBusy("too much is waiting for the disk")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Answer] = loop.create_future()
-        self._gathered.append((work, item, done))
+        self._gathered.append(_Piece(work, item, size, done))
+        self._bytes += size
         if self._writer_is_idle and not self._handing_over:
             self._handing_over = True
             loop.call_soon(self._hand_over, loop)
@@ -156,9 +136,7 @@ class Store:
         self._thread.join(timeout=10)
         self.engine.dispose()
         self._reader.dispose()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self.database.give_back()
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         self._handing_over = False
@@ -167,7 +145,8 @@ class Store:
             batch, self._gathered = self._gathered, []
             self._batches.put((loop, batch))
 
-    def _finished(self, loop: asyncio.AbstractEventLoop, outcomes: list[tuple[asyncio.Future[Any], Any, bool]]) -> None:
+    def _finished(self, loop: asyncio.AbstractEventLoop, batch: list[_Piece], outcomes: list[Outcome]) -> None:
+        self._bytes -= sum(piece.size for piece in batch)
         for future, value, failed in outcomes:
             if not future.done():  # a caller that was cancelled no longer waits
                 if failed:
@@ -182,120 +161,101 @@ class Store:
     def _run(self) -> None:
         while (handed := self._batches.get()) is not None:
             loop, batch = handed
-            outcomes = self._write(batch)
+            outcomes = [outcome for group in self._transactions(batch) for outcome in self._write(group)]
             try:
-                loop.call_soon_threadsafe(self._finished, loop, outcomes)
+                loop.call_soon_threadsafe(self._finished, loop, batch, outcomes)
             except RuntimeError:  # the loop is closed; what was written stays written
                 break
-        if self._connection is not None:
-            self._connection.close()
+        self._drop_connection()
 
-    def _write(self, batch: list[tuple[Work, Any, asyncio.Future[Any]]]) -> list[tuple[asyncio.Future[Any], Any, bool]]:
+    def _transactions(self, batch: list[_Piece]) -> list[list[_Piece]]:
+        """
+        What goes into one transaction: everything, in a file of our own, for the sake of its one fsync. Where others
+        write too, one kind of work at a time: each locks its rows in one order, two after each other would not.
+        """
+        if not self.shared:
+            return [batch]
+        return list(_by_work(batch).values())
+
+    def _write(self, batch: list[_Piece]) -> list[Outcome]:
         try:
             answers = self._transaction(batch)
         except StoreUnavailable as error:
             if not self.failing:
                 log.error("store_unavailable", error=str(error))
             self.failing = True
-            return [(future, error, True) for _, _, future in batch]
+            return [(piece.done, error, True) for piece in batch]
         except Exception as error:  # noqa: BLE001 - it is the data of one piece of work; that one gets the error, below
             if len(batch) == 1:
-                return [(batch[0][2], error, True)]
+                return [(batch[0].done, error, True)]
             return [outcome for piece in batch for outcome in self._write([piece])]
         if self.failing:
             log.info("store_recovered")
         self.failing = False
-        return [(future, answer, False) for (_, _, future), answer in zip(batch, answers, strict=True)]
+        return [(piece.done, answers[id(piece)], False) for piece in batch]
 
-    def _transaction(self, batch: list[tuple[Work, Any, asyncio.Future[Any]]]) -> list[Any]:
-        by_work: dict[Work, list[int]] = {}
-        for index, (work, _, _) in enumerate(batch):
-            by_work.setdefault(work, []).append(index)
-        answers: list[Any] = [None] * len(batch)
-        try:
-            if self._connection is None:
-                self._connection = self.engine.connect()
-            connection = self._connection
-            with connection.begin():
-                for work, indices in by_work.items():
-                    for index, answer in zip(indices, work(connection, [batch[i][1] for i in indices]), strict=True):
-                        answers[index] = answer
-        except (DBAPIError, sqlite3.Error) as error:
-            if not _is_the_database(error):
-                raise
-            self._drop_connection()
-            raise StoreUnavailable(_cause(error)) from error
+    def _transaction(self, batch: list[_Piece]) -> dict[int, Any]:
+        answers: dict[int, Any] = {}
+        for left in reversed(range(TRIES)):
+            try:
+                if self._connection is None:
+                    self._connection = self.engine.connect()
+                with self._connection.begin():
+                    for work, pieces in _by_work(batch).items():
+                        done = work(self._connection, [piece.item for piece in pieces])
+                        answers |= zip(map(id, pieces), done, strict=True)
+                break
+            except (DBAPIError, sqlite3.Error, psycopg.Error) as error:
+                if self.database.may_be_repeated(error) and left:
+                    continue
+                if not self.database.is_at_fault(error):
+                    raise
+                self._drop_connection()
+                raise StoreUnavailable(_cause(error)) from error
         return answers
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            try:
+            with contextlib.suppress(Exception):  # a broken one may fail in any way while it is thrown away
                 connection.invalidate()
+            with contextlib.suppress(Exception):
                 connection.close()
-            except Exception:  # noqa: BLE001 - a broken connection may fail in any way while it is thrown away
-                log.debug("store_connection_dropped")
 
 
 def open_for_reading(url: str) -> Engine:
-    """An engine that only reads, beside a running service. Raises `StoreMissing`, `StoreUnavailable`."""
-    path = sqlite_path(url)
-    if not path.exists():
-        raise StoreMissing(f"there is no database at {path} yet")
-    return _engine(url, read_only=True)
+    """An engine that only reads, beside a running service. Raises `StoreMissing`."""
+    database = database_at(url)
+    database.check_exists()
+    return database.engine(read_only=True)
 
 
-def sqlite_path(url: str) -> Path:
-    """The file of a `sqlite:///` address."""
-    return Path(make_url(url).database or "")
+def migrate(database: Database, connection: Connection) -> None:
+    """
+    Brings the tables up to date, in one transaction, while others wait.
 
-
-def migrate(connection: Connection) -> None:
-    """Brings the tables up to date, in one transaction."""
+    Migrations only add, so that an older node keeps working; and an older node that finds a newer revision than it
+    knows works with it as it is.
+    """
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
-    connection.commit()
+    with connection.begin():
+        database.hold_for_migration(connection)
+        revision = MigrationContext.configure(connection).get_current_revision()
+        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
+        if revision is not None and revision not in known:
+            log.warning("store_is_newer", revision=revision)
+            return
+        command.upgrade(config, "head")
 
 
-def _engine(url: str, *, read_only: bool) -> Engine:
-    path = sqlite_path(url)
-
-    def connect() -> sqlite3.Connection:
-        mode = "ro" if read_only else "rwc"
-        connection = sqlite3.connect(
-            f"file:{path.absolute().as_posix().replace('?', '%3f').replace('#', '%23')}?mode={mode}",
-            uri=True,
-            isolation_level=None,
-            check_same_thread=False,
-            timeout=5,
-        )
-        try:
-            connection.execute("PRAGMA busy_timeout = 5000")
-            if not read_only:
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")  # NORMAL may lose the last commits at a power cut
-                connection.execute("PRAGMA cache_size = -65536")
-        except sqlite3.Error:  # not a database, say
-            connection.close()
-            raise
-        return connection
-
-    engine = create_engine("sqlite://", creator=connect, poolclass=NullPool)
-
-    @event.listens_for(engine, "begin")
-    def _begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
-
-    return engine
-
-
-def _is_the_database(error: Exception) -> bool:
-    """Whether it is the database that fails, not the data of one row."""
-    original = getattr(error, "orig", error)
-    return type(original).__name__ in ("OperationalError", "InternalError", "InterfaceError", "DatabaseError")
+def _by_work(batch: Sequence[_Piece]) -> dict[Work, list[_Piece]]:
+    by_work: dict[Work, list[_Piece]] = {}
+    for piece in batch:
+        by_work.setdefault(piece.work, []).append(piece)
+    return by_work
 
 
 def _cause(error: Exception) -> str:

@@ -62,7 +62,7 @@ def upgrade() -> None:
         "lanes",
         sa.Column("id", KEY, nullable=False),
         sa.Column("queue_id", KEY, nullable=False),
-        sa.Column("order_id", sa.Text(), nullable=False),
+        sa.Column("order_id", sa.Text().with_variant(sa.Text(collation="C"), "postgresql"), nullable=False),
         sa.Column("holder", KEY, nullable=True),
         sa.Column("claim", sa.BigInteger(), server_default=sa.text("0"), nullable=False),
         sa.Column("settled", sa.BigInteger(), server_default=sa.text("0"), nullable=False),

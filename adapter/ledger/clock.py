@@ -1,0 +1,80 @@
+"""
+The ledger's one clock, in whole milliseconds since 1970: time that passes, whatever happens to wall clocks.
+
+Between two readings it runs by this machine's monotonic clock. At a reading (every heartbeat) it follows the wall clock
+of the database's machine, so that all nodes agree. A wall clock that has jumped meanwhile is not followed: the jump is
+written down, as how far the ledger is away from it, and made good by and by.
+"""
+
+import time
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy import Connection, Select, select
+
+from adapter.ledger.databases import Database
+from adapter.ledger.schema import marks
+
+log = structlog.get_logger(__name__)
+
+JUMP_MS = 10_000  # more than machines and networks are ever late between two readings
+BETWEEN_READINGS_MS = 5_000
+STEP_MS = 500  # a reading: a fifth of what a heartbeat takes, so that no lease ends by it
+LATEST, AWAY = "clock_latest", "clock_away"
+
+
+def _monotonic() -> int:
+    # Unlike `time.monotonic`, it goes on while the machine is suspended, as everybody else's does.
+    number = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+    return time.clock_gettime_ns(number) // 1_000_000
+
+
+class Clock:
+    """Call it for the moment. `wall` is asked inside a transaction; `monotonic` counts milliseconds from anywhere."""
+
+    def __init__(self, wall: Callable[[Connection], int], monotonic: Callable[[], int] = _monotonic) -> None:
+        self._wall = wall
+        self._monotonic = monotonic
+        self._begins: int | None = None  # the moment at which `monotonic` was 0
+
+    @classmethod
+    def of(cls, database: Database) -> "Clock":
+        return cls(database.wall)
+
+    def __call__(self) -> int:
+        assert self._begins is not None, "the clock has not been read yet"
+        return self._begins + self._monotonic()
+
+    def read(self, connection: Connection, *, alone: bool = False) -> int:
+        """
+        The moment, by the database's wall clock; from here on `__call__` goes by it. Writes down how far it has come.
+
+        `alone`: no other process lives by this clock, so a wall clock that is ahead may be followed at once.
+        """
+        # Locked before the wall clock is asked: nodes read one after the other, and each sees what the last one wrote.
+        away = connection.execute(_read(AWAY).with_for_update()).scalar_one()
+        latest = connection.execute(_read(LATEST)).scalar_one()
+        wall = self._wall(connection)
+        if self._begins is None:
+            moment = wall if alone else wall + away
+            if moment < latest:  # never before the last recorded moment, which may be later than the last reading
+                moment = latest + BETWEEN_READINGS_MS
+        else:
+            moment, expected = wall + away, self()
+            if abs(moment - expected) > JUMP_MS:
+                log.warning("wall_clock_jumped", milliseconds=moment - expected)
+                moment = expected
+            elif moment != wall:
+                moment -= max(-STEP_MS, min(STEP_MS, moment - wall))
+        self._begins = moment - self._monotonic()
+        _write(connection, AWAY, moment - wall)
+        _write(connection, LATEST, moment)
+        return moment
+
+
+def _read(name: str) -> Select[int]:
+    return select(marks.c.value).where(marks.c.name == name)
+
+
+def _write(connection: Connection, name: str, value: int) -> None:
+    connection.execute(marks.update().where(marks.c.name == name).values(value=value))

@@ -1,0 +1,347 @@
+"""
+The two databases, and all in which they differ: how one is taken, which errors are its own, how many rows go in with
+one statement, whose clock counts, and who else hears of new work.
+
+A SQLite file belongs to one process, which holds a lock beside it. A PostgreSQL is shared by any number of nodes: rows
+are locked in one order everywhere, and what still ends in a deadlock is tried again.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import sqlite3
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psycopg
+import structlog
+from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.pool import NullPool
+
+log = structlog.get_logger(__name__)
+
+OLDEST_SQLITE = (3, 35, 0)  # RETURNING
+ROWS_A_STATEMENT = 64
+STATEMENT_TIMEOUT_MS = 10_000
+CHANNEL = "norce_adapter"
+
+
+class StoreUnavailable(Exception):
+    """
+    The database cannot be written now: full disk, read-only volume, lost connection. Nothing of this call was stored.
+
+    It heals by itself: the next write tries anew.
+    """
+
+
+class StoreInUse(Exception):
+    """Another `serve` has this database. Stop it first, or send it the command through its operations port."""
+
+
+class StoreMissing(Exception):
+    """There is no database at this address yet: `serve` makes it."""
+
+
+class Insert(ABC):
+    """Puts many rows into a table with one statement. `ending` is what follows: ON CONFLICT …, RETURNING …"""
+
+    def __init__(self, table: Table, columns: Sequence[str], ending: str = "") -> None:
+        self._into = f"INSERT INTO {table.name} ({', '.join(columns)})"
+        self._columns = [table.c[name] for name in columns]
+        self._ending = ending
+
+    @abstractmethod
+    def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        """Inserts them in this order, and answers what the ending returns; an empty list where it returns nothing."""
+
+
+class Database(ABC):
+    """One database by its address. `where` names it for people and holds no password."""
+
+    shared: ClassVar[bool]
+    among: ClassVar[str]  # an SQL condition, after a column: one of the values that `several` made a parameter of
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.where = url.render_as_string(hide_password=True)
+
+    @abstractmethod
+    def take(self) -> None:
+        """Takes the database for this process. Raises `StoreInUse`, `StoreUnavailable`."""
+
+    @abstractmethod
+    def give_back(self) -> None: ...
+
+    @abstractmethod
+    def engine(self, *, read_only: bool) -> Engine: ...
+
+    @abstractmethod
+    def check_exists(self) -> None:
+        """Raises `StoreMissing` where nothing is there to be read."""
+
+    @abstractmethod
+    def hold_for_migration(self, connection: Connection) -> None:
+        """Lets one process migrate at a time, until the transaction ends."""
+
+    @abstractmethod
+    def wall(self, connection: Connection) -> int:
+        """What this database's machine takes for the time, in milliseconds since 1970."""
+
+    @abstractmethod
+    def is_at_fault(self, error: Exception) -> bool:
+        """Whether it is the database that fails, not the data of one row."""
+
+    @abstractmethod
+    def may_be_repeated(self, error: Exception) -> bool:
+        """Whether nothing is wrong but that two transactions met."""
+
+    @abstractmethod
+    def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert: ...
+
+    @abstractmethod
+    def several(self, values: Iterable[int]) -> Any: ...
+
+    @abstractmethod
+    def tell(self, cursor: Any) -> None:
+        """Tells every node, once this is committed, that there is new work."""
+
+    @abstractmethod
+    def listen(self, news: Callable[[], None]) -> Callable[[], None]:
+        """Calls `news`, from a thread, when a node has told of new work. Answers how to end that."""
+
+
+def database_at(url: str) -> Database:
+    """The database at a `sqlite:///` or `postgresql+psycopg://` address."""
+    parsed = make_url(url)
+    return Postgres(parsed) if parsed.get_backend_name() == "postgresql" else Sqlite(parsed)
+
+
+class Sqlite(Database):
+    """A file, in WAL mode with `synchronous=FULL`: NORMAL may lose the last commits at a power cut."""
+
+    shared = False
+    among = "IN (SELECT value FROM json_each(?))"
+
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        self.path = Path(url.database or "")
+        self.where = str(self.path)
+        self._lock: int | None = None
+
+    def take(self) -> None:
+        if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+            oldest = ".".join(map(str, OLDEST_SQLITE))
+            raise StoreUnavailable(f"SQLite {sqlite3.sqlite_version} is too old: {oldest} or newer is needed")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(f"{self.path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise StoreUnavailable(f"cannot open {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(lock)
+            raise StoreInUse(f"another process serves {self.path}; stop it first") from error
+        self._lock = lock
+
+    def give_back(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def engine(self, *, read_only: bool) -> Engine:
+        engine = create_engine("sqlite://", creator=lambda: self.connect(read_only=read_only), poolclass=NullPool)
+
+        @event.listens_for(engine, "begin")
+        def _begin(connection: Connection) -> None:
+            connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+        return engine
+
+    def connect(self, *, read_only: bool) -> sqlite3.Connection:
+        """A connection of the driver's own."""
+        mode = "ro" if read_only else "rwc"
+        connection = sqlite3.connect(
+            f"file:{self.path.absolute().as_posix().replace('?', '%3f').replace('#', '%23')}?mode={mode}",
+            uri=True,
+            isolation_level=None,
+            check_same_thread=False,
+            timeout=5,
+        )
+        try:
+            connection.execute("PRAGMA busy_timeout = 5000")
+            if not read_only:
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA cache_size = -65536")
+        except sqlite3.Error:  # not a database, say
+            connection.close()
+            raise
+        return connection
+
+    def check_exists(self) -> None:
+        if not self.path.exists():
+            raise StoreMissing(f"there is no database at {self.path} yet")
+
+    def hold_for_migration(self, connection: Connection) -> None:
+        return  # the lock is held
+
+    def wall(self, connection: Connection) -> int:
+        return time.time_ns() // 1_000_000
+
+    def is_at_fault(self, error: Exception) -> bool:
+        original = getattr(error, "orig", error)
+        return type(original).__name__ in ("OperationalError", "InternalError", "InterfaceError", "DatabaseError")
+
+    def may_be_repeated(self, error: Exception) -> bool:
+        return False
+
+    def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
+        return _ValuesInsert(table, columns, ending)
+
+    def several(self, values: Iterable[int]) -> str:
+        return json.dumps(list(values))
+
+    def tell(self, cursor: Any) -> None:
+        return  # nobody else is there
+
+    def listen(self, news: Callable[[], None]) -> Callable[[], None]:
+        return lambda: None
+
+
+class _ValuesInsert(Insert):
+    """`VALUES (…), (…)`: one step of the engine, and one hand-over of the interpreter, for so many rows."""
+
+    def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        returned: list[tuple[Any, ...]] = []
+        one = f"({', '.join('?' for _ in self._columns)})"
+        for start in range(0, len(rows), ROWS_A_STATEMENT):
+            some = rows[start : start + ROWS_A_STATEMENT]
+            sql = f"{self._into} VALUES {', '.join([one] * len(some))} {self._ending}"
+            cursor.execute(sql, [value for row in some for value in row])
+            if cursor.description:
+                returned += cursor.fetchall()
+        return returned
+
+
+class Postgres(Database):
+    """A PostgreSQL that any number of nodes share. What was answered is on its disk: `synchronous_commit` is on."""
+
+    shared = True
+    among = "= ANY(%s)"
+
+    def take(self) -> None:
+        return
+
+    def give_back(self) -> None:
+        return
+
+    def engine(self, *, read_only: bool) -> Engine:
+        # Readers come and go; the writer keeps its one connection, and checks nothing before a use: it notices.
+        engine = create_engine(self.url, poolclass=NullPool, connect_args=self._arguments())
+
+        @event.listens_for(engine, "connect")
+        def _connected(connection: Any, _record: Any) -> None:
+            connection.autocommit = True
+            for statement in (
+                f"SET statement_timeout = {STATEMENT_TIMEOUT_MS}",
+                f"SET lock_timeout = {STATEMENT_TIMEOUT_MS // 2}",
+                # A node that is stopped in the middle of a transaction must not hold up the others.
+                f"SET idle_in_transaction_session_timeout = {STATEMENT_TIMEOUT_MS}",
+                f"SET default_transaction_read_only = {'on' if read_only else 'off'}",
+                "SELECT set_config('synchronous_commit', 'on', false)"
+                " WHERE current_setting('synchronous_commit') IN ('off', 'local')",
+            ):
+                connection.execute(statement)
+            connection.autocommit = False
+
+        return engine
+
+    def check_exists(self) -> None:
+        return  # the connection says so
+
+    def hold_for_migration(self, connection: Connection) -> None:
+        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
+        connection.exec_driver_sql("SET LOCAL lock_timeout = '60s'")
+        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('norce_adapter.migration'))")
+
+    def wall(self, connection: Connection) -> int:
+        sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+        return int(connection.exec_driver_sql(sql).scalar_one())
+
+    def is_at_fault(self, error: Exception) -> bool:
+        original = getattr(error, "orig", error)
+        if isinstance(original, psycopg.errors.DataError | psycopg.errors.IntegrityError):
+            return False
+        # What the driver cannot put into a statement is the data's fault; what the server says of one is not.
+        return not (isinstance(original, psycopg.errors.ProgrammingError) and original.sqlstate is None)
+
+    def may_be_repeated(self, error: Exception) -> bool:
+        original = getattr(error, "orig", error)
+        return isinstance(original, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
+
+    def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
+        return _ArraysInsert(table, columns, ending)
+
+    def several(self, values: Iterable[int]) -> list[int]:
+        return list(values)
+
+    def tell(self, cursor: Any) -> None:
+        cursor.execute(f"NOTIFY {CHANNEL}")
+
+    def listen(self, news: Callable[[], None]) -> Callable[[], None]:
+        ended = threading.Event()
+
+        def hear() -> None:
+            while not ended.is_set():
+                with contextlib.suppress(psycopg.Error):  # the poll goes on meanwhile
+                    address = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
+                    with psycopg.connect(address, autocommit=True, **self._arguments()) as connection:
+                        connection.execute(f"LISTEN {CHANNEL}")
+                        news()  # of what was told before we listened
+                        while not ended.is_set():
+                            for _ in connection.notifies(timeout=0.5):
+                                news()
+                ended.wait(1.0)
+
+        thread = threading.Thread(target=hear, name="ledger-listener", daemon=True)
+        thread.start()
+
+        def end() -> None:
+            ended.set()
+            thread.join(timeout=5)
+
+        return end
+
+    def _arguments(self) -> dict[str, Any]:
+        # A peer that has gone without a word is found out within seconds.
+        return {
+            "connect_timeout": 5,
+            "application_name": "norce-adapter",
+            "keepalives_idle": 5,
+            "keepalives_interval": 2,
+            "keepalives_count": 3,
+            "tcp_user_timeout": STATEMENT_TIMEOUT_MS,
+        }
+
+
+class _ArraysInsert(Insert):
+    """One array a column: the statement is the same for any number of rows, and prepared once."""
+
+    def __init__(self, table: Table, columns: Sequence[str], ending: str = "") -> None:
+        super().__init__(table, columns, ending)
+        dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+        arrays = ", ".join(f"%b::{column.type.compile(dialect).partition(' ')[0]}[]" for column in self._columns)
+        self._sql = f"{self._into} SELECT * FROM unnest({arrays}) {ending}"  # noqa: S608 - our own names
+
+    def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        if not rows:
+            return []
+        cursor.execute(self._sql, [list(column) for column in zip(*rows, strict=True)])
+        return cursor.fetchall() if cursor.description else []
