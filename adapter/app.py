@@ -34,7 +34,8 @@ from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.store import Store
+from adapter.ledger.store import Store, StoreUnavailable
+from adapter.ledger.upkeep import Pruned, Retention, Upkeep
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
 from adapter.pauses import Policy
@@ -46,6 +47,8 @@ log = structlog.get_logger(__name__)
 
 CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
+PRUNE_SECONDS = 3600.0
+PRUNE_STEP_SECONDS = 0.2
 VERSION = version("norce-adapter")
 
 
@@ -125,9 +128,10 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         operations = listen(config.operations.host, config.operations.port)
         stack.callback(operations.close)
         # The operations port is the last to go: somebody wants to see how a shutdown is going.
-        await stack.enter_async_context(served(console(health, metrics, store), operations))
+        await stack.enter_async_context(served(console(health, metrics, store, config.operations.token), operations))
         await stack.enter_async_context(_task(dispatcher.keep_lease()))
         await stack.enter_async_context(_task(runner.watch()))
+        await stack.enter_async_context(_task(_prune(Upkeep(store, retention(config)))))
         loop = asyncio.get_running_loop()
         stack.callback(store.database.listen(lambda: _told(loop, dispatcher.wake)))
         working = asyncio.create_task(dispatcher.run())
@@ -217,6 +221,24 @@ def _public(endpoint: CallbackEndpoint) -> Starlette:
     public = Starlette(routes=[Route(CALLBACK_PATH, endpoint)], exception_handlers={404: not_found})
     public.router.redirect_slashes = False  # whether Norce follows redirects is documented nowhere
     return public
+
+
+def retention(config: Config) -> Retention:
+    """How long things are kept."""
+    given = config.store.retention
+    return Retention(bodies=given.bodies, bodies_of_dead_letters=given.bodies_of_dead_letters, rows=given.rows)
+
+
+async def _prune(upkeep: Upkeep) -> None:
+    """Every hour, in steps with room between them for everybody else."""
+    while True:
+        try:
+            pruned = await upkeep.step()
+            if pruned.bodies or pruned.notifications:
+                log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications)
+        except StoreUnavailable:
+            pruned = Pruned()
+        await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)
 
 
 def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:

@@ -23,6 +23,7 @@ from adapter.ledger.desk import Desk
 from adapter.ledger.inbox import MOST_CONFLICTS, Inbox, Receipt, Received, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
+from adapter.ledger.matching import Matching
 from adapter.ledger.schema import metadata
 from adapter.ledger.store import (
     Store,
@@ -973,8 +974,8 @@ def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> N
     ledger.owed(1, order_id="order-2", refetch=False)
     ledger.settle(ledger.claim_one(), REJECTED, outcome="reject", code="no-such-shop", message="The shop is unknown.")
 
-    def ids(**asked: Any) -> list[int]:
-        return [each["id"] for each in desk(ledger, lambda desk: desk.deliveries(**asked))]
+    def ids(limit: int = 100, **asked: Any) -> list[int]:
+        return [each["id"] for each in desk(ledger, lambda desk: desk.deliveries(Matching(**asked), limit=limit))]
 
     assert ids() == [2, 1]
     assert ids(limit=1) == [2]

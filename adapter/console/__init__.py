@@ -1,14 +1,17 @@
 """
-The operations port: health and metrics, for the people and machines that run the service. Not for the internet.
+The operations port: health, metrics and commands, for the people and machines that run the service. Not for the
+internet.
 
 Alive means that the event loop answers. Ready means that callbacks can be taken: the ledger can be written and the
 service is not stopping. A destination that is down does not make the service unready: the intake must go on.
 """
 
 import asyncio
+import hmac
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
 import structlog
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
@@ -16,11 +19,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from adapter.ledger.commands import Commands
 from adapter.ledger.desk import Desk, Overview
-from adapter.ledger.store import Store
+from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.plugin import Secret
 
 log = structlog.get_logger(__name__)
+
+LARGEST_COMMAND_BYTES = 1024 * 1024
 
 
 @dataclass(kw_only=True)
@@ -35,8 +42,9 @@ class Health:
         return {"started": self.started, "not_stopping": not self.stopping} | {n: c() for n, c in self.checks.items()}
 
 
-def console(health: Health, metrics: Metrics, store: Store) -> Starlette:
-    """The app behind the operations port."""
+def console(health: Health, metrics: Metrics, store: Store, token: Secret | None = None) -> Starlette:
+    """The app behind the operations port. Commands need the bearer token; without one, every command is refused."""
+    commands = Commands(store)
 
     async def livez(_request: Request) -> Response:
         return JSONResponse({"alive": True})
@@ -66,11 +74,43 @@ def console(health: Health, metrics: Metrics, store: Store) -> Starlette:
         await asyncio.to_thread(read)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    async def command(request: Request) -> Response:
+        if token is None:
+            return _refused(403, "forbidden", "No command is taken: operations.token is not configured.")
+        given = request.headers.get("authorization", "").encode()
+        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
+            return _refused(401, "unauthorized", "The bearer token is not the one of operations.token.")
+        name = request.path_params["name"]
+        try:
+            answer = await commands.do(name, await _body(request))
+        except KeyError:
+            return _refused(404, "command-not-found", f"There is no command {name}.")
+        except (msgspec.DecodeError, ValueError) as error:
+            return _refused(400, "bad-request", str(error))
+        except StoreUnavailable:
+            return _refused(503, "store-unavailable", "Nothing was done. Please send it again.")
+        log.info("command_done", command=name, result=answer)
+        return JSONResponse(answer)
+
     return Starlette(
         routes=[
             Route("/livez", livez),
             Route("/readyz", readyz),
             Route("/startupz", startupz),
             Route("/metrics", show_metrics),
+            Route("/commands/{name}", command, methods=["POST"]),
         ]
     )
+
+
+async def _body(request: Request) -> bytes:
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_COMMAND_BYTES:
+            raise ValueError(f"a command has at most {LARGEST_COMMAND_BYTES} bytes")
+    return body
+
+
+def _refused(status: int, code: str, message: str) -> Response:
+    return JSONResponse({"code": code, "message": message}, status)

@@ -25,6 +25,7 @@ from adapter.config import Config
 from adapter.demo.norce import NorceStandIn
 from adapter.handlers.jetshop.stand_in import JetshopStandIn
 from adapter.ledger.desk import Desk
+from adapter.ledger.matching import Matching
 from adapter.ledger.store import open_for_reading
 from adapter.routes import build
 
@@ -201,7 +202,7 @@ async def _ended(demo: Demo, order_id: str) -> dict[str, Any]:
 def _deliveries(demo: Demo, **filters: str) -> list[dict[str, Any]]:
     engine = open_for_reading(demo.config.store.url)
     with engine.connect() as connection:
-        return Desk(connection).deliveries(**filters)  # type: ignore[arg-type]
+        return Desk(connection).deliveries(Matching(**filters))  # type: ignore[arg-type]
 
 
 def _told(delivery: dict[str, Any]) -> str:

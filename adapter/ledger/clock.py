@@ -72,6 +72,11 @@ class Clock:
         return moment
 
 
+def seen_from_outside(database: Database, connection: Connection) -> int:
+    """The moment, for who only reads beside the service."""
+    return database.wall(connection) + int(connection.execute(_read(AWAY)).scalar_one())
+
+
 def _read(name: str) -> Select[int]:
     return select(marks.c.value).where(marks.c.name == name)
 

@@ -1,5 +1,6 @@
 """
-For people: what is owed, what was done, what is dead and why. Reads beside the writer and changes nothing.
+For people: what came in, what is owed, what was done, what is dead and why, what is paused, who did what. Reads beside
+the writer and changes nothing. No body and nothing of an order but its id is shown.
 """
 
 from collections.abc import Mapping
@@ -7,10 +8,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, or_, select
 
 from adapter.deliveries import State
-from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
+from adapter.ledger.matching import Matching, joined, notification_columns
+from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues
+
+NEWEST_LOOKED_THROUGH = 50_000  # notifications that nobody wanted can be found by their order only this far back
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,83 +30,166 @@ class Desk:
     """Lists and shows, on a connection that only reads."""
 
     def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+        self.connection = connection
 
-    def deliveries(
-        self,
-        *,
-        state: str | None = None,
-        route: str | None = None,
-        order_id: str | None = None,
-        limit: int = 100,
-    ) -> list[dict[str, Any]]:
+    def deliveries(self, matching: Matching = Matching(), *, limit: int = 100) -> list[dict[str, Any]]:  # noqa: B008 - frozen
         """The newest deliveries first, as plain values."""
-        statement = _deliveries().order_by(deliveries.c.id.desc()).limit(limit)
-        for column, value in ((deliveries.c.state, state), (queues.c.route, route), (lanes.c.order_id, order_id)):
-            if value is not None:
-                statement = statement.where(column == value)
-        return [_shown(row._mapping) for row in self._connection.execute(statement)]
+        statement = _deliveries().where(*matching.conditions()).order_by(deliveries.c.id.desc()).limit(limit)
+        return [_shown(row._mapping) for row in self.connection.execute(statement)]
 
     def delivery(self, delivery_id: int) -> dict[str, Any] | None:
         """One delivery with its attempts, oldest first; None where there is none."""
-        row = self._connection.execute(_deliveries().where(deliveries.c.id == delivery_id)).one_or_none()
+        row = self.connection.execute(_deliveries().where(deliveries.c.id == delivery_id)).one_or_none()
         if row is None:
             return None
-        tries = self._connection.execute(
+        tries = self.connection.execute(
             select(attempts).where(attempts.c.delivery_id == delivery_id).order_by(attempts.c.id)
         )
         kept = ("kind", "outcome", "code", "message", "reference")
         return _shown(row._mapping) | {
             "attempts": [
                 {
-                    "started_at": _moment(attempt.started_at),
-                    "ended_at": _moment(attempt.ended_at),
+                    "started_at": moment(attempt.started_at),
+                    "ended_at": moment(attempt.ended_at),
                     **{name: attempt._mapping[name] for name in kept},
                 }
                 for attempt in tries
             ]
         }
 
+    def count(self, matching: Matching) -> list[dict[str, Any]]:
+        """How many deliveries match, by route, merchant, channel, state and reason."""
+        by = (queues.c.route, queues.c.merchant, queues.c.channel, deliveries.c.state, deliveries.c.reason)
+        statement = joined(*by, func.count().label("count")).where(*matching.conditions()).group_by(*by).order_by(*by)
+        return [dict(row._mapping) for row in self.connection.execute(statement)]
+
+    def notifications(
+        self,
+        *,
+        order_id: str | None = None,
+        callback: str | None = None,
+        merchant: str | None = None,
+        channel: str | None = None,
+        limit: int = 100,
+    ) -> list[dict[str, Any]]:
+        """
+        The newest notifications first. By order: those that a route wanted, however old; of the others, which have no
+        lane, only the newest.
+        """
+        n = notifications.c
+        statement = select(*notification_columns()).order_by(n.id.desc()).limit(limit)
+        for column, value in ((n.callback, callback), (n.merchant, merchant), (n.channel, channel)):
+            if value is not None:
+                statement = statement.where(column == value)
+        if order_id is not None:
+            owed = joined(deliveries.c.notification_id).where(*Matching(order_id=order_id).conditions())
+            newest = self.connection.execute(select(func.max(n.id))).scalar() or 0
+            recent = (n.id > newest - NEWEST_LOOKED_THROUGH) & (n.order_id == order_id)
+            statement = statement.where(or_(n.id.in_(owed), recent))
+        return [_notification(row._mapping) for row in self.connection.execute(statement)]
+
+    def notification(self, notification_id: int) -> dict[str, Any] | None:
+        """One notification with its deliveries and the conflicts it met; None where there is none."""
+        n = notifications.c
+        columns = [*notification_columns(), func.length(n.body).label("body_bytes")]
+        row = self.connection.execute(select(*columns).where(n.id == notification_id)).one_or_none()
+        if row is None:
+            return None
+        conflicts = self.connection.execute(select(n.id).where(n.conflicts_with == notification_id)).scalars()
+        return _notification(row._mapping) | {
+            "body_bytes": row.body_bytes,
+            "conflicts": list(conflicts),
+            "deliveries": self.deliveries(Matching(notification_id=notification_id)),
+        }
+
+    def queues(self, now: int) -> list[dict[str, Any]]:
+        """Every queue: whether it runs, what waits in it, what is being tried. `now` is the ledger's clock."""
+        waiting = self._count_by_queue(deliveries.c.state == State.WAITING.value)
+        held = self.connection.execute(
+            select(lanes.c.queue_id, func.count().label("held"))
+            .where(lanes.c.holder.is_not(None))
+            .group_by(lanes.c.queue_id)
+        )
+        running = {row.queue_id: row.held for row in held}
+        order = (queues.c.route, queues.c.merchant, queues.c.channel)
+        return [
+            {
+                "id": row.id,
+                "route": row.route,
+                "merchant": row.merchant,
+                "channel": row.channel,
+                "state": "running" if row.paused_until is None else "paused" if row.paused_until > now else "probing",
+                "paused_by": row.paused_by,
+                "reason": row.pause_reason,
+                "paused_until": _until(row.paused_until),
+                "failures_in_row": row.failures_in_row,
+                "waiting": waiting.get(row.id, 0),
+                "running": running.get(row.id, 0),
+            }
+            for row in self.connection.execute(select(queues).order_by(*order))
+        ]
+
+    def actions(self, limit: int = 100) -> list[dict[str, Any]]:
+        """What people did, the newest first."""
+        rows = self.connection.execute(select(actions).order_by(actions.c.id.desc()).limit(limit))
+        return [dict(row._mapping) | {"at": moment(row.at)} for row in rows]
+
+    def processes(self, now: int) -> list[dict[str, Any]]:
+        """The processes that live on a lease."""
+        return [
+            {"id": row.id, "version": row.version, "started_at": moment(row.started_at), "alive": row.lease_until > now}
+            for row in self.connection.execute(select(processes).order_by(processes.c.id))
+        ]
+
     def overview(self, now: int) -> Overview:
         """Counts and ages; `now` is the ledger's clock in milliseconds."""
         d = deliveries.c
-        joined = deliveries.join(lanes, d.lane_id == lanes.c.id).join(queues, lanes.c.queue_id == queues.c.id)
+        of = deliveries.join(lanes, d.lane_id == lanes.c.id).join(queues, lanes.c.queue_id == queues.c.id)
         by_route: dict[tuple[str, str], int] = {}
         oldest: dict[str, float] = {}
         # One state at a time, so that each uses the index that holds just the rows in question.
         for state in (State.WAITING.value, State.DEAD.value):
-            rows = self._connection.execute(
-                select(queues.c.route, func.count(), func.min(notifications.c.received_at))
-                .select_from(joined.join(notifications, d.notification_id == notifications.c.id))
+            rows = self.connection.execute(
+                select(queues.c.route, func.count(), func.min(d.notification_id))
+                .select_from(of)
                 .where(d.state == state)
                 .group_by(queues.c.route)
             )
-            for route, count, earliest in rows:
+            for route, count, earliest in rows.all():
                 by_route[route, state] = count
                 if state == State.WAITING.value:
-                    oldest[route] = max(0.0, (now - earliest) / 1000)
+                    received = select(notifications.c.received_at).where(notifications.c.id == earliest)
+                    oldest[route] = max(0.0, (now - self.connection.execute(received).scalar_one()) / 1000)
         paused = {
-            (row.route, row.merchant, row.channel): row.pause_reason
-            for row in self._connection.execute(select(queues).where(queues.c.paused_until > now))
+            (row.route, row.merchant, row.channel): row.pause_reason or ""
+            for row in self.connection.execute(select(queues).where(queues.c.paused_until > now))
         }
         return Overview(by_route=by_route, oldest_waiting_seconds=oldest, paused=paused)
+
+    def _count_by_queue(self, condition: Any) -> dict[int, int]:
+        rows = self.connection.execute(
+            select(lanes.c.queue_id, func.count().label("count"))
+            .select_from(deliveries.join(lanes, deliveries.c.lane_id == lanes.c.id))
+            .where(condition)
+            .group_by(lanes.c.queue_id)
+        )
+        return {row.queue_id: row._mapping["count"] for row in rows}
+
+
+def moment(milliseconds: int | None) -> str | None:
+    """As people and programs read it: `2026-02-03T12:00:00.000Z`."""
+    if milliseconds is None:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _deliveries() -> Any:
     d = deliveries.c
-    last = (
-        select(attempts.c.delivery_id, func.max(attempts.c.id).label("id")).group_by(attempts.c.delivery_id).subquery()
-    )
-    return select(
+    return joined(
         d.id, d.notification_id, d.state, d.reason, d.attempts, d.first_attempt_at, d.ended_at,
         queues.c.route, queues.c.merchant, queues.c.channel, lanes.c.order_id, lanes.c.next_at,
         lanes.c.current_delivery_id, lanes.c.claim, lanes.c.settled, lanes.c.holder,
         attempts.c.code, attempts.c.message, attempts.c.reference,
-    ).select_from(
-        deliveries.join(lanes, d.lane_id == lanes.c.id)
-        .join(queues, lanes.c.queue_id == queues.c.id)
-        .outerjoin(last, last.c.delivery_id == d.id)
-        .outerjoin(attempts, attempts.c.id == last.c.id)
     )  # fmt: skip
 
 
@@ -120,16 +207,23 @@ def _shown(row: Mapping[Any, Any]) -> dict[str, Any]:
         "reason": row["reason"],
         "tries": row["attempts"],
         "in_doubt": bool(is_current and row["claim"] > row["settled"]),
-        "next_at": _moment(row["next_at"]) if waiting and (is_current or row["current_delivery_id"] is None) else None,
-        "first_attempt_at": _moment(row["first_attempt_at"]),
-        "ended_at": _moment(row["ended_at"]),
+        "next_at": moment(row["next_at"]) if waiting and (is_current or row["current_delivery_id"] is None) else None,
+        "first_attempt_at": moment(row["first_attempt_at"]),
+        "ended_at": moment(row["ended_at"]),
         "code": row["code"],
         "message": row["message"],
         "reference": row["reference"],
     }
 
 
-def _moment(milliseconds: int | None) -> str | None:
-    if milliseconds is None:
-        return None
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _notification(row: Mapping[Any, Any]) -> dict[str, Any]:
+    kept = ("id", "callback", "merchant", "channel", "order_id", "source", "conflicts_with")
+    return {name: row[name] for name in kept} | {
+        "snapshot_at": moment(row["snapshot_at"]),
+        "received_at": moment(row["received_at"]),
+    }
+
+
+def _until(milliseconds: int | None) -> str | None:
+    far = milliseconds is not None and milliseconds >= 253_000_000_000_000
+    return "a person resumes it" if far else moment(milliseconds)

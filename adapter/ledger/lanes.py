@@ -105,7 +105,11 @@ class Lanes:
         # One step into the index a queue: neither its waiting lanes nor its blocked ones cost anything.
         earliest = _due().with_only_columns(lanes.c.next_at).limit(1).scalar_subquery()
         stands = connection.execute(select(queues, earliest.label("due")).where(queues.c.id.in_(asks))).all()
-        due = {row.id: max(row.due, row.paused_until or 0) for row in stands if row.due is not None and row.paused_until != FOR_EVER}
+        due = {
+            row.id: max(row.due, row.paused_until or 0)
+            for row in stands
+            if row.due is not None and row.paused_until != FOR_EVER
+        }
         later = min((moment for moment in due.values() if moment > now), default=None)
         ready = sorted(queue_id for queue_id, moment in due.items() if moment <= now)
         if not ready or most < 1:
@@ -276,7 +280,11 @@ def _due(queue_id: int | None = None) -> Any:
 
 
 def _held() -> Any:
-    return select(lanes.c.queue_id, func.count().label("held")).where(lanes.c.holder.is_not(None)).group_by(lanes.c.queue_id)
+    return (
+        select(lanes.c.queue_id, func.count().label("held"))
+        .where(lanes.c.holder.is_not(None))
+        .group_by(lanes.c.queue_id)
+    )
 
 
 def _is_held(lane: Any, claim: Claim) -> bool:

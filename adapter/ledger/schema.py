@@ -125,6 +125,7 @@ deliveries = Table(
     Column("ended_at", BigInteger),
     Column("replayed_at", BigInteger),
     Index("ix_deliveries_notification_id", "notification_id"),
+    Index("ix_deliveries_lane_id", "lane_id"),
     Index(
         "ix_deliveries_waiting",
         "lane_id",

@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapter.demo.norce import NorceStandIn
 from adapter.handlers.jetshop.stand_in import JetshopStandIn
 from adapter.ledger.desk import Desk, Overview
+from adapter.ledger.matching import Matching
 from adapter.ledger.store import open_for_reading
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "norce-adapter"
@@ -359,7 +360,7 @@ class Stage:
             return ask(Desk(connection))
 
     def deliveries(self, order_id: str | None = None, *, state: str | None = None) -> list[dict[str, Any]]:
-        return self.desk(lambda desk: desk.deliveries(order_id=order_id, state=state, limit=100_000))
+        return self.desk(lambda desk: desk.deliveries(Matching(order_id=order_id, state=state), limit=100_000))
 
     def delivery(self, order_id: str) -> dict[str, Any]:
         """The one delivery of an order, with its attempts."""

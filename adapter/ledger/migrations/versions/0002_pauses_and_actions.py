@@ -14,6 +14,7 @@ def upgrade() -> None:
     op.add_column("queues", sa.Column("paused_by", sa.Text(), nullable=True))
     op.add_column("queues", sa.Column("failed_lanes", sa.Text(), nullable=True))
     op.add_column("queues", sa.Column("pauses_in_row", sa.Integer(), server_default=sa.text("0"), nullable=False))
+    op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id"])
     marks = op.create_table(
         "marks",
         sa.Column("name", sa.Text(), nullable=False),

@@ -4,14 +4,12 @@ The commands. Exit codes are stable: 0 ok, 1 failed, 2 usage, 3 nothing matched,
 What is meant for a program goes to standard output; logs, progress and errors go to standard error.
 """
 
-import contextlib
 import json
 import os
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote, urlencode
 
 import click
@@ -19,35 +17,15 @@ import httpx
 import uvloop
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from sqlalchemy.exc import DBAPIError
 
 from adapter import app, logs, routes
-from adapter import config as configuration
 from adapter.callbacks.senders import Senders
-from adapter.config import Config, ConfigurationInvalid
+from adapter.cli.ledger import GROUPS
+from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, output_option, print_rows
+from adapter.config import Config
 from adapter.demo import DemoFailed, demo, walk
-from adapter.ledger.databases import database_at
-from adapter.ledger.desk import Desk
-from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
+from adapter.ledger.store import StoreInUse, StoreUnavailable
 from adapter.plugin import NotificationHandler, ValidationHandler
-
-FAILED, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 3, 4, 5
-WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
-
-config_option = click.option(
-    "--config",
-    "config_path",
-    type=click.Path(path_type=Path),
-    envvar="NORCE_ADAPTER_CONFIG",
-    default="config.yaml",
-    show_default=True,
-    show_envvar=True,
-    help="The configuration file.",
-)
-output_option = click.option(
-    "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For people or programs."
-)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,26 +33,30 @@ def main() -> None:
     """An order adapter behind Norce Checkout."""
 
 
+for _group in GROUPS:
+    main.add_command(_group)
+
+
 @main.command()
 @config_option
 def serve(config_path: Path) -> None:
     """Serve callbacks until SIGTERM or SIGINT."""
     logs.configure()
-    config, built = _configured(config_path)
+    config, built = configured(config_path)
     try:
         uvloop.run(app.serve(config, built))
         _leave_threads_behind()
     except (StoreInUse, StoreUnavailable) as error:
-        _end(STORE, str(error))
+        end(STORE, str(error))
     except app.PortInUse as error:
-        _end(FAILED, str(error))
+        end(FAILED, str(error))
 
 
 @main.command()
 @config_option
 def check(config_path: Path) -> None:
     """Check configuration, handlers and settings, and print every problem."""
-    _, built = _configured(config_path)
+    _, built = configured(config_path)
     for warning in built.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(f"{config_path}: {len(built.callbacks)} callbacks, {len(built.all)} routes; all is well")
@@ -89,7 +71,7 @@ def demo_command(then_exit: bool, output: str) -> None:
     try:
         uvloop.run(_demo(then_exit=then_exit, output=output))
     except DemoFailed as error:
-        _end(FAILED, str(error))
+        end(FAILED, str(error))
 
 
 @main.command()
@@ -116,25 +98,25 @@ def send(
     """
     Send FILE (an order, an envelope or an event record) to a callback, signed as Norce's registration would be.
     """
-    config, _ = _configured(config_path)
+    config, _ = configured(config_path)
     if callback not in config.callbacks:
-        _end(2, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
+        end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
     instead = {"id": order_id, "merchant": merchant, "channel": channel}
     body, order = _body(file, {name: value for name, value in instead.items() if value is not None})
     order_id, merchant, channel = (order.get(name) for name in instead)
     named = merchant and channel and order_id
     if not named or not (isinstance(merchant, str) and isinstance(channel, str) and isinstance(order_id, str)):
-        _end(2, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
+        end(USAGE, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
     to = address or f"http://127.0.0.1:{config.server.port}"
     url, headers = _authenticated(config, to, merchant, channel, order_id, callback)
     try:
         statuses = _post(url, headers, body, repeat)
     except httpx.HTTPError as error:
-        _end(FAILED, f"no answer from {to}: {type(error).__name__}")
+        end(FAILED, f"no answer from {to}: {type(error).__name__}")
     for status, count in sorted(statuses.items()):
         click.echo(f"{status}: {count}")
     if expect is not None and set(statuses) != {expect}:
-        _end(FAILED, f"expected {expect} each time")
+        end(FAILED, f"expected {expect} each time")
 
 
 @main.group("handlers")
@@ -160,48 +142,7 @@ def handlers_list(output: str) -> None:
             row["kind"] = next(fitting, "none of ours")
             row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
         rows.append(row)
-    _print(rows, output)
-
-
-@main.group("deliveries")
-def deliveries_group() -> None:
-    """What is owed, done and dead."""
-
-
-@deliveries_group.command("list")
-@click.option("--state", type=click.Choice(["waiting", "done", "dead"]))
-@click.option("--route", help="Only this route's.")
-@click.option("--order", "order_id", help="Only this order's.")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
-@output_option
-@config_option
-def deliveries_list(
-    state: str | None, route: str | None, order_id: str | None, limit: int, output: str, config_path: Path
-) -> None:
-    """List deliveries, the newest first."""
-    with _desk(config_path) as desk:
-        rows = desk.deliveries(state=state, route=route, order_id=order_id, limit=limit)
-    _print(rows, output, ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference"))
-
-
-@deliveries_group.command("show")
-@click.argument("delivery_id", type=int)
-@output_option
-@config_option
-def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
-    """Show one delivery with its attempts."""
-    with _desk(config_path) as desk:
-        delivery = desk.delivery(delivery_id)
-    if delivery is None:
-        _end(NOTHING_MATCHED, f"there is no delivery {delivery_id}")
-    if output == "json":
-        click.echo(json.dumps(delivery, ensure_ascii=False))
-        return
-    for name, value in delivery.items():
-        if name != "attempts" and value is not None:
-            click.echo(f"{name:18}{value}")
-    click.echo()
-    _print(delivery["attempts"], "table")
+    print_rows(rows, output)
 
 
 @main.command()
@@ -213,53 +154,12 @@ def version() -> None:
 # --- what they share ------------------------------------------------------------------------------------------------
 
 
-def _configured(path: Path) -> tuple[Config, routes.Routes]:
-    try:
-        config = configuration.load(path, os.environ)
-        return config, routes.build(config)
-    except ConfigurationInvalid as error:
-        for problem in error.problems:
-            click.echo(str(problem), err=True)
-        count = len(error.problems)
-        _end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
-
-
 def _leave_threads_behind() -> None:
     """Ends the process where a plugin has left a thread at work: Python would wait for one of `asyncio.to_thread`."""
     if threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def _end(code: int, message: str) -> NoReturn:
-    click.echo(message, err=True)
-    sys.exit(code)
-
-
-@contextlib.contextmanager
-def _desk(config_path: Path) -> Iterator[Desk]:
-    config, _ = _configured(config_path)
-    try:
-        with open_for_reading(config.store.url).connect() as connection:
-            yield Desk(connection)
-    except (StoreMissing, StoreUnavailable) as error:
-        _end(STORE, str(error))
-    except DBAPIError as error:
-        _end(STORE, f"cannot read {database_at(config.store.url).where}: {error.orig}")
-
-
-def _print(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
-    if output == "json":
-        click.echo(json.dumps(rows, ensure_ascii=False))
-    elif rows:
-        names = columns or tuple(rows[0])
-        table = Table(*names, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
-        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
-    if not rows:
-        sys.exit(NOTHING_MATCHED)
 
 
 def _body(file: Path, instead: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
@@ -270,13 +170,13 @@ def _body(file: Path, instead: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
     except ValueError:
         tree = None
     if not isinstance(tree, dict):
-        _end(2, f"{file} is no JSON object")
+        end(USAGE, f"{file} is no JSON object")
     if isinstance(tree.get("payload"), dict):  # an event record of the Notification API
         tree = tree["payload"]
         raw = json.dumps(tree, ensure_ascii=False).encode()
     order = tree.get("order", tree)
     if not isinstance(order, dict):
-        _end(2, f"{file} holds no order")
+        end(USAGE, f"{file} holds no order")
     if instead:
         order.update(instead)
         raw = json.dumps(tree, ensure_ascii=False).encode()
@@ -297,7 +197,7 @@ def _authenticated(
     for in_url in config.senders.url_secrets:
         if in_url.merchants is None or merchant in in_url.merchants:
             return f"{url}?{urlencode({in_url.parameter: in_url.values[0].reveal()})}", headers
-    _end(2, f"no secret in senders is good for merchant {merchant}")
+    return end(USAGE, f"no secret in senders is good for merchant {merchant}")
 
 
 def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:

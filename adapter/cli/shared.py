@@ -1,0 +1,79 @@
+"""What the commands share: options, exit codes, how rows are printed, and the way to the ledger."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.exc import DBAPIError
+
+from adapter import config as configuration
+from adapter import routes
+from adapter.config import Config, ConfigurationInvalid
+from adapter.ledger.databases import database_at
+from adapter.ledger.desk import Desk
+from adapter.ledger.store import StoreMissing, StoreUnavailable, open_for_reading
+
+FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
+WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
+
+config_option = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    envvar="NORCE_ADAPTER_CONFIG",
+    default="config.yaml",
+    show_default=True,
+    show_envvar=True,
+    help="The configuration file.",
+)
+output_option = click.option(
+    "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For people or programs."
+)
+
+
+def configured(path: Path) -> tuple[Config, routes.Routes]:
+    try:
+        config = configuration.load(path, os.environ)
+        return config, routes.build(config)
+    except ConfigurationInvalid as error:
+        for problem in error.problems:
+            click.echo(str(problem), err=True)
+        count = len(error.problems)
+        end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
+
+
+def end(code: int, message: str) -> NoReturn:
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def desk(config_path: Path) -> Iterator[Desk]:
+    config, _ = configured(config_path)
+    try:
+        with open_for_reading(config.store.url).connect() as connection:
+            yield Desk(connection)
+    except (StoreMissing, StoreUnavailable) as error:
+        end(STORE, str(error))
+    except DBAPIError as error:
+        end(STORE, f"cannot read {database_at(config.store.url).where}: {error.orig}")
+
+
+def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
+    if output == "json":
+        click.echo(json.dumps(rows, ensure_ascii=False))
+    elif rows:
+        names = columns or tuple(rows[0])
+        table = Table(*names, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    if not rows:
+        sys.exit(NOTHING_MATCHED)
