@@ -28,6 +28,11 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(PIP) install --require-hashes -r requirements-dev.txt
 	@touch $@
 
+$(VENV)/installed-bench: $(VENV)/installed-dev requirements-bench.txt
+	@echo "Installing what is measured beside us …"
+	$(PIP) install --require-hashes -r requirements-bench.txt
+	@touch $@
+
 # The official JSON Schema suite comes as data in the source distribution of the jsonschema library, by its hash.
 $(SUITE): $(VENV)/installed-dev requirements-suite.txt
 	$(PIP) download --no-deps --no-build-isolation --no-binary :all: --require-hashes -r requirements-suite.txt --dest $@
@@ -48,7 +53,7 @@ lint: $(VENV)/installed-dev  ## format, lint, types, layers
 tests: $(SUITE)
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/installed-dev  ## measured claims, as ratios within one run
+bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run
 	$(BIN)/python benchmarks/accept.py
 
 wheel: $(VENV)/installed-dev
@@ -58,6 +63,7 @@ lock:  ## resolve the requirements anew (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group build -o requirements-build.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group dev -c requirements.txt -o requirements-dev.txt
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group bench -c requirements.txt -c requirements-dev.txt -o requirements-bench.txt
 
 clean:
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
