@@ -1,0 +1,249 @@
+"""The image and its compose file keep step with the code: what can be seen without a builder."""
+
+import http.server
+import json
+import re
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+from ruamel.yaml import YAML
+from sqlalchemy import make_url
+
+from adapter import cli
+from adapter.config.shape import Dispatcher, Operations, Server, Store
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+SECRETS = {"NORCE_TOKEN": "a-token", "NORCE_ADAPTER_URL_KEY": "0123456789abcdef", "POSTGRES_PASSWORD": "0a1b"}
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text("utf-8"), flags=re.M)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines if line)]
+
+
+def said(word: str) -> list[str]:
+    return [rest for instruction, rest in instructions() if instruction == word]
+
+
+def arguments() -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S+)", " ".join(said("ARG"))))
+
+
+def environment() -> dict[str, str]:
+    return dict(re.findall(r"(\w+)=(\S+)", said("ENV")[-1]))
+
+
+def interpolated(value: Any, given: dict[str, str]) -> Any:
+    """As Compose does it: ${NAME:-default}, and ${NAME:?why} where it has to be given."""
+    if isinstance(value, dict):
+        return {key: interpolated(member, given) for key, member in value.items()}
+    if isinstance(value, list):
+        return [interpolated(member, given) for member in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(
+        r"\$\{(\w+):([-?])([^}]*)\}", lambda m: given[m[1]] if m[2] == "?" else given.get(m[1]) or m[3], value
+    )
+
+
+def services() -> dict[str, dict[str, Any]]:
+    tree = YAML(typ="safe").load((DEPLOY / "compose.yaml").read_text("utf-8"))
+    return interpolated(tree["services"], SECRETS)
+
+
+OURS = ["adapter", "node-a", "node-b"]
+
+
+# --- the image --------------------------------------------------------------------------------------------------------
+
+
+def test_the_ports_are_those_of_the_configuration() -> None:
+    assert said("EXPOSE") == [f"{Server().port} {Operations().port}"]
+
+
+def test_the_base_has_a_python_that_the_package_takes() -> None:
+    found = re.match(r"python:(\d+)\.(\d+)-", arguments()["BASE"])
+
+    least = re.fullmatch(r">=(\d+)\.(\d+)", PROJECT["requires-python"])
+    assert tuple(map(int, found.groups())) >= tuple(map(int, least.groups()))
+
+
+def test_the_image_has_the_version_of_the_package() -> None:
+    assert arguments()["VERSION"] == PROJECT["version"]
+    assert {services()[name]["image"] for name in OURS} == {f"norce-adapter:{PROJECT['version']}"}
+    documented = re.findall(r"norce-adapter:(\d[\w.]*)", (ROOT / "docs" / "deployment.md").read_text("utf-8"))
+    assert set(documented) == {PROJECT["version"]}
+
+
+def test_it_starts_with_a_command_that_exists() -> None:
+    [script] = json.loads(said("ENTRYPOINT")[0])
+    [command] = json.loads(said("CMD")[0])
+
+    assert script in PROJECT["scripts"]
+    assert isinstance(cli.main.commands[command], click.Command)
+
+
+def test_the_store_lies_in_the_volume_with_and_without_the_key() -> None:
+    [volume], [folder] = said("VOLUME"), said("WORKDIR")[1:]
+
+    for url in (environment()["NORCE_ADAPTER_STORE_URL"], Store().url):
+        assert (Path(folder) / make_url(url).database).parent == Path(volume)
+
+
+def test_the_user_is_a_number_and_owns_the_volume() -> None:
+    [user] = said("USER")
+    uid, gid = user.split(":")
+
+    assert int(uid) >= 10000
+    assert f"useradd --uid {uid} --gid {gid} " in said("RUN")[-1]
+    assert f"install -d -o {uid} -g {gid} -m 0700 {said('VOLUME')[0]}" in said("RUN")[-1]
+
+
+def test_what_is_copied_is_there_and_nothing_else_reaches_the_builder() -> None:
+    copied = {name for rest in said("COPY") if "--from" not in rest for name in rest.split()[:-1]}
+
+    ignored = (ROOT / ".dockerignore").read_text("utf-8").split("\n")
+    assert "*" in ignored
+    assert copied == {line[1:] for line in ignored if line.startswith("!")}
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_everything_is_installed_by_its_hash() -> None:
+    installs = re.findall(r"install (?:(?! && ).)*", " ".join(run for run in said("RUN") if "pip" in run))
+
+    assert len(installs) == 3
+    assert all("--require-hashes" in line or "--no-deps --no-index" in line for line in installs)
+
+
+@pytest.fixture
+def operations_port() -> Iterator[tuple[int, list[int]]]:
+    """A stand-in for the operations port, with the status that it answers next."""
+    status = [200]
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status[0] if self.path == "/readyz" else 404)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answer) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield server.server_port, status
+        server.shutdown()
+        thread.join()
+
+
+def healthcheck(port: int) -> int:
+    python, options, code = json.loads(re.search(r" CMD (\[.*\])", said("HEALTHCHECK")[0])[1])
+    assert (python, code.count(str(Operations().port))) == ("python", 1)
+    command = [sys.executable, options, code.replace(str(Operations().port), str(port))]
+    proxied = {"http_proxy": "http://127.0.0.1:1"}
+    return subprocess.run(command, check=False, capture_output=True, timeout=30, env=proxied).returncode
+
+
+def test_the_health_check_is_whether_the_service_is_ready(operations_port: tuple[int, list[int]]) -> None:
+    port, status = operations_port
+
+    assert healthcheck(port) == 0
+    status[0] = 503
+    assert healthcheck(port) == 1
+
+
+def test_the_health_check_fails_where_nothing_listens() -> None:
+    assert healthcheck(1) == 1
+
+
+# --- compose ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_mounted_configuration_passes_the_check() -> None:
+    given = environment() | services()["adapter"]["environment"]
+    given["NORCE_ADAPTER_CONFIG"] = str(DEPLOY / "config.yaml")
+
+    result = CliRunner().invoke(cli.main, ["check"], env=given)
+    assert result.exit_code == 0, result.output
+    assert "warning" not in result.output
+
+
+def test_each_reference_of_the_configuration_is_given_to_each_service() -> None:
+    wanted = set(re.findall(r"\$\{env:(\w+)\}", (DEPLOY / "config.yaml").read_text("utf-8")))
+
+    for name in OURS:
+        assert wanted <= environment().keys() | services()[name]["environment"].keys()
+
+
+def test_the_example_names_every_secret_and_has_none() -> None:
+    text = (DEPLOY / "compose.yaml").read_text("utf-8")
+    lines = (DEPLOY / "example.env").read_text("utf-8").splitlines()
+
+    names = set(re.findall(r"\$\{(\w+)", text)) - {"NORCE_ADAPTER_VERSION"}
+    assert {line for line in lines if not line.startswith("#")} == {f"{name}=" for name in names}
+    assert names == SECRETS.keys()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_container_may_write_its_volume_and_nothing_else(name: str) -> None:
+    service = services()[name]
+
+    assert service["read_only"]
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    writable = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
+    assert {*writable, *(path.split(":")[0] for path in service["tmpfs"])} == {"/tmp", *said("VOLUME")}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_configuration_is_mounted_where_the_image_looks(name: str) -> None:
+    mounted = f"./config.yaml:{environment()['NORCE_ADAPTER_CONFIG']}:ro"
+
+    assert mounted in services()[name]["volumes"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_only_the_public_port_is_published_and_only_here(name: str) -> None:
+    [published] = services()[name]["ports"]
+
+    assert re.fullmatch(rf"127\.0\.0\.1:\d+:{Server().port}", published)
+
+
+def test_no_two_services_want_the_same_port() -> None:
+    published = [port for service in services().values() for port in service.get("ports", [])]
+
+    assert len(published) == len(set(published)) == len(OURS)
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_shutdown_has_the_time_that_it_takes(name: str) -> None:
+    seconds = int(services()[name]["stop_grace_period"].removesuffix("s"))
+
+    assert timedelta(seconds=seconds) >= Dispatcher().grace + timedelta(seconds=5)
+
+
+def test_the_nodes_share_the_database_that_is_made_for_them() -> None:
+    postgres = services()["postgres"]
+    [url] = {services()[name]["environment"]["NORCE_ADAPTER_STORE_URL"] for name in ("node-a", "node-b")}
+
+    address = make_url(url)
+    assert (address.drivername, address.host, address.port) == ("postgresql+psycopg", "postgres", 5432)
+    assert (address.username, address.password, address.database) == tuple(
+        postgres["environment"][f"POSTGRES_{part}"] for part in ("USER", "PASSWORD", "DB")
+    )
+
+
+def test_postgresql_starts_only_where_it_is_asked_for() -> None:
+    assert {name for name, service in services().items() if "profiles" not in service} == {"adapter"}
