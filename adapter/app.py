@@ -8,6 +8,7 @@ other's, and raise SIGTERM again.
 
 import asyncio
 import contextlib
+import gc
 import random
 import signal
 import socket
@@ -46,6 +47,7 @@ from adapter.verdicts import Verdicts
 log = structlog.get_logger(__name__)
 
 CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
+COLLECTED_AFTER = 20_000  # objects more than were freed since
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 PRUNE_SECONDS = 3600.0
 PRUNE_STEP_SECONDS = 0.2
@@ -287,10 +289,30 @@ async def served(app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
             raise RuntimeError("the HTTP server ended before it started")
         await asyncio.sleep(0.005)
     try:
-        yield
+        with _rare_collections():
+            yield
     finally:
         server.should_exit = True
         await task
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """
+    Keeps the garbage collector from most of its work while requests are served.
+
+    A decoded order is hundreds of objects: at Python's own threshold every other request starts a collection, and each
+    hundredth of these walks all that was ever imported. Measured, 50 us an accept and stalls of 40 ms. What there is at
+    the start is set apart; what requests leave is freed without a collector, or waits for a rarer one.
+    """
+    threshold = gc.get_threshold()
+    gc.freeze()
+    gc.set_threshold(COLLECTED_AFTER, *threshold[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*threshold)
+        gc.unfreeze()
 
 
 def listen(host: str, port: int) -> socket.socket:
