@@ -18,10 +18,8 @@ from importlib.metadata import version
 
 import structlog
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse
+from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
 from adapter.attempts import Attempts, Queue
@@ -216,13 +214,13 @@ def pause_policy(config: Config) -> Policy:
     return Policy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
 
 
-def _public(endpoint: CallbackEndpoint) -> Starlette:
-    async def not_found(_request: Request, _error: Exception) -> Response:
-        return JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404)
-
-    public = Starlette(routes=[Route(CALLBACK_PATH, endpoint)], exception_handlers={404: not_found})
-    public.router.redirect_slashes = False  # whether Norce follows redirects is documented nowhere
-    return public
+def _public(endpoint: CallbackEndpoint) -> ASGIApp:
+    # A router and no Starlette around it: the endpoint answers its errors itself.
+    return Router(
+        routes=[Route(CALLBACK_PATH, endpoint)],
+        redirect_slashes=False,  # whether Norce follows redirects is documented nowhere
+        default=JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404),
+    )
 
 
 def retention(config: Config) -> Retention:
