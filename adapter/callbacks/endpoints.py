@@ -137,7 +137,7 @@ class CallbackEndpoint:
         response = answered.response
         seconds = time.perf_counter() - started
         shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")
-        self.metrics.callbacks.labels(shown, kind, response.status_code).inc()
+        self.metrics.callbacks.labels(shown, kind, str(response.status_code)).inc()
         self.metrics.callback_duration.labels(kind).observe(seconds)
         write = log.warning if response.status_code >= 500 or response.status_code == 401 else log.info
         write(
