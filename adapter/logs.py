@@ -5,8 +5,11 @@ Privacy by construction: only fields on the allow list leave the process, everyt
 of an exception the types and the places are written, never its message and never a local: both may hold an order.
 """
 
+import asyncio
+import atexit
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Mapping, MutableMapping
 from datetime import UTC, datetime
@@ -26,6 +29,12 @@ ALLOWED = frozenset(
     }
 )  # fmt: skip
 
+# Where it is no warning, written a few milliseconds later and many in one system call, which costs as much as the line.
+# Every other line is written at once and takes along what waits, as does the end of the process: only a process that
+# is killed loses any.
+FREQUENT = frozenset({"callback_answered"})
+WRITTEN_WITHIN_SECONDS = 0.005
+
 INFO, WARNING = logging.INFO, logging.WARNING
 LONGEST_TEXT = 200
 MOST_FRAMES = 20
@@ -40,9 +49,9 @@ def configure(*, stream: TextIO | None = None, level: int = INFO) -> None:
     else:
         render = _json
     structlog.configure(
-        processors=[structlog.processors.add_log_level, _timestamp, _exception, _allow, render],
+        processors=[_facts, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.PrintLoggerFactory(out),
+        logger_factory=_Lines(out, gathers=out is sys.__stderr__),
         cache_logger_on_first_use=False,
     )
     root = logging.getLogger()
@@ -59,20 +68,54 @@ class _Libraries(logging.Handler):
         write("library_logged", logger=record.name, where=f"{record.module}:{record.lineno}", exc_info=record.exc_info)
 
 
-def _timestamp(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    fields["timestamp"] = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return fields
+class _Lines:
+    """Where lines go, from whatever thread. Its own factory, too, for structlog asks for a logger at every line."""
+
+    def __init__(self, out: TextIO, *, gathers: bool) -> None:
+        self._out = out
+        self._gathers = gathers
+        self._lines: list[str] = []
+        self._due = False
+        self._writing = threading.Lock()
+        if gathers:
+            atexit.register(self._write)
+
+    def __call__(self, *_names: Any) -> "_Lines":
+        return self
+
+    def msg(self, line: str, *, frequent: bool = False) -> None:
+        self._lines.append(line + "\n")
+        loop = asyncio._get_running_loop() if frequent and self._gathers else None
+        if loop is None:
+            self._write()
+        elif not self._due:
+            self._due = True
+            loop.call_later(WRITTEN_WITHIN_SECONDS, self._write)
+
+    debug = info = warning = error = exception = critical = msg
+
+    def _write(self) -> None:
+        self._due = False  # before the lines are taken: whoever comes later starts the time anew
+        with self._writing:
+            lines = self._lines[:]
+            del self._lines[: len(lines)]  # what another thread adds meanwhile stays for its own turn
+            self._out.write("".join(lines))
+            self._out.flush()
 
 
-def _exception(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    fields.pop("exception", None)  # ours alone: it is not checked any further
+def _facts(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """All that a line says, level and time and exception included, and nothing that it may not."""
     info = fields.pop("exc_info", None)
+    fields.pop("exception", None)  # ours alone: it is not checked any further
+    shown = {name: _shown(name, value) for name, value in fields.items()}
+    shown["level"] = level
+    shown["timestamp"] = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if info is True:
         info = sys.exc_info()
     error = info[1] if isinstance(info, tuple) else info
     if isinstance(error, BaseException):
-        fields["exception"] = described(error)
-    return fields
+        shown["exception"] = described(error)
+    return shown
 
 
 def described(error: BaseException) -> list[dict[str, Any]]:
@@ -91,15 +134,11 @@ def described(error: BaseException) -> list[dict[str, Any]]:
     return chain
 
 
-def _allow(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> Mapping[str, Any]:
-    return {name: _shown(name, value) for name, value in fields.items()}
-
-
 def _shown(name: str, value: Any) -> Any:
-    if name == "exception":
-        return value
     if name not in ALLOWED:
         return "[redacted]"
+    if type(value) is str and len(value) <= LONGEST_TEXT and value.isascii():  # most of them, and the cheapest to tell
+        return value
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
@@ -119,5 +158,6 @@ def _for_a_person(render: structlog.dev.ConsoleRenderer) -> structlog.typing.Pro
     return rendered
 
 
-def _json(_logger: Any, _name: str, fields: MutableMapping[str, Any]) -> str:
-    return msgspec.json.encode(fields).decode()
+def _json(_logger: Any, name: str, fields: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
+    frequent = name == "info" and fields["event"] in FREQUENT
+    return (msgspec.json.encode(fields).decode(),), {"frequent": frequent}

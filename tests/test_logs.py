@@ -1,8 +1,11 @@
 """What leaves the process in a log line, and what does not."""
 
+import asyncio
 import io
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -204,3 +207,48 @@ def test_on_a_terminal_the_same_is_shown_in_colour_and_no_more() -> None:
     assert "handler_failed" in terminal.getvalue()
     assert "export" in terminal.getvalue()
     assert CANARY not in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)])
+def test_what_waits_to_be_written_is_written_before_the_process_ends(end: str, code: int) -> None:
+    program = f"""
+import asyncio, structlog
+from adapter import logs
+
+async def main():
+    for number in range(1000):
+        structlog.get_logger().info("callback_answered", count=number)
+    {end}
+
+logs.configure()
+asyncio.run(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+
+    told = [json.loads(line)["count"] for line in ended.stderr.splitlines() if line.startswith("{")]
+    assert (ended.returncode, told) == (code, list(range(1000)))
+
+
+def test_a_frequent_line_is_written_soon_and_no_later_than_the_next_other() -> None:
+    async def main() -> None:
+        written = asyncio.Event()
+
+        class Stream(io.StringIO):
+            def flush(self) -> None:
+                written.set()
+
+        stream = Stream()
+        lines = logs._Lines(stream, gathers=True)
+        lines.info("one", frequent=True)
+        lines.info("two", frequent=True)
+        assert stream.getvalue() == ""
+        lines.warning("three")
+        assert stream.getvalue() == "one\ntwo\nthree\n"
+        lines.info("four", frequent=True)
+        async with asyncio.timeout(10):
+            written.clear()
+            while not stream.getvalue().endswith("four\n"):  # the first time that runs out finds nothing new
+                await written.wait()
+                written.clear()
+
+    asyncio.run(main())
