@@ -79,10 +79,12 @@ class Routes:
         held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order).result
         if held is Result.NOT_MATCHED:
             return Wanting(callback=held, routes=())
-        own = ((route, Result.MATCHED if route.when is None else route.when.evaluate(order).result)
-               for route in self._of[callback.name])  # fmt: skip
-        wanted = ((route, held if result is Result.MATCHED else result) for route, result in own)
-        return Wanting(callback=held, routes=tuple(each for each in wanted if each[1] is not Result.NOT_MATCHED))
+        wanted: list[tuple[Route, Result]] = []
+        for route in self._of[callback.name]:
+            own = Result.MATCHED if route.when is None else route.when.evaluate(order).result
+            if own is not Result.NOT_MATCHED:
+                wanted.append((route, held if own is Result.MATCHED else own))
+        return Wanting(callback=held, routes=tuple(wanted))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 import httpx
 import pytest
@@ -1161,6 +1161,11 @@ def test_what_is_no_http_ends_at_the_server(listening: Listening) -> None:
         assert answer.split(b" ", 2)[1:2] in ([], [b"400"], [b"401"], [b"404"])
 
     assert listening.post(f"{ROOT}/still/order-free").status_code == 200
+
+
+@given(st.text("ab=&;%+2é", max_size=20))
+def test_a_query_is_read_the_same_way_with_and_without_escapes(query: str) -> None:
+    assert endpoints._pairs(query) == parse_qsl(query, keep_blank_values=True)
 
 
 @pytest.mark.timeout(60)

@@ -8,6 +8,7 @@ import pytest
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from adapter.callbacks import IS_WHOLE
 from adapter.callbacks.protocol import LARGEST_HEAD_BYTES, LONGEST_HEAD_SECONDS, GuardedProtocol
 
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
@@ -116,6 +117,17 @@ def test_a_body_has_no_such_end_here(connection) -> None:
     loop.after(LONGEST_HEAD_SECONDS)
 
     assert not wire.closed
+
+
+def test_a_request_whose_body_has_come_whole_is_told_from_one_that_is_waited_for(connection) -> None:
+    loop, protocol, _ = connection
+    told = []
+    for data in (HEAD, b"{", b"}", HEAD + b"{}", HEAD):
+        protocol.data_received(data)
+        told.append(IS_WHOLE in protocol.scope)
+        settle(loop)
+
+    assert told == [False, False, True, True, False]
 
 
 def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:

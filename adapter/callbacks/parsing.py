@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
+
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
 from adapter.orders import NotAnOrder, canonical, decode, instant, order_digest, order_in
 from adapter.routes import Callback
 
+HEADERS = ("content-type", "x-merchant", "x-channel")  # the ones that are read here
 LONGEST_ID = 64
 FURTHEST_AHEAD_MS = 10 * 60 * 1000
 
@@ -44,8 +47,7 @@ class Unresolved(CallbackInvalid):
     """The URL holds literal braces: a placeholder that the caller did not fill in."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceivedNotification:
+class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
     """A notification whose sender is known and whose form is right. `order` is the plain tree, `raw` the whole body."""
 
     sender: Sender
