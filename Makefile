@@ -53,8 +53,8 @@ lint: $(VENV)/installed-dev  ## format, lint, types, layers
 tests: $(SUITE)
 	$(BIN)/python -m pytest
 
-bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run
-	$(BIN)/python benchmarks/accept.py
+bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ONLY="accept dispatch" for some
+	$(BIN)/python benchmarks/run.py $(ONLY)
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation

@@ -1,88 +1,237 @@
 """
-A closed-loop HTTP load: so many connections, each sends its next prepared request when the last answer is in.
+HTTP loads. Closed: so many connections, each sends its next request when the last answer is in. Open: requests fall due
+at a fixed rate, whatever the server does, and each is timed from the moment it was due, not from when it could be sent.
 
-Requests are prepared as bytes beforehand, so that the generator costs little; answers are read just far enough to know
-their status and where they end.
+Requests are prepared as bytes, and answers read just far enough to know their status and where they end. The generator
+sleeps until something is due: one that spins takes the core that the disk's own threads need.
 """
 
 import asyncio
-import statistics
+import ctypes
+import gc
+import os
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-LONGEST_SECONDS = 120
+import uvloop
+
+HOST = "127.0.0.1"
+PATIENCE_SECONDS = 30
+UNANSWERED = 0
+FINEST_TICK_SECONDS = 0.00025
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a load met: answers a second, latencies in milliseconds, answers by status."""
+    """What a load met: each request as (due or sent, answered, status), in the order of the answers."""
 
-    per_second: float
-    p50_ms: float
-    p99_ms: float
-    statuses: dict[int, int]
+    answers: list[tuple[float, float, int]]
+    seconds: float
+    late_p99_ms: float = 0.0  # how late the open generator itself was, where a connection was free
+
+    @property
+    def per_second(self) -> float:
+        return len(self.answers) / self.seconds
+
+    @property
+    def statuses(self) -> Counter[int]:
+        return Counter(status for _, _, status in self.answers)
+
+    def percentile_ms(self, percent: float, status: int | None = None) -> float:
+        times = sorted(end - begin for begin, end, answered in self.answers if status in (None, answered))
+        return percentile(times, percent) * 1000
+
+
+def percentile(ordered: list[float], percent: float) -> float:
+    return ordered[min(int(len(ordered) * percent / 100), len(ordered) - 1)] if ordered else 0.0
+
+
+def closed(port: int, requests: Iterable[bytes], *, connections: int, seconds: float = 600.0) -> Load:
+    """Sends until the requests or the seconds are used up, and waits for what is under way."""
+    return _quietly(lambda: _closed(port, iter(requests), connections, seconds))
+
+
+def open_loop(port: int, requests: list[bytes], *, per_second: float, connections: int) -> Load:
+    """Sends every request when it is due, on a new connection where none is free, until there are `connections`."""
+    return _quietly(lambda: _Open(port, requests, per_second, connections).run())
+
+
+def _quietly(make: Callable[[], "asyncio.Future[Load] | object"]) -> Load:
+    gc.collect()
+    gc.disable()  # a collection of so many requests would be seen as the server's latency
+    try:
+        return uvloop.run(make())
+    finally:
+        gc.enable()
 
 
 class _Connection(asyncio.Protocol):
-    def __init__(self, requests: Iterator[bytes], statuses: Counter[int], latencies: list[float]) -> None:
-        self._requests = requests
-        self._statuses = statuses
-        self._latencies = latencies
+    """One HTTP connection with one request at a time. `heard` is called with a status, or with UNANSWERED."""
+
+    def __init__(self, heard: Callable[["_Connection", int], None]) -> None:
+        self._heard = heard
         self._buffer = b""
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.WriteTransport | None = None
+        self.begun: float | None = None
+
+    def send(self, request: bytes, begun: float) -> None:
+        self.begun = begun
+        self.transport.write(request)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.WriteTransport = transport  # type: ignore[assignment]  # uvloop's is no asyncio.Transport
-        self._next()
-
-    def _next(self) -> None:
-        request = next(self._requests, None)
-        if request is None:
-            self._transport.close()
-            if not self.done.done():
-                self.done.set_result(None)
-            return
-        self._sent = time.perf_counter()
-        self._transport.write(request)
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._buffer += data
-        end = self._buffer.find(b"\r\n\r\n")
+        buffer = self._buffer = self._buffer + data if self._buffer else data
+        end = buffer.find(b"\r\n\r\n")
         if end < 0:
             return
-        head = self._buffer[:end].lower()
+        head = buffer[: end + 2].lower()
         at = head.find(b"content-length:")
-        length = int(head[at + 15 : (head.find(b"\r\n", at) + 1 or len(head) + 1) - 1]) if at >= 0 else 0
-        if len(self._buffer) < end + 4 + length:
+        length = int(head[at + 15 : head.find(b"\r\n", at)]) if at >= 0 else 0
+        if len(buffer) < end + 4 + length:
             return
-        self._latencies.append(time.perf_counter() - self._sent)
-        self._statuses[int(head[9:12])] += 1
         self._buffer = b""
-        self._next()
+        self._heard(self, int(head[9:12]))
 
     def connection_lost(self, error: Exception | None) -> None:
-        if not self.done.done():
-            self.done.set_exception(error or ConnectionError("the server closed the connection"))
+        self._heard(self, UNANSWERED)
 
 
-async def drive(host: str, port: int, requests: Sequence[bytes], connections: int) -> Load:
-    """Sends every request once over `connections` connections."""
-    pending, statuses, latencies = iter(requests), Counter[int](), list[float]()
+async def _closed(port: int, requests: Iterator[bytes], connections: int, seconds: float) -> Load:
     loop = asyncio.get_running_loop()
+    answers: list[tuple[float, float, int]] = []
+    working = connections
+    finished = loop.create_future()
+
+    def heard(connection: _Connection, status: int) -> None:
+        nonlocal working
+        now = time.perf_counter()
+        if connection.begun is None:  # it was closed while it had nothing to do
+            return
+        answers.append((connection.begun, now, status))
+        connection.begun = None
+        request = next(requests, None) if status != UNANSWERED and now < ends else None
+        if request is not None:
+            connection.send(request, now)
+            return
+        connection.transport.close()
+        working -= 1
+        if not working and not finished.done():
+            finished.set_result(None)
+
+    opened = [(await loop.create_connection(lambda: _Connection(heard), HOST, port))[1] for _ in range(connections)]
     started = time.perf_counter()
-    opened = [
-        await loop.create_connection(lambda: _Connection(pending, statuses, latencies), host, port)
-        for _ in range(connections)
-    ]
-    async with asyncio.timeout(LONGEST_SECONDS):
-        await asyncio.gather(*(connection.done for _, connection in opened))
-    seconds = time.perf_counter() - started
-    latencies.sort()
-    return Load(
-        per_second=len(latencies) / seconds,
-        p50_ms=statistics.median(latencies) * 1000,
-        p99_ms=latencies[int(len(latencies) * 0.99)] * 1000,
-        statuses=dict(statuses),
-    )
+    ends = started + seconds
+    for connection in opened:
+        request = next(requests, None)
+        if request is None:
+            raise ValueError("fewer requests than connections")
+        connection.send(request, time.perf_counter())
+    async with asyncio.timeout(seconds + PATIENCE_SECONDS):
+        await finished
+    return Load(answers=answers, seconds=time.perf_counter() - started)
+
+
+class _Open:
+    def __init__(self, port: int, requests: list[bytes], per_second: float, connections: int) -> None:
+        self._port = port
+        self._requests = requests
+        self._interval = 1 / per_second
+        self._most = connections
+        self._opened = 0
+        self._idle: list[_Connection] = []
+        self._waiting: deque[tuple[bytes, float]] = deque()
+        self._next = 0
+        self._answers: list[tuple[float, float, int]] = []
+        self._late: list[float] = []
+        self._opening: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> Load:
+        loop = asyncio.get_running_loop()
+        self._finished: asyncio.Future[None] = loop.create_future()
+        tick = max(self._interval, FINEST_TICK_SECONDS)
+        timer = _timer(tick)
+        self._started = time.perf_counter() + 0.05
+        loop.add_reader(timer, self._tick, timer)
+        seconds = len(self._requests) * self._interval
+        try:
+            async with asyncio.timeout(seconds + PATIENCE_SECONDS):
+                await self._finished
+        except TimeoutError:
+            self._give_up()
+        finally:
+            loop.remove_reader(timer)
+            os.close(timer)
+            for task in self._opening:
+                task.cancel()
+        return Load(
+            answers=self._answers, seconds=seconds, late_p99_ms=percentile(sorted(self._late), 99) * 1000
+        )  # fmt: skip
+
+    def _tick(self, timer: int) -> None:
+        os.read(timer, 8)
+        now = time.perf_counter()
+        while self._next < len(self._requests):
+            due = self._started + self._next * self._interval
+            if due > now:
+                return
+            request, self._next = self._requests[self._next], self._next + 1
+            if self._idle:
+                self._late.append(now - due)
+                self._idle.pop().send(request, due)
+            elif self._opened < self._most:
+                self._opened += 1
+                task = asyncio.create_task(self._open(request, due))
+                self._opening.add(task)
+                task.add_done_callback(self._opening.discard)
+            else:
+                self._waiting.append((request, due))
+
+    async def _open(self, request: bytes, due: float) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            _, connection = await loop.create_connection(lambda: _Connection(self._heard), HOST, self._port)
+        except OSError:
+            self._opened -= 1
+            self._note(due, UNANSWERED)
+        else:
+            connection.send(request, due)
+
+    def _heard(self, connection: _Connection, status: int) -> None:
+        begun, connection.begun = connection.begun, None
+        if begun is not None:
+            self._note(begun, status)
+        if status == UNANSWERED:
+            self._opened -= 1
+            if connection in self._idle:
+                self._idle.remove(connection)
+        elif self._waiting:
+            connection.send(*self._waiting.popleft())
+        else:
+            self._idle.append(connection)
+
+    def _note(self, begun: float, status: int) -> None:
+        self._answers.append((begun, time.perf_counter(), status))
+        if len(self._answers) == len(self._requests) and not self._finished.done():
+            self._finished.set_result(None)
+
+    def _give_up(self) -> None:
+        """What has no answer by now is counted with the time that it has waited."""
+        now = time.perf_counter()
+        answered = {begun for begun, _, _ in self._answers}
+        every = (self._started + number * self._interval for number in range(len(self._requests)))
+        self._answers += [(due, now, UNANSWERED) for due in every if due not in answered]
+
+
+def _timer(seconds: float) -> int:
+    """A file descriptor that becomes readable at this interval: the event loops' own timers know whole milliseconds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    timer = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+    if timer < 0:
+        raise OSError(ctypes.get_errno(), "timerfd_create")
+    interval = (int(seconds), int(seconds % 1 * 1e9))
+    libc.timerfd_settime(timer, 0, ctypes.byref((ctypes.c_long * 4)(*interval, *interval)), None)
+    return int(timer)

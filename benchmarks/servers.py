@@ -1,23 +1,21 @@
 """
-What is measured: the bare echo and the service, each a process of its own.
+The service as a process, with handlers that benchmarks need, and the same service with a commit for each accept.
 
-    python benchmarks/servers.py echo PORT
     python benchmarks/servers.py service CONFIG
+    python benchmarks/servers.py commit_each CONFIG
 """
 
 import asyncio
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 import uvloop
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
+from sqlalchemy import Connection
 
 from adapter import app, config, logs, routes
+from adapter.ledger.store import Store
 from adapter.plugin import Context, Done, NoSettings, Notification, NotificationHandler
 
 
@@ -29,44 +27,56 @@ class Holds(NotificationHandler[NoSettings]):
         return Done()
 
 
+class Delivers(NotificationHandler[NoSettings]):
+    """Done at once, and counted: what is left is the dispatcher's own work."""
+
+    delivered = 0
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:
+        Delivers.delivered += 1
+        return Done()
+
+
+class CommitEach(Store):
+    """A store without groups: each piece of work is a transaction of its own, committed where it is asked for."""
+
+    own: Connection | None = None
+
+    async def write(self, work: Callable[[Connection, Sequence[Any]], Sequence[Any]], item: Any) -> Any:
+        self.own = self.own or self.engine.connect()
+        with self.own.begin():
+            return work(self.own, [item])[0]
+
+    def close(self) -> None:
+        if self.own is not None:
+            self.own.close()
+        super().close()
+
+
 class _Installed:
     """A handler as if a package had brought it."""
 
     dist = None
 
-    def __init__(self, name: str, handler: type) -> None:
-        self.name = name
+    def __init__(self, handler: type) -> None:
+        self.name = handler.__name__.lower()
         self._handler = handler
 
     def load(self) -> Any:
         return self._handler
 
 
-def echo(port: int) -> None:
-    """uvicorn, a Starlette route, the body read, a constant answer."""
-
-    async def answer(request: Request) -> Response:
-        await request.body()
-        return Response(status_code=200)
-
-    application = Starlette(routes=[Route("/{rest:path}", answer, methods=["POST"])])
-    uvicorn.run(
-        application, host="127.0.0.1", port=port, log_config=None, access_log=False, lifespan="off", ws="none",
-        server_header=False, loop="uvloop", http="httptools",
-    )  # fmt: skip
-
-
 async def service(path: Path) -> None:
-    """The whole service, as `norce-adapter serve` runs it, with a handler that is never done."""
+    """The whole service, as `norce-adapter serve` runs it. At the end it leaves beside its config what it delivered."""
     loaded = config.load(path, {})
     with app.told_to_stop() as stop:
-        async with app.running(loaded, routes.build(loaded, [_Installed("holds", Holds)])):  # type: ignore[list-item]
+        async with app.running(loaded, routes.build(loaded, [_Installed(Holds), _Installed(Delivers)])):  # type: ignore[list-item]
             await stop.wait()
+    path.with_suffix(".delivered").write_text(str(Delivers.delivered))
 
 
 if __name__ == "__main__":
     logs.configure()
-    if sys.argv[1] == "echo":
-        echo(int(sys.argv[2]))
-    else:
-        uvloop.run(service(Path(sys.argv[2])))
+    if sys.argv[1] == "commit_each":
+        app.Store = CommitEach  # type: ignore[attr-defined,misc]
+    uvloop.run(service(Path(sys.argv[2])))

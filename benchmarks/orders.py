@@ -1,0 +1,61 @@
+"""
+The orders that are sent: about 5 KB each, every id random, modified now.
+
+A body is prepared by putting an id and a moment into the same bytes: that is cheap enough to be done beside a load.
+"""
+
+import json
+import secrets
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.resources import files
+
+from adapter.callbacks.senders import signature
+
+KEY = "benchmark-key-of-enough-bytes"
+MERCHANT, CHANNEL, CALLBACK = "bench", "1", "order-status"
+
+
+def _pieces() -> tuple[bytes, bytes, bytes]:
+    order = json.loads(files("adapter.demo").joinpath("orders", "order-completed.json").read_text("utf-8"))
+    for member in ("id", "lastModified", "validations", "hooks", "notifications", "shippings"):
+        order.pop(member)
+    order |= {"merchant": MERCHANT, "channel": CHANNEL, "cart": {**order["cart"], "items": order["cart"]["items"][:1]}}
+    first = json.dumps({"id": "ID", "lastModified": "MODIFIED"} | order, ensure_ascii=False, indent=1).encode()
+    head, _, rest = first.partition(b"ID")
+    middle, _, tail = rest.partition(b"MODIFIED")
+    return head, middle, tail
+
+
+_HEAD, _MIDDLE, _TAIL = _pieces()
+
+
+def new_id() -> str:
+    return secrets.token_urlsafe(18)
+
+
+def body(order_id: str) -> bytes:
+    modified = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return b"".join((_HEAD, order_id.encode(), _MIDDLE, modified.encode(), _TAIL))
+
+
+def request() -> bytes:
+    """One notification as Norce sends it to a signed URL, head and body."""
+    order_id = new_id()
+    sent = body(order_id)
+    sig = signature(KEY.encode(), MERCHANT, CHANNEL, order_id, CALLBACK)
+    path = f"/api/v1/callbacks/orders/{order_id}/{CALLBACK}?merchant={MERCHANT}&channel={CHANNEL}&key=k&sig={sig}"
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"x-merchant: {MERCHANT}\r\nx-channel: {CHANNEL}\r\ncontent-length: {len(sent)}\r\n\r\n"
+    )
+    return head.encode() + sent
+
+
+def prepared(count: int) -> list[bytes]:
+    return [request() for _ in range(count)]
+
+
+def endless() -> Iterator[bytes]:
+    while True:
+        yield request()

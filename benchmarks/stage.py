@@ -1,0 +1,232 @@
+"""
+The processes of a run: every server on one core, the load on another, and all of it gone at the end.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import secrets
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from orders import CALLBACK, CHANNEL, KEY, MERCHANT
+
+HERE = Path(__file__).parent
+
+
+class LeftOut(Exception):
+    """This cannot be measured here, and why."""
+
+
+class Server:
+    """A running server. `port` is where it listens."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+        self._process = process
+        self.port = port
+
+    def wait(self) -> None:
+        for _ in range(300):
+            if self._process.poll() is not None:
+                sys.exit(f"a server ended by itself, with {self._process.returncode}; see its log")
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            except OSError:
+                time.sleep(0.1)
+            else:
+                return
+        sys.exit(f"nothing listens on port {self.port}")
+
+    def stop(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(40)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def rss_mib(self) -> float:
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+class Stage:
+    """Where servers are started. `folder` is theirs, on the disk that is measured, and removed at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        cores = sorted(os.sched_getaffinity(0))
+        self.server_core, self.load_core = cores[0], cores[-1]
+        os.sched_setaffinity(0, {self.load_core})
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        (folder / "token").write_text(secrets.token_hex(16))
+        (folder / "key").write_text(KEY)
+
+    @contextlib.contextmanager
+    def on_server_core(self) -> Iterator[None]:
+        """What is started in here stays on the servers' core."""
+        os.sched_setaffinity(0, {self.server_core})
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, {self.load_core})
+
+    @contextlib.contextmanager
+    def running(self, *command: str, port: int, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+        log = (self.folder / "servers.log").open("ab")
+        with log, self.on_server_core():
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})}
+            )
+        server = Server(process, port)
+        try:
+            server.wait()
+            yield server
+        finally:
+            server.stop()
+
+    @contextlib.contextmanager
+    def echo(self) -> Iterator[Server]:
+        port = free_port()
+        with self.running(sys.executable, str(HERE / "echo.py"), str(port), port=port) as server:
+            yield server
+
+    @contextlib.contextmanager
+    def service(
+        self,
+        url: str,
+        handler: str = "holds",
+        *,
+        kind_of_server: str = "service",
+        environment: Mapping[str, str] | None = None,
+    ) -> Iterator[Server]:
+        """The service on this store, from its first connection to its last record."""
+        port = free_port()
+        path = self.config(url, handler, port)
+        command = (sys.executable, str(HERE / "servers.py"), kind_of_server, str(path))
+        with self.running(*command, port=port, environment=environment) as server:
+            yield server
+
+    @contextlib.contextmanager
+    def peer(self, app: str, environment: Mapping[str, str]) -> Iterator[Server]:
+        """A receiver of `peers/`, run as its users run it."""
+        port = free_port()
+        command = (
+            sys.executable, "-m", "uvicorn", "--app-dir", str(HERE / "peers"), f"{app}:app", "--port", str(port),
+            "--no-access-log", "--log-level", "warning",
+        )  # fmt: skip
+        with self.running(*command, port=port, environment=environment) as server:
+            yield server
+
+    def config(self, url: str, handler: str, port: int) -> Path:
+        """A configuration file: a route for what is delivered, and one whose queue a benchmark may pause."""
+        route = {
+            "callback": CALLBACK,
+            "when": {"scope": "/state/currentStatus", "schema": {"const": "completed"}},
+            "handler": handler,
+            "refetch": False,
+            "timeout": "10m" if handler == "holds" else "15s",
+            "concurrency": 1 if handler == "holds" else 32,
+        }
+        never = {**route, "when": {"scope": "/state/currentStatus", "schema": {"const": "accepted"}}}
+        path = self.folder / f"{port}.yaml"
+        path.write_text(
+            json.dumps(
+                {
+                    "adapter": {"id": "bench_adapter", "public_url": f"http://127.0.0.1:{port}"},
+                    "server": {"host": "127.0.0.1", "port": port},
+                    "operations": {"host": "127.0.0.1", "port": free_port()},
+                    "store": {"url": url},
+                    "dispatcher": {"grace": "0s" if handler == "holds" else "20s"},
+                    "merchants": {MERCHANT: {"tokens": ["${file:token}"], "channels": {CHANNEL: {}}}},
+                    "senders": {"signed_urls": {"keys": {"k": "${file:key}"}}},
+                    "callbacks": {
+                        CALLBACK: {
+                            "kind": "notification",
+                            "scope": "/state/currentStatus",
+                            "schema": {"enum": ["accepted", "completed"]},
+                        }
+                    },
+                    "routes": {"free": route} | ({"parked": never} if handler == "delivers" else {}),
+                }
+            )
+        )
+        return path
+
+    def delivered(self, server: Server) -> int:
+        """How often a service that has ended called its handler."""
+        return int((self.folder / f"{server.port}.delivered").read_text())
+
+    @contextlib.contextmanager
+    def redis(self) -> Iterator[str]:
+        """A Redis that has each write on disk before it answers. Raises `LeftOut`."""
+        program = shutil.which("redis-server")
+        if program is None:
+            raise LeftOut("no redis-server is installed here")
+        port, folder = free_port(), self.folder / "redis"
+        folder.mkdir(exist_ok=True)
+        command = (
+            program, "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", "",
+            "--appendonly", "yes", "--appendfsync", "always",
+        )  # fmt: skip
+        with self.running(*command, port=port):
+            yield f"redis://127.0.0.1:{port}/0"
+
+    def slow_fsync(self) -> Mapping[str, str]:
+        """An environment in which fsync and fdatasync take a millisecond more. Raises `LeftOut`."""
+        compiler = shutil.which("cc")
+        if compiler is None:
+            raise LeftOut("no C compiler (cc) is installed here")
+        library = self.folder / "slow_fsync.so"
+        source = HERE / "slow_fsync.c"
+        built = subprocess.run([compiler, "-shared", "-fPIC", "-O2", "-o", library, source, "-ldl"], check=False)
+        if built.returncode:
+            raise LeftOut("slow_fsync.c does not compile here")
+        return {"LD_PRELOAD": str(library)}
+
+    def fdatasync_p50_ms(self) -> float:
+        """What it costs to bring a rewrite of 8 KB to this disk."""
+        path, times = self.folder / "probe", []
+        with path.open("wb", buffering=0) as probe:
+            for _ in range(100):
+                probe.seek(0)
+                probe.write(os.urandom(8192))
+                started = time.perf_counter()
+                os.fdatasync(probe.fileno())
+                times.append(time.perf_counter() - started)
+        return statistics.median(times) * 1000
+
+    def machine(self) -> str:
+        names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+        mounts = [line.split()[:3] for line in _lines("/proc/mounts")]
+        device, _, kind = max((m for m in mounts if self.folder.is_relative_to(m[1])), key=lambda m: len(m[1]))
+        return (
+            f"{platform.machine()}, {names[0] if names else 'unknown processor'}, {os.cpu_count()} cores (servers on "
+            f"{self.server_core}, load on {self.load_core}), kernel {platform.release()}, Python "
+            f"{platform.python_version()}; {kind} on {device}, fdatasync {self.fdatasync_p50_ms():.3f} ms"
+        )
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text(errors="replace").splitlines()
+
+
+def settle() -> Any:
+    """A moment of quiet: a slow server still works on what it was sent, and would take from the next one's time."""
+    time.sleep(0.5)
