@@ -42,7 +42,7 @@ class CommitEach(Store):
 
     own: Connection | None = None
 
-    async def write(self, work: Callable[[Connection, Sequence[Any]], Sequence[Any]], item: Any) -> Any:
+    async def write(self, work: Callable[[Connection, Sequence[Any]], Sequence[Any]], item: Any, size: int = 0) -> Any:
         self.own = self.own or self.engine.connect()
         with self.own.begin():
             return work(self.own, [item])[0]

@@ -28,16 +28,18 @@ class LeftOut(Exception):
 
 
 class Server:
-    """A running server. `port` is where it listens."""
+    """A running server. `port` is where it listens; `log` what it wrote, with others'."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self._process = process
+        self._log = log
         self.port = port
 
     def wait(self) -> None:
         for _ in range(300):
             if self._process.poll() is not None:
-                sys.exit(f"a server ended by itself, with {self._process.returncode}; see its log")
+                end = self._log.read_text(errors="replace")[-2000:]
+                sys.exit(f"{end}\na server ended by itself, with {self._process.returncode}")
             try:
                 socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
             except OSError:
@@ -84,12 +86,12 @@ class Stage:
 
     @contextlib.contextmanager
     def running(self, *command: str, port: int, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-        log = (self.folder / "servers.log").open("ab")
-        with log, self.on_server_core():
+        path = self.folder / "servers.log"
+        with path.open("ab") as log, self.on_server_core():
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})}
             )
-        server = Server(process, port)
+        server = Server(process, port, path)
         try:
             server.wait()
             yield server

@@ -21,8 +21,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, func, insert, s
 from sqlalchemy.pool import NullPool
 from stage import LeftOut, Stage
 
-from adapter import config
-from adapter.ledger.schema import attempts, deliveries, lanes, metadata, notifications, queues
+from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 
 AT_ONCE = 5_000
 HOUR_MS = 3_600_000
@@ -68,9 +67,7 @@ class Databases:
     def new(self, kind: str) -> Database:
         """An empty database of this kind. Raises `LeftOut`."""
         if kind == "postgres":
-            url = self.postgres_url("postgresql+psycopg")
-            _check_taken(self._stage, url)
-            return Database(kind=kind, url=url)
+            return Database(kind=kind, url=self.postgres_url("postgresql+psycopg"))
         self._number += 1
         path = self._stage.folder / f"{self._number}.db"
         return Database(kind=kind, url=f"sqlite:///{path}", path=path)
@@ -83,7 +80,8 @@ class Databases:
         name = f"bench{self._number}"
         with psycopg.connect(self._postgres.get_uri(), autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {name}")
-        return str(self._postgres.get_uri(database=name)).replace("postgresql", scheme, 1)
+        address = self._postgres.get_uri(database=name).replace(":@", "@")  # an empty password is still one
+        return str(address).replace("postgresql", scheme, 1)
 
     def _start_postgres(self) -> Any:
         runtime = self._stage.folder / "run"
@@ -106,14 +104,6 @@ class Databases:
     def close(self) -> None:
         if self._postgres is not None:
             self._postgres.cleanup()
-
-
-def _check_taken(stage: Stage, url: str) -> None:
-    path = stage.config(url, "holds", 0)
-    try:
-        config.load(path, {})
-    except config.ConfigurationInvalid as error:
-        raise LeftOut("this version of the service keeps its ledger in SQLite alone") from error
 
 
 def fill(
@@ -144,8 +134,8 @@ def fill(
         for begin in range(0, missing, AT_ONCE):
             rows.add(min(AT_ONCE, missing - begin), behind_one_order=behind_one_order)
         if paused:
-            until = _now() + HOUR_MS
-            connection.execute(queues.update().where(queues.c.id == queue_id).values(paused_until=until))
+            pause = {"paused_until": _now() + HOUR_MS, "paused_by": "person", "pause_reason": "benchmark"}
+            connection.execute(queues.update().where(queues.c.id == queue_id).values(pause))
         if database.kind == "postgres":
             _set_sequences(connection)
     engine.dispose()
@@ -251,7 +241,7 @@ def _for_filling(database: Database) -> Engine:
 
 def _set_sequences(connection: Connection) -> None:
     """Where the database gives the ids, it goes on after those that were given here."""
-    for table in metadata.tables.values():
+    for table in (queues, *_TABLES):
         name = connection.execute(text(f"SELECT pg_get_serial_sequence('{table.name}', 'id')")).scalar()
         if name is not None:
             connection.execute(
