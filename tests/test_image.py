@@ -171,8 +171,9 @@ def test_the_health_check_fails_where_nothing_listens() -> None:
 # --- compose ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_mounted_configuration_passes_the_check() -> None:
-    given = environment() | services()["adapter"]["environment"]
+@pytest.mark.parametrize("name", OURS)
+def test_the_mounted_configuration_passes_the_check(name: str) -> None:
+    given = environment() | services()[name]["environment"]
     given["NORCE_ADAPTER_CONFIG"] = str(DEPLOY / "config.yaml")
 
     result = CliRunner().invoke(cli.main, ["check"], env=given)
