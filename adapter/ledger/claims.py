@@ -119,6 +119,16 @@ def claim_of(row: Any, lane: Any, *, holder: int, now: int, doubt_ms: int) -> Cl
     )
 
 
+def delivery_after(record: Record, settlement: Settlement, now: int) -> dict[str, Any]:
+    return {
+        "delivery": record.claim.delivery_id,
+        "becomes": settlement.state.value,
+        "because": settlement.reason and settlement.reason.value,
+        "at": None if settlement.reason is None else now,
+        "uncounted": 0 if settlement.counts else 1,
+    }
+
+
 def lane_after(record: Record, settlement: Settlement, more: Collection[int], now: int) -> dict[str, Any]:
     claim = record.claim
     going_on = goes_on(record, settlement)

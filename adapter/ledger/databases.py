@@ -66,6 +66,7 @@ class Database(ABC):
 
     shared: ClassVar[bool]
     among: ClassVar[str]  # an SQL condition, after a column: one of the values that `several` made a parameter of
+    by_index: ClassVar[str]  # how a planner that keeps no statistics is told which index to take
 
     def __init__(self, url: URL) -> None:
         self.url = url
@@ -127,6 +128,7 @@ class Sqlite(Database):
 
     shared = False
     among = "IN (SELECT value FROM json_each(?))"
+    by_index = "INDEXED BY {}"
 
     def __init__(self, url: URL) -> None:
         super().__init__(url)
@@ -179,7 +181,7 @@ class Sqlite(Database):
             if not read_only:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                connection.execute("PRAGMA cache_size = -65536")
+                connection.execute("PRAGMA cache_size = -16384")
         except sqlite3.Error:  # not a database, say
             connection.close()
             raise
@@ -235,6 +237,7 @@ class Postgres(Database):
 
     shared = True
     among = "= ANY(%s)"
+    by_index = ""
 
     def take(self) -> None:
         return

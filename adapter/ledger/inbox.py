@@ -7,11 +7,11 @@ most once an hour: that is what a person who presses retry at Norce means.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, func, select, update
 
 from adapter.deliveries import Reason, State
@@ -33,16 +33,14 @@ class Received(Enum):
     CONFLICT = "conflict"  # the same identity with another order inside: kept, not delivered
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """A queue (one route for one merchant and channel) that wants the event. `refetch`: only its newest trigger."""
 
     queue_id: int
     refetch: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """
     A notification to remember. `identity` says which event it is; `snapshot_at` is its place in the order's history, in
     milliseconds, or None where the order does not say when it was last modified.
@@ -86,7 +84,8 @@ class Inbox:
         )
         parameter = "%s" if database.shared else "?"
         self._supersede = (
-            f"UPDATE deliveries SET state = 'done', reason = 'superseded', ended_at = {parameter} FROM lanes"  # noqa: S608
+            f"UPDATE deliveries {database.by_index.format('ix_deliveries_waiting')}"  # noqa: S608 - our own names
+            f" SET state = 'done', reason = 'superseded', ended_at = {parameter} FROM lanes"
             f" WHERE deliveries.lane_id {database.among} AND deliveries.state = 'waiting'"
             " AND lanes.id = deliveries.lane_id AND deliveries.id <> coalesce(lanes.current_delivery_id, 0)"
         )

@@ -22,7 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, insert, select, update
+from sqlalchemy import BindParameter, Connection, bindparam, func, insert, select, update
 
 from adapter.deliveries import Settlement, State, settle
 from adapter.ledger.claims import (
@@ -33,6 +33,7 @@ from adapter.ledger.claims import (
     Taken,
     attempt_row,
     claim_of,
+    delivery_after,
     goes_on,
     lane_after,
     pausing_of,
@@ -43,6 +44,93 @@ from adapter.ledger.rearm import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 from adapter.ledger.store import Store
 from adapter.pauses import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, after_attempt
+
+# --- the statements: made once, for making them anew costs more than the database takes to run them ---
+
+_waiting = (deliveries.c.lane_id == lanes.c.id) & (deliveries.c.state == State.WAITING.value)
+_turn = (
+    select(deliveries.c.id)
+    .where(_waiting)
+    .order_by(deliveries.c.snapshot_at, deliveries.c.id)
+    .limit(1)
+    .scalar_subquery()
+)
+_free = lanes.c.holder.is_(None) & lanes.c.next_at.is_not(None)
+_ids: BindParameter[Any] = bindparam("ids", expanding=True)
+_lane = lanes.c.id == bindparam("lane")
+
+# One step into the index for each queue: neither its waiting lanes nor its blocked ones cost anything.
+STANDS = select(
+    queues,
+    select(lanes.c.next_at)
+    .where(lanes.c.queue_id == queues.c.id, _free)
+    .order_by(lanes.c.next_at)
+    .limit(1)
+    .scalar_subquery()
+    .label("due"),
+).where(queues.c.id.in_(_ids))
+QUEUES = select(queues).where(queues.c.id.in_(_ids))
+LOCKED_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
+# Counted by ourselves: grouped, SQLite would rather walk through all lanes there are.
+HELD = select(lanes.c.queue_id).where(lanes.c.holder > 0)
+# The earliest lanes of a queue that nobody holds, each with the delivery whose turn it is.
+DUE = (
+    select(
+        lanes,
+        func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id"),
+    )
+    .where(lanes.c.queue_id == bindparam("queue"), _free, lanes.c.next_at <= bindparam("now"))
+    .order_by(lanes.c.next_at)
+    .limit(bindparam("room"))
+    .with_for_update(skip_locked=True, of=lanes)
+)
+IDLE = update(lanes).where(lanes.c.id.in_(_ids)).values(next_at=None)
+HOLD = (
+    update(lanes)
+    .where(_lane)
+    .values(
+        holder=bindparam("by"),
+        claim=lanes.c.claim + 1,
+        current_delivery_id=bindparam("delivery"),
+        next_at=bindparam("due"),
+    )
+)
+COUNT = (
+    update(deliveries)
+    .where(deliveries.c.id.in_(_ids))
+    .values(
+        attempts=deliveries.c.attempts + 1,
+        first_attempt_at=func.coalesce(deliveries.c.first_attempt_at, bindparam("now")),
+    )
+)
+CLAIMED = (
+    select(deliveries.c.id.label("delivery_id"), deliveries.c.attempts, deliveries.c.first_attempt_at, notifications)
+    .join_from(deliveries, notifications, deliveries.c.notification_id == notifications.c.id)
+    .where(deliveries.c.id.in_(_ids))
+)
+WITH_MORE = select(lanes.c.id).where(lanes.c.id.in_(_ids), _turn.is_not(None))
+END = (
+    update(deliveries)
+    .where(deliveries.c.id == bindparam("delivery"))
+    .values(
+        state=bindparam("becomes"),
+        reason=bindparam("because"),
+        ended_at=bindparam("at"),
+        attempts=deliveries.c.attempts - bindparam("uncounted"),
+    )
+)
+LET_GO = (
+    update(lanes)
+    .where(_lane)
+    .values(
+        holder=bindparam("by"),
+        settled=func.coalesce(bindparam("number"), lanes.c.settled),
+        current_delivery_id=bindparam("delivery"),
+        next_at=bindparam("due"),
+        previous=func.coalesce(bindparam("done"), lanes.c.previous),
+    )
+)
+WRITE_DOWN = insert(attempts)
 
 
 class Lanes:
@@ -102,12 +190,9 @@ class Lanes:
 
     def _take(self, connection: Connection, asks: Mapping[int, Ask], most: int) -> Taken:
         now = self._clock()
-        # One step into the index a queue: neither its waiting lanes nor its blocked ones cost anything.
-        earliest = _due().with_only_columns(lanes.c.next_at).limit(1).scalar_subquery()
-        stands = connection.execute(select(queues, earliest.label("due")).where(queues.c.id.in_(asks))).all()
         due = {
             row.id: max(row.due, row.paused_until or 0)
-            for row in stands
+            for row in connection.execute(STANDS, {"ids": list(asks)})
             if row.due is not None and row.paused_until != FOR_EVER
         }
         later = min((moment for moment in due.values() if moment > now), default=None)
@@ -115,10 +200,8 @@ class Lanes:
         if not ready or most < 1:
             return Taken(claims=[], next_due_at=later)
         # One node at a time counts what is held of a queue; the intake does not wait for it.
-        locked = connection.execute(
-            select(queues).where(queues.c.id.in_(ready)).order_by(queues.c.id).with_for_update(key_share=True)
-        ).all()
-        held = Counter({row.queue_id: row.held for row in connection.execute(_held())})
+        locked = connection.execute(LOCKED_QUEUES, {"ids": ready}).all()
+        held = Counter(connection.execute(HELD).scalars())
         self._turn += 1
         first = self._turn % len(locked)
         taken: list[tuple[Any, Ask]] = []
@@ -126,43 +209,28 @@ class Lanes:
             ask = asks[queue.id]
             room = min(pausing_of(queue).room(ask.concurrency, now) - held[queue.id], most - len(taken))
             if room > 0:
-                some = _due(queue.id).where(lanes.c.next_at <= now).limit(room)
-                taken += [(lane, ask) for lane in connection.execute(some.with_for_update(skip_locked=True, of=lanes))]
+                some = connection.execute(DUE, {"queue": queue.id, "now": now, "room": room})
+                taken += [(lane, ask) for lane in some]
         return Taken(claims=self._hold(connection, taken, now), next_due_at=later)
 
     def _hold(self, connection: Connection, taken: Sequence[tuple[Any, Ask]], now: int) -> list[Claim]:
         idle = [lane.id for lane, _ in taken if lane.delivery_id is None]  # what was due has been superseded
         if idle:
-            connection.execute(update(lanes).where(lanes.c.id.in_(idle)).values(next_at=None))
+            connection.execute(IDLE, {"ids": idle})
         held = {lane.delivery_id: (lane, ask) for lane, ask in taken if lane.delivery_id is not None}
         if not held:
             return []
-        connection.execute(
-            update(lanes)
-            .where(lanes.c.id == bindparam("lane"))
-            .values(
-                holder=self._lease.process_id,
-                claim=lanes.c.claim + 1,
-                current_delivery_id=bindparam("delivery"),
-                next_at=bindparam("doubt_ends_at"),
-            ),
-            [
-                {"lane": lane.id, "delivery": delivery_id, "doubt_ends_at": now + ask.doubt_ms}
-                for delivery_id, (lane, ask) in held.items()
-            ],
-        )
-        d, n = deliveries.c, notifications.c
-        counted = {"attempts": d.attempts + 1, "first_attempt_at": func.coalesce(d.first_attempt_at, now)}
-        connection.execute(update(deliveries).where(d.id.in_(held)).values(counted))
-        rows = connection.execute(
-            select(d.id.label("delivery_id"), d.attempts, d.first_attempt_at, notifications)
-            .join_from(deliveries, notifications, d.notification_id == n.id)
-            .where(d.id.in_(held))
-        ).all()
+        holder = self._lease.process_id
+        rows = [
+            {"lane": lane.id, "by": holder, "delivery": delivery_id, "due": now + ask.doubt_ms}
+            for delivery_id, (lane, ask) in held.items()
+        ]
+        connection.execute(HOLD, rows)
+        connection.execute(COUNT, {"ids": list(held), "now": now})
         claims = {}
-        for row in rows:
+        for row in connection.execute(CLAIMED, {"ids": list(held)}):
             lane, ask = held[row.delivery_id]
-            claims[row.delivery_id] = claim_of(row, lane, holder=self._lease.process_id, now=now, doubt_ms=ask.doubt_ms)
+            claims[row.delivery_id] = claim_of(row, lane, holder=holder, now=now, doubt_ms=ask.doubt_ms)
         return [claims[delivery_id] for delivery_id in held]
 
     def _give_back(self, connection: Connection, items: Sequence[Sequence[int]]) -> list[int]:
@@ -205,7 +273,7 @@ class Lanes:
     def _queues(self, connection: Connection, records: Sequence[Record]) -> dict[int, Pausing]:
         """How the queues of these records stand; locked only where that may change, for they are everybody's."""
         ids = {record.claim.queue_id for record in records}
-        stand = {row.id: pausing_of(row) for row in connection.execute(select(queues).where(queues.c.id.in_(ids)))}
+        stand = {row.id: pausing_of(row) for row in connection.execute(QUEUES, {"ids": list(ids)})}
         changing = {
             record.claim.queue_id
             for record in records
@@ -213,78 +281,21 @@ class Lanes:
             is not after_attempt(stand[of.queue_id], record.result, of.lane_id, self._clock(), self._policy)
         }
         if changing:
-            again = select(queues).where(queues.c.id.in_(changing)).order_by(queues.c.id)
-            stand |= {row.id: pausing_of(row) for row in connection.execute(again.with_for_update(key_share=True))}
+            stand |= {row.id: pausing_of(row) for row in connection.execute(LOCKED_QUEUES, {"ids": list(changing)})}
         return stand
 
     def _write(self, connection: Connection, settled: Sequence[tuple[Record, Settlement]], now: int) -> None:
-        d = deliveries.c
-        connection.execute(
-            update(deliveries)
-            .where(d.id == bindparam("delivery"))
-            .values(
-                state=bindparam("to_state"),
-                reason=bindparam("for_reason"),
-                ended_at=bindparam("at"),
-                attempts=d.attempts - bindparam("uncounted"),
-            ),
-            [
-                {
-                    "delivery": record.claim.delivery_id,
-                    "to_state": settlement.state.value,
-                    "for_reason": settlement.reason and settlement.reason.value,
-                    "at": None if settlement.reason is None else now,
-                    "uncounted": 0 if settlement.counts else 1,
-                }
-                for record, settlement in settled
-            ],
-        )
+        connection.execute(END, [delivery_after(record, settlement, now) for record, settlement in settled])
         going_on = [record.claim.lane_id for record, settlement in settled if goes_on(record, settlement)]
-        waiting = (d.lane_id.in_(going_on)) & (d.state == State.WAITING.value)
-        more = set(connection.execute(select(d.lane_id).where(waiting)).scalars()) if going_on else set()
-        connection.execute(
-            update(lanes)
-            .where(lanes.c.id == bindparam("lane"))
-            .values(
-                holder=bindparam("by"),
-                settled=func.coalesce(bindparam("number"), lanes.c.settled),
-                current_delivery_id=bindparam("delivery"),
-                next_at=bindparam("due"),
-                previous=func.coalesce(bindparam("done"), lanes.c.previous),
-            ),
-            [lane_after(record, settlement, more, now) for record, settlement in settled],
-        )
-        connection.execute(insert(attempts), [attempt_row(record, now) for record, _ in settled])
+        more = set(connection.execute(WITH_MORE, {"ids": going_on}).scalars()) if going_on else set()
+        connection.execute(LET_GO, [lane_after(record, settlement, more, now) for record, settlement in settled])
+        connection.execute(WRITE_DOWN, [attempt_row(record, now) for record, _ in settled])
 
     def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
         for claim in claims:
             held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == claim.holder)
             connection.execute(update(lanes).where(held).values(holder=None))
         return [None for _ in claims]
-
-
-def _due(queue_id: int | None = None) -> Any:
-    """Lanes that nobody holds, with the delivery whose turn it is, the earliest first; of a queue, or of the row's."""
-    d = deliveries.c
-    waiting = (d.lane_id == lanes.c.id) & (d.state == State.WAITING.value)
-    turn = select(d.id).where(waiting).order_by(d.snapshot_at, d.id).limit(1).scalar_subquery()
-    return (
-        select(lanes, func.coalesce(lanes.c.current_delivery_id, turn).label("delivery_id"))
-        .where(
-            lanes.c.queue_id == (queues.c.id if queue_id is None else queue_id),
-            lanes.c.holder.is_(None),
-            lanes.c.next_at.is_not(None),
-        )
-        .order_by(lanes.c.next_at)
-    )
-
-
-def _held() -> Any:
-    return (
-        select(lanes.c.queue_id, func.count().label("held"))
-        .where(lanes.c.holder.is_not(None))
-        .group_by(lanes.c.queue_id)
-    )
 
 
 def _is_held(lane: Any, claim: Claim) -> bool:

@@ -4,13 +4,20 @@ A dead letter is owed again: with its whole schedule, in its own place in the la
 What is known about the lane's doubt stays as it is, unless a person has looked and says that nothing happened.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from adapter.deliveries import State
 from adapter.ledger.schema import deliveries, lanes
+
+LOCKED = (
+    select(lanes)
+    .where(lanes.c.id.in_(bindparam("ids", expanding=True)))
+    .order_by(lanes.c.queue_id, lanes.c.order_id)
+    .with_for_update()
+)
 
 
 def rearm(
@@ -34,7 +41,6 @@ def rearm(
     return changed
 
 
-def locked_lanes(connection: Connection, lane_ids: set[int]) -> Sequence[Any]:
+def locked_lanes(connection: Connection, lane_ids: Iterable[int]) -> Sequence[Any]:
     """The rows of these lanes, locked in the one order in which lanes are locked everywhere."""
-    statement = select(lanes).where(lanes.c.id.in_(lane_ids)).order_by(lanes.c.queue_id, lanes.c.order_id)
-    return connection.execute(statement.with_for_update()).all()
+    return connection.execute(LOCKED, {"ids": list(lane_ids)}).all()
