@@ -8,10 +8,12 @@ other's, and raise SIGTERM again.
 
 import asyncio
 import contextlib
+import functools
 import gc
 import random
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -145,7 +147,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             await working
 
         stack.push_async_callback(stop_working)
-        await intake.enter_async_context(served(_public(endpoint), public))
+        await intake.enter_async_context(served(_public(endpoint), public, _refusals(metrics)))
 
         health.started = True
         service = Service(
@@ -241,6 +243,20 @@ async def _prune(upkeep: Upkeep) -> None:
         await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)
 
 
+def _refusals(metrics: Metrics) -> Callable[[], None]:
+    """Counts what is refused unread, and says so at most once in ten seconds."""
+    said_at = float("-inf")
+
+    def refused() -> None:
+        nonlocal said_at
+        metrics.refused.inc()
+        if time.monotonic() > said_at + 10:
+            said_at = time.monotonic()
+            log.warning("overloaded")
+
+    return refused
+
+
 def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(wake)
@@ -265,8 +281,10 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def served(app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
-    """An app behind a listening socket, from the first connection to the last answer."""
+async def served(
+    app: ASGIApp, listening: socket.socket, refused: Callable[[], None] = lambda: None
+) -> AsyncIterator[None]:
+    """An app behind a listening socket, from the first connection to the last answer. `refused` hears of each 503."""
     config = uvicorn.Config(
         app,
         lifespan="off",
@@ -275,7 +293,7 @@ async def served(app: ASGIApp, listening: socket.socket) -> AsyncIterator[None]:
         server_header=False,
         proxy_headers=False,
         ws="none",
-        http=GuardedProtocol,
+        http=functools.partial(GuardedProtocol, refused=refused),  # type: ignore[arg-type]
         timeout_keep_alive=15,
         timeout_graceful_shutdown=10,
     )

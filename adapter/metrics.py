@@ -40,6 +40,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         counter, gauge, histogram = (self._maker(kind) for kind in (Counter, Gauge, Histogram))
         self.callbacks = counter("callbacks_total", "Callbacks answered.", ["callback", "kind", "status"])
+        self.refused = counter("callbacks_refused_total", "Callbacks answered 503 unread: too many at once.")
         self.callback_duration = histogram(
             "callback_duration_seconds", "From the body's arrival to the answer; for notifications, the accept time.",
             ["kind"], buckets=FAST,

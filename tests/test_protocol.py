@@ -9,7 +9,7 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from adapter.callbacks import IS_WHOLE
-from adapter.callbacks.protocol import LARGEST_HEAD_BYTES, LONGEST_HEAD_SECONDS, GuardedProtocol
+from adapter.callbacks.protocol import LARGEST_HEAD_BYTES, LONGEST_HEAD_SECONDS, MOST_AT_ONCE, REFUSAL, GuardedProtocol
 
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
 
@@ -143,3 +143,42 @@ def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:
     loop.after(LONGEST_HEAD_SECONDS)
 
     assert wire.closed
+
+
+def test_beyond_so_many_at_once_the_next_is_refused_unread_and_its_connection_lives(connection) -> None:
+    loop, protocol, wire = connection
+    others = [loop.create_future() for _ in range(MOST_AT_ONCE)]
+    protocol.tasks.update(others)
+
+    protocol.data_received(HEAD + b"{}" + HEAD + b"{")
+    protocol.data_received(b"}")
+
+    assert wire.written == REFUSAL * 2
+    assert b"retry-after" in REFUSAL
+    assert not wire.closed
+    protocol.tasks.clear()
+    protocol.data_received(HEAD + b"{}")
+    settle(loop)
+    assert wire.written.count(b"HTTP/1.1 200") == 1
+
+
+def test_a_caller_that_waits_for_a_word_before_it_sends_its_body_is_refused_at_once(connection) -> None:
+    loop, protocol, wire = connection
+    protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
+
+    protocol.data_received(HEAD.replace(b"host", b"expect: 100-continue\r\nhost"))
+
+    assert wire.written == REFUSAL
+    assert wire.closed
+    protocol.tasks.clear()
+
+
+def test_a_connection_that_wants_to_end_ends_after_its_refusal(connection) -> None:
+    loop, protocol, wire = connection
+    protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
+
+    protocol.data_received(HEAD.replace(b"host", b"connection: close\r\nhost") + b"{}")
+
+    assert wire.written == REFUSAL
+    assert wire.closed
+    protocol.tasks.clear()
