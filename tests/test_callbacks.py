@@ -38,11 +38,13 @@ from adapter.callbacks.senders import Senders
 from adapter.demo.norce import NorceStandIn
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
 from adapter.ledger.schema import deliveries, notifications
 from adapter.ledger.store import Store, StoreBusy, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce
 from adapter.orders import Order
+from adapter.pauses import Policy
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Problem, Settings, ValidationHandler
 from adapter.routes import build
 from adapter.runner import Runner
@@ -201,7 +203,8 @@ class House:
         self.metrics = Metrics("0")
         self._handlers = Runner(make_norce=make_norce, clock=lambda: pytest.fail("no handler asks"))
         self._reader = make_norce()
-        queues = await Lanes(self.store).enter(queue_keys(self.config, self.routes), version="0")
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
+        queues = await lanes.open_queues(queue_keys(self.config, self.routes))
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
             senders=Senders(self.config.senders),

@@ -12,10 +12,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.console import Health, console
+from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox, Receipt, Wanted
-from adapter.ledger.lanes import Lanes, QueueKey
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.pauses import Policy
 
 
 class Stage:
@@ -145,7 +148,8 @@ def test_the_metrics_are_prometheus_text_with_every_name(stage: Stage) -> None:
 
 def test_the_metrics_tell_what_waits_in_the_ledger(stage: Stage) -> None:
     async def walk() -> str:
-        queues = await Lanes(stage.store).enter([QueueKey(route="export", merchant="norce", channel="1")], version="0")
+        lanes = Lanes(stage.store, Lease(stage.store, version="0"), policy=Policy())
+        queues = await lanes.open_queues([QueueKey(route="export", merchant="norce", channel="1")])
         for number in range(3):
             receipt = Receipt(
                 identity=bytes([number] * 24), merchant="norce", channel="1", callback="order-status",

@@ -7,26 +7,33 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import structlog
+from databases import rows
+from sqlalchemy import Connection
 
 from adapter import dispatcher as dispatcher_module
 from adapter import logs
+from adapter.attempts import Attempts, Queue
 from adapter.conditions import Condition
-from adapter.dispatcher import POLL, SLACK, Dispatcher, Queue
+from adapter.deliveries import Settlement
+from adapter.dispatcher import POLL, SLACK, Dispatcher
+from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
+from adapter.ledger.clock import Clock
 from adapter.ledger.desk import Desk
 from adapter.ledger.inbox import Inbox, Receipt, Wanted
-from adapter.ledger.lanes import Ask, Claim, Lanes, QueueKey, Record
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce
+from adapter.pauses import Policy
 from adapter.plugin import (
     Context,
     Done,
@@ -55,11 +62,16 @@ KEY = QueueKey(route="export", merchant="fjallboden", channel="1")
 Step = Done | Skip | BaseException | Callable[[Notification, Context[NoSettings]], Awaitable[Any]] | None
 
 
-class HandClock:
+class HandClock(Clock):
+    """Moves when the test moves it."""
+
     def __init__(self) -> None:
         self.now = NOON
 
     def __call__(self) -> int:
+        return self.now
+
+    def read(self, connection: Connection, *, alone: bool = False) -> int:
         return self.now
 
     def moment(self) -> datetime:
@@ -117,71 +129,96 @@ class FakeNorce:
 
 
 class WatchedLanes(Lanes):
-    """Says what was claimed and settled, can keep a claim back, and can fail as a database does."""
+    """Says what was claimed, settled and released, can keep a claim back, and can fail as a database does."""
 
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
+    def __init__(self, store: Store, lease: Lease, *, policy: Policy) -> None:
+        super().__init__(store, lease, policy=policy)
         self.claimed: asyncio.Queue[list[Claim]] = asyncio.Queue()
-        self.settled: asyncio.Queue[Record] = asyncio.Queue()
+        self.settled: asyncio.Queue[tuple[Record, Settlement | None]] = asyncio.Queue()
+        self.released: asyncio.Queue[Claim] = asyncio.Queue()
         self.failures = {"claim": 0, "settle": 0}
+        self.left_open = {"claim": 0, "settle": 0}  # it is on disk, but the answer to the commit is lost
         self.keep_back: asyncio.Event | None = None
         self.after_claim: Callable[[], None] = lambda: None
 
-    async def claim(self, asks: Sequence[Ask], most: int) -> list[Claim]:
+    async def claim(self, asks: Sequence[Ask], most: int) -> Taken:
         self._fail("claim")
-        claims = await super().claim(asks, most)
-        self.claimed.put_nowait(claims)
+        taken = await super().claim(asks, most)
+        if taken.claims:
+            self._lose("claim")
+        self.claimed.put_nowait(taken.claims)
         self.after_claim()
-        if self.keep_back is not None and claims:
+        if self.keep_back is not None and taken.claims:
             await self.keep_back.wait()
-        return claims
+        return taken
 
-    async def settle(self, record: Record) -> bool:
+    async def settle(self, record: Record) -> Settlement | None:
         self._fail("settle")
-        kept = await super().settle(record)
-        self.settled.put_nowait(record)
-        return kept
+        settlement = await super().settle(record)
+        self._lose("settle")
+        self.settled.put_nowait((record, settlement))
+        return settlement
+
+    async def release(self, claim: Claim) -> None:
+        await super().release(claim)
+        self.released.put_nowait(claim)
 
     def _fail(self, what: str) -> None:
         if self.failures[what]:
             self.failures[what] -= 1
             raise StoreUnavailable("the disk is full")
 
+    def _lose(self, what: str) -> None:
+        if self.left_open[what]:
+            self.left_open[what] -= 1
+            raise StoreUnavailable("the connection broke at the commit")
+
 
 @dataclass
 class Work:
-    """A dispatcher at work."""
+    """A dispatcher at work. Its queues are known by their route and merchant."""
 
+    url: str
     store: Store
+    lease: Lease
     lanes: WatchedLanes
     norce: FakeNorce
     clock: HandClock
+    runner: Runner
     dispatcher: Dispatcher
     metrics: Metrics
-    queue_ids: dict[str, int]
+    queue_ids: dict[tuple[str, str], int]
 
-    async def owe(self, order_id: str = "order-1", snapshot: int = 1, *, route: str = "export", **now: Any) -> None:
+    async def owe(
+        self,
+        order_id: str = "order-1",
+        snapshot: int = 1,
+        *,
+        route: str = "export",
+        merchant: str = "fjallboden",
+        **now: Any,
+    ) -> None:
         """Norce notifies of an order. `now`: what the order is by the time it is read again."""
-        order = {"id": order_id, "merchant": "fjallboden", "channel": "1", "state": {"currentStatus": "completed"}}
+        order = {"id": order_id, "merchant": merchant, "channel": "1", "state": {"currentStatus": "completed"}}
         self.norce.orders[order_id] = {**order, **now}
         await Inbox(self.store).receive(
             Receipt(
-                identity=f"{order_id}/{snapshot}/{route}".encode(),
-                merchant="fjallboden",
+                identity=f"{order_id}/{snapshot}/{route}/{merchant}".encode(),
+                merchant=merchant,
                 channel="1",
                 callback="order-status",
                 order_id=order_id,
                 snapshot_at=snapshot,
                 source="callback",
                 body=json.dumps(order).encode(),
-                wanted=(Wanted(queue_id=self.queue_ids[route], refetch=True),),
+                wanted=(Wanted(queue_id=self.queue_ids[route, merchant], refetch=True),),
             )
         )
         self.dispatcher.wake()
 
     async def settled(self) -> dict[str, Any]:
         """The next delivery that is settled, as the desk shows it."""
-        record = await asyncio.wait_for(self.lanes.settled.get(), PATIENCE)
+        record, _ = await asyncio.wait_for(self.lanes.settled.get(), PATIENCE)
         return self.shown(record.claim.delivery_id)
 
     def shown(self, delivery_id: int = 1) -> dict[str, Any]:
@@ -189,6 +226,9 @@ class Work:
             shown = Desk(connection).delivery(delivery_id)
         assert shown is not None
         return shown
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        return rows(self.url, sql)
 
     def pauses(self) -> dict[tuple[str, str, str], str]:
         with self.store.read_connection() as connection:
@@ -218,7 +258,7 @@ def route(handler: NotificationHandler[Any], **more: Any) -> Route:
         "when": None,
         "handler_name": "shop",
         "handler": handler,
-        "settings": {("fjallboden", "1"): NoSettings()},
+        "settings": {("fjallboden", "1"): NoSettings(), ("annan", "1"): NoSettings()},
         "refetch": True,
         "no_answer": None,
         "timeout": 30 * SECOND,
@@ -230,35 +270,45 @@ def route(handler: NotificationHandler[Any], **more: Any) -> Route:
 
 @asynccontextmanager
 async def working(
-    path: Path, *routes: Route, slots: int = 8, before: Callable[[Store, int], Awaitable[None]] | None = None
+    url: str,
+    *routes: Route,
+    merchants: Sequence[str] = ("fjallboden",),
+    slots: int = 8,
+    policy: Policy = Policy(),  # noqa: B008 - a value
+    patience: timedelta = timedelta(seconds=PATIENCE),
+    before: Callable[[Store, int], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Work]:
-    clock, fake = HandClock(), FakeNorce()
-    store = Store.open(f"sqlite:///{path / 'adapter.db'}", clock=lambda _last: clock)
+    """A dispatcher over an empty database. `before` is what went on there before its process began."""
+    clock, fake, metrics = HandClock(), FakeNorce(), Metrics("test")
+    store = Store.open(url, clock=clock)
 
     def norce() -> Norce:
         account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
         transport = httpx.MockTransport(fake)
-        return Norce({"fjallboden": account}, adapter_id="test", timeout=NORCE_TIMEOUT, transport=transport)
+        return Norce(dict.fromkeys(merchants, account), adapter_id="test", timeout=NORCE_TIMEOUT, transport=transport)
 
-    lanes = WatchedLanes(store)
-    keys = {each.name: replace(KEY, route=each.name) for each in routes}
-    ids = await lanes.enter(list(keys.values()), version="test")
+    lease = Lease(store, version="test")
+    lanes = WatchedLanes(store, lease, policy=policy)
+    of_route = {each.name: each for each in routes}
+    ids = await lanes.open_queues(
+        [QueueKey(route=name, merchant=m, channel="1") for name in of_route for m in merchants]
+    )
     if before is not None:
         await before(store, ids[KEY])
-        ids = await lanes.enter(list(keys.values()), version="test")
-    metrics = Metrics("test")
-    runner = Runner(make_norce=norce, clock=clock.moment)
+    await lease.enter()
+    runner = Runner(make_norce=norce, clock=clock.moment, patience=patience, replaced=metrics.loop_replaced)
     our_norce = norce()
     dispatcher = Dispatcher(
-        {ids[key]: Queue(id=ids[key], route=each, merchant=key.merchant, channel=key.channel)
-         for each in routes for key in [keys[each.name]]},
-        lanes=lanes, runner=runner, norce=our_norce, norce_timeout=NORCE_TIMEOUT, metrics=metrics, clock=clock,
-        slots=slots, random=lambda: 0.0,
+        {id_: Queue(id=id_, route=of_route[key.route], merchant=key.merchant, channel=key.channel)
+         for key, id_ in ids.items()},
+        lanes=lanes, lease=lease, attempts=Attempts(runner=runner, norce=our_norce, clock=clock),
+        before_handler=NORCE_TIMEOUT, metrics=metrics, clock=clock, slots=slots, random=lambda: 0.0,
+        shared=store.shared,
     )  # fmt: skip
     run = asyncio.create_task(dispatcher.run())
-    queue_ids = {name: ids[key] for name, key in keys.items()}
+    queue_ids = {(key.route, key.merchant): id_ for key, id_ in ids.items()}
     try:
-        yield Work(store, lanes, fake, clock, dispatcher, metrics, queue_ids)
+        yield Work(url, store, lease, lanes, fake, clock, runner, dispatcher, metrics, queue_ids)
     finally:
         await dispatcher.stop(timedelta(0))
         await run
@@ -325,10 +375,10 @@ class OwnOutcome(Outcome):
     ],
 )  # fmt: skip
 def test_what_a_handler_says_is_what_the_row_says(
-    tmp_path: Path, step: Step, handler: type[Plain], expected: tuple[Any, ...]
+    store_url: str, step: Step, handler: type[Plain], expected: tuple[Any, ...]
 ) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(handler(step))) as work:
+        async with working(store_url, route(handler(step))) as work:
             await work.owe()
 
             row = await work.settled()
@@ -338,10 +388,10 @@ def test_what_a_handler_says_is_what_the_row_says(
     run(test)
 
 
-def test_a_handler_is_given_the_order_as_norce_has_it_now_and_as_it_came(tmp_path: Path) -> None:
+def test_a_handler_is_given_the_order_as_norce_has_it_now_and_as_it_came(store_url: str) -> None:
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe(currency="SEK")
             await work.settled()
 
@@ -357,10 +407,10 @@ def test_a_handler_is_given_the_order_as_norce_has_it_now_and_as_it_came(tmp_pat
     run(test)
 
 
-def test_a_route_that_does_not_refetch_acts_on_the_order_as_it_came(tmp_path: Path) -> None:
+def test_a_route_that_does_not_refetch_acts_on_the_order_as_it_came(store_url: str) -> None:
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler, refetch=False)) as work:
+        async with working(store_url, route(handler, refetch=False)) as work:
             await work.owe(currency="SEK")
             await work.settled()
 
@@ -370,10 +420,10 @@ def test_a_route_that_does_not_refetch_acts_on_the_order_as_it_came(tmp_path: Pa
     run(test)
 
 
-def test_a_retry_comes_at_its_moment_with_the_same_key_and_the_next_number(tmp_path: Path) -> None:
+def test_a_retry_comes_at_its_moment_with_the_same_key_and_the_next_number(store_url: str) -> None:
     async def test() -> None:
         handler = Plain(Retry("busy", after=90 * SECOND), Done())
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe()
             row = await work.settled()
             assert row["next_at"] == "2026-02-03T12:01:30.000Z"
@@ -392,10 +442,10 @@ def test_a_retry_comes_at_its_moment_with_the_same_key_and_the_next_number(tmp_p
     run(test)
 
 
-def test_a_delivery_is_dead_when_its_schedule_is_used_up(tmp_path: Path) -> None:
+def test_a_delivery_is_dead_when_its_schedule_is_used_up(store_url: str) -> None:
     async def test() -> None:
         handler = Plain(*(Retry("busy") for _ in range(10)))
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe()
             row = await work.settled()
             while row["state"] == "waiting":
@@ -407,10 +457,10 @@ def test_a_delivery_is_dead_when_its_schedule_is_used_up(tmp_path: Path) -> None
     run(test)
 
 
-def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(tmp_path: Path) -> None:
+def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(store_url: str) -> None:
     async def test() -> None:
         handler = Plain(Done("shop-7", {"digest": "abc"}))
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe(snapshot=1)
             await work.settled()
             await work.owe(snapshot=2)
@@ -431,9 +481,9 @@ def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(tmp_path: Path
         pytest.param(Done("\ud800"), id="a text that is no Unicode"),
     ],
 )
-def test_a_done_that_cannot_be_written_as_it_is_is_done_all_the_same(tmp_path: Path, said: Done) -> None:
+def test_a_done_that_cannot_be_written_as_it_is_is_done_all_the_same(store_url: str, said: Done) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(Plain(said))) as work:
+        async with working(store_url, route(Plain(said))) as work:
             await work.owe()
 
             row = await work.settled()
@@ -445,14 +495,14 @@ def test_a_done_that_cannot_be_written_as_it_is_is_done_all_the_same(tmp_path: P
 
 
 def test_an_exception_of_a_handler_is_logged_once_with_its_places_and_without_what_it_says(
-    tmp_path: Path, lines: Callable[[], list[dict[str, Any]]]
+    store_url: str, lines: Callable[[], list[dict[str, Any]]]
 ) -> None:
     async def test() -> None:
         async def bug(_notification: Notification, _context: Context[NoSettings]) -> Done:
             number = CANARY
             raise RuntimeError(f"cannot parse {number}")
 
-        async with working(tmp_path, route(Asking(bug))) as work:
+        async with working(store_url, route(Asking(bug))) as work:
             await work.owe(customer={"billing": {"nationalIdentificationNumber": CANARY}})
             row = await work.settled()
 
@@ -466,9 +516,9 @@ def test_an_exception_of_a_handler_is_logged_once_with_its_places_and_without_wh
     run(test)
 
 
-def test_every_attempt_is_one_line_and_one_count(tmp_path: Path, lines: Callable[[], list[dict[str, Any]]]) -> None:
+def test_every_attempt_is_one_line_and_one_count(store_url: str, lines: Callable[[], list[dict[str, Any]]]) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+        async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
             await work.owe()
             work.move_to((await work.settled())["next_at"])
             await work.settled()
@@ -486,9 +536,9 @@ def test_every_attempt_is_one_line_and_one_count(tmp_path: Path, lines: Callable
     run(test)
 
 
-def test_what_becomes_due_just_after_a_claim_is_claimed_at_once(tmp_path: Path) -> None:
+def test_what_becomes_due_just_after_a_claim_is_claimed_at_once(store_url: str) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+        async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
             await work.owe()
             due = int(datetime.fromisoformat((await work.settled())["next_at"]).timestamp() * 1000)
 
@@ -510,9 +560,9 @@ class Busier(Retry):
     """A plugin's own shade of an outcome."""
 
 
-def test_a_plugins_own_shade_of_an_outcome_is_counted_under_our_name(tmp_path: Path) -> None:
+def test_a_plugins_own_shade_of_an_outcome_is_counted_under_our_name(store_url: str) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(Plain(Busier("busy")))) as work:
+        async with working(store_url, route(Plain(Busier("busy")))) as work:
             await work.owe()
 
             row = await work.settled()
@@ -525,10 +575,10 @@ def test_a_plugins_own_shade_of_an_outcome_is_counted_under_our_name(tmp_path: P
 # --- doubt ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_in_doubt_is_looked_up_before_anything_is_sent_again(tmp_path: Path) -> None:
+def test_what_is_in_doubt_is_looked_up_before_anything_is_sent_again(store_url: str) -> None:
     async def test() -> None:
         handler = Asking(Unknown("no-answer"), None, Done("shop-7"))
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe()
             work.move_to((await work.settled())["next_at"])
             await work.settled()
@@ -541,10 +591,10 @@ def test_what_is_in_doubt_is_looked_up_before_anything_is_sent_again(tmp_path: P
     run(test)
 
 
-def test_what_a_lookup_finds_is_not_sent_again(tmp_path: Path) -> None:
+def test_what_a_lookup_finds_is_not_sent_again(store_url: str) -> None:
     async def test() -> None:
         handler = Asking(Unknown("no-answer"), Done("shop-7"))
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe()
             work.move_to((await work.settled())["next_at"])
             row = await work.settled()
@@ -555,10 +605,10 @@ def test_what_a_lookup_finds_is_not_sent_again(tmp_path: Path) -> None:
     run(test)
 
 
-def test_a_lookup_waits_until_the_request_in_doubt_has_had_its_time(tmp_path: Path) -> None:
+def test_a_lookup_waits_until_the_request_in_doubt_has_had_its_time(store_url: str) -> None:
     async def test() -> None:
         handler = Asking(Unknown("no-answer"), Done())
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe()
             await work.settled()
             doubt_ends = NOON + int((30 * SECOND + NORCE_TIMEOUT + SLACK).total_seconds() * 1000)
@@ -575,9 +625,9 @@ def test_a_lookup_waits_until_the_request_in_doubt_has_had_its_time(tmp_path: Pa
 
 
 @pytest.mark.parametrize("step", [Reject("refused"), Retry("busy"), Unknown("no-answer"), RuntimeError()], ids=repr)
-def test_a_lookup_that_finds_nothing_out_leaves_the_doubt(tmp_path: Path, step: Exception) -> None:
+def test_a_lookup_that_finds_nothing_out_leaves_the_doubt(store_url: str, step: Exception) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(Asking(Unknown("no-answer"), step))) as work:
+        async with working(store_url, route(Asking(Unknown("no-answer"), step))) as work:
             await work.owe()
             work.move_to((await work.settled())["next_at"])
 
@@ -597,11 +647,12 @@ async def died_in_hand(store: Store, queue_id: int) -> None:
             wanted=(Wanted(queue_id=queue_id, refetch=True),),
         )
     )  # fmt: skip
-    dead = Lanes(store)
-    await dead.enter([KEY], version="test")
-    (claim,) = await dead.claim([Ask(queue_id=queue_id, most=1, doubt_ms=1000)], 1)
+    lease = Lease(store, version="test")
+    await lease.enter()
+    ask = Ask(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1)
+    taken = await Lanes(store, lease, policy=Policy()).claim([ask], 1)
     assert isinstance(store.clock, HandClock)
-    store.clock.now = claim.doubt_ends_at
+    store.clock.now = taken.claims[0].doubt_ends_at
 
 
 @pytest.mark.parametrize(
@@ -613,11 +664,11 @@ async def died_in_hand(store: Store, queue_id: int) -> None:
     ],
 )
 def test_after_a_crash_nothing_is_sent_blindly(
-    tmp_path: Path, handler: type[Plain], calls: list[str], expected: tuple[str, str]
+    store_url: str, handler: type[Plain], calls: list[str], expected: tuple[str, str]
 ) -> None:
     async def test() -> None:
         shop = handler()
-        async with working(tmp_path, route(shop, refetch=False), before=died_in_hand) as work:
+        async with working(store_url, route(shop, refetch=False), before=died_in_hand) as work:
             row = await work.settled()
 
             assert shop.calls == calls
@@ -626,10 +677,10 @@ def test_after_a_crash_nothing_is_sent_blindly(
     run(test)
 
 
-def test_a_handler_that_is_repeated_gets_the_same_key(tmp_path: Path) -> None:
+def test_a_handler_that_is_repeated_gets_the_same_key(store_url: str) -> None:
     async def test() -> None:
         shop = Repeating(Unknown("no-answer"), Done())
-        async with working(tmp_path, route(shop)) as work:
+        async with working(store_url, route(shop)) as work:
             await work.owe()
             work.move_to((await work.settled())["next_at"])
             await work.settled()
@@ -645,10 +696,10 @@ def test_a_handler_that_is_repeated_gets_the_same_key(tmp_path: Path) -> None:
 COMPLETED = Condition("/state/currentStatus", {"const": "completed"}).compile()
 
 
-def test_what_no_longer_holds_on_the_order_as_it_is_now_is_done_as_moved_on(tmp_path: Path) -> None:
+def test_what_no_longer_holds_on_the_order_as_it_is_now_is_done_as_moved_on(store_url: str) -> None:
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
             await work.owe(state={"currentStatus": "declined"})
 
             row = await work.settled()
@@ -659,13 +710,13 @@ def test_what_no_longer_holds_on_the_order_as_it_is_now_is_done_as_moved_on(tmp_
     run(test)
 
 
-def test_a_condition_that_cannot_be_decided_is_a_dead_letter(tmp_path: Path) -> None:
+def test_a_condition_that_cannot_be_decided_is_a_dead_letter(store_url: str) -> None:
     async def test() -> None:
         deep: Any = "completed"
         for _ in range(100):
             deep = [deep]
         handler = Plain()
-        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
             await work.owe(state={"currentStatus": deep})
 
             row = await work.settled()
@@ -676,10 +727,10 @@ def test_a_condition_that_cannot_be_decided_is_a_dead_letter(tmp_path: Path) -> 
     run(test)
 
 
-def test_a_lookup_asks_whatever_the_order_has_become(tmp_path: Path) -> None:
+def test_a_lookup_asks_whatever_the_order_has_become(store_url: str) -> None:
     async def test() -> None:
         handler = Asking(Unknown("no-answer"), Done("shop-7"))
-        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
             await work.owe()
             row = await work.settled()
             work.norce.orders["order-1"]["state"] = {"currentStatus": "declined"}
@@ -708,11 +759,11 @@ def test_a_lookup_asks_whatever_the_order_has_become(tmp_path: Path) -> None:
     ],
 )
 def test_an_order_that_cannot_be_read_again_is_not_handled(
-    tmp_path: Path, answer: httpx.Response | Exception, expected: tuple[str, str | None, int | None]
+    store_url: str, answer: httpx.Response | Exception, expected: tuple[str, str | None, int | None]
 ) -> None:
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler, when=COMPLETED)) as work:
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
             work.norce.answers = [answer]
             await work.owe()
 
@@ -726,10 +777,10 @@ def test_an_order_that_cannot_be_read_again_is_not_handled(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(tmp_path: Path, status: int) -> None:
+def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(store_url: str, status: int) -> None:
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             work.norce.answers = [httpx.Response(status)]
             await work.owe()
             row = await work.settled()
@@ -743,20 +794,20 @@ def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(tmp_path: 
     run(test)
 
 
-def test_where_too_little_time_is_left_the_handler_is_not_begun(tmp_path: Path) -> None:
+def test_where_too_little_time_is_left_the_handler_is_not_begun(store_url: str) -> None:
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
 
             async def dawdle() -> None:
                 work.clock.now += int((NORCE_TIMEOUT + SLACK).total_seconds() * 1000) + 1
 
             work.norce.answers = [dawdle]
             await work.owe()
-            released = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            released, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
             row = await work.settled()
 
-            assert (released.outcome, released.settlement.counts) == ("released", False)
+            assert (released.outcome, settlement and settlement.counts) == ("released", False)
             assert handler.calls == ["deliver"]
             assert (row["state"], row["tries"]) == ("done", 1)
 
@@ -771,9 +822,9 @@ async def for_ever(_notification: Notification, _context: Context[NoSettings]) -
     raise AssertionError
 
 
-def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(tmp_path: Path) -> None:
+def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(store_url: str) -> None:
     async def test() -> None:
-        async with working(tmp_path, route(Asking(for_ever), timeout=timedelta(0))) as work:
+        async with working(store_url, route(Asking(for_ever), timeout=timedelta(0))) as work:
             await work.owe()
 
             row = await work.settled()
@@ -783,7 +834,7 @@ def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(tmp_pa
     run(test)
 
 
-def test_what_a_handler_still_says_after_its_deadline_is_recorded(tmp_path: Path) -> None:
+def test_what_a_handler_still_says_after_its_deadline_is_recorded(store_url: str) -> None:
     async def test() -> None:
         async def late(_notification: Notification, _context: Context[NoSettings]) -> Done:
             try:
@@ -792,7 +843,7 @@ def test_what_a_handler_still_says_after_its_deadline_is_recorded(tmp_path: Path
                 return Done("late")
             raise AssertionError
 
-        async with working(tmp_path, route(Plain(late), timeout=SHORTLY)) as work:
+        async with working(store_url, route(Plain(late), timeout=SHORTLY)) as work:
             await work.owe()
 
             row = await work.settled()
@@ -802,7 +853,7 @@ def test_what_a_handler_still_says_after_its_deadline_is_recorded(tmp_path: Path
     run(test)
 
 
-def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(tmp_path: Path) -> None:
+def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(store_url: str) -> None:
     async def test() -> None:
         entered, go_on = threading.Event(), threading.Event()
         deadline_passed = asyncio.Event()
@@ -818,7 +869,7 @@ def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(tmp
             return fields
 
         structlog.configure(processors=[hear, structlog.processors.JSONRenderer()])
-        async with working(tmp_path, route(Plain(blocks), timeout=SHORTLY)) as work:
+        async with working(store_url, route(Plain(blocks), timeout=SHORTLY)) as work:
             await work.owe()
             assert await asyncio.to_thread(entered.wait, PATIENCE)
             await deadline_passed.wait()
@@ -837,7 +888,7 @@ def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(tmp
         structlog.reset_defaults()
 
 
-def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop(tmp_path: Path) -> None:
+def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop(store_url: str) -> None:
     threads: list[int] = []
 
     class Synchronous(NotificationHandler[NoSettings]):
@@ -846,7 +897,7 @@ def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop
             return Done()
 
     async def test() -> None:
-        async with working(tmp_path, route(Synchronous())) as work:
+        async with working(store_url, route(Synchronous())) as work:
             await work.owe()
 
             row = await work.settled()
@@ -883,10 +934,10 @@ class Counting(NotificationHandler[NoSettings]):
             assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE)
 
 
-def test_no_more_of_a_queue_are_tried_at_once_than_its_concurrency(tmp_path: Path) -> None:
+def test_no_more_of_a_queue_are_tried_at_once_than_its_concurrency(store_url: str) -> None:
     async def test() -> None:
         handler = Counting()
-        async with working(tmp_path, route(handler, concurrency=2)) as work:
+        async with working(store_url, route(handler, concurrency=2)) as work:
             for number in range(5):
                 await work.owe(f"order-{number}")
             await handler.has_begun(2)
@@ -901,11 +952,11 @@ def test_no_more_of_a_queue_are_tried_at_once_than_its_concurrency(tmp_path: Pat
     run(test)
 
 
-def test_no_more_are_tried_at_once_than_there_are_slots(tmp_path: Path) -> None:
+def test_no_more_are_tried_at_once_than_there_are_slots(store_url: str) -> None:
     async def test() -> None:
         handler = Counting()
         routes = route(handler), route(handler, name="other")
-        async with working(tmp_path, *routes, slots=3) as work:
+        async with working(store_url, *routes, slots=3) as work:
             for number in range(4):
                 await work.owe(f"order-{number}")
                 await work.owe(f"order-{number}", route="other")
@@ -920,10 +971,10 @@ def test_no_more_are_tried_at_once_than_there_are_slots(tmp_path: Path) -> None:
     run(test)
 
 
-def test_one_queue_that_is_full_does_not_hold_up_another(tmp_path: Path) -> None:
+def test_one_queue_that_is_full_does_not_hold_up_another(store_url: str) -> None:
     async def test() -> None:
         full, free = Counting(), Plain()
-        async with working(tmp_path, route(full, concurrency=1), route(free, name="other")) as work:
+        async with working(store_url, route(full, concurrency=1), route(free, name="other")) as work:
             await work.owe("order-1")
             await work.owe("order-2")
             await full.has_begun(1)
@@ -940,10 +991,10 @@ def test_one_queue_that_is_full_does_not_hold_up_another(tmp_path: Path) -> None
 # --- stopping -------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_waits_for_what_runs_and_takes_nothing_more(tmp_path: Path) -> None:
+def test_stopping_waits_for_what_runs_and_takes_nothing_more(store_url: str) -> None:
     async def test() -> None:
         handler = Counting()
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe("order-1")
             await handler.has_begun(1)
             stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
@@ -958,7 +1009,7 @@ def test_stopping_waits_for_what_runs_and_takes_nothing_more(tmp_path: Path) -> 
     run(test)
 
 
-def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(tmp_path: Path) -> None:
+def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(store_url: str) -> None:
     async def test() -> None:
         begun = threading.Event()
 
@@ -967,7 +1018,7 @@ def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(tmp_path: Pat
             await asyncio.Event().wait()
             raise AssertionError
 
-        async with working(tmp_path, route(Asking(hangs))) as work:
+        async with working(store_url, route(Asking(hangs))) as work:
             await work.owe()
             await asyncio.to_thread(begun.wait, PATIENCE)
 
@@ -980,7 +1031,7 @@ def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(tmp_path: Pat
 
 
 def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher_module, "LAST_WORDS", timedelta(milliseconds=1))
 
@@ -992,7 +1043,7 @@ def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
             go_on.wait(PATIENCE)
             return Done()
 
-        async with working(tmp_path, route(Asking(blocks))) as work:
+        async with working(store_url, route(Asking(blocks))) as work:
             await work.owe()
             await asyncio.to_thread(entered.wait, PATIENCE)
 
@@ -1005,12 +1056,12 @@ def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
     run(test)
 
 
-def test_what_is_claimed_while_the_service_stops_is_given_back(tmp_path: Path) -> None:
+def test_what_is_claimed_while_the_service_stops_is_given_back(store_url: str) -> None:
     """Otherwise an order of which nothing was ever sent would be in doubt, and perhaps wait for a person."""
 
     async def test() -> None:
         handler = Plain()
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             work.lanes.keep_back = asyncio.Event()
             await work.owe()
             while not await asyncio.wait_for(work.lanes.claimed.get(), PATIENCE):
@@ -1029,7 +1080,7 @@ def test_what_is_claimed_while_the_service_stops_is_given_back(tmp_path: Path) -
     run(test)
 
 
-def test_what_is_being_read_again_while_the_service_stops_is_given_back(tmp_path: Path) -> None:
+def test_what_is_being_read_again_while_the_service_stops_is_given_back(store_url: str) -> None:
     async def test() -> None:
         handler, reading, go_on = Plain(), asyncio.Event(), asyncio.Event()
 
@@ -1037,7 +1088,7 @@ def test_what_is_being_read_again_while_the_service_stops_is_given_back(tmp_path
             reading.set()
             await go_on.wait()
 
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             work.norce.answers = [slowly]
             await work.owe()
             await reading.wait()
@@ -1057,12 +1108,12 @@ def test_what_is_being_read_again_while_the_service_stops_is_given_back(tmp_path
 # --- a store that fails ---------------------------------------------------------------------------------------------
 
 
-def test_a_record_is_tried_until_the_store_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_tried_until_the_store_takes_it(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
     async def test() -> None:
         handler = Plain(Done("shop-7"))
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             work.lanes.failures["settle"] = 3
             await work.owe()
 
@@ -1074,11 +1125,11 @@ def test_a_record_is_tried_until_the_store_takes_it(tmp_path: Path, monkeypatch:
     run(test)
 
 
-def test_work_goes_on_when_the_store_takes_claims_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_goes_on_when_the_store_takes_claims_again(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
     async def test() -> None:
-        async with working(tmp_path, route(Plain())) as work:
+        async with working(store_url, route(Plain())) as work:
             work.lanes.failures["claim"] = 3
             await work.owe()
 
@@ -1088,13 +1139,13 @@ def test_work_goes_on_when_the_store_takes_claims_again(tmp_path: Path, monkeypa
 
 
 def test_a_record_that_no_store_takes_before_the_end_leaves_the_lane_in_doubt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
     async def test() -> None:
         handler = Counting()
-        async with working(tmp_path, route(handler)) as work:
+        async with working(store_url, route(handler)) as work:
             await work.owe()
             await handler.has_begun(1)
             work.lanes.failures["settle"] = 1_000_000
