@@ -12,7 +12,6 @@ import logging
 import re
 import resource
 import socket
-import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import timedelta
@@ -23,6 +22,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 import httpx
 import pytest
 import structlog
+from databases import KINDS, Server, database_of, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Connection, event, select, text
@@ -32,6 +32,7 @@ from starlette.routing import Route
 from adapter import app, logs
 from adapter import config as configuration
 from adapter.app import CALLBACK_PATH, accounts, queue_keys, running
+from adapter.attempts import moment
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.senders import Senders
@@ -66,7 +67,7 @@ CONFIG = """\
 adapter: {id: an_adapter, public_url: "http://127.0.0.1:1"}
 server: {host: 127.0.0.1, port: 0, receive_timeout: 5s}
 operations: {port: 0}
-store: {url: "sqlite:///@FOLDER@/ledger.db"}
+store: {url: "@STORE@"}
 norce: {base_url: "@NORCE@", timeout: 2s}
 dispatcher: {grace: 10s}
 merchants:
@@ -181,16 +182,16 @@ async def asked(asgi: Any, scope: dict[str, Any], receive: Callable[[], Any]) ->
 class House:
     """The intake with a real ledger, and nobody who works it off: ASGI in, rows on disk."""
 
-    def __init__(self, folder: Path, *, inbox: Callable[[Store], Any] = Inbox) -> None:
+    def __init__(self, folder: Path, store_url: str = "") -> None:
         self.runner = asyncio.Runner()
-        self.config = loaded(folder)
+        self.config = loaded(folder, store_url)
         self.routes = build(self.config, POINTS)
         self.woken = 0
         self.norce: dict[str, Any] = {}  # order id -> what Norce answers
         self.read: list[str] = []
-        self.runner.run(self._open(inbox))
+        self.runner.run(self._open())
 
-    async def _open(self, inbox: Callable[[Store], Any]) -> None:
+    async def _open(self) -> None:
         def make_norce() -> Norce:
             return Norce(
                 accounts(self.config),
@@ -201,7 +202,7 @@ class House:
 
         self.store = Store.open(self.config.store.url)
         self.metrics = Metrics("0")
-        self._handlers = Runner(make_norce=make_norce, clock=lambda: pytest.fail("no handler asks"))
+        self._handlers = Runner(make_norce=make_norce, clock=lambda: moment(self.store.clock()))
         self._reader = make_norce()
         lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
@@ -209,7 +210,7 @@ class House:
             routes=self.routes,
             senders=Senders(self.config.senders),
             merchants={name: frozenset(merchant.channels) for name, merchant in self.config.merchants.items()},
-            inbox=inbox(self.store),
+            inbox=Inbox(self.store),
             verdicts=Verdicts(
                 self.routes, runner=self._handlers, norce=self._reader, metrics=self.metrics, clock=self.store.clock
             ),
@@ -282,9 +283,12 @@ class House:
         return list(zip(rows, owed, strict=True))
 
 
-def loaded(folder: Path, norce: str = "http://127.0.0.1:1", text: str = CONFIG) -> configuration.Config:
+def loaded(
+    folder: Path, store_url: str = "", *, norce: str = "http://127.0.0.1:1", text: str = CONFIG
+) -> configuration.Config:
     path = folder / "config.yaml"
-    path.write_text(text.replace("@FOLDER@", str(folder)).replace("@NORCE@", norce))
+    store_url = store_url or f"sqlite:///{folder}/ledger.db"
+    path.write_text(text.replace("@STORE@", store_url).replace("@NORCE@", norce))
     return configuration.load(path, ENVIRON)
 
 
@@ -295,10 +299,20 @@ BY_HEADER = (
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    made = House(tmp_path_factory.mktemp("house"))
+def house(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
+    """On a file, unless the test is about what is stored: then once on each store."""
+    url = ""
+    if getattr(request, "param", "sqlite") == "postgresql":
+        server: Server = request.getfixturevalue("postgres")
+        url = server.fresh()
+    made = House(tmp_path_factory.mktemp("house"), url)
     yield made
     made.close()
+    if url:
+        server.drop(url)
+
+
+on_both_stores = pytest.mark.parametrize("house", KINDS, indirect=True, scope="module")
 
 
 _numbers = itertools.count(1)
@@ -334,6 +348,7 @@ def is_a_refusal(answer: Answer, status: int, code: str, inner: str | None = Non
 # --- a notification ---------------------------------------------------------------------------------------------------
 
 
+@on_both_stores
 def test_a_notification_is_on_disk_byte_for_byte_and_answered_200_with_nothing(
     house: House, order: dict[str, Any]
 ) -> None:
@@ -347,6 +362,7 @@ def test_a_notification_is_on_disk_byte_for_byte_and_answered_200_with_nothing(
     assert [delivery.state for delivery in owed] == ["waiting", "waiting"]
 
 
+@on_both_stores
 def test_a_body_that_arrives_in_pieces_is_stored_whole(house: House, order: dict[str, Any]) -> None:
     body = encoded(order)
     answer = house.ask(order["id"], chunks=[body[:1], b"", body[1:50], body[50:]])
@@ -355,6 +371,7 @@ def test_a_body_that_arrives_in_pieces_is_stored_whole(house: House, order: dict
     assert house.stored(order["id"])[0][0].body == body
 
 
+@on_both_stores
 def test_the_same_event_again_does_nothing_more(house: House, order: dict[str, Any]) -> None:
     respelt = {**order, "lastModified": "2026-02-03T09:16:35.87+01:00", "total": {"includingVat": 1878.10}}
     statuses = [
@@ -366,6 +383,7 @@ def test_the_same_event_again_does_nothing_more(house: House, order: dict[str, A
     assert len(house.stored(order["id"])[0][1]) == 2
 
 
+@on_both_stores
 def test_a_repeat_wakes_nobody(house: House, order: dict[str, Any]) -> None:
     house.ask(order["id"], body=order)
     before = house.woken
@@ -375,6 +393,7 @@ def test_a_repeat_wakes_nobody(house: House, order: dict[str, Any]) -> None:
     assert house.woken == before
 
 
+@on_both_stores
 def test_the_same_identity_with_another_order_inside_is_kept_without_deliveries(
     house: House, order: dict[str, Any]
 ) -> None:
@@ -387,6 +406,7 @@ def test_the_same_identity_with_another_order_inside_is_kept_without_deliveries(
     assert (conflict.conflicts_with, conflict.body, nothing) == (first.id, encoded(other), [])
 
 
+@on_both_stores
 def test_a_new_moment_is_a_new_event_though_nothing_else_changed(house: House, order: dict[str, Any]) -> None:
     house.ask(order["id"], body=order)
     house.ask(order["id"], body={**order, "lastModified": "2026-02-03T08:16:36Z"})
@@ -394,6 +414,7 @@ def test_a_new_moment_is_a_new_event_though_nothing_else_changed(house: House, o
     assert len(house.stored(order["id"])) == 2
 
 
+@on_both_stores
 def test_only_the_routes_that_want_it_are_owed(house: House, order: dict[str, Any]) -> None:
     house.ask(order["id"], body={**order, "state": {"currentStatus": "accepted"}})
 
@@ -401,6 +422,7 @@ def test_only_the_routes_that_want_it_are_owed(house: House, order: dict[str, An
     assert len(owed) == 1
 
 
+@on_both_stores
 def test_what_the_callbacks_condition_does_not_want_is_stored_and_counted(house: House, order: dict[str, Any]) -> None:
     before = sample(house, "norce_adapter_notifications_disagreed_total", callback="order-status")
 
@@ -412,6 +434,7 @@ def test_what_the_callbacks_condition_does_not_want_is_stored_and_counted(house:
     assert sample(house, "norce_adapter_notifications_disagreed_total", callback="order-status") == before + 1
 
 
+@on_both_stores
 def test_a_hostile_schema_in_the_body_is_never_evaluated(house: House, order: dict[str, Any]) -> None:
     schema: dict[str, Any] = {"$ref": "http://127.0.0.1:9/x.json", "$schema": "http://127.0.0.1:9/y.json"}
     schema["allOf"] = [{"$ref": "#"}, {"pattern": "(a+)+$"}, {"$dynamicRef": "#nowhere"}]
@@ -424,6 +447,7 @@ def test_a_hostile_schema_in_the_body_is_never_evaluated(house: House, order: di
     assert len(owed) == 2
 
 
+@on_both_stores
 def test_an_order_that_was_never_modified_is_stored_once(house: House, order: dict[str, Any]) -> None:
     del order["lastModified"]
     for body in (order, {"order": order, "notification": {}}, {**order, "total": {"includingVat": 1878.10}}):
@@ -432,6 +456,7 @@ def test_an_order_that_was_never_modified_is_stored_once(house: House, order: di
     assert len(house.stored(order["id"])) == 1
 
 
+@on_both_stores
 def test_the_sample_of_the_api_reference_is_taken_without_complaint(house: House) -> None:
     sample_order = json.loads((ORDERS / "order-api-request-sample.json").read_text())
 
@@ -478,6 +503,7 @@ def test_the_order_is_read_from_norce_and_the_body_is_no_evidence(house: House, 
     assert answer.status == 400
 
 
+@on_both_stores
 def test_a_validation_asked_three_times_leaves_nothing_behind(house: House, order: dict[str, Any]) -> None:
     house.norce[order["id"]] = order
     with house.store.read_connection() as connection:
@@ -504,8 +530,9 @@ def test_a_validation_that_no_route_answers_is_200_and_reads_nothing(house: Hous
 class Listening:
     """The whole service on loopback, in a thread of its own, with a stand-in for Norce."""
 
-    def __init__(self, folder: Path, text: str = CONFIG) -> None:
+    def __init__(self, folder: Path, text: str = CONFIG, *, store_url: str = "") -> None:
         self._folder = folder
+        self._store_url = store_url
         self._text = text
         self._up = threading.Event()
         self._loop = asyncio.new_event_loop()
@@ -530,7 +557,7 @@ class Listening:
         async with contextlib.AsyncExitStack() as stack:
             self.norce = NorceStandIn(ENVIRON["TOKEN"])
             address = await stack.enter_async_context(on_loopback(self.norce.app))
-            self.config = loaded(self._folder, address, self._text)
+            self.config = loaded(self._folder, self._store_url, norce=address, text=self._text)
             self.service = await stack.enter_async_context(running(self.config, build(self.config, POINTS)))
             self.address = self.service.public_address
             self._up.set()
@@ -728,12 +755,7 @@ def test_a_body_that_is_shorter_than_it_says_stores_nothing(listening: Listening
     after = listening.post(f"{ROOT}/after/order-status", content=b"{}")
 
     assert after.status_code == 200
-    with contextlib.closing(sqlite3.connect(configuration_path(listening))) as ledger:
-        assert ledger.execute("SELECT order_id FROM notifications WHERE order_id = 'short'").fetchall() == []
-
-
-def configuration_path(listening: Listening) -> str:
-    return listening.config.store.url.removeprefix("sqlite:///")
+    assert rows(listening.config.store.url, "SELECT order_id FROM notifications WHERE order_id = 'short'") == []
 
 
 @pytest.mark.parametrize("length", ["1", "999999999", "-1", "abc", None], ids=str)
@@ -791,6 +813,7 @@ def test_a_body_that_does_not_arrive_is_408(impatient: House, callback: str) -> 
     assert impatient.stored("slow") == []
 
 
+@on_both_stores
 def test_a_caller_who_goes_away_leaves_nothing(house: House) -> None:
     pieces = iter([{"type": "http.request", "body": b'{"id":"gone"}', "more_body": True}])
 
@@ -878,7 +901,7 @@ def test_a_full_database_is_503_and_heals_without_a_restart(tmp_path: Path) -> N
 def test_a_running_service_on_a_full_disk_is_not_ready_and_heals(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the full disk: the same error from the same system call."""
     service = Listening(tmp_path)
-    database = Path(configuration_path(service))
+    database = Path(service.config.store.url.removeprefix("sqlite:///"))
     written = Path(f"{database}-wal")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -903,6 +926,49 @@ def test_a_running_service_on_a_full_disk_is_not_ready_and_heals(tmp_path: Path)
     assert validation.status_code == 200
     assert again.status_code == 200
     assert (ready.status_code, ready.json()["ready"]) == (200, True)
+
+
+@contextlib.contextmanager
+def away(server: Server, url: str) -> Iterator[None]:
+    """The database cannot be reached: its connections end, and it takes no others."""
+    name = database_of(url)
+    with server.connect("postgres") as connection:
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+        connection.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
+        try:
+            yield
+        finally:
+            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+
+
+def test_a_database_that_is_away_is_503_and_not_ready_and_heals_without_a_restart(
+    tmp_path: Path, postgres: Server
+) -> None:
+    url = postgres.fresh()
+    service = Listening(tmp_path, store_url=url)
+    body = b'{"id":"lost"}'
+    try:
+        before = service.post(f"{ROOT}/before/order-status", content=b'{"id":"before"}')
+        with away(postgres, url):
+            refused = service.post(f"{ROOT}/lost/order-status", content=body)
+            unready = service.ready()
+            validation = service.post(f"{ROOT}/before/order-free")
+        again = service.post(f"{ROOT}/lost/order-status", content=body)
+        ready = service.ready()
+        stored = rows(url, "SELECT order_id FROM notifications ORDER BY id")
+    finally:
+        service.close()
+        postgres.drop(url)
+
+    assert before.status_code == 200
+    assert (refused.status_code, refused.json()["code"]) == (503, "store-unavailable")
+    assert int(refused.headers["retry-after"]) > 0
+    assert b"test_" not in refused.content
+    assert (unready.status_code, unready.json()["checks"]["store"]) == (503, False)
+    assert validation.status_code == 200
+    assert again.status_code == 200
+    assert (ready.status_code, ready.json()["ready"]) == (200, True)
+    assert stored == [("before",), ("lost",)]
 
 
 # --- who may call -----------------------------------------------------------------------------------------------------
@@ -996,6 +1062,7 @@ def test_who_may_not_call_is_not_told_what_is_configured(house: House) -> None:
     assert len({answer.body for answer in answers}) == 1
 
 
+@on_both_stores
 def test_a_secret_bound_to_merchants_is_good_for_these_alone(house: House) -> None:
     """Refused also where the body alone names the other merchant."""
     bound = [("content-type", "application/json"), ("x-bound", ENVIRON["BOUND"])]
@@ -1062,6 +1129,7 @@ def test_no_bytes_as_a_body_are_a_500(house: House, body: bytes, callback: str) 
     no_500(house.ask("o1", callback, body))
 
 
+@on_both_stores
 @fuzz
 @given(
     json_values | order_shaped | order_shaped.map(lambda order: {"notification": {}, "order": order}),
@@ -1074,6 +1142,7 @@ def test_no_json_is_a_500_nor_is_its_repeat(house: House, body: Any, callback: s
         no_500(house.ask("o1", callback, raw))
 
 
+@on_both_stores
 @fuzz
 @given(
     st.integers(0, 1100),
@@ -1090,6 +1159,7 @@ def test_no_depth_is_a_500_nor_is_its_repeat(house: House, depth: int, brackets:
             no_500(house.ask(order_id, callback, body.encode()))
 
 
+@on_both_stores
 @pytest.mark.parametrize(
     "number",
     [
@@ -1145,6 +1215,7 @@ def test_no_query_is_a_500(house: House, query: str, callback: str, identified: 
 segments = st.text(max_size=80).filter(lambda segment: segment and "/" not in segment)
 
 
+@on_both_stores
 @fuzz
 @given(segments, segments | st.sampled_from(["order-status", "order-free", "order-rules"]))
 def test_no_path_is_a_500(house: House, order_id: str, callback: str) -> None:
@@ -1211,6 +1282,7 @@ def events(logged: io.StringIO, name: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, logged.getvalue().splitlines()) if line["event"] == name]
 
 
+@on_both_stores
 def test_a_callback_is_one_line_with_its_facts(house: House, order: dict[str, Any], logged: io.StringIO) -> None:
     house.ask(order["id"], body=order)
 
@@ -1292,7 +1364,9 @@ PERSONAL = (
 )  # fmt: skip
 
 
-def test_no_personal_data_leaves_the_service_in_logs_metrics_or_errors(tmp_path: Path, logged: io.StringIO) -> None:
+def test_no_personal_data_leaves_the_service_in_logs_metrics_or_errors(
+    tmp_path: Path, store_url: str, logged: io.StringIO
+) -> None:
     address = {name: f"canary-{name}" for name in PERSONAL} | {"attributes": {"canary-name": "canary-value"}}
     person = new_order(
         customer={"type": "person", "billing": address, "shipping": address, "attributes": {"x": "canary-x"}},
@@ -1312,7 +1386,8 @@ def test_no_personal_data_leaves_the_service_in_logs_metrics_or_errors(tmp_path:
         async with contextlib.AsyncExitStack() as stack:
             norce = NorceStandIn(ENVIRON["TOKEN"])
             norce.put(person)
-            config = loaded(tmp_path, await stack.enter_async_context(on_loopback(norce.app)), text_)
+            address = await stack.enter_async_context(on_loopback(norce.app))
+            config = loaded(tmp_path, store_url, norce=address, text=text_)
             points: Any = [Point("shout", Shout), Point("blurt", Blurt)]
             service = await stack.enter_async_context(running(config, build(config, points)))
             http = await stack.enter_async_context(

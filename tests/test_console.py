@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from databases import rows
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.console import Health, console
@@ -18,15 +19,15 @@ from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
-from adapter.pauses import Policy
+from adapter.pauses import FOR_EVER, Policy
 
 
 class Stage:
     """The operations port over a real ledger, without a service."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "ledger.db"
-        self.store = Store.open(f"sqlite:///{self.path}")
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.store = Store.open(url)
         self.health = Health(started=True)
         self.health.checks["store"] = lambda: not self.store.failing
         self.metrics = Metrics("1.2.3")
@@ -42,7 +43,15 @@ class Stage:
 
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
-    made = Stage(tmp_path)
+    made = Stage(f"sqlite:///{tmp_path}/ledger.db")
+    yield made
+    made.store.close()
+
+
+@pytest.fixture
+def each_stage(store_url: str) -> Iterator[Stage]:
+    """For what is read from the ledger: once on each store."""
+    made = Stage(store_url)
     yield made
     made.store.close()
 
@@ -99,7 +108,7 @@ def test_it_is_not_ready_where_one_check_is_not_and_says_which(
     assert [name for name, well in answer.json()["checks"].items() if not well] == [check]
 
 
-def test_a_store_that_fails_makes_it_unready_until_the_next_write_is_well(stage: Stage) -> None:
+def test_a_store_that_fails_makes_it_unready_until_the_next_write_is_well(each_stage: Stage) -> None:
     def fails(connection: Any, _items: Any) -> list[None]:
         connection.exec_driver_sql("SELECT * FROM no_such_table")
         return [None]
@@ -108,13 +117,15 @@ def test_a_store_that_fails_makes_it_unready_until_the_next_write_is_well(stage:
         return [None for _ in items]
 
     async def walk() -> list[int]:
-        statuses = [(await stage.get("/readyz")).status_code]
+        statuses = [(await each_stage.get("/readyz")).status_code]
         with pytest.raises(StoreUnavailable):
-            await stage.store.write(fails, None)
-        statuses.append((await stage.get("/readyz")).status_code)
-        statuses.append(int(samples((await stage.get("/metrics")).text)["norce_adapter_store_available", frozenset()]))
-        await stage.store.write(works, None)
-        statuses.append((await stage.get("/readyz")).status_code)
+            await each_stage.store.write(fails, None)
+        statuses.append((await each_stage.get("/readyz")).status_code)
+        statuses.append(
+            int(samples((await each_stage.get("/metrics")).text)["norce_adapter_store_available", frozenset()])
+        )
+        await each_stage.store.write(works, None)
+        statuses.append((await each_stage.get("/readyz")).status_code)
         return statuses
 
     assert asyncio.run(walk()) == [200, 503, 0, 200]
@@ -146,9 +157,9 @@ def test_the_metrics_are_prometheus_text_with_every_name(stage: Stage) -> None:
     assert samples(answer.text)["norce_adapter_build_info", frozenset({("version", "1.2.3")})] == 1
 
 
-def test_the_metrics_tell_what_waits_in_the_ledger(stage: Stage) -> None:
+def test_the_metrics_tell_what_waits_in_the_ledger(each_stage: Stage) -> None:
     async def walk() -> str:
-        lanes = Lanes(stage.store, Lease(stage.store, version="0"), policy=Policy())
+        lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=Policy())
         queues = await lanes.open_queues([QueueKey(route="export", merchant="norce", channel="1")])
         for number in range(3):
             receipt = Receipt(
@@ -156,8 +167,8 @@ def test_the_metrics_tell_what_waits_in_the_ledger(stage: Stage) -> None:
                 order_id=f"canary-{number}", snapshot_at=1, source="callback", body=b"{}",
                 wanted=tuple(Wanted(queue_id=queue, refetch=True) for queue in queues.values()),
             )  # fmt: skip
-            await Inbox(stage.store).receive(receipt)
-        return (await stage.get("/metrics")).text
+            await Inbox(each_stage.store).receive(receipt)
+        return (await each_stage.get("/metrics")).text
 
     text = asyncio.run(walk())
 
@@ -168,12 +179,39 @@ def test_the_metrics_tell_what_waits_in_the_ledger(stage: Stage) -> None:
     assert "canary" not in text
 
 
+def test_the_metrics_tell_which_queues_are_paused(each_stage: Stage) -> None:
+    lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=Policy())
+    keys = [QueueKey(route="export", merchant=merchant, channel="1") for merchant in ("norce", "other")]
+
+    async def walk() -> str:
+        await lanes.open_queues(keys)
+        rows(each_stage.url, f"UPDATE queues SET paused_until = {FOR_EVER} WHERE merchant = 'norce'")
+        rows(each_stage.url, "UPDATE queues SET paused_until = 1 WHERE merchant = 'other'")
+        return (await each_stage.get("/metrics")).text
+
+    told = samples(asyncio.run(walk()))
+
+    paused = {labels: value for (name, labels), value in told.items() if name == "norce_adapter_queue_paused"}
+    assert paused == {frozenset({("route", "export"), ("merchant", "norce"), ("channel", "1")}): 1}
+
+
+def test_the_metrics_are_still_told_where_the_tables_cannot_be_read(each_stage: Stage) -> None:
+    rows(each_stage.url, "DROP TABLE attempts")
+    rows(each_stage.url, "DROP TABLE deliveries")
+
+    answer = each_stage.asks("/metrics")
+
+    assert answer.status_code == 200
+    assert samples(answer.text)["norce_adapter_store_available", frozenset()] == 1
+
+
 def test_the_metrics_are_still_told_where_the_ledger_cannot_be_read(stage: Stage) -> None:
     """A failing store is when they are needed most."""
     stage.store.failing = True
+    path = stage.url.removeprefix("sqlite:///")
     for suffix in ("", "-wal", "-shm"):
-        if os.path.exists(f"{stage.path}{suffix}"):
-            os.truncate(f"{stage.path}{suffix}", 0)
+        if os.path.exists(f"{path}{suffix}"):
+            os.truncate(f"{path}{suffix}", 0)
 
     answer = stage.asks("/metrics")
 

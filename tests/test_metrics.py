@@ -17,8 +17,8 @@ PACKAGE = Path(adapter.__file__).parent
 TABLE = {name: value for name, value in vars(Metrics("0")).items() if isinstance(value, MetricWrapperBase)}
 # What a label may say: names from the configuration or from a closed list. An order's id, say, is neither.
 LABELS = {
-    "callback", "channel", "key", "kind", "merchant", "origin", "outcome", "result", "route", "scheme", "source",
-    "state", "status", "verdict", "version",
+    "callback", "channel", "key", "kind", "loop", "merchant", "origin", "outcome", "result", "route", "scheme",
+    "source", "state", "status", "verdict", "version",
 }  # fmt: skip
 
 
@@ -48,7 +48,9 @@ def test_the_table_is_not_empty() -> None:
 def test_every_metric_is_used(name: str) -> None:
     shown_at_a_scrape = {"deliveries", "oldest_waiting", "queue_paused", "store_available", "build_info"}
 
-    used = re.search(rf"metrics\.{name}\b", elsewhere())
+    counted_by_a_method = {"loops_replaced": "loop_replaced"}
+
+    used = re.search(rf"metrics\.{counted_by_a_method.get(name, name)}\b", elsewhere())
 
     assert used or name in shown_at_a_scrape
 
@@ -106,3 +108,11 @@ def test_two_services_in_one_process_count_apart() -> None:
 
     assert one.registry.get_sample_value("norce_adapter_notifications_stored_total", {"result": "new"}) == 1
     assert other.registry.get_sample_value("norce_adapter_notifications_stored_total", {"result": "new"}) is None
+
+
+def test_a_loop_that_was_replaced_is_counted_with_the_route_that_held_it() -> None:
+    metrics = Metrics("0")
+    metrics.loop_replaced("plugins-deliveries", "export")
+
+    labels = {"loop": "plugins-deliveries", "route": "export"}
+    assert metrics.registry.get_sample_value("norce_adapter_plugins_loops_replaced_total", labels) == 1
