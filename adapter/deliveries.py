@@ -15,7 +15,7 @@ handler has looked it up (or has declared that repeating does no harm).
 | `Reject` | dead: rejected | waiting, still in doubt, then dead: unknown |
 | condition in error | dead: condition | - |
 | a handler that never lets go of its thread | dead: unknown | the same |
-| `Retry`, `Unknown` in a paused queue | as above, but the attempt does not count | the same |
+| `Retry`, `Unknown`, nothing there in a paused queue | as above, but the attempt does not count | the same |
 | `Misconfigured` | waiting, the queue pauses, the attempt does not count | the same, still in doubt |
 | `Unknown`, deadline, bug, shutdown | looked up when due; repeated where repeatable; else dead: unknown | as `Retry` |
 | released before the handler ran | waiting, due at once, the attempt does not count | the same, still in doubt |
@@ -64,6 +64,10 @@ class Ending(Enum):
     CONDITION = "condition"
     RELEASED = "released"  # given back before the handler was called
     BLOCKED = "blocked"  # the handler blocks its thread far past its deadline, and cannot be stopped
+
+
+class Interrupted(Unknown):
+    """It is we who ended the attempt, or never began it: unknown, but it says nothing about the far side."""
 
 
 Result = Done | Skip | Retry | Reject | Unknown | Misconfigured | Ending
@@ -151,9 +155,9 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
         case Ending.BLOCKED:
             return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
         case Ending.NOT_THERE:
-            if attempt.number > len(attempt.schedule):
+            if attempt.number > len(attempt.schedule) and not attempt.paused:
                 return Settlement(state=State.DEAD, reason=Reason.EXHAUSTED)
-            return Settlement(state=State.WAITING, due_at=attempt.ended_at)
+            return Settlement(state=State.WAITING, due_at=attempt.ended_at, counts=not attempt.paused)
         case _ if attempt.in_doubt and attempt.handling.looks_up:
             after = result.after if isinstance(result, Retry) else None
             return _by_schedule(attempt, known=False, then=Reason.UNKNOWN, not_before=after)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import Enum
 
-from adapter.deliveries import LONGEST_DEFERRAL, Ending, Result
+from adapter.deliveries import LONGEST_DEFERRAL, Ending, Interrupted, Result
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 
 FOR_EVER = 253_402_300_799_000  # the last second of the year 9999: until a person resumes
@@ -69,6 +69,8 @@ def after_attempt(queue: Pausing, result: Result, lane_id: int, now: int, policy
         case Done() | Skip() | Reject() | Ending.NOT_THERE:  # the far side has answered
             return queue if queue == RUNNING or queue.is_paused(now) else RUNNING
         case _ if queue.is_paused(now):  # it was under way when the pause began
+            return queue
+        case Interrupted():
             return queue
         case Retry() if result.after is not None and result.after > timedelta(0):
             until = now + _ms(min(result.after, LONGEST_DEFERRAL))

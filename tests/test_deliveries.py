@@ -13,6 +13,7 @@ from adapter.deliveries import (
     Attempt,
     Ending,
     Handling,
+    Interrupted,
     Reason,
     Result,
     Settlement,
@@ -99,6 +100,8 @@ def waiting(due: datetime, **more: object) -> Settlement:
             waiting(NOON, counts=False, pauses="destination-unauthorized"),
             id="misconfigured, the last",
         ),
+        pytest.param(Ending.BLOCKED, FIRST, dead(Reason.UNKNOWN, known=False), id="never lets go of its thread"),
+        pytest.param(Ending.BLOCKED, LAST, dead(Reason.UNKNOWN, known=False), id="never lets go, the last"),
         pytest.param(Ending.RELEASED, FIRST, waiting(NOON, counts=False), id="released"),
         pytest.param(Ending.RELEASED, LAST, waiting(NOON, counts=False), id="released, the last"),
     ],
@@ -165,6 +168,65 @@ def test_outside_doubt_what_follows_does_not_depend_on_the_handler(
     ],
 )
 def test_what_follows_an_attempt(result: Result, attempt: Attempt, expected: Settlement) -> None:
+    assert settle(result, attempt) == expected
+
+
+PAUSED = replace(FIRST, paused=True)
+PAUSED_LAST = replace(LAST, paused=True)
+PAUSED_LAST_LOOKUP = replace(LAST_LOOKUP, paused=True)
+
+
+@pytest.mark.parametrize(
+    ("result", "attempt", "expected"),
+    [
+        pytest.param(RETRY, PAUSED, waiting(NOON + 5 * SECOND, counts=False), id="retry"),
+        pytest.param(RETRY, PAUSED_LAST, waiting(NOON + 60 * SECOND, counts=False), id="retry, the last"),
+        pytest.param(
+            RETRY,
+            replace(PAUSED_LAST, number=99),
+            waiting(NOON + 60 * SECOND, counts=False),
+            id="retry, after the last",
+        ),
+        pytest.param(
+            Retry("busy", after=90 * SECOND), PAUSED_LAST, waiting(NOON + 90 * SECOND, counts=False), id="retry after"
+        ),
+        pytest.param(RETRY, replace(PAUSED, schedule=()), waiting(NOON, counts=False), id="retry, without a schedule"),
+        pytest.param(UNKNOWN, PAUSED_LAST, waiting(NOON + 60 * SECOND, known=False, counts=False), id="unknown"),
+        pytest.param(
+            UNKNOWN,
+            replace(PAUSED_LAST, handling=REPEATABLE),
+            waiting(NOON + 60 * SECOND, counts=False),
+            id="unknown: repeated",
+        ),
+        pytest.param(
+            UNKNOWN, replace(PAUSED, handling=NEITHER), dead(Reason.UNKNOWN, known=False), id="unknown: for a person"
+        ),
+        pytest.param(Interrupted("shutdown"), PAUSED, waiting(DOUBT_ENDS, known=False, counts=False), id="interrupted"),
+        pytest.param(
+            RETRY, PAUSED_LAST_LOOKUP, waiting(NOON + 60 * SECOND, known=False, counts=False), id="lookup: retry"
+        ),
+        pytest.param(
+            REJECT, PAUSED_LAST_LOOKUP, waiting(NOON + 60 * SECOND, known=False, counts=False), id="lookup: reject"
+        ),
+        pytest.param(
+            Ending.NOT_THERE,
+            PAUSED_LAST_LOOKUP,
+            waiting(NOON, counts=False),
+            id="lookup: not there, sent again at once",
+        ),
+        pytest.param(DONE, PAUSED_LAST, done(Reason.DELIVERED), id="done"),
+        pytest.param(REJECT, PAUSED, dead(Reason.REJECTED), id="reject"),
+        pytest.param(
+            MISCONFIGURED,
+            PAUSED_LAST,
+            waiting(NOON, counts=False, pauses="destination-unauthorized"),
+            id="misconfigured",
+        ),
+    ],
+)
+def test_in_a_paused_queue_a_failure_uses_up_nothing_of_the_schedule(
+    result: Result, attempt: Attempt, expected: Settlement
+) -> None:
     assert settle(result, attempt) == expected
 
 
@@ -276,6 +338,29 @@ def test_every_delivery_ends_whatever_its_attempts_bring(
             assert settlement.due_at >= attempt.doubt_ends_at
         now, in_doubt = settlement.due_at, not settlement.known
     raise AssertionError("still waiting after the schedule, its last lookup and what that found")
+
+
+@given(
+    result=st.sampled_from([RETRY, Retry("busy", after=timedelta(hours=3)), UNKNOWN, Interrupted("shutdown")]),
+    number=st.integers(1, 30),
+    in_doubt=st.booleans(),
+    handling=st.sampled_from(["looks up", "repeatable", "both"]),
+    schedule=schedules,
+    jitter=jitters,
+)
+def test_no_failure_in_a_paused_queue_makes_a_dead_letter_where_somebody_can_ask_or_repeat(
+    result: Result, number: int, in_doubt: bool, handling: str, schedule: list[timedelta], jitter: float
+) -> None:
+    can = HANDLINGS[handling]
+    attempt = replace(PAUSED, number=number, in_doubt=in_doubt, handling=can, schedule=schedule, jitter=jitter)
+
+    settlement = settle(result, attempt)
+
+    assert (settlement.state, settlement.counts) == (State.WAITING, False)
+    assert settlement.due_at is not None
+    assert settlement.due_at >= NOON
+    if not settlement.known:
+        assert settlement.due_at >= DOUBT_ENDS
 
 
 @given(
