@@ -15,7 +15,7 @@ from typing import Any, get_args
 import structlog
 
 from adapter.conditions import Result as Held
-from adapter.deliveries import Ending, Result
+from adapter.deliveries import Ending, Interrupted, Result
 from adapter.ledger.claims import Claim
 from adapter.norce.client import Norce
 from adapter.orders import NotAnOrder, Order, read_order
@@ -60,14 +60,13 @@ class Attempts:
         self._runner = runner
         self._norce = norce
         self._clock = clock
-        self._runs: set[Run[Any]] = set()
-        self._why = "deadline-passed"
+        self._runs: dict[Run[Any], str | None] = {}  # and why it was asked to stop
         self.stopping = False  # nothing is begun any more
 
     def cancel(self, why: str) -> None:
         """Asks every handler to stop; what it leaves is in doubt, with this code."""
-        self._why = why
         for run in self._runs:
+            self._runs[run] = why
             run.cancel()
 
     async def run(self, claim: Claim, queue: Queue) -> Ended:
@@ -79,7 +78,7 @@ class Attempts:
             return Ended(result=Ending.RELEASED, kind=kind)
         if claim.in_doubt and not looking_up and not handling.repeatable:
             return Ended(
-                result=Unknown("in-doubt", "an attempt ended without a known outcome, and cannot be looked up")
+                result=Interrupted("in-doubt", "an attempt ended without a known outcome, and cannot be looked up")
             )
         try:
             notification = await self._notification(claim, queue)
@@ -112,7 +111,9 @@ class Attempts:
         except LoopAbandoned as abandoned:
             if abandoned.blocked_by is run:
                 return Ended(result=Ending.BLOCKED, kind=kind, still_runs=run)
-            return Ended(result=Unknown("loop-abandoned", "another handler blocked the plugins' loop"), kind=kind)
+            if not abandoned.begun:
+                return Ended(result=Ending.RELEASED, kind=kind)
+            return Ended(result=Interrupted("loop-abandoned", "another handler blocked the plugins' loop"), kind=kind)
 
     async def _notification(self, claim: Claim, queue: Queue) -> Notification:
         if claim.body is None:
@@ -137,7 +138,7 @@ class Attempts:
 
     async def _result(self, run: Run[Any], route: Route, claim: Claim, *, looking_up: bool) -> Result:
         facts = {"route": route.name, "delivery_id": claim.delivery_id, "handler": route.handler_name}
-        self._runs.add(run)
+        self._runs[run] = None
         try:
             try:
                 value = await run.result(route.timeout)
@@ -151,14 +152,17 @@ class Attempts:
             task = asyncio.current_task()
             if task is not None and task.cancelling():
                 raise
-            return Unknown(self._why, "the handler was cancelled before it ended")
+            if not run.begun:  # the loop was held so long
+                return Ending.RELEASED
+            message, why = "the handler was cancelled before it ended", self._runs[run]
+            return Unknown("deadline-passed", message) if why is None else Interrupted(why, message)
         except Outcome as outcome:
             return _known(outcome)
         except Exception as error:  # a bug in a plugin: logged with its traceback, and in doubt
             log.error("handler_failed", order_id=claim.order_id, exc_info=error, **facts)
             return Unknown("handler-failed", f"the handler raised {type(error).__name__}")
         finally:
-            self._runs.discard(run)
+            del self._runs[run]
         if looking_up and value is None:
             return Ending.NOT_THERE
         if isinstance(value, Done) or (isinstance(value, Skip) and not looking_up):

@@ -11,7 +11,7 @@ held far past a deadline is abandoned and replaced: its runs end with `LoopAband
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, NoReturn, TypeVar
@@ -47,11 +47,15 @@ class DeadlinePassed(Exception):
 
 
 class LoopAbandoned(Exception):
-    """The loop was given up, for the run `blocked_by` (None where something else holds it) does not let go of it."""
+    """
+    The loop was given up, for the run `blocked_by` (None where something else holds it) does not let go of it. A
+    coroutine that had not `begun` by then never will.
+    """
 
-    def __init__(self, blocked_by: "Run[Any] | None") -> None:
+    def __init__(self, blocked_by: "Run[Any] | None", *, begun: bool) -> None:
         super().__init__("the plugins' loop was abandoned")
         self.blocked_by = blocked_by
+        self.begun = begun
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,18 @@ class _End(Generic[T]):
 
 
 class Run(Generic[T]):
-    """One call of a handler, seen from the loop that asked for it. `name` is its route; `deadline` is monotonic."""
+    """
+    One call of a handler, seen from the loop that asked for it. `name` is its route; `deadline` is monotonic; `begun`
+    says whether the handler has been called.
+    """
 
     def __init__(
         self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], *, name: str, deadline: float
     ) -> None:
         self.name = name
         self.deadline = deadline
+        self.begun = False
+        self.abandoned = False
         self._caller = asyncio.get_running_loop()
         self._loop = loop
         self._end: asyncio.Future[_End[T]] = self._caller.create_future()
@@ -102,10 +111,12 @@ class Run(Generic[T]):
         self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
 
     def abandon(self, blocked_by: "Run[Any] | None") -> None:
-        """Nobody waits for it any more; should it ever go on, it is cancelled."""
+        """Nobody waits for it any more; should it ever go on, it is cancelled before it does anything more."""
+        self.abandoned = True
+        begun = self.begun
         self.cancel()
         if not self._end.done():
-            self._end.set_result(_End(error=LoopAbandoned(blocked_by)))
+            self._end.set_result(_End(error=LoopAbandoned(blocked_by, begun=begun)))
 
     def when_over(self, told: Callable[[], None]) -> None:
         self._over.add_done_callback(lambda _: told())
@@ -119,7 +130,7 @@ class Run(Generic[T]):
     # --- on the plugins' loop ---
 
     def _begin(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        self.task = self._loop.create_task(coroutine)
+        self.task = self._loop.create_task(_Steps(self, coroutine))
         self.task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
@@ -139,6 +150,34 @@ class Run(Generic[T]):
             self._end.set_result(end)
         if not self._over.done():
             self._over.set_result(None)
+
+
+class _Steps(Coroutine[Any, Any, T]):
+    """
+    A run's coroutine, which looks before every step whether the run has been abandoned: to be told by the loop would be
+    too late for what is ready to go on when the thread lets go.
+    """
+
+    def __init__(self, run: Run[T], coroutine: Coroutine[Any, Any, T]) -> None:
+        self._run = run
+        self._coroutine = coroutine
+        self._told = False
+
+    def send(self, value: Any) -> Any:
+        self._run.begun = True  # before it is looked: `abandon` does it the other way round
+        if self._run.abandoned and not self._told:
+            return self.throw(asyncio.CancelledError())
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        self._told = self._run.abandoned
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._coroutine.__await__()
 
 
 class PluginLoop:
@@ -165,13 +204,13 @@ class PluginLoop:
         Whether the loop has shown no sign of life for so long, and the run that has it is as far past its deadline.
         Asks for the next sign.
         """
-        now = time.monotonic()
-        if self._asked_at is None:
+        now, asked_at = time.monotonic(), self._asked_at
+        if asked_at is None:
             self._asked_at = now
             self.loop.call_soon_threadsafe(self._alive)
             return False
         holding = self.holding()
-        late_since = self._asked_at if holding is None else max(self._asked_at, holding.deadline)
+        late_since = asked_at if holding is None else max(asked_at, holding.deadline)
         return now - late_since > patience.total_seconds()
 
     def holding(self) -> Run[Any] | None:

@@ -4,11 +4,13 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from adapter.norce.client import Account, Norce
 from adapter.orders import Order, read_order
@@ -27,12 +29,14 @@ from adapter.plugin import (
     Url,
     ValidationHandler,
 )
-from adapter.runner import Call, DeadlinePassed, Runner
+from adapter.runner import Call, DeadlinePassed, LoopAbandoned, Runner
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 AT_ONCE = timedelta(0)
 SHORTLY = timedelta(milliseconds=50)
 PATIENCE = 10
+HELD = timedelta(milliseconds=200)  # how long a handler may hold its loop past its deadline, where loops are watched
+OFTEN = timedelta(milliseconds=10)
 ORDER = read_order(b'{"id": "order-1"}')
 
 
@@ -119,6 +123,36 @@ async def running() -> AsyncIterator[Runner]:
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(test())
+
+
+@dataclass
+class Watched:
+    """A runner whose loops are looked after all the time. `replaced`: which loop, and the route that held it."""
+
+    runner: Runner
+    replaced: "asyncio.Queue[tuple[str, str]]"
+    thread: threading.Thread  # the first of the deliveries' threads
+
+    async def has_replaced(self) -> tuple[str, str]:
+        return await asyncio.wait_for(self.replaced.get(), PATIENCE)
+
+    async def has_ended(self) -> None:
+        """The first thread has let go, and everything that was on its loop has ended."""
+        await asyncio.to_thread(self.thread.join, PATIENCE)
+        assert not self.thread.is_alive()
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[Watched]:
+    told: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+    runner = Runner(make_norce=norce, clock=lambda: NOON, patience=HELD, replaced=lambda *which: told.put_nowait(which))
+    watching = asyncio.create_task(runner.watch(OFTEN))
+    try:
+        yield Watched(runner, told, runner._deliveries._thread)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await runner.stop(timedelta(seconds=PATIENCE))
 
 
 async def for_ever(_context: Context[ShopSettings]) -> Done:
@@ -322,6 +356,241 @@ def test_a_caller_that_stops_waiting_for_an_answer_cancels_the_handler() -> None
     run(test)
 
 
+# --- a loop that is held far past a deadline ------------------------------------------------------------------------
+
+SOON_OVER = replace(CALL, deadline=NOON + SHORTLY)
+
+
+async def done(_context: Context[ShopSettings]) -> Done:
+    return Done(str(threading.get_ident()))
+
+
+def test_a_loop_that_a_handler_holds_is_replaced_and_the_next_deliveries_run_on_the_new_one() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with watched() as watch:
+            with capture_logs() as logged:
+                held = watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+
+                assert await watch.has_replaced() == ("plugins-deliveries", "export")
+            told = {"loop": "plugins-deliveries", "route": "export"}
+            assert logged == [{"event": "plugins_loop_replaced", "log_level": "error", **told}]
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await held.ended()
+            assert abandoned.value.blocked_by is held
+            after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            assert after.reference not in ("", str(watch.thread.ident))
+            assert watch.thread.is_alive()
+
+            blocks.let_go.set()
+            await watch.has_ended()
+            assert watch.replaced.empty()
+
+    run(test)
+
+
+def test_a_run_is_over_only_when_its_thread_has_let_go() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with watched() as watch:
+            held = watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+            over = asyncio.create_task(held.over())
+            await asyncio.wait((over,), timeout=SHORTLY.total_seconds())
+            assert not over.done()
+
+            blocks.let_go.set()
+
+            await asyncio.wait_for(over, PATIENCE)
+            await watch.has_ended()
+
+    run(test)
+
+
+class Neighbour:
+    """A handler that shares the loop with one that blocks it: it waits, and then would do something."""
+
+    def __init__(self, wait: Callable[[asyncio.Event], Coroutine[Any, Any, Any]]) -> None:
+        self._wait = wait
+        self.go_on = asyncio.Event()
+        self.began = threading.Event()
+        self.effects: list[str] = []
+
+    async def __call__(self, _context: Context[ShopSettings]) -> Done:
+        try:
+            self.began.set()
+            await self._wait(self.go_on)
+            self.effects.append("sent")
+        except asyncio.CancelledError:
+            self.effects.append("cancelled")
+            raise
+        return Done()
+
+
+async def _woken_by_the_one_that_blocks(go_on: asyncio.Event) -> None:
+    await go_on.wait()
+
+
+async def _woken_at_every_turn(go_on: asyncio.Event) -> None:
+    while not go_on.is_set():  # noqa: ASYNC110 - to be ready at any moment is the point
+        await asyncio.sleep(0)
+
+
+async def _a_timer_that_passes(go_on: asyncio.Event) -> None:
+    await go_on.wait()
+    await asyncio.sleep(0.001)
+
+
+async def _a_thread_that_ends(go_on: asyncio.Event) -> None:
+    await asyncio.to_thread(lambda: None)
+    await asyncio.gather(go_on.wait(), asyncio.to_thread(lambda: None))
+
+
+@pytest.mark.parametrize(
+    "wait", [_woken_by_the_one_that_blocks, _woken_at_every_turn, _a_timer_that_passes, _a_thread_that_ends]
+)
+def test_its_neighbours_are_cancelled_before_they_do_anything_more(
+    wait: Callable[[asyncio.Event], Coroutine[Any, Any, Any]],
+) -> None:
+    async def test() -> None:
+        blocks, neighbour = Blocks(), Neighbour(wait)
+
+        async def wakes_it_and_blocks(context: Context[ShopSettings]) -> Done:
+            neighbour.go_on.set()  # it is ready to go on from here, and goes on when this one lets go
+            return await blocks(context)
+
+        async with watched() as watch:
+            beside = watch.runner.deliver(Does(neighbour), NOTIFICATION, CALL)
+            assert await asyncio.to_thread(neighbour.began.wait, PATIENCE)
+            held = watch.runner.deliver(Does(wakes_it_and_blocks), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await beside.ended()
+            assert (abandoned.value.blocked_by, abandoned.value.begun) == (held, True)
+            assert neighbour.effects == []
+            blocks.let_go.set()
+            await watch.has_ended()
+            assert neighbour.effects == ["cancelled"]
+
+    run(test)
+
+
+def test_a_handler_that_had_not_begun_when_its_loop_was_given_up_never_does() -> None:
+    async def test() -> None:
+        blocks, neighbour = Blocks(), Neighbour(_woken_at_every_turn)
+        async with watched() as watch:
+            watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            await blocks.has_begun()
+            waits = watch.runner.deliver(Does(neighbour), NOTIFICATION, CALL)
+            await watch.has_replaced()
+
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await waits.ended()
+            assert not abandoned.value.begun
+            blocks.let_go.set()
+            await watch.has_ended()
+            assert not neighbour.began.is_set()
+
+    run(test)
+
+
+def test_a_handler_that_blocks_and_then_awaits_is_cancelled_there() -> None:
+    async def test() -> None:
+        blocks, effects = Blocks(), []
+
+        async def blocks_and_sends(context: Context[ShopSettings]) -> Done:
+            await blocks(context)
+            await asyncio.sleep(0)
+            effects.append("sent")
+            return Done()
+
+        async with watched() as watch:
+            watch.runner.deliver(Does(blocks_and_sends), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+
+            blocks.let_go.set()
+            await watch.has_ended()
+
+            assert effects == []
+
+    run(test)
+
+
+def test_a_task_of_a_plugins_own_that_holds_the_loop_is_found_out_too() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+
+        async def leaves_a_task(context: Context[ShopSettings]) -> Done:
+            await asyncio.create_task(blocks(context))
+            return Done()
+
+        async with watched() as watch:
+            held = watch.runner.deliver(Does(leaves_a_task), NOTIFICATION, SOON_OVER)
+
+            assert await watch.has_replaced() == ("plugins-deliveries", "unknown")
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await held.ended()
+            assert abandoned.value.blocked_by is None
+            blocks.let_go.set()
+            await watch.has_ended()
+
+    run(test)
+
+
+def test_an_answer_that_holds_its_loop_is_given_up_and_deliveries_go_on() -> None:
+    class Dwells(Approves):
+        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+            await blocks(context)
+            return []
+
+    blocks = Blocks()
+
+    async def test() -> None:
+        async with watched() as watch:
+            thread = watch.runner._answers._thread
+            with pytest.raises(LoopAbandoned):
+                await watch.runner.validate(Dwells(), ORDER, SOON_OVER)
+
+            assert await watch.has_replaced() == ("plugins-answers", "export")
+            assert await watch.runner.validate(Approves(), ORDER, CALL) == []
+            after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            assert after.reference == str(watch.thread.ident)
+            blocks.let_go.set()
+            await asyncio.to_thread(thread.join, PATIENCE)
+
+    run(test)
+
+
+def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with running() as runner:
+            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            await blocks.has_begun()
+            runner._deliveries.is_held(AT_ONCE)  # asks for the sign of life that does not come
+
+            assert not runner._deliveries.is_held(AT_ONCE)
+            blocks.let_go.set()
+            await run.ended()
+
+    run(test)
+
+
+def test_a_loop_that_gives_a_sign_of_life_is_not_held_however_late_its_handlers_are() -> None:
+    async def test() -> None:
+        async with running() as runner:
+            late = runner.deliver(Does(for_ever), NOTIFICATION, replace(CALL, deadline=NOON - timedelta(minutes=1)))
+            await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            for _ in range(3):
+                assert not runner._deliveries.is_held(AT_ONCE)
+                await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+
+            late.cancel()
+
+    run(test)
+
+
 # --- stopping -------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +607,20 @@ def test_stopping_returns_although_a_handler_blocks_its_thread() -> None:
         blocks.let_go.set()
         assert await delivery.ended() == Done("late")
         await runner._deliveries.stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
+
+    run(test)
+
+
+def test_stopping_does_not_wait_for_a_thread_that_was_given_up() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with watched() as watch:
+            watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+
+        assert watch.thread.is_alive()
+        blocks.let_go.set()
+        await watch.has_ended()
 
     run(test)
 
