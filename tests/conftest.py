@@ -1,10 +1,12 @@
 """Fixtures that more than one room's tests use: databases of both kinds."""
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from databases import KINDS, Server, postgres_server
+from databases import KINDS, Files, Server, postgres_server
+from ledgers import HandClock, Ledger
 
 
 @pytest.fixture(scope="session")
@@ -14,11 +16,16 @@ def postgres() -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return Files(tmp_path_factory.mktemp("files"))
+
+
 @pytest.fixture(params=KINDS)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A new, empty database: once on SQLite, once on PostgreSQL."""
+    """A database with the ledger's tables and nothing in them: once on SQLite, once on PostgreSQL."""
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/adapter.db"
+        yield request.getfixturevalue("files").fresh(tmp_path)
         return
     server: Server = request.getfixturevalue("postgres")
     url = server.fresh()
@@ -26,3 +33,37 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         yield url
     finally:
         server.drop(url)
+
+
+@pytest.fixture
+def postgres_url(postgres: Server) -> Iterator[str]:
+    """The same on PostgreSQL only, for what takes several processes."""
+    url = postgres.fresh()
+    try:
+        yield url
+    finally:
+        postgres.drop(url)
+
+
+@pytest.fixture(params=KINDS)
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database without any tables."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/adapter.db"
+        return
+    server: Server = request.getfixturevalue("postgres")
+    url = server.empty()
+    try:
+        yield url
+    finally:
+        server.drop(url)
+
+
+@pytest.fixture
+def ledger(store_url: str) -> Iterator[Ledger]:
+    with asyncio.Runner() as loop:
+        ledger = Ledger(store_url, HandClock(), loop)
+        try:
+            yield ledger
+        finally:
+            ledger.store.close()

@@ -2,24 +2,38 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psycopg
 
+from adapter import ledger
+from adapter.ledger.store import Store
+
 KINDS = ("sqlite", "postgresql")
+TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions"
 
 
 class Server:
-    """A PostgreSQL in a folder of its own, reached by its socket. It flushes nothing to the disk."""
+    """
+    A PostgreSQL in a folder of its own, reached by its socket. It flushes nothing to the disk.
+
+    Databases with the ledger's tables are copied from one that was migrated, and used again: that is what makes a test
+    on PostgreSQL cost no more than one on a file.
+    """
 
     def __init__(self, server: Any) -> None:
         self._server = server
         self._host = server.get_postmaster_info().socket_dir
         self._made = 0
+        self._migrated: str | None = None
+        self._unused: list[str] = []
+        self._copies: set[str] = set()
         with self.connect("postgres") as connection:
             for name in ("fsync", "full_page_writes"):
                 connection.execute(f"ALTER SYSTEM SET {name} = off")
@@ -28,17 +42,94 @@ class Server:
     def connect(self, database: str) -> "psycopg.Connection[Any]":
         return psycopg.connect(host=str(self._host), user="postgres", dbname=database, autocommit=True)
 
+    def empty(self) -> str:
+        """The URL of a new database without any tables."""
+        return self._make("template0")
+
     def fresh(self) -> str:
-        """The URL of a new, empty database."""
+        """The URL of a database with the ledger's tables and nothing in them."""
+        if self._unused:
+            return self._unused.pop()
+        if self._migrated is None:
+            self._migrated = self.empty()
+            Store.open(self._migrated).close()
+            rows(self._migrated, "UPDATE marks SET value = 0")
+        url = self._make(f"{database_of(self._migrated)} STRATEGY FILE_COPY")
+        self._copies.add(url)
+        return url
+
+    def drop(self, url: str) -> None:
+        """Done with it, whoever may still be connected."""
+        name = database_of(url)
+        with self.connect("postgres") as connection:
+            if url not in self._copies:
+                connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+                return
+            connection.execute(f"ALTER DATABASE {name} RESET ALL")
+            connection.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name]
+            )
+        clear(url)
+        self._unused.append(url)
+
+    def disconnect(self, url: str) -> None:
+        """Ends everybody's connections to this database."""
+        ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
+        with self.connect("postgres") as connection:
+            connection.execute(ended, [database_of(url)])
+
+    def stop(self) -> None:
+        """At once, as in a crash of its machine."""
+        process = self._server.get_postmaster_info().process
+        process.send_signal(signal.SIGQUIT)
+        process.wait(10)
+
+    def start(self) -> None:
+        self._server.ensure_postgres_running()
+        assert self._server.get_postmaster_info().socket_dir == self._host
+
+    def _make(self, template: str) -> str:
         self._made += 1
         name = f"test_{os.getpid()}_{self._made}"
         with self.connect("postgres") as connection:
-            connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
         return f"postgresql+psycopg://postgres@/{name}?host={self._host}"
 
-    def drop(self, url: str) -> None:
-        with self.connect("postgres") as connection:
-            connection.execute(f"DROP DATABASE IF EXISTS {database_of(url)} WITH (FORCE)")
+
+class Files:
+    """SQLite files in a folder, copied from one that was migrated."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._migrated = folder / "migrated.db"
+        self._made = 0
+
+    def fresh(self, folder: Path | None = None) -> str:
+        if not self._migrated.exists():
+            Store.open(f"sqlite:///{self._migrated}").close()
+            clear(f"sqlite:///{self._migrated}")
+        self._made += 1
+        path = (folder or self._folder) / ("adapter.db" if folder else f"adapter-{self._made}.db")
+        shutil.copyfile(self._migrated, path)
+        return f"sqlite:///{path}"
+
+
+def clear(url: str) -> None:
+    """Nothing is in the tables any more, and keys count from 1 again."""
+    if url.startswith("sqlite"):
+        for table in reversed(TABLES.split(", ")):  # what refers to others first
+            rows(url, f"DELETE FROM {table}")
+    else:
+        rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY")
+    rows(url, "UPDATE marks SET value = 0")
+    rows(url, f"UPDATE alembic_version SET version_num = '{head()}'")
+
+
+@cache
+def head() -> str:
+    """The newest revision."""
+    versions = Path(ledger.__file__).parent / "migrations" / "versions"
+    return max(path.name for path in versions.glob("[0-9]*.py")).partition("_")[0]
 
 
 def database_of(url: str) -> str:

@@ -1,211 +1,40 @@
-"""What the service remembers: intake, claims and records on a real SQLite file, with a clock that the test moves."""
+"""What the service remembers: intake, claims and records on real databases, with a clock that the test moves."""
 
 import asyncio
 import json
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.migration import MigrationContext
-from databases import rows
-from sqlalchemy import Connection, event, text
-
-from adapter.deliveries import Attempt, Ending, Handling, Result
-from adapter.ledger.claims import LONGEST_MESSAGE, Ask, Claim, QueueKey, Record, Taken
-from adapter.ledger.clock import Clock
-from adapter.ledger.desk import Desk
-from adapter.ledger.inbox import MOST_CONFLICTS, Inbox, Receipt, Received, Wanted
-from adapter.ledger.lanes import Lanes
-from adapter.ledger.lease import Lease
-from adapter.ledger.matching import Matching
-from adapter.ledger.schema import metadata
-from adapter.ledger.store import (
-    Store,
-    StoreBusy,
-    StoreInUse,
-    StoreMissing,
-    StoreUnavailable,
-    open_for_reading,
+from ledgers import (
+    CONDITION,
+    DELIVERED,
+    DOUBT,
+    EXHAUSTED,
+    HOUR,
+    MISCONFIGURED,
+    MOVED_ON,
+    NOON,
+    NOT_THERE,
+    REJECTED,
+    RELEASED,
+    SKIPPED,
+    UNKNOWN,
+    Ends,
+    Ledger,
+    body_of,
+    in_doubt,
+    receipt,
+    waiting,
 )
-from adapter.pauses import Policy
-from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
+
+from adapter.ledger.claims import LONGEST_MESSAGE, Ask
+from adapter.ledger.desk import Desk
+from adapter.ledger.inbox import MOST_CONFLICTS, Received
+from adapter.ledger.matching import Matching
 
 T = TypeVar("T")
-NOON = 1_770_120_000_000
-HOUR = 3_600_000
-DOUBT = 60_000
-EXPORT = QueueKey(route="export", merchant="fjallboden", channel="1")
-HISTORY = QueueKey(route="history", merchant="fjallboden", channel="1")
-OTHER = QueueKey(route="export", merchant="annan", channel="1")
-
-CANNOT_TELL = Handling(looks_up=False, repeatable=False)
-LOOKS_UP = Handling(looks_up=True, repeatable=False)
-
-
-@dataclass(frozen=True)
-class Ends:
-    """How an attempt ends; `due` is when the schedule wants the next one, and None where it is used up."""
-
-    result: Result
-    reason: str = ""
-    due: int | None = None
-    handling: Handling = CANNOT_TELL
-
-
-DELIVERED = Ends(Done(), "delivered")
-SKIPPED = Ends(Skip("nothing-to-do"), "skipped")
-REJECTED = Ends(Reject("no-such-shop"), "rejected")
-EXHAUSTED = Ends(Retry("destination-busy"), "exhausted")
-CONDITION = Ends(Ending.CONDITION, "condition")
-MOVED_ON = Ends(Ending.MOVED_ON, "moved_on")
-UNKNOWN = Ends(Unknown("connection-lost"), "unknown")
-RELEASED = Ends(Ending.RELEASED)
-NOT_THERE = Ends(Ending.NOT_THERE, due=0)
-MISCONFIGURED = Ends(Misconfigured("destination-unauthorized"))
-
-
-def waiting(due: int) -> Ends:
-    return Ends(Retry("destination-busy"), due=due)
-
-
-def in_doubt(due: int) -> Ends:
-    return Ends(Unknown("connection-lost"), due=due, handling=LOOKS_UP)
-
-
-class HandClock(Clock):
-    """Moves when the test moves it."""
-
-    def __init__(self, now: int = NOON) -> None:
-        self.now = now
-
-    def __call__(self) -> int:
-        return self.now
-
-    def read(self, connection: Connection, *, alone: bool = False) -> int:
-        return self.now
-
-
-class Ledger:
-    """A ledger of three queues, driven from a test that is not a coroutine."""
-
-    def __init__(self, url: str, clock: HandClock, loop: asyncio.Runner) -> None:
-        self.url, self.clock, self._loop = url, clock, loop
-        self.store = Store.open(url, clock=clock)
-        self.lease = Lease(self.store, version="test")
-        self.do(self.lease.enter())
-        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=Policy())
-        self.queues = self.do(self.lanes.open_queues([EXPORT, HISTORY, OTHER]))
-        self.export, self.history, self.other = (self.queues[key] for key in (EXPORT, HISTORY, OTHER))
-
-    def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run(work)
-
-    def receive(self, receipt: Receipt) -> Received:
-        return self.do(self.inbox.receive(receipt))
-
-    def take(self, *queues: int, most: int = 100, concurrency: int = 100) -> Taken:
-        asks = [Ask(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)]
-        return self.do(self.lanes.claim(asks, most))
-
-    def claim(self, *queues: int, most: int = 100) -> list[Claim]:
-        return self.take(*queues, most=most).claims
-
-    def claim_one(self, *queues: int) -> Claim:
-        (claim,) = self.claim(*queues)
-        return claim
-
-    def next_due_at(self) -> int | None:
-        return self.take(*self.queues.values(), most=0).next_due_at
-
-    def settle(self, claim: Claim, ends: Ends = DELIVERED, **more: Any) -> bool:
-        now = self.clock.now
-        attempt = Attempt(
-            number=claim.attempt,
-            in_doubt=claim.in_doubt,
-            ended_at=moment(now),
-            doubt_ends_at=moment(now if ends.due is not None else claim.doubt_ends_at),
-            handling=ends.handling,
-            schedule=() if ends.due is None else [timedelta(milliseconds=max(ends.due - now, 0))] * 50,
-            jitter=0,
-        )
-        more = {"kind": "deliver", "outcome": "done", **more}
-        return self.do(self.lanes.settle(Record(claim=claim, result=ends.result, attempt=attempt, **more))) is not None
-
-    def owed(self, *snapshots: int, refetch: bool = True, order_id: str = "order-1") -> None:
-        """Receives a notification for each snapshot, in this order."""
-        queue = self.export if refetch else self.history
-        for snapshot in snapshots:
-            self.receive(receipt(order_id, snapshot, wanted=[(queue, refetch)]))
-
-    def states(self) -> list[tuple[int, str, str | None]]:
-        """Snapshot, state and reason of every delivery, in the order of arrival."""
-        return self.rows("SELECT snapshot_at, state, reason FROM deliveries ORDER BY id")
-
-    def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        return rows(self.url, sql)
-
-    def reopened(self) -> "Ledger":
-        """As after a crash: nothing is settled, the lease has ended, and the next process enters."""
-        self.store.close()
-        rows(self.url, "UPDATE processes SET lease_until = 0")
-        return Ledger(self.url, self.clock, self._loop)
-
-
-@pytest.fixture
-def ledger(store_url: str) -> Iterator[Ledger]:
-    with asyncio.Runner() as loop:
-        ledger = Ledger(store_url, HandClock(), loop)
-        try:
-            yield ledger
-        finally:
-            ledger.store.close()
-
-
-@pytest.fixture
-def in_a_file(tmp_path: Path) -> Iterator[Ledger]:
-    """A ledger on SQLite, for what only SQLite has."""
-    with asyncio.Runner() as loop:
-        ledger = Ledger(f"sqlite:///{tmp_path}/adapter.db", HandClock(), loop)
-        try:
-            yield ledger
-        finally:
-            ledger.store.close()
-
-
-def moment(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def body_of(order_id: str, snapshot: int, **members: Any) -> bytes:
-    return json.dumps({"id": order_id, "total": 100.0, "snapshot": snapshot, **members}).encode()
-
-
-def receipt(
-    order_id: str = "order-1",
-    snapshot: int | None = 1,
-    *,
-    wanted: Sequence[tuple[int, bool]] = (),
-    body: bytes | None = None,
-    identity: bytes | None = None,
-    source: str = "callback",
-) -> Receipt:
-    return Receipt(
-        identity=identity if identity is not None else f"{order_id}/{snapshot}".encode(),
-        merchant="fjallboden",
-        channel="1",
-        callback="order-status",
-        order_id=order_id,
-        snapshot_at=snapshot,
-        source=source,
-        body=body if body is not None else body_of(order_id, snapshot or 0),
-        wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
-    )
 
 
 # --- intake ---------------------------------------------------------------------------------------------------------
@@ -335,217 +164,6 @@ def test_without_a_moment_of_its_own_a_notification_takes_the_place_of_its_arriv
     ledger.receive(receipt(snapshot=None, wanted=[(ledger.export, True)]))
 
     assert ledger.states() == [(NOON, "waiting", None)]
-
-
-# --- the writer -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def commits_counted(store: Store) -> Iterator[list[str]]:
-    commits: list[str] = []
-
-    def count(_connection: Connection) -> None:
-        commits.append("commit")
-
-    event.listen(store.engine, "commit", count)
-    yield commits
-    event.remove(store.engine, "commit", count)
-
-
-def test_what_arrives_together_is_one_transaction(ledger: Ledger) -> None:
-    async def together() -> list[Received]:
-        wanted = [(ledger.export, True)]
-        return await asyncio.gather(*(ledger.inbox.receive(receipt(f"o-{n}", wanted=wanted)) for n in range(50)))
-
-    with commits_counted(ledger.store) as commits:
-        received = ledger.do(together())
-
-    assert received == [Received.NEW] * 50
-    assert commits == ["commit"]
-    assert len(ledger.rows("SELECT 1 FROM notifications")) == 50
-
-
-def test_what_arrives_while_a_transaction_is_being_committed_becomes_the_next_one(ledger: Ledger) -> None:
-    writing, go_on = threading.Event(), threading.Event()
-
-    def slowly(_connection: Connection, items: Sequence[Any]) -> Sequence[Any]:
-        writing.set()
-        go_on.wait(10)
-        return items
-
-    async def in_two_waves() -> None:
-        first = asyncio.create_task(ledger.store.write(slowly, 0))
-        await asyncio.to_thread(writing.wait, 10)
-        rest = [asyncio.create_task(ledger.store.write(_as_is, n)) for n in range(10)]
-        await asyncio.sleep(0)
-        go_on.set()
-        await asyncio.gather(first, *rest)
-
-    with commits_counted(ledger.store) as commits:
-        ledger.do(in_two_waves())
-
-    assert commits == ["commit", "commit"]
-
-
-def _as_is(_connection: Connection, items: Sequence[Any]) -> Sequence[Any]:
-    return items
-
-
-def test_a_row_that_cannot_be_stored_fails_alone(ledger: Ledger) -> None:
-    wanted = [(ledger.export, True)]
-
-    async def together() -> list[Received | BaseException]:
-        each = [receipt("o-1", wanted=wanted), receipt("o-\ud800", identity=b"x", body=b"{}", wanted=wanted)]
-        each.append(receipt("o-3", wanted=wanted))
-        return await asyncio.gather(*(ledger.inbox.receive(one) for one in each), return_exceptions=True)
-
-    first, second, third = ledger.do(together())
-
-    assert (first, third) == (Received.NEW, Received.NEW)
-    assert isinstance(second, UnicodeEncodeError)
-    assert ledger.rows("SELECT order_id FROM notifications ORDER BY id") == [("o-1",), ("o-3",)]
-    assert len(ledger.states()) == 2
-    assert not ledger.store.failing
-
-
-def test_a_value_of_a_type_that_no_column_takes_is_no_failure_of_the_database(ledger: Ledger) -> None:
-    def odd(connection: Connection, items: Sequence[Any]) -> list[None]:
-        for item in items:
-            connection.execute(text("INSERT INTO processes VALUES (:id, 0, 4000000000000, 'x')"), {"id": item})
-        return [None] * len(items)
-
-    async def together() -> list[BaseException | None]:
-        values: list[Any] = [100, {"no": "column"}, 101]
-        return await asyncio.gather(*(ledger.store.write(odd, each) for each in values), return_exceptions=True)
-
-    first, second, third = ledger.do(together())
-
-    assert first is third is None
-    assert isinstance(second, Exception)
-    assert not isinstance(second, StoreUnavailable)
-    assert not ledger.store.failing
-
-
-class Disk:
-    """A disk that is full while it is told to be, without a file system of its own."""
-
-    def __init__(self, store: Store) -> None:
-        self.full = False
-        event.listen(store.engine, "begin", self._limit)
-
-    def _limit(self, connection: Connection) -> None:
-        # SQLite never goes below what the file has already: 1 means "not a page more".
-        connection.exec_driver_sql(f"PRAGMA max_page_count = {1 if self.full else 1_000_000}")
-
-
-def test_a_full_disk_is_said_and_heals_without_a_restart(in_a_file: Ledger) -> None:
-    disk = Disk(in_a_file.store)
-    wanted = [(in_a_file.export, True)]
-    large = b'{"filler": "' + b"x" * 100_000 + b'"}'
-    in_a_file.receive(receipt("before", wanted=wanted))
-
-    disk.full = True
-    for _ in range(2):
-        with pytest.raises(StoreUnavailable, match="full"):
-            in_a_file.receive(receipt("during", wanted=wanted, body=large))
-    assert in_a_file.store.failing
-
-    disk.full = False
-    assert in_a_file.receive(receipt("during", wanted=wanted, body=large)) is Received.NEW
-    assert not in_a_file.store.failing
-    assert in_a_file.rows("SELECT order_id FROM notifications ORDER BY id") == [("before",), ("during",)]
-    assert [claim.order_id for claim in in_a_file.claim()] == ["before", "during"]
-
-
-def test_on_a_full_disk_everybody_of_the_group_is_told(in_a_file: Ledger) -> None:
-    disk = Disk(in_a_file.store)
-    disk.full = True
-
-    async def together() -> list[Received | BaseException]:
-        each = [receipt(f"o-{n}", body=b'"' + b"x" * 50_000 + b'"') for n in range(5)]
-        return await asyncio.gather(*(in_a_file.inbox.receive(one) for one in each), return_exceptions=True)
-
-    answers = in_a_file.do(together())
-
-    assert [type(answer) for answer in answers] == [StoreUnavailable] * 5
-    assert in_a_file.rows("SELECT 1 FROM notifications") == []
-
-
-def test_a_beat_finds_that_the_store_has_healed(in_a_file: Ledger) -> None:
-    disk = Disk(in_a_file.store)
-    disk.full = True
-    with pytest.raises(StoreUnavailable):
-        in_a_file.receive(receipt(body=b'"' + b"x" * 100_000 + b'"'))
-    disk.full = False
-
-    in_a_file.do(in_a_file.lease.renew())
-
-    assert not in_a_file.store.failing
-
-
-def test_beyond_its_capacity_the_store_is_busy_and_takes_more_afterwards(ledger: Ledger) -> None:
-    ledger.store.capacity = 3
-
-    async def together() -> list[Received | BaseException]:
-        return await asyncio.gather(
-            *(ledger.inbox.receive(receipt(f"o-{n}")) for n in range(5)), return_exceptions=True
-        )
-
-    answers = ledger.do(together())
-
-    assert answers[:3] == [Received.NEW] * 3
-    assert [type(answer) for answer in answers[3:]] == [StoreBusy] * 2
-    assert ledger.receive(receipt("o-4")) is Received.NEW
-
-
-def test_a_second_process_does_not_get_the_database(in_a_file: Ledger) -> None:
-    with pytest.raises(StoreInUse):
-        Store.open(in_a_file.url)
-
-    assert in_a_file.receive(receipt()) is Received.NEW
-
-
-def test_a_closed_store_gives_the_database_back(ledger: Ledger) -> None:
-    ledger.store.close()
-
-    Store.open(ledger.url).close()
-
-
-def test_where_the_database_cannot_be_made_opening_says_so(tmp_path: Path) -> None:
-    (tmp_path / "a-file").write_text("")
-
-    with pytest.raises(StoreUnavailable):
-        Store.open(f"sqlite:///{tmp_path}/a-file/adapter.db")
-
-
-def test_a_file_that_is_no_database_is_refused_and_given_back(tmp_path: Path) -> None:
-    path = tmp_path / "adapter.db"
-    path.write_bytes(b"this is no database, only some text that is long enough to look at" * 20)
-
-    for _ in range(2):  # the second time shows that the lock was given back
-        with pytest.raises(StoreUnavailable):
-            Store.open(f"sqlite:///{path}")
-
-
-def test_the_migrations_make_exactly_the_tables_of_the_schema(ledger: Ledger) -> None:
-    with ledger.store.read_connection() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), metadata)
-
-    assert differences == []
-
-
-def test_commits_are_flushed_to_the_disk(in_a_file: Ledger) -> None:
-    def pragmas(connection: Connection, items: Sequence[None]) -> list[tuple[str, int]]:
-        names = ("journal_mode", "synchronous")
-        journal, synchronous = (connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names)
-        return [(journal, synchronous) for _ in items]
-
-    assert in_a_file.do(in_a_file.store.write(pragmas, None)) == ("wal", 2)
-
-
-def test_a_reader_that_comes_before_the_first_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(StoreMissing):
-        open_for_reading(f"sqlite:///{tmp_path}/adapter.db")
 
 
 # --- stale snapshots ------------------------------------------------------------------------------------------------
@@ -1032,14 +650,3 @@ def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None
     assert overview.by_route == {("export", "waiting"): 1, ("export", "dead"): 1}
     assert overview.oldest_waiting_seconds == {"export": 90.0}
     assert overview.paused == {("export", "fjallboden", "1"): "destination-unauthorized"}
-
-
-def test_a_node_that_finds_a_newer_revision_than_it_knows_works_with_it(ledger: Ledger) -> None:
-    ledger.store.close()
-    ledger.rows("UPDATE alembic_version SET version_num = '9999'")
-
-    after = Ledger(ledger.url, ledger.clock, ledger._loop)
-
-    assert after.receive(receipt()) is Received.NEW
-    assert after.rows("SELECT version_num FROM alembic_version") == [("9999",)]
-    after.store.close()

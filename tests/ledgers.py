@@ -1,0 +1,171 @@
+"""A ledger that a test drives: of three queues, on either database, with a clock that the test moves."""
+
+import asyncio
+import json
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
+
+from databases import rows
+from sqlalchemy import Connection
+
+from adapter.deliveries import Attempt, Ending, Handling, Result
+from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
+from adapter.ledger.clock import Clock
+from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
+from adapter.ledger.store import Store
+from adapter.pauses import Policy
+from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
+
+T = TypeVar("T")
+NOON = 1_770_120_000_000
+HOUR = 3_600_000
+DOUBT = 60_000
+EXPORT = QueueKey(route="export", merchant="fjallboden", channel="1")
+HISTORY = QueueKey(route="history", merchant="fjallboden", channel="1")
+OTHER = QueueKey(route="export", merchant="annan", channel="1")
+
+CANNOT_TELL = Handling(looks_up=False, repeatable=False)
+LOOKS_UP = Handling(looks_up=True, repeatable=False)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How an attempt ends; `due` is when the schedule wants the next one, and None where it is used up."""
+
+    result: Result
+    reason: str = ""
+    due: int | None = None
+    handling: Handling = CANNOT_TELL
+
+
+DELIVERED = Ends(Done(), "delivered")
+SKIPPED = Ends(Skip("nothing-to-do"), "skipped")
+REJECTED = Ends(Reject("no-such-shop"), "rejected")
+EXHAUSTED = Ends(Retry("destination-busy"), "exhausted")
+CONDITION = Ends(Ending.CONDITION, "condition")
+MOVED_ON = Ends(Ending.MOVED_ON, "moved_on")
+UNKNOWN = Ends(Unknown("connection-lost"), "unknown")
+RELEASED = Ends(Ending.RELEASED)
+NOT_THERE = Ends(Ending.NOT_THERE, due=0)
+MISCONFIGURED = Ends(Misconfigured("destination-unauthorized"))
+
+
+def waiting(due: int) -> Ends:
+    return Ends(Retry("destination-busy"), due=due)
+
+
+def in_doubt(due: int) -> Ends:
+    return Ends(Unknown("connection-lost"), due=due, handling=LOOKS_UP)
+
+
+class HandClock(Clock):
+    """Moves when the test moves it."""
+
+    def __init__(self, now: int = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> int:
+        return self.now
+
+    def read(self, connection: Connection, *, alone: bool = False) -> int:
+        return self.now
+
+
+class Ledger:
+    """A ledger of three queues, driven from a test that is not a coroutine."""
+
+    def __init__(self, url: str, clock: HandClock, loop: asyncio.Runner) -> None:
+        self.url, self.clock, self._loop = url, clock, loop
+        self.store = Store.open(url, clock=clock)
+        self.lease = Lease(self.store, version="test")
+        self.do(self.lease.enter())
+        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=Policy())
+        self.queues = self.do(self.lanes.open_queues([EXPORT, HISTORY, OTHER]))
+        self.export, self.history, self.other = (self.queues[key] for key in (EXPORT, HISTORY, OTHER))
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run(work)
+
+    def receive(self, receipt: Receipt) -> Received:
+        return self.do(self.inbox.receive(receipt))
+
+    def take(self, *queues: int, most: int = 100, concurrency: int = 100) -> Taken:
+        asks = [Ask(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)]
+        return self.do(self.lanes.claim(asks, most))
+
+    def claim(self, *queues: int, most: int = 100) -> list[Claim]:
+        return self.take(*queues, most=most).claims
+
+    def claim_one(self, *queues: int) -> Claim:
+        (claim,) = self.claim(*queues)
+        return claim
+
+    def next_due_at(self) -> int | None:
+        return self.take(*self.queues.values(), most=0).next_due_at
+
+    def settle(self, claim: Claim, ends: Ends = DELIVERED, **more: Any) -> bool:
+        now = self.clock.now
+        attempt = Attempt(
+            number=claim.attempt,
+            in_doubt=claim.in_doubt,
+            ended_at=moment(now),
+            doubt_ends_at=moment(now if ends.due is not None else claim.doubt_ends_at),
+            handling=ends.handling,
+            schedule=() if ends.due is None else [timedelta(milliseconds=max(ends.due - now, 0))] * 50,
+            jitter=0,
+        )
+        more = {"kind": "deliver", "outcome": "done", **more}
+        return self.do(self.lanes.settle(Record(claim=claim, result=ends.result, attempt=attempt, **more))) is not None
+
+    def owed(self, *snapshots: int, refetch: bool = True, order_id: str = "order-1") -> None:
+        """Receives a notification for each snapshot, in this order."""
+        queue = self.export if refetch else self.history
+        for snapshot in snapshots:
+            self.receive(receipt(order_id, snapshot, wanted=[(queue, refetch)]))
+
+    def states(self) -> list[tuple[int, str, str | None]]:
+        """Snapshot, state and reason of every delivery, in the order of arrival."""
+        return self.rows("SELECT snapshot_at, state, reason FROM deliveries ORDER BY id")
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        return rows(self.url, sql)
+
+    def reopened(self) -> "Ledger":
+        """As after a crash: nothing is settled, the lease has ended, and the next process enters."""
+        self.store.close()
+        rows(self.url, "UPDATE processes SET lease_until = 0")
+        return Ledger(self.url, self.clock, self._loop)
+
+
+def moment(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def body_of(order_id: str, snapshot: int, **members: Any) -> bytes:
+    return json.dumps({"id": order_id, "total": 100.0, "snapshot": snapshot, **members}).encode()
+
+
+def receipt(
+    order_id: str = "order-1",
+    snapshot: int | None = 1,
+    *,
+    wanted: Sequence[tuple[int, bool]] = (),
+    body: bytes | None = None,
+    identity: bytes | None = None,
+    source: str = "callback",
+) -> Receipt:
+    return Receipt(
+        identity=identity if identity is not None else f"{order_id}/{snapshot}".encode(),
+        merchant="fjallboden",
+        channel="1",
+        callback="order-status",
+        order_id=order_id,
+        snapshot_at=snapshot,
+        source=source,
+        body=body if body is not None else body_of(order_id, snapshot or 0),
+        wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
+    )
