@@ -122,6 +122,7 @@ def clear(url: str) -> None:
     else:
         rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY")
     rows(url, "UPDATE marks SET value = 0")
+    rows(url, "DELETE FROM marks WHERE name NOT LIKE 'clock%'")
     rows(url, f"UPDATE alembic_version SET version_num = '{head()}'")
 
 

@@ -93,9 +93,11 @@ class Ledger:
     def receive(self, receipt: Receipt) -> Received:
         return self.do(self.inbox.receive(receipt))
 
+    def asks(self, *queues: int, concurrency: int = 100) -> list[Ask]:
+        return [Ask(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)]
+
     def take(self, *queues: int, most: int = 100, concurrency: int = 100) -> Taken:
-        asks = [Ask(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)]
-        return self.do(self.lanes.claim(asks, most))
+        return self.do(self.lanes.claim(self.asks(*queues, concurrency=concurrency), most))
 
     def claim(self, *queues: int, most: int = 100) -> list[Claim]:
         return self.take(*queues, most=most).claims
@@ -108,6 +110,9 @@ class Ledger:
         return self.take(*self.queues.values(), most=0).next_due_at
 
     def settle(self, claim: Claim, ends: Ends = DELIVERED, **more: Any) -> bool:
+        return self.do(self.settle_later(claim, ends, **more))
+
+    async def settle_later(self, claim: Claim, ends: Ends = DELIVERED, **more: Any) -> bool:
         now = self.clock.now
         attempt = Attempt(
             number=claim.attempt,
@@ -119,7 +124,7 @@ class Ledger:
             jitter=0,
         )
         more = {"kind": "deliver", "outcome": "done", **more}
-        return self.do(self.lanes.settle(Record(claim=claim, result=ends.result, attempt=attempt, **more))) is not None
+        return await self.lanes.settle(Record(claim=claim, result=ends.result, attempt=attempt, **more)) is not None
 
     def owed(self, *snapshots: int, refetch: bool = True, order_id: str = "order-1") -> None:
         """Receives a notification for each snapshot, in this order."""

@@ -73,16 +73,18 @@ QUEUES = select(queues).where(queues.c.id.in_(_ids))
 LOCKED_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
 # Counted by ourselves: grouped, SQLite would rather walk through all lanes there are.
 HELD = select(lanes.c.queue_id).where(lanes.c.holder > 0)
-# The earliest lanes of a queue that nobody holds, each with the delivery whose turn it is.
+# The earliest lanes of a queue that nobody holds.
 DUE = (
-    select(
-        lanes,
-        func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id"),
-    )
+    select(lanes)
     .where(lanes.c.queue_id == bindparam("queue"), _free, lanes.c.next_at <= bindparam("now"))
     .order_by(lanes.c.next_at)
     .limit(bindparam("room"))
     .with_for_update(skip_locked=True, of=lanes)
+)
+# The delivery whose turn it is in each lane, or null. Asked when they are locked, in a statement of its own: the one that
+# locked them does not see what another node added to them while it looked.
+TURNS = select(lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id")).where(
+    lanes.c.id.in_(_ids)
 )
 IDLE = update(lanes).where(lanes.c.id.in_(_ids)).values(next_at=None)
 HOLD = (
@@ -214,10 +216,13 @@ class Lanes:
         return Taken(claims=self._hold(connection, taken, now), next_due_at=later)
 
     def _hold(self, connection: Connection, taken: Sequence[tuple[Any, Ask]], now: int) -> list[Claim]:
-        idle = [lane.id for lane, _ in taken if lane.delivery_id is None]  # what was due has been superseded
+        if not taken:
+            return []
+        turns = {row.id: row.delivery_id for row in connection.execute(TURNS, {"ids": [lane.id for lane, _ in taken]})}
+        idle = [lane_id for lane_id, delivery_id in turns.items() if delivery_id is None]  # it has been superseded
         if idle:
             connection.execute(IDLE, {"ids": idle})
-        held = {lane.delivery_id: (lane, ask) for lane, ask in taken if lane.delivery_id is not None}
+        held = {turns[lane.id]: (lane, ask) for lane, ask in taken if turns[lane.id] is not None}
         if not held:
             return []
         holder = self._lease.process_id
