@@ -81,8 +81,8 @@ DUE = (
     .limit(bindparam("room"))
     .with_for_update(skip_locked=True, of=lanes)
 )
-# The delivery whose turn it is in each lane, or null. Asked when they are locked, in a statement of its own: the one that
-# locked them does not see what another node added to them while it looked.
+# The delivery whose turn it is in each lane, or null. Asked when they are locked, in a statement of its own: the one
+# that locked them does not see what another node added to them while it looked.
 TURNS = select(lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id")).where(
     lanes.c.id.in_(_ids)
 )
