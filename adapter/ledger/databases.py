@@ -18,10 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import psycopg
 import structlog
 from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
-from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import NullPool
 
 log = structlog.get_logger(__name__)
@@ -65,6 +64,7 @@ class Database(ABC):
     """One database by its address. `where` names it for people and holds no password."""
 
     shared: ClassVar[bool]
+    errors: tuple[type[Exception], ...] = (DBAPIError, sqlite3.Error)  # what it and its driver raise
     among: ClassVar[str]  # an SQL condition, after a column: one of the values that `several` made a parameter of
     by_index: ClassVar[str]  # how a planner that keeps no statistics is told which index to take
 
@@ -181,7 +181,7 @@ class Sqlite(Database):
             if not read_only:
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
-                connection.execute("PRAGMA cache_size = -16384")
+                connection.execute("PRAGMA cache_size = -8192")
         except sqlite3.Error:  # not a database, say
             connection.close()
             raise
@@ -239,6 +239,13 @@ class Postgres(Database):
     among = "= ANY(%s)"
     by_index = ""
 
+    def __init__(self, url: URL) -> None:
+        super().__init__(url)
+        import psycopg  # only where it is used: it is 10 MB of memory
+
+        self.errors = (DBAPIError, psycopg.Error)
+        self._psycopg = psycopg
+
     def take(self) -> None:
         return
 
@@ -280,14 +287,16 @@ class Postgres(Database):
 
     def is_at_fault(self, error: Exception) -> bool:
         original = getattr(error, "orig", error)
-        if isinstance(original, psycopg.errors.DataError | psycopg.errors.IntegrityError):
+        errors = self._psycopg.errors
+        if isinstance(original, errors.DataError | errors.IntegrityError):
             return False
         # What the driver cannot put into a statement is the data's fault; what the server says of one is not.
-        return not (isinstance(original, psycopg.errors.ProgrammingError) and original.sqlstate is None)
+        return not (isinstance(original, errors.ProgrammingError) and original.sqlstate is None)
 
     def may_be_repeated(self, error: Exception) -> bool:
         original = getattr(error, "orig", error)
-        return isinstance(original, psycopg.errors.DeadlockDetected | psycopg.errors.SerializationFailure)
+        errors = self._psycopg.errors
+        return isinstance(original, errors.DeadlockDetected | errors.SerializationFailure)
 
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
         return _ArraysInsert(table, columns, ending)
@@ -303,9 +312,9 @@ class Postgres(Database):
 
         def hear() -> None:
             while not ended.is_set():
-                with contextlib.suppress(psycopg.Error):  # the poll goes on meanwhile
+                with contextlib.suppress(self._psycopg.Error):  # the poll goes on meanwhile
                     address = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                    with psycopg.connect(address, autocommit=True, **self._arguments()) as connection:
+                    with self._psycopg.connect(address, autocommit=True, **self._arguments()) as connection:
                         connection.execute(f"LISTEN {CHANNEL}")
                         news()  # of what was told before we listened
                         while not ended.is_set():
@@ -339,6 +348,8 @@ class _ArraysInsert(Insert):
 
     def __init__(self, table: Table, columns: Sequence[str], ending: str = "") -> None:
         super().__init__(table, columns, ending)
+        from sqlalchemy.dialects import postgresql  # as above
+
         dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
         arrays = ", ".join(f"%b::{column.type.compile(dialect).partition(' ')[0]}[]" for column in self._columns)
         self._sql = f"{self._into} SELECT * FROM unnest({arrays}) {ending}"  # noqa: S608 - our own names

@@ -10,13 +10,11 @@ and only while the writer is idle.
 import asyncio
 import contextlib
 import queue
-import sqlite3
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psycopg
 import structlog
 from alembic import command
 from alembic.config import Config
@@ -205,7 +203,7 @@ class Store:
                         done = work(self._connection, [piece.item for piece in pieces])
                         answers |= zip(map(id, pieces), done, strict=True)
                 break
-            except (DBAPIError, sqlite3.Error, psycopg.Error) as error:
+            except self.database.errors as error:
                 if self.database.may_be_repeated(error) and left:
                     continue
                 if not self.database.is_at_fault(error):
