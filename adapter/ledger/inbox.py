@@ -15,13 +15,16 @@ import msgspec
 from sqlalchemy import Connection, func, select, update
 
 from adapter.deliveries import Reason, State
-from adapter.ledger.rearm import rearm
+from adapter.ledger.rearm import locked_lanes, rearm
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.store import Store
 from adapter.orders import NotAnOrder, order_digest
 
 REPLAY_AT_MOST_EVERY_MS = 3_600_000
 MOST_CONFLICTS = 8  # kept of one identity; more are answered and counted, and tell nobody anything new
+
+
+Dead = list[tuple[int, int]]  # dead deliveries of a notification, each with its lane
 
 
 class Received(Enum):
@@ -96,11 +99,15 @@ class Inbox:
 
         Raises `StoreUnavailable` where nothing was stored.
         """
-        return await self._store.write(self._remember, receipt, len(receipt.body))
+        received = await self._store.write(self._remember, receipt, len(receipt.body))
+        if isinstance(received, Received):
+            return received
+        # On its own: lanes are locked in one order, and after those of a batch a replay's would not be.
+        return await self._store.write(self._replay, received)
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _remember(self, connection: Connection, receipts: Sequence[Receipt]) -> list[Received]:
+    def _remember(self, connection: Connection, receipts: Sequence[Receipt]) -> list[Received | Dead]:
         # Through the driver, a statement a table: that is most of what an accept costs.
         cursor = connection.connection.cursor()
         now = self._clock()
@@ -153,7 +160,7 @@ class Inbox:
         self._add_deliveries.rows(cursor, added)
         return True
 
-    def _again(self, connection: Connection, receipt: Receipt, now: int) -> Received:
+    def _again(self, connection: Connection, receipt: Receipt, now: int) -> Received | Dead:
         n = notifications.c
         known = connection.execute(select(n.id).where(n.identity == receipt.identity)).scalar_one()
         # A pruned body cannot be compared any more; the identity then has the word.
@@ -170,9 +177,8 @@ class Inbox:
                 return Received.CONFLICT
         if same != known:  # a conflict once more, which has no deliveries
             return Received.REPEAT
-        if receipt.source != "reconciliation" and self._replay_dead(connection, known, now):
-            return Received.REPLAYED
-        return Received.REPEAT
+        dead = [] if receipt.source == "reconciliation" else self._dead(connection, known, now)
+        return dead or Received.REPEAT
 
     def _digest_of(self, connection: Connection, row: Any) -> bytes:
         """Worked out once and kept: whoever knows one signed URL may repeat an event as often as it likes."""
@@ -182,7 +188,7 @@ class Inbox:
         connection.execute(update(notifications).where(notifications.c.id == row.id).values(digest=digest))
         return digest
 
-    def _replay_dead(self, connection: Connection, notification_id: int, now: int) -> bool:
+    def _dead(self, connection: Connection, notification_id: int, now: int) -> Dead:
         d = deliveries.c
         dead = connection.execute(
             select(d.id, d.lane_id).where(
@@ -191,11 +197,16 @@ class Inbox:
                 d.reason.in_((Reason.REJECTED.value, Reason.EXHAUSTED.value)),
                 func.coalesce(d.replayed_at, 0) <= now - REPLAY_AT_MOST_EVERY_MS,
             )
-        ).all()
-        if not dead:
-            return False
-        self._store.database.tell(connection.connection.cursor())
-        return rearm(connection, [(row.id, row.lane_id) for row in dead], now) > 0
+        )
+        return [(row.id, row.lane_id) for row in dead]
+
+    def _replay(self, connection: Connection, items: Sequence[Dead]) -> list[Received]:
+        now = self._clock()
+        locked_lanes(connection, {lane_id for letters in items for _, lane_id in letters})
+        changed = [rearm(connection, letters, now) for letters in items]
+        if any(changed):
+            self._store.database.tell(connection.connection.cursor())
+        return [Received.REPLAYED if each else Received.REPEAT for each in changed]
 
 
 def _first(pair: tuple[int, int]) -> int:

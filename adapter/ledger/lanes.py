@@ -297,7 +297,7 @@ class Lanes:
         connection.execute(WRITE_DOWN, [attempt_row(record, now) for record, _ in settled])
 
     def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
-        for claim in claims:
+        for claim in sorted(claims, key=lambda claim: (claim.queue_id, claim.order_id)):
             held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == claim.holder)
             connection.execute(update(lanes).where(held).values(holder=None))
         return [None for _ in claims]
