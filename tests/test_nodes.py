@@ -2,26 +2,26 @@
 Several nodes on one PostgreSQL: the same promises as with one, whatever meets whatever.
 
 Every node has a store of its own, with its own connection and its own writer's thread, so their transactions really
-meet; they are driven from one event loop. `pg_stat_database` says how often two of them waited for each other in a ring.
+meet; they are driven from one event loop. `pg_stat_database` says how often some of them waited in a ring.
 """
 
 import asyncio
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import psycopg
 import pytest
 from databases import Server, database_of, rows
 from ledgers import DOUBT, REJECTED, HandClock, Ledger, body_of, receipt, waiting
 from sqlalchemy import make_url
+from sqlalchemy.exc import DBAPIError
 
 from adapter.ledger.claims import Claim
-from adapter.ledger.databases import Postgres
-from adapter.ledger.inbox import Received
+from adapter.ledger.databases import Postgres, database_at
+from adapter.ledger.inbox import Inbox, Received
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.store import Store, StoreUnavailable
 
@@ -52,6 +52,11 @@ class Nodes:
         while self.all:
             self.all.pop().store.close()
         self.loop.close()
+
+    def connections(self) -> int:
+        with self.server.connect("postgres") as connection:
+            asked = "SELECT count(*) FROM pg_stat_activity WHERE datname = %s"
+            return connection.execute(asked, [database_of(self.url)]).fetchone()[0]
 
     def deadlocks(self) -> int:
         """So far, as the statistics have it: complete only when every node is stopped."""
@@ -335,8 +340,183 @@ def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: No
     assert rows(nodes.url, "SELECT count(*) FROM notifications") == [(len(accepted),)]
     assert rows(nodes.url, "SELECT count(*) FROM deliveries") == [(2 * len(accepted),)]
     assert rows(nodes.url, "SELECT count(*) FROM lanes WHERE holder IS NOT NULL") == [(0,)]
-    late = "SELECT count(*) FROM attempts a JOIN deliveries d ON d.id = delivery_id WHERE reason = 'superseded' AND replayed_at IS NULL"
-    assert rows(nodes.url, late) == [(0,)]
+    late = "SELECT count(*) FROM attempts a JOIN deliveries d ON d.id = delivery_id WHERE reason = 'superseded'"
+    assert rows(nodes.url, f"{late} AND replayed_at IS NULL") == [(0,)]
+
+
+# --- a node that is stopped -----------------------------------------------------------------------------------------
+
+PATIENCE_MS = 1000
+
+
+@pytest.fixture
+def impatient(postgres_url: str) -> Iterator[Callable[[], Store]]:
+    """Makes stores that wait for nobody longer than a second."""
+    stores = []
+
+    def make() -> Store:
+        database = Postgres(make_url(postgres_url), patience_ms=PATIENCE_MS)
+        stores.append(Store(database, clock=HandClock()))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+def test_a_node_that_is_stopped_in_a_transaction_holds_the_others_up_no_longer_than_patience(
+    nodes: Nodes, impatient: Callable[[], Store]
+) -> None:
+    (node,) = nodes.start(1)
+    node.owed(1)
+    store = impatient()
+    inbox, lease = Inbox(store), Lease(store, version="test")
+    wanted = [(node.export, True)]
+    stopped = Postgres(make_url(nodes.url), patience_ms=PATIENCE_MS).engine(read_only=False).connect()
+    stopped.exec_driver_sql("SELECT * FROM lanes FOR UPDATE")
+
+    async def meanwhile() -> list[Received]:
+        await lease.enter()
+        assert await lease.renew()
+        assert await inbox.receive(receipt("another order", wanted=wanted)) is Received.NEW
+        failed = 0
+        while True:
+            try:
+                return [await inbox.receive(receipt("order-1", 2, wanted=wanted))] * failed
+            except StoreUnavailable:
+                failed += 1
+
+    answers = nodes.loop.run(asyncio.wait_for(meanwhile(), 10 * PATIENCE_MS / 1000))
+
+    assert set(answers) == {Received.NEW}
+    assert len(answers) <= 3
+    with pytest.raises(DBAPIError, match="idle"):
+        stopped.exec_driver_sql("SELECT 1")
+    stopped.close()
+
+
+def test_a_claim_passes_over_lanes_that_a_stopped_node_has_locked(nodes: Nodes) -> None:
+    (node,) = nodes.start(1)
+    for number in (1, 2, 3):
+        node.owed(1, order_id=f"order-{number}")
+    with database_at(nodes.url).engine(read_only=False).begin() as stopped:
+        stopped.exec_driver_sql("SELECT * FROM lanes WHERE order_id = 'order-2' FOR UPDATE")
+
+        assert [claim.order_id for claim in node.claim()] == ["order-1", "order-3"]
+
+    assert [claim.order_id for claim in node.claim()] == ["order-2"]
+
+
+def test_a_beat_waits_neither_for_the_clock_nor_for_lanes_nor_for_the_dead(nodes: Nodes) -> None:
+    alive, dead = nodes.start(2)
+    for number in (1, 2):
+        dead.owed(1, order_id=f"order-{number}")
+    dead.claim()
+    nodes.clock.now += LEASE_MS + 1
+    with database_at(nodes.url).engine(read_only=False).begin() as stopped:
+        stopped.exec_driver_sql("SELECT * FROM marks FOR UPDATE")
+        stopped.exec_driver_sql("SELECT * FROM lanes WHERE order_id = 'order-1' FOR UPDATE")
+        assert alive.do(alive.lease.renew())
+        assert rows(nodes.url, "SELECT order_id FROM lanes WHERE holder IS NULL") == [("order-2",)]
+        assert not dead.do(dead.lease.renew())  # it is being buried, and stays so
+
+    assert alive.do(alive.lease.renew())
+    assert rows(nodes.url, "SELECT count(*) FROM lanes WHERE holder IS NULL") == [(2,)]
+    assert rows(nodes.url, "SELECT count(*) FROM processes") == [(1,)]
+
+
+def test_a_node_that_renews_while_it_is_being_buried_is_not_waited_for(nodes: Nodes) -> None:
+    alive, late = nodes.start(2)
+    nodes.clock.now += LEASE_MS + 1
+    with database_at(nodes.url).engine(read_only=False).begin() as renewing:
+        renewing.exec_driver_sql(
+            f"UPDATE processes SET lease_until = {nodes.clock.now + LEASE_MS} WHERE id = {late.lease.process_id}"
+        )
+        assert alive.do(alive.lease.renew())
+
+    assert alive.do(alive.lease.renew())
+    assert late.do(late.lease.renew())
+
+
+# --- who hears of new work ------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A node's, with what it has heard."""
+
+    def __init__(self, url: str) -> None:
+        self.heard = threading.Event()
+        self.end = database_at(url).listen(self.heard.set)
+
+    def hears(self) -> bool:
+        heard = self.heard.wait(20)
+        self.heard.clear()
+        return heard
+
+
+@pytest.fixture
+def listener(postgres_url: str) -> Iterator[Listener]:
+    listener = Listener(postgres_url)
+    yield listener
+    listener.end()
+
+
+def test_what_one_node_accepts_wakes_the_others(nodes: Nodes, listener: Listener) -> None:
+    (node,) = nodes.start(1)
+    assert listener.hears()  # that it listens: something may have been told before
+
+    node.owed(1)
+    assert listener.hears()
+
+    node.settle(node.claim_one(), REJECTED)
+    node.receive(receipt())  # a repeat, which replays
+    assert listener.hears()
+
+
+def test_what_nobody_wants_wakes_nobody(nodes: Nodes, listener: Listener) -> None:
+    (node,) = nodes.start(1)
+    assert listener.hears()
+
+    node.receive(receipt("nobody's"))
+    assert not listener.heard.is_set()
+    node.owed(1)
+
+    assert listener.hears()
+
+
+def test_a_listener_comes_back_when_its_connection_ends(nodes: Nodes, listener: Listener) -> None:
+    assert listener.hears()
+
+    nodes.server.disconnect(nodes.url)
+    assert listener.hears()  # for what it may have missed
+    (node,) = nodes.start(1)
+    node.owed(1)
+
+    assert listener.hears()
+
+
+def test_a_listener_that_is_ended_leaves_no_thread_and_no_connection(nodes: Nodes) -> None:
+    before = {thread.name for thread in threading.enumerate()}
+    listener = Listener(nodes.url)
+    assert listener.hears()
+
+    listener.end()
+
+    assert {thread.name for thread in threading.enumerate()} <= before
+    assert nodes.connections() == 0
+
+
+def test_a_listener_finds_the_database_where_the_writer_does(nodes: Nodes) -> None:
+    """Several hosts are how a fail-over is written in an address: `host=a&host=b`."""
+    host = nodes.url.partition("host=")[2]
+    listener = Listener(nodes.url.replace(f"host={host}", f"host={host}&host=/nowhere"))
+    try:
+        assert listener.hears()
+    finally:
+        listener.end()
+
+
+# --- between a look and a lock --------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -405,5 +585,5 @@ def test_a_claim_sees_what_an_accept_has_added_while_it_looked(nodes: Nodes, wai
 async def somebody_waits(nodes: Nodes) -> None:
     with nodes.server.connect(database_of(nodes.url)) as connection:
         async with asyncio.timeout(20):
-            while not connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]:
+            while not connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0)

@@ -2,8 +2,8 @@
 The ledger's one clock, in whole milliseconds since 1970: time that passes, whatever happens to wall clocks.
 
 Between two readings it runs by this machine's monotonic clock. At a reading (every heartbeat) it follows the wall clock
-of the database's machine, so that all nodes agree. A wall clock that has jumped meanwhile is not followed: the jump is
-written down, as how far the ledger is away from it, and made good by and by.
+of the database's machine, so that all nodes agree. A wall clock that has jumped meanwhile is not followed: whoever sees
+the jump first writes it down, as how far the ledger is away from that clock, and it is made good by and by.
 """
 
 import time
@@ -19,7 +19,7 @@ log = structlog.get_logger(__name__)
 
 JUMP_MS = 10_000  # more than machines and networks are ever late between two readings
 BETWEEN_READINGS_MS = 5_000
-STEP_MS = 500  # a reading: a fifth of what a heartbeat takes, so that no lease ends by it
+STEP_MS = 500  # made good at a reading, and a tenth of what has passed: no lease ends by it, however many nodes read
 LATEST, AWAY = "clock_latest", "clock_away"
 
 
@@ -36,6 +36,7 @@ class Clock:
         self._wall = wall
         self._monotonic = monotonic
         self._begins: int | None = None  # the moment at which `monotonic` was 0
+        self._latest = 0
 
     @classmethod
     def of(cls, database: Database) -> "Clock":
@@ -43,7 +44,8 @@ class Clock:
 
     def __call__(self) -> int:
         assert self._begins is not None, "the clock has not been read yet"
-        return self._begins + self._monotonic()
+        self._latest = max(self._latest, self._begins + self._monotonic())  # a correction makes it stand, not go back
+        return self._latest
 
     def read(self, connection: Connection, *, alone: bool = False) -> int:
         """
@@ -52,24 +54,42 @@ class Clock:
         `alone`: no other process lives by this clock, so a wall clock that is ahead may be followed at once.
         """
         # Locked before the wall clock is asked: nodes read one after the other, and each sees what the last one wrote.
-        away = connection.execute(_read(AWAY).with_for_update()).scalar_one()
+        # A node that is read by now does not wait for that: another one is at it, and may have been stopped there.
+        locked = _read(AWAY).with_for_update(skip_locked=self._begins is not None)
+        away = connection.execute(locked).scalar_one_or_none()
+        if away is None:
+            return self()
         latest = connection.execute(_read(LATEST)).scalar_one()
-        wall = self._wall(connection)
+        wall, monotonic = self._wall(connection), self._monotonic()
         if self._begins is None:
-            moment = wall if alone else wall + away
-            if moment < latest:  # never before the last recorded moment, which may be later than the last reading
-                moment = latest + BETWEEN_READINGS_MS
+            moment = _first(wall, 0 if alone else away, latest, alone=alone)
         else:
-            moment, expected = wall + away, self()
-            if abs(moment - expected) > JUMP_MS:
+            moment, expected = wall + away, self._begins + monotonic
+            is_off = abs(moment - expected) > JUMP_MS
+            if is_off and not 0 <= moment - latest <= JUMP_MS:
                 log.warning("wall_clock_jumped", milliseconds=moment - expected)
                 moment = expected
-            elif moment != wall:
-                moment -= max(-STEP_MS, min(STEP_MS, moment - wall))
-        self._begins = moment - self._monotonic()
+            elif is_off:  # the others have read it all the time and agree: it is this node that was away
+                log.warning("node_clock_was_off", milliseconds=expected - moment)
+                self._latest = moment
+            else:
+                step = min(STEP_MS, max(moment - latest, 0) // 10)
+                moment -= max(-step, min(step, moment - wall))
+        self._begins = moment - monotonic
         _write(connection, AWAY, moment - wall)
         _write(connection, LATEST, moment)
-        return moment
+        return self()
+
+
+def _first(wall: int, away: int, latest: int, *, alone: bool) -> int:
+    """The moment for a process that starts."""
+    moment = wall + away
+    # Never before the last recorded moment, which may be later than the last reading. And where others live, they have
+    # read the clock just now: if that seems long ago, it has jumped, and they do not know it yet.
+    if moment < latest or (not alone and 0 < latest < moment - JUMP_MS):
+        log.warning("wall_clock_jumped", milliseconds=moment - latest)
+        return latest + BETWEEN_READINGS_MS
+    return moment
 
 
 def seen_from_outside(database: Database, connection: Connection) -> int:

@@ -27,8 +27,9 @@ log = structlog.get_logger(__name__)
 
 OLDEST_SQLITE = (3, 35, 0)  # RETURNING
 ROWS_A_STATEMENT = 64
-STATEMENT_TIMEOUT_MS = 10_000
+PATIENCE_MS = 10_000
 CHANNEL = "norce_adapter"
+LIVES = "hashtext('norce_adapter.lives')"
 
 
 class StoreUnavailable(Exception):
@@ -89,6 +90,14 @@ class Database(ABC):
     @abstractmethod
     def hold_for_migration(self, connection: Connection) -> None:
         """Lets one process migrate at a time, until the transaction ends."""
+
+    @abstractmethod
+    def nobody_else_lives_by_it(self, connection: Connection) -> bool:
+        """Whether no other process has entered; nobody enters before the transaction ends."""
+
+    @abstractmethod
+    def enter(self, connection: Connection) -> None:
+        """From now on others know that a process lives by this database, for as long as the connection lasts."""
 
     @abstractmethod
     def wall(self, connection: Connection) -> int:
@@ -194,6 +203,12 @@ class Sqlite(Database):
     def hold_for_migration(self, connection: Connection) -> None:
         return  # the lock is held
 
+    def nobody_else_lives_by_it(self, connection: Connection) -> bool:
+        return True
+
+    def enter(self, connection: Connection) -> None:
+        return
+
     def wall(self, connection: Connection) -> int:
         return time.time_ns() // 1_000_000
 
@@ -233,18 +248,24 @@ class _ValuesInsert(Insert):
 
 
 class Postgres(Database):
-    """A PostgreSQL that any number of nodes share. What was answered is on its disk: `synchronous_commit` is on."""
+    """
+    A PostgreSQL that any number of nodes share. What was answered is on its disk: `synchronous_commit` is on.
+
+    `patience_ms` is how long a statement may take, or a node be silent in the middle of a transaction; a lock is waited
+    for half as long.
+    """
 
     shared = True
     among = "= ANY(%s)"
     by_index = ""
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, url: URL, *, patience_ms: int = PATIENCE_MS) -> None:
         super().__init__(url)
         import psycopg  # only where it is used: it is 10 MB of memory
 
         self.errors = (DBAPIError, psycopg.Error)
         self._psycopg = psycopg
+        self._patience_ms = patience_ms
 
     def take(self) -> None:
         return
@@ -255,20 +276,28 @@ class Postgres(Database):
     def engine(self, *, read_only: bool) -> Engine:
         # Readers come and go; the writer keeps its one connection, and checks nothing before a use: it notices.
         engine = create_engine(self.url, poolclass=NullPool, connect_args=self._arguments())
+        settings = {
+            "default_transaction_isolation": "read committed",
+            "statement_timeout": self._patience_ms,
+            "lock_timeout": self._patience_ms // 2,
+            # A node that is stopped in the middle of a transaction must not hold up the others, nor one that is gone.
+            "idle_in_transaction_session_timeout": self._patience_ms,
+            "tcp_keepalives_idle": 5,
+            "tcp_keepalives_interval": 2,
+            "tcp_keepalives_count": 3,
+        }
+        if read_only:
+            settings["default_transaction_read_only"] = "on"
+        statements = [f"SET {name} = '{value}'" for name, value in settings.items()]
+        statements.append(
+            "SELECT set_config('synchronous_commit', 'on', false)"
+            " WHERE current_setting('synchronous_commit') IN ('off', 'local')"
+        )
 
         @event.listens_for(engine, "connect")
         def _connected(connection: Any, _record: Any) -> None:
             connection.autocommit = True
-            for statement in (
-                f"SET statement_timeout = {STATEMENT_TIMEOUT_MS}",
-                f"SET lock_timeout = {STATEMENT_TIMEOUT_MS // 2}",
-                # A node that is stopped in the middle of a transaction must not hold up the others.
-                f"SET idle_in_transaction_session_timeout = {STATEMENT_TIMEOUT_MS}",
-                f"SET default_transaction_read_only = {'on' if read_only else 'off'}",
-                "SELECT set_config('synchronous_commit', 'on', false)"
-                " WHERE current_setting('synchronous_commit') IN ('off', 'local')",
-            ):
-                connection.execute(statement)
+            connection.execute("; ".join(statements))
             connection.autocommit = False
 
         return engine
@@ -280,6 +309,15 @@ class Postgres(Database):
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
         connection.exec_driver_sql("SET LOCAL lock_timeout = '60s'")
         connection.exec_driver_sql("SELECT pg_advisory_xact_lock(hashtext('norce_adapter.migration'))")
+        # Whoever waits to alter a table holds up all who come after; better not to start than to stop their intake.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {self._patience_ms // 4}")
+
+    def nobody_else_lives_by_it(self, connection: Connection) -> bool:
+        return bool(connection.exec_driver_sql(f"SELECT pg_try_advisory_xact_lock({LIVES})").scalar_one())
+
+    def enter(self, connection: Connection) -> None:
+        with connection.begin():
+            connection.exec_driver_sql(f"SELECT pg_advisory_lock_shared({LIVES})")
 
     def wall(self, connection: Connection) -> int:
         sql = "SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint"
@@ -288,7 +326,7 @@ class Postgres(Database):
     def is_at_fault(self, error: Exception) -> bool:
         original = getattr(error, "orig", error)
         errors = self._psycopg.errors
-        if isinstance(original, errors.DataError | errors.IntegrityError):
+        if isinstance(original, errors.DataError | errors.IntegrityError | errors.ProgramLimitExceeded):
             return False
         # What the driver cannot put into a statement is the data's fault; what the server says of one is not.
         return not (isinstance(original, errors.ProgrammingError) and original.sqlstate is None)
@@ -309,12 +347,17 @@ class Postgres(Database):
 
     def listen(self, news: Callable[[], None]) -> Callable[[], None]:
         ended = threading.Event()
+        engine = self.engine(read_only=True)
 
         def hear() -> None:
             while not ended.is_set():
-                with contextlib.suppress(self._psycopg.Error):  # the poll goes on meanwhile
-                    address = self.url.set(drivername="postgresql").render_as_string(hide_password=False)
-                    with self._psycopg.connect(address, autocommit=True, **self._arguments()) as connection:
+                with contextlib.suppress(*self.errors):  # the poll goes on meanwhile
+                    pooled = engine.raw_connection()
+                    own = pooled.driver_connection
+                    assert isinstance(own, self._psycopg.Connection)
+                    pooled.detach()
+                    with own as connection:
+                        connection.autocommit = True
                         connection.execute(f"LISTEN {CHANNEL}")
                         news()  # of what was told before we listened
                         while not ended.is_set():
@@ -339,7 +382,7 @@ class Postgres(Database):
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,
-            "tcp_user_timeout": STATEMENT_TIMEOUT_MS,
+            "tcp_user_timeout": self._patience_ms,
         }
 
 

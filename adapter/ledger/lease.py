@@ -11,8 +11,10 @@ from sqlalchemy import Connection, delete, insert, select, update
 
 from adapter.ledger.schema import lanes, processes
 from adapter.ledger.store import Store
+from adapter.pauses import FOR_EVER
 
 LEASE_MS = 15_000
+BURIED = -1  # in place of a lease: it will not be renewed
 
 
 class Lease:
@@ -42,9 +44,7 @@ class Lease:
 
     def _enter(self, connection: Connection, items: Sequence[None]) -> list[tuple[int, int]]:
         now = self._clock.read(connection)
-        if not self._store.shared:
-            connection.execute(delete(processes))
-        _bury_the_dead(connection, now)
+        _bury_the_dead(connection, now if self._store.shared else FOR_EVER)
         row = {"started_at": now, "lease_until": now + LEASE_MS, "version": self._version}
         entered = connection.execute(insert(processes).values(row)).inserted_primary_key
         assert entered is not None
@@ -52,13 +52,27 @@ class Lease:
 
     def _renew(self, connection: Connection, items: Sequence[None]) -> list[int | None]:
         now = self._clock.read(connection)
-        mine = update(processes).where(processes.c.id == self.process_id)
-        renewed = connection.execute(mine.values(lease_until=now + LEASE_MS)).rowcount == 1
+        mine = (processes.c.id == self.process_id) & (processes.c.lease_until > BURIED)
+        renewed = connection.execute(update(processes).where(mine).values(lease_until=now + LEASE_MS)).rowcount == 1
         _bury_the_dead(connection, now)
         return [now + LEASE_MS if renewed else None for _ in items]
 
 
 def _bury_the_dead(connection: Connection, now: int) -> None:
-    connection.execute(delete(processes).where(processes.c.lease_until < now))
-    nobody = ~select(processes.c.id).where(processes.c.id == lanes.c.holder).exists()
-    connection.execute(update(lanes).where(lanes.c.holder.is_not(None), nobody).values(holder=None))
+    """
+    Frees what they held. Waits for nobody: neither for one that is being buried by others or renews after all, nor for
+    a lane that is being written; the next beat comes back for it, and until then its holder stays known as buried.
+    """
+    p, known = processes.c, select(processes.c.id)
+    ended = known.where(p.lease_until < now).order_by(p.id).with_for_update(skip_locked=True)
+    dead = set(connection.execute(ended).scalars())
+    unknown = (lanes.c.holder > 0) & ~known.where(p.id == lanes.c.holder).exists()
+    gone = dead | set(connection.execute(select(lanes.c.holder).where(unknown).distinct()).scalars())
+    if not gone:
+        return
+    held = select(lanes.c.id).where(lanes.c.holder.in_(gone)).order_by(lanes.c.queue_id, lanes.c.order_id)
+    free = connection.execute(held.with_for_update(skip_locked=True)).scalars().all()
+    connection.execute(update(lanes).where(lanes.c.id.in_(free)).values(holder=None))
+    connection.execute(update(processes).where(p.id.in_(dead)).values(lease_until=BURIED))
+    still_holds = select(lanes.c.id).where(lanes.c.holder == p.id).exists()
+    connection.execute(delete(processes).where(p.id.in_(dead), ~still_holds))

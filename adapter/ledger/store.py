@@ -22,7 +22,6 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
 from adapter.ledger.clock import Clock
 from adapter.ledger.databases import Database, StoreInUse, StoreMissing, StoreUnavailable, database_at
@@ -97,8 +96,8 @@ class Store:
             with engine.connect() as connection:
                 migrate(database, connection)
                 with connection.begin():
-                    clock.read(connection, alone=not database.shared)
-        except (DBAPIError, OSError, CommandError) as error:
+                    clock.read(connection, alone=database.nobody_else_lives_by_it(connection))
+        except (*database.errors, OSError, CommandError) as error:
             database.give_back()
             raise StoreUnavailable(f"cannot open {database.where}: {_cause(error)}") from error
         return cls(database, clock=clock)
@@ -195,22 +194,34 @@ class Store:
     def _transaction(self, batch: list[_Piece]) -> dict[int, Any]:
         answers: dict[int, Any] = {}
         for left in reversed(range(TRIES)):
+            is_kept, is_committing = self._connection is not None, False
             try:
                 if self._connection is None:
                     self._connection = self.engine.connect()
+                    self.database.enter(self._connection)
                 with self._connection.begin():
                     for work, pieces in _by_work(batch).items():
                         done = work(self._connection, [piece.item for piece in pieces])
                         answers |= zip(map(id, pieces), done, strict=True)
+                    is_committing = True
                 break
             except self.database.errors as error:
                 if self.database.may_be_repeated(error) and left:
                     continue
                 if not self.database.is_at_fault(error):
                     raise
+                was_lost = is_kept and not is_committing and self._is_lost()
                 self._drop_connection()
+                if was_lost and left:  # while nobody used it; nothing of this is on the disk
+                    continue
                 raise StoreUnavailable(_cause(error)) from error
         return answers
+
+    def _is_lost(self) -> bool:
+        connection = self._connection
+        if connection is None or connection.invalidated:
+            return True
+        return bool(getattr(connection.connection.driver_connection, "closed", False))
 
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None
