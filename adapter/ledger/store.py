@@ -90,6 +90,7 @@ class Store:
         """
         database = database_at(url)
         clock = clock or Clock.of(database)
+        failures: tuple[type[Exception], ...] = (*database.errors, OSError, CommandError)
         database.take()
         try:
             engine = database.engine(read_only=False)
@@ -97,7 +98,7 @@ class Store:
                 migrate(database, connection)
                 with connection.begin():
                     clock.read(connection, alone=database.nobody_else_lives_by_it(connection))
-        except (*database.errors, OSError, CommandError) as error:
+        except failures as error:
             database.give_back()
             raise StoreUnavailable(f"cannot open {database.where}: {_cause(error)}") from error
         return cls(database, clock=clock)
