@@ -60,17 +60,25 @@ class Store:
     """
     An open ledger. Use from one event loop; `close` when done.
 
-    `capacity` is how many pieces of work may wait for the writer. `failing` says whether the last transaction failed
+    `capacity` is how many pieces of work may wait for the writer, `capacity_bytes` what they may hold. `failing` says whether the last transaction failed
     on the database; `shared`, whether other processes write as well.
     """
 
-    def __init__(self, database: Database, *, clock: Clock, capacity: int = MOST_WAITING) -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        clock: Clock,
+        capacity: int = MOST_WAITING,
+        capacity_bytes: int = MOST_BYTES_WAITING,
+    ) -> None:
         self.database = database
         self.shared = database.shared
         self.engine = database.engine(read_only=False)
         self._reader = database.engine(read_only=True)
         self.clock = clock
         self.capacity = capacity
+        self.capacity_bytes = capacity_bytes
         self.failing = False
         self._gathered: list[_Piece] = []
         self._bytes = 0
@@ -113,7 +121,7 @@ class Store:
         same items where a transaction has to be repeated. `size` is what the item holds in memory, in bytes. Raises
         `StoreUnavailable`, or what `work` raises for this item alone: the others of its group are then done one by one.
         """
-        if len(self._gathered) >= self.capacity or self._bytes + size > MOST_BYTES_WAITING:
+        if len(self._gathered) >= self.capacity or self._bytes + size > self.capacity_bytes:
             raise StoreBusy("too much is waiting for the disk")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Answer] = loop.create_future()
