@@ -532,6 +532,19 @@ def test_queues_come_in_turn_so_that_no_backlog_starves_another(ledger: Ledger) 
     assert sorted(taken) == sorted([ledger.export, ledger.history] * 2)
 
 
+def test_lanes_in_which_nothing_waits_do_not_hide_those_in_which_something_does(ledger: Ledger) -> None:
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one())
+    ledger.owed(1)  # superseded when it arrives: the lane is due, and empty
+    ledger.clock.now += 1
+    ledger.owed(1, order_id="order-2")
+
+    taken = ledger.take(most=1)
+
+    assert (taken.claims, taken.next_due_at) == ([], ledger.clock.now)
+    assert ledger.claim_one().order_id == "order-2"
+
+
 def test_lanes_of_a_queue_come_in_the_order_in_which_they_are_due(ledger: Ledger) -> None:
     for number in (3, 1, 2):
         ledger.clock.now = NOON + number

@@ -213,7 +213,9 @@ class Lanes:
             if room > 0:
                 some = connection.execute(DUE, {"queue": queue.id, "now": now, "room": room})
                 taken += [(lane, ask) for lane in some]
-        return Taken(claims=self._hold(connection, taken, now), next_due_at=later)
+        claims = self._hold(connection, taken, now)
+        # Where nothing waited in a lane that was due, another one may still be.
+        return Taken(claims=claims, next_due_at=later if len(claims) == len(taken) else now)
 
     def _hold(self, connection: Connection, taken: Sequence[tuple[Any, Ask]], now: int) -> list[Claim]:
         if not taken:
