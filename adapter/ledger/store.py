@@ -60,8 +60,8 @@ class Store:
     """
     An open ledger. Use from one event loop; `close` when done.
 
-    `capacity` is how many pieces of work may wait for the writer, `capacity_bytes` what they may hold. `failing` says whether the last transaction failed
-    on the database; `shared`, whether other processes write as well.
+    `capacity` is how many pieces of work may wait for the writer, `capacity_bytes` what they may hold. `failing` says
+    whether the last transaction failed on the database; `shared`, whether other processes write as well.
     """
 
     def __init__(
