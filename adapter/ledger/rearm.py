@@ -28,6 +28,8 @@ def rearm(
     d = deliveries.c
     changed = 0
     for delivery_id, lane_id in letters:
+        if lane[lane_id].holder is not None and lane[lane_id].current_delivery_id == delivery_id:
+            continue  # its handler has not let go of its thread
         again = {"state": State.WAITING.value, "reason": None, "ended_at": None, "attempts": 0}
         again |= {"first_attempt_at": None, "replayed_at": now}
         dead = (d.id == delivery_id) & (d.state == State.DEAD.value)
