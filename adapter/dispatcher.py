@@ -6,6 +6,7 @@ runs. Where the lease cannot be renewed, others will take the lanes: the handler
 """
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -76,6 +77,7 @@ class Dispatcher:
         self._claiming = asyncio.Lock()
         self._tasks: dict[asyncio.Task[None], Claim] = {}
         self._blocked: dict[asyncio.Task[None], Claim] = {}
+        self._failed: list[Claim] = []
         self._busy: Counter[int] = Counter()
         self._stopping = False
         self._cancelling = False
@@ -109,9 +111,11 @@ class Dispatcher:
         while True:
             try:
                 async with asyncio.timeout((BEAT * 1.5).total_seconds()):
-                    if not await self._lease.renew():
-                        log.error("lease_lost", running=len(self._tasks))
-                        self._attempts.cancel("lease-lost")
+                    renewed = await self._lease.renew()
+                if not renewed:
+                    log.error("lease_lost", running=len(self._tasks))
+                    self._attempts.cancel("lease-lost")
+                    async with self._claiming:  # what is claimed meanwhile would be a dead process's
                         await self._lease.enter()
             except (StoreUnavailable, TimeoutError):  # the store has said so itself
                 if self._shared and self._clock() > self._lease.until - _ms(BEAT):
@@ -126,7 +130,9 @@ class Dispatcher:
         self._stopping = self._attempts.stopping = True
         self._news.set()
         async with self._claiming:  # what is being claimed now must be among the tasks, or it would stay in doubt
-            pass
+            with contextlib.suppress(StoreUnavailable, TimeoutError):
+                async with asyncio.timeout(LAST_WORDS.total_seconds()):
+                    await self._give_back()
         await self._drain(grace)
         self._cancelling = True
         self._attempts.cancel("shutdown")
@@ -140,10 +146,7 @@ class Dispatcher:
 
     async def _claim(self) -> timedelta | None:
         """Claims what there is room for, and starts it; how long to wait for more, or None for not at all."""
-        if self._claims_in_question:
-            held = [claim.lane_id for claim in (*self._tasks.values(), *self._blocked.values())]
-            await self._lanes.give_back(held)
-            self._claims_in_question = False
+        await self._give_back()
         free = self._slots - len(self._tasks)
         asks = [ask for ask in self._asks if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
         self._has_room = bool(asks)
@@ -159,6 +162,13 @@ class Dispatcher:
             return None
         due = taken.next_due_at
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
+
+    async def _give_back(self) -> None:
+        """Undoes claims that are on disk although the store has failed: nobody has run them."""
+        if self._claims_in_question:
+            held = (*self._tasks.values(), *self._blocked.values(), *self._failed)
+            await self._lanes.give_back([claim.lane_id for claim in held])
+            self._claims_in_question = False
 
     async def _wait(self, at_most: timedelta) -> None:
         try:
@@ -177,6 +187,7 @@ class Dispatcher:
         self._news.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("dispatcher_failed", exc_info=error)  # the lane stays claimed, and in doubt at the next start
+            self._failed.append(claim)
 
     async def _attempt(self, claim: Claim) -> None:
         queue = self._queues[claim.queue_id]
@@ -192,7 +203,8 @@ class Dispatcher:
         """Keeps the lane until the thread has let go of a handler that blocked it; its slot is free already."""
         await run.over()
         self._busy[claim.queue_id] -= 1
-        await self._until_stored(lambda: self._lanes.release(claim))
+        with contextlib.suppress(StoreUnavailable):  # too late: the next start finds it
+            await self._until_stored(lambda: self._lanes.release(claim))
         self._news.set()
 
     async def _settle(self, claim: Claim, queue: Queue, ended: Ended) -> bool:

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from adapter.ledger.desk import Desk
 from adapter.ledger.inbox import Inbox, Receipt, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
+from adapter.ledger.rearm import rearm
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce
@@ -114,11 +116,14 @@ class FakeNorce:
         self.orders: dict[str, dict[str, Any]] = {}
         self.answers: list[httpx.Response | Exception | Callable[[], Awaitable[None]]] = []
         self.asked: list[str] = []
+        self.refuses: set[str] = set()  # merchants whose token it does not take
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         order_id = request.url.path.rpartition("/")[2]
         self.asked.append(order_id)
         answer = self.answers.pop(0) if self.answers else None
+        if request.url.path.split("/")[1] in self.refuses:
+            return httpx.Response(401)
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, httpx.Response):
@@ -136,7 +141,10 @@ class WatchedLanes(Lanes):
         self.claimed: asyncio.Queue[list[Claim]] = asyncio.Queue()
         self.settled: asyncio.Queue[tuple[Record, Settlement | None]] = asyncio.Queue()
         self.released: asyncio.Queue[Claim] = asyncio.Queue()
+        self.lost: asyncio.Queue[str] = asyncio.Queue()
+        self.claims = 0
         self.failures = {"claim": 0, "settle": 0}
+        self.mistakes: set[str] = set()  # orders whose record meets a mistake of ours
         self.left_open = {"claim": 0, "settle": 0}  # it is on disk, but the answer to the commit is lost
         self.keep_back: asyncio.Event | None = None
         self.after_claim: Callable[[], None] = lambda: None
@@ -146,6 +154,7 @@ class WatchedLanes(Lanes):
         taken = await super().claim(asks, most)
         if taken.claims:
             self._lose("claim")
+        self.claims += len(taken.claims)
         self.claimed.put_nowait(taken.claims)
         self.after_claim()
         if self.keep_back is not None and taken.claims:
@@ -154,6 +163,8 @@ class WatchedLanes(Lanes):
 
     async def settle(self, record: Record) -> Settlement | None:
         self._fail("settle")
+        if record.claim.order_id in self.mistakes:
+            raise ZeroDivisionError
         settlement = await super().settle(record)
         self._lose("settle")
         self.settled.put_nowait((record, settlement))
@@ -171,7 +182,38 @@ class WatchedLanes(Lanes):
     def _lose(self, what: str) -> None:
         if self.left_open[what]:
             self.left_open[what] -= 1
+            self.lost.put_nowait(what)
             raise StoreUnavailable("the connection broke at the commit")
+
+
+class WatchedLease(Lease):
+    """Says when it was renewed and entered, and can fail as a database does."""
+
+    def __init__(self, store: Store, *, version: str) -> None:
+        super().__init__(store, version=version)
+        self.renewed: asyncio.Queue[bool | StoreUnavailable] = asyncio.Queue()
+        self.entered: asyncio.Queue[int] = asyncio.Queue()
+        self.failing = False
+
+    async def enter(self) -> None:
+        await super().enter()
+        self.entered.put_nowait(self.process_id)
+
+    async def renew(self) -> bool:
+        if self.failing:
+            error = StoreUnavailable("the disk is full")
+            self.renewed.put_nowait(error)
+            raise error
+        renewed = await super().renew()
+        self.renewed.put_nowait(renewed)
+        return renewed
+
+    async def two_beats(self) -> None:
+        """Until two renewals have been tried that began after this call."""
+        while not self.renewed.empty():
+            self.renewed.get_nowait()
+        for _ in range(3):  # the first may have been under way
+            await asyncio.wait_for(self.renewed.get(), PATIENCE)
 
 
 @dataclass
@@ -180,7 +222,7 @@ class Work:
 
     url: str
     store: Store
-    lease: Lease
+    lease: WatchedLease
     lanes: WatchedLanes
     norce: FakeNorce
     clock: HandClock
@@ -250,6 +292,23 @@ class Work:
             claims = await asyncio.wait_for(self.lanes.claimed.get(), PATIENCE)
         return claims
 
+    async def quiet(self) -> None:
+        """Until nothing is tried any more, and nothing is due that may be."""
+        while True:
+            idle, claims = not self.dispatcher.running, self.lanes.claims
+            await self.a_turn()
+            if idle and self.lanes.claims == claims:
+                return
+
+    def paused_until(self) -> int:
+        ((moment,),) = self.rows("SELECT paused_until FROM queues")
+        return int(moment)
+
+    def states(self, merchant: str = "fjallboden") -> Counter[tuple[str, str | None]]:
+        with self.store.read_connection() as connection:
+            shown = Desk(connection).deliveries()
+        return Counter((row["state"], row["reason"]) for row in shown if row["merchant"] == merchant)
+
 
 def route(handler: NotificationHandler[Any], **more: Any) -> Route:
     given: dict[str, Any] = {
@@ -283,11 +342,13 @@ async def working(
     store = Store.open(url, clock=clock)
 
     def norce() -> Norce:
-        account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
-        transport = httpx.MockTransport(fake)
-        return Norce(dict.fromkeys(merchants, account), adapter_id="test", timeout=NORCE_TIMEOUT, transport=transport)
+        accounts = {
+            merchant: Account(base_url=f"https://norce.example/{merchant}", tokens=(Secret("token"),))
+            for merchant in merchants
+        }
+        return Norce(accounts, adapter_id="test", timeout=NORCE_TIMEOUT, transport=httpx.MockTransport(fake))
 
-    lease = Lease(store, version="test")
+    lease = WatchedLease(store, version="test")
     lanes = WatchedLanes(store, lease, policy=policy)
     of_route = {each.name: each for each in routes}
     ids = await lanes.open_queues(
@@ -824,7 +885,7 @@ async def for_ever(_notification: Notification, _context: Context[NoSettings]) -
 
 def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(store_url: str) -> None:
     async def test() -> None:
-        async with working(store_url, route(Asking(for_ever), timeout=timedelta(0))) as work:
+        async with working(store_url, route(Asking(for_ever), timeout=SHORTLY)) as work:
             await work.owe()
 
             row = await work.settled()
@@ -984,6 +1045,499 @@ def test_one_queue_that_is_full_does_not_hold_up_another(store_url: str) -> None
 
             assert (row["route"], row["state"]) == ("other", "done")
             full.go_on.set()
+
+    run(test)
+
+
+# --- pauses ---------------------------------------------------------------------------------------------------------
+
+
+class Shop(NotificationHandler[NoSettings]):
+    """A destination with a memory. What it `says` to a merchant's orders, while it takes none of them."""
+
+    repeatable = True
+
+    def __init__(self) -> None:
+        self.says: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.calls = 0
+        self.taken: Counter[str] = Counter()
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        self.calls += 1
+        if notification.merchant in self.says:
+            await self.says[notification.merchant]()
+        self.taken[notification.order.id] += 1
+        return Done()
+
+
+def raising(outcome: Callable[[], Outcome]) -> Callable[[], Awaitable[None]]:
+    async def say() -> None:
+        raise outcome()
+
+    return say
+
+
+OUTAGES = {
+    "busy": raising(lambda: Retry("destination-busy")),
+    "busy, and says how long": raising(lambda: Retry("destination-busy", after=90 * SECOND)),
+    "without answer": raising(lambda: Unknown("no-answer")),
+}
+
+
+@pytest.mark.parametrize("says", OUTAGES.values(), ids=OUTAGES)
+def test_an_outage_costs_one_call_a_pause_and_ends_with_every_order_delivered(
+    store_url: str, says: Callable[[], Awaitable[None]]
+) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop)) as work:
+            shop.says["fjallboden"] = says
+            for number in range(20):
+                await work.owe(f"order-{number}")
+            await work.quiet()
+            at_first = shop.calls
+            assert at_first < 5 + 4  # the failures in a row that it takes, and what was under way then
+            assert work.pauses().keys() == {("export", "fjallboden", "1")}
+
+            for probe in range(6):
+                work.move_to(work.paused_until())
+                await work.quiet()
+                assert shop.calls == at_first + probe + 1
+            assert work.states() == {("waiting", None): 20}
+
+            shop.says.clear()
+            work.move_to(work.paused_until())
+            await work.quiet()
+            work.move_to(work.clock.now + 3_600_000)  # what its own schedule still kept
+            await work.quiet()
+
+            assert work.states() == {("done", "delivered"): 20}
+            assert shop.taken == {f"order-{number}": 1 for number in range(20)}
+            assert work.pauses() == {}
+
+    run(test)
+
+
+def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store_url: str) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop, schedule=(5 * SECOND,)), policy=Policy(after_failures=3)) as work:
+            shop.says["fjallboden"] = OUTAGES["busy"]
+            for number in range(3):
+                await work.owe(f"order-{number}")
+            await work.quiet()
+            for _ in range(9):  # each three times as a probe, where two attempts would be its last
+                work.move_to(max(work.paused_until(), work.clock.now + 60_000))  # one of them is due by then
+                await work.quiet()
+            calls = shop.calls
+
+            assert calls == 3 + 9
+            assert work.states() == {("waiting", None): 3}
+            assert [work.shown(number)["tries"] for number in (1, 2, 3)] == [1, 1, 1]
+
+    run(test)
+
+
+async def hang() -> None:
+    await asyncio.Event().wait()
+
+
+TROUBLES = {
+    **OUTAGES,
+    "refusing the credentials": raising(lambda: Misconfigured("destination-unauthorized")),
+    "hanging": hang,
+}
+
+
+@pytest.mark.parametrize("says", TROUBLES.values(), ids=TROUBLES)
+def test_the_trouble_of_one_merchant_is_not_anothers(store_url: str, says: Callable[[], Awaitable[None]]) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
+            shop.says["annan"] = says
+            for number in range(20):
+                await work.owe(f"his-{number}", merchant="annan")
+            for number in range(5):
+                await work.owe(f"hers-{number}")
+            while work.states("fjallboden") != {("done", "delivered"): 5}:
+                await work.settled()
+
+            assert work.states("annan") == {("waiting", None): 20}
+            assert work.pauses().keys() <= {("export", "annan", "1")}
+
+    run(test)
+
+
+def test_a_merchants_token_that_norce_refuses_pauses_that_merchants_queue_alone(store_url: str) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
+            work.norce.refuses.add("annan")
+            for number in range(5):
+                await work.owe(f"his-{number}", merchant="annan")
+                await work.owe(f"hers-{number}")
+            await work.quiet()
+
+            assert work.states("fjallboden") == {("done", "delivered"): 5}
+            assert work.states("annan") == {("waiting", None): 5}
+            assert work.pauses() == {("export", "annan", "1"): "norce-unauthorized"}
+
+    run(test)
+
+
+def test_broken_credentials_pause_until_the_service_starts_anew(store_url: str) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop)) as work:
+            shop.says["fjallboden"] = TROUBLES["refusing the credentials"]
+            await work.owe()
+            await work.quiet()
+            shop.says.clear()
+            work.move_to(NOON + 365 * 86_400_000)
+            assert await work.a_turn() == []
+            assert shop.calls == 1
+
+            await work.lanes.open_queues([KEY])
+            work.dispatcher.wake()
+            row = await work.settled()
+            while row["state"] == "waiting":
+                row = await work.settled()
+
+            assert (row["state"], row["tries"]) == ("done", 1)
+
+    run(test)
+
+
+def test_what_a_shutdown_cuts_short_pauses_nothing(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain(*[for_ever] * 6)
+        async with working(store_url, route(handler, concurrency=8)) as work:
+            for number in range(6):
+                await work.owe(f"order-{number}")
+            while len(handler.calls) < 6:
+                await work.a_turn()
+
+            await work.dispatcher.stop(timedelta(0))
+
+            assert work.states() == {("dead", "unknown"): 6}
+            assert work.rows("SELECT paused_until, failed_lanes FROM queues") == [(None, None)]
+
+    run(test)
+
+
+# --- a handler that never lets go of its thread ---------------------------------------------------------------------
+
+HELD = timedelta(milliseconds=200)
+
+
+class Holds:
+    """A step that holds its thread until it is told to let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    async def __call__(self, _notification: Notification, _context: Context[NoSettings]) -> Done:
+        self.threads.append(threading.current_thread())
+        self.entered.set()
+        self.let_go.wait(PATIENCE * 2)
+        return Done("late")
+
+    async def has_begun(self) -> None:
+        assert await asyncio.to_thread(self.entered.wait, PATIENCE)
+
+    async def ends(self) -> None:
+        """Lets go; when this returns, everything that was on its loop has ended."""
+        self.let_go.set()
+        for thread in self.threads:
+            await asyncio.to_thread(thread.join, PATIENCE)
+            assert not thread.is_alive()
+
+
+@asynccontextmanager
+async def watched(url: str, *routes: Route, **more: Any) -> AsyncIterator[Work]:
+    async with working(url, *routes, patience=HELD, **more) as work:
+        watching = asyncio.create_task(work.runner.watch(every=timedelta(milliseconds=10)))
+        try:
+            yield work
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_a_handler_that_never_lets_go_is_a_dead_letter_whose_lane_stays_claimed_until_its_thread_does(
+    store_url: str, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    async def test() -> None:
+        holds = Holds()
+        async with watched(store_url, route(Plain(holds), timeout=SHORTLY, concurrency=2), slots=1) as work:
+            await work.owe("order-1")
+            row = await work.settled()
+            assert (row["state"], row["reason"], row["in_doubt"]) == ("dead", "unknown", True)
+            assert [each["outcome"] for each in row["attempts"]] == ["blocked"]
+            assert work.rows("SELECT holder, next_at FROM lanes") == [(work.lease.process_id, None)]
+
+            await work.owe("order-2")  # by the one slot, on the new loop
+            row = await work.settled()
+            assert (row["order_id"], row["state"], row["tries"]) == ("order-2", "done", 1)
+
+            await holds.ends()
+            await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
+            assert work.rows("SELECT holder, next_at, settled FROM lanes WHERE order_id = 'order-1'") == [
+                (None, None, 0)
+            ]
+            assert (work.shown(1)["state"], len(work.shown(1)["attempts"])) == ("dead", 1)
+
+        (line,) = [line for line in lines() if line["event"] == "plugins_loop_replaced"]
+        assert (line["route"], line["level"]) == ("export", "error")
+        labels = {"loop": "plugins-deliveries", "route": "export"}
+        assert work.metrics.registry.get_sample_value("norce_adapter_plugins_loops_replaced_total", labels) == 1
+
+    run(test)
+
+
+def test_a_lane_whose_thread_is_held_counts_among_those_of_its_queue(store_url: str) -> None:
+    async def test() -> None:
+        holds, other = Holds(), Plain()
+        routes = route(Plain(holds), timeout=SHORTLY, concurrency=1), route(other, name="other")
+        async with watched(store_url, *routes, slots=1) as work:
+            await work.owe("order-1")
+            await work.settled()
+            await work.owe("order-2")
+            await work.owe("order-3", route="other")
+            row = await work.settled()
+            assert row["order_id"] == "order-3"
+            assert await work.a_turn() == []
+
+            await holds.ends()
+            row = await work.settled()
+
+            assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+    run(test)
+
+
+def test_what_shared_the_loop_is_in_doubt_and_does_nothing_more(store_url: str) -> None:
+    async def test() -> None:
+        holds, began, effects = Holds(), asyncio.Event(), []
+        go_on = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        async def waits(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            loop.call_soon_threadsafe(began.set)
+            await go_on.wait()
+            effects.append("sent")
+            return Done()
+
+        async def wakes_it_and_holds(notification: Notification, context: Context[NoSettings]) -> Done:
+            go_on.set()
+            return await holds(notification, context)
+
+        neighbour = Asking(waits, Done("shop-7"))
+        holder = route(Plain(wakes_it_and_holds), name="holder", timeout=SHORTLY)
+        async with watched(store_url, route(neighbour), holder) as work:
+            await work.owe("order-1")
+            await began.wait()
+            await work.owe("order-2", route="holder")
+            rows_ = {row["order_id"]: row for row in [await work.settled(), await work.settled()]}
+            assert rows_["order-2"]["reason"] == "unknown"
+            beside = rows_["order-1"]
+            assert (beside["state"], beside["in_doubt"], beside["code"]) == ("waiting", True, "loop-abandoned")
+            await holds.ends()
+            assert effects == []
+
+            work.move_to(beside["next_at"])
+            row = await work.settled()
+
+            assert neighbour.calls == ["deliver", "lookup"]
+            assert (row["state"], row["reference"]) == ("done", "shop-7")
+            assert effects == []
+
+    run(test)
+
+
+def test_what_had_not_begun_on_a_loop_that_is_given_up_is_delivered_on_the_next(store_url: str) -> None:
+    async def test() -> None:
+        holds, waiting = Holds(), Plain()
+        routes = route(Plain(holds), name="holder", timeout=SHORTLY), route(waiting)
+        async with watched(store_url, *routes) as work:
+            await work.owe("order-1", route="holder")
+            await holds.has_begun()
+            await work.owe("order-2")
+            settled = [await work.settled() for _ in range(3)]
+
+            row = next(row for row in settled if row["state"] == "done")
+            assert [each["outcome"] for each in row["attempts"]] == ["released", "done"]
+            assert (row["order_id"], row["tries"], row["in_doubt"]) == ("order-2", 1, False)
+            await holds.ends()
+            assert waiting.calls == ["deliver"]
+
+    run(test)
+
+
+def test_a_stop_does_not_wait_for_a_thread_that_is_held(store_url: str) -> None:
+    async def test() -> None:
+        holds = Holds()
+        async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
+            await work.owe()
+            await work.settled()
+
+            async with asyncio.timeout(PATIENCE):
+                await work.dispatcher.stop(timedelta(seconds=PATIENCE * 5))
+
+            assert (work.shown()["state"], work.shown()["reason"]) == ("dead", "unknown")
+            assert work.rows("SELECT holder FROM lanes") == [(work.lease.process_id,)]
+        assert not holds.let_go.is_set()
+        await holds.ends()
+
+    run(test)
+
+
+def test_a_dead_letter_is_not_replayed_while_its_handler_still_runs(store_url: str) -> None:
+    def replay(connection: Connection, items: Sequence[None]) -> list[int]:
+        return [rearm(connection, [(1, 1)], NOON, nothing_happened=True) for _ in items]
+
+    async def test() -> None:
+        holds = Holds()
+        async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
+            await work.owe()
+            await work.settled()
+            assert await work.store.write(replay, None) == 0
+
+            await holds.ends()
+            await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
+            assert await work.store.write(replay, None) == 1
+            work.dispatcher.wake()
+            row = await work.settled()
+
+            assert (row["state"], row["tries"]) == ("done", 1)
+
+    run(test)
+
+
+# --- the lease ------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def leased(url: str, *routes: Route) -> AsyncIterator[Work]:
+    """With a heart that beats all the time."""
+    async with working(url, *routes) as work:
+        beating = asyncio.create_task(work.dispatcher.keep_lease())
+        try:
+            yield work
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+
+BEAT_MS = 20
+
+
+@pytest.fixture
+def at_every_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "BEAT", timedelta(milliseconds=BEAT_MS))
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_the_lease_is_renewed_for_as_long_as_the_service_runs(store_url: str) -> None:
+    async def test() -> None:
+        async with leased(store_url, route(Plain())) as work:
+            await work.lease.two_beats()
+            work.clock.now += LEASE_MS - 1
+            await work.lease.two_beats()
+            work.clock.now += LEASE_MS - 1
+            await work.lease.two_beats()
+
+            held = work.rows("SELECT id, lease_until FROM processes")
+            assert held == [(work.lease.process_id, work.clock.now + LEASE_MS)]
+            assert work.lease.until == work.clock.now + LEASE_MS
+            assert work.lease.entered.qsize() == 1
+
+    run(test)
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_a_lease_that_is_lost_cancels_what_runs_and_the_work_goes_on_under_another(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(for_ever, Done("shop-2"), Done("shop-1"))
+        async with leased(store_url, route(handler)) as work:
+            await work.owe("order-1")
+            while not handler.calls:
+                await work.a_turn()
+            work.lease.entered.get_nowait()
+            work.rows("DELETE FROM processes")
+
+            record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            assert (record.code, settlement) == ("lease-lost", None)
+            await asyncio.wait_for(work.lease.entered.get(), PATIENCE)
+            assert work.rows("SELECT id FROM processes") == [(work.lease.process_id,)]
+            await work.owe("order-2")
+            row = await work.settled()
+            assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+            assert work.shown(1)["in_doubt"]
+            ((due,),) = work.rows("SELECT next_at FROM lanes WHERE order_id = 'order-1'")
+            work.move_to(due)
+            row = await work.settled()
+            assert handler.calls == ["deliver", "deliver", "lookup"]
+            assert (row["order_id"], row["state"], row["reference"]) == ("order-1", "done", "shop-1")
+
+    run(test)
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_where_the_store_fails_until_the_lease_is_nearly_over_only_one_that_others_share_cancels(
+    store_url: str,
+) -> None:
+    """Nobody else takes the lanes of a file."""
+
+    async def test() -> None:
+        handler = Counting()
+        async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
+            await work.owe()
+            await handler.has_begun(1)
+            await work.lease.two_beats()
+            work.lease.failing = True
+            work.clock.now = work.lease.until - BEAT_MS
+            await work.lease.two_beats()
+            assert work.dispatcher.running == 1
+            assert work.lanes.settled.empty()
+
+            work.clock.now = work.lease.until
+            await work.lease.two_beats()
+            if not work.store.shared:
+                handler.go_on.set()
+            row = await work.settled()
+
+            if work.store.shared:
+                assert (row["state"], row["in_doubt"], row["code"]) == ("dead", True, "lease-lost")
+            else:
+                assert (row["state"], row["in_doubt"]) == ("done", False)
+            handler.go_on.set()
+
+    run(test)
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_a_store_that_is_well_again_in_time_cancels_nothing(store_url: str) -> None:
+    async def test() -> None:
+        handler = Counting()
+        async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
+            await work.owe()
+            await handler.has_begun(1)
+            work.lease.failing = True
+            await work.lease.two_beats()
+            work.clock.now = work.lease.until - BEAT_MS
+            work.lease.failing = False
+            await work.lease.two_beats()
+            work.clock.now += LEASE_MS - BEAT_MS
+            await work.lease.two_beats()
+
+            handler.go_on.set()
+
+            assert (await work.settled())["state"] == "done"
+            assert work.lease.entered.qsize() == 1
 
     run(test)
 
@@ -1155,5 +1709,118 @@ def test_a_record_that_no_store_takes_before_the_end_leaves_the_lane_in_doubt(
 
             row = work.shown()
             assert (row["state"], row["in_doubt"]) == ("waiting", True)
+
+    run(test)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_claims_that_are_on_disk_although_the_store_failed_are_run_once_and_without_doubt(store_url: str) -> None:
+    async def test() -> None:
+        busy, handler = Counting(), Asking()
+        async with working(store_url, route(busy), route(handler, name="other")) as work:
+            await work.owe("order-1")
+            await busy.has_begun(1)
+            work.lanes.left_open["claim"] = 1
+            await work.owe("order-2", route="other")
+            await work.owe("order-3", route="other")
+
+            rows_ = [await work.settled(), await work.settled()]
+
+            assert not work.lanes.lost.empty()
+            assert handler.calls == ["deliver", "deliver"]
+            assert [context.attempt for _, context in handler.seen] == [1, 1]
+            assert [(row["state"], row["tries"], len(row["attempts"])) for row in rows_] == [("done", 1, 1)] * 2
+            busy.go_on.set()  # what was running meanwhile has not been given back
+            row = await work.settled()
+            assert (row["order_id"], row["state"], row["tries"]) == ("order-1", "done", 1)
+            assert busy.peak == 1
+
+    run(test)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_was_in_doubt_before_such_a_claim_still_is(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done("shop-7"))
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            row = await work.settled()
+            work.lanes.left_open["claim"] = 1
+            work.move_to(row["next_at"])
+            row = await work.settled()
+
+            assert not work.lanes.lost.empty()
+            assert handler.calls == ["deliver", "lookup"]
+            assert (row["state"], row["tries"]) == ("done", 2)
+
+    run(test)
+
+
+def test_a_stop_gives_back_claims_that_are_on_disk_although_the_store_failed(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            await work.a_turn()  # it looks again only when it is told to
+            work.lanes.left_open["claim"] = 1
+            await work.owe()
+            await asyncio.wait_for(work.lanes.lost.get(), PATIENCE)
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert handler.calls == []
+            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+            assert work.rows("SELECT holder FROM lanes") == [(None,)]
+
+    run(test)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lane_whose_attempt_met_a_mistake_of_ours_is_never_taken_for_one_that_nobody_ran(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            work.lanes.mistakes.add("order-1")
+            await work.owe("order-1")
+            while not handler.calls or work.dispatcher.running:
+                await work.a_turn()
+            work.lanes.left_open["claim"] = 1
+            await work.owe("order-2")
+            row = await work.settled()
+            await work.quiet()
+
+            assert (row["order_id"], row["state"]) == ("order-2", "done")
+            assert not work.lanes.lost.empty()
+            assert handler.calls == ["deliver", "deliver"]
+            assert (work.shown(1)["state"], work.shown(1)["in_doubt"]) == ("waiting", True)
+
+    run(test)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("step", [Done("shop-7"), Retry("busy"), Reject("no-shop")], ids=repr)
+def test_a_record_that_is_on_disk_although_the_store_failed_is_not_written_again(store_url: str, step: Step) -> None:
+    async def test() -> None:
+        handler = Plain(step)
+        async with working(store_url, route(handler)) as work:
+            work.lanes.left_open["settle"] = 1
+            await work.owe()
+
+            record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            await work.quiet()
+
+            assert not work.lanes.lost.empty()
+            row = work.shown()
+            assert settlement is not None
+            assert settlement.state.value == row["state"]
+            assert (row["tries"], row["in_doubt"], len(row["attempts"])) == (1, False, 1)
+            labels = {"route": "export", "outcome": record.outcome}
+            assert work.metrics.registry.get_sample_value("norce_adapter_delivery_attempts_total", labels) == 1
+            assert handler.calls == ["deliver"]
 
     run(test)
