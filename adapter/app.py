@@ -131,9 +131,12 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         stack.callback(operations.close)
         # The operations port is the last to go: somebody wants to see how a shutdown is going.
         await stack.enter_async_context(served(console(health, metrics, store, config.operations.token), operations))
-        await stack.enter_async_context(_task(dispatcher.keep_lease()))
-        await stack.enter_async_context(_task(runner.watch()))
-        await stack.enter_async_context(_task(_prune(Upkeep(store, retention(config)))))
+        for name, coroutine in (
+            ("lease", dispatcher.keep_lease()),
+            ("runner", runner.watch()),
+            ("retention", _prune(Upkeep(store, retention(config)))),
+        ):
+            await stack.enter_async_context(_task(name, coroutine, health))
         loop = asyncio.get_running_loop()
         stack.callback(store.database.listen(lambda: _told(loop, dispatcher.wake)))
         working = asyncio.create_task(dispatcher.run())
@@ -263,13 +266,21 @@ def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _task(coroutine: Coroutine[None, None, None]) -> AsyncIterator[None]:
+async def _task(name: str, coroutine: Coroutine[None, None, None], health: Health) -> AsyncIterator[None]:
+    """Work that never ends by itself; where it does, the service is not ready, and the log says why."""
     task = asyncio.create_task(coroutine)
+    health.checks[name] = lambda: not task.done()
+    task.add_done_callback(_failed)
     try:
         yield
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+def _failed(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("task_failed", exc_info=error)
 
 
 class _Server(uvicorn.Server):

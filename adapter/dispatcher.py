@@ -167,7 +167,7 @@ class Dispatcher:
         """Undoes claims that are on disk although the store has failed: nobody has run them."""
         if self._claims_in_question:
             held = (*self._tasks.values(), *self._blocked.values(), *self._failed)
-            await self._lanes.give_back([claim.lane_id for claim in held])
+            await self._lanes.give_back([claim.fence for claim in held])
             self._claims_in_question = False
 
     async def _wait(self, at_most: timedelta) -> None:

@@ -7,7 +7,7 @@ A lane (one order on one route), as the model has it: `current` was attempted an
 | what happens | to a lane that is idle | due, or waiting | held | stopped by a dead letter |
 |---|---|---|---|---|
 | an event, newer | due | as before, older ones superseded | the same | the same, and the event waits |
-| an event, older | as before, superseded (`history`: due) | superseded (`history`: in its place) | the same | the same |
+| an event, older | as before, superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
 | a claim | - | when due and its queue has room: held, attempts + 1 | - | - |
 | a known outcome | - | - | done or dead: due if more waits, else idle; retry: waiting | - |
 | an unknown one | - | - | waiting, in doubt; or stopped | - |
@@ -346,7 +346,7 @@ class LedgerMachine(RuleBasedStateMachine):
         it = self.node(node)
         before = [line for line in self.lines.values() if line.held == it.lease.process_id]
         hands = self.claim(it, most)
-        held = [self.ids[line.order_id, line.route] for line in before]
+        held = [(self.ids[line.order_id, line.route], line.claims) for line in before]
 
         assert self.loop.run(it.lanes.give_back(held)) == len(hands)
 

@@ -346,7 +346,7 @@ def test_a_claim_that_was_not_answered_is_given_back_as_if_it_had_not_been(
     with pytest.raises(StoreUnavailable):
         on_postgres.claim()
 
-    given_back = on_postgres.do(on_postgres.lanes.give_back([held.lane_id]))
+    given_back = on_postgres.do(on_postgres.lanes.give_back([held.fence]))
 
     assert given_back == (1 if done else 0)
     claim = on_postgres.claim_one()

@@ -57,6 +57,11 @@ class Claim:
     body: bytes | None
     previous: Previous | None
 
+    @property
+    def fence(self) -> tuple[int, int]:
+        """What nobody else ever holds: the lane and the number of the claim."""
+        return self.lane_id, self.number
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:

@@ -22,6 +22,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import structlog
 from sqlalchemy import BindParameter, Connection, bindparam, func, insert, select, update
 
 from adapter.deliveries import Settlement, State, settle
@@ -44,6 +45,8 @@ from adapter.ledger.rearm import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 from adapter.ledger.store import Store
 from adapter.pauses import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, after_attempt
+
+log = structlog.get_logger(__name__)
 
 # --- the statements: made once, for making them anew costs more than the database takes to run them ---
 
@@ -160,9 +163,9 @@ class Lanes:
         """
         return await self._store.write(self._claim, (tuple(asks), most))
 
-    async def give_back(self, held: Collection[int]) -> int:
-        """Undoes the claims of this process whose lanes are not among `held`: nobody has run them. How many."""
-        return await self._store.write(self._give_back, tuple(held))
+    async def give_back(self, held: Collection[tuple[int, int]]) -> int:
+        """Undoes the claims of this process whose fences are not among `held`: nobody has run them. How many."""
+        return await self._store.write(self._give_back, set(held))
 
     async def settle(self, record: Record) -> Settlement | None:
         """Writes attempt, delivery, lane and queue in one transaction; None where the lane was lost meanwhile."""
@@ -240,11 +243,11 @@ class Lanes:
             claims[row.delivery_id] = claim_of(row, lane, holder=holder, now=now, doubt_ms=ask.doubt_ms)
         return [claims[delivery_id] for delivery_id in held]
 
-    def _give_back(self, connection: Connection, items: Sequence[Sequence[int]]) -> list[int]:
+    def _give_back(self, connection: Connection, items: Sequence[set[tuple[int, int]]]) -> list[int]:
         answers = []
         for held in items:
-            mine = (lanes.c.holder == self._lease.process_id) & lanes.c.id.not_in(held)
-            ids = {row.id for row in connection.execute(select(lanes.c.id).where(mine))}
+            mine = select(lanes.c.id, lanes.c.claim).where(lanes.c.holder == self._lease.process_id)
+            ids = {row.id for row in connection.execute(mine) if (row.id, row.claim) not in held}
             for lane in locked_lanes(connection, ids):
                 # As if it had never been claimed; what was in doubt before still is.
                 settled = lane.claim if lane.settled == lane.claim - 1 else lane.settled
@@ -260,22 +263,23 @@ class Lanes:
         locked = {row.id: row for row in locked_lanes(connection, {record.claim.lane_id for record in records})}
         kept = [record for record in records if _is_held(locked.get(record.claim.lane_id), record.claim)]
         pausing = self._queues(connection, kept)
-        settlements: dict[int, Settlement] = {}
+        settlements: dict[tuple[int, int], Settlement] = {}
         for record in kept:
             claim = record.claim
             was = pausing[claim.queue_id]
             attempt = replace(record.attempt, paused=not was.is_running())
-            settlements[claim.lane_id] = settle(record.result, attempt)
+            settlements[claim.fence] = settle(record.result, attempt)
             pausing[claim.queue_id] = after = after_attempt(was, record.result, claim.lane_id, now, self._policy)
             if after is not was:
                 connection.execute(update(queues).where(queues.c.id == claim.queue_id).values(queue_columns(after)))
+                _tell(claim, was, after)
         if kept:
-            self._write(connection, [(record, settlements[record.claim.lane_id]) for record in kept], now)
+            self._write(connection, [(record, settlements[record.claim.fence]) for record in kept], now)
         # A connection that broke at the commit left it open whether this is written already: then it stands there.
-        again = [record for record in records if record.claim.lane_id not in settlements]
+        again = [record for record in records if record.claim.fence not in settlements]
         written = [record for record in again if _is_written(connection, record.claim)]
-        settlements |= {record.claim.lane_id: settle(record.result, record.attempt) for record in written}
-        return [settlements.get(record.claim.lane_id) for record in records]
+        settlements |= {record.claim.fence: settle(record.result, record.attempt) for record in written}
+        return [settlements.get(record.claim.fence) for record in records]
 
     def _queues(self, connection: Connection, records: Sequence[Record]) -> dict[int, Pausing]:
         """How the queues of these records stand; locked only where that may change, for they are everybody's."""
@@ -303,6 +307,15 @@ class Lanes:
             held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == claim.holder)
             connection.execute(update(lanes).where(held).values(holder=None))
         return [None for _ in claims]
+
+
+def _tell(claim: Claim, was: Pausing, now: Pausing) -> None:
+    """One line where a queue begins to pause, or runs again."""
+    queue = {"queue_id": claim.queue_id, "merchant": claim.merchant, "channel": claim.channel}
+    if now.paused_until != was.paused_until and now.paused_by is not None:
+        log.warning("queue_paused", code=now.reason, paused_by=now.paused_by.value, **queue)
+    elif now.is_running() and not was.is_running():
+        log.info("queue_resumed", **queue)
 
 
 def _is_held(lane: Any, claim: Claim) -> bool:

@@ -188,7 +188,7 @@ class Store:
             answers = self._transaction(batch)
         except StoreUnavailable as error:
             if not self.failing:
-                log.error("store_unavailable", error=str(error))
+                log.error("store_unavailable", code=_code(error.__cause__))
             self.failing = True
             return [(piece.done, error, True) for piece in batch]
         except Exception as error:  # noqa: BLE001 - it is the data of one piece of work; that one gets the error, below
@@ -274,6 +274,12 @@ def _by_work(batch: Sequence[_Piece]) -> dict[Work, list[_Piece]]:
     for piece in batch:
         by_work.setdefault(piece.work, []).append(piece)
     return by_work
+
+
+def _code(error: BaseException | None) -> str | None:
+    """The database's own name for what is wrong, such as SQLITE_FULL or 57P01: its words may hold what was written."""
+    original = getattr(error, "orig", error)
+    return getattr(original, "sqlite_errorname", None) or getattr(original, "sqlstate", None) or type(original).__name__
 
 
 def _cause(error: Exception) -> str:
