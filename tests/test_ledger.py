@@ -30,9 +30,10 @@ from ledgers import (
 )
 
 from adapter.ledger.claims import LONGEST_MESSAGE, Ask
+from adapter.ledger.commands import Commands, Step
 from adapter.ledger.desk import Desk
 from adapter.ledger.inbox import MOST_CONFLICTS, Received
-from adapter.ledger.matching import Matching
+from adapter.ledger.matching import By, Matching
 
 T = TypeVar("T")
 
@@ -464,6 +465,34 @@ def test_a_claim_is_settled_once_however_often_it_is_tried(ledger: Ledger) -> No
     assert ledger.settle(claim, waiting(NOON))  # as after a connection that broke at the commit
     assert ledger.states() == [(1, "waiting", None)]
     assert len(ledger.rows("SELECT 1 FROM attempts")) == 1
+
+
+def test_a_claim_that_is_kept_is_settled_once_too(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    assert ledger.settle(claim, MISCONFIGURED, keeps=True)
+    assert ledger.settle(claim, MISCONFIGURED, keeps=True)
+
+    assert ledger.rows("SELECT count(*) FROM attempts") == [(1,)]
+    assert ledger.rows("SELECT attempts FROM deliveries") == [(0,)]
+
+
+@pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
+def test_a_dead_letter_is_not_discarded_while_its_handler_still_runs(ledger: Ledger, refetch: bool) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(1, refetch=refetch)
+    claim = ledger.claim_one(queue)
+    ledger.settle(claim, UNKNOWN, passes=refetch, keeps=True)
+    ledger.owed(2, refetch=refetch)
+    commands = Commands(ledger.store)
+    discard = Step(matching=Matching(), by=By(who="a person", why="it is there"))
+
+    assert ledger.do(commands.discard(discard)).changed == 0
+    ledger.do(ledger.lanes.release(claim))
+    assert ledger.do(commands.discard(discard)).changed == 1
+
+    assert ledger.claim_one(queue).delivery_id == 2
 
 
 def test_an_old_claim_records_nothing_after_the_lane_was_taken_over(ledger: Ledger) -> None:

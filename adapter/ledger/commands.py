@@ -117,6 +117,8 @@ class Commands:
             now, changed = self._clock(), 0
             lane = {row.id: row for row in locked_lanes(connection, {letter.lane_id for letter in letters})}
             for letter in letters:
+                if lane[letter.lane_id].holder is not None and lane[letter.lane_id].current_delivery_id == letter.id:
+                    continue  # its handler has not let go of its thread, and the lane could not go on
                 done = {"state": State.DONE.value, "reason": Reason.DISCARDED.value, "ended_at": now}
                 dead = (d.id == letter.id) & (d.state == State.DEAD.value)
                 if connection.execute(update(deliveries).where(dead).values(done)).rowcount == 1:
@@ -129,7 +131,7 @@ class Commands:
 
     def _let_go(self, connection: Connection, lane: Any, delivery_id: int, now: int) -> None:
         """A lane that the letter had stopped goes on, and its doubt is the person's now."""
-        if lane.holder is not None or lane.current_delivery_id != delivery_id:
+        if lane.current_delivery_id != delivery_id:
             return
         waiting = (deliveries.c.lane_id == lane.id) & (deliveries.c.state == State.WAITING.value)
         more = connection.execute(select(deliveries.c.id).where(waiting).limit(1)).first()

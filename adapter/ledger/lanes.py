@@ -261,7 +261,12 @@ class Lanes:
     def _settle(self, connection: Connection, records: Sequence[Record]) -> list[Settlement | None]:
         now = self._clock()
         locked = {row.id: row for row in locked_lanes(connection, {record.claim.lane_id for record in records})}
-        kept = [record for record in records if _is_held(locked.get(record.claim.lane_id), record.claim)]
+        kept = [
+            record
+            for record in records
+            if _is_held(locked.get(record.claim.lane_id), record.claim)
+            and not (record.keeps and _is_written(connection, record.claim))
+        ]
         pausing = self._queues(connection, kept)
         settlements: dict[tuple[int, int], Settlement] = {}
         for record in kept:
