@@ -7,7 +7,7 @@ A lane (one order on one route), as the model has it: `current` was attempted an
 | what happens | to a lane that is idle | due, or waiting | held | stopped by a dead letter |
 |---|---|---|---|---|
 | an event, newer | due | as before, older ones superseded | the same | the same, and the event waits |
-| an event, older | as before, superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
+| an event, older | superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
 | a claim | - | when due and its queue has room: held, attempts + 1 | - | - |
 | a known outcome | - | - | done or dead: due if more waits, else idle; retry: waiting | - |
 | an unknown one | - | - | waiting, in doubt; or stopped | - |
@@ -15,8 +15,8 @@ A lane (one order on one route), as the model has it: `current` was attempted an
 | a release | - | - | what the settlement said | - |
 | its process dies | - | - | held until its lease ends and another beats; due when doubt ends | - |
 | a late settlement | nothing | nothing | nothing, unless it is this claim's | nothing |
-| a replay of its letter | due | in its place | in its place | due, in doubt as before |
-| a discard of its letter | - | as before | as before | due if more waits, else idle; doubt ended |
+| a replay of a letter | due | in its place | not while it is tried | due, in doubt as before |
+| a discard of a letter | - | as before | not while it is tried | due if more waits, else idle; no doubt |
 
 Its queue (one route) runs, is paused until a moment, or tries one lane as a probe: what `pauses` makes of each outcome,
 and what a person says. What becomes of a delivery is what `deliveries` says; both are pure and have tests of their own.
@@ -131,6 +131,10 @@ class Line:
 
     def waiting(self) -> list[Owed]:
         return sorted((o for o in self.owed if o.state is State.WAITING), key=lambda o: (o.snapshot, o.number))
+
+    def still_tries(self, owed: Owed) -> bool:
+        """It is settled, and its handler has not ended: a person must wait for that."""
+        return self.held is not None and self.current is owed
 
     def next(self) -> tuple[int, Owed] | None:
         """What will be tried, and when; what was never attempted is due since it came."""
@@ -304,7 +308,7 @@ class LedgerMachine(RuleBasedStateMachine):
         return [
             (line, owed)
             for line, owed in event.owed
-            if owed.state is State.DEAD and owed.reason in REPLAYABLE and owed.replayed_at <= self.now - HOUR
+            if owed.reason in REPLAYABLE and owed.replayed_at <= self.now - HOUR and not line.still_tries(owed)
         ]
 
     # --- work ---
@@ -367,22 +371,16 @@ class LedgerMachine(RuleBasedStateMachine):
         expected = sum(min(room[route], count) for route, count in Counter(route for _, route in due).items())
         asks = [Ask(queue_id=each, concurrency=CONCURRENCY, doubt_ms=DOUBT) for each in self.queues.values()]
         hands: list[Held] = []
-        while True:
-            taken = self.loop.run(node.lanes.claim(asks, most - len(hands)))
+        taken = self.loop.run(node.lanes.claim(asks, most))
+        while taken.claims or (taken.next_due_at or FOR_EVER) <= self.now:  # as a dispatcher does
             hands += [self.model_claims(node, claim, due) for claim in taken.claims]
-            if (
-                len(hands) == most
-                or (taken.next_due_at or FOR_EVER) > self.now
-                or not (taken.claims or self.has_room())
-            ):
+            if len(hands) == most:
                 break
+            taken = self.loop.run(node.lanes.claim(asks, most - len(hands)))
         assert len(hands) == min(most, expected), "something was due and was not handed out, or too much was"
         later = self.model_next_due()
         assert len(hands) == most or later is None or (taken.next_due_at is not None and taken.next_due_at <= later)
         return hands
-
-    def has_room(self) -> bool:
-        return any(self.model_room().values())
 
     def model_room(self) -> dict[str, int]:
         held = Counter(line.route for line in self.lines.values() if line.held is not None)
@@ -438,7 +436,7 @@ class LedgerMachine(RuleBasedStateMachine):
             expected = settle(record.result, replace(attempt, paused=not was.is_running()))
             assert settlement == expected
             self.model_settles(hand, expected, keeps=keeps)
-            assert self.loop.run(node.lanes.settle(record)) is not None or not keeps  # once more: it stands there
+            assert self.loop.run(node.lanes.settle(record)) is not None  # once more: it stands there
         return is_held
 
     def model_settles(self, hand: Held, settlement: Any, *, keeps: bool) -> None:
@@ -521,16 +519,21 @@ class LedgerMachine(RuleBasedStateMachine):
 
         for line, owed in meant:
             owed.state, owed.reason = State.DONE, Reason.DISCARDED
-            if line.held is None and line.current is owed:
+            if line.current is owed:
                 line.current, line.settled = None, line.claims
 
     def dead(self) -> list[tuple[Line, Owed]]:
-        return [(line, owed) for line in self.lines.values() for owed in line.owed if owed.state is State.DEAD]
+        return [
+            (line, owed)
+            for line in self.lines.values()
+            for owed in line.owed
+            if owed.state is State.DEAD and not line.still_tries(owed)
+        ]
 
     def model_rearms(self, letters: list[tuple[Line, Owed]], *, nothing_happened: bool = False) -> None:
         for line, owed in letters:
             owed.state, owed.reason, owed.attempts, owed.replayed_at = State.WAITING, None, 0, self.now
-            if line.held is None and line.current is owed:
+            if line.current is owed:
                 line.due_at = self.now
                 if nothing_happened:
                     line.settled = line.claims
@@ -581,6 +584,11 @@ class LedgerMachine(RuleBasedStateMachine):
             assert queues[route].paused_until == pausing.paused_until
             assert queues[route].paused_by == (pausing.paused_by and pausing.paused_by.value)
             assert json.loads(queues[route].failed_lanes or "[]") == list(pausing.failed_lanes)
+
+    @invariant()
+    def a_lane_that_nobody_holds_stops_only_for_a_dead_letter(self) -> None:
+        for line in self.lines.values():
+            assert line.held is not None or line.current is None or line.current.state is not State.DONE
 
     @invariant()
     def a_route_that_refetches_has_at_most_one_more_trigger_than_it_tries(self) -> None:
