@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 T = TypeVar("T")
 NOON = 1_770_120_000_000
 HOUR = 3_600_000
+DAY = 24 * HOUR
 DOUBT = 60_000
 EXPORT = QueueKey(route="export", merchant="fjallboden", channel="1")
 HISTORY = QueueKey(route="history", merchant="fjallboden", channel="1")
@@ -174,3 +176,40 @@ def receipt(
         body=body if body is not None else body_of(order_id, snapshot or 0),
         wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
     )
+
+
+@contextmanager
+def opened(url: str) -> Iterator[Ledger]:
+    with asyncio.Runner() as loop:
+        ledger = Ledger(url, HandClock(), loop)
+        try:
+            yield ledger
+        finally:
+            ledger.store.close()
+
+
+def make_many(ledger: Ledger, number: int, state: str = "done") -> None:
+    """So many orders in the queue for exports, each with one delivery, put there by the database itself."""
+    if ledger.url.startswith("sqlite"):
+        series = f"WITH RECURSIVE s(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < {number})"
+    else:
+        series = f"WITH s(i) AS (SELECT * FROM generate_series(1, {number}))"
+    order = f"'{state}-' || i"
+    due, claims = (NOON, 0) if state == "waiting" else ("NULL", 1)
+    ended, reason = {
+        "waiting": ("NULL", "NULL"), "done": (NOON, "'delivered'"), "dead": (NOON, "'rejected'"),
+    }[state]  # fmt: skip
+    for into in (
+        "notifications (merchant, channel, callback, order_id, snapshot_at, received_at, source)"
+        f" {series} SELECT 'fjallboden', '1', 'order-status', {order}, 1, {NOON}, 'callback' FROM s",
+        "lanes (queue_id, order_id, claim, settled, next_at, newest_snapshot_at)"
+        f" {series} SELECT {ledger.export}, {order}, {claims}, {claims}, {due}, 1 FROM s",
+        "deliveries (notification_id, lane_id, snapshot_at, state, reason, attempts, ended_at)"
+        f" SELECT n.id, l.id, 1, '{state}', {reason}, {claims}, {ended} FROM notifications n"
+        f" JOIN lanes l ON l.order_id = n.order_id AND l.queue_id = {ledger.export} WHERE n.order_id LIKE '{state}-%'"
+        " ORDER BY n.id",
+        "attempts (delivery_id, claim, kind, started_at, ended_at, outcome)"
+        f" SELECT id, 1, 'deliver', {NOON}, {NOON}, 'done' FROM deliveries WHERE state = '{state}' AND attempts > 0",
+    ):
+        ledger.rows(f"INSERT INTO {into}")
+    ledger.rows("ANALYZE")

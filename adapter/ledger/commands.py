@@ -1,26 +1,32 @@
 """
 What people do to the ledger: replay, discard, pause, resume. Each is written down with who and why.
 
-A command over many deliveries goes in steps, each its own transaction, so that it holds nobody up and may be broken
-off anywhere: whoever starts it again goes on where it stopped, for what is done no longer matches.
+A command over many deliveries goes in steps, each its own transaction and none of them long, so that it holds nobody up
+and may be broken off anywhere: whoever starts it again goes on where it stopped, for what is done no longer matches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 from sqlalchemy import Connection, insert, select, update
 
 from adapter.deliveries import Reason, State
 from adapter.ledger.claims import pausing_of, queue_columns
-from adapter.ledger.matching import By, Matching, joined
+from adapter.ledger.matching import By, Id, Matching, Text, joined
 from adapter.ledger.rearm import locked_lanes, rearm
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.store import Store
 from adapter.pauses import FOR_EVER, RUNNING, PausedBy
 
 MOST_A_STEP = 500
+MOST_LOOKED_AT = 2_000  # in a step, however few of them are meant
+
+
+class NoSuchCommand(Exception):
+    """Nobody knows a command of this name."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,15 +35,20 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     under which the first step wrote it down.
 
     `unknown` says what becomes of dead letters whose effect nobody knows: they are left out; looked up first, where the
-    handler can; or sent, for the person has looked and nothing is there.
+    handler can; or sent, for the person has looked and nothing is there. Nobody has looked at what became unknown after
+    that, so `send` wants to know which they are, or until when.
     """
 
     matching: Matching
     by: By
-    most: int = MOST_A_STEP
-    after: int = 0
-    action: int | None = None
+    most: Annotated[int, Meta(ge=1, le=MOST_A_STEP)] = MOST_A_STEP
+    after: Id = 0
+    action: Id | None = None
     unknown: Literal["leave", "look-up", "send"] = "leave"
+
+    def __post_init__(self) -> None:
+        if self.unknown == "send" and not self.matching.ids and self.matching.until is None:
+            raise ValueError("to send unknown ones again, say which you have looked at: their ids, or until when")
 
 
 class Stepped(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,10 +62,10 @@ class Stepped(msgspec.Struct, frozen=True, kw_only=True):
 class Pause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Queues to pause or resume: all of a route, or of one merchant or channel. At least the route must be given."""
 
-    route: str
+    route: Text
     by: By
-    merchant: str | None = None
-    channel: str | None = None
+    merchant: Text | None = None
+    channel: Text | None = None
 
 
 class Commands:
@@ -68,14 +79,17 @@ class Commands:
         """
         A command by its name, with what it needs as JSON; its answer as plain values.
 
-        Raises `KeyError` where there is no such command, and `msgspec.ValidationError`.
+        Raises `NoSuchCommand`, and `ValueError` where the body is not what the command needs.
         """
-        kind, method = {
+        kinds = {
             "replay": (Step, self.replay),
             "discard": (Step, self.discard),
             "pause": (Pause, self.pause),
             "resume": (Pause, self.resume),
-        }[name]
+        }
+        if name not in kinds:
+            raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(kinds)}.")
+        kind, method = kinds[name]
         asked = msgspec.json.decode(body, type=kind)
         return msgspec.to_builtins(await method(asked))  # type: ignore[operator]
 
@@ -98,61 +112,62 @@ class Commands:
     # --- in the writer's thread, inside its transaction ---
 
     def _replay(self, connection: Connection, steps: Sequence[Step]) -> list[Stepped]:
-        answers = []
-        for step in steps:
-            conditions = [] if step.unknown != "leave" else [deliveries.c.reason != Reason.UNKNOWN.value]
-            letters = self._letters(connection, step, conditions)
-            pairs = [(letter.id, letter.lane_id) for letter in letters]
-            changed = rearm(connection, pairs, self._clock(), nothing_happened=step.unknown == "send")
-            if changed:
-                self._store.database.tell(connection.connection.cursor())
-            answers.append(self._stepped(connection, "replay", step, letters, changed))
-        return answers
+        return [self._step(connection, "replay", step) for step in steps]
 
     def _discard(self, connection: Connection, steps: Sequence[Step]) -> list[Stepped]:
-        answers = []
+        return [self._step(connection, "discard", step) for step in steps]
+
+    def _step(self, connection: Connection, command: str, step: Step) -> Stepped:
+        leaves = command == "replay" and step.unknown == "leave"
+        reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves]
+        letters, after = self._letters(connection, step, reasons)
+        changed = 0
+        if letters and command == "replay":
+            sends = step.unknown == "send"
+            changed = rearm(connection, letters, self._clock(), reasons=reasons, nothing_happened=sends)
+        elif letters:
+            changed = self._let_go(connection, letters)
+        if changed:
+            self._store.database.tell(connection.connection.cursor())
+        asked = step.matching.given() | ({"unknown": step.unknown} if command == "replay" and not leaves else {})
+        return Stepped(
+            changed=changed,
+            after=after,
+            action=self._written(connection, command, step.by, asked, changed, step.action),
+        )
+
+    def _letters(
+        self, connection: Connection, step: Step, reasons: Collection[Reason]
+    ) -> tuple[list[tuple[int, int]], int | None]:
+        """The next dead letters that are meant, each with its lane, and after which of all the next step begins."""
         d = deliveries.c
-        for step in steps:
-            letters = self._letters(connection, step, [])
-            now, changed = self._clock(), 0
-            lane = {row.id: row for row in locked_lanes(connection, {letter.lane_id for letter in letters})}
-            for letter in letters:
-                if lane[letter.lane_id].holder is not None and lane[letter.lane_id].current_delivery_id == letter.id:
-                    continue  # its handler has not let go of its thread, and the lane could not go on
-                done = {"state": State.DONE.value, "reason": Reason.DISCARDED.value, "ended_at": now}
-                dead = (d.id == letter.id) & (d.state == State.DEAD.value)
-                if connection.execute(update(deliveries).where(dead).values(done)).rowcount == 1:
-                    changed += 1
-                    self._let_go(connection, lane[letter.lane_id], letter.id, now)
-            if changed:
-                self._store.database.tell(connection.connection.cursor())
-            answers.append(self._stepped(connection, "discard", step, letters, changed))
-        return answers
+        dead = select(d.id).where(d.state == State.DEAD.value, d.id > step.after)
+        if step.matching.ids:
+            dead = dead.where(d.id.in_(step.matching.ids))
+        looked_at = connection.execute(dead.order_by(d.id).limit(MOST_LOOKED_AT)).scalars().all()
+        meant = (d.id.in_(looked_at), d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions())
+        found = connection.execute(joined(d.id, d.lane_id).where(*meant).order_by(d.id).limit(step.most))
+        letters = [(row.id, row.lane_id) for row in found]
+        if len(letters) == step.most:
+            return letters, letters[-1][0]
+        return letters, looked_at[-1] if len(looked_at) == MOST_LOOKED_AT else None
 
-    def _let_go(self, connection: Connection, lane: Any, delivery_id: int, now: int) -> None:
-        """A lane that the letter had stopped goes on, and its doubt is the person's now."""
-        if lane.current_delivery_id != delivery_id:
-            return
-        waiting = (deliveries.c.lane_id == lane.id) & (deliveries.c.state == State.WAITING.value)
-        more = connection.execute(select(deliveries.c.id).where(waiting).limit(1)).first()
-        after = {"current_delivery_id": None, "settled": lane.claim, "next_at": None if more is None else now}
-        connection.execute(update(lanes).where(lanes.c.id == lane.id).values(after))
-
-    def _letters(self, connection: Connection, step: Step, conditions: Sequence[Any]) -> Sequence[Any]:
+    def _let_go(self, connection: Connection, letters: Collection[tuple[int, int]]) -> int:
+        """Discards them. A lane that one had stopped goes on, and its doubt is the person's now."""
         d = deliveries.c
-        dead = (d.state == State.DEAD.value, d.id > step.after, *conditions, *step.matching.conditions())
-        return connection.execute(joined(d.id, d.lane_id).where(*dead).order_by(d.id).limit(step.most)).all()
-
-    def _stepped(
-        self, connection: Connection, command: str, step: Step, letters: Sequence[Any], changed: int
-    ) -> Stepped:
-        action = step.action
-        if action is None:
-            action = self._written(connection, command, step.by, step.matching.said(), changed)
-        elif changed:
-            of = actions.c.id == action
-            connection.execute(update(actions).where(of).values(changed=actions.c.changed + changed))
-        return Stepped(changed=changed, action=action, after=letters[-1].id if len(letters) == step.most else None)
+        locked = locked_lanes(connection, {lane_id for _, lane_id in letters})
+        # Not where its handler has not let go of its thread: the lane could not go on.
+        held = {lane.current_delivery_id for lane in locked if lane.holder is not None}
+        free = [delivery_id for delivery_id, _ in letters if delivery_id not in held]
+        dead = d.id.in_(free) & (d.state == State.DEAD.value)
+        now = self._clock()
+        done = {"state": State.DONE.value, "reason": Reason.DISCARDED.value, "ended_at": now}
+        ids = connection.execute(update(deliveries).where(dead).values(done).returning(d.id)).scalars().all()
+        # Due even where nothing waits: whoever claims it sees that.
+        goes_on = {"current_delivery_id": None, "settled": lanes.c.claim, "next_at": now}
+        stopped = lanes.c.id.in_([lane_id for _, lane_id in letters]) & lanes.c.current_delivery_id.in_(ids)
+        connection.execute(update(lanes).where(stopped).values(goes_on))
+        return len(ids)
 
     def _pause(self, connection: Connection, pauses: Sequence[Pause]) -> list[int]:
         return [self._set(connection, "pause", pause) for pause in pauses]
@@ -161,24 +176,37 @@ class Commands:
         return [self._set(connection, "resume", pause) for pause in pauses]
 
     def _set(self, connection: Connection, command: str, pause: Pause) -> int:
-        given = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}
-        given = {name: value for name, value in given.items() if value is not None}
-        meant = [queues.c[name] == value for name, value in given.items()]
-        rows = connection.execute(select(queues).where(*meant).order_by(queues.c.id).with_for_update(key_share=True))
-        changed = 0
-        for row in rows.all():
-            changed += 1
+        asked = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        meant = [queues.c[name] == value for name, value in asked.items()]
+        locked = select(queues).where(*meant).order_by(queues.c.id).with_for_update(key_share=True)
+        rows = connection.execute(locked).all()
+        for row in rows:
             after = RUNNING
             if command == "pause":
-                of = {"paused_until": FOR_EVER, "paused_by": PausedBy.PERSON, "reason": pause.by.why}
-                after = replace(pausing_of(row), **of)  # type: ignore[arg-type]
+                by_a_person = {"paused_until": FOR_EVER, "paused_by": PausedBy.PERSON, "reason": pause.by.why}
+                after = replace(pausing_of(row), **by_a_person)  # type: ignore[arg-type]
             connection.execute(update(queues).where(queues.c.id == row.id).values(queue_columns(after)))
-        self._written(connection, command, pause.by, msgspec.json.encode(given).decode(), changed)
+        self._written(connection, command, pause.by, asked, len(rows))
         self._store.database.tell(connection.connection.cursor())
-        return changed
+        return len(rows)
 
-    def _written(self, connection: Connection, command: str, by: By, matching: str, changed: int) -> int:
-        row = {"at": self._clock(), "command": command, "who": by.who, "why": by.why, "matching": matching}
-        key = connection.execute(insert(actions).values(row | {"changed": changed})).inserted_primary_key
-        assert key is not None
-        return int(key[0])
+    def _written(
+        self,
+        connection: Connection,
+        command: str,
+        by: By,
+        asked: Mapping[str, Any],
+        changed: int,
+        action: int | None = None,
+    ) -> int:
+        """Writes down what was done, in the row of the command's first step where that is the same command still."""
+        row = {"command": command, "who": by.who, "why": by.why, "matching": msgspec.json.encode(asked).decode()}
+        if action is not None:
+            same = [actions.c[name] == value for name, value in row.items()]
+            more = update(actions).where(actions.c.id == action, *same).values(changed=actions.c.changed + changed)
+            if connection.execute(more).rowcount == 1:
+                return action
+        key = connection.execute(insert(actions).values(row | {"at": self._clock(), "changed": changed}))
+        assert key.inserted_primary_key is not None
+        return int(key.inserted_primary_key[0])

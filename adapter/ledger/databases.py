@@ -334,7 +334,9 @@ class Postgres(Database):
     def may_be_repeated(self, error: Exception) -> bool:
         original = getattr(error, "orig", error)
         errors = self._psycopg.errors
-        return isinstance(original, errors.DeadlockDetected | errors.SerializationFailure)
+        # The last: what a row refers to was pruned meanwhile; the next try does not find it any more.
+        met = errors.DeadlockDetected | errors.SerializationFailure | errors.ForeignKeyViolation
+        return isinstance(original, met)
 
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
         return _ArraysInsert(table, columns, ending)

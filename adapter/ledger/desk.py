@@ -3,18 +3,20 @@ For people: what came in, what is owed, what was done, what is dead and why, wha
 the writer and changes nothing. No body and nothing of an order but its id is shown.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, func, or_, select
+from sqlalchemy import Connection, func, select
 
 from adapter.deliveries import State
 from adapter.ledger.matching import Matching, joined, notification_columns
 from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues
 
 NEWEST_LOOKED_THROUGH = 50_000  # notifications that nobody wanted can be found by their order only this far back
+MOST_OF_AN_ORDER = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +85,10 @@ class Desk:
                 statement = statement.where(column == value)
         if order_id is not None:
             owed = joined(deliveries.c.notification_id).where(*Matching(order_id=order_id).conditions())
-            newest = self.connection.execute(select(func.max(n.id))).scalar() or 0
-            recent = (n.id > newest - NEWEST_LOOKED_THROUGH) & (n.order_id == order_id)
-            statement = statement.where(or_(n.id.in_(owed), recent))
+            newest = select(func.coalesce(func.max(n.id), 0)).scalar_subquery()
+            recent = select(n.id).where(n.id > newest - NEWEST_LOOKED_THROUGH, n.order_id == order_id)
+            ids = {*self.connection.execute(owed).scalars(), *self.connection.execute(recent).scalars()}
+            statement = statement.where(n.id.in_(sorted(ids)[-MOST_OF_AN_ORDER:]))
         return [_notification(row._mapping) for row in self.connection.execute(statement)]
 
     def notification(self, notification_id: int) -> dict[str, Any] | None:
@@ -104,7 +107,7 @@ class Desk:
 
     def queues(self, now: int) -> list[dict[str, Any]]:
         """Every queue: whether it runs, what waits in it, what is being tried. `now` is the ledger's clock."""
-        waiting = self._count_by_queue(deliveries.c.state == State.WAITING.value)
+        waiting = {row.queue_id: row.number for row in self._by_queue(State.WAITING)}
         held = self.connection.execute(
             select(lanes.c.queue_id, func.count().label("held"))
             .where(lanes.c.holder.is_not(None))
@@ -143,37 +146,37 @@ class Desk:
 
     def overview(self, now: int) -> Overview:
         """Counts and ages; `now` is the ledger's clock in milliseconds."""
-        d = deliveries.c
-        of = deliveries.join(lanes, d.lane_id == lanes.c.id).join(queues, lanes.c.queue_id == queues.c.id)
-        by_route: dict[tuple[str, str], int] = {}
+        by_route: Counter[tuple[str, str]] = Counter()
         oldest: dict[str, float] = {}
-        # One state at a time, so that each uses the index that holds just the rows in question.
-        for state in (State.WAITING.value, State.DEAD.value):
-            rows = self.connection.execute(
-                select(queues.c.route, func.count(), func.min(d.notification_id))
-                .select_from(of)
-                .where(d.state == state)
-                .group_by(queues.c.route)
-            )
-            for route, count, earliest in rows.all():
-                by_route[route, state] = count
-                if state == State.WAITING.value:
-                    received = select(notifications.c.received_at).where(notifications.c.id == earliest)
-                    oldest[route] = max(0.0, (now - self.connection.execute(received).scalar_one()) / 1000)
+        stand = {state: self._by_queue(state) for state in (State.WAITING, State.DEAD)}
+        route_of = {row.id: row.route for row in self.connection.execute(select(queues.c.id, queues.c.route))}
+        for state, rows in stand.items():
+            for row in rows:
+                route = route_of[row.queue_id]
+                by_route[route, state.value] += row.number
+                if state is State.WAITING:
+                    age = (now - self._received_at(row.earliest)) / 1000
+                    oldest[route] = max(0.0, age, oldest.get(route, 0.0))
         paused = {
             (row.route, row.merchant, row.channel): row.pause_reason or ""
             for row in self.connection.execute(select(queues).where(queues.c.paused_until > now))
         }
         return Overview(by_route=by_route, oldest_waiting_seconds=oldest, paused=paused)
 
-    def _count_by_queue(self, condition: Any) -> dict[int, int]:
-        rows = self.connection.execute(
-            select(lanes.c.queue_id, func.count().label("count"))
-            .select_from(deliveries.join(lanes, deliveries.c.lane_id == lanes.c.id))
-            .where(condition)
+    def _by_queue(self, state: State) -> Sequence[Any]:
+        """How many deliveries are in this state, and the earliest. From the index that holds just those, row by row."""
+        d = deliveries.c
+        return self.connection.execute(
+            select(lanes.c.queue_id, func.count().label("number"), func.min(d.id).label("earliest"))
+            .select_from(deliveries.join(lanes, d.lane_id == lanes.c.id))
+            .where(d.state == state.value)
             .group_by(lanes.c.queue_id)
-        )
-        return {row.queue_id: row._mapping["count"] for row in rows}
+        ).all()
+
+    def _received_at(self, delivery_id: int) -> int:
+        its = select(deliveries.c.notification_id).where(deliveries.c.id == delivery_id).scalar_subquery()
+        received = select(notifications.c.received_at).where(notifications.c.id == its)
+        return int(self.connection.execute(received).scalar_one())
 
 
 def moment(milliseconds: int | None) -> str | None:

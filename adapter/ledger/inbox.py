@@ -21,6 +21,7 @@ from adapter.ledger.store import Store
 from adapter.orders import NotAnOrder, order_digest
 
 REPLAY_AT_MOST_EVERY_MS = 3_600_000
+REPLAYED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
 MOST_CONFLICTS = 8  # kept of one identity; more are answered and counted, and tell nobody anything new
 
 
@@ -194,7 +195,7 @@ class Inbox:
             select(d.id, d.lane_id).where(
                 d.notification_id == notification_id,
                 d.state == State.DEAD.value,
-                d.reason.in_((Reason.REJECTED.value, Reason.EXHAUSTED.value)),
+                d.reason.in_([reason.value for reason in REPLAYED_BY_A_REPEAT]),
                 func.coalesce(d.replayed_at, 0) <= now - REPLAY_AT_MOST_EVERY_MS,
             )
         )
@@ -203,7 +204,7 @@ class Inbox:
     def _replay(self, connection: Connection, items: Sequence[Dead]) -> list[Received]:
         now = self._clock()
         locked_lanes(connection, {lane_id for letters in items for _, lane_id in letters})
-        changed = [rearm(connection, letters, now) for letters in items]
+        changed = [rearm(connection, letters, now, reasons=REPLAYED_BY_A_REPEAT) for letters in items]
         if any(changed):
             self._store.database.tell(connection.connection.cursor())
         return [Received.REPLAYED if each else Received.REPEAT for each in changed]

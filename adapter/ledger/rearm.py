@@ -4,12 +4,12 @@ A dead letter is owed again: with its whole schedule, in its own place in the la
 What is known about the lane's doubt stays as it is, unless a person has looked and says that nothing happened.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, select, update
 
-from adapter.deliveries import State
+from adapter.deliveries import Reason, State
 from adapter.ledger.schema import deliveries, lanes
 
 LOCKED = (
@@ -21,26 +21,38 @@ LOCKED = (
 
 
 def rearm(
-    connection: Connection, letters: Sequence[tuple[int, int]], now: int, *, nothing_happened: bool = False
+    connection: Connection,
+    letters: Collection[tuple[int, int]],
+    now: int,
+    *,
+    reasons: Collection[Reason],
+    nothing_happened: bool = False,
 ) -> int:
-    """Makes dead deliveries (each with its lane) wait again; how many were dead. Idempotent."""
-    lane = {row.id: row for row in locked_lanes(connection, {lane_id for _, lane_id in letters})}
+    """
+    Makes those of these deliveries (each with its lane) wait again that are dead for such a reason; how many they were.
+
+    A lane that a letter had stopped, or that was idle, becomes due; another goes on as it would have. A letter whose
+    handler has not let go of its thread, and of the lane, stays dead.
+    """
     d = deliveries.c
-    changed = 0
-    for delivery_id, lane_id in letters:
-        if lane[lane_id].holder is not None and lane[lane_id].current_delivery_id == delivery_id:
-            continue  # its handler has not let go of its thread
-        again = {"state": State.WAITING.value, "reason": None, "ended_at": None, "attempts": 0}
-        again |= {"first_attempt_at": None, "replayed_at": now}
-        dead = (d.id == delivery_id) & (d.state == State.DEAD.value)
-        if connection.execute(update(deliveries).where(dead).values(again)).rowcount != 1:
-            continue
-        changed += 1
-        row = lane[lane_id]
-        if row.holder is None and row.next_at is None and row.current_delivery_id in (None, delivery_id):
-            settled = row.claim if nothing_happened else row.settled
-            connection.execute(update(lanes).where(lanes.c.id == lane_id).values(next_at=now, settled=settled))
-    return changed
+    locked = locked_lanes(connection, {lane_id for _, lane_id in letters})
+    at_it = {lane.current_delivery_id for lane in locked if lane.holder is not None}
+    dead = (
+        d.id.in_([delivery_id for delivery_id, _ in letters if delivery_id not in at_it]),
+        d.state == State.DEAD.value,
+        d.reason.in_([reason.value for reason in reasons]),
+    )
+    again = {"state": State.WAITING.value, "reason": None, "ended_at": None, "attempts": 0}
+    again |= {"first_attempt_at": None, "replayed_at": now}
+    changed = connection.execute(update(deliveries).where(*dead).values(again).returning(d.id, d.lane_id)).all()
+    of_lanes, first = {row.lane_id for row in changed}, {None, *(row.id for row in changed)}
+    due = [
+        lane.id for lane in locked if lane.id in of_lanes and lane.next_at is None and lane.current_delivery_id in first
+    ]
+    if due:
+        ends_doubt = {"settled": lanes.c.claim} if nothing_happened else {}
+        connection.execute(update(lanes).where(lanes.c.id.in_(due)).values({"next_at": now, **ends_doubt}))
+    return len(changed)
 
 
 def locked_lanes(connection: Connection, lane_ids: Iterable[int]) -> Sequence[Any]:

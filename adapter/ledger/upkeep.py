@@ -1,22 +1,26 @@
 """
 What is kept how long, and the care that a database needs: prune, check, measure, back up.
 
-Bodies are other people's orders: they go 30 days after everything owed for them is done, and 90 days after receipt
-where it is not. The rows, and with them what makes a repeat a repeat, stay longer. Pruning goes in small steps, each a
-transaction of its own between those of the intake. What still waits keeps everything it has.
+Bodies are other people's orders: they go 30 days after receipt where everything owed for them is done, and after 90
+days where it is not. The rows, and with them what makes a repeat a repeat, stay longer. What still waits keeps all it
+has. Pruning goes in small steps, each a transaction of its own between those of the intake. Nothing is written down of
+its progress: what there is to do is what is still there, so what had to stay is looked at again in the next round.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, text, update
 
 from adapter.deliveries import State
-from adapter.ledger.schema import attempts, deliveries, lanes, marks, notifications, processes, queues
+from adapter.ledger.rearm import locked_lanes
+from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues
 from adapter.ledger.store import Store, StoreUnavailable
 
 NOTIFICATIONS_A_STEP = 200
@@ -46,117 +50,109 @@ class Upkeep:
     def __init__(self, store: Store, retention: Retention) -> None:
         self._store = store
         self._retention = retention
-        self._rows_after = 0  # those before it still wait, and are looked at again in the next round
+        self._bodies_after = self._rows_after = 0  # how far this round has come; 0 where a round begins
 
     async def step(self) -> Pruned:
         """One step of each kind."""
-        return await self._store.write(self._step, None)
+        bodies, self._bodies_after = await self._store.write(self._bodies, self._bodies_after)
+        rows, self._rows_after = await self._store.write(self._rows, self._rows_after)
+        return Pruned(bodies=bodies, notifications=rows, more=bool(self._bodies_after or self._rows_after))
 
-    # --- in the writer's thread, inside its transaction ---
+    # --- in the writer's thread, inside its transaction: how many, and after which one the next step begins ---
 
-    def _step(self, connection: Connection, items: Sequence[None]) -> list[Pruned]:
-        now = self._store.clock()
-        waits, ended = State.WAITING.value, State.DONE.value
-        done, more = self._bodies(connection, now, "bodies", self._retention.bodies, deliveries.c.state != ended)
-        dead, more_dead = self._bodies(
-            connection, now, "bodies_of_dead", self._retention.bodies_of_dead_letters, deliveries.c.state == waits
-        )
-        rows, more_rows = self._rows(connection, now)
-        return [Pruned(bodies=done + dead, notifications=rows, more=more or more_dead or more_rows) for _ in items]
+    def _bodies(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
+        return [self._take_bodies(connection, after) for after in items]
 
-    def _bodies(self, connection: Connection, now: int, name: str, kept: timedelta, but_for: Any) -> tuple[int, bool]:
-        """Takes the bodies of the next notifications, but for those with such a delivery; how far it came is kept."""
-        mark = f"pruned_{name}"
-        known = connection.execute(select(marks.c.value).where(marks.c.name == mark)).scalar()
-        ids = self._old(connection, known or 0, now, kept)
-        if not ids:
-            return 0, False
-        n = notifications.c
-        owed = select(deliveries.c.id).where(deliveries.c.notification_id == n.id, but_for).exists()
-        gone = update(notifications).where(n.id.in_(ids), n.body.is_not(None), ~owed).values(body=None)
-        taken = connection.execute(gone).rowcount
-        if known is None:
-            connection.execute(marks.insert().values(name=mark, value=ids[-1]))
-        else:
-            connection.execute(marks.update().where(marks.c.name == mark).values(value=ids[-1]))
-        return taken, len(ids) == NOTIFICATIONS_A_STEP
+    def _rows(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
+        return [self._take_rows(connection, after) for after in items]
 
-    def _rows(self, connection: Connection, now: int) -> tuple[int, bool]:
-        """Takes the next notifications with all that was owed for them, but for what waits or stops its lane."""
-        ids = self._old(connection, self._rows_after, now, self._retention.rows)
-        if not ids:
-            self._rows_after = 0
-            return 0, False
-        self._rows_after = ids[-1]
+    def _take_bodies(self, connection: Connection, after: int) -> tuple[int, int]:
         n, d = notifications.c, deliveries.c
-        current = select(lanes.c.id).where(lanes.c.id == d.lane_id, lanes.c.current_delivery_id == d.id).exists()
-        needed = (d.state == State.WAITING.value) | current
-        keep = set(connection.execute(select(d.notification_id).where(d.notification_id.in_(ids), needed)).scalars())
-        # A conflict goes with what it conflicts with, which came before it.
-        rows = connection.execute(
-            select(n.id).where(n.id.in_(ids) | n.conflicts_with.in_(ids), n.id.not_in(keep))
-            .where(func.coalesce(n.conflicts_with, 0).not_in(keep))
-        )  # fmt: skip
-        gone = list(rows.scalars())
-        owed = connection.execute(select(d.id, d.lane_id).where(d.notification_id.in_(gone))).all()
-        connection.execute(delete(attempts).where(attempts.c.delivery_id.in_([row.id for row in owed])))
-        connection.execute(delete(deliveries).where(d.id.in_([row.id for row in owed])))
-        connection.execute(delete(notifications).where(n.conflicts_with.in_(gone)))
-        connection.execute(delete(notifications).where(n.id.in_(gone)))
-        left = select(d.id).where(d.lane_id == lanes.c.id).exists()
-        idle = lanes.c.holder.is_(None) & lanes.c.next_at.is_(None) & lanes.c.current_delivery_id.is_(None)
-        connection.execute(delete(lanes).where(lanes.c.id.in_({row.lane_id for row in owed}), idle, ~left))
-        return len(gone), len(ids) == NOTIFICATIONS_A_STEP
+        old, following = self._old(connection, after, self._retention.bodies, n.body.is_not(None))
+        not_so_old = [key for key, at in old.items() if at >= self._before(self._retention.bodies_of_dead_letters)]
+        _lock_lanes_of(connection, old)
+        needed = (d.state == State.WAITING.value) | (d.state == State.DEAD.value) & d.notification_id.in_(not_so_old)
+        gone = old.keys() - _with(connection, old, needed)
+        taken = connection.execute(update(notifications).where(n.id.in_(gone)).values(body=None)).rowcount
+        return taken, following
 
-    def _old(self, connection: Connection, after: int, now: int, kept: timedelta) -> list[int]:
-        """The next notifications in the order of their arrival, as long as they are older than `kept`."""
-        n = notifications.c
-        before = now - int(kept.total_seconds() * 1000)
-        rows = connection.execute(
-            select(n.id, n.received_at).where(n.id > after).order_by(n.id).limit(NOTIFICATIONS_A_STEP)
-        )
-        ids: list[int] = []
-        for row in rows:
-            if row.received_at >= before:
-                break
-            ids.append(row.id)
-        return ids
+    def _take_rows(self, connection: Connection, after: int) -> tuple[int, int]:
+        """Takes notifications with all that was owed for them, the conflicts they met, and the lanes left empty."""
+        n, d = notifications.c, deliveries.c
+        old, following = self._old(connection, after, self._retention.rows)
+        of_lanes = _lock_lanes_of(connection, old)
+        stops = select(lanes.c.id).where(lanes.c.id == d.lane_id, lanes.c.current_delivery_id == d.id).exists()
+        gone = old.keys() - _with(connection, old, (d.state == State.WAITING.value) | stops)
+        owed = select(d.id).where(d.notification_id.in_(gone))
+        connection.execute(delete(attempts).where(attempts.c.delivery_id.in_(owed)))
+        connection.execute(delete(deliveries).where(d.notification_id.in_(gone)))
+        taken = connection.execute(delete(notifications).where(n.conflicts_with.in_(gone))).rowcount
+        taken += connection.execute(delete(notifications).where(n.id.in_(gone))).rowcount
+        left = select(d.id).where(d.lane_id == lanes.c.id).exists()
+        connection.execute(delete(lanes).where(lanes.c.id.in_(of_lanes), lanes.c.holder.is_(None), ~left))
+        return taken, following
+
+    def _old(self, connection: Connection, after: int, kept: timedelta, *conditions: Any) -> tuple[dict[int, int], int]:
+        """The next notifications in the order of their arrival, and when they came, as long as they are that old."""
+        n, before = notifications.c, self._before(kept)
+        following = select(n.id, n.received_at).where(n.id > after, *conditions).order_by(n.id)
+        rows = connection.execute(following.limit(NOTIFICATIONS_A_STEP)).all()
+        old = {row.id: row.received_at for row in takewhile(lambda row: row.received_at < before, rows)}
+        return old, rows[-1].id if len(old) == NOTIFICATIONS_A_STEP else 0
+
+    def _before(self, kept: timedelta) -> int:
+        return self._store.clock() - int(kept.total_seconds() * 1000)
+
+
+def _lock_lanes_of(connection: Connection, ids: Iterable[int]) -> set[int]:
+    """So that nothing owed for these notifications is replayed, or waits anew, before they are gone."""
+    d = deliveries.c
+    of_lanes = set(connection.execute(select(d.lane_id).where(d.notification_id.in_(ids))).scalars())
+    locked_lanes(connection, of_lanes)
+    return of_lanes
+
+
+def _with(connection: Connection, ids: Iterable[int], condition: Any) -> set[int]:
+    """Those of these notifications for which there is such a delivery."""
+    d = deliveries.c
+    return set(connection.execute(select(d.notification_id).where(d.notification_id.in_(ids), condition)).scalars())
 
 
 def faults(connection: Connection) -> list[str]:
     """What must never be so in a ledger, in words; nothing where all is well."""
-    d = deliveries.c
-    lives = select(processes.c.id).where(processes.c.id == lanes.c.holder).exists()
-    waits = select(d.id).where(d.lane_id == lanes.c.id, d.state == State.WAITING.value).exists()
-    current = select(d.id).where(d.id == lanes.c.current_delivery_id).exists()
-    idle = lanes.c.holder.is_(None) & lanes.c.next_at.is_(None) & lanes.c.current_delivery_id.is_(None)
+    d, lane = deliveries.c, lanes.c
+    lives = select(processes.c.id).where(processes.c.id == lane.holder).exists()
+    waits = select(d.id).where(d.lane_id == lane.id, d.state == State.WAITING.value).exists()
+    current = select(d.id).where(d.id == lane.current_delivery_id, d.lane_id == lane.id)
+    nobody_comes = lane.holder.is_(None) & lane.next_at.is_(None)
+    stuck = lane.current_delivery_id.is_(None) & waits | current.where(d.state != State.DEAD.value).exists()
     asked = {
-        "lanes with work that nobody will ever take": select(func.count()).select_from(lanes).where(idle, waits),
-        "lanes held by a process that is not there": select(func.count())
-        .select_from(lanes)
-        .where(lanes.c.holder.is_not(None), ~lives),
-        "lanes whose delivery is not there": select(func.count())
-        .select_from(lanes)
-        .where(lanes.c.current_delivery_id.is_not(None), ~current),
-        "lanes that settled more than was claimed": select(func.count())
-        .select_from(lanes)
-        .where(lanes.c.settled > lanes.c.claim),
-        "deliveries that ended without a reason": select(func.count())
-        .select_from(deliveries)
-        .where(d.state != State.WAITING.value, d.reason.is_(None)),
-        "queues of no known state": select(func.count())
-        .select_from(queues)
-        .where(queues.c.paused_until.is_not(None), queues.c.paused_by.is_(None)),
+        "lanes with work that nobody will ever take": (lanes, nobody_comes & stuck),
+        "lanes held by a process that is not there": (lanes, lane.holder.is_not(None) & ~lives),
+        "lanes whose delivery is not there": (lanes, lane.current_delivery_id.is_not(None) & ~current.exists()),
+        "lanes that settled more than was claimed": (lanes, lane.settled > lane.claim),
+        "deliveries of no known state": (deliveries, d.state.not_in([state.value for state in State])),
+        "deliveries that ended without a reason": (deliveries, (d.state != State.WAITING.value) & d.reason.is_(None)),
+        "queues that nobody knows why they are paused": (
+            queues,
+            queues.c.paused_until.is_not(None) & queues.c.paused_by.is_(None),
+        ),
     }
-    found = {words: connection.execute(statement).scalar_one() for words, statement in asked.items()}
-    told = [f"{count} {words}" for words, count in found.items() if count]
+    _take_your_time(connection)
+    told = []
+    for words, (table, condition) in asked.items():
+        count = connection.execute(select(func.count()).select_from(table).where(condition)).scalar_one()
+        told += [f"{count} {words}"] if count else []
     if connection.dialect.name == "sqlite":
         told += [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(10)") if row[0] != "ok"]
+        dangling = {(row[0], row[2]) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}
+        told += [f"{child} that belong to {parent} which are not there" for child, parent in sorted(dangling)]
     return told
 
 
 def figures(connection: Connection) -> dict[str, int]:
-    """How much there is of what: rows, and bytes on the disk."""
+    """How much there is of what: rows, bodies that are kept, and bytes on the disk."""
+    _take_your_time(connection)
     tables = (notifications, deliveries, attempts, lanes, queues)
     counts = {table.name: connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables}
     bodies = connection.execute(select(func.count()).where(notifications.c.body.is_not(None))).scalar_one()
@@ -174,20 +170,28 @@ def back_up(connection: Connection, target: Path) -> int:
     """
     Copies a SQLite ledger, as it is at one moment and beside a running service, into a new file; its size in bytes.
 
-    Raises `FileExistsError`, and `StoreUnavailable` where the copy cannot be written.
+    Raises `FileExistsError`, and `StoreUnavailable` where the copy cannot be written. Nobody but its owner may read it.
     """
     if target.exists():
-        raise FileExistsError(f"{target} is there already")
+        raise FileExistsError(f"{target} is there already; nothing was overwritten")
     partial = target.with_name(f"{target.name}.partial")
-    partial.unlink(missing_ok=True)
     raw = connection.connection.driver_connection
     assert raw is not None
     try:
+        partial.unlink(missing_ok=True)
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
         raw.execute("VACUUM INTO ?", (str(partial),))
         with partial.open("rb") as written:
             os.fsync(written.fileno())
+        partial.rename(target)
     except Exception as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise StoreUnavailable(f"cannot write {target}: {error}") from error
-    partial.rename(target)
     return target.stat().st_size
+
+
+def _take_your_time(connection: Connection) -> None:
+    """A person waits for it, and nobody else."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SET LOCAL statement_timeout = 0"))
