@@ -130,7 +130,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         operations = listen(config.operations.host, config.operations.port)
         stack.callback(operations.close)
         # The operations port is the last to go: somebody wants to see how a shutdown is going.
-        await stack.enter_async_context(served(console(health, metrics, store, config.operations.token), operations))
+        behind = console(health, metrics, store, config.operations.token, wake=dispatcher.wake)
+        await stack.enter_async_context(served(behind, operations))
         for name, coroutine in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
@@ -241,7 +242,10 @@ async def _prune(upkeep: Upkeep) -> None:
             pruned = await upkeep.step()
             if pruned.bodies or pruned.notifications:
                 log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications)
-        except StoreUnavailable:
+        except StoreUnavailable:  # the store has said so itself
+            pruned = Pruned()
+        except Exception as error:  # what is wrong with one row must not end all pruning
+            log.error("pruning_failed", exc_info=error)
             pruned = Pruned()
         await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)
 
