@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from databases import Server, rows
 from ledgers import (
+    DAY,
     HOUR,
     MISCONFIGURED,
     NOON,
@@ -19,10 +20,12 @@ from ledgers import (
     HandClock,
     Ledger,
     body_of,
+    make_many,
     opened,
     receipt,
     waiting,
 )
+from plans import assert_no_scan, seen
 from sqlalchemy import Connection, event
 
 from adapter.ledger import upkeep as room
@@ -32,7 +35,6 @@ from adapter.ledger.matching import By, Matching
 from adapter.ledger.store import Store, StoreUnavailable, open_for_reading
 from adapter.ledger.upkeep import Pruned, Retention, Upkeep, back_up, faults, figures
 
-DAY = 24 * HOUR
 KEPT = Retention(bodies=timedelta(days=30), bodies_of_dead_letters=timedelta(days=90), rows=timedelta(days=400))
 BY = By(who="anna", why="mended")
 
@@ -84,28 +86,6 @@ def one_of_each(ledger: Ledger) -> None:
     ledger.settle(claims["dead"], REJECTED)
     ledger.settle(claims["waits"], waiting(NOON + 5000))
     ledger.settle(claims["stops"], UNKNOWN)
-
-
-def make_many(ledger: Ledger, number: int) -> None:
-    """So many delivered orders, put there by the database itself."""
-    series = {
-        "sqlite": f"WITH RECURSIVE s(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < {number})",
-        "postgresql": f"WITH s(i) AS (SELECT * FROM generate_series(1, {number}))",
-    }["sqlite" if ledger.url.startswith("sqlite") else "postgresql"]
-    text = "'many-' || i"
-    for into in (
-        "notifications (merchant, channel, callback, order_id, snapshot_at, received_at, source, body)"
-        f" {series} SELECT 'fjallboden', '1', 'order-status', {text}, 1, {NOON}, 'callback', NULL FROM s",
-        "lanes (queue_id, order_id, claim, settled, newest_snapshot_at)"
-        f" {series} SELECT {ledger.export}, {text}, 1, 1, 1 FROM s",
-        "deliveries (notification_id, lane_id, snapshot_at, state, reason, attempts, ended_at)"
-        f" SELECT n.id, l.id, 1, 'done', 'delivered', 1, {NOON} FROM notifications n"
-        f" JOIN lanes l ON l.order_id = n.order_id AND l.queue_id = {ledger.export} WHERE n.order_id LIKE 'many-%'",
-        "attempts (delivery_id, claim, kind, started_at, ended_at, outcome)"
-        f" SELECT id, 1, 'deliver', {NOON}, {NOON}, 'done' FROM deliveries",
-    ):
-        ledger.rows(f"INSERT INTO {into}")
-    ledger.rows("ANALYZE")
 
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
@@ -290,7 +270,7 @@ def test_of_a_hundred_thousand_a_step_touches_a_few_and_scans_no_table(ledger: L
     make_many(ledger, 100_000)
     ledger.clock.now = NOON + 401 * DAY
     upkeep = Upkeep(ledger.store, KEPT)
-    statements = seen(ledger, lambda: ledger.do(upkeep.step()))
+    statements = seen(ledger.store.engine, lambda: ledger.do(upkeep.step()))
 
     counts = touched(ledger, lambda: ledger.do(upkeep.step()))
 
@@ -300,40 +280,6 @@ def test_of_a_hundred_thousand_a_step_touches_a_few_and_scans_no_table(ledger: L
     for statement, parameters in statements:
         assert_no_scan(ledger, statement, parameters)
     assert found(ledger) == []
-
-
-def seen(ledger: Ledger, do: Callable[[], Any], engine: Any = None) -> list[tuple[str, Any]]:
-    """The statements that were executed, with their parameters."""
-    statements: list[tuple[str, Any]] = []
-
-    def hear(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
-        statements.append((statement, parameters))
-
-    engine = engine or ledger.store.engine
-    event.listen(engine, "before_cursor_execute", hear)
-    try:
-        do()
-    finally:
-        event.remove(engine, "before_cursor_execute", hear)
-    return statements
-
-
-BIG = ("notifications", "deliveries", "lanes", "attempts")
-
-
-def assert_no_scan(ledger: Ledger, statement: str, parameters: Any) -> None:
-    """The plan goes into every big table by an index."""
-    if not statement.startswith(("SELECT", "UPDATE", "DELETE", "WITH")):
-        return
-    explain = "EXPLAIN QUERY PLAN " if ledger.url.startswith("sqlite") else "EXPLAIN "
-    with ledger.store.engine.connect() as connection:
-        plan = [str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters)]
-        connection.rollback()
-    for line in plan:
-        for table in BIG:
-            assert f"Seq Scan on {table}" not in line, "\n".join(plan)
-            # A covering index that is scanned holds just the rows in question: that is what partial indexes are for.
-            assert not line.startswith(f"SCAN {table}") or "INDEX" in line or line.endswith("VIRTUAL"), "\n".join(plan)
 
 
 def test_the_intake_goes_on_between_the_steps(ledger: Ledger) -> None:
@@ -348,7 +294,7 @@ def test_the_intake_goes_on_between_the_steps(ledger: Ledger) -> None:
         async def take_in() -> None:
             for number in range(20):
                 # Some are orders whose lane is being taken away.
-                order = f"many-{number * 50 + 1}"
+                order = f"done-{number * 50 + 1}"
                 received.append(await ledger.inbox.receive(receipt(order, 2, wanted=[(ledger.export, True)])))
 
         taking = asyncio.create_task(take_in())

@@ -1,0 +1,44 @@
+"""How a database goes about a statement."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ledgers import Ledger
+from sqlalchemy import Engine, event
+
+BIG = ("notifications", "deliveries", "lanes", "attempts")
+
+
+def seen(engine: Engine, do: Callable[[], Any]) -> list[tuple[str, Any]]:
+    """The statements that were executed, with their parameters."""
+    statements: list[tuple[str, Any]] = []
+
+    def hear(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
+        statements.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", hear)
+    try:
+        do()
+    finally:
+        event.remove(engine, "before_cursor_execute", hear)
+    return statements
+
+
+def plan(ledger: Ledger, statement: str, parameters: Any) -> list[str]:
+    explain = "EXPLAIN QUERY PLAN " if ledger.url.startswith("sqlite") else "EXPLAIN "
+    with ledger.store.engine.connect() as connection:
+        lines = [str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters)]
+        connection.rollback()
+    return lines
+
+
+def assert_no_scan(ledger: Ledger, statement: str, parameters: Any) -> None:
+    """It goes into every big table by an index."""
+    if not statement.startswith(("SELECT", "UPDATE", "DELETE")):
+        return
+    lines = plan(ledger, statement, parameters)
+    for line in lines:
+        for table in BIG:
+            # An index that is gone through is a partial one, which holds just the rows in question, or is left early.
+            by_no_index = f"Seq Scan on {table}" in line or line == f"SCAN {table}"
+            assert not by_no_index, "\n".join([statement, *lines])
