@@ -116,7 +116,6 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_many(ledger, MANY, "done")
         make_many(ledger, 200 if server else MANY, "waiting")
         make_many(ledger, 200, "dead")
-        ledger.rows("ANALYZE")
         yield ledger
     if server:
         server.drop(url)

@@ -21,14 +21,17 @@ from rich.progress import track
 from adapter import app, logs, routes
 from adapter.callbacks.senders import Senders
 from adapter.cli.ledger import GROUPS
-from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, output_option, print_rows
+from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, one_line, output_option, print_rows
 from adapter.config import Config
 from adapter.demo import DemoFailed, demo, walk
 from adapter.ledger.store import StoreInUse, StoreUnavailable
 from adapter.plugin import NotificationHandler, ValidationHandler
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 nothing matched, 4 configuration, 5 store.",
+)
 def main() -> None:
     """An order adapter behind Norce Checkout."""
 
@@ -47,7 +50,7 @@ def serve(config_path: Path) -> None:
         uvloop.run(app.serve(config, built))
         _leave_threads_behind()
     except (StoreInUse, StoreUnavailable) as error:
-        end(STORE, str(error))
+        end(STORE, one_line(error))
     except app.PortInUse as error:
         end(FAILED, str(error))
 

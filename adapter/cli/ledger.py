@@ -7,13 +7,14 @@ none runs, the command opens the store itself, which on SQLite means that it tak
 
 import getpass
 import json
+import os
 import socket
 import sys
 import time
-from collections.abc import Callable
-from datetime import datetime
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import httpx
@@ -21,32 +22,54 @@ import msgspec
 import uvloop
 from rich.console import Console
 from rich.progress import Progress
-from sqlalchemy.exc import DBAPIError
 
+from adapter import logs
 from adapter.cli.shared import (
     FAILED,
     NOTHING_MATCHED,
     STORE,
     USAGE,
     config_option,
-    configured,
-    desk,
     end,
+    loaded,
+    one_line,
     output_option,
     print_rows,
+    printable,
+    reading,
 )
 from adapter.config import Config
+from adapter.deliveries import Reason, State
 from adapter.ledger.clock import seen_from_outside
 from adapter.ledger.commands import MOST_A_STEP, Commands, Pause, Step
 from adapter.ledger.databases import database_at
-from adapter.ledger.matching import By, Matching
-from adapter.ledger.store import Store, StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
+from adapter.ledger.desk import Desk
+from adapter.ledger.matching import Matching
+from adapter.ledger.store import Store, StoreInUse, StoreMissing, StoreUnavailable
 from adapter.ledger.upkeep import back_up, faults, figures
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
 Decorated = Callable[..., Any]
+
+
+class _Text(click.ParamType[str]):
+    """An argument that a database can take: a terminal may send what is no text."""
+
+    name = "text"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.fail("it is not valid UTF-8", parameter, context)
+        return str(value)
+
+
+TEXT = _Text()
+ID = click.IntRange(0, 2**63 - 1)
+Asked = TypeVar("Asked", Matching, Step, Pause)
 
 
 def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
@@ -64,30 +87,43 @@ def _moment(_context: click.Context, _parameter: click.Parameter, value: str | N
     if value is None:
         return None
     try:
-        return int(datetime.fromisoformat(value).astimezone().timestamp() * 1000)
+        moment = datetime.fromisoformat(value)
     except ValueError as error:
         raise click.BadParameter("must be a date or a moment, such as 2026-02-03 or 2026-02-03T12:00:00Z") from error
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
+
+
+def _who() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container that runs under a bare number
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
 
 
 place_options = options(
-    click.option("--route", help="Only this route's."),
-    click.option("--merchant", help="Only this merchant's."),
-    click.option("--channel", help="Only this channel's."),
+    click.option("--route", type=TEXT, help="Only this route's."),
+    click.option("--merchant", type=TEXT, help="Only this merchant's."),
+    click.option("--channel", type=TEXT, help="Only this channel's."),
 )
 matching_options = options(
-    click.option("--reason", help="Only those that ended for this reason, such as rejected."),
-    click.option("--order", "order_id", help="Only this order's."),
-    click.option("--code", help="Only those whose last attempt said this code."),
-    click.option("--since", callback=_moment, help="Only what ended then or later: 2026-02-03, 2026-02-03T12:00:00Z."),
+    click.option(
+        "--reason",
+        type=click.Choice([reason.value for reason in Reason]),
+        help="Only those that ended for this reason.",
+    ),
+    click.option("--order", "order_id", type=TEXT, help="Only this order's."),
+    click.option("--code", type=TEXT, help="Only those whose last attempt said this code."),
+    click.option("--since", callback=_moment, help="Only what ended then or later; UTC, if not said."),
     click.option("--until", callback=_moment, help="Only what ended before then."),
     place_options,
 )
 by_options = options(
-    click.option("--why", required=True, help="Why you do it. It is written down."),
-    click.option("--who", default=lambda: f"{getpass.getuser()}@{socket.gethostname()}", help="Who you are."),
+    click.option("--why", type=TEXT, required=True, help="Why you do it. It is written down."),
+    click.option("--who", type=TEXT, default=_who, help="Who you are; your user and machine, if not said."),
 )
 step_options = options(
-    click.argument("ids", type=int, nargs=-1),
+    click.argument("ids", type=ID, nargs=-1),
     click.option("--all", "everything", is_flag=True, help="All dead letters, where nothing else narrows it down."),
     matching_options,
     by_options,
@@ -109,26 +145,27 @@ def deliveries_group() -> None:
 
 
 @deliveries_group.command("list")
-@click.option("--state", type=click.Choice(["waiting", "done", "dead"]))
+@click.option("--state", type=click.Choice([state.value for state in State]))
 @matching_options
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
 @output_option
 @config_option
-def deliveries_list(limit: int, output: str, config_path: Path, **matching: Any) -> None:
+def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List deliveries, the newest first."""
-    with desk(config_path) as open_desk:
-        rows = open_desk.deliveries(Matching(**matching), limit=limit)
+    matching = _asked(given, Matching)
+    with reading(loaded(config_path)) as connection:
+        rows = Desk(connection).deliveries(matching, limit=limit)
     print_rows(rows, output, DELIVERY_COLUMNS)
 
 
 @deliveries_group.command("show")
-@click.argument("delivery_id", type=int)
+@click.argument("delivery_id", type=ID)
 @output_option
 @config_option
 def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     """Show one delivery with its attempts."""
-    with desk(config_path) as open_desk:
-        delivery = open_desk.delivery(delivery_id)
+    with reading(loaded(config_path)) as connection:
+        delivery = Desk(connection).delivery(delivery_id)
     _show(delivery, f"there is no delivery {delivery_id}", "attempts", output)
 
 
@@ -170,33 +207,51 @@ def _step_through(
     narrowed = ids or any(value is not None for value in given.values())
     if not narrowed and not everything:
         end(USAGE, "say which: by their ids, by options such as --route or --reason, or --all")
-    matching = Matching(ids=ids, **given)
-    with desk(config_path) as open_desk:
-        counted = open_desk.count(msgspec.structs.replace(matching, state="dead"))
+    most = min(MOST_A_STEP, rate or MOST_A_STEP)
+    by = {"who": who, "why": why}
+    step = _asked({"matching": {"ids": ids, **given}, "by": by, "most": most, "unknown": unknown}, Step)
+    config = loaded(config_path)
+    with reading(config) as connection:
+        counted = Desk(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
     if name == "replay" and unknown == "leave":
-        left_out = sum(row["count"] for row in counted if row["reason"] == "unknown")
-        counted = [row for row in counted if row["reason"] != "unknown"]
+        left_out = sum(row["count"] for row in counted if row["reason"] == Reason.UNKNOWN.value)
+        counted = [row for row in counted if row["reason"] != Reason.UNKNOWN.value]
         if left_out:
             click.echo(f"{left_out} unknown left out: nobody knows their effect; see --unknown", err=True)
-    if dry_run or not counted:
+    if dry_run:
         print_rows(counted, output, COUNT_COLUMNS)
         return
     total, changed = sum(row["count"] for row in counted), 0
-    config, _ = configured(config_path)
-    most = min(MOST_A_STEP, rate or MOST_A_STEP)
-    step: Step | None = Step(matching=matching, by=By(who=who, why=why), most=most, unknown=unknown)  # type: ignore[arg-type]
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        shown = progress.add_task(name, total=total)
-        while step is not None:
-            started = time.monotonic()
-            done = _ask(config, name, step)
-            changed += done["changed"]
-            progress.update(shown, completed=changed)
-            step = done["after"] and msgspec.structs.replace(step, after=done["after"], action=done["action"])
-            if step and rate:
-                time.sleep(max(0.0, done["changed"] / rate - (time.monotonic() - started)))
+    if total:
+        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+            shown = progress.add_task(name, total=total)
+            for number in steps(lambda step: _ask(config, name, step), step, rate):
+                changed += number
+                progress.update(shown, completed=changed)
     said = {"replay": "replayed", "discard": "discarded"}[name]
     click.echo(json.dumps({said: changed}) if output == "json" else f"{changed} {said}")
+    if not total:
+        end(NOTHING_MATCHED, "there is no such dead letter; `norce-adapter deliveries list --state dead` shows them")
+
+
+def steps(
+    ask: Callable[[Step], Any],
+    step: Step,
+    rate: int | None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[int]:
+    """Asks for step after step, no more than `rate` deliveries a second; how many each has changed."""
+    while True:
+        began = clock()
+        done = ask(step)
+        yield done["changed"]
+        if done["after"] is None:
+            return
+        step = msgspec.structs.replace(step, after=done["after"], action=done["action"])
+        if rate:
+            sleep(max(0.0, done["changed"] / rate - (clock() - began)))
 
 
 # --- notifications --------------------------------------------------------------------------------------------------
@@ -208,30 +263,30 @@ def notifications_group() -> None:
 
 
 @notifications_group.command("list")
-@click.option("--order", "order_id", help="Only this order's.")
-@click.option("--callback", help="Only this callback's.")
-@click.option("--merchant", help="Only this merchant's.")
-@click.option("--channel", help="Only this channel's.")
+@click.option("--order", "order_id", type=TEXT, help="Only this order's.")
+@click.option("--callback", type=TEXT, help="Only this callback's.")
+@click.option("--merchant", type=TEXT, help="Only this merchant's.")
+@click.option("--channel", type=TEXT, help="Only this channel's.")
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
 @output_option
 @config_option
 def notifications_list(limit: int, output: str, config_path: Path, **given: str | None) -> None:
     """List notifications, the newest first."""
-    with desk(config_path) as open_desk:
-        rows = open_desk.notifications(limit=limit, **given)
+    with reading(loaded(config_path)) as connection:
+        rows = Desk(connection).notifications(limit=limit, **given)
     print_rows(
         rows, output, ("id", "received_at", "order_id", "callback", "merchant", "channel", "source", "conflicts_with")
     )
 
 
 @notifications_group.command("show")
-@click.argument("notification_id", type=int)
+@click.argument("notification_id", type=ID)
 @output_option
 @config_option
 def notifications_show(notification_id: int, output: str, config_path: Path) -> None:
     """Show one notification with its deliveries; never its body."""
-    with desk(config_path) as open_desk:
-        notification = open_desk.notification(notification_id)
+    with reading(loaded(config_path)) as connection:
+        notification = Desk(connection).notification(notification_id)
     _show(notification, f"there is no notification {notification_id}", "deliveries", output, DELIVERY_COLUMNS)
 
 
@@ -248,17 +303,17 @@ def queues_group() -> None:
 @config_option
 def queues_list(output: str, config_path: Path) -> None:
     """List the queues: which run, which are paused by what, and what waits in them."""
-    config, _ = configured(config_path)
-    with desk(config_path) as open_desk:
-        rows = open_desk.queues(seen_from_outside(database_at(config.store.url), open_desk.connection))
+    config = loaded(config_path)
+    with reading(config) as connection:
+        rows = Desk(connection).queues(seen_from_outside(database_at(config.store.url), connection))
     columns = ("route", "merchant", "channel", "state", "paused_by", "reason", "paused_until", "waiting", "running")
     print_rows(rows, output, columns)
 
 
 @queues_group.command("pause")
-@click.argument("route")
-@click.option("--merchant", help="Only this merchant's.")
-@click.option("--channel", help="Only this channel's.")
+@click.argument("route", type=TEXT)
+@click.option("--merchant", type=TEXT, help="Only this merchant's.")
+@click.option("--channel", type=TEXT, help="Only this channel's.")
 @by_options
 @output_option
 @config_option
@@ -268,9 +323,9 @@ def queues_pause(**given: Any) -> None:
 
 
 @queues_group.command("resume")
-@click.argument("route")
-@click.option("--merchant", help="Only this merchant's.")
-@click.option("--channel", help="Only this channel's.")
+@click.argument("route", type=TEXT)
+@click.option("--merchant", type=TEXT, help="Only this merchant's.")
+@click.option("--channel", type=TEXT, help="Only this channel's.")
 @by_options
 @output_option
 @config_option
@@ -290,8 +345,9 @@ def _pause(
     output: str,
     config_path: Path,
 ) -> None:
-    config, _ = configured(config_path)
-    changed = _ask(config, name, Pause(route=route, merchant=merchant, channel=channel, by=By(who=who, why=why)))
+    by = {"who": who, "why": why}
+    pause = _asked({"route": route, "merchant": merchant, "channel": channel, "by": by}, Pause)
+    changed = _ask(loaded(config_path), name, pause)
     if output == "json":
         click.echo(json.dumps({f"{name}d": changed}))
     elif changed:
@@ -312,9 +368,9 @@ def store_group() -> None:
 @config_option
 def store_check(config_path: Path) -> None:
     """Look for what must never be so; fail where something is."""
-    config, _ = configured(config_path)
-    with desk(config_path) as open_desk:
-        found = faults(open_desk.connection)
+    config = loaded(config_path)
+    with reading(config) as connection:
+        found = faults(connection)
     for each in found:
         click.echo(each, err=True)
     if found:
@@ -327,11 +383,11 @@ def store_check(config_path: Path) -> None:
 @config_option
 def store_stats(output: str, config_path: Path) -> None:
     """How much there is of what, and who lives on it."""
-    config, _ = configured(config_path)
-    with desk(config_path) as open_desk:
-        now = seen_from_outside(database_at(config.store.url), open_desk.connection)
-        counted = figures(open_desk.connection)
-        processes = open_desk.processes(now)
+    config = loaded(config_path)
+    with reading(config) as connection:
+        now = seen_from_outside(database_at(config.store.url), connection)
+        counted = figures(connection)
+        processes = Desk(connection).processes(now)
     if output == "json":
         click.echo(json.dumps(counted | {"processes": processes}))
         return
@@ -348,8 +404,8 @@ def store_stats(output: str, config_path: Path) -> None:
 @config_option
 def store_actions(limit: int, output: str, config_path: Path) -> None:
     """List what people did to queues and deliveries: who, when and why."""
-    with desk(config_path) as open_desk:
-        rows = open_desk.actions(limit)
+    with reading(loaded(config_path)) as connection:
+        rows = Desk(connection).actions(limit)
     print_rows(rows, output, ("id", "at", "command", "who", "why", "matching", "changed"))
 
 
@@ -357,11 +413,12 @@ def store_actions(limit: int, output: str, config_path: Path) -> None:
 @config_option
 def store_migrate(config_path: Path) -> None:
     """Bring the tables up to date, without serving. `serve` does it by itself."""
-    config, _ = configured(config_path)
+    logs.configure(level=logs.WARNING)
+    config = loaded(config_path)
     try:
         Store.open(config.store.url).close()
     except (StoreInUse, StoreUnavailable) as error:
-        end(STORE, str(error))
+        end(STORE, one_line(error))
     click.echo(f"{database_at(config.store.url).where} is up to date")
 
 
@@ -370,19 +427,14 @@ def store_migrate(config_path: Path) -> None:
 @config_option
 def store_backup(file: Path, config_path: Path) -> None:
     """Copy a SQLite store into FILE, beside the running service, as it is at one moment."""
-    config, _ = configured(config_path)
-    database = database_at(config.store.url)
-    if database.shared:
+    config = loaded(config_path)
+    if database_at(config.store.url).shared:
         end(USAGE, f"a PostgreSQL is backed up by its own means, such as: pg_dump --format=custom --file={file} …")
     try:
-        with open_for_reading(config.store.url).connect() as connection:
+        with reading(config) as connection:
             size = back_up(connection, file)
     except FileExistsError as error:
         end(USAGE, str(error))
-    except (StoreMissing, StoreUnavailable) as error:
-        end(STORE, str(error))
-    except DBAPIError as error:
-        end(STORE, f"cannot read {database.where}: {error.orig}")
     click.echo(f"{file}: {size} bytes")
 
 
@@ -400,35 +452,48 @@ def _show(
         return
     for name, value in shown.items():
         if name != rows and value not in (None, []):
-            click.echo(f"{name:18}{value}")
+            click.echo(f"{name:18}{printable(value)}")
     click.echo()
     if shown[rows]:
         print_rows(shown[rows], "table", columns)
+
+
+def _asked(given: dict[str, Any], kind: type[Asked]) -> Asked:
+    """What the service would not take either is wrong usage."""
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        end(USAGE, str(error))
 
 
 def _ask(config: Config, name: str, body: Step | Pause) -> Any:
     """Has a command done by the running service; where none runs, by ourselves."""
     content = msgspec.json.encode(body)
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.operations.host, config.operations.host)  # noqa: S104
-    authority = f"[{host}]" if ":" in host else host
+    authority = f"{f'[{host}]' if ':' in host else host}:{config.operations.port}"
     token = config.operations.token
-    headers = {"authorization": f"Bearer {token.reveal()}"} if token else {}
+    headers = {b"authorization": b"Bearer " + token.reveal().encode()} if token else {}
     try:
         with httpx.Client(trust_env=False, timeout=30) as http:
-            url = f"http://{authority}:{config.operations.port}/commands/{name}"
-            answer = http.post(url, content=content, headers=headers)
+            answer = http.post(f"http://{authority}/commands/{name}", content=content, headers=headers)
+        said = answer.json()
     except httpx.ConnectError:
         return _by_ourselves(config, name, content)
     except httpx.HTTPError as error:
-        end(FAILED, f"no answer from {authority}:{config.operations.port}: {type(error).__name__}")
-    if answer.status_code == 503:
-        end(STORE, answer.json()["message"])
+        look = "it may have been done all the same; `norce-adapter store actions` shows it"
+        end(FAILED, f"no answer from {authority} ({type(error).__name__}): {look}")
+    except ValueError:
+        end(FAILED, f"what answers at {authority} is no norce-adapter; see operations.port")
     if answer.status_code != 200:
-        end(FAILED, f"{authority}:{config.operations.port} answered {answer.status_code}: {_message(answer)}")
-    return answer.json()
+        message = said.get("message") if isinstance(said, dict) else None
+        code = STORE if answer.status_code == 503 else FAILED
+        end(code, f"{authority} answered {answer.status_code}: {printable(message or 'no message')}")
+    return said
 
 
 def _by_ourselves(config: Config, name: str, content: bytes) -> Any:
+    database = database_at(config.store.url)
+
     async def do() -> Any:
         store = Store.open(config.store.url)
         try:
@@ -436,17 +501,12 @@ def _by_ourselves(config: Config, name: str, content: bytes) -> Any:
         finally:
             store.close()
 
+    logs.configure(level=logs.WARNING)
     try:
+        database.check_exists()
         return uvloop.run(do())
     except StoreInUse as error:
-        port = config.operations.port
-        end(STORE, f"{error}, or let its operations port ({port}) be reached: nothing answers there")
-    except StoreUnavailable as error:
-        end(STORE, str(error))
-
-
-def _message(answer: httpx.Response) -> str:
-    try:
-        return str(answer.json()["message"])
-    except (ValueError, KeyError, TypeError):
-        return "no message"
+        address = f"{config.operations.host}:{config.operations.port}"
+        end(STORE, f"{error}, or have it answer at its operations port: nothing does at {address}")
+    except (StoreMissing, StoreUnavailable) as error:
+        end(STORE, one_line(error))

@@ -11,13 +11,14 @@ from typing import Any, NoReturn
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from adapter import config as configuration
 from adapter import routes
 from adapter.config import Config, ConfigurationInvalid
 from adapter.ledger.databases import database_at
-from adapter.ledger.desk import Desk
 from adapter.ledger.store import StoreMissing, StoreUnavailable, open_for_reading
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
@@ -43,10 +44,14 @@ def configured(path: Path) -> tuple[Config, routes.Routes]:
         config = configuration.load(path, os.environ)
         return config, routes.build(config)
     except ConfigurationInvalid as error:
-        for problem in error.problems:
-            click.echo(str(problem), err=True)
-        count = len(error.problems)
-        end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
+        _end_with_problems(error)
+
+
+def _end_with_problems(error: ConfigurationInvalid) -> NoReturn:
+    for problem in error.problems:
+        click.echo(str(problem), err=True)
+    count = len(error.problems)
+    end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
 
 
 def end(code: int, message: str) -> NoReturn:
@@ -54,16 +59,27 @@ def end(code: int, message: str) -> NoReturn:
     sys.exit(code)
 
 
+def loaded(path: Path) -> Config:
+    """The configuration alone: what looks at the ledger needs no handlers, and works where one of them is broken."""
+    try:
+        return configuration.load(path, os.environ)
+    except ConfigurationInvalid as error:
+        _end_with_problems(error)
+
+
 @contextlib.contextmanager
-def desk(config_path: Path) -> Iterator[Desk]:
-    config, _ = configured(config_path)
+def reading(config: Config) -> Iterator[Connection]:
+    """A connection that only reads the ledger. Whatever it cannot do ends the command, in one line."""
+    where = database_at(config.store.url).where
     try:
         with open_for_reading(config.store.url).connect() as connection:
-            yield Desk(connection)
+            yield connection
     except (StoreMissing, StoreUnavailable) as error:
-        end(STORE, str(error))
+        end(STORE, one_line(error))
     except DBAPIError as error:
-        end(STORE, f"cannot read {database_at(config.store.url).where}: {error.orig}")
+        is_old = any(words in str(error.orig) for words in ("no such table", "no such column", "does not exist"))
+        remedy = "; its tables may be older than this version: norce-adapter store migrate" if is_old else ""
+        end(STORE, f"cannot read {where}: {one_line(error.orig)}{remedy}")
 
 
 def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
@@ -73,7 +89,17 @@ def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...]
         names = columns or tuple(rows[0])
         table = Table(*names, box=None, pad_edge=False)
         for row in rows:
-            table.add_row(*("" if row[name] is None else str(row[name]) for name in names))
-        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+            table.add_row(*(Text("" if row[name] is None else printable(row[name])) for name in names))
+        Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
     if not rows:
         sys.exit(NOTHING_MATCHED)
+
+
+def printable(value: Any) -> str:
+    """For a terminal: what Norce or a handler has sent must not move the cursor."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
+
+
+def one_line(error: object) -> str:
+    """A message of a database's, which likes to have several."""
+    return " ".join(str(error).split())

@@ -11,15 +11,14 @@ import hmac
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
 import structlog
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from adapter.ledger.commands import Commands
+from adapter.ledger.commands import Commands, NoSuchCommand
 from adapter.ledger.desk import Desk, Overview
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
@@ -42,8 +41,18 @@ class Health:
         return {"started": self.started, "not_stopping": not self.stopping} | {n: c() for n, c in self.checks.items()}
 
 
-def console(health: Health, metrics: Metrics, store: Store, token: Secret | None = None) -> Starlette:
-    """The app behind the operations port. Commands need the bearer token; without one, every command is refused."""
+def console(
+    health: Health,
+    metrics: Metrics,
+    store: Store,
+    token: Secret | None = None,
+    *,
+    wake: Callable[[], None] = lambda: None,
+) -> Starlette:
+    """
+    The app behind the operations port. Commands need the bearer token; without one, every command is refused. `wake` is
+    called after each: there may be new work.
+    """
     commands = Commands(store)
 
     async def livez(_request: Request) -> Response:
@@ -76,20 +85,26 @@ def console(health: Health, metrics: Metrics, store: Store, token: Secret | None
 
     async def command(request: Request) -> Response:
         if token is None:
-            return _refused(403, "forbidden", "No command is taken: operations.token is not configured.")
-        given = request.headers.get("authorization", "").encode()
-        if not hmac.compare_digest(given, f"Bearer {token.reveal()}".encode()):
+            return _refused(403, "forbidden", "No command is taken: set operations.token in the configuration.")
+        # As it came over the wire: Starlette reads headers as Latin-1.
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, b"Bearer " + token.reveal().encode()):
             return _refused(401, "unauthorized", "The bearer token is not the one of operations.token.")
         name = request.path_params["name"]
         try:
             answer = await commands.do(name, await _body(request))
-        except KeyError:
-            return _refused(404, "command-not-found", f"There is no command {name}.")
-        except (msgspec.DecodeError, ValueError) as error:
+        except NoSuchCommand as error:
+            return _refused(404, "command-not-found", str(error))
+        except _TooLarge:
+            return _refused(413, "too-large", f"A command has at most {LARGEST_COMMAND_BYTES} bytes.")
+        except ValueError as error:
             return _refused(400, "bad-request", str(error))
         except StoreUnavailable:
             return _refused(503, "store-unavailable", "Nothing was done. Please send it again.")
-        log.info("command_done", command=name, result=answer)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is there to read it
+        log.info("command_done", command=name, count=answer if isinstance(answer, int) else answer["changed"])
+        wake()
         return JSONResponse(answer)
 
     return Starlette(
@@ -103,14 +118,20 @@ def console(health: Health, metrics: Metrics, store: Store, token: Secret | None
     )
 
 
+class _TooLarge(Exception):
+    """The body of a command goes beyond what is read."""
+
+
 async def _body(request: Request) -> bytes:
-    body = b""
+    body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > LARGEST_COMMAND_BYTES:
-            raise ValueError(f"a command has at most {LARGEST_COMMAND_BYTES} bytes")
-    return body
+            raise _TooLarge
+    return bytes(body)
 
 
 def _refused(status: int, code: str, message: str) -> Response:
-    return JSONResponse({"code": code, "message": message}, status)
+    log.warning("command_refused", status=status, code=code)
+    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+    return JSONResponse({"code": code, "message": message}, status, headers)
