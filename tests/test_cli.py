@@ -79,8 +79,8 @@ def run(*arguments: Any, config: Path | None = None, env: dict[str, str] = ENVIR
 class Serving:
     """A service in a thread of its own."""
 
-    def __init__(self, config: Path) -> None:
-        self._config = configuration.load(config, ENVIRON)
+    def __init__(self, config: Path, env: dict[str, str] = ENVIRON) -> None:
+        self._config = configuration.load(config, env)
         self._up = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
