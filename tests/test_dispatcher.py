@@ -23,7 +23,7 @@ from adapter import dispatcher as dispatcher_module
 from adapter import logs
 from adapter.attempts import Attempts, Queue
 from adapter.conditions import Condition
-from adapter.deliveries import Settlement
+from adapter.deliveries import Reason, Settlement
 from adapter.dispatcher import POLL, SLACK, Dispatcher
 from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
 from adapter.ledger.clock import Clock
@@ -1395,7 +1395,7 @@ def test_a_stop_does_not_wait_for_a_thread_that_is_held(store_url: str) -> None:
 
 def test_a_dead_letter_is_not_replayed_while_its_handler_still_runs(store_url: str) -> None:
     def replay(connection: Connection, items: Sequence[None]) -> list[int]:
-        return [rearm(connection, [(1, 1)], NOON, nothing_happened=True) for _ in items]
+        return [rearm(connection, [(1, 1)], NOON, reasons=Reason, nothing_happened=True) for _ in items]
 
     async def test() -> None:
         holds = Holds()
