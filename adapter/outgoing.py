@@ -133,6 +133,7 @@ class _Guarded(httpx.AsyncBaseTransport):
         connect = min(left, CONNECT_TIMEOUT.total_seconds())
         # In place of the client's own timeouts: what is left of the deadline is the only bound that counts.
         request.extensions["timeout"] = {"connect": connect, "pool": connect, "read": left, "write": left}
+        request.extensions["trace"] = self._may_be_sent
         try:
             response = await self._transport.handle_async_request(request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
@@ -148,6 +149,18 @@ class _Guarded(httpx.AsyncBaseTransport):
             stream=_Capped(response, request),
             extensions=response.extensions,
         )
+
+    async def _may_be_sent(self, event: str, _facts: Mapping[str, Any]) -> None:
+        """
+        Asked by httpcore before it writes. A process may have been stopped since the request was begun, for longer than
+        its lease: others have looked it up by now, found nothing and sent it, and it must not go out a second time.
+        """
+        if not event.endswith((".send_request_headers.started", ".send_request_body.started")):
+            return
+        if self._clock() >= self._deadline:
+            if event.endswith(".send_request_headers.started"):
+                raise Retry("no-time-left", "the deadline came before the request was sent")
+            raise Unknown("destination-no-answer", "the deadline came in the middle of the request")
 
 
 class _Capped(httpx.AsyncByteStream):

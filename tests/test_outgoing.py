@@ -365,3 +365,47 @@ def test_the_connections_outlive_the_client_of_one_call() -> None:
     asyncio.run(work)
 
     assert closed == ["closed"]
+
+
+@pytest.mark.parametrize(
+    ("readings", "outcome", "code", "arrived"),
+    [
+        pytest.param(1, Retry, "no-time-left", b"", id="before-the-head"),
+        pytest.param(2, Unknown, "destination-no-answer", b"PUT /orders/1 HTTP/1.1", id="before-the-body"),
+    ],
+)
+def test_a_process_that_was_stopped_past_its_deadline_sends_nothing_when_it_goes_on(
+    readings: int, outcome: type[Outcome], code: str, arrived: bytes
+) -> None:
+    """Over TCP: the clock says how late it is at the first so many readings, and after them that it is too late."""
+    read: list[bytes] = []
+
+    async def destination(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        read.append(await reader.read())
+        writer.close()
+        await writer.wait_closed()
+        gone.set()
+
+    gone = asyncio.Event()
+
+    async def handler() -> Outcome:
+        moments = iter([NOON] * readings)
+        server = await asyncio.start_server(destination, "127.0.0.1", 0)
+        async with server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            outgoing = Outgoing()
+            late = NOON + timedelta(minutes=1)
+            http = outgoing.client(
+                ShopSettings(base_url=Url(url)), NOON + timedelta(seconds=1), lambda: next(moments, late)
+            )
+            with pytest.raises(Outcome) as raised:
+                await http.put(f"{url}/orders/1", content=b"an order")
+            await outgoing.aclose()
+            await gone.wait()
+        return raised.value
+
+    raised = asyncio.run(handler())
+
+    assert (type(raised), raised.code) == (outcome, code)
+    assert b"an order" not in b"".join(read)
+    assert b"".join(read).startswith(arrived)
