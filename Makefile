@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 BASE_PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+KILLS ?= 200
+STORE ?= both
 SUITE := $(VENV)/json-schema-test-suite
 
-.PHONY: help run test lint tests bench lock wheel clean
+.PHONY: help run test lint tests bench crash lock wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +57,9 @@ tests: $(SUITE)
 
 bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ONLY="accept dispatch" for some
 	$(BIN)/python benchmarks/run.py $(ONLY)
+
+crash: $(VENV)/installed-dev  ## kill -9, again and again: KILLS=200 STORE=sqlite|postgresql|both SEED=…
+	PYTHONPATH=tests $(BIN)/python -m crash --kills $(KILLS) --store $(STORE) $(if $(SEED),--seed $(SEED))
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation

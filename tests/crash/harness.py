@@ -1,0 +1,437 @@
+"""
+Kill, restart, repeat; drain and compare.
+
+A round has a ledger, destinations and orders of its own, and so many kills. While it goes on, orders come in without a
+pause; at its end everything drains, and what was acknowledged is compared with what happened. On PostgreSQL two nodes
+share the ledger: one dies, the other lives.
+"""
+
+import json
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from databases import Server
+from flows.stage import NORCE_TOKEN, PASSWORD, TESTS, URL_KEY, Neighbours
+from sqlalchemy.exc import DBAPIError
+
+from adapter.demo.norce import NorceStandIn
+from adapter.ledger.desk import Desk
+from adapter.ledger.matching import Matching
+from adapter.ledger.store import open_for_reading
+from adapter.ledger.upkeep import faults
+from crash import points
+from crash.destinations import Shop, Warehouse
+from crash.node import Node
+from crash.shoppers import Shoppers
+from crash.warehouse import install
+
+RANDOM, RANDOM_START = "at-a-random-moment", "at-a-random-moment-of-the-start"
+FROZEN = "frozen-past-its-lease"  # stopped, taken over from, continued; then killed at a random moment
+FROZEN_SECONDS = 2.5
+OUTAGES = {"sqlite": "disk-full", "postgresql": "database-down"}
+DRAINS_WITHIN = 60.0
+HEALS_WITHIN = 30.0
+STUCK_AT_MOST = 3  # rounds, then the run is given up
+DIES_WITHIN = 3.0  # at a point that is passed often; where it is not, at a random moment
+SERVES_WITHIN = 30.0
+EXPECTED_ERRORS = {"store_unavailable", "lease_lost", "settle_given_up"}
+
+
+class Stuck(Exception):
+    """The service did not do in time what it has to do at all."""
+
+
+@dataclass
+class Counts:
+    """What a run came to. `faults` and `complaints` are words, to be read."""
+
+    kills: int = 0
+    acknowledged: int = 0
+    unanswered: int = 0
+    lost: int = 0
+    doubled: int = 0
+    disordered: int = 0
+    not_done: int = 0
+    shipped: int = 0
+    exported: int = 0
+    asked_again: int = 0
+    repeats: int = 0
+    conflicts: int = 0
+    outages: int = 0
+    refused: int = 0
+    rounds: int = 0
+    by_store: Counter[str] = field(default_factory=Counter)
+    by_point: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    faults: list[str] = field(default_factory=list)
+    complaints: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def add(self, other: "Counts") -> None:
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    @property
+    def all_is_well(self) -> bool:
+        wrong = self.lost or self.doubled or self.disordered or self.not_done or self.faults or self.complaints
+        return not wrong
+
+    def as_json(self) -> str:
+        shown = {
+            name: dict(value.most_common()) if isinstance(value, Counter) else value
+            for name, value in vars(self).items()
+        }
+        return json.dumps(shown | {"seconds": round(self.seconds, 1)})
+
+
+class Round:
+    """Use as a context: processes and destinations are gone afterwards."""
+
+    def __init__(
+        self,
+        kind: str,
+        folder: Path,
+        *,
+        name: str,
+        seed: str,
+        server: Server | None,
+        outages: bool,
+        mistake: str | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.kind = kind
+        self.counts = Counts(rounds=1)
+        self._folder = folder
+        self._mistake = mistake
+        self._server = server
+        self._outages = outages
+        self._moods = random.Random(seed)
+        self._say = say
+        self.name = name
+        self._seed = seed
+        self._open = ExitStack()
+        self._nodes: list[Node] = []
+        self.url = server.empty() if server else f"sqlite:///{folder / 'ledger.db'}"
+
+    def __enter__(self) -> "Round":
+        neighbours = self._open.enter_context(Neighbours())
+        self.warehouse = Warehouse(random.Random(f"{self._seed}/warehouse"))
+        self.shop = Shop(random.Random(f"{self._seed}/shop"), username="crash", password=PASSWORD)
+        norce = NorceStandIn(NORCE_TOKEN)
+        self._environ = {
+            "PATH": os.environ.get("PATH", ""),
+            "PYTHONPATH": f"{TESTS}{os.pathsep}{install(self._folder / 'plugin')}",
+            "URL_KEY": URL_KEY,
+            "NORCE_TOKEN": NORCE_TOKEN,
+            "SHOP_PASSWORD": PASSWORD,
+        }
+        self._config = self._folder / "config.yaml"
+        addresses = [neighbours.add(app) for app in (norce.app, self.warehouse, self.shop)]
+        self._config.write_text(json.dumps(_config(self.url, *addresses)))
+        self._shoppers = Shoppers(
+            self.name,
+            f"{self._seed}/shoppers",
+            norce.orders,
+            self.shop,
+            lambda: [node.address for node in self._nodes if node.address],
+            count=4,
+        )
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._shoppers.go_home()
+        for node in self._nodes:
+            node.kill()
+        self._open.close()
+        if self._server is not None:
+            self._server.drop(self.url)
+
+    # --- killing ---
+
+    def kill(self, point: str) -> None:
+        """Lets a node die at this point, or at a random moment where the point is not passed; others live on."""
+        if point in points.WHILE_STARTING or point == RANDOM_START:
+            victim = self._begin(None if point == RANDOM_START else point, self._turns(point))
+        else:
+            self._fill()
+            if not self._shoppers.wait_for(self._moods.randint(1, 12), HEALS_WITHIN):
+                raise Stuck("nothing is acknowledged by a service that serves")
+            victim = self._moods.choice(self._nodes)
+            if point in points.WITH_A_FAILING_STORE or (
+                self._outages and point != FROZEN and self._moods.random() < 0.4
+            ):
+                self._attack_in_an_outage(victim, point)
+            else:
+                self._attack(victim, point)
+        died_at = self._death(victim, point)
+        self.counts.kills += 1
+        self.counts.by_store[self.kind] += 1
+        self.counts.by_point[died_at] += 1
+        self._check_ledger()
+
+    def drain(self) -> None:
+        """Lets everything that is owed be done, stops, and compares what was acknowledged with what happened."""
+        self._shoppers.go_home()
+        self._fill()
+        ends = time.monotonic() + DRAINS_WITHIN
+        while self._deliveries("waiting") and time.monotonic() < ends:
+            time.sleep(0.05)
+        for node in self._nodes:
+            node.send(signal.SIGTERM)
+        for node in list(self._nodes):
+            if not node.dies(SERVES_WITHIN):
+                self.counts.faults.append("a node did not stop")
+            elif node.exit_code != 0:
+                self.counts.faults.append(f"a node ended with {node.exit_code}: {''.join(node.noise)[-2000:]}")
+            self._bury(node)
+        self._check_ledger()
+        self._compare()
+
+    def _attack(self, victim: Node, point: str) -> None:
+        if point == RANDOM:
+            return
+        if point == FROZEN:
+            victim.send(signal.SIGSTOP)
+            victim.dies(FROZEN_SECONDS)
+            victim.send(signal.SIGCONT)
+            return
+        victim.arm(point, self._turns(point), then_stop=point in points.WHILE_STOPPING)
+
+    def _attack_in_an_outage(self, victim: Node, point: str) -> None:
+        """The store fails, the node may die meanwhile; where it does not, it has to recover by itself."""
+        self.counts.outages += 1
+        with self._outage(victim):
+            victim.dies(self._moods.uniform(0, 0.4))
+            self._attack(victim, point)
+            victim.dies(self._moods.uniform(0, 0.6))
+        if point in points.WHILE_STOPPING:
+            return
+        ends = time.monotonic() + HEALS_WITHIN
+        while victim.alive and not self._shoppers.wait_for(1, 0.5):
+            if time.monotonic() > ends:
+                raise Stuck(f"not healed {HEALS_WITHIN:g} s after the end of an outage")
+
+    @contextmanager
+    def _outage(self, victim: Node) -> Iterator[None]:
+        if self._server is None:
+            log = self._folder / "ledger.db-wal"
+            size = log.stat().st_size if log.exists() else 0
+            victim.largest_file(self._moods.choice((0, size + self._moods.randint(0, 20_000))))
+            try:
+                yield
+            finally:
+                if victim.alive:
+                    victim.largest_file(None)
+            return
+        self._server.stop(fast=self._moods.random() < 0.5)
+        try:
+            yield
+        finally:
+            self._server.start()
+
+    def _death(self, victim: Node, point: str) -> str:
+        """Waits for it, or brings it about; where it died."""
+        by_us = point in (RANDOM, RANDOM_START, FROZEN)
+        within = self._moods.uniform(0, 0.5) if by_us else DIES_WITHIN
+        named = victim.dies(within)
+        if named and not victim.killed:
+            said = "".join(victim.noise)[-2000:]
+            raise Stuck(f"a node ended by itself, with {victim.exit_code}, armed for {point}: {said}")
+        self._bury(victim)
+        return point if named or by_us else RANDOM
+
+    def _turns(self, point: str) -> int:
+        """How often a point is passed until its turn comes."""
+        if point == "migration-in-the-middle":
+            return self._moods.randint(1, 8)
+        often = point in points.WHILE_WORKING and not point.startswith(("heartbeat", "lookup"))
+        return self._moods.randint(1, 12) if often else 1
+
+    # --- nodes ---
+
+    def _begin(self, point: str | None = None, after: int = 1) -> Node:
+        node = Node(self._config, self._environ, mistake=self._mistake, point=point, after=after)
+        self._nodes.append(node)
+        return node
+
+    def _fill(self) -> None:
+        while len(self._nodes) < (1 if self._server is None else 2):
+            self._begin()
+        for node in self._nodes:
+            if not node.serves(SERVES_WITHIN):
+                raise Stuck(f"a node does not serve ({node.exit_code}): {''.join(node.noise)[-2000:]}")
+
+    def _bury(self, node: Node) -> None:
+        self._nodes.remove(node)
+        node.kill()  # whatever is left of it
+        self.counts.errors.update(said["event"] for said in node.errors)
+        unexpected = [said for said in node.errors if said["event"] not in EXPECTED_ERRORS]
+        self.counts.complaints += [json.dumps(said)[:2000] for said in unexpected]
+        if node.noise:
+            self.counts.complaints.append("".join(node.noise)[-2000:])
+
+    # --- what the ledger and the destinations say ---
+
+    def _check_ledger(self) -> None:
+        """`store check` finds nothing. Beside a node that lives, a thing may be wrong until its next heartbeat."""
+        ends = time.monotonic() + (3.0 if self._nodes else 0.0)
+        while True:
+            found = self._read(faults)
+            if not found or time.monotonic() > ends:
+                break
+            time.sleep(0.1)
+        self.counts.faults += found
+
+    def _deliveries(self, state: str | None = None) -> list[dict[str, Any]]:
+        return self._read(lambda connection: Desk(connection).deliveries(Matching(state=state), limit=100_000))
+
+    def _read(self, ask: Callable[[Any], Any]) -> Any:
+        if not self.url.startswith("postgresql") and not (self._folder / "ledger.db").exists():
+            return []  # killed before there was one
+        with open_for_reading(self.url).connect() as connection:
+            try:
+                return ask(connection)
+            except DBAPIError as error:
+                if "no such table" in str(error) or "does not exist" in str(error):
+                    return []  # killed before the tables were committed
+                raise
+
+    def _compare(self) -> None:
+        told, counts = self._shoppers.told, self.counts
+        exported, shipped = self.shop.exported(), self.warehouse.shipped
+        lost = {(name, at) for name, at in told.acknowledged if not shipped[name, at] or not exported[name]}
+        doubled = [key for key, times in (*shipped.items(), *exported.items()) if times > 1]
+        disordered = [name for name, came in self.warehouse.order_of.items() if came != sorted(came)]
+        strange = [name for name in (*exported, *self.warehouse.order_of) if name.endswith("-conflict")]
+        not_done = [each for each in self._deliveries() if each["state"] != "done"]
+        counts.acknowledged = len(told.acknowledged)
+        counts.unanswered = len(told.unanswered)
+        counts.lost, counts.doubled = len(lost), len(doubled)
+        counts.disordered, counts.not_done = len(disordered), len(not_done)
+        counts.shipped, counts.exported = sum(shipped.values()), sum(exported.values())
+        counts.asked_again = self.shop.asked_again()
+        counts.repeats, counts.conflicts = told.repeats, told.conflicts
+        counts.refused = told.statuses[503]
+        counts.complaints += told.complaints + [str(each) for each in self.shop.violations]
+        counts.faults += [f"a conflict was delivered: {name}" for name in strange]
+        for what, which in (("lost", lost), ("doubled", doubled), ("disordered", disordered), ("not done", not_done)):
+            for each in list(which)[:5]:
+                self._say(f"{self.name}: {what}: {each}")
+
+
+def run(
+    kills: int,
+    *,
+    stores: tuple[str, ...],
+    seed: str,
+    server: Server | None,
+    kills_a_round: int = 25,
+    only: tuple[str, ...] = (),
+    mistake: str | None = None,
+    outages: bool = True,
+    say: Callable[[str], None],
+) -> Counts:
+    """So many kills, in rounds, on these stores in turn. `only` are the points; all of them where it is empty."""
+    total, began = Counts(), time.monotonic()
+    number = stuck_rounds = 0
+    bags: dict[str, list[str]] = {store: [] for store in stores}
+    while total.kills < kills:
+        kind = stores[number % len(stores)]
+        seed_of_round = f"{seed}/{number}"
+        moods = random.Random(seed_of_round)
+        with tempfile.TemporaryDirectory(prefix="crash-") as folder, ExitStack() as stack:
+            with_outages = outages and (number // len(stores)) % 2 == 1
+            round_ = Round(
+                kind,
+                Path(folder),
+                name=f"{kind[0]}{number}",
+                seed=seed_of_round,
+                server=server if kind == "postgresql" else None,
+                outages=with_outages,
+                mistake=mistake,
+                say=say,
+            )
+            stack.enter_context(round_)
+            try:
+                for _ in range(min(kills_a_round, kills - total.kills)):
+                    bag = bags[kind]
+                    if not bag:
+                        bag += only or _bag(kind, outages=with_outages)
+                        moods.shuffle(bag)
+                    first = round_.counts.kills == 0 and not only
+                    round_.kill(moods.choice(IN_MIGRATION) if first else bag.pop())
+                round_.drain()
+            except Stuck as error:
+                # Nothing was compared, so its kills prove nothing and are not counted.
+                round_.counts = Counts(rounds=1, faults=[f"{round_.name}: {error}"])
+                stuck_rounds += 1
+            total.add(round_.counts)
+        number += 1
+        total.seconds = time.monotonic() - began
+        outage = f" ({OUTAGES[kind]})" if with_outages else ""
+        say(
+            f"{kind}{outage}: {total.kills}/{kills} kills, {total.acknowledged} acknowledged, {total.lost} lost,"
+            f" {total.doubled} doubled, {total.seconds:.0f} s"
+        )
+        for each in (*round_.counts.faults, *round_.counts.complaints):
+            say(f"  {each}")
+        if stuck_rounds == STUCK_AT_MOST:
+            break
+    return total
+
+
+IN_MIGRATION = ("migration-in-the-middle", "migration-before-commit", RANDOM_START)
+
+
+def _bag(kind: str, *, outages: bool) -> list[str]:
+    """The points of the next kills, in no order: each once, and as many random moments as make a quarter."""
+    named = [*points.WHILE_STARTING, *points.WHILE_WORKING, *points.WHILE_STOPPING]
+    named = [point for point in named if point not in IN_MIGRATION]  # a round begins with one of those
+    if outages:
+        named += points.WITH_A_FAILING_STORE
+    if kind == "postgresql":
+        named.append(FROZEN)
+    return named + [RANDOM] * 6 + [RANDOM_START] * 2
+
+
+def _config(store_url: str, norce: str, warehouse: str, shop: str) -> dict[str, Any]:
+    delivered = {
+        "callback": "order-status",
+        "when": {"scope": "/state/currentStatus", "schema": {"const": "completed"}},
+        "timeout": "1s",
+        "retry": {"schedule": ["100ms"] * 50},
+        "concurrency": 16,
+    }
+    return {
+        "adapter": {"id": "jetshop_adapter", "public_url": "http://127.0.0.1:8080"},
+        "server": {"host": "127.0.0.1", "port": 0},
+        "operations": {"port": 0},
+        "store": {"url": store_url},
+        "norce": {"base_url": norce, "timeout": "300ms"},
+        "dispatcher": {"grace": "300ms", "pause": "100ms", "longest_pause": "200ms"},
+        "merchants": {"fjallboden": {"tokens": ["${env:NORCE_TOKEN}"], "channels": {"se-b2c": {}}}},
+        "senders": {"signed_urls": {"keys": {"k1": "${env:URL_KEY}"}}},
+        "callbacks": {"order-status": {"kind": "notification", "scope": "/state/currentStatus"}},
+        "routes": {
+            "ship": delivered | {"handler": "warehouse", "refetch": False, "settings": {"url": warehouse}},
+            "export-payment": delivered
+            | {
+                "handler": "jetshop",
+                "settings": {
+                    "base_url": shop,
+                    "shop_id": "1",
+                    "auth": {"type": "basic", "username": "crash", "password": "${env:SHOP_PASSWORD}"},
+                    "unmapped": "passthrough",
+                },
+            },
+        },
+    }

@@ -1,0 +1,41 @@
+"""The harness's own handler, for a destination that takes no notice of keys: it ships once for every request."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+
+from adapter.plugin import Context, Done, Notification, NotificationHandler, Retry, Settings, Url
+
+
+class WarehouseSettings(Settings, frozen=True, kw_only=True):
+    url: Annotated[Url, msgspec.Meta(description="Where the warehouse takes orders.")]
+
+
+class WarehouseExport(NotificationHandler[WarehouseSettings]):
+    """Has each snapshot of an order shipped. Not repeatable: the warehouse can only be asked."""
+
+    async def deliver(self, notification: Notification, context: Context[WarehouseSettings]) -> Done:
+        answer = await context.http.post(_address(notification, context))
+        if answer.status_code == 503:
+            raise Retry("warehouse-busy", after=timedelta(milliseconds=50))
+        return Done(answer.raise_for_status().json()["number"])
+
+    async def lookup(self, notification: Notification, context: Context[WarehouseSettings]) -> Done | None:
+        answer = await context.http.get(_address(notification, context))
+        return None if answer.status_code == 404 else Done(answer.raise_for_status().json()["number"])
+
+
+def _address(notification: Notification, context: Context[WarehouseSettings]) -> str:
+    order = notification.order
+    return f"{context.settings.url}/shipments/{order.data['reference']}/{order.data['lastModified']}"
+
+
+def install(folder: Path) -> Path:
+    """Says in this folder, which belongs on the path of the service, that there is such a handler."""
+    said = folder / "crash_warehouse-1.dist-info"
+    said.mkdir(parents=True)
+    (said / "METADATA").write_text("Metadata-Version: 2.1\nName: crash-warehouse\nVersion: 1\n")
+    (said / "entry_points.txt").write_text("[norce_adapter.handlers]\nwarehouse = crash.warehouse:WarehouseExport\n")
+    return folder
