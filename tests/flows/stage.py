@@ -73,6 +73,16 @@ def enveloped(body: dict[str, Any], notification_id: str = "n1") -> dict[str, An
     return {"notification": {"id": notification_id, "reference": "export"}, "order": body}
 
 
+def signed_url(address: str, callback: str, body: dict[str, Any]) -> str:
+    """The address that a registration would carry: signed as the documentation says, with nothing of ours."""
+    whose = [body["merchant"], body["channel"], body["id"], callback]
+    text = json.dumps(["v1", *whose], separators=(",", ":"), ensure_ascii=False).encode()
+    digest = hmac.new(URL_KEY.encode(), text, hashlib.sha256).digest()
+    shown = urlsafe_b64encode(digest).decode().rstrip("=")
+    query = urlencode({"merchant": whose[0], "channel": whose[1], "key": "k1", "sig": shown})
+    return f"{address}/api/v1/callbacks/orders/{body['id']}/{callback}?{query}"
+
+
 # --- Norce and the shop ---------------------------------------------------------------------------------------------
 
 
@@ -241,8 +251,10 @@ class Stage:
     between two starts. At the end every process is gone, and has complained of nothing but what is in `expected`.
     """
 
-    def __init__(self, folder: Path, neighbours: Neighbours) -> None:
+    def __init__(self, folder: Path, neighbours: Neighbours, store_url: str | None = None) -> None:
         self.folder = folder
+        self.neighbours = neighbours
+        self.kept: dict[str, Any] = {}  # by the story, for its tests
         self.norce = Norce()
         self.shop = Shop()
         self.services: list[Service] = []
@@ -261,7 +273,7 @@ class Stage:
             "adapter": {"id": "jetshop_adapter", "public_url": "http://127.0.0.1:8080"},
             "server": {"host": "127.0.0.1", "port": 0},
             "operations": {"port": 0},
-            "store": {"url": f"sqlite:///{folder / 'ledger.db'}"},
+            "store": {"url": store_url or f"sqlite:///{folder / 'ledger.db'}"},
             "norce": {"base_url": neighbours.add(self.norce.serve), "timeout": "1s"},
             "dispatcher": {"grace": "5s"},
             "merchants": {
@@ -333,25 +345,23 @@ class Stage:
 
     # --- what Norce does ---
 
-    def url(self, service: Service, callback: str, body: dict[str, Any]) -> str:
-        """The address that a registration would carry: signed as the documentation says, with nothing of ours."""
-        whose = [body["merchant"], body["channel"], body["id"], callback]
-        text = json.dumps(["v1", *whose], separators=(",", ":"), ensure_ascii=False).encode()
-        digest = hmac.new(URL_KEY.encode(), text, hashlib.sha256).digest()
-        shown = urlsafe_b64encode(digest).decode().rstrip("=")
-        query = urlencode({"merchant": whose[0], "channel": whose[1], "key": "k1", "sig": shown})
-        return f"{service.address}/api/v1/callbacks/orders/{body['id']}/{callback}?{query}"
-
     def notify(self, service: Service, body: dict[str, Any], sent: bytes | None = None) -> int:
         """Norce has this order now, and tells the service so; the status of the answer."""
+        return self.answer(service, body, sent).status_code
+
+    def answer(self, service: Service, body: dict[str, Any], sent: bytes | None = None) -> httpx.Response:
+        """The same, and all of the answer."""
         self.norce.orders[body["id"]] = body
         content = json.dumps(body).encode() if sent is None else sent
-        url = self.url(service, "order-status", body)
-        return self.http.post(url, content=content, headers={"content-type": "application/json"}).status_code
+        url = signed_url(service.address, "order-status", body)
+        return self.http.post(url, content=content, headers={"content-type": "application/json"})
 
     def validate(self, service: Service, body: dict[str, Any], callback: str = "order-rules") -> httpx.Response:
         self.norce.orders[body["id"]] = body
-        return self.http.post(self.url(service, callback, body))
+        return self.http.post(signed_url(service.address, callback, body))
+
+    def ready(self, service: Service) -> bool:
+        return self.http.get(f"{service.operations_address}/readyz").status_code == 200
 
     # --- what the ledger says ---
 
@@ -367,7 +377,7 @@ class Stage:
         (only,) = self.deliveries(order_id)
         return self.desk(lambda desk: desk.delivery(only["id"])) or {}
 
-    def ended(self, order_id: str, *, within: float = 30.0) -> dict[str, Any]:
+    def ended(self, order_id: str, *, within: float = 60.0) -> dict[str, Any]:
         """The one delivery of an order, once it waits no more."""
         what = f"the end of the delivery of {order_id}"
         until(lambda: self.delivery(order_id)["state"] != "waiting", within=within, what=what)
@@ -375,6 +385,11 @@ class Stage:
 
     def overview(self) -> Overview:
         return self.desk(lambda desk: desk.overview(time.time_ns() // 1_000_000))
+
+
+Story = Callable[[Stage], None]
+Told = Callable[[Story], Stage]  # the stage of a story, after the story
+Everywhere = Callable[[Story, str], Stage]  # the same, on that kind of store
 
 
 # --- somebody else's package ----------------------------------------------------------------------------------------

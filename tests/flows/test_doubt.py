@@ -2,45 +2,25 @@
 Nobody knows whether the destination has acted: it is asked, not before the first request has had its time, and the
 order is there exactly once.
 
-Each story waits for doubts to end, so all of them are told at the same time, and the tests look at how they ended.
+Each story waits for doubts to end, on PostgreSQL for leases as well, so all of them are told at the same time.
 """
 
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
+from databases import KINDS
 
 from adapter.handlers.jetshop.stand_in import DROPPED_AFTER, DROPPED_BEFORE, Fault
-from flows.stage import Neighbours, Service, Stage, order, until
+from flows.stage import Everywhere, Service, Stage, Story, Told, order, until
+
+pytestmark = pytest.mark.timeout(300)  # of leases and doubts, on a busy machine
 
 ACTS_AND_THEN_IS_SILENT = Fault(acts=True, delay_seconds=60)
 NEVER_ACTS = Fault(delay_seconds=60, drop=True)
-
-Told = Callable[[Callable[[Stage], None]], Stage]
-
-
-@pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory, neighbours: Neighbours, sample_plugin: Path) -> Iterator[Told]:
-    """The stage of a story, after the story."""
-    with ExitStack() as stack, ThreadPoolExecutor() as pool:
-        stages, ends = {}, {}
-        for story in (killed, cut_off, out_of_grace, blocked):
-            stage = stages[story] = stack.enter_context(Stage(tmp_path_factory.mktemp(story.__name__), neighbours))
-            stage.environ["PYTHONPATH"] = str(sample_plugin)
-            ends[story] = pool.submit(story, stage)
-
-        def told(story: Callable[[Stage], None]) -> Stage:
-            ends[story].result()
-            return stages[story]
-
-        yield told
 
 
 # --- again and again ------------------------------------------------------------------------------------------------
@@ -85,10 +65,9 @@ class Shoppers:
                 pass  # killed meanwhile: whether it was stored is anybody's guess
 
 
-def test_nothing_acknowledged_is_lost_or_done_twice_however_often_the_process_is_killed(
-    stage: Stage, told: Told
-) -> None:
-    """Asks for the other stories too, so that they go on meanwhile."""
+@pytest.mark.usefixtures("told_everywhere")  # they go on meanwhile
+def test_nothing_acknowledged_is_lost_or_done_twice_however_often_the_process_is_killed(stage: Stage) -> None:
+    """As it is shipped, on SQLite; `tests/crash` does it on both stores, and thousands of times."""
     moments = random.Random(SEED)
     stage.config["norce"]["timeout"] = "500ms"
     stage.config["routes"]["export-payment"] |= {"timeout": "500ms", "concurrency": 32}
@@ -178,8 +157,9 @@ def test_an_order_whose_handler_had_not_been_called_is_exported_once(told: Told)
     assert stage.delivery("being-read")["reason"] == "delivered"
 
 
-def test_an_order_that_nobody_had_looked_at_waits_for_no_doubt(told: Told) -> None:
-    stage = told(killed)
+def test_an_order_that_nobody_had_looked_at_waits_for_no_doubt(told_everywhere: Everywhere) -> None:
+    """On PostgreSQL it may wait for the dead node's lease: until then that node's lanes count as taken."""
+    stage = told_everywhere(killed, "sqlite")
 
     assert stage.shop.methods("not-looked-at") == ["PUT"]
     assert stage.shop.taken("not-looked-at") == 1
@@ -206,10 +186,8 @@ def test_an_export_without_an_answer_is_looked_up_and_not_sent_again(told: Told,
 
     delivery = stage.delivery(name)
     assert delivery["reason"] == "delivered"
-    assert [(each["kind"], each["outcome"]) for each in delivery["attempts"]] == [
-        ("deliver", "unknown"),
-        ("lookup", "done"),
-    ]
+    kinds = [(each["kind"], each["outcome"]) for each in delivery["attempts"] if each["outcome"] != "retry"]
+    assert kinds == [("deliver", "unknown"), ("lookup", "done")]  # Norce may have been asked in vain on a busy machine
     assert stage.shop.methods(name) == ["PUT", "GET"]
     assert stage.shop.exports(name) == 1
     sent, looked_up = stage.shop.met(name)
@@ -279,3 +257,6 @@ def test_what_nobody_can_look_up_waits_for_a_person(told: Told) -> None:
     delivery = stage.delivery("blocks")
     assert (delivery["state"], delivery["reason"], delivery["code"]) == ("dead", "unknown", "in-doubt")
     assert (stage.folder / "calls").read_text().splitlines() == ["deliver blocks"]
+
+
+STORIES: dict[Story, tuple[str, ...]] = {killed: KINDS, cut_off: KINDS, out_of_grace: KINDS, blocked: KINDS}

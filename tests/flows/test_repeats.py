@@ -46,6 +46,7 @@ def test_one_event_in_five_forms_at_the_same_moment_is_exported_once(shared: tup
     assert sorted(results) == ["new", "repeat", "repeat", "repeat", "repeat"]
 
 
+@pytest.mark.usefixtures("store_url")
 def test_a_repeat_after_the_export_or_after_a_restart_does_nothing_more(stage: Stage) -> None:
     first = stage.start()
     stage.notify(first, order("done-already"))
@@ -89,6 +90,7 @@ def test_a_repeat_replays_a_rejected_delivery(shared: tuple[Stage, Service]) -> 
     assert stage.shop.exports("mended") == 1
 
 
+@pytest.mark.usefixtures("store_url")
 def test_a_repeat_replays_at_most_once_an_hour_across_restarts(stage: Stage) -> None:
     service = stage.start()
     stage.shop.script("hopeless", *[REFUSED] * 9)

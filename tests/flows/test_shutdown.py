@@ -2,7 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from flows.stage import Stage, order, until
+
+pytestmark = pytest.mark.usefixtures("store_url")
 
 
 def waits(stage: Stage, plugin: Path) -> tuple[Path, Path]:
