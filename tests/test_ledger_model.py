@@ -69,7 +69,7 @@ from adapter.pauses import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, after_a
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 
 EXAMPLES = int(os.environ.get("LEDGER_MODEL_EXAMPLES", "20"))
-CONCURRENCY = 3
+CONCURRENCY = 2
 POLICY = Policy(after_failures=2, first=timedelta(seconds=30), longest=timedelta(minutes=2))
 SCHEDULE = (timedelta(seconds=5), timedelta(minutes=5))
 HANDLING = {
@@ -236,7 +236,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(
         target=events,
-        told=st.lists(st.tuples(st.sampled_from("AAB"), st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=4),
+        told=st.lists(st.tuples(st.sampled_from("AAABC"), st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=4),
         node=NODES,
     )
     def notified(self, told: list[tuple[str, int, int]], node: int) -> Any:
