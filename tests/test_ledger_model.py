@@ -236,7 +236,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(
         target=events,
-        told=st.lists(st.tuples(st.sampled_from("AAABC"), st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=4),
+        told=st.lists(
+            st.tuples(st.sampled_from("AAABC"), st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=4
+        ),
         node=NODES,
     )
     def notified(self, told: list[tuple[str, int, int]], node: int) -> Any:
