@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from crash.harness import FROZEN, RANDOM, RANDOM_START
+from crash.points import POINTS
+
 TESTS = Path(__file__).parent.parent
 KILLS = 6
 
@@ -51,3 +54,10 @@ def test_a_mistake_in_the_service_is_found(mistake: str, point: str, what: str) 
     assert code == 1
     assert counts[what] > 0
     assert counts["by_point"] == {point: 3}
+
+
+def test_the_documents_say_what_every_point_means() -> None:
+    said = (TESTS.parent / "docs" / "reliability.md").read_text("utf-8")
+
+    for point in (*POINTS, FROZEN, RANDOM, RANDOM_START):
+        assert f"| `{point}` |" in said
