@@ -128,7 +128,8 @@ def install(turn: Turn) -> None:
     after(Lease, "_enter", "start-before-lease-commit")
     awaited(Lease, "enter", "start-leased")
     after(Lanes, "_open_queues", "start-queues-before-commit")
-    after(Upkeep, "_step", "prune-before-commit")
+    for step in ("_bodies", "_rows"):
+        after(Upkeep, step, "prune-before-commit")
 
     # While it works.
     after(Inbox, "_remember", "accept-before-commit")
