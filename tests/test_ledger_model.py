@@ -507,7 +507,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def replayed(self, unknown: Literal["leave", "look-up", "send"], node: int) -> None:
         meant = [(line, owed) for line, owed in self.dead() if unknown != "leave" or owed.reason is not Reason.UNKNOWN]
 
-        step = Step(matching=Matching(), by=BY, unknown=unknown)
+        step = Step(matching=Matching(until=self.clock.now + 1), by=BY, unknown=unknown)
         assert self.loop.run(self.node(node).commands.replay(step)).changed == len(meant)
 
         self.model_rearms(meant, nothing_happened=unknown == "send")

@@ -79,7 +79,7 @@ class Inbox:
             "ON CONFLICT (queue_id, order_id) DO UPDATE SET newest_snapshot_at ="
             " CASE WHEN excluded.newest_snapshot_at > lanes.newest_snapshot_at"
             " THEN excluded.newest_snapshot_at ELSE lanes.newest_snapshot_at END,"
-            " next_at = CASE WHEN lanes.holder IS NULL AND lanes.current_delivery_id IS NULL AND lanes.next_at IS NULL"
+            " next_at = CASE WHEN lanes.current_delivery_id IS NULL AND lanes.next_at IS NULL"
             " THEN excluded.next_at ELSE lanes.next_at END"
             " RETURNING queue_id, order_id, id, newest_snapshot_at",
         )
