@@ -212,4 +212,4 @@ def make_many(ledger: Ledger, number: int, state: str = "done") -> None:
         f" SELECT id, 1, 'deliver', {NOON}, {NOON}, 'done' FROM deliveries WHERE state = '{state}' AND attempts > 0",
     ):
         ledger.rows(f"INSERT INTO {into}")
-    ledger.rows("ANALYZE")
+        ledger.rows("ANALYZE")  # what the database knew may be of a test before, and its next plan without end
