@@ -293,6 +293,16 @@ def notifications_show(notification_id: int, output: str, config_path: Path) -> 
 # --- queues ---------------------------------------------------------------------------------------------------------
 
 
+queue_options = options(
+    click.argument("route", type=TEXT),
+    click.option("--merchant", type=TEXT, help="Only this merchant's."),
+    click.option("--channel", type=TEXT, help="Only this channel's."),
+    by_options,
+    output_option,
+    config_option,
+)
+
+
 @click.group("queues")
 def queues_group() -> None:
     """A queue is one route for one merchant and channel: what can be paused."""
@@ -311,24 +321,14 @@ def queues_list(output: str, config_path: Path) -> None:
 
 
 @queues_group.command("pause")
-@click.argument("route", type=TEXT)
-@click.option("--merchant", type=TEXT, help="Only this merchant's.")
-@click.option("--channel", type=TEXT, help="Only this channel's.")
-@by_options
-@output_option
-@config_option
+@queue_options
 def queues_pause(**given: Any) -> None:
     """Try nothing of this ROUTE until it is resumed. The intake goes on, and the work is kept."""
     _pause("pause", **given)
 
 
 @queues_group.command("resume")
-@click.argument("route", type=TEXT)
-@click.option("--merchant", type=TEXT, help="Only this merchant's.")
-@click.option("--channel", type=TEXT, help="Only this channel's.")
-@by_options
-@output_option
-@config_option
+@queue_options
 def queues_resume(**given: Any) -> None:
     """Let this ROUTE go on at once, whatever paused it."""
     _pause("resume", **given)
