@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 import httpx
 import msgspec
@@ -40,13 +40,16 @@ __all__ = [
     "Context",
     "Done",
     "Evaluation",
+    "HookHandler",
     "Misconfigured",
     "Notification",
     "NotificationHandler",
     "Order",
     "Orders",
     "Outcome",
+    "Patch",
     "Problem",
+    "Refuse",
     "Reject",
     "Result",
     "Retry",
@@ -59,6 +62,7 @@ __all__ = [
 ]
 
 _KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+_POINTER = re.compile(r"(/([^/~]|~[01])*)+")  # RFC 6901; the root, the empty pointer, is nobody's to patch
 LONGEST_CODE = 64
 
 
@@ -298,6 +302,59 @@ class Problem:
         _checked_code(self.code)
 
 
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """
+    One further change to the order, an operation of a JSON Patch (RFC 6902): made by `add`, `replace` or `remove`.
+
+    `path` is a JSON Pointer (RFC 6901) from the root of the order, and lies inside the hook's `target`. `value` is
+    plain JSON; `Decimal` is written as a number. Setting a whole member or a whole array is safer at Norce than editing
+    an array by index. What is already as wanted is left out of the answer for you, so that a patch that comes back
+    round ends. Raises `ValueError` for another operation, or a path that is no pointer.
+    """
+
+    op: Literal["add", "replace", "remove"]
+    path: str
+    value: Any = None
+
+    def __post_init__(self) -> None:
+        if self.op not in ("add", "replace", "remove"):
+            raise ValueError("a patch is add, replace or remove")
+        if not _POINTER.fullmatch(self.path):
+            raise ValueError("a patch has a JSON Pointer from the root of the order, such as /cart/items")
+
+    @classmethod
+    def add(cls, path: str, value: Any) -> "Patch":
+        """Sets a member, new or not; inserts into an array, at its end with `-`."""
+        return cls("add", path, value)
+
+    @classmethod
+    def replace(cls, path: str, value: Any) -> "Patch":
+        """Sets what must be there already."""
+        return cls("replace", path, value)
+
+    @classmethod
+    def remove(cls, path: str) -> "Patch":
+        """Takes away what must be there."""
+        return cls("remove", path)
+
+
+class Refuse(Exception):
+    """
+    The change may not be stored. `code` is kebab-case and `message` for the shopper's front end; `inner` is the cause
+    as the system behind the handler names it (Norce's `innerErrorCode`).
+    """
+
+    def __init__(self, code: str, message: str, *, inner: str | None = None) -> None:
+        super().__init__(code, message)
+        self.code = _checked_code(code)
+        self.message = message
+        self.inner = inner
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
 # --- what a handler is ----------------------------------------------------------------------------------------------
 
 
@@ -348,6 +405,25 @@ class ValidationHandler(_Handler[S]):
     @abstractmethod
     async def validate(self, order: Order, context: Context[S]) -> list[Problem]:
         """What stands against this purchase; empty to approve. A raised exception counts as no answer."""
+
+
+class HookHandler(_Handler[S]):
+    """
+    Answers a change that is about to be stored: accepts it, refuses it, or asks for further changes.
+
+    Called with the whole order, the change in it; what it was before and what has changed is not told (a callback of
+    its own for each watched part, or `context.orders.read`, say more). It may be called again for the same change, and
+    the change may still be refused by somebody else: no side effects. `computes = True` as for validations.
+    """
+
+    computes: ClassVar[bool] = False
+
+    @abstractmethod
+    async def change(self, order: Order, context: Context[S]) -> list[Patch]:
+        """
+        The further changes, empty to accept; raises `Refuse`. Any other exception counts as no answer, and so does a
+        patch that does not apply to the order or leaves the target.
+        """
 
 
 def can_look_up(handler: type[NotificationHandler[Any]]) -> bool:

@@ -25,7 +25,9 @@ from adapter.plugin import (
     NotificationHandler,
     Orders,
     Outcome,
+    Patch,
     Problem,
+    Refuse,
     Reject,
     Retry,
     Secret,
@@ -180,6 +182,35 @@ def test_an_outcome_is_its_code_and_what_a_person_reads() -> None:
     assert str(Reject("no-such-shop", "The shop is unknown.")) == "no-such-shop: The shop is unknown."
     assert str(Unknown("no-answer")) == "no-answer"
     assert Retry("busy", after=timedelta(seconds=5)).after == timedelta(seconds=5)
+
+
+def test_a_patch_is_one_operation_of_a_json_patch() -> None:
+    assert [Patch.add("/cart/a", 1), Patch.replace("/cart/a~1b/0", None), Patch.remove("/cart/")] == [
+        Patch("add", "/cart/a", 1),
+        Patch("replace", "/cart/a~1b/0", None),
+        Patch("remove", "/cart/"),
+    ]
+
+
+@pytest.mark.parametrize("op", ["test", "move", "copy", "Add", ""])
+def test_a_patch_of_another_operation_cannot_be_made(op: str) -> None:
+    with pytest.raises(ValueError, match="add, replace or remove"):
+        Patch(op, "/cart/a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("path", ["", "cart", "cart/a", "/cart/~2", "/cart/~", "#/cart"])
+def test_a_patch_of_the_root_or_of_what_is_no_pointer_cannot_be_made(path: str) -> None:
+    with pytest.raises(ValueError, match="JSON Pointer"):
+        Patch.add(path, 1)
+
+
+def test_a_refusal_is_its_code_what_the_shopper_reads_and_the_cause() -> None:
+    refusal = Refuse("out-of-stock", "One item is sold out.", inner="E17")
+
+    assert (str(refusal), refusal.code, refusal.inner) == ("out-of-stock: One item is sold out.", "out-of-stock", "E17")
+    assert Refuse("no", "").inner is None
+    with pytest.raises(ValueError, match="kebab-case"):
+        Refuse("Out_Of_Stock", "")
 
 
 @pytest.mark.parametrize("outcome", [Retry, Reject, Unknown, Misconfigured])
