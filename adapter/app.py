@@ -48,6 +48,10 @@ log = structlog.get_logger(__name__)
 
 CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
 COLLECTED_AFTER = 20_000  # objects more than were freed since
+# uvloop takes one connection from a listening descriptor each time round its loop, and a busy loop goes round a hundred
+# times a second: newcomers waited 15 s, while who was in already was served. With so many descriptors, so many at once.
+CONNECTIONS_A_TURN = 64
+MOST_UNACCEPTED = 4096
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 PRUNE_SECONDS = 3600.0
 PRUNE_STEP_SECONDS = 0.2
@@ -309,11 +313,13 @@ async def served(
         proxy_headers=False,
         ws="none",
         http=functools.partial(GuardedProtocol, refused=refused),  # type: ignore[arg-type]
+        backlog=MOST_UNACCEPTED,
         timeout_keep_alive=15,
         timeout_graceful_shutdown=10,
     )
     server = _Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listening]))
+    sockets = [listening, *(listening.dup() for _ in range(CONNECTIONS_A_TURN - 1))]
+    task = asyncio.create_task(server.serve(sockets=sockets))
     while not server.started:
         if task.done():
             await task

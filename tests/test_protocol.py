@@ -1,13 +1,19 @@
 """Connections whose request never gets a complete head."""
 
 import asyncio
+import contextlib
+import select
+import socket
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvloop
+from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
+from adapter import app
 from adapter.callbacks import IS_WHOLE
 from adapter.callbacks.protocol import LARGEST_HEAD_BYTES, LONGEST_HEAD_SECONDS, MOST_AT_ONCE, REFUSAL, GuardedProtocol
 
@@ -182,3 +188,26 @@ def test_a_connection_that_wants_to_end_ends_after_its_refusal(connection) -> No
     assert wire.written == REFUSAL
     assert wire.closed
     protocol.tasks.clear()
+
+
+def test_many_that_come_at_once_are_let_in_at_once() -> None:
+    """On the loop that the service runs on, and though it goes round only a few times in all that time."""
+
+    async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def answered() -> int:
+        with contextlib.ExitStack() as closing:
+            listening = closing.enter_context(socket.create_server(("127.0.0.1", 0)))
+            listening.setblocking(False)
+            async with app.served(answer, listening):
+                callers = [closing.enter_context(socket.create_connection(listening.getsockname())) for _ in range(40)]
+                for caller in callers:
+                    caller.setblocking(False)
+                    caller.sendall(b"GET / HTTP/1.1\r\nhost: adapter\r\n\r\n")
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                return len(select.select(callers, [], [], 0)[0])
+
+    assert uvloop.run(answered()) == 40

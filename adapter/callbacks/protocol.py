@@ -17,7 +17,7 @@ from adapter.callbacks import IS_WHOLE
 
 LONGEST_HEAD_SECONDS = 10.0
 LARGEST_HEAD_BYTES = 32 * 1024
-MOST_AT_ONCE = 2000  # about half a second's worth of accepts on one core
+MOST_AT_ONCE = 500  # a tenth of a second's worth of accepts on one core
 REFUSAL_BODY = b'{"code":"overloaded","message":"Nothing was stored. Please send it again."}'
 REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\ncontent-type: application/json\r\n"
