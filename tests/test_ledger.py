@@ -25,9 +25,11 @@ from ledgers import (
     Ledger,
     body_of,
     in_doubt,
+    make_many,
     receipt,
     waiting,
 )
+from plans import assert_no_scan, seen
 
 from adapter.ledger.claims import LONGEST_MESSAGE, Ask
 from adapter.ledger.commands import Commands, Step
@@ -572,6 +574,17 @@ def test_lanes_in_which_nothing_waits_do_not_hide_those_in_which_something_does(
 
     assert (taken.claims, taken.next_due_at) == ([], ledger.clock.now)
     assert ledger.claim_one().order_id == "order-2"
+
+
+def test_a_claim_and_its_settlement_find_their_rows_among_many_by_an_index(ledger: Ledger) -> None:
+    make_many(ledger, 20_000)
+    ledger.owed(NOON, order_id="order-1")
+
+    statements = seen(ledger.store.engine, lambda: ledger.settle(ledger.claim_one()))
+
+    assert [statement for statement, _ in statements if "JOIN notifications" in statement]
+    for statement, parameters in statements:
+        assert_no_scan(ledger, statement, parameters)
 
 
 def test_lanes_of_a_queue_come_in_the_order_in_which_they_are_due(ledger: Ledger) -> None:

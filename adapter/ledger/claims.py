@@ -155,18 +155,19 @@ def lane_after(record: Record, settlement: Settlement, more: Collection[int], no
     }
 
 
-def attempt_row(record: Record, now: int) -> dict[str, Any]:
-    return {
-        "delivery_id": record.claim.delivery_id,
-        "claim": record.claim.number,
-        "kind": record.kind,
-        "started_at": record.claim.claimed_at,
-        "ended_at": now,
-        "outcome": record.outcome,
-        "code": record.code,
-        "message": None if record.message is None else record.message[:LONGEST_MESSAGE],
-        "reference": record.reference,
-    }
+def attempt_row(record: Record, now: int) -> tuple[Any, ...]:
+    """The columns of the table after its key, in their order."""
+    return (
+        record.claim.delivery_id,
+        record.claim.number,
+        record.kind,
+        record.claim.claimed_at,
+        now,
+        record.outcome,
+        record.code,
+        None if record.message is None else record.message[:LONGEST_MESSAGE],
+        record.reference,
+    )
 
 
 def pausing_of(row: Any) -> Pausing:

@@ -14,14 +14,33 @@ import sqlite3
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
-from sqlalchemy import URL, Connection, Engine, Table, create_engine, event, make_url
+from sqlalchemy import (
+    ARRAY,
+    URL,
+    BigInteger,
+    Column,
+    ColumnElement,
+    Connection,
+    Dialect,
+    Engine,
+    Table,
+    Text,
+    TypeDecorator,
+    bindparam,
+    create_engine,
+    event,
+    make_url,
+)
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import NullPool
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +78,54 @@ class Insert(ABC):
     @abstractmethod
     def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         """Inserts them in this order, and answers what the ending returns; an empty list where it returns nothing."""
+
+
+class Update(ABC):
+    """
+    Changes many rows of a table, each by values of its own. `sets` is what follows SET, with `{name}` for a value; `of`
+    says by its name which column a value is of, first the key by which a row is found.
+    """
+
+    def __init__(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> None:
+        self._table = table
+        self._of = of
+        self._sets = sets
+
+    @abstractmethod
+    def rows(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+class _Numbers(TypeDecorator[Any]):
+    """Any number of numbers as one parameter."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> Any:
+        return dialect.type_descriptor(ARRAY(BigInteger()) if dialect.name == "postgresql" else Text())
+
+    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
+        return list(value) if dialect.name == "postgresql" else json.dumps(list(value))
+
+
+class _Among(FunctionElement[Any]):  # of no type: SQLite knows no booleans, and behind "… = 1" finds no index
+    inherit_cache = True
+
+
+@compiles(_Among)
+def _among(element: _Among, compiler: SQLCompiler, **named: Any) -> str:
+    column, numbers = (compiler.process(each, **named) for each in element.clauses)
+    if compiler.dialect.name == "postgresql":
+        return f"{column} = ANY({numbers})"
+    return f"{column} IN (SELECT value FROM json_each({numbers}))"  # noqa: S608 - our own names
+
+
+def among(column: ColumnElement[int], name: str = "ids") -> ColumnElement[bool]:
+    """
+    Whether a column is one of the numbers that the parameter `name` holds. Unlike `IN (…)` it is one statement for any
+    number of them, which is neither written nor planned anew.
+    """
+    return _Among(column, bindparam(name, type_=_Numbers()))
 
 
 class Database(ABC):
@@ -113,6 +180,9 @@ class Database(ABC):
 
     @abstractmethod
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert: ...
+
+    @abstractmethod
+    def update(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> Update: ...
 
     @abstractmethod
     def several(self, values: Iterable[int]) -> Any: ...
@@ -222,6 +292,9 @@ class Sqlite(Database):
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
         return _ValuesInsert(table, columns, ending)
 
+    def update(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> Update:
+        return _EachUpdate(table, of, sets)
+
     def several(self, values: Iterable[int]) -> str:
         return json.dumps(list(values))
 
@@ -245,6 +318,18 @@ class _ValuesInsert(Insert):
             if cursor.description:
                 returned += cursor.fetchall()
         return returned
+
+
+class _EachUpdate(Update):
+    """One after the other, which in the same process costs next to nothing."""
+
+    def __init__(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> None:
+        super().__init__(table, of, sets)
+        values = {name: f":{name}" for name in of}
+        self._sql = f"UPDATE {table.name} SET {sets.format(**values)} WHERE id = :{next(iter(of))}"  # noqa: S608 - ours
+
+    def rows(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        cursor.executemany(self._sql, rows)
 
 
 class Postgres(Database):
@@ -341,6 +426,9 @@ class Postgres(Database):
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
         return _ArraysInsert(table, columns, ending)
 
+    def update(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> Update:
+        return _ArraysUpdate(table, of, sets)
+
     def several(self, values: Iterable[int]) -> list[int]:
         return list(values)
 
@@ -393,14 +481,34 @@ class _ArraysInsert(Insert):
 
     def __init__(self, table: Table, columns: Sequence[str], ending: str = "") -> None:
         super().__init__(table, columns, ending)
-        from sqlalchemy.dialects import postgresql  # as above
-
-        dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-        arrays = ", ".join(f"%b::{column.type.compile(dialect).partition(' ')[0]}[]" for column in self._columns)
-        self._sql = f"{self._into} SELECT * FROM unnest({arrays}) {ending}"  # noqa: S608 - our own names
+        self._sql = f"{self._into} SELECT * FROM {_unnested(self._columns)} {ending}"  # noqa: S608 - our own names
 
     def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         if not rows:
             return []
         cursor.execute(self._sql, [list(column) for column in zip(*rows, strict=True)])
         return cursor.fetchall() if cursor.description else []
+
+
+class _ArraysUpdate(Update):
+    """As `_ArraysInsert`: one statement, and one way to the server and back, for all rows."""
+
+    def __init__(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> None:
+        super().__init__(table, of, sets)
+        values = {name: f"changes.{name}" for name in of}
+        self._sql = (
+            f"UPDATE {table.name} SET {sets.format(**values)}"  # noqa: S608 - our own names
+            f" FROM {_unnested(of.values())} AS changes ({', '.join(of)})"
+            f" WHERE {table.name}.id = changes.{next(iter(of))}"
+        )
+
+    def rows(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+        cursor.execute(self._sql, [[row[name] for row in rows] for name in self._of])
+
+
+def _unnested(columns: Iterable[Column[Any]]) -> str:
+    from sqlalchemy.dialects import postgresql  # as above
+
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    arrays = (f"%b::{column.type.compile(dialect).partition(' ')[0]}[]" for column in columns)
+    return f"unnest({', '.join(arrays)})"

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 import structlog
-from sqlalchemy import BindParameter, Connection, bindparam, func, insert, select, update
+from sqlalchemy import Connection, bindparam, func, literal_column, select, update
 
 from adapter.deliveries import Settlement, State, settle
 from adapter.ledger.claims import (
@@ -40,6 +40,7 @@ from adapter.ledger.claims import (
     pausing_of,
     queue_columns,
 )
+from adapter.ledger.databases import among
 from adapter.ledger.lease import Lease
 from adapter.ledger.rearm import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
@@ -50,7 +51,8 @@ log = structlog.get_logger(__name__)
 
 # --- the statements: made once, for making them anew costs more than the database takes to run them ---
 
-_waiting = (deliveries.c.lane_id == lanes.c.id) & (deliveries.c.state == State.WAITING.value)
+# As a literal: a planner that sees a parameter does not take the index of what waits.
+_waiting = (deliveries.c.lane_id == lanes.c.id) & (deliveries.c.state == literal_column("'waiting'"))
 _turn = (
     select(deliveries.c.id)
     .where(_waiting)
@@ -59,8 +61,6 @@ _turn = (
     .scalar_subquery()
 )
 _free = lanes.c.holder.is_(None) & lanes.c.next_at.is_not(None)
-_ids: BindParameter[Any] = bindparam("ids", expanding=True)
-_lane = lanes.c.id == bindparam("lane")
 
 # One step into the index for each queue: neither its waiting lanes nor its blocked ones cost anything.
 STANDS = select(
@@ -71,8 +71,8 @@ STANDS = select(
     .limit(1)
     .scalar_subquery()
     .label("due"),
-).where(queues.c.id.in_(_ids))
-QUEUES = select(queues).where(queues.c.id.in_(_ids))
+).where(among(queues.c.id))
+QUEUES = select(queues).where(among(queues.c.id))
 LOCKED_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
 # Counted by ourselves: grouped, SQLite would rather walk through all lanes there are.
 HELD = select(lanes.c.queue_id).where(lanes.c.holder > 0)
@@ -87,22 +87,12 @@ DUE = (
 # The delivery whose turn it is in each lane, or null. Asked when they are locked, in a statement of its own: the one
 # that locked them does not see what another node added to them while it looked.
 TURNS = select(lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id")).where(
-    lanes.c.id.in_(_ids)
+    among(lanes.c.id)
 )
-IDLE = update(lanes).where(lanes.c.id.in_(_ids)).values(next_at=None)
-HOLD = (
-    update(lanes)
-    .where(_lane)
-    .values(
-        holder=bindparam("by"),
-        claim=lanes.c.claim + 1,
-        current_delivery_id=bindparam("delivery"),
-        next_at=bindparam("due"),
-    )
-)
+IDLE = update(lanes).where(among(lanes.c.id)).values(next_at=None)
 COUNT = (
     update(deliveries)
-    .where(deliveries.c.id.in_(_ids))
+    .where(among(deliveries.c.id))
     .values(
         attempts=deliveries.c.attempts + 1,
         first_attempt_at=func.coalesce(deliveries.c.first_attempt_at, bindparam("now")),
@@ -111,31 +101,9 @@ COUNT = (
 CLAIMED = (
     select(deliveries.c.id.label("delivery_id"), deliveries.c.attempts, deliveries.c.first_attempt_at, notifications)
     .join_from(deliveries, notifications, deliveries.c.notification_id == notifications.c.id)
-    .where(deliveries.c.id.in_(_ids))
+    .where(among(deliveries.c.id))
 )
-WITH_MORE = select(lanes.c.id).where(lanes.c.id.in_(_ids), _turn.is_not(None))
-END = (
-    update(deliveries)
-    .where(deliveries.c.id == bindparam("delivery"))
-    .values(
-        state=bindparam("becomes"),
-        reason=bindparam("because"),
-        ended_at=bindparam("at"),
-        attempts=deliveries.c.attempts - bindparam("uncounted"),
-    )
-)
-LET_GO = (
-    update(lanes)
-    .where(_lane)
-    .values(
-        holder=bindparam("by"),
-        settled=func.coalesce(bindparam("number"), lanes.c.settled),
-        current_delivery_id=bindparam("delivery"),
-        next_at=bindparam("due"),
-        previous=func.coalesce(bindparam("done"), lanes.c.previous),
-    )
-)
-WRITE_DOWN = insert(attempts)
+WITH_MORE = select(lanes.c.id).where(among(lanes.c.id), _turn.is_not(None))
 
 
 class Lanes:
@@ -147,6 +115,24 @@ class Lanes:
         self._lease = lease
         self._policy = policy
         self._turn = 0
+        lane, delivery, database = lanes.c, deliveries.c, store.database
+        held = {"lane": lane.id, "by": lane.holder, "delivery": lane.current_delivery_id, "due": lane.next_at}
+        self._hold_each = database.update(
+            lanes, held, "holder = {by}, claim = lanes.claim + 1, current_delivery_id = {delivery}, next_at = {due}"
+        )
+        self._let_go = database.update(
+            lanes,
+            held | {"number": lane.settled, "done": lane.previous},
+            "holder = {by}, settled = coalesce({number}, lanes.settled), current_delivery_id = {delivery},"
+            " next_at = {due}, previous = coalesce({done}, lanes.previous)",
+        )
+        ended = {"delivery": delivery.id, "becomes": delivery.state, "because": delivery.reason}
+        self._end = database.update(
+            deliveries,
+            ended | {"at": delivery.ended_at, "uncounted": delivery.attempts},
+            "state = {becomes}, reason = {because}, ended_at = {at}, attempts = deliveries.attempts - {uncounted}",
+        )
+        self._write_down = database.insert(attempts, [column.name for column in attempts.c if column.name != "id"])
 
     async def open_queues(self, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
         """
@@ -235,7 +221,7 @@ class Lanes:
             {"lane": lane.id, "by": holder, "delivery": delivery_id, "due": now + ask.doubt_ms}
             for delivery_id, (lane, ask) in held.items()
         ]
-        connection.execute(HOLD, rows)
+        self._hold_each.rows(connection.connection.cursor(), rows)
         connection.execute(COUNT, {"ids": list(held), "now": now})
         claims = {}
         for row in connection.execute(CLAIMED, {"ids": list(held)}):
@@ -301,11 +287,12 @@ class Lanes:
         return stand
 
     def _write(self, connection: Connection, settled: Sequence[tuple[Record, Settlement]], now: int) -> None:
-        connection.execute(END, [delivery_after(record, settlement, now) for record, settlement in settled])
+        cursor = connection.connection.cursor()
+        self._end.rows(cursor, [delivery_after(record, settlement, now) for record, settlement in settled])
         going_on = [record.claim.lane_id for record, settlement in settled if goes_on(record, settlement)]
         more = set(connection.execute(WITH_MORE, {"ids": going_on}).scalars()) if going_on else set()
-        connection.execute(LET_GO, [lane_after(record, settlement, more, now) for record, settlement in settled])
-        connection.execute(WRITE_DOWN, [attempt_row(record, now) for record, _ in settled])
+        self._let_go.rows(cursor, [lane_after(record, settlement, more, now) for record, settlement in settled])
+        self._write_down.rows(cursor, [attempt_row(record, now) for record, _ in settled])
 
     def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
         for claim in sorted(claims, key=lambda claim: (claim.queue_id, claim.order_id)):

@@ -7,17 +7,13 @@ What is known about the lane's doubt stays as it is, unless a person has looked 
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, select, update
 
 from adapter.deliveries import Reason, State
+from adapter.ledger.databases import among
 from adapter.ledger.schema import deliveries, lanes
 
-LOCKED = (
-    select(lanes)
-    .where(lanes.c.id.in_(bindparam("ids", expanding=True)))
-    .order_by(lanes.c.queue_id, lanes.c.order_id)
-    .with_for_update()
-)
+LOCKED = select(lanes).where(among(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
 
 
 def rearm(
