@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,11 +27,15 @@ from adapter.cli.shared import (
     FAILED,
     NOTHING_MATCHED,
     STORE,
+    TEXT,
     USAGE,
+    as_moment,
     config_option,
     end,
+    limit_option,
     loaded,
     one_line,
+    options,
     output_option,
     print_rows,
     printable,
@@ -51,46 +54,8 @@ from adapter.ledger.upkeep import back_up, faults, figures
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
-Decorated = Callable[..., Any]
-
-
-class _Text(click.ParamType[str]):
-    """An argument that a database can take: a terminal may send what is no text."""
-
-    name = "text"
-
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            self.fail("it is not valid UTF-8", parameter, context)
-        return str(value)
-
-
-TEXT = _Text()
 ID = click.IntRange(0, 2**63 - 1)
 Asked = TypeVar("Asked", Matching, Step, Pause)
-
-
-def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
-    """Several options as one decorator, in the order in which the help shows them."""
-
-    def decorate(function: Decorated) -> Decorated:
-        for each in reversed(given):
-            function = each(function)
-        return function
-
-    return decorate
-
-
-def _moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(value)
-    except ValueError as error:
-        raise click.BadParameter("must be a date or a moment, such as 2026-02-03 or 2026-02-03T12:00:00Z") from error
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def _who() -> str:
@@ -114,8 +79,8 @@ matching_options = options(
     ),
     click.option("--order", "order_id", type=TEXT, help="Only this order's."),
     click.option("--code", type=TEXT, help="Only those whose last attempt said this code."),
-    click.option("--since", callback=_moment, help="Only what ended then or later; UTC, if not said."),
-    click.option("--until", callback=_moment, help="Only what ended before then."),
+    click.option("--since", callback=as_moment, help="Only what ended then or later; UTC, if not said."),
+    click.option("--until", callback=as_moment, help="Only what ended before then."),
     place_options,
 )
 by_options = options(
@@ -147,7 +112,7 @@ def deliveries_group() -> None:
 @deliveries_group.command("list")
 @click.option("--state", type=click.Choice([state.value for state in State]))
 @matching_options
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
+@limit_option
 @output_option
 @config_option
 def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
@@ -267,7 +232,7 @@ def notifications_group() -> None:
 @click.option("--callback", type=TEXT, help="Only this callback's.")
 @click.option("--merchant", type=TEXT, help="Only this merchant's.")
 @click.option("--channel", type=TEXT, help="Only this channel's.")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
+@limit_option
 @output_option
 @config_option
 def notifications_list(limit: int, output: str, config_path: Path, **given: str | None) -> None:
@@ -399,7 +364,7 @@ def store_stats(output: str, config_path: Path) -> None:
 
 
 @store_group.command("actions")
-@click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
+@limit_option
 @output_option
 @config_option
 def store_actions(limit: int, output: str, config_path: Path) -> None:

@@ -4,7 +4,8 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +25,23 @@ from adapter.ledger.store import StoreMissing, StoreUnavailable, open_for_readin
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
 WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
 
+Decorated = Callable[..., Any]
+
+
+class _Text(click.ParamType[str]):
+    """An argument that a database can take: a terminal may send what is no text."""
+
+    name = "text"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> str:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            self.fail("it is not valid UTF-8", parameter, context)
+        return str(value)
+
+
+TEXT = _Text()
 config_option = click.option(
     "--config",
     "config_path",
@@ -37,6 +55,28 @@ config_option = click.option(
 output_option = click.option(
     "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For people or programs."
 )
+limit_option = click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
+
+
+def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
+    """Several options as one decorator, in the order in which the help shows them."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for each in reversed(given):
+            function = each(function)
+        return function
+
+    return decorate
+
+
+def as_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    try:
+        given = datetime.fromisoformat(value)
+    except ValueError as error:
+        raise click.BadParameter("must be a date or a moment, such as 2026-02-03 or 2026-02-03T12:00:00Z") from error
+    return int((given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp() * 1000)
 
 
 def configured(path: Path) -> tuple[Config, routes.Routes]:
