@@ -16,7 +16,7 @@ from adapter import ledger
 from adapter.ledger.store import Store
 
 KINDS = ("sqlite", "postgresql")
-TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions"
+TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts"
 
 
 class Server:

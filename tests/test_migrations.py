@@ -184,6 +184,19 @@ def test_a_running_node_goes_on_while_a_newer_one_migrates(empty_postgres_url: s
         ledger.store.close()
 
 
+def test_a_new_table_comes_while_every_other_one_is_being_written(empty_postgres_url: str) -> None:
+    before, after = REVISIONS[REVISIONS.index("0004") - 1], "0004"
+    at_revision(empty_postgres_url, before)
+    written_by_an_old_node(empty_postgres_url)
+
+    with database_at(empty_postgres_url).engine(read_only=False).begin() as connection:
+        for table in columns(empty_postgres_url).keys() - {"alembic_version"}:
+            connection.exec_driver_sql(f"LOCK TABLE {table} IN ROW EXCLUSIVE MODE")
+        at_revision(empty_postgres_url, after)
+
+    assert "verdicts" in columns(empty_postgres_url)
+
+
 def test_a_node_that_finds_a_newer_revision_than_it_knows_works_with_it(store_url: str, loop: asyncio.Runner) -> None:
     rows(store_url, "UPDATE alembic_version SET version_num = '9999'")
 

@@ -183,3 +183,20 @@ actions = Table(
     Column("matching", Text, nullable=False, doc="what it was asked for, as JSON"),
     Column("changed", Integer, nullable=False, server_default=text("0")),
 )
+
+verdicts = Table(
+    "verdicts",
+    metadata,
+    Column("id", Key, primary_key=True),
+    Column("at", BigInteger, nullable=False, index=True, doc="when it was known; the oldest are pruned"),
+    Column("kind", Text, nullable=False, doc="late, hung-up or shadow"),
+    Column("callback", Text, nullable=False),
+    Column("route", Text, nullable=False),
+    Column("merchant", Text, nullable=False),
+    Column("channel", Text, nullable=False),
+    Column("order_id", Text, nullable=False, index=True),
+    Column("decided", Text, nullable=False, doc="approve, reject, accept, patch, refuse or failed"),
+    Column("codes", Text, nullable=False, doc="of its problems or its refusal, or where it patches; as JSON"),
+    Column("answered", Text, doc="what counted in its stead: approve or reject; null for a shadow"),
+    Column("took_ms", BigInteger, nullable=False),
+)
