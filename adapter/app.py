@@ -236,7 +236,12 @@ def _public(endpoint: CallbackEndpoint) -> ASGIApp:
 def retention(config: Config) -> Retention:
     """How long things are kept."""
     given = config.store.retention
-    return Retention(bodies=given.bodies, bodies_of_dead_letters=given.bodies_of_dead_letters, rows=given.rows)
+    return Retention(
+        bodies=given.bodies,
+        bodies_of_dead_letters=given.bodies_of_dead_letters,
+        rows=given.rows,
+        verdicts=given.verdicts,
+    )
 
 
 async def _prune(upkeep: Upkeep) -> None:
@@ -244,8 +249,8 @@ async def _prune(upkeep: Upkeep) -> None:
     while True:
         try:
             pruned = await upkeep.step()
-            if pruned.bodies or pruned.notifications:
-                log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications)
+            if pruned.bodies or pruned.notifications or pruned.verdicts:
+                log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications, verdicts=pruned.verdicts)
         except StoreUnavailable:  # the store has said so itself
             pruned = Pruned()
         except Exception as error:  # what is wrong with one row must not end all pruning

@@ -26,7 +26,7 @@ ALLOWED = frozenset(
         "logger", "loop", "merchant", "method", "milliseconds", "next_at", "notification_id", "notifications",
         "operations_address", "order_id", "outcome", "path", "paused_by", "plugin", "queue_id", "reason", "result",
         "revision", "route", "routes", "running", "scheme", "signal", "source", "state", "status", "status_code",
-        "version", "where",
+        "verdicts", "version", "where",
     }
 )  # fmt: skip
 

@@ -188,6 +188,17 @@ def opened(url: str) -> Iterator[Ledger]:
             ledger.store.close()
 
 
+def judge_many(ledger: Ledger, number: int) -> None:
+    """So many late verdicts, of as many orders, a second apart and the last one now."""
+    ledger.rows(
+        "INSERT INTO verdicts (at, kind, callback, route, merchant, channel, order_id, decided, codes, answered,"
+        f" took_ms) WITH RECURSIVE s(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < {number})"
+        f" SELECT {ledger.clock.now} - 1000 * ({number} - i), 'late', 'order-rules', 'limits', 'fjallboden', '1',"
+        " 'order-' || i, 'approve', '[]', 'approve', 2000 FROM s"
+    )
+    ledger.rows("ANALYZE")
+
+
 def make_many(ledger: Ledger, number: int, state: str = "done") -> None:
     """So many orders in the queue for exports, each with one delivery, put there by the database itself."""
     if ledger.url.startswith("sqlite"):

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ledgers import (
     HandClock,
     Ledger,
     body_of,
+    judge_many,
     make_many,
     opened,
     receipt,
@@ -27,15 +29,22 @@ from ledgers import (
 )
 from plans import assert_no_scan, seen
 from sqlalchemy import Connection, event
+from test_judged import LATE
 
 from adapter.ledger import upkeep as room
 from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import Received
+from adapter.ledger.judged import Docket
 from adapter.ledger.matching import By, Matching
 from adapter.ledger.store import Store, StoreUnavailable, open_for_reading
 from adapter.ledger.upkeep import Pruned, Retention, Upkeep, back_up, faults, figures
 
-KEPT = Retention(bodies=timedelta(days=30), bodies_of_dead_letters=timedelta(days=90), rows=timedelta(days=400))
+KEPT = Retention(
+    bodies=timedelta(days=30),
+    bodies_of_dead_letters=timedelta(days=90),
+    rows=timedelta(days=400),
+    verdicts=timedelta(days=30),
+)
 BY = By(who="anna", why="mended")
 
 
@@ -46,7 +55,10 @@ def prune(ledger: Ledger, upkeep: Upkeep | None = None) -> Pruned:
     while True:
         step = ledger.do(upkeep.step())
         total = Pruned(
-            bodies=total.bodies + step.bodies, notifications=total.notifications + step.notifications, more=step.more
+            bodies=total.bodies + step.bodies,
+            notifications=total.notifications + step.notifications,
+            verdicts=total.verdicts + step.verdicts,
+            more=step.more,
         )
         if not step.more:
             return total
@@ -245,6 +257,41 @@ def test_a_repeat_does_not_keep_an_old_row_alive_nor_does_a_younger_notification
 
     assert after(ledger, 401).notifications == 1
     assert remembered(ledger) == ["young"]
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def judge(ledger: Ledger, *orders: str) -> None:
+    docket = Docket(ledger.store, dropped=lambda number: pytest.fail(f"{number} dropped"))
+    for order in orders:
+        docket.record(replace(LATE, order_id=order))
+    ledger.do(docket.flush())
+
+
+def test_a_verdict_goes_after_a_month(ledger: Ledger) -> None:
+    judge(ledger, "old")
+    ledger.clock.now += DAY
+    judge(ledger, "young")
+
+    assert after(ledger, 30) == Pruned()
+    assert after(ledger, 30.1) == Pruned(verdicts=1)
+    assert ledger.rows("SELECT order_id FROM verdicts") == [("young",)]
+
+
+def test_of_many_verdicts_a_step_takes_a_few_and_scans_no_table(ledger: Ledger) -> None:
+    judge_many(ledger, 50_000)
+    ledger.clock.now += 30 * DAY - 1000 * (50_000 - room.VERDICTS_A_STEP - 2)  # so many are old
+    upkeep = Upkeep(ledger.store, KEPT)
+
+    first: list[Pruned] = []
+    statements = seen(ledger.store.engine, lambda: first.append(ledger.do(upkeep.step())))
+
+    assert first == [Pruned(verdicts=room.VERDICTS_A_STEP, more=True)]
+    assert prune(ledger, upkeep).verdicts == 1
+    assert ledger.rows("SELECT count(*) FROM verdicts") == [(50_000 - room.VERDICTS_A_STEP - 1,)]
+    for statement, parameters in statements:
+        assert_no_scan(ledger, statement, parameters, ("verdicts",))
 
 
 # --- in small steps -------------------------------------------------------------------------------------------------
@@ -585,7 +632,10 @@ def test_figures_count_what_there_is(ledger: Ledger) -> None:
         told = figures(connection)
 
     size = told.pop("bytes")
-    assert told == {"notifications": 6, "deliveries": 5, "attempts": 4, "lanes": 5, "queues": 3, "bodies": 4}
+    assert told == {
+        "notifications": 6, "deliveries": 5, "attempts": 4, "lanes": 5, "queues": 3, "verdicts": 0,
+        "bodies": 4,
+    }  # fmt: skip
     assert size > 8192
 
 

@@ -125,6 +125,9 @@ class Retention(_Part, frozen=True, kw_only=True):
         Within("1d", "3650d"),
         says("How long the ledger remembers a notification and what became of it: so long a repeat is known as one."),
     ] = timedelta(days=400)
+    verdicts: Annotated[
+        timedelta, Within("1h", "3650d"), says("How long verdicts that were late, or of a shadow, are kept.")
+    ] = timedelta(days=30)
 
 
 class Store(_Part, frozen=True, kw_only=True):

@@ -20,19 +20,21 @@ from sqlalchemy import Connection, delete, func, select, text, update
 
 from adapter.deliveries import State
 from adapter.ledger.rearm import locked_lanes
-from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues
+from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.store import Store, StoreUnavailable
 
 NOTIFICATIONS_A_STEP = 200
+VERDICTS_A_STEP = 1000  # a row each, and nothing hangs on it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long a body is kept when all is done, how long otherwise, and how long everything else."""
+    """How long a body is kept when all is done, how long otherwise; how long a verdict, and everything else."""
 
     bodies: timedelta
     bodies_of_dead_letters: timedelta
     rows: timedelta
+    verdicts: timedelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Pruned:
 
     bodies: int = 0
     notifications: int = 0
+    verdicts: int = 0
     more: bool = False
 
 
@@ -56,7 +59,9 @@ class Upkeep:
         """One step of each kind."""
         bodies, self._bodies_after = await self._store.write(self._bodies, self._bodies_after)
         rows, self._rows_after = await self._store.write(self._rows, self._rows_after)
-        return Pruned(bodies=bodies, notifications=rows, more=bool(self._bodies_after or self._rows_after))
+        judged = await self._store.write(self._verdicts, None)
+        more = self._bodies_after or self._rows_after or judged == VERDICTS_A_STEP
+        return Pruned(bodies=bodies, notifications=rows, verdicts=judged, more=bool(more))
 
     # --- in the writer's thread, inside its transaction: how many, and after which one the next step begins ---
 
@@ -65,6 +70,12 @@ class Upkeep:
 
     def _rows(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
         return [self._take_rows(connection, after) for after in items]
+
+    def _verdicts(self, connection: Connection, items: Sequence[None]) -> list[int]:
+        v = verdicts.c
+        old = select(v.id).where(v.at < self._before(self._retention.verdicts)).order_by(v.at).limit(VERDICTS_A_STEP)
+        ids = connection.execute(old).scalars().all()
+        return [connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount for _ in items]
 
     def _take_bodies(self, connection: Connection, after: int) -> tuple[int, int]:
         n, d = notifications.c, deliveries.c
@@ -153,7 +164,7 @@ def faults(connection: Connection) -> list[str]:
 def figures(connection: Connection) -> dict[str, int]:
     """How much there is of what: rows, bodies that are kept, and bytes on the disk."""
     _take_your_time(connection)
-    tables = (notifications, deliveries, attempts, lanes, queues)
+    tables = (notifications, deliveries, attempts, lanes, queues, verdicts)
     counts = {table.name: connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables}
     bodies = connection.execute(select(func.count()).where(notifications.c.body.is_not(None))).scalar_one()
     if connection.dialect.name == "sqlite":
