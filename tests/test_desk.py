@@ -1,12 +1,15 @@
 """`adapter.ledger.desk`: what people are shown, on both databases, and that nobody waits for a table to be scanned."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
+import test_judged as judged
 from databases import KINDS, Server
-from ledgers import DAY, DELIVERED, HOUR, NOON, REJECTED, Ledger, make_many, opened, receipt, waiting
-from plans import assert_no_scan, seen
+from ledgers import DAY, DELIVERED, HOUR, NOON, REJECTED, Ledger, judge_many, make_many, opened, receipt, waiting
+from plans import BIG, assert_no_scan, seen
+from test_judged import SHADOW
 
 from adapter.ledger.desk import Desk
 from adapter.ledger.matching import Matching
@@ -101,6 +104,81 @@ def test_processes_are_told_alive_or_not(ledger: Ledger) -> None:
     assert (process["alive"], later["alive"], process["version"]) == (True, False, "test")
 
 
+LATE = replace(judged.LATE, route="limits")
+
+
+def test_verdicts_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> None:
+    docket = judged.Writing(ledger)
+    for number, each in enumerate((LATE, SHADOW, replace(LATE, kind="hung-up", order_id="order-2"))):
+        ledger.clock.now = NOON + number
+        docket.record(each)
+    docket.flush()
+
+    def kinds(**asked: Any) -> list[str]:
+        return [row["kind"] for row in desk(ledger, lambda desk: desk.verdicts(**asked))]
+
+    assert kinds() == ["hung-up", "shadow", "late"]
+    assert kinds(limit=2) == ["hung-up", "shadow"]
+    assert kinds(kind="late") == ["late"]
+    assert kinds(route="limits") == ["hung-up", "late"]
+    assert kinds(order_id="order-1") == ["shadow", "late"]
+    assert kinds(since=NOON + 1) == ["hung-up", "shadow"]
+    assert kinds(route="limits", order_id="order-1", since=NOON + 1) == []
+    assert desk(ledger, lambda desk: desk.verdicts(kind="late")) == [
+        {
+            "id": 1, "at": "2026-02-03T12:00:00.000Z", "kind": "late", "callback": "order-rules", "route": "limits",
+            "merchant": "fjallboden", "channel": "1", "order_id": "order-1", "decided": "reject",
+            "codes": ["national-id-missing", "no-name"], "answered": "approve", "took_ms": 2300,
+        }
+    ]  # fmt: skip
+
+
+# What would have made another answer than the one that went out, by what was decided and what was answered.
+DIFFERS = {
+    ("approve", "approve"): 0, ("accept", "approve"): 0, ("reject", "reject"): 0, ("refuse", "reject"): 0,
+    ("approve", "reject"): 1, ("accept", "reject"): 1, ("reject", "approve"): 1, ("refuse", "approve"): 1,
+    ("patch", "approve"): 1, ("patch", "reject"): 1, ("failed", "approve"): 0, ("failed", "reject"): 0,
+    ("patch", None): 0, ("reject", None): 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("pair", "differs"), DIFFERS.items(), ids=str)
+def test_a_verdict_differs_where_it_would_have_made_another_answer(
+    ledger: Ledger, pair: tuple[str, str | None], differs: int
+) -> None:
+    docket = judged.Writing(ledger)
+    docket.record(replace(LATE, decided=pair[0], answered=pair[1]))
+    docket.flush()
+
+    assert [row["differs"] for row in desk(ledger, lambda desk: desk.count_verdicts())] == [differs]
+
+
+def test_verdicts_are_counted_by_route_with_the_caller_s_patience(ledger: Ledger) -> None:
+    docket = judged.Writing(ledger)
+    docket.record(LATE, replace(LATE, decided="failed", took_ms=1), SHADOW, replace(SHADOW, decided="refuse"))
+    docket.record(*(replace(LATE, kind="hung-up", decided="approve", took_ms=ms) for ms in (5000, 3010, 9000, 5001)))
+    ledger.clock.now = NOON + DAY
+    docket.record(replace(LATE, kind="hung-up", took_ms=8000))
+    docket.flush()
+
+    nothing = {"late": 0, "hung_up": 0, "shadow": 0, "rejects": 0, "failed": 0, "differs": 0}
+    assert desk(ledger, lambda desk: desk.count_verdicts()) == [
+        nothing | {
+            "route": "limits", "late": 2, "hung_up": 5, "rejects": 2, "failed": 1, "differs": 2,
+            "patience_min_ms": 3010, "patience_median_ms": 5001,
+        },
+        nothing | {
+            "route": SHADOW.route, "shadow": 2, "rejects": 1, "patience_min_ms": None, "patience_median_ms": None,
+        },
+    ]  # fmt: skip
+    assert desk(ledger, lambda desk: desk.count_verdicts(since=NOON + DAY)) == [
+        nothing | {
+            "route": "limits", "hung_up": 1, "rejects": 1, "differs": 1,
+            "patience_min_ms": 8000, "patience_median_ms": 8000,
+        }
+    ]  # fmt: skip
+
+
 # --- with a hundred thousand of each --------------------------------------------------------------------------------
 
 
@@ -116,6 +194,7 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_many(ledger, MANY, "done")
         make_many(ledger, 200 if server else MANY, "waiting")
         make_many(ledger, 200, "dead")
+        judge_many(ledger, MANY)
         yield ledger
     if server:
         server.drop(url)
@@ -136,6 +215,10 @@ QUERIES: dict[str, Callable[[Desk], Any]] = {
     "the metrics": lambda desk: desk.overview(NOON),
     "queues": lambda desk: desk.queues(NOON),
     "actions": lambda desk: desk.actions(),
+    "verdicts": lambda desk: desk.verdicts(),
+    "verdicts of a day": lambda desk: desk.verdicts(since=NOON - DAY),
+    "verdicts about an order": lambda desk: desk.verdicts(order_id="order-77"),
+    "verdicts of an hour, counted": lambda desk: desk.count_verdicts(since=NOON - HOUR),
 }
 
 
@@ -145,7 +228,7 @@ def test_nobody_waits_for_a_table_to_be_scanned(crowded: Ledger, look: Callable[
 
     assert statements
     for statement, parameters in statements:
-        assert_no_scan(crowded, statement, parameters)
+        assert_no_scan(crowded, statement, parameters, (*BIG, "verdicts"))
 
 
 def test_what_is_asked_of_many_is_answered(crowded: Ledger) -> None:

@@ -22,6 +22,7 @@ from adapter import app, logs, routes
 from adapter.callbacks.senders import Senders
 from adapter.cli.ledger import GROUPS
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, one_line, output_option, print_rows
+from adapter.cli.verdicts import verdicts_group
 from adapter.config import Config
 from adapter.demo import DemoFailed, demo, walk
 from adapter.ledger.store import StoreInUse, StoreUnavailable
@@ -36,7 +37,7 @@ def main() -> None:
     """An order adapter behind Norce Checkout."""
 
 
-for _group in GROUPS:
+for _group in (*GROUPS, verdicts_group):
     main.add_command(_group)
 
 

@@ -3,17 +3,19 @@ For people: what came in, what is owed, what was done, what is dead and why, wha
 the writer and changes nothing. No body and nothing of an order but its id is shown.
 """
 
-from collections import Counter
+import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from statistics import median_low
 from typing import Any
 
 from sqlalchemy import Connection, func, select
 
 from adapter.deliveries import State
 from adapter.ledger.matching import Matching, joined, notification_columns
-from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues
+from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues, verdicts
 
 NEWEST_LOOKED_THROUGH = 50_000  # notifications that nobody wanted can be found by their order only this far back
 MOST_OF_AN_ORDER = 10_000
@@ -131,6 +133,49 @@ class Desk:
             }
             for row in self.connection.execute(select(queues).order_by(*order))
         ]
+
+    def verdicts(
+        self,
+        *,
+        kind: str | None = None,
+        route: str | None = None,
+        order_id: str | None = None,
+        since: int | None = None,
+        limit: int = 100,
+    ) -> list[dict[str, Any]]:
+        """What routes decided that counted for nothing, the newest first."""
+        v = verdicts.c
+        given = ((v.kind, kind), (v.route, route), (v.order_id, order_id))
+        statement = select(verdicts).where(*(column == value for column, value in given if value is not None))
+        if since is not None:
+            statement = statement.where(v.at >= since)
+        rows = self.connection.execute(statement.order_by(v.at.desc(), v.id.desc()).limit(limit))
+        return [dict(row._mapping) | {"at": moment(row.at), "codes": json.loads(row.codes)} for row in rows]
+
+    def count_verdicts(self, *, since: int | None = None) -> list[dict[str, Any]]:
+        """
+        The same, counted by route: how many would have rejected, or have failed, and how many would have made another
+        answer than went out; and the caller's patience: how long it had waited when it hung up.
+        """
+        v = verdicts.c
+        recent = [] if since is None else [v.at >= since]
+        rejects, patches = v.decided.in_(("reject", "refuse")), v.decided == "patch"
+        approves = v.decided.in_(("approve", "accept"))
+        differs = patches | rejects & (v.answered == "approve") | approves & (v.answered == "reject")
+        counted = {"late": v.kind == "late", "hung_up": v.kind == "hung-up", "shadow": v.kind == "shadow"}
+        counted |= {"rejects": rejects, "failed": v.decided == "failed", "differs": differs & v.answered.is_not(None)}
+        counts = [func.count().filter(condition).label(name) for name, condition in counted.items()]
+        statement = select(v.route, *counts).where(*recent).group_by(v.route).order_by(v.route)
+        rows = [dict(row._mapping) for row in self.connection.execute(statement)]
+        waited: defaultdict[str, list[int]] = defaultdict(list)
+        hung_up = select(v.route, v.took_ms).where(v.kind == "hung-up", *recent)
+        for route, took_ms in self.connection.execute(hung_up):
+            waited[route].append(took_ms)
+        for row in rows:
+            of_it = waited[row["route"]]
+            row["patience_min_ms"] = min(of_it, default=None)
+            row["patience_median_ms"] = median_low(of_it) if of_it else None
+        return rows
 
     def actions(self, limit: int = 100) -> list[dict[str, Any]]:
         """What people did, the newest first."""

@@ -1,0 +1,56 @@
+"""The commands about what routes decided that counted for nothing: late, after a hang-up, or in the shadow."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapter.cli.shared import (
+    TEXT,
+    as_moment,
+    config_option,
+    limit_option,
+    loaded,
+    output_option,
+    print_rows,
+    reading,
+)
+from adapter.ledger.desk import Desk
+
+COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
+since_option = click.option("--since", callback=as_moment, help="Only what was known then or later; UTC, if not said.")
+
+
+@click.group("verdicts")
+def verdicts_group() -> None:
+    """What routes decided too late, after the caller hung up, or in the shadow."""
+
+
+@verdicts_group.command("list")
+@click.option("--kind", type=click.Choice(["late", "hung-up", "shadow"]))
+@click.option("--route", type=TEXT, help="Only this route's.")
+@click.option("--order", "order_id", type=TEXT, help="Only about this order.")
+@since_option
+@limit_option
+@output_option
+@config_option
+def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
+    """List verdicts, the newest first, with what counted in their stead."""
+    with reading(loaded(config_path)) as connection:
+        rows = Desk(connection).verdicts(**given)
+    if output == "table":
+        rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
+    print_rows(rows, output, COLUMNS)
+
+
+@verdicts_group.command("stats")
+@since_option
+@output_option
+@config_option
+def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
+    """
+    Count them by route: how many differ from what was answered, and how long the caller had waited when it hung up.
+    """
+    with reading(loaded(config_path)) as connection:
+        rows = Desk(connection).count_verdicts(since=since)
+    print_rows(rows, output)
