@@ -33,6 +33,7 @@ from adapter.console import Health, console
 from adapter.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox
+from adapter.ledger.judged import Docket
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.store import Store, StoreUnavailable
@@ -84,6 +85,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         stack.callback(store.close)
         health, metrics = Health(), Metrics(VERSION)
         health.checks["store"] = lambda: not store.failing
+        docket = Docket(store, dropped=metrics.verdicts_dropped.inc)
+        stack.push_async_callback(docket.flush)
 
         def moment() -> datetime:
             return datetime.fromtimestamp(store.clock() / 1000, UTC)
@@ -139,6 +142,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         for name, coroutine in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
+            ("docket", docket.keep()),
             ("retention", _prune(Upkeep(store, retention(config)))),
         ):
             await stack.enter_async_context(_task(name, coroutine, health))

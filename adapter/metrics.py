@@ -57,6 +57,7 @@ class Metrics:
             ["callback"],
         )
         self.verdicts = counter("verdicts_total", "Verdicts by route.", ["callback", "route", "verdict"])
+        self.verdicts_dropped = counter("verdicts_dropped_total", "Late verdicts that could not be written down.")
         self.attempts = counter("delivery_attempts_total", "Attempts by how they ended.", ["route", "outcome"])
         self.attempt_duration = histogram(
             "delivery_attempt_duration_seconds", "From the claim to the record.", ["route"], buckets=SLOW
