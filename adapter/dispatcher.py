@@ -55,13 +55,10 @@ class Dispatcher:
         shared: bool,
     ) -> None:
         self._queues = queues
+        around = before_handler + SLACK
         self._asks = [
-            Ask(
-                queue_id=queue.id,
-                concurrency=queue.route.concurrency,
-                doubt_ms=_ms(before_handler + SLACK + queue.route.timeout),
-            )
-            for queue in queues.values()
+            Ask(queue_id=key, concurrency=queue.route.concurrency, doubt_ms=_ms(around + queue.route.timeout))
+            for key, queue in queues.items()
         ]
         self._lanes = lanes
         self._lease = lease
@@ -171,11 +168,9 @@ class Dispatcher:
             self._claims_in_question = False
 
     async def _wait(self, at_most: timedelta) -> None:
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most.total_seconds()):
                 await self._news.wait()
-        except TimeoutError:
-            return
 
     async def _drain(self, within: timedelta) -> None:
         if self._tasks and within:
