@@ -32,6 +32,12 @@ metadata = MetaData(
 # SQLite makes a column the row id only where its type is INTEGER; everywhere else a key has 64 bits.
 Key = BigInteger().with_variant(Integer(), "sqlite")
 
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of the rows in question alone, which costs the others nothing."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
 processes = Table(
     "processes",
     metadata,
@@ -74,18 +80,8 @@ notifications = Table(
     Column("body", LargeBinary, doc="as received, byte for byte; null once pruned"),
     Index("uq_notifications_identity", "identity", unique=True),
     # What pruning has before it. In order of insertion, so that it costs an accept next to nothing.
-    Index(
-        "ix_notifications_bodies",
-        "id",
-        sqlite_where=text("body IS NOT NULL"),
-        postgresql_where=text("body IS NOT NULL"),
-    ),
-    Index(
-        "ix_notifications_conflicts_with",
-        "conflicts_with",
-        sqlite_where=text("conflicts_with IS NOT NULL"),
-        postgresql_where=text("conflicts_with IS NOT NULL"),
-    ),
+    _partial("ix_notifications_bodies", "id", where="body IS NOT NULL"),
+    _partial("ix_notifications_conflicts_with", "conflicts_with", where="conflicts_with IS NOT NULL"),
 )
 
 lanes = Table(
@@ -103,19 +99,8 @@ lanes = Table(
     Column("newest_snapshot_at", BigInteger, nullable=False),
     Column("previous", Text, doc="the last Done, as JSON: reference, facts, at"),
     UniqueConstraint("queue_id", "order_id"),
-    Index(
-        "ix_lanes_due",
-        "queue_id",
-        "next_at",
-        sqlite_where=text("holder IS NULL AND next_at IS NOT NULL"),
-        postgresql_where=text("holder IS NULL AND next_at IS NOT NULL"),
-    ),
-    Index(
-        "ix_lanes_held",
-        "holder",
-        sqlite_where=text("holder IS NOT NULL"),
-        postgresql_where=text("holder IS NOT NULL"),
-    ),
+    _partial("ix_lanes_due", "queue_id", "next_at", where="holder IS NULL AND next_at IS NOT NULL"),
+    _partial("ix_lanes_held", "holder", where="holder IS NOT NULL"),
 )
 
 deliveries = Table(
@@ -133,21 +118,8 @@ deliveries = Table(
     Column("replayed_at", BigInteger),
     Index("ix_deliveries_notification_id", "notification_id"),
     Index("ix_deliveries_lane_id", "lane_id"),
-    Index(
-        "ix_deliveries_waiting",
-        "lane_id",
-        "snapshot_at",
-        "id",
-        sqlite_where=text("state = 'waiting'"),
-        postgresql_where=text("state = 'waiting'"),
-    ),
-    Index(
-        "ix_deliveries_dead",
-        "id",
-        "lane_id",
-        sqlite_where=text("state = 'dead'"),
-        postgresql_where=text("state = 'dead'"),
-    ),
+    _partial("ix_deliveries_waiting", "lane_id", "snapshot_at", "id", where="state = 'waiting'"),
+    _partial("ix_deliveries_dead", "id", "lane_id", where="state = 'dead'"),
 )
 
 attempts = Table(
