@@ -648,7 +648,7 @@ def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monk
     def breaks(*_arguments: Any) -> Any:
         raise KeyError("queue")
 
-    monkeypatch.setattr(Commands, "_replay", breaks)
+    monkeypatch.setattr(Commands, "_steps", breaks)
 
     with pytest.raises(KeyError):
         ledger.do(Commands(ledger.store).do("replay", msgspec.json.encode(GOOD)))

@@ -468,7 +468,7 @@ def test_a_letter_that_is_replayed_meanwhile_is_not_deleted(postgres: Server) ->
 
         pruned = beside(
             ledger,
-            lambda connection: Commands(ledger.store)._replay(connection, [step]),
+            lambda connection: Commands(ledger.store)._steps(connection, [("replay", step)]),
             prune,
         )
 

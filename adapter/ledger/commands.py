@@ -81,41 +81,32 @@ class Commands:
 
         Raises `NoSuchCommand`, and `ValueError` where the body is not what the command needs.
         """
-        kinds = {
-            "replay": (Step, self.replay),
-            "discard": (Step, self.discard),
-            "pause": (Pause, self.pause),
-            "resume": (Pause, self.resume),
-        }
+        kinds = {"replay": Step, "discard": Step, "pause": Pause, "resume": Pause}
         if name not in kinds:
             raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(kinds)}.")
-        kind, method = kinds[name]
-        asked = msgspec.json.decode(body, type=kind)
-        return msgspec.to_builtins(await method(asked))  # type: ignore[operator]
+        asked = msgspec.json.decode(body, type=kinds[name])
+        return msgspec.to_builtins(await getattr(self, name)(asked))
 
     async def replay(self, step: Step) -> Stepped:
         """Dead letters are owed again, with their whole schedule."""
-        return await self._store.write(self._replay, step)
+        return await self._store.write(self._steps, ("replay", step))
 
     async def discard(self, step: Step) -> Stepped:
         """Dead letters are done with, whatever became of them, and their lanes go on."""
-        return await self._store.write(self._discard, step)
+        return await self._store.write(self._steps, ("discard", step))
 
     async def pause(self, pause: Pause) -> int:
         """Nothing of these queues is tried until a person resumes them; how many there are."""
-        return await self._store.write(self._pause, pause)
+        return await self._store.write(self._pauses, ("pause", pause))
 
     async def resume(self, pause: Pause) -> int:
         """They run again at once, whatever paused them; how many there are."""
-        return await self._store.write(self._resume, pause)
+        return await self._store.write(self._pauses, ("resume", pause))
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _replay(self, connection: Connection, steps: Sequence[Step]) -> list[Stepped]:
-        return [self._step(connection, "replay", step) for step in steps]
-
-    def _discard(self, connection: Connection, steps: Sequence[Step]) -> list[Stepped]:
-        return [self._step(connection, "discard", step) for step in steps]
+    def _steps(self, connection: Connection, items: Sequence[tuple[str, Step]]) -> list[Stepped]:
+        return [self._step(connection, command, step) for command, step in items]
 
     def _step(self, connection: Connection, command: str, step: Step) -> Stepped:
         leaves = command == "replay" and step.unknown == "leave"
@@ -169,11 +160,8 @@ class Commands:
         connection.execute(update(lanes).where(stopped).values(goes_on))
         return len(ids)
 
-    def _pause(self, connection: Connection, pauses: Sequence[Pause]) -> list[int]:
-        return [self._set(connection, "pause", pause) for pause in pauses]
-
-    def _resume(self, connection: Connection, pauses: Sequence[Pause]) -> list[int]:
-        return [self._set(connection, "resume", pause) for pause in pauses]
+    def _pauses(self, connection: Connection, items: Sequence[tuple[str, Pause]]) -> list[int]:
+        return [self._set(connection, command, pause) for command, pause in items]
 
     def _set(self, connection: Connection, command: str, pause: Pause) -> int:
         asked = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}
