@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from statistics import median_low
 from typing import Any
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, case, func, select
 
 from adapter.deliveries import State
 from adapter.ledger.matching import Matching, joined, notification_columns
@@ -39,27 +39,17 @@ class Desk:
     def deliveries(self, matching: Matching = Matching(), *, limit: int = 100) -> list[dict[str, Any]]:  # noqa: B008 - frozen
         """The newest deliveries first, as plain values."""
         statement = _deliveries().where(*matching.conditions()).order_by(deliveries.c.id.desc()).limit(limit)
-        return [_shown(row._mapping) for row in self.connection.execute(statement)]
+        return [_plain(row) for row in self.connection.execute(statement)]
 
     def delivery(self, delivery_id: int) -> dict[str, Any] | None:
         """One delivery with its attempts, oldest first; None where there is none."""
         row = self.connection.execute(_deliveries().where(deliveries.c.id == delivery_id)).one_or_none()
         if row is None:
             return None
-        tries = self.connection.execute(
-            select(attempts).where(attempts.c.delivery_id == delivery_id).order_by(attempts.c.id)
-        )
-        kept = ("kind", "outcome", "code", "message", "reference")
-        return _shown(row._mapping) | {
-            "attempts": [
-                {
-                    "started_at": moment(attempt.started_at),
-                    "ended_at": moment(attempt.ended_at),
-                    **{name: attempt._mapping[name] for name in kept},
-                }
-                for attempt in tries
-            ]
-        }
+        names = ("started_at", "ended_at", "kind", "outcome", "code", "message", "reference")
+        its = select(*(attempts.c[name] for name in names)).where(attempts.c.delivery_id == delivery_id)
+        tries = self.connection.execute(its.order_by(attempts.c.id))
+        return _plain(row) | {"attempts": [_plain(attempt) for attempt in tries]}
 
     def count(self, matching: Matching) -> list[dict[str, Any]]:
         """How many deliveries match, by route, merchant, channel, state and reason."""
@@ -91,7 +81,7 @@ class Desk:
             recent = select(n.id).where(n.id > newest - NEWEST_LOOKED_THROUGH, n.order_id == order_id)
             ids = {*self.connection.execute(owed).scalars(), *self.connection.execute(recent).scalars()}
             statement = statement.where(n.id.in_(sorted(ids)[-MOST_OF_AN_ORDER:]))
-        return [_notification(row._mapping) for row in self.connection.execute(statement)]
+        return [_plain(row) for row in self.connection.execute(statement)]
 
     def notification(self, notification_id: int) -> dict[str, Any] | None:
         """One notification with its deliveries and the conflicts it met; None where there is none."""
@@ -101,8 +91,7 @@ class Desk:
         if row is None:
             return None
         conflicts = self.connection.execute(select(n.id).where(n.conflicts_with == notification_id)).scalars()
-        return _notification(row._mapping) | {
-            "body_bytes": row.body_bytes,
+        return _plain(row) | {
             "conflicts": list(conflicts),
             "deliveries": self.deliveries(Matching(notification_id=notification_id)),
         }
@@ -110,12 +99,8 @@ class Desk:
     def queues(self, now: int) -> list[dict[str, Any]]:
         """Every queue: whether it runs, what waits in it, what is being tried. `now` is the ledger's clock."""
         waiting = {row.queue_id: row.number for row in self._by_queue(State.WAITING)}
-        held = self.connection.execute(
-            select(lanes.c.queue_id, func.count().label("held"))
-            .where(lanes.c.holder.is_not(None))
-            .group_by(lanes.c.queue_id)
-        )
-        running = {row.queue_id: row.held for row in held}
+        held = select(lanes.c.queue_id).where(lanes.c.holder.is_not(None))
+        running = Counter(self.connection.execute(held).scalars())
         order = (queues.c.route, queues.c.merchant, queues.c.channel)
         return [
             {
@@ -129,7 +114,7 @@ class Desk:
                 "paused_until": _until(row.paused_until),
                 "failures_in_row": row.failures_in_row,
                 "waiting": waiting.get(row.id, 0),
-                "running": running.get(row.id, 0),
+                "running": running[row.id],
             }
             for row in self.connection.execute(select(queues).order_by(*order))
         ]
@@ -150,7 +135,7 @@ class Desk:
         if since is not None:
             statement = statement.where(v.at >= since)
         rows = self.connection.execute(statement.order_by(v.at.desc(), v.id.desc()).limit(limit))
-        return [dict(row._mapping) | {"at": moment(row.at), "codes": json.loads(row.codes)} for row in rows]
+        return [_plain(row) | {"codes": json.loads(row.codes)} for row in rows]
 
     def count_verdicts(self, *, since: int | None = None) -> list[dict[str, Any]]:
         """
@@ -179,15 +164,14 @@ class Desk:
 
     def actions(self, limit: int = 100) -> list[dict[str, Any]]:
         """What people did, the newest first."""
-        rows = self.connection.execute(select(actions).order_by(actions.c.id.desc()).limit(limit))
-        return [dict(row._mapping) | {"at": moment(row.at)} for row in rows]
+        newest = select(actions).order_by(actions.c.id.desc()).limit(limit)
+        return [_plain(row) for row in self.connection.execute(newest)]
 
     def processes(self, now: int) -> list[dict[str, Any]]:
         """The processes that live on a lease."""
-        return [
-            {"id": row.id, "version": row.version, "started_at": moment(row.started_at), "alive": row.lease_until > now}
-            for row in self.connection.execute(select(processes).order_by(processes.c.id))
-        ]
+        p = processes.c
+        statement = select(p.id, p.version, p.started_at, (p.lease_until > now).label("alive")).order_by(p.id)
+        return [_plain(row) for row in self.connection.execute(statement)]
 
     def overview(self, now: int) -> Overview:
         """Counts and ages; `now` is the ledger's clock in milliseconds."""
@@ -231,45 +215,21 @@ def moment(milliseconds: int | None) -> str | None:
     return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def _plain(row: Any) -> dict[str, Any]:
+    """A row by its columns, with moments as people read them."""
+    return {name: moment(value) if name.rpartition("_")[2] == "at" else value for name, value in row._mapping.items()}
+
+
 def _deliveries() -> Any:
-    d = deliveries.c
+    d, lane = deliveries.c, lanes.c
+    is_current = lane.current_delivery_id.is_not_distinct_from(d.id)
+    comes_next = (d.state == State.WAITING.value) & (is_current | lane.current_delivery_id.is_(None))
     return joined(
-        d.id, d.notification_id, d.state, d.reason, d.attempts, d.first_attempt_at, d.ended_at,
-        queues.c.route, queues.c.merchant, queues.c.channel, lanes.c.order_id, lanes.c.next_at,
-        lanes.c.current_delivery_id, lanes.c.claim, lanes.c.settled, lanes.c.holder,
+        d.id, d.notification_id, lane.order_id, queues.c.route, queues.c.merchant, queues.c.channel, d.state, d.reason,
+        d.attempts.label("tries"), (is_current & (lane.claim > lane.settled)).label("in_doubt"),
+        case((comes_next, lane.next_at)).label("next_at"), d.first_attempt_at, d.ended_at,
         attempts.c.code, attempts.c.message, attempts.c.reference,
     )  # fmt: skip
-
-
-def _shown(row: Mapping[Any, Any]) -> dict[str, Any]:
-    waiting = row["state"] == State.WAITING.value
-    is_current = row["current_delivery_id"] == row["id"]
-    return {
-        "id": row["id"],
-        "notification_id": row["notification_id"],
-        "order_id": row["order_id"],
-        "route": row["route"],
-        "merchant": row["merchant"],
-        "channel": row["channel"],
-        "state": row["state"],
-        "reason": row["reason"],
-        "tries": row["attempts"],
-        "in_doubt": bool(is_current and row["claim"] > row["settled"]),
-        "next_at": moment(row["next_at"]) if waiting and (is_current or row["current_delivery_id"] is None) else None,
-        "first_attempt_at": moment(row["first_attempt_at"]),
-        "ended_at": moment(row["ended_at"]),
-        "code": row["code"],
-        "message": row["message"],
-        "reference": row["reference"],
-    }
-
-
-def _notification(row: Mapping[Any, Any]) -> dict[str, Any]:
-    kept = ("id", "callback", "merchant", "channel", "order_id", "source", "conflicts_with")
-    return {name: row[name] for name in kept} | {
-        "snapshot_at": moment(row["snapshot_at"]),
-        "received_at": moment(row["received_at"]),
-    }
 
 
 def _until(milliseconds: int | None) -> str | None:
