@@ -32,14 +32,16 @@ from adapter.cli.shared import (
     as_moment,
     config_option,
     end,
-    limit_option,
+    list_options,
     loaded,
+    look_options,
     one_line,
     options,
-    output_option,
+    order_option,
     print_rows,
     printable,
     reading,
+    route_option,
 )
 from adapter.config import Config
 from adapter.deliveries import Reason, State
@@ -66,8 +68,7 @@ def _who() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
-place_options = options(
-    click.option("--route", type=TEXT, help="Only this route's."),
+shop_options = options(
     click.option("--merchant", type=TEXT, help="Only this merchant's."),
     click.option("--channel", type=TEXT, help="Only this channel's."),
 )
@@ -77,11 +78,12 @@ matching_options = options(
         type=click.Choice([reason.value for reason in Reason]),
         help="Only those that ended for this reason.",
     ),
-    click.option("--order", "order_id", type=TEXT, help="Only this order's."),
+    order_option,
     click.option("--code", type=TEXT, help="Only those whose last attempt said this code."),
     click.option("--since", callback=as_moment, help="Only what ended then or later; UTC, if not said."),
     click.option("--until", callback=as_moment, help="Only what ended before then."),
-    place_options,
+    route_option,
+    shop_options,
 )
 by_options = options(
     click.option("--why", type=TEXT, required=True, help="Why you do it. It is written down."),
@@ -96,8 +98,7 @@ step_options = options(
     click.option(
         "--rate", type=click.IntRange(1, 100_000), help="At most so many a second; as fast as it goes if not."
     ),
-    output_option,
-    config_option,
+    look_options,
 )
 
 
@@ -112,9 +113,7 @@ def deliveries_group() -> None:
 @deliveries_group.command("list")
 @click.option("--state", type=click.Choice([state.value for state in State]))
 @matching_options
-@limit_option
-@output_option
-@config_option
+@list_options
 def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List deliveries, the newest first."""
     matching = _asked(given, Matching)
@@ -125,8 +124,7 @@ def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) ->
 
 @deliveries_group.command("show")
 @click.argument("delivery_id", type=ID)
-@output_option
-@config_option
+@look_options
 def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     """Show one delivery with its attempts."""
     with reading(loaded(config_path)) as connection:
@@ -228,13 +226,10 @@ def notifications_group() -> None:
 
 
 @notifications_group.command("list")
-@click.option("--order", "order_id", type=TEXT, help="Only this order's.")
+@order_option
 @click.option("--callback", type=TEXT, help="Only this callback's.")
-@click.option("--merchant", type=TEXT, help="Only this merchant's.")
-@click.option("--channel", type=TEXT, help="Only this channel's.")
-@limit_option
-@output_option
-@config_option
+@shop_options
+@list_options
 def notifications_list(limit: int, output: str, config_path: Path, **given: str | None) -> None:
     """List notifications, the newest first."""
     with reading(loaded(config_path)) as connection:
@@ -246,8 +241,7 @@ def notifications_list(limit: int, output: str, config_path: Path, **given: str 
 
 @notifications_group.command("show")
 @click.argument("notification_id", type=ID)
-@output_option
-@config_option
+@look_options
 def notifications_show(notification_id: int, output: str, config_path: Path) -> None:
     """Show one notification with its deliveries; never its body."""
     with reading(loaded(config_path)) as connection:
@@ -260,11 +254,9 @@ def notifications_show(notification_id: int, output: str, config_path: Path) -> 
 
 queue_options = options(
     click.argument("route", type=TEXT),
-    click.option("--merchant", type=TEXT, help="Only this merchant's."),
-    click.option("--channel", type=TEXT, help="Only this channel's."),
+    shop_options,
     by_options,
-    output_option,
-    config_option,
+    look_options,
 )
 
 
@@ -274,8 +266,7 @@ def queues_group() -> None:
 
 
 @queues_group.command("list")
-@output_option
-@config_option
+@look_options
 def queues_list(output: str, config_path: Path) -> None:
     """List the queues: which run, which are paused by what, and what waits in them."""
     config = loaded(config_path)
@@ -344,8 +335,7 @@ def store_check(config_path: Path) -> None:
 
 
 @store_group.command("stats")
-@output_option
-@config_option
+@look_options
 def store_stats(output: str, config_path: Path) -> None:
     """How much there is of what, and who lives on it."""
     config = loaded(config_path)
@@ -364,9 +354,7 @@ def store_stats(output: str, config_path: Path) -> None:
 
 
 @store_group.command("actions")
-@limit_option
-@output_option
-@config_option
+@list_options
 def store_actions(limit: int, output: str, config_path: Path) -> None:
     """List what people did to queues and deliveries: who, when and why."""
     with reading(loaded(config_path)) as connection:

@@ -55,6 +55,8 @@ config_option = click.option(
 output_option = click.option(
     "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For people or programs."
 )
+route_option = click.option("--route", type=TEXT, help="Only this route's.")
+order_option = click.option("--order", "order_id", type=TEXT, help="Only this order's.")
 limit_option = click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
 
 
@@ -67,6 +69,10 @@ def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], D
         return function
 
     return decorate
+
+
+look_options = options(output_option, config_option)
+list_options = options(limit_option, look_options)
 
 
 def as_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:

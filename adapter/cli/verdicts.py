@@ -6,14 +6,14 @@ from typing import Any
 import click
 
 from adapter.cli.shared import (
-    TEXT,
     as_moment,
-    config_option,
-    limit_option,
+    list_options,
     loaded,
-    output_option,
+    look_options,
+    order_option,
     print_rows,
     reading,
+    route_option,
 )
 from adapter.ledger.desk import Desk
 
@@ -28,12 +28,10 @@ def verdicts_group() -> None:
 
 @verdicts_group.command("list")
 @click.option("--kind", type=click.Choice(["late", "hung-up", "shadow"]))
-@click.option("--route", type=TEXT, help="Only this route's.")
-@click.option("--order", "order_id", type=TEXT, help="Only about this order.")
+@route_option
+@order_option
 @since_option
-@limit_option
-@output_option
-@config_option
+@list_options
 def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
     """List verdicts, the newest first, with what counted in their stead."""
     with reading(loaded(config_path)) as connection:
@@ -45,8 +43,7 @@ def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
 
 @verdicts_group.command("stats")
 @since_option
-@output_option
-@config_option
+@look_options
 def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
     """
     Count them by route: how many differ from what was answered, and how long the caller had waited when it hung up.
