@@ -129,7 +129,7 @@ def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     """Show one delivery with its attempts."""
     with reading(loaded(config_path)) as connection:
         delivery = Desk(connection).delivery(delivery_id)
-    _show(delivery, f"there is no delivery {delivery_id}", "attempts", output)
+    _show(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
 
 
 @deliveries_group.command("replay")
@@ -246,7 +246,8 @@ def notifications_show(notification_id: int, output: str, config_path: Path) -> 
     """Show one notification with its deliveries; never its body."""
     with reading(loaded(config_path)) as connection:
         notification = Desk(connection).notification(notification_id)
-    _show(notification, f"there is no notification {notification_id}", "deliveries", output, DELIVERY_COLUMNS)
+    missing = f"there is no notification {notification_id}"
+    _show(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
 
 
 # --- queues ---------------------------------------------------------------------------------------------------------
@@ -290,26 +291,12 @@ def queues_resume(**given: Any) -> None:
     _pause("resume", **given)
 
 
-def _pause(
-    name: str,
-    *,
-    route: str,
-    merchant: str | None,
-    channel: str | None,
-    who: str,
-    why: str,
-    output: str,
-    config_path: Path,
-) -> None:
-    by = {"who": who, "why": why}
-    pause = _asked({"route": route, "merchant": merchant, "channel": channel, "by": by}, Pause)
+def _pause(name: str, *, who: str, why: str, output: str, config_path: Path, **given: Any) -> None:
+    pause = _asked({"by": {"who": who, "why": why}, **given}, Pause)
     changed = _ask(loaded(config_path), name, pause)
-    if output == "json":
-        click.echo(json.dumps({f"{name}d": changed}))
-    elif changed:
-        click.echo(f"{changed} {name}d")
+    click.echo(json.dumps({f"{name}d": changed}) if output == "json" else f"{changed} {name}d")
     if not changed:
-        end(NOTHING_MATCHED, f"there is no queue of route {route} for that; `norce-adapter queues list` shows them")
+        end(NOTHING_MATCHED, f"there is no such queue of {pause.route}; `norce-adapter queues list` shows them")
 
 
 # --- the store ------------------------------------------------------------------------------------------------------
@@ -341,16 +328,8 @@ def store_stats(output: str, config_path: Path) -> None:
     config = loaded(config_path)
     with reading(config) as connection:
         now = seen_from_outside(database_at(config.store.url), connection)
-        counted = figures(connection)
-        processes = Desk(connection).processes(now)
-    if output == "json":
-        click.echo(json.dumps(counted | {"processes": processes}))
-        return
-    for name, value in counted.items():
-        click.echo(f"{name:15}{value:>15}")
-    for process in processes:
-        alive = "alive" if process["alive"] else "its lease has ended"
-        click.echo(f"process {process['id']}, version {process['version']}, since {process['started_at']}: {alive}")
+        counted = figures(connection) | {"processes": Desk(connection).processes(now)}
+    _show(counted, "processes", output)
 
 
 @store_group.command("actions")
@@ -395,7 +374,7 @@ GROUPS = (deliveries_group, notifications_group, queues_group, store_group)
 
 
 def _show(
-    shown: dict[str, Any] | None, missing: str, rows: str, output: str, columns: tuple[str, ...] | None = None
+    shown: dict[str, Any] | None, rows: str, output: str, columns: tuple[str, ...] | None = None, *, missing: str = ""
 ) -> None:
     """One thing with the rows that belong to it."""
     if shown is None:
