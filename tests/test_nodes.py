@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import pytest
 from databases import Server, database_of, rows
 from ledgers import DOUBT, REJECTED, HandClock, Ledger, body_of, receipt, waiting
-from sqlalchemy import make_url
+from sqlalchemy import event, make_url
 from sqlalchemy.exc import DBAPIError
 
 from adapter.ledger.claims import Claim
@@ -143,6 +143,19 @@ def test_the_same_identity_with_another_order_at_each_node_is_one_event_and_conf
 
 
 # --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_repeat_of_what_another_node_prunes_at_that_moment_is_a_new_event(nodes: Nodes) -> None:
+    (node,) = nodes.start(1)
+    node.receive(receipt())
+
+    @event.listens_for(node.store.engine, "before_cursor_execute")
+    def prune(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        if statement.startswith("SELECT notifications.id") and node.rows("SELECT id FROM notifications") == [(1,)]:
+            node.rows("DELETE FROM notifications")
+
+    assert node.receive(receipt()) is Received.NEW
+    assert node.rows("SELECT id FROM notifications WHERE id > 1")
 
 
 def test_what_is_held_of_a_queue_on_all_nodes_together_never_exceeds_its_concurrency(nodes: Nodes) -> None:

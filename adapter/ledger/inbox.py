@@ -163,7 +163,9 @@ class Inbox:
 
     def _again(self, connection: Connection, receipt: Receipt, now: int) -> Received | Dead:
         n = notifications.c
-        known = connection.execute(select(n.id).where(n.identity == receipt.identity)).scalar_one()
+        known = connection.execute(select(n.id).where(n.identity == receipt.identity)).scalar()
+        if known is None:  # pruned by another node, after it was in our way
+            return self._remember(connection, [receipt])[0]
         # A pruned body cannot be compared any more; the identity then has the word.
         one_of_them = (n.id == known) | (n.conflicts_with == known)
         rows = connection.execute(select(n.id, n.digest, n.body).where(one_of_them).order_by(n.id)).all()
