@@ -129,7 +129,11 @@ def among(column: ColumnElement[int], name: str = "ids") -> ColumnElement[bool]:
 
 
 class Database(ABC):
-    """One database by its address. `where` names it for people and holds no password."""
+    """
+    One database by its address. `where` names it for people and holds no password.
+
+    What is not abstract suits one that this process has to itself.
+    """
 
     shared: ClassVar[bool]
     errors: tuple[type[Exception], ...] = (DBAPIError, sqlite3.Error)  # what it and its driver raise
@@ -140,31 +144,31 @@ class Database(ABC):
         self.url = url
         self.where = url.render_as_string(hide_password=True)
 
-    @abstractmethod
     def take(self) -> None:
         """Takes the database for this process. Raises `StoreInUse`, `StoreUnavailable`."""
+        return
 
-    @abstractmethod
-    def give_back(self) -> None: ...
+    def give_back(self) -> None:
+        return
 
     @abstractmethod
     def engine(self, *, read_only: bool) -> Engine: ...
 
-    @abstractmethod
     def check_exists(self) -> None:
-        """Raises `StoreMissing` where nothing is there to be read."""
+        """Raises `StoreMissing` where nothing is there to be read; or else the connection says so."""
+        return
 
-    @abstractmethod
     def hold_for_migration(self, connection: Connection) -> None:
         """Lets one process migrate at a time, until the transaction ends."""
+        return
 
-    @abstractmethod
     def nobody_else_lives_by_it(self, connection: Connection) -> bool:
         """Whether no other process has entered; nobody enters before the transaction ends."""
+        return True
 
-    @abstractmethod
     def enter(self, connection: Connection) -> None:
         """From now on others know that a process lives by this database, for as long as the connection lasts."""
+        return
 
     @abstractmethod
     def wall(self, connection: Connection) -> int:
@@ -174,9 +178,9 @@ class Database(ABC):
     def is_at_fault(self, error: Exception) -> bool:
         """Whether it is the database that fails, not the data of one row."""
 
-    @abstractmethod
     def may_be_repeated(self, error: Exception) -> bool:
         """Whether nothing is wrong but that two transactions met."""
+        return False
 
     @abstractmethod
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert: ...
@@ -187,13 +191,13 @@ class Database(ABC):
     @abstractmethod
     def several(self, values: Iterable[int]) -> Any: ...
 
-    @abstractmethod
     def tell(self, cursor: Any) -> None:
         """Tells every node, once this is committed, that there is new work."""
+        return
 
-    @abstractmethod
     def listen(self, news: Callable[[], None]) -> Callable[[], None]:
         """Calls `news`, from a thread, when a node has told of new work. Answers how to end that."""
+        return lambda: None
 
 
 def database_at(url: str) -> Database:
@@ -271,24 +275,12 @@ class Sqlite(Database):
         if not self.path.exists():
             raise StoreMissing(f"there is no database at {self.path} yet")
 
-    def hold_for_migration(self, connection: Connection) -> None:
-        return  # the lock is held
-
-    def nobody_else_lives_by_it(self, connection: Connection) -> bool:
-        return True
-
-    def enter(self, connection: Connection) -> None:
-        return
-
     def wall(self, connection: Connection) -> int:
         return time.time_ns() // 1_000_000
 
     def is_at_fault(self, error: Exception) -> bool:
         original = getattr(error, "orig", error)
         return type(original).__name__ in ("OperationalError", "InternalError", "InterfaceError", "DatabaseError")
-
-    def may_be_repeated(self, error: Exception) -> bool:
-        return False
 
     def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
         return _ValuesInsert(table, columns, ending)
@@ -298,12 +290,6 @@ class Sqlite(Database):
 
     def several(self, values: Iterable[int]) -> str:
         return json.dumps(list(values))
-
-    def tell(self, cursor: Any) -> None:
-        return  # nobody else is there
-
-    def listen(self, news: Callable[[], None]) -> Callable[[], None]:
-        return lambda: None
 
 
 class _ValuesInsert(Insert):
@@ -353,12 +339,6 @@ class Postgres(Database):
         self._psycopg = psycopg
         self._patience_ms = patience_ms
 
-    def take(self) -> None:
-        return
-
-    def give_back(self) -> None:
-        return
-
     def engine(self, *, read_only: bool) -> Engine:
         # Readers come and go; the writer keeps its one connection, and checks nothing before a use: it notices.
         engine = create_engine(self.url, poolclass=NullPool, connect_args=self._arguments())
@@ -387,9 +367,6 @@ class Postgres(Database):
             connection.autocommit = False
 
         return engine
-
-    def check_exists(self) -> None:
-        return  # the connection says so
 
     def hold_for_migration(self, connection: Connection) -> None:
         connection.exec_driver_sql("SET LOCAL statement_timeout = 0")

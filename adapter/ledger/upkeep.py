@@ -167,14 +167,11 @@ def figures(connection: Connection) -> dict[str, int]:
     tables = (notifications, deliveries, attempts, lanes, queues, verdicts)
     counts = {table.name: connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables}
     bodies = connection.execute(select(func.count()).where(notifications.c.body.is_not(None))).scalar_one()
-    if connection.dialect.name == "sqlite":
-        pages, size = (
-            connection.exec_driver_sql(f"PRAGMA {each}").scalar_one() for each in ("page_count", "page_size")
-        )
-        total = pages * size
-    else:
-        total = connection.execute(text("SELECT pg_database_size(current_database())")).scalar_one()
-    return counts | {"bodies": bodies, "bytes": total}
+    size = {
+        "sqlite": "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size",
+        "postgresql": "SELECT pg_database_size(current_database())",
+    }[connection.dialect.name]
+    return counts | {"bodies": bodies, "bytes": connection.execute(text(size)).scalar_one()}
 
 
 def back_up(connection: Connection, target: Path) -> int:
