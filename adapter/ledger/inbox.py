@@ -9,6 +9,7 @@ most once an hour: that is what a person who presses retry at Norce means.
 from collections.abc import Sequence
 from enum import Enum
 from hashlib import sha256
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -146,7 +147,7 @@ class Inbox:
         for lane, snapshots in owed.items():
             lane_id, newest_snapshot_at = locked[lane]
             # A route that re-reads needs the newest trigger alone: not what was here before, nor what arrives late.
-            newest = max(reversed(snapshots), key=_first) if refetches[lane[0]] else None
+            newest = max(reversed(snapshots), key=itemgetter(0)) if refetches[lane[0]] else None
             if newest is not None and newest[0] >= newest_snapshot_at:
                 superseded.append(lane_id)
             for snapshot in snapshots:
@@ -210,10 +211,6 @@ class Inbox:
         if any(changed):
             self._store.database.tell(connection.connection.cursor())
         return [Received.REPLAYED if each else Received.REPEAT for each in changed]
-
-
-def _first(pair: tuple[int, int]) -> int:
-    return pair[0]
 
 
 def _row(

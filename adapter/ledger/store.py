@@ -12,6 +12,7 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,16 +45,14 @@ class StoreBusy(StoreUnavailable):
     """More is waiting to be written than the service holds in memory. Nothing of this call was stored."""
 
 
+@dataclass(slots=True, eq=False)
 class _Piece:
     """Work that waits for the writer."""
 
-    __slots__ = ("done", "item", "size", "work")
-
-    def __init__(self, work: Work, item: Any, size: int, done: "asyncio.Future[Any]") -> None:
-        self.work = work
-        self.item = item
-        self.size = size
-        self.done = done
+    work: Work
+    item: Any
+    size: int
+    done: "asyncio.Future[Any]"
 
 
 class Store:
