@@ -25,7 +25,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, bindparam, func, literal_column, select, update
 
-from adapter.deliveries import Settlement, State, settle
+from adapter.deliveries import Settlement, settle
 from adapter.ledger.claims import (
     Ask,
     Claim,
