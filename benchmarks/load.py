@@ -58,6 +58,29 @@ def open_loop(port: int, requests: list[bytes], *, per_second: float, connection
     return _quietly(lambda: _Open(port, requests, per_second, connections).run())
 
 
+def beside(
+    port: int,
+    requests: list[bytes],
+    *,
+    per_second: float,
+    connections: int,
+    beside: Iterator[bytes],
+    beside_connections: int,
+) -> tuple[Load, Load]:
+    """An open load, and for as long a closed one beside it."""
+
+    async def both() -> tuple[Load, Load]:
+        seconds = len(requests) / per_second
+        return tuple(
+            await asyncio.gather(
+                _Open(port, requests, per_second, connections).run(),
+                _closed(port, beside, beside_connections, seconds),
+            )
+        )
+
+    return _quietly(both)
+
+
 def _quietly(make: Callable[[], "asyncio.Future[Load] | object"]) -> Load:
     gc.collect()
     gc.disable()  # a collection of so many requests would be seen as the server's latency

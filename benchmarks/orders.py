@@ -39,12 +39,12 @@ def body(order_id: str) -> bytes:
     return b"".join((_HEAD, order_id.encode(), _MIDDLE, modified.encode(), _TAIL))
 
 
-def request() -> bytes:
-    """One notification as Norce sends it to a signed URL, head and body."""
+def request(callback: str = CALLBACK) -> bytes:
+    """One callback as Norce sends it to a signed URL, head and body."""
     order_id = new_id()
     sent = body(order_id)
-    sig = signature(KEY.encode(), MERCHANT, CHANNEL, order_id, CALLBACK)
-    path = f"/api/v1/callbacks/orders/{order_id}/{CALLBACK}?merchant={MERCHANT}&channel={CHANNEL}&key=k&sig={sig}"
+    sig = signature(KEY.encode(), MERCHANT, CHANNEL, order_id, callback)
+    path = f"/api/v1/callbacks/orders/{order_id}/{callback}?merchant={MERCHANT}&channel={CHANNEL}&key=k&sig={sig}"
     head = (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
         f"x-merchant: {MERCHANT}\r\nx-channel: {CHANNEL}\r\ncontent-length: {len(sent)}\r\n\r\n"
@@ -52,8 +52,8 @@ def request() -> bytes:
     return head.encode() + sent
 
 
-def prepared(count: int) -> list[bytes]:
-    return [request() for _ in range(count)]
+def prepared(count: int, callback: str = CALLBACK) -> list[bytes]:
+    return [request(callback) for _ in range(count)]
 
 
 def endless() -> Iterator[bytes]:

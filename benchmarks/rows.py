@@ -136,7 +136,7 @@ def accept(bench: Bench) -> Iterator[Round]:
             settle()
             ours = at.receivers["accept_sqlite"]
             row |= _figures("accept_sqlite_1conn", ours.closed(one, connections=1, seconds=bench.seconds / 2))
-            row |= _ratios(
+            row |= ratios(
                 row,
                 accept_sqlite_over_echo=("accept_sqlite_per_second", "echo_per_second"),
                 accept_postgres_over_echo=("accept_postgres_per_second", "echo_per_second"),
@@ -164,7 +164,7 @@ def open_loop(bench: Bench) -> Iterator[Round]:
                 "accept_open_loop_2000_answered_200": met.statuses[200] / len(requests),
                 "open_loop_2000_generator_late_p99_ms": met.late_p99_ms,
             }
-            row |= _ratios(
+            row |= ratios(
                 row,
                 accept_p99_open_loop_2000_ms_over_fdatasync_p50=(
                     "accept_open_loop_2000_p99_ms", "open_loop_2000_fdatasync_p50_ms",
@@ -261,7 +261,7 @@ def dispatch(bench: Bench) -> Iterator[Round]:
                 fill(database, waiting={"noop": many, "hot_lane": many + free, "paused_queue": free}[name])
                 row[f"dispatch_{name}_{kind}_per_second"] = _dispatched(bench, database)
             noop = f"dispatch_noop_{kind}_per_second"
-            row |= _ratios(
+            row |= ratios(
                 row,
                 **{
                     f"dispatch_noop_{kind}_over_echo": (noop, "dispatch_echo_per_second"),
@@ -323,7 +323,7 @@ def memory(bench: Bench) -> Iterator[Round]:
             receiver.closed(requests)
             row["rss_accept_mib"] = receiver.server.rss_mib
             receiver.check()
-        yield row | _ratios(row, rss_over_echo=("rss_accept_mib", "rss_echo_mib"))
+        yield row | ratios(row, rss_over_echo=("rss_accept_mib", "rss_echo_mib"))
 
 
 def growth(bench: Bench) -> Iterator[Round]:
@@ -378,7 +378,7 @@ def backlog(bench: Bench) -> Iterator[Round]:
                     }
                 empty.check()
             if number >= 0:
-                yield row | _ratios(
+                yield row | ratios(
                     row, accept_at_1m_rows_over_empty=("backlog_1m_rows_per_second", "backlog_empty_per_second")
                 )
         filled.check()
@@ -391,7 +391,7 @@ def _side_by_side(bench: Bench, at: Measured, **ratios: tuple[str, str]) -> Iter
         row: Round = {}
         for name, receiver in at.receivers.items():
             row |= _figures(name, receiver.closed(requests, seconds=bench.seconds))
-        yield row | _ratios(row, **ratios)
+        yield row | ratios(row, **ratios)
     at.check()
 
 
@@ -403,7 +403,7 @@ def _figures(name: str, met: load.Load) -> Round:
     }
 
 
-def _ratios(row: Round, **of: tuple[str, str]) -> Round:
+def ratios(row: Round, **of: tuple[str, str]) -> Round:
     return {key: row[one] / row[other] for key, (one, other) in of.items() if one in row and other in row}
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import rows
+import verdicts
 from rows import Bench, Round
 from stage import HERE, Stage
 from stores import databases
@@ -31,6 +32,9 @@ GROUPS: dict[str, tuple[Callable[[Bench], Iterator[Round]], int]] = {
     "memory": (rows.memory, 3),
     "growth": (rows.growth, 1),
     "backlog": (rows.backlog, 3),
+    "hooks": (verdicts.hooks, 3),
+    "stalls": (verdicts.stalls, 3),
+    "flood": (verdicts.flood, 3),
 }
 
 BARS: dict[str, tuple[str, float]] = {
@@ -51,6 +55,12 @@ BARS: dict[str, tuple[str, float]] = {
     "rss_over_echo": ("<=", 2.6),
     "rss_growth_after_1m_accepts": ("<=", 0.10),
     "accept_at_1m_rows_over_empty": (">=", 0.85),
+    "hook_small_rule_over_echo": (">=", 0.40),
+    "hook_small_rule_p99_over_echo": ("<=", 2),
+    "hook_large_rule_over_echo": (">=", 0.30),
+    "hook_plugin_over_echo": (">=", 0.18),
+    "verdict_p999_over_deadline": ("<=", 1),
+    "verdict_p99_under_notification_flood_over_quiet": ("<=", 3),
 }
 
 

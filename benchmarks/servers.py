@@ -7,6 +7,8 @@ The service as a process, with handlers that benchmarks need, and the same servi
 
 import asyncio
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,22 @@ import uvloop
 from sqlalchemy import Connection
 
 from adapter import app, config, logs, routes
+from adapter.handlers.rules import Rules
 from adapter.ledger.store import Store
-from adapter.plugin import Context, Done, NoSettings, Notification, NotificationHandler
+from adapter.plugin import (
+    Context,
+    Done,
+    HookHandler,
+    NoSettings,
+    Notification,
+    NotificationHandler,
+    Order,
+    Patch,
+    Problem,
+    ValidationHandler,
+)
+
+HELD_SECONDS = 60
 
 
 class Holds(NotificationHandler[NoSettings]):
@@ -37,6 +53,55 @@ class Delivers(NotificationHandler[NoSettings]):
         return Done()
 
 
+class Accepts(HookHandler[NoSettings]):
+    """Nothing against it: what is left is the way to the plugins' loop and back."""
+
+    async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
+        return []
+
+
+class Approves(ValidationHandler[NoSettings]):
+    """Nothing against it, where the order could be read."""
+
+    async def validate(self, order: Order, context: Context[NoSettings]) -> list[Problem]:
+        return []
+
+
+class Sleeps(HookHandler[NoSettings]):
+    """Never answers, and lets the others work meanwhile."""
+
+    async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
+        await asyncio.Event().wait()
+        return []
+
+
+class Blocks(HookHandler[NoSettings]):
+    """Holds its thread, as a synchronous client would."""
+
+    async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
+        time.sleep(HELD_SECONDS)  # noqa: ASYNC251 - that is the point
+        return []
+
+
+class Spins(HookHandler[NoSettings]):
+    """Holds its thread and the interpreter with it, in four threads."""
+
+    spinning = 0
+
+    async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
+        while Spins.spinning < 4:
+            Spins.spinning += 1
+            threading.Thread(target=_spin, daemon=True).start()
+        _spin()
+        return []
+
+
+def _spin() -> None:
+    ends = time.monotonic() + HELD_SECONDS
+    while time.monotonic() < ends:
+        pass
+
+
 class CommitEach(Store):
     """A store without groups: each piece of work is a transaction of its own, committed where it is asked for."""
 
@@ -51,6 +116,9 @@ class CommitEach(Store):
         if self.own is not None:
             self.own.close()
         super().close()
+
+
+HANDLERS = (Holds, Delivers, Rules, Accepts, Approves, Sleeps, Blocks, Spins)
 
 
 class _Installed:
@@ -70,7 +138,7 @@ async def service(path: Path) -> None:
     """The whole service, as `norce-adapter serve` runs it. At the end it leaves beside its config what it delivered."""
     loaded = config.load(path, {})
     with app.told_to_stop() as stop:
-        async with app.running(loaded, routes.build(loaded, [_Installed(Holds), _Installed(Delivers)])):  # type: ignore[list-item]
+        async with app.running(loaded, routes.build(loaded, [_Installed(each) for each in HANDLERS])):  # type: ignore[misc]
             await stop.wait()
     path.with_suffix(".delivered").write_text(str(Delivers.delivered))
 

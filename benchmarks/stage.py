@@ -112,10 +112,11 @@ class Stage:
         *,
         kind_of_server: str = "service",
         environment: Mapping[str, str] | None = None,
+        more: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Iterator[Server]:
-        """The service on this store, from its first connection to its last record."""
+        """The service on this store, from its first connection to its last record; `more` goes into its config."""
         port = free_port()
-        path = self.config(url, handler, port)
+        path = self.config(url, handler, port, more or {})
         command = (sys.executable, str(HERE / "servers.py"), kind_of_server, str(path))
         with self.running(*command, port=port, environment=environment) as server:
             yield server
@@ -131,8 +132,11 @@ class Stage:
         with self.running(*command, port=port, environment=environment) as server:
             yield server
 
-    def config(self, url: str, handler: str, port: int) -> Path:
-        """A configuration file: a route for what is delivered, and one whose queue a benchmark may pause."""
+    def config(self, url: str, handler: str, port: int, more: Mapping[str, Mapping[str, Any]]) -> Path:
+        """
+        A configuration file: a route for what is delivered, one whose queue a benchmark may pause, and what `more` adds
+        to the parts of the file.
+        """
         route = {
             "callback": CALLBACK,
             "when": {"scope": "/state/currentStatus", "schema": {"const": "completed"}},
@@ -143,27 +147,25 @@ class Stage:
         }
         never = {**route, "when": {"scope": "/state/currentStatus", "schema": {"const": "accepted"}}}
         path = self.folder / f"{port}.yaml"
-        path.write_text(
-            json.dumps(
-                {
-                    "adapter": {"id": "bench_adapter", "public_url": f"http://127.0.0.1:{port}"},
-                    "server": {"host": "127.0.0.1", "port": port},
-                    "operations": {"host": "127.0.0.1", "port": free_port()},
-                    "store": {"url": url},
-                    "dispatcher": {"grace": "0s" if handler == "holds" else "20s"},
-                    "merchants": {MERCHANT: {"tokens": ["${file:token}"], "channels": {CHANNEL: {}}}},
-                    "senders": {"signed_urls": {"keys": {"k": "${file:key}"}}},
-                    "callbacks": {
-                        CALLBACK: {
-                            "kind": "notification",
-                            "scope": "/state/currentStatus",
-                            "schema": {"enum": ["accepted", "completed"]},
-                        }
-                    },
-                    "routes": {"free": route} | ({"parked": never} if handler == "delivers" else {}),
+        parts: dict[str, dict[str, Any]] = {
+            "adapter": {"id": "bench_adapter", "public_url": f"http://127.0.0.1:{port}"},
+            "server": {"host": "127.0.0.1", "port": port},
+            "operations": {"host": "127.0.0.1", "port": free_port()},
+            "store": {"url": url},
+            "norce": {},
+            "dispatcher": {"grace": "0s" if handler == "holds" else "20s"},
+            "merchants": {MERCHANT: {"tokens": ["${file:token}"], "channels": {CHANNEL: {}}}},
+            "senders": {"signed_urls": {"keys": {"k": "${file:key}"}}},
+            "callbacks": {
+                CALLBACK: {
+                    "kind": "notification",
+                    "scope": "/state/currentStatus",
+                    "schema": {"enum": ["accepted", "completed"]},
                 }
-            )
-        )
+            },
+            "routes": {"free": route} | ({"parked": never} if handler == "delivers" else {}),
+        }
+        path.write_text(json.dumps({name: {**part, **more.get(name, {})} for name, part in parts.items()}))
         return path
 
     def delivered(self, server: Server) -> int:

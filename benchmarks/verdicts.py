@@ -1,0 +1,166 @@
+"""
+What verdicts are measured by: hooks beside the echo, the deadline while routes stall, and a flood beside it.
+"""
+
+import contextlib
+import itertools
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import load
+import orders
+from rows import CONNECTIONS, Bench, Round, ratios
+from stage import Server, settle
+
+DEADLINE_SECONDS = 0.5
+MANY_ROUTES = 100
+SHARES = (1, 10, 100)  # of a hundred routes, stalled
+STALLS = ("sleeps", "blocks", "spins", "norce")
+MEMBERS = 150
+
+
+def hooks(bench: Bench) -> Iterator[Round]:
+    """Hooks with the order in the body, beside the echo: a small rule, a large one, a handler on the plugins' loop."""
+    routes = {
+        "hook_small_rule": ("rules", {"rules": [_rule("small", _small())]}),
+        "hook_large_rule": ("rules", {"rules": [_rule("large", _large())]}),
+        "hook_plugin": ("accepts", {}),
+    }
+    callbacks = {name.replace("_", "-"): route for name, route in routes.items()}
+    database = bench.databases.new("sqlite")
+    with bench.stage.echo() as echo, _serving(bench, database.url, callbacks, deadline="2s") as server:
+        for _ in range(bench.rounds):
+            row: Round = {}
+            sent = {name: orders.prepared(bench.scaled(20_000), name.replace("_", "-")) for name in routes}
+            for name, port in [("hook_echo", echo.port), *((name, server.port) for name in routes)]:
+                requests = itertools.cycle(sent.get(name, sent["hook_small_rule"]))
+                met = load.closed(port, requests, connections=CONNECTIONS, seconds=bench.seconds)
+                if set(met.statuses) != {200}:
+                    sys.exit(f"{name} was answered {dict(met.statuses)}")
+                row |= {f"{name}_per_second": met.per_second, f"{name}_p99_ms": met.percentile_ms(99)}
+                settle()
+            yield row | ratios(
+                row,
+                **{f"{name}_over_echo": (f"{name}_per_second", "hook_echo_per_second") for name in routes},
+                hook_small_rule_p99_over_echo=("hook_small_rule_p99_ms", "hook_echo_p99_ms"),
+            )
+    database.remove()
+
+
+def stalls(bench: Bench) -> Iterator[Round]:
+    """The slowest answer in a thousand over the deadline, with some of a hundred routes stalled in various ways."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as mute:
+        for _ in range(bench.rounds):
+            row: Round = {}
+            for stall, share in itertools.product(STALLS, SHARES):
+                row[f"verdict_p999_over_deadline_{stall}_{share}"] = _slowest(bench, stall, share, mute)
+            yield row | {"verdict_p999_over_deadline": max(row.values())}
+
+
+def flood(bench: Bench) -> Iterator[Round]:
+    """The 99th of a hundred hooks a second, with 64 connections of notifications beside it and without, on one core."""
+    database = bench.databases.new("sqlite")
+    callbacks = {"quiet": ("rules", {"rules": [_rule("small", _small())]})}
+    with _serving(bench, database.url, callbacks, deadline="2s") as server:
+        for _ in range(bench.rounds):
+            asked = [orders.prepared(int(100 * max(10 * min(bench.scale, 1), 2)), "quiet") for _ in range(2)]
+            quiet = load.open_loop(server.port, asked[0], per_second=100, connections=CONNECTIONS)
+            flooded, noise = load.beside(
+                server.port, asked[1], per_second=100, connections=CONNECTIONS,
+                beside=orders.endless(), beside_connections=CONNECTIONS,
+            )  # fmt: skip
+            for met in (quiet, flooded, noise):
+                if set(met.statuses) != {200}:
+                    sys.exit(f"answered {dict(met.statuses)}")
+            row = {
+                "verdict_quiet_p99_ms": quiet.percentile_ms(99),
+                "verdict_flooded_p99_ms": flooded.percentile_ms(99),
+                "verdict_flood_notifications_per_second": noise.per_second,
+            }
+            yield row | ratios(
+                row,
+                verdict_p99_under_notification_flood_over_quiet=("verdict_flooded_p99_ms", "verdict_quiet_p99_ms"),
+            )
+    database.remove()
+
+
+def _slowest(bench: Bench, stall: str, share: int, mute: socket.socket) -> float:
+    """One request in a hundred for each callback, so many of which stall; every one of them has to be answered."""
+    per_second = 200
+    names = [f"hook-{number}" for number in range(MANY_ROUTES)]
+    handlers = {name: (stall if number < share else "accepts", {}) for number, name in enumerate(names)}
+    kind = "validation" if stall == "norce" else "hook"
+    if kind == "validation":
+        handlers = {name: ("approves", {}) for name in names}
+    database = bench.databases.new("sqlite")
+    norce = mute.getsockname()[1]
+    deadline = f"{DEADLINE_SECONDS}s"
+    with _serving(bench, database.url, handlers, deadline=deadline, kind=kind, norce_port=norce) as server:
+        called = names[:share] if stall == "norce" else names
+        count = max(int(1500 * min(bench.scale, 1)), MANY_ROUTES)
+        requests = [orders.request(name) for name in itertools.islice(itertools.cycle(called), count)]
+        met = load.open_loop(server.port, requests, per_second=per_second, connections=1024)
+    database.remove()
+    if set(met.statuses) != {200}:
+        sys.exit(f"{stall} {share}: answered {dict(met.statuses)}")
+    return met.percentile_ms(99.9) / 1000 / DEADLINE_SECONDS
+
+
+@contextlib.contextmanager
+def _serving(
+    bench: Bench,
+    url: str,
+    callbacks: dict[str, tuple[str, dict[str, Any]]],
+    *,
+    deadline: str,
+    kind: str = "hook",
+    norce_port: int | None = None,
+) -> Iterator[Server]:
+    """The service with a callback of this kind for each handler and its settings."""
+    watched = {"watch": "/cart", "target": "/cart"} if kind == "hook" else {}
+    parts = {
+        "callbacks": {name: {"kind": kind, "deadline": deadline, **watched} for name in callbacks},
+        "routes": {
+            name: {"callback": name, "handler": handler, "no_answer": "approve", "settings": settings}
+            for name, (handler, settings) in callbacks.items()
+        },
+    }
+    if norce_port is not None:
+        parts["norce"] = {"base_url": f"http://127.0.0.1:{norce_port}"}
+    with bench.stage.service(url, "holds", more=parts) as server:
+        yield server
+
+
+def _rule(code: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"scope": "", "schema": schema, "code": code, "message": "This cannot be bought."}
+
+
+def _small() -> dict[str, Any]:
+    return {
+        "required": ["cart", "payments"],
+        "properties": {
+            "cart": {"required": ["items", "summary"], "properties": {"items": {"type": "array", "minItems": 1}}},
+            "payments": {"type": "array"},
+            "merchant": {"const": orders.MERCHANT},
+        },
+    }
+
+
+def _large() -> dict[str, Any]:
+    """A schema of about 150 properties, all of which an order meets; most are members that it may have."""
+    more = {
+        f"member{number}": {"type": ["string", "null"], "maxLength": 100, "pattern": "^[A-Za-z0-9 -]*$"}
+        for number in range(MEMBERS // 3)
+    }
+    address = {"type": ["object", "null"], "properties": more}
+    return {
+        "type": "object",
+        "required": ["id", "cart"],
+        "properties": {
+            **more,
+            "customer": {"type": ["object", "null"], "properties": {"billing": address, "shipping": address}},
+            "cart": {"type": "object", "properties": {"items": {"type": "array", "items": address}}},
+        },
+    }
