@@ -1,6 +1,6 @@
 """
-The two databases, and all in which they differ: how one is taken, which errors are its own, how many rows go in with
-one statement, whose clock counts, and who else hears of new work.
+The two databases, and in what they differ: how one is taken, which errors are its own, which statements it takes many
+rows with, whose clock counts, and who else hears of new work.
 
 A SQLite file belongs to one process, which holds a lock beside it. A PostgreSQL is shared by any number of nodes: rows
 are locked in one order everywhere, and what still ends in a deadlock is tried again.
@@ -14,38 +14,20 @@ import sqlite3
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import structlog
-from sqlalchemy import (
-    ARRAY,
-    URL,
-    BigInteger,
-    Column,
-    ColumnElement,
-    Connection,
-    Dialect,
-    Engine,
-    Table,
-    Text,
-    TypeDecorator,
-    bindparam,
-    create_engine,
-    event,
-    make_url,
-)
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.pool import NullPool
-from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.functions import FunctionElement
+
+from adapter.ledger.statements import ArraysInsert, ArraysUpdate, EachUpdate, Insert, Update, ValuesInsert
 
 log = structlog.get_logger(__name__)
 
 OLDEST_SQLITE = (3, 35, 0)  # RETURNING
-ROWS_A_STATEMENT = 64
 PATIENCE_MS = 10_000
 CHANNEL = "norce_adapter"
 LIVES = "hashtext('norce_adapter.lives')"
@@ -67,67 +49,6 @@ class StoreMissing(Exception):
     """There is no database at this address yet: `serve` makes it."""
 
 
-class Insert(ABC):
-    """Puts many rows into a table with one statement. `ending` is what follows: ON CONFLICT …, RETURNING …"""
-
-    def __init__(self, table: Table, columns: Sequence[str], ending: str = "") -> None:
-        self._into = f"INSERT INTO {table.name} ({', '.join(columns)})"
-        self._columns = [table.c[name] for name in columns]
-        self._ending = ending
-
-    @abstractmethod
-    def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        """Inserts them in this order, and answers what the ending returns; an empty list where it returns nothing."""
-
-
-class Update(ABC):
-    """
-    Changes many rows of a table, each by values of its own. `sets` is what follows SET, with `{name}` for a value; `of`
-    says by its name which column a value is of, first the key by which a row is found.
-    """
-
-    def __init__(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> None:
-        self._table = table
-        self._of = of
-        self._sets = sets
-
-    @abstractmethod
-    def rows(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None: ...
-
-
-class _Numbers(TypeDecorator[Any]):
-    """Any number of numbers as one parameter."""
-
-    impl = Text
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> Any:
-        return dialect.type_descriptor(ARRAY(BigInteger()) if dialect.name == "postgresql" else Text())
-
-    def process_bind_param(self, value: Any, dialect: Dialect) -> Any:
-        return list(value) if dialect.name == "postgresql" else json.dumps(list(value))
-
-
-class _Among(FunctionElement[Any]):  # of no type: SQLite knows no booleans, and behind "… = 1" finds no index
-    inherit_cache = True
-
-
-@compiles(_Among)
-def _among(element: _Among, compiler: SQLCompiler, **named: Any) -> str:
-    column, numbers = (compiler.process(each, **named) for each in element.clauses)
-    if compiler.dialect.name == "postgresql":
-        return f"{column} = ANY({numbers})"
-    return f"{column} IN (SELECT value FROM json_each({numbers}))"  # noqa: S608 - our own names
-
-
-def among(column: ColumnElement[int], name: str = "ids") -> ColumnElement[bool]:
-    """
-    Whether a column is one of the numbers that the parameter `name` holds. Unlike `IN (…)` it is one statement for any
-    number of them, which is neither written nor planned anew.
-    """
-    return _Among(column, bindparam(name, type_=_Numbers()))
-
-
 class Database(ABC):
     """
     One database by its address. `where` names it for people and holds no password.
@@ -136,6 +57,8 @@ class Database(ABC):
     """
 
     shared: ClassVar[bool]
+    insert: ClassVar[type[Insert]]
+    update: ClassVar[type[Update]]
     errors: tuple[type[Exception], ...] = (DBAPIError, sqlite3.Error)  # what it and its driver raise
     among: ClassVar[str]  # an SQL condition, after a column: one of the values that `several` made a parameter of
     by_index: ClassVar[str]  # how a planner that keeps no statistics is told which index to take
@@ -183,12 +106,6 @@ class Database(ABC):
         return False
 
     @abstractmethod
-    def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert: ...
-
-    @abstractmethod
-    def update(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> Update: ...
-
-    @abstractmethod
     def several(self, values: Iterable[int]) -> Any: ...
 
     def tell(self, cursor: Any) -> None:
@@ -210,6 +127,8 @@ class Sqlite(Database):
     """A file, in WAL mode with `synchronous=FULL`: NORMAL may lose the last commits at a power cut."""
 
     shared = False
+    insert = ValuesInsert
+    update = EachUpdate
     among = "IN (SELECT value FROM json_each(?))"
     by_index = "INDEXED BY {}"
 
@@ -282,41 +201,8 @@ class Sqlite(Database):
         original = getattr(error, "orig", error)
         return type(original).__name__ in ("OperationalError", "InternalError", "InterfaceError", "DatabaseError")
 
-    def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
-        return _ValuesInsert(table, columns, ending)
-
-    def update(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> Update:
-        return _EachUpdate(table, of, sets)
-
     def several(self, values: Iterable[int]) -> str:
         return json.dumps(list(values))
-
-
-class _ValuesInsert(Insert):
-    """`VALUES (…), (…)`: one step of the engine, and one hand-over of the interpreter, for so many rows."""
-
-    def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        returned: list[tuple[Any, ...]] = []
-        one = f"({', '.join('?' for _ in self._columns)})"
-        for start in range(0, len(rows), ROWS_A_STATEMENT):
-            some = rows[start : start + ROWS_A_STATEMENT]
-            sql = f"{self._into} VALUES {', '.join([one] * len(some))} {self._ending}"
-            cursor.execute(sql, [value for row in some for value in row])
-            if cursor.description:
-                returned += cursor.fetchall()
-        return returned
-
-
-class _EachUpdate(Update):
-    """One after the other, which in the same process costs next to nothing."""
-
-    def __init__(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> None:
-        super().__init__(table, of, sets)
-        values = {name: f":{name}" for name in of}
-        self._sql = f"UPDATE {table.name} SET {sets.format(**values)} WHERE id = :{next(iter(of))}"  # noqa: S608 - ours
-
-    def rows(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-        cursor.executemany(self._sql, rows)
 
 
 class Postgres(Database):
@@ -328,6 +214,8 @@ class Postgres(Database):
     """
 
     shared = True
+    insert = ArraysInsert
+    update = ArraysUpdate
     among = "= ANY(%s)"
     by_index = ""
 
@@ -401,12 +289,6 @@ class Postgres(Database):
         met = errors.DeadlockDetected | errors.SerializationFailure | errors.ForeignKeyViolation
         return isinstance(original, met)
 
-    def insert(self, table: Table, columns: Sequence[str], ending: str = "") -> Insert:
-        return _ArraysInsert(table, columns, ending)
-
-    def update(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> Update:
-        return _ArraysUpdate(table, of, sets)
-
     def several(self, values: Iterable[int]) -> list[int]:
         return list(values)
 
@@ -452,41 +334,3 @@ class Postgres(Database):
             "keepalives_count": 3,
             "tcp_user_timeout": self._patience_ms,
         }
-
-
-class _ArraysInsert(Insert):
-    """One array a column: the statement is the same for any number of rows, and prepared once."""
-
-    def __init__(self, table: Table, columns: Sequence[str], ending: str = "") -> None:
-        super().__init__(table, columns, ending)
-        self._sql = f"{self._into} SELECT * FROM {_unnested(self._columns)} {ending}"  # noqa: S608 - our own names
-
-    def rows(self, cursor: Any, rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
-        if not rows:
-            return []
-        cursor.execute(self._sql, [list(column) for column in zip(*rows, strict=True)])
-        return cursor.fetchall() if cursor.description else []
-
-
-class _ArraysUpdate(Update):
-    """As `_ArraysInsert`: one statement, and one way to the server and back, for all rows."""
-
-    def __init__(self, table: Table, of: Mapping[str, Column[Any]], sets: str) -> None:
-        super().__init__(table, of, sets)
-        values = {name: f"changes.{name}" for name in of}
-        self._sql = (
-            f"UPDATE {table.name} SET {sets.format(**values)}"  # noqa: S608 - our own names
-            f" FROM {_unnested(of.values())} AS changes ({', '.join(of)})"
-            f" WHERE {table.name}.id = changes.{next(iter(of))}"
-        )
-
-    def rows(self, cursor: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-        cursor.execute(self._sql, [[row[name] for row in rows] for name in self._of])
-
-
-def _unnested(columns: Iterable[Column[Any]]) -> str:
-    from sqlalchemy.dialects import postgresql  # as above
-
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
-    arrays = (f"%b::{column.type.compile(dialect).partition(' ')[0]}[]" for column in columns)
-    return f"unnest({', '.join(arrays)})"

@@ -40,10 +40,10 @@ from adapter.ledger.claims import (
     pausing_of,
     queue_columns,
 )
-from adapter.ledger.databases import among
 from adapter.ledger.lease import Lease
 from adapter.ledger.rearm import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
+from adapter.ledger.statements import among
 from adapter.ledger.store import Store
 from adapter.pauses import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, after_attempt
 

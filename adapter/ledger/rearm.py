@@ -10,8 +10,8 @@ from typing import Any
 from sqlalchemy import Connection, select, update
 
 from adapter.deliveries import Reason, State
-from adapter.ledger.databases import among
 from adapter.ledger.schema import deliveries, lanes
+from adapter.ledger.statements import among
 
 LOCKED = select(lanes).where(among(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
 
