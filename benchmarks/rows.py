@@ -385,13 +385,13 @@ def backlog(bench: Bench) -> Iterator[Round]:
     full.remove()
 
 
-def _side_by_side(bench: Bench, at: Measured, **ratios: tuple[str, str]) -> Iterator[Round]:
+def _side_by_side(bench: Bench, at: Measured, **of: tuple[str, str]) -> Iterator[Round]:
     for _ in range(bench.rounds):
         requests = orders.prepared(bench.scaled(40_000))
         row: Round = {}
         for name, receiver in at.receivers.items():
             row |= _figures(name, receiver.closed(requests, seconds=bench.seconds))
-        yield row | ratios(row, **ratios)
+        yield row | ratios(row, **of)
     at.check()
 
 
