@@ -91,6 +91,7 @@ class _Wishes:
     def __init__(self, order: Any, patches: Sequence[Patch], confines: Place | None) -> None:
         self.tree = order
         self.places: dict[Place, Patch | None] = {}  # with the patch itself where it is the only one for its place
+        self._above: set[Place] = set()  # what holds one of them
         for patch in patches:
             place = tuple(JsonPointer(patch.path).parts)
             gone = patch.op == "remove" and _at(self.tree, place) is MISSING
@@ -104,21 +105,27 @@ class _Wishes:
             self._add(place, None if moves else patch)
 
     def _add(self, place: Place, patch: Patch | None) -> None:
-        for outer in self.places:
-            if place[: len(outer)] == outer:
-                self.places[outer] = None
-                return
-        for inner in [each for each in self.places if each[: len(place)] == place]:
-            del self.places[inner]
-            patch = None
-        self.places[place] = patch
+        outer, inner = self._related(place)
+        if outer:
+            self.places[outer[0]] = None
+            return
+        for each in inner:
+            del self.places[each]
+        self.places[place] = None if inner else patch
+        self._above.update(place[:end] for end in range(len(place)))
 
-    def check_agrees(self, other: "_Wishes") -> None:
+    def _related(self, place: Place) -> tuple[list[Place], list[Place]]:
+        """The places that are this one or hold it, and those inside it. Found without a look at all the others."""
+        outer = [place[:end] for end in range(len(place) + 1) if place[:end] in self.places]
+        within = self.places if place in self._above else ()
+        return outer, [each for each in within if each != place and each[: len(place)] == place]
+
+    def check_agrees(self, earlier: "_Wishes") -> None:
         """Raises `PatchInvalid` where the two ask for different values."""
         for place in self.places:
-            for others in other.places:
-                if not _agree(self.tree, place, other.tree, others):
-                    raise PatchInvalid("contradicts", _pointer(place))
+            outer, inner = earlier._related(place)
+            if not all(_agree(self.tree, place, earlier.tree, each) for each in outer + inner):
+                raise PatchInvalid("contradicts", _pointer(place))
 
     def unmet(self, tree: Any) -> list[Patch]:
         """What is still to be answered where the order has become `tree`."""
@@ -192,8 +199,6 @@ def _at(tree: Any, place: Place) -> Any:
 def _agree(one: Any, its: Place, other: Any, others: Place) -> bool:
     """Whether two trees have the same to say where a place of one is a place of the other, or lies inside it."""
     length = min(len(its), len(others))
-    if its[:length] != others[:length]:
-        return True
     one, other = _at(one, its[:length]), _at(other, its[:length])
     if _same(one, other):
         return True
