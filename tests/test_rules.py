@@ -12,7 +12,18 @@ import pytest
 from adapter.handlers.log import LogHandler
 from adapter.handlers.rules import Rules, RulesSettings, RuleUndecided
 from adapter.orders import Order, read_order
-from adapter.plugin import Context, Done, NoSettings, Notification, Problem, Settings
+from adapter.plugin import (
+    Context,
+    Done,
+    HookHandler,
+    NoSettings,
+    Notification,
+    Patch,
+    Problem,
+    Refuse,
+    Settings,
+    ValidationHandler,
+)
 
 COMPLETED = (Path(__file__).parent.parent / "adapter/demo/orders" / "order-completed.json").read_bytes()
 NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
@@ -56,6 +67,10 @@ def context(settings: Settings, log: Lines | None = None) -> Context[Any]:
 
 def validate(order: Order, *given: dict[str, Any]) -> list[Problem]:
     return asyncio.run(Rules().validate(order, context(rules(*given))))
+
+
+def change(order: Order, *given: dict[str, Any]) -> list[Patch]:
+    return asyncio.run(Rules().change(order, context(rules(*given))))
 
 
 def test_rules_that_hold_leave_nothing_against_the_purchase():
@@ -111,14 +126,79 @@ def test_a_rule_that_cannot_be_decided_is_no_answer():
         ({"schema": {"$ref": "https://example.com/schema"}}, "ref_remote"),
         ({"code": "Not kebab"}, "kebab-case"),
         ({"message": ""}, "length"),
+        ({"message": {}}, "add it as default"),
+        ({"message": {"sv-SE": "Bara i Sverige."}}, "add it as default"),
+        ({"message": {"default": "x", "sv-SE": ""}}, "length"),
+        ({"message": {"default": "x", "svenska": "y"}}, "culture such as sv-SE"),
+        ({"message": {"default": "x", "sv_SE": "y"}}, "culture such as sv-SE"),
+        ({"message": {"default": "x", "sv-SE": "y", "sv-se": "z"}}, "two texts for sv-se"),
     ],
-    ids=["scope", "no-scope", "schema", "remote", "code", "message"],
-)
+    ids=[
+        "scope", "no-scope", "schema", "remote", "code", "message",
+        "no-messages", "no-default", "empty", "no-culture", "underscore", "twice",
+    ],
+)  # fmt: skip
 def test_a_rule_that_cannot_work_is_found_with_the_settings(change, text):
     with pytest.raises(msgspec.ValidationError, match=r"\$\.rules\[1\]") as raised:
         rules(PERSON, SWEDISH | change)
 
     assert text in str(raised.value)
+
+
+TEXTS = {"sv-SE": "Sverige", "sv-FI": "Finland", "en": "English", "en-GB": "British", "default": "Other"}
+
+
+@pytest.mark.parametrize(
+    ("culture", "text"),
+    [
+        ("sv-FI", "Finland"),
+        ("SV-fi", "Finland"),
+        ("sv", "Sverige"),
+        ("sv-NO", "Sverige"),
+        ("en-US", "English"),
+        ("en-GB", "British"),
+        ("de-DE", "Other"),
+        ("", "Other"),
+        (None, "Other"),
+        (7, "Other"),
+        ("default", "Other"),
+    ],
+)
+def test_the_culture_of_the_order_chooses_the_message(culture, text):
+    """Its own, then its language's (or that of the first culture with its language), then the default."""
+    order = read_order(json.dumps({"id": "o", "culture": culture}).encode())
+    spoken = SWEDISH | {"message": TEXTS}
+
+    assert validate(order, spoken) == [Problem("not-swedish", text)]
+    with pytest.raises(Refuse, match=f"not-swedish: {text}"):
+        change(order, spoken)
+
+
+def test_a_change_that_meets_the_rules_is_accepted_as_it_is():
+    assert change(read_order(COMPLETED), SWEDISH, LOYAL) == []
+
+
+def test_a_change_is_refused_with_the_first_rule_that_does_not_hold():
+    order = read_order(b'{"id": "o", "country": "NO", "customer": {"loyalty": 1}}')
+    undecided = SWEDISH | {"scope": "/payments/0/state", "code": "unpaid"}
+
+    with pytest.raises(Refuse) as refused:
+        change(order, LOYAL, SWEDISH, PERSON, undecided)
+
+    assert (refused.value.code, refused.value.message) == ("not-swedish", "We sell in Sweden only.")
+    assert refused.value.inner is None
+
+
+def test_a_change_that_a_rule_cannot_be_decided_on_has_no_answer():
+    with pytest.raises(RuleUndecided):
+        change(read_order(COMPLETED), SWEDISH | {"scope": "/payments/0/state"}, LOYAL)
+
+
+def test_one_name_serves_validations_and_hooks():
+    assert issubclass(Rules, ValidationHandler)
+    assert issubclass(Rules, HookHandler)
+    assert Rules.computes
+    assert Rules.settings_type is RulesSettings
 
 
 def test_there_is_at_least_one_rule():
@@ -130,8 +210,6 @@ def test_conditions_are_compiled_once():
     settings = rules(PERSON)
 
     assert settings.rules[0].compiled is settings.rules[0].compiled
-    assert Rules.computes
-    assert Rules.settings_type is RulesSettings
 
 
 def seen(order: Order) -> tuple[Done, list[tuple[str, dict[str, Any]]]]:
