@@ -139,15 +139,19 @@ class Condition:
 
 
 class CompiledCondition:
-    """A condition that was found decidable. Made by `Condition.compile`; may be shared between threads."""
+    """
+    A condition that was found decidable. Made by `Condition.compile`; may be shared between threads.
+
+    `schema` is what is decided, as plain JSON of its own: to be read, not changed.
+    """
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
         self._tokens = parse_scope(condition.scope)  # type: ignore[arg-type]  # None has a refusal of its own
         self._scope = str(condition.scope)
-        schema = _plain_copy(True if condition.schema is None else condition.schema)
-        self._cost = _Cost(schema)
-        self._is_valid = _engine(schema).is_valid
+        self.schema: Json = _plain_copy(True if condition.schema is None else condition.schema)
+        self._cost = _Cost(self.schema)
+        self._is_valid = _engine(self.schema).is_valid
         # Answers are made beforehand: making one takes longer than most schemas do.
         places = [JsonPointer.from_parts(self._tokens[:end]).path for end in range(len(self._tokens) + 1)]
         self._matched = Evaluation(result=Result.MATCHED, code=None, where=self._scope)

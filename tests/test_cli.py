@@ -68,9 +68,9 @@ def write(folder: Path, senders: str = SIGNED, text: str = CONFIG) -> Path:
     return path
 
 
-def run(*arguments: Any, config: Path | None = None, env: dict[str, str] = ENVIRON) -> Result:
+def run(*arguments: Any, config: Path | None = None, env: dict[str, str] = ENVIRON, input: str | None = None) -> Result:
     given = env | {"NORCE_ADAPTER_CONFIG": str(config or "/nowhere/config.yaml"), "COLUMNS": "200"}
-    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], env=given)
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], input=input, env=given)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

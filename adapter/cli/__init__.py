@@ -20,6 +20,7 @@ from rich.progress import track
 
 from adapter import app, logs, routes
 from adapter.callbacks.senders import Senders
+from adapter.cli.explain import explain
 from adapter.cli.ledger import GROUPS
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, one_line, output_option, print_rows
 from adapter.cli.verdicts import verdicts_group
@@ -39,6 +40,7 @@ def main() -> None:
 
 for _group in (*GROUPS, verdicts_group):
     main.add_command(_group)
+main.add_command(explain)
 
 
 @main.command()
