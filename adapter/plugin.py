@@ -335,7 +335,7 @@ class Patch:
 
     @classmethod
     def remove(cls, path: str) -> "Patch":
-        """Takes away what must be there."""
+        """Takes away what is there; where nothing is, that is as wanted."""
         return cls("remove", path)
 
 
