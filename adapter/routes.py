@@ -15,32 +15,41 @@ from adapter import config as configuration
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
 from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
 from adapter.deliveries import Handling
-from adapter.plugin import NotificationHandler, Settings, ValidationHandler
+from adapter.plugin import HookHandler, NotificationHandler, Settings, ValidationHandler
 
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
 STATUS_SCOPE = "/state/currentStatus"
 
-Handler = NotificationHandler[Any] | ValidationHandler[Any]
-_KINDS: dict[str, type[NotificationHandler[Any]] | type[ValidationHandler[Any]]] = {
+Handler = NotificationHandler[Any] | ValidationHandler[Any] | HookHandler[Any]
+_KINDS: dict[str, type[Handler]] = {
     "notification": NotificationHandler,
     "validation": ValidationHandler,
+    "hook": HookHandler,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callback:
-    """What Norce calls: one URL and one registration. A notification has a condition, a validation a deadline."""
+    """
+    What Norce calls: one URL and one registration. A notification has a condition; a validation and a hook have a
+    deadline and a soft limit. `target` is what a hook's patches stay inside; without one it has none.
+    """
 
     name: str
     kind: str
     condition: CompiledCondition | None = None
-    deadline: timedelta | None = None
+    deadline: timedelta = timedelta.max
+    soft_limit: timedelta = timedelta.max
+    target: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """A callback bound to a handler, with the handler's settings for every merchant and channel, and its limits."""
+    """
+    A callback bound to a handler, with the handler's settings for every merchant and channel, and its limits. What a
+    `shadow` says is compared with the answer, and never acted on.
+    """
 
     name: str
     callback: Callback
@@ -50,6 +59,7 @@ class Route:
     settings: Mapping[tuple[str, str], Settings]
     refetch: bool
     no_answer: str | None
+    shadow: bool = False
     timeout: timedelta
     schedule: Sequence[timedelta]
     concurrency: int
@@ -134,10 +144,15 @@ class _Builder:
         return Routes(callbacks, [route for route in routes if route is not None], self._warnings)
 
     def _callback(self, name: str, each: configuration.Callback) -> Callback:
-        if isinstance(each, configuration.ValidationCallback):
-            return Callback(name=name, kind=each.kind, deadline=each.deadline)
-        condition = self._compiled(f"callbacks.{name}", each)
-        return Callback(name=name, kind=each.kind, condition=condition)
+        if isinstance(each, configuration.NotificationCallback):
+            return Callback(name=name, kind=each.kind, condition=self._compiled(f"callbacks.{name}", each))
+        return Callback(
+            name=name,
+            kind=each.kind,
+            deadline=each.deadline,
+            soft_limit=each.soft_limit or each.deadline / 2,
+            target=each.target if isinstance(each, configuration.HookCallback) else None,
+        )
 
     def _route(self, name: str, each: configuration.Route, callback: Callback) -> Route | None:
         path = f"routes.{name}"
@@ -166,6 +181,7 @@ class _Builder:
             settings=settings,
             refetch=each.refetch,
             no_answer=each.no_answer,
+            shadow=each.mode == "shadow",
             timeout=each.timeout,
             schedule=each.retry.schedule,
             concurrency=each.concurrency,

@@ -450,21 +450,70 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "",
         12,
         "callbacks.order-rules.kind",
-        "is missing; it must be notification or validation",
+        "is missing; it must be notification, validation or hook",
     ),
     "kind unknown": (
         "kind: validation",
         "kind: validate",
         12,
         "callbacks.order-rules.kind",
-        "must be notification or validation",
+        "must be notification, validation or hook",
     ),
-    "hook": (
-        "  order-rules:",
-        "  cart: {kind: hook, watch: /cart}\n  order-rules:",
+    "hook without a watched part": (
+        "kind: validation",
+        "kind: hook",
         12,
-        "callbacks.cart.kind",
-        "hooks are not served yet; it must be notification or validation",
+        "callbacks.order-rules.watch",
+        "is missing",
+    ),
+    "hook that watches no part": (
+        "kind: validation",
+        "kind: hook, watch: cart",
+        12,
+        "callbacks.order-rules.watch",
+        "must be a JSON pointer to a part of the order, such as /cart",
+    ),
+    "hook that watches all": (
+        "kind: validation",
+        'kind: hook, watch: ""',
+        12,
+        "callbacks.order-rules.watch",
+        "must be a JSON pointer to a part of the order",
+    ),
+    "target that is no pointer": (
+        "kind: validation",
+        "kind: hook, watch: /cart, target: /cart~2",
+        12,
+        "callbacks.order-rules.target",
+        "must be a JSON pointer to a part of the order",
+    ),
+    "order of an unknown version": (
+        "kind: validation",
+        "kind: hook, watch: /cart, version: v2",
+        12,
+        "callbacks.order-rules.version",
+        "must be v0 or v1",
+    ),
+    "soft limit at the default deadline": (
+        "kind: validation",
+        "kind: validation, soft_limit: 2s",
+        12,
+        "callbacks.order-rules.soft_limit",
+        "must be shorter than the deadline",
+    ),
+    "soft limit beyond its deadline": (
+        "kind: validation",
+        "kind: hook, watch: /cart, deadline: 500ms, soft_limit: 600ms",
+        12,
+        "callbacks.order-rules.soft_limit",
+        "must be shorter than the deadline",
+    ),
+    "misses below nothing": (
+        "senders:",
+        "verdicts: {misses: -1}\nsenders:",
+        9,
+        "verdicts.misses",
+        "at least 0 and at most 1000",
     ),
     "notification without scope": (
         ", scope: /state/currentStatus",
@@ -478,7 +527,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "kind: validation, scope: /x",
         12,
         "callbacks.order-rules.scope",
-        "is not a key here; allowed: kind or deadline",
+        "is not a key here; allowed: kind, deadline or soft_limit",
     ),
     "schema of neither kind": (
         ", scope: /state/currentStatus",
@@ -500,7 +549,29 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "handler: log, no_answer: reject",
         14,
         "routes.export.no_answer",
-        "is for validations only",
+        "is for validations and hooks only",
+    ),
+    "mode of a notification": (
+        "handler: log",
+        "handler: log, mode: shadow",
+        14,
+        "routes.export.mode",
+        "is for validations and hooks only",
+    ),
+    "mode unknown": (
+        "no_answer: approve",
+        "no_answer: approve, mode: dry-run",
+        15,
+        "routes.refuse.mode",
+        "must be enforce or shadow",
+    ),
+    "no_answer of a hook missing": (
+        "validation}\nroutes:\n  export: {callback: order-status, handler: log}\n"
+        "  refuse: {callback: order-rules, handler: rules, no_answer: approve}",
+        "hook, watch: /cart}\nroutes:\n  change: {callback: order-rules, handler: rules}",
+        14,
+        "routes.change.no_answer",
+        "must be approve or reject",
     ),
     "refetch of a validation": (
         "handler: rules",
@@ -572,7 +643,7 @@ merchants:
     tokens: ["${env:NOT_SET}", literal]
     channels: {"1": {routes: {nope: {}}}}
 callbacks:
-  b: {kind: hook}
+  b: {kind: hook, deadline: 5}
   c: {kind: validation, deadline: 1h}
 routes:
   r: {callback: c, handler: Log, timeout: 5s, no_answer: maybe}
@@ -590,7 +661,8 @@ routes:
         (6, "merchants.norce.tokens[0]"),
         (6, "merchants.norce.tokens[1]"),
         (7, "merchants.norce.channels.1.routes.nope"),
-        (9, "callbacks.b.kind"),
+        (9, "callbacks.b.watch"),
+        (9, "callbacks.b.deadline"),
         (10, "callbacks.c.deadline"),
         (12, "routes.r.handler"),
         (12, "routes.r.timeout"),
@@ -1004,7 +1076,14 @@ def test_the_reference_has_every_key_with_its_description_and_its_default(path: 
 @pytest.mark.parametrize("path", [path for path, field in DESCRIBED.items() if not field.required])
 def test_a_value_in_the_reference_is_the_default_unless_it_is_the_example(path: str) -> None:
     examples = {"adapter.public_url", "merchants", "merchants.*.slug", "senders", "senders.signed_urls", "callbacks"}
-    examples |= {"callbacks.*.schema", "routes", "routes.*.when", "routes.*.when.schema", "routes.*.no_answer"}
+    examples |= {
+        "callbacks.*.target",
+        "callbacks.*.schema",
+        "routes",
+        "routes.*.when",
+        "routes.*.when.schema",
+        "routes.*.no_answer",
+    }
     examples |= {"routes.*.settings", "merchants.*.routes", "merchants.*.channels.*.routes"}
     config = load(REFERENCE, ENVIRON)
 

@@ -1,5 +1,6 @@
 """`adapter.routes`: who wants a notification, who answers a validation, and everything that can be wrong at start."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,8 +14,10 @@ from adapter.orders import Order
 from adapter.plugin import (
     Context,
     Done,
+    HookHandler,
     Notification,
     NotificationHandler,
+    Patch,
     Problem,
     Secret,
     Settings,
@@ -72,6 +75,11 @@ class Check(ValidationHandler[Shop]):
         return []
 
 
+class Change(HookHandler[Shop]):
+    async def change(self, order: Order, context: Context[Shop]) -> list[Patch]:
+        return []
+
+
 class Abstract(NotificationHandler[Settings]):
     """Lacks what it must have."""
 
@@ -101,6 +109,7 @@ HANDLERS: dict[str, Any] = {
     "export": Export,
     "repeatable": Repeatable,
     "check": Check,
+    "change": Change,
     "abstract": Abstract,
     "demanding": Demanding,
     "exploding": Exploding,
@@ -258,6 +267,35 @@ def export(**members: str) -> str:
 def test_a_handler_that_is_not_installed_is_a_problem_that_names_those_that_are(tmp_path: Path) -> None:
     assert one_problem(tmp_path, export(handler="shopify")) == (
         "7 routes.export.handler: no installed handler has this name; installed: " + ", ".join(sorted(HANDLERS))
+    )
+
+
+def test_a_hook_has_a_deadline_a_soft_limit_and_a_target(tmp_path: Path) -> None:
+    routes = made(
+        tmp_path,
+        "callbacks:\n"
+        "  bare: {kind: hook, watch: /cart}\n"
+        "  set: {kind: hook, watch: /cart, target: /cart/items, deadline: 500ms, soft_limit: 100ms}\n"
+        "routes:\n"
+        "  export: {callback: set, handler: change, no_answer: reject}\n"
+        "  beside: {callback: set, handler: change, no_answer: approve, mode: shadow}\n",
+    )
+
+    bare, own = routes.callbacks["bare"], routes.callbacks["set"]
+    assert (bare.kind, bare.condition, bare.deadline, bare.soft_limit, bare.target) == (
+        "hook", None, timedelta(seconds=2), timedelta(seconds=1), None,
+    )  # fmt: skip
+    assert (own.deadline, own.soft_limit) == (timedelta(milliseconds=500), timedelta(milliseconds=100))
+    assert own.target == "/cart/items"
+    assert [(route.no_answer, route.shadow) for route in routes.of("set")] == [("reject", False), ("approve", True)]
+
+
+@pytest.mark.parametrize("handler", ["check", "export"])
+def test_only_a_hook_handler_answers_a_hook(tmp_path: Path, handler: str) -> None:
+    text = f"callbacks: {{set: {{kind: hook, watch: /cart}}}}\nroutes:\n  export: {{callback: set, handler: {handler},"
+
+    assert one_problem(tmp_path, f"{text} no_answer: approve}}\n") == (
+        "3 routes.export.handler: is no HookHandler; callback set is a hook"
     )
 
 

@@ -20,6 +20,7 @@ from adapter.config.shape import (
     Config,
     ConfigFile,
     HeaderSecret,
+    HookCallback,
     Merchant,
     NotificationCallback,
     Route,
@@ -30,7 +31,7 @@ from adapter.config.shape import (
     When,
     merged,
 )
-from adapter.config.together import check_together, refuse_hooks
+from adapter.config.together import check_together
 from adapter.plugin import Settings
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "ConfigFile",
     "ConfigurationInvalid",
     "HeaderSecret",
+    "HookCallback",
     "Merchant",
     "NotificationCallback",
     "Problem",
@@ -69,7 +71,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     if not isinstance(tree, dict):
         raise ConfigurationInvalid(problems)
     reader = Reader(lambda at, message: problems.append(source.problem(at, message)), source.masked)
-    read = reader.read(ConfigFile, refuse_hooks(tree, reader), "")
+    read = reader.read(ConfigFile, tree, "")
     check_together(tree, reader)
     if problems:
         raise ConfigurationInvalid(problems)

@@ -111,6 +111,21 @@ class Dispatcher(_Part, frozen=True, kw_only=True):
     )
 
 
+class Verdicts(_Part, frozen=True, kw_only=True):
+    misses: Annotated[
+        int,
+        says(
+            "After how many misses in a row a route is bypassed, that is, answered by its no_answer at once; 0 is "
+            "never. A miss is no answer by the deadline, or a failure past the soft limit.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 5
+    bypass: Annotated[
+        timedelta, Within("100ms", "1d"), says("For how long a route is bypassed before it is asked once more.")
+    ] = timedelta(seconds=30)
+
+
 class Retention(_Part, frozen=True, kw_only=True):
     bodies: Annotated[
         timedelta,
@@ -243,6 +258,14 @@ class Senders(_Part, frozen=True, kw_only=True):
 
 
 Schema: TypeAlias = bool | dict[str, Any]
+Pointer: TypeAlias = Annotated[
+    str,
+    says(
+        pattern=r"^(/([^/~\s]|~[01])+)+(?!\n)$",
+        max_length=1024,
+        allowed="a JSON pointer to a part of the order, such as /cart",
+    ),
+]
 
 
 class NotificationCallback(_Part, frozen=True, kw_only=True, tag="notification", tag_field="kind"):
@@ -255,18 +278,40 @@ class NotificationCallback(_Part, frozen=True, kw_only=True, tag="notification",
     ] = True
 
 
-class ValidationCallback(_Part, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
-    """May this order proceed? Answered inside the deadline."""
-
-    kind: ClassVar[str] = "validation"
+class _AnsweredCallback(_Part, frozen=True, kw_only=True):
     deadline: Annotated[
         timedelta,
         Within("100ms", "10s"),
         says("When Norce has its answer at the latest; an unfinished route then counts as its no_answer."),
     ] = timedelta(seconds=2)
+    soft_limit: Annotated[
+        timedelta | None,
+        Within("1ms", "10s"),
+        says("A route that takes longer is logged and counted as slow; half the deadline where it is left out."),
+    ] = None
 
 
-Callback: TypeAlias = NotificationCallback | ValidationCallback
+class ValidationCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
+    """May this order proceed? Answered inside the deadline."""
+
+    kind: ClassVar[str] = "validation"
+
+
+class HookCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
+    """A change is about to be stored: accepted, refused, or more changed with it. Answered inside the deadline."""
+
+    kind: ClassVar[str] = "hook"
+    watch: Annotated[Pointer, says("The JSON pointer of the part of the order whose changes Norce asks about: /cart.")]
+    target: Annotated[
+        Pointer | None,
+        says("The JSON pointer of the part that the answer may change further; where left out, it changes nothing."),
+    ] = None
+    version: Annotated[
+        Literal["v0", "v1"], says("The version of the order that Norce is asked to send, and to be patched in.")
+    ] = "v0"
+
+
+Callback: TypeAlias = NotificationCallback | ValidationCallback | HookCallback
 
 
 class When(_Part, frozen=True, kw_only=True):
@@ -300,8 +345,12 @@ class Route(_Part, frozen=True, kw_only=True):
     ] = True
     no_answer: Annotated[
         Literal["approve", "reject"] | None,
-        says("Validations, required there: what a late, broken or missing answer counts as."),
+        says("Validations and hooks, required there: what a late, broken or missing answer counts as."),
     ] = None
+    mode: Annotated[
+        Literal["enforce", "shadow"],
+        says("Validations and hooks: a shadow is asked, compared and counted beside the answer, and never acted on."),
+    ] = "enforce"
     timeout: Annotated[timedelta, Within("100ms", "10m"), says("Notifications: how long one attempt may take.")] = (
         timedelta(seconds=15)
     )
@@ -316,6 +365,7 @@ class Route(_Part, frozen=True, kw_only=True):
 
 
 ONLY_FOR_NOTIFICATIONS = ("refetch", "timeout", "retry", "concurrency")
+ONLY_FOR_ANSWERS = ("no_answer", "mode")
 
 
 class ConfigFile(_Part, frozen=True, kw_only=True):
@@ -327,6 +377,7 @@ class ConfigFile(_Part, frozen=True, kw_only=True):
     store: Annotated[Store, says("What survives a restart.")] = Store()
     norce: Annotated[Norce, says("Norce Checkout, as we call it.")] = Norce()
     dispatcher: Annotated[Dispatcher, says("The work on notifications.")] = Dispatcher()
+    verdicts: Annotated[Verdicts, says("The answers to validations and hooks.")] = Verdicts()
     merchants: Annotated[Mapping[NorceName, Merchant], says("The merchants by their ids at Norce.", min_length=1)]
     senders: Annotated[Senders, says("Who may call us; at least one kind.")] = Senders()
     callbacks: Annotated[

@@ -8,7 +8,16 @@ from typing import Any
 
 from adapter.config.places import HOW_TO_REFER, Reference, under
 from adapter.config.reader import Reader, list_of
-from adapter.config.shape import ONLY_FOR_NOTIFICATIONS, SLUG, SLUG_IN_WORDS, Operations, Server, Store
+from adapter.config.shape import (
+    ONLY_FOR_ANSWERS,
+    ONLY_FOR_NOTIFICATIONS,
+    SLUG,
+    SLUG_IN_WORDS,
+    Operations,
+    Server,
+    Store,
+    ValidationCallback,
+)
 from adapter.plugin import Secret
 
 SHORTEST_URL_KEY_BYTES = 16
@@ -25,22 +34,11 @@ def _members(tree: Any, *keys: str) -> Mapping[str, Any]:
     return tree if isinstance(tree, Mapping) else {}
 
 
-def refuse_hooks(tree: dict[str, Any], reader: Reader) -> dict[str, Any]:
-    """The tree without hooks: one that is not served yet is one problem, not one for each of its keys."""
-    callbacks = _members(tree, "callbacks")
-    hooks = [name for name in callbacks if _members(callbacks, name).get("kind") == "hook"]
-    for name in hooks:
-        reader.report(
-            f"{under('callbacks', name)}.kind", "hooks are not served yet; it must be notification or validation"
-        )
-    served = {name: callback for name, callback in callbacks.items() if name not in hooks}
-    return tree | {"callbacks": served} if hooks else tree
-
-
 def check_together(tree: Mapping[str, Any], reader: Reader) -> None:
     _check_addresses(tree, reader)
     _check_senders(tree, reader)
     _check_merchants(tree, reader)
+    _check_callbacks(tree, reader)
     _check_routes(tree, reader)
 
 
@@ -108,6 +106,14 @@ def _check_merchants(tree: Mapping[str, Any], reader: Reader) -> None:
                     reader.report(under(f"{place}.routes", route), f"must be a route: {list_of(routes, route)}")
 
 
+def _check_callbacks(tree: Mapping[str, Any], reader: Reader) -> None:
+    for name in _members(tree, "callbacks"):
+        at = under("callbacks", name)
+        soft_limit = reader.values.get(f"{at}.soft_limit")
+        if soft_limit is not None and soft_limit >= reader.values.get(f"{at}.deadline", ValidationCallback().deadline):
+            reader.report(f"{at}.soft_limit", "must be shorter than the deadline")
+
+
 def _check_routes(tree: Mapping[str, Any], reader: Reader) -> None:
     callbacks = _members(tree, "callbacks")
     for name in _members(tree, "routes"):
@@ -116,7 +122,7 @@ def _check_routes(tree: Mapping[str, Any], reader: Reader) -> None:
         if callback is not None and callback not in callbacks:
             reader.report(f"{at}.callback", f"must be a callback: {list_of(callbacks, callback)}")
         kind = _members(callbacks, callback or "").get("kind")
-        if kind == "validation":
+        if kind in ("validation", "hook"):
             if "no_answer" not in route:
                 reader.report(
                     f"{at}.no_answer",
@@ -124,6 +130,10 @@ def _check_routes(tree: Mapping[str, Any], reader: Reader) -> None:
                 )
             for key in ONLY_FOR_NOTIFICATIONS:
                 if key in route:
-                    reader.report(f"{at}.{key}", "is for notifications only; leave it out of a validation's route")
-        elif kind == "notification" and "no_answer" in route:
-            reader.report(f"{at}.no_answer", "is for validations only; leave it out of a notification's route")
+                    reader.report(f"{at}.{key}", f"is for notifications only; leave it out of a {kind}'s route")
+        elif kind == "notification":
+            for key in ONLY_FOR_ANSWERS:
+                if key in route:
+                    reader.report(
+                        f"{at}.{key}", "is for validations and hooks only; leave it out of a notification's route"
+                    )
