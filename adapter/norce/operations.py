@@ -1,0 +1,271 @@
+"""
+Norce's APIs as one table: what may be asked, where, with what, and what is answered. Pure; nobody is called here.
+
+Client, simulator, documentation and tests are made from it, so that no address is spelled twice. What one would get
+wrong: what is declared is not all that can come. Any operation may answer any 4xx or 5xx, and with a body of either
+kind (`error`); a change answers 200 without a body, and may have changed more than was sent (hooks).
+
+Facts: checkout protocol, sections 1.2, 1.3, 4, 8.4, 9 and, for what other adapters offer, 10 and 11.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import quote
+
+V0, V1 = "v0", "v1"
+AUTHORIZATION, MERCHANT, CHANNEL, ADAPTER_ID = "authorization", "x-merchant", "x-channel", "x-adapterid"
+
+# The codes that Norce's services put into an error, and their statuses. Where a code has two, the operation says which.
+CODES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {
+        "order-bad-request": (400,),
+        "order-validation": (400,),
+        "order-error": (400,),
+        "payment-error": (400,),
+        "configuration-error": (400,),
+        "unauthorized": (401, 403),
+        "order-not-found": (404,),
+        "payment-not-found": (404,),
+        "shipping-not-found": (404,),
+        "configuration-not-found": (404,),
+        "order-conflict": (409,),
+        "internal-server-error": (500,),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operation:
+    """
+    One operation. `path` is what follows `…/checkout/{service}`; `body` and `answers` name a schema (`schema`), or
+    None where there is no body; `errors` and `query` are per version, as declared.
+    """
+
+    name: str
+    service: str
+    method: str
+    path: str
+    versions: tuple[str, ...]
+    body: str | None = None
+    query: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    headers: tuple[str, ...] = (AUTHORIZATION, MERCHANT, CHANNEL)  # required, none of them empty
+    optional_headers: tuple[str, ...] = ()
+    answers: Mapping[int, str | None]
+    errors: Mapping[str, tuple[int, ...]]
+    error: str = "error"  # the schema of what is answered with an error
+
+    def template(self, version: str) -> str:
+        """The path from the root of the Checkout services, with the parameters in braces."""
+        return f"/{self.service}{self.path.replace('{version}', version)}"
+
+    def url(self, base_url: str, version: str, **parameters: str) -> str:
+        """The address below a base such as `https://slug.api-se.playground.norce.tech/checkout`."""
+        quoted = {name: quote(value, safe="") for name, value in parameters.items()}
+        return base_url.rstrip("/") + self.template(version).format_map(quoted)
+
+
+def _order(
+    name: str,
+    method: str,
+    tail: str,
+    *,
+    body: str | None = None,
+    answers: Mapping[int, str | None] = MappingProxyType({200: None}),
+    declared: tuple[int, ...] = (401, 404),  # by v1; v0 declares the same errors for all
+    v0: tuple[int, ...] = (400, 401, 404, 500),
+    query: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+    error: str = "error",
+) -> Operation:
+    return Operation(
+        name=name,
+        service="order",
+        method=method,
+        path="/api/{version}/checkout/orders" + tail,
+        versions=(V0, V1),
+        body=body,
+        query=query,
+        optional_headers=(ADAPTER_ID,),
+        answers=answers,
+        errors={V0: v0, V1: declared},
+        error=error,
+    )
+
+
+def _configuration(
+    name: str, method: str, tail: str, *, body: str | None = None, answer: str | None = None
+) -> Operation:
+    return Operation(
+        name=name,
+        service="configuration",
+        method=method,
+        path="/api/v1/configuration/merchants/{merchant}/channels" + tail,
+        versions=(V1,),
+        body=body,
+        headers=(AUTHORIZATION,),  # merchant and channel are in the path
+        answers={200: answer},
+        errors={V1: (400, 401, 404)},
+    )
+
+
+def _notification(
+    name: str, method: str, tail: str, answer: str | None, *, query: tuple[str, ...] = (), errors: tuple[int, ...]
+) -> Operation:
+    return Operation(
+        name=name,
+        service="notification",
+        method=method,
+        path="/api/v1/events" + tail,
+        versions=(V1,),
+        query={V1: query},
+        headers=(AUTHORIZATION, MERCHANT),  # the channel is a filter
+        answers={200: answer},
+        errors={V1: errors},
+    )
+
+
+def _of_adapter(
+    adapter: str,
+    name: str,
+    method: str,
+    path: str,
+    *,
+    body: str | None = None,
+    answers: Mapping[int, str | None] = MappingProxyType({200: None}),
+    errors: tuple[int, ...] = (400, 401, 404),
+    query: tuple[str, ...] = (),
+    error: str = "error",
+) -> Operation:
+    return Operation(
+        name=name,
+        service=adapter,
+        method=method,
+        path=path,
+        versions=(V1,),
+        body=body,
+        query={V1: query},
+        answers=answers,
+        errors={V1: errors},
+        error=error,
+    )
+
+
+_CHANGED = (400, 401, 404)
+_CALLBACKS = (400, 403)  # v1, for what it registers; v0 declares what it always does
+_PEOPLE = tuple(
+    f"{whose}_{what}[]"
+    for whose in ("billing", "shipping")
+    for what in ("names", "emails", "phones", "countries")
+)  # fmt: skip
+_LISTING = {
+    V0: ("offset", "limit", "search", "payment_id", "reference", "cart_reference", "order_by", "order_by_direction"),
+    V1: (
+        "offset", "limit", "order_by", "order_by_direction", "date_from", "date_to", "status[]", "payment_id",
+        "reference", "cart_reference", "countries[]", *_PEOPLE,
+    ),
+}  # fmt: skip
+_PLATFORM = "/api/v1/orders"
+_PROVIDER = "/api/checkout/v1/orders/{order_id}"
+
+OPERATIONS: tuple[Operation, ...] = (
+    # --- the order service: orders ---------------------------------------------------------------------------------
+    _order("create_order", "POST", "", body="order-create", answers={201: "created"}, declared=(401,),
+           v0=(400, 401, 404, 409, 500)),
+    _order("list_orders", "GET", "", answers={200: "order-page"}, query=_LISTING),
+    _order("read_order", "GET", "/{order_id}", answers={200: "order"}),
+    _order("delete_order", "DELETE", "/{order_id}", answers={204: None}),
+    _order("put_cart", "PUT", "/{order_id}/cart", body="cart", declared=_CHANGED),
+    _order("put_billing", "PUT", "/{order_id}/customer/billing", body="address", declared=_CHANGED),
+    _order("put_shipping_address", "PUT", "/{order_id}/customer/shipping", body="address", declared=_CHANGED),
+    _order("patch_attributes", "PATCH", "/{order_id}/attributes", body="attributes", declared=_CHANGED),
+    _order("put_reference", "PUT", "/{order_id}/reference", body="reference"),
+    _order("put_state", "PUT", "/{order_id}/state", body="state", answers={200: None, 202: None}),
+    _order("validate", "POST", "/{order_id}/validate", answers={200: "errors"}, declared=_CHANGED, error="refusal"),
+    # --- consents --------------------------------------------------------------------------------------------------
+    _order("add_consent", "POST", "/{order_id}/consents", body="consent", declared=_CHANGED),
+    _order("patch_consents", "PATCH", "/{order_id}/consents", body="consents", declared=_CHANGED),
+    _order("patch_consent", "PATCH", "/{order_id}/consents/{consent_id}", body="consent", declared=_CHANGED),
+    _order("remove_consent", "DELETE", "/{order_id}/consents/{consent_id}", declared=_CHANGED),
+    # --- callbacks. An answer to an addition has no id: read the order and find it ---------------------------------
+    _order("add_validation", "POST", "/{order_id}/validations", body="validation", declared=_CALLBACKS),
+    _order("put_validation", "PUT", "/{order_id}/validations/{validation_id}", body="validation", declared=_CALLBACKS),
+    _order("remove_validation", "DELETE", "/{order_id}/validations/{validation_id}", declared=_CALLBACKS),
+    _order("add_hook", "POST", "/{order_id}/hooks", body="hook", declared=_CALLBACKS),
+    _order("remove_hook", "DELETE", "/{order_id}/hooks/{hook_id}", declared=_CALLBACKS),
+    _order("add_notification", "POST", "/{order_id}/notifications", body="notification", declared=_CALLBACKS),
+    _order("remove_notification", "DELETE", "/{order_id}/notifications/{notification_id}", declared=_CALLBACKS),
+    # --- payments and shippings ------------------------------------------------------------------------------------
+    _order("list_payments", "GET", "/{order_id}/payments", answers={200: "payments"}),
+    _order("add_payment", "POST", "/{order_id}/payments", body="payment", answers={201: "created"}),
+    _order("read_payment", "GET", "/{order_id}/payments/{payment_id}", answers={200: "payment"}),
+    _order("put_payment", "PUT", "/{order_id}/payments/{payment_id}", body="payment", answers={200: "payment"}),
+    _order("add_actions", "POST", "/{order_id}/payments/{payment_id}/actions", body="actions", declared=_CALLBACKS),
+    _order("execute_action", "POST", "/{order_id}/payments/{payment_id}/actions/{action_id}/execute",
+           declared=_CALLBACKS),
+    _order("list_transactions", "GET", "/{order_id}/payments/{payment_id}/transactions",
+           answers={200: "transactions"}),
+    _order("add_transaction", "POST", "/{order_id}/payments/{payment_id}/transactions", body="transaction",
+           answers={200: "transaction"}),
+    _order("list_shippings", "GET", "/{order_id}/shippings", answers={200: "shippings"}),
+    _order("add_shipping", "POST", "/{order_id}/shippings", body="shipping", answers={201: "created"}),
+    _order("read_shipping", "GET", "/{order_id}/shippings/{shipping_id}", answers={200: "shipping"}),
+    _order("put_shipping", "PUT", "/{order_id}/shippings/{shipping_id}", body="shipping", answers={200: "shipping"}),
+    # --- the configuration service ---------------------------------------------------------------------------------
+    _configuration("list_channels", "GET", "", answer="channels"),
+    _configuration("list_configurations", "GET", "/{channel}/configurations", answer="configurations"),
+    _configuration("put_configurations", "PUT", "/{channel}/configurations", body="configurations",
+                   answer="configurations"),
+    _configuration("remove_configurations", "DELETE", "/{channel}/configurations"),
+    _configuration("read_configuration", "GET", "/{channel}/configurations/{name}", answer="adapter-configuration"),
+    _configuration("put_configuration", "PUT", "/{channel}/configurations/{name}", body="adapter-configuration",
+                   answer="adapter-configuration"),
+    _configuration("remove_configuration", "DELETE", "/{channel}/configurations/{name}"),
+    # --- the notification service ----------------------------------------------------------------------------------
+    _notification("list_events", "GET", "", "events", errors=(400, 401),
+                  query=("channel", "adapter_id", "reference", "order_id", "offset", "limit")),
+    _notification("read_event", "GET", "/{event_id}", "notification-event", errors=(401, 404)),
+    _notification("retry_event", "POST", "/{event_id}/retry", None, errors=(401, 404)),
+    # --- other adapters, as far as an order needs them to get to its end -------------------------------------------
+    _of_adapter("norce-adapter", "create_from_basket", "POST", _PLATFORM, body="basket",
+                answers={200: "created", 201: "created"}, errors=(400, 401, 404, 409)),
+    _of_adapter("norce-adapter", "refresh_from_basket", "PUT", f"{_PLATFORM}/{{order_id}}", answers={200: "order"}),
+    _of_adapter("norce-adapter", "patch_item", "PATCH", f"{_PLATFORM}/{{order_id}}/cart/items/{{item_id}}",
+                body="quantity"),
+    _of_adapter("norce-adapter", "remove_item", "DELETE", f"{_PLATFORM}/{{order_id}}/cart/items/{{item_id}}"),
+    _of_adapter("norce-adapter", "add_discount", "POST", f"{_PLATFORM}/{{order_id}}/cart/discounts", body="discount"),
+    _of_adapter("norce-adapter", "remove_discount", "DELETE", f"{_PLATFORM}/{{order_id}}/cart/discounts",
+                query=("discountCode",)),
+    _of_adapter("norce-adapter", "validate_basket", "POST", f"{_PLATFORM}/{{order_id}}/validate", error="refusal"),
+    _of_adapter("nonpsp-adapter", "start_payment", "POST", f"{_PROVIDER}/payments", answers={200: "startedPayment"}),
+    _of_adapter("nonpsp-adapter", "complete_payment", "POST", f"{_PROVIDER}/payments/{{payment_id}}/complete",
+                error="refusal"),
+    _of_adapter("nonpsp-adapter", "cancel_payment", "POST", f"{_PROVIDER}/payments/{{payment_id}}/remove"),
+    _of_adapter("ingrid-adapter", "start_shipping", "POST", f"{_PROVIDER}/shippings",
+                answers={200: "startedShipping"}),
+    _of_adapter("ingrid-adapter", "complete_shipping", "POST", f"{_PROVIDER}/shippings/{{shipping_id}}/complete"),
+)  # fmt: skip
+
+BY_NAME: Mapping[str, Operation] = MappingProxyType({each.name: each for each in OPERATIONS})
+
+
+@functools.cache
+def schema(name: str) -> dict[str, Any]:
+    """
+    The JSON Schema of a body, by the name that an operation gives it; complete, so that nothing has to be fetched.
+
+    Raises `KeyError`.
+    """
+    documents = _documents()
+    bodies = documents["bodies"]["$id"]
+    target = f"{bodies}#/$defs/{name}" if name in documents["bodies"]["$defs"] else documents[name]["$id"]
+    return {"$schema": documents["bodies"]["$schema"], "$ref": target, "$defs": documents}
+
+
+@functools.cache
+def _documents() -> dict[str, dict[str, Any]]:
+    folder = files(__package__).joinpath("schemas")
+    return {each.name.removesuffix(".json"): json.loads(each.read_text("utf-8")) for each in folder.iterdir()}
