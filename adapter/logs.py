@@ -38,12 +38,14 @@ WRITTEN_WITHIN_SECONDS = 0.005
 
 INFO, WARNING = logging.INFO, logging.WARNING
 LONGEST_TEXT = 200
+PLAIN = frozenset({bool, int, float, type(None)})
 MOST_FRAMES = 20
 
 
 def configure(*, stream: TextIO | None = None, level: int = INFO) -> None:
     """Sets structlog and the standard library's logging up for this process: lines on `stream`, or standard error."""
     out = stream or sys.stderr
+    is_ours = out is sys.__stderr__  # of the whole process, and for as long as it runs
     render: structlog.typing.Processor
     if out.isatty():
         render = _for_a_person(structlog.dev.ConsoleRenderer(exception_formatter=lambda _stream, _info: None))
@@ -52,8 +54,8 @@ def configure(*, stream: TextIO | None = None, level: int = INFO) -> None:
     structlog.configure(
         processors=[_facts, render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=_Lines(out, gathers=out is sys.__stderr__),
-        cache_logger_on_first_use=False,
+        logger_factory=_Lines(out, gathers=is_ours),
+        cache_logger_on_first_use=is_ours,  # a logger made anew at each line costs a quarter of the line
     )
     root = logging.getLogger()
     root.handlers = [_Libraries()]
@@ -108,7 +110,10 @@ def _facts(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> Mappin
     """All that a line says, level and time and exception included, and nothing that it may not."""
     info = fields.pop("exc_info", None)
     fields.pop("exception", None)  # ours alone: it is not checked any further
-    shown = {name: _shown(name, value) for name, value in fields.items()}
+    shown = {
+        name: value if type(value) in PLAIN and name in ALLOWED else _shown(name, value)
+        for name, value in fields.items()
+    }
     shown["level"] = level
     shown["timestamp"] = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     if info is True:
