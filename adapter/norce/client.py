@@ -15,7 +15,7 @@ from urllib.parse import quote
 import httpx
 
 from adapter.orders import NotAnOrder, Order, read_order
-from adapter.outgoing import retry_after
+from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Reject, Retry, Secret
 
 LARGEST_ORDER_BYTES = 4 * 1024 * 1024
@@ -60,7 +60,7 @@ class Norce:
         self._adapter_id = adapter_id
         self._timeout = timeout
         self._client = httpx.AsyncClient(
-            transport=transport or httpx.AsyncHTTPTransport(retries=0, trust_env=False),
+            transport=transport or connections(),
             trust_env=False,
             follow_redirects=False,
         )
