@@ -14,7 +14,7 @@ import orders
 from rows import CONNECTIONS, Bench, Round, ratios
 from stage import Server, settle
 
-DEADLINE_MS = 500
+DEADLINE_MS = 2000
 MANY_ROUTES = 100
 SHARES = (1, 10, 100)  # of a hundred routes, stalled
 STALLS = ("sleeps", "blocks", "spins", "norce")

@@ -17,6 +17,7 @@ from adapter.ledger.store import open_for_reading
 
 SUMMARY = {
     "validation": {"denied": 400, "approved": 200},
+    "hook": {"accepted": 200, "patched": 200, "refused": 400},
     "notification": 200,
     "repeated": 200,
     "exports": 1,
@@ -58,6 +59,8 @@ def test_the_walk_ends_with_one_export_and_one_dead_letter() -> None:
     assert sorted((each["state"], each["reason"]) for each in owed) == [("dead", "rejected"), ("done", "delivered")]
     assert any("denied: 400" in line for line in said)
     assert any("approved: 200" in line for line in said)
+    assert any('patched: 200, add /cart/attributes/priceList "volume"' in line for line in said)
+    assert any("refused: 400, too-many-of-a-kind: Högst tio av samma sort" in line for line in said)
 
 
 def test_the_order_sent_five_more_times_is_still_one_export() -> None:

@@ -1,5 +1,6 @@
 """
-The walk a newcomer sees: a validation denied and one approved, a purchase that completes, an export, a dead letter.
+The walk a newcomer sees: a validation denied and one approved, a cart that changes, a purchase that completes, an
+export, a dead letter.
 
 Everything is real but the two ends: the service with a ledger on disk, requests over HTTP, and a stand-in each for
 Norce and Jetshop on loopback. What is printed at the end is read back from what really happened.
@@ -118,6 +119,14 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
         approved = await caller.calls("order-rules", order)
         say(f"  approved: {approved.status_code}")
 
+        say("The shopper changes the cart, and Norce asks before it stores the change …")
+        hooked: dict[str, int] = {}
+        for quantity in (1, 6, 12):
+            answer = await caller.calls("cart-changed", _with_quantity(order, quantity))
+            became, told = _became(answer)
+            hooked[became] = answer.status_code
+            say(f"  {quantity} of a kind: {became}: {answer.status_code}{told}")
+
         order = _order("order-completed")
         demo.norce.orders[order["id"]] = order
         say("The shopper pays, and the order reaches `completed`. Norce notifies us, over HTTP …")
@@ -140,6 +149,7 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
 
         summary = {
             "validation": {"denied": denied.status_code, "approved": approved.status_code},
+            "hook": hooked,
             "notification": accepted.status_code,
             "repeated": again.status_code,
             "exports": demo.jetshop.exports(order["reference"]),
@@ -147,6 +157,7 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
         }
     expected = {
         "validation": {"denied": 400, "approved": 200},
+        "hook": {"accepted": 200, "patched": 200, "refused": 400},
         "notification": 200,
         "repeated": 200,
         "exports": 1,
@@ -209,6 +220,22 @@ def _told(delivery: dict[str, Any]) -> str:
     if delivery["state"] == "done":
         return f"{delivery['reason']}, Jetshop order {delivery['reference']}"
     return f"{delivery['reason']}, {delivery['code']}\n    {delivery['message']}"
+
+
+def _with_quantity(order: dict[str, Any], quantity: int) -> dict[str, Any]:
+    """The order as it would be with so many of its first item; a hook does no sums."""
+    cart = order["cart"]
+    first, *others = cart["items"]
+    return {**order, "cart": {**cart, "items": [{**first, "quantity": quantity}, *others]}}
+
+
+def _became(answer: httpx.Response) -> tuple[str, str]:
+    """What a hook's answer means for the change, and the rest of it in words."""
+    body = answer.json()
+    if answer.status_code != 200:
+        return "refused", f", {body['code']}: {body['message']}"
+    changes = [f", {each['op']} {each['path']} {json.dumps(each.get('value'))}" for each in body]
+    return "patched" if changes else "accepted", "".join(changes)
 
 
 def _order(name: str) -> dict[str, Any]:
