@@ -30,10 +30,10 @@ ALLOWED = frozenset(
     }
 )  # fmt: skip
 
-# Where it is no warning, written a few milliseconds later and many in one system call, which costs as much as the line.
-# Every other line is written at once and takes along what waits, as does the end of the process: only a process that
-# is killed loses any.
-FREQUENT = frozenset({"callback_answered"})
+# Written a few milliseconds later and many in one system call, which costs as much as the line, and lets go of the
+# interpreter, which a plugin that spins gives back when it likes. Every other line, and every error, is written at once
+# and takes along what waits, as does the end of the process: only a process that is killed loses any.
+FREQUENT = frozenset({"callback_answered", "verdict"})
 WRITTEN_WITHIN_SECONDS = 0.005
 
 INFO, WARNING = logging.INFO, logging.WARNING
@@ -165,5 +165,5 @@ def _for_a_person(render: structlog.dev.ConsoleRenderer) -> structlog.typing.Pro
 
 
 def _json(_logger: Any, name: str, fields: MutableMapping[str, Any]) -> tuple[tuple[str], dict[str, Any]]:
-    frequent = name == "info" and fields["event"] in FREQUENT
+    frequent = fields["event"] in FREQUENT and name != "error"
     return (msgspec.json.encode(fields).decode(),), {"frequent": frequent}

@@ -56,7 +56,23 @@ class Metrics:
             "Notifications whose callback's condition does not hold here.",
             ["callback"],
         )
-        self.verdicts = counter("verdicts_total", "Verdicts by route.", ["callback", "route", "verdict"])
+        self.verdict_duration = histogram(
+            "verdict_duration_seconds", "Verdicts, from the asking of the route; to be seen against the deadline.",
+            ["callback", "route", "verdict"], buckets=FAST,
+        )  # fmt: skip
+        self.deadline = gauge("callback_deadline_seconds", "When a callback is answered at the latest.", ["callback"])
+        self.no_answers = counter(
+            "verdicts_missing_total", "Verdicts that are the route's no_answer.", ["callback", "route", "reason"]
+        )
+        self.slow_verdicts = counter("verdicts_slow_total", "Verdicts past the soft limit.", ["callback", "route"])
+        self.unheard_verdicts = counter(
+            "verdicts_unheard_total",
+            "Verdicts that came late, after the caller hung up, or from a shadow; and whether the answer was the same.",
+            ["callback", "route", "kind", "verdict", "result"],
+        )
+        self.patience = histogram(
+            "caller_patience_seconds", "How long callers waited that hung up.", ["callback"], buckets=FAST
+        )
         self.verdicts_dropped = counter("verdicts_dropped_total", "Late verdicts that could not be written down.")
         self.attempts = counter("delivery_attempts_total", "Attempts by how they ended.", ["route", "outcome"])
         self.attempt_duration = histogram(

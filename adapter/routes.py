@@ -5,7 +5,7 @@ Everything that can be wrong with a handler or its settings is found here, at st
 handlers are imported, conditions compiled and settings read before a port opens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import EntryPoint, entry_points
@@ -15,7 +15,8 @@ from adapter import config as configuration
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
 from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
 from adapter.deliveries import Handling
-from adapter.plugin import HookHandler, NotificationHandler, Settings, ValidationHandler
+from adapter.orders import Order
+from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler
 
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
@@ -63,6 +64,18 @@ class Route:
     timeout: timedelta
     schedule: Sequence[timedelta]
     concurrency: int
+
+    @property
+    def ask(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
+        """What an answer is asked of its handler with."""
+        handler: Any = self.handler  # one class may answer both
+        return handler.change if self.callback.kind == "hook" else handler.validate  # type: ignore[no-any-return]
+
+    @property
+    def computes(self) -> bool:
+        """Whether its handler may be asked in place."""
+        assert not isinstance(self.handler, NotificationHandler)
+        return self.handler.computes
 
     @property
     def handling(self) -> Handling:

@@ -1,8 +1,9 @@
 """
 Runs a handler under its deadline, on one of the plugins' own event loops.
 
-There are two such loops, each in a thread of its own: one for answers, one for deliveries. A handler that blocks its
-thread delays other plugins of its kind, never the intake, a `no_answer` or a shutdown. What a reader would get wrong:
+Each has a thread of its own: one for answers, one for deliveries, and one for shadows where there are any. A handler
+that blocks its thread delays other plugins of its kind, never the intake, a `no_answer` or a shutdown. One that only
+computes is called in place, which costs less than a hop; it may not wait for anything. What a reader would get wrong:
 a deadline that has passed does not mean that the handler has stopped. Python cannot interrupt a thread, so a `Run`
 tells the two apart: `result` gives up at the deadline, `ended` waits until the coroutine is really over. A loop that is
 held far past a deadline is abandoned and replaced: its runs end with `LoopAbandoned`, whatever their thread still does.
@@ -30,16 +31,17 @@ from adapter.plugin import (
     Order,
     Orders,
     Previous,
-    Problem,
     Settings,
     Skip,
-    ValidationHandler,
 )
 
 log = structlog.get_logger(__name__)
 
+ANSWERS_PATIENCE = timedelta(seconds=2)  # the answers behind it are late as long as it lasts
+
 T = TypeVar("T")
 Clock = Callable[[], datetime]
+Asking = Callable[[Order, Context[Any]], Coroutine[Any, Any, T]]  # a handler's `validate` or `change`
 
 
 class DeadlinePassed(Exception):
@@ -58,6 +60,10 @@ class LoopAbandoned(Exception):
         self.begun = begun
 
 
+class HandlerWaits(Exception):
+    """A handler that declares that it computes waited for something. Take `computes` away, or the waiting."""
+
+
 @dataclass(frozen=True, slots=True)
 class _End(Generic[T]):
     value: T | None = None
@@ -66,8 +72,8 @@ class _End(Generic[T]):
 
 class Run(Generic[T]):
     """
-    One call of a handler, seen from the loop that asked for it. `name` is its route; `deadline` is monotonic; `begun`
-    says whether the handler has been called.
+    One call of a handler, seen from the loop that asked for it. `name` is its route; `begun` says whether the handler
+    has been called. Moments are monotonic; `ended_at` is when it ended in its own thread, whenever that is told.
     """
 
     def __init__(
@@ -77,10 +83,13 @@ class Run(Generic[T]):
         self.deadline = deadline
         self.begun = False
         self.abandoned = False
+        self.made_at = time.monotonic()
+        self.ended_at = float("inf")
         self._caller = asyncio.get_running_loop()
         self._loop = loop
-        self._end: asyncio.Future[_End[T]] = self._caller.create_future()
-        self._over: asyncio.Future[None] = self._caller.create_future()
+        self.ending: asyncio.Future[_End[T]] = self._caller.create_future()
+        self._is_over = False
+        self._when_over: list[Callable[[], None]] = []
         self.task: asyncio.Task[T] | None = None
         loop.call_soon_threadsafe(self._begin, coroutine)
 
@@ -89,22 +98,32 @@ class Run(Generic[T]):
         What the handler returned or raised. Raises `DeadlinePassed` where it is still running after `within`, and
         `LoopAbandoned`.
         """
-        await asyncio.wait((self._end,), timeout=max(within.total_seconds(), 0))
-        if not self._end.done():
+        await asyncio.wait((self.ending,), timeout=max(within.total_seconds(), 0))
+        if not self.ending.done():
             raise DeadlinePassed
-        return self._outcome()
+        return self.outcome()
 
     async def ended(self) -> T:
         """
         What it returned or raised, however long it takes; `asyncio.CancelledError` where it was cancelled. Raises
         `LoopAbandoned`.
         """
-        await asyncio.wait((self._end,))
-        return self._outcome()
+        await asyncio.wait((self.ending,))
+        return self.outcome()
+
+    def outcome(self) -> T:
+        """The same, once `ending` is done."""
+        end = self.ending.result()
+        if end.error is not None:
+            raise end.error
+        return end.value  # type: ignore[return-value]
 
     async def over(self) -> None:
         """Returns when the coroutine has really ended, abandoned or not."""
-        await asyncio.wait((self._over,))
+        if not self._is_over:
+            over = asyncio.Event()
+            self.when_over(over.set)
+            await over.wait()
 
     def cancel(self) -> None:
         """Asks the coroutine to stop at its next await; one that blocks its thread hears of it when it lets go."""
@@ -115,17 +134,12 @@ class Run(Generic[T]):
         self.abandoned = True
         begun = self.begun
         self.cancel()
-        if not self._end.done():
-            self._end.set_result(_End(error=LoopAbandoned(blocked_by, begun=begun)))
+        if not self.ending.done():
+            self.ended_at = time.monotonic()
+            self.ending.set_result(_End(error=LoopAbandoned(blocked_by, begun=begun)))
 
     def when_over(self, told: Callable[[], None]) -> None:
-        self._over.add_done_callback(lambda _: told())
-
-    def _outcome(self) -> T:
-        end = self._end.result()
-        if end.error is not None:
-            raise end.error
-        return end.value  # type: ignore[return-value]
+        self._when_over.append(told)
 
     # --- on the plugins' loop ---
 
@@ -134,6 +148,7 @@ class Run(Generic[T]):
         self.task.add_done_callback(self._ended)
 
     def _ended(self, task: asyncio.Task[T]) -> None:
+        ended_at = time.monotonic()
         if task.cancelled():
             end: _End[T] = _End(error=asyncio.CancelledError())
         elif (error := task.exception()) is not None:
@@ -141,15 +156,17 @@ class Run(Generic[T]):
         else:
             end = _End(value=task.result())
         try:
-            self._caller.call_soon_threadsafe(self._tell, end)
+            self._caller.call_soon_threadsafe(self._tell, end, ended_at)
         except RuntimeError:  # the caller's loop has been closed: nobody is waiting any more
             return
 
-    def _tell(self, end: _End[T]) -> None:
-        if not self._end.done():
-            self._end.set_result(end)
-        if not self._over.done():
-            self._over.set_result(None)
+    def _tell(self, end: _End[T], ended_at: float) -> None:
+        self._is_over = True
+        if not self.ending.done():
+            self.ended_at = ended_at
+            self.ending.set_result(end)
+        for told in self._when_over:
+            told()
 
 
 class _Steps(Coroutine[Any, Any, T]):
@@ -276,7 +293,8 @@ class Call:
 class Runner:
     """
     The plugins' loops. Make it on the service's own loop; `stop` when done. `patience` is how long a handler may hold
-    its loop past its deadline; `replaced` is told which loop was then replaced, and the route that held it.
+    its loop past its deadline, that of answers at most `ANSWERS_PATIENCE`; `replaced` is told which loop was then
+    replaced, and the route that held it.
     """
 
     def __init__(
@@ -293,64 +311,76 @@ class Runner:
         self._replaced = replaced
         self._make_norce = make_norce
         self._make_outgoing = make_outgoing
-        self._answers = self._make("plugins-answers")
-        self._deliveries = self._make("plugins-deliveries")
+        self._loops: dict[str, PluginLoop] = {}
+        for name in ("answers", "deliveries"):
+            self.open(name)
         # For handlers that compute: one for all calls, for making a client costs more than a small rule.
         self._nothing_outside: tuple[httpx.AsyncClient, Orders] = (
             httpx.AsyncClient(transport=_NoNetwork()),
             _NoOrders(),
         )
 
-    def _make(self, name: str) -> PluginLoop:
-        return PluginLoop(name, self._make_norce, self._make_outgoing)
+    def open(self, name: str) -> None:
+        """A loop of this name, in place of the one that there may be. Shadows have one where somebody opens it."""
+        self._loops[name] = PluginLoop(f"plugins-{name}", self._make_norce, self._make_outgoing)
 
     async def watch(self, every: timedelta = timedelta(seconds=1)) -> None:
         """Replaces a loop that a handler holds far past its deadline; until cancelled."""
         while True:
             await asyncio.sleep(every.total_seconds())
-            if self._answers.is_held(self._patience):
-                self._answers = self._replace(self._answers)
-            if self._deliveries.is_held(self._patience):
-                self._deliveries = self._replace(self._deliveries)
+            for name, loop in self._loops.items():
+                if loop.is_held(min(self._patience, ANSWERS_PATIENCE) if name == "answers" else self._patience):
+                    self._replace(name, loop)
 
-    def _replace(self, held: PluginLoop) -> PluginLoop:
+    def _replace(self, name: str, held: PluginLoop) -> None:
         route = getattr(held.abandon(), "name", "unknown")
         log.error("plugins_loop_replaced", loop=held.name, route=route)
         self._replaced(held.name, route)
-        return self._make(held.name)
+        self.open(name)
 
     def deliver(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | Skip]:
         """Starts `deliver` on the deliveries' loop."""
-        context = self._context(self._deliveries, call)
-        called = _called(lambda: handler.deliver(notification, context))
-        return self._deliveries.run(called, name=call.route, within=self._left(call))
+        loop = self._loops["deliveries"]
+        context = self._context(loop, call)
+        return loop.run(
+            _called(lambda: handler.deliver(notification, context)), name=call.route, within=self._left(call)
+        )
 
     def lookup(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | None]:
         """Starts `lookup` on the deliveries' loop."""
-        context = self._context(self._deliveries, call)
-        called = _called(lambda: handler.lookup(notification, context))
-        return self._deliveries.run(called, name=call.route, within=self._left(call))
+        loop = self._loops["deliveries"]
+        context = self._context(loop, call)
+        return loop.run(
+            _called(lambda: handler.lookup(notification, context)), name=call.route, within=self._left(call)
+        )
 
-    async def validate(self, handler: ValidationHandler[Any], order: Order, call: Call) -> list[Problem]:
+    def compute(self, ask: Asking[T], order: Order, call: Call) -> T:
         """
-        What a validation handler says: run in place where it computes, else on the answers' loop.
-
-        Raises what the handler raises. The caller keeps the deadline: a hop may not come back in time.
+        What a handler that computes answers, in place. Raises what it raises, and `HandlerWaits`.
         """
-        context = self._context(None if handler.computes else self._answers, call)
-        called = _called(lambda: handler.validate(order, context))
-        if handler.computes:
-            return await called
-        run = self._answers.run(called, name=call.route, within=self._left(call))
         try:
-            return await run.ended()
-        except asyncio.CancelledError:
-            run.cancel()
-            raise
+            coroutine = ask(order, self._context(None, call))
+            coroutine.send(None)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise RuntimeError("the handler tried to end the process") from error
+        coroutine.close()
+        raise HandlerWaits("the handler declares that it computes, and waits")
+
+    def ask(self, ask: Asking[T], order: Order, call: Call, *, computes: bool = False, shadow: bool = False) -> Run[T]:
+        """Starts the same on the answers' loop, or on that of shadows; a handler that computes gets nothing more."""
+        loop = self._loops["shadows" if shadow else "answers"]
+        context = self._context(None if computes else loop, call)
+        return loop.run(_called(lambda: ask(order, context)), name=call.route, within=self._left(call))
+
+    def holding_answers(self) -> Run[Any] | None:
+        """The run that the answers' thread is in at this moment: one that does not let go of it blocks all others."""
+        return self._loops["answers"].holding()
 
     async def stop(self, within: timedelta) -> None:
-        """Ends both loops. A thread that a handler blocks is left behind, for the process to take with it."""
-        await asyncio.gather(self._answers.stop(within), self._deliveries.stop(within))
+        """Ends all loops. A thread that a handler blocks is left behind, for the process to take with it."""
+        await asyncio.gather(*(loop.stop(within) for loop in self._loops.values()))
 
     def _left(self, call: Call) -> timedelta:
         return call.deadline - self._clock()

@@ -12,11 +12,13 @@ import gc
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import uvloop
 
+T = TypeVar("T")
 HOST = "127.0.0.1"
 PATIENCE_SECONDS = 30
 UNANSWERED = 0
@@ -71,17 +73,16 @@ def beside(
 
     async def both() -> tuple[Load, Load]:
         seconds = len(requests) / per_second
-        return tuple(
-            await asyncio.gather(
-                _Open(port, requests, per_second, connections).run(),
-                _closed(port, beside, beside_connections, seconds),
-            )
+        opened, closed = await asyncio.gather(
+            _Open(port, requests, per_second, connections).run(),
+            _closed(port, beside, beside_connections, seconds),
         )
+        return opened, closed
 
     return _quietly(both)
 
 
-def _quietly(make: Callable[[], "asyncio.Future[Load] | object"]) -> Load:
+def _quietly(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     gc.collect()
     gc.disable()  # a collection of so many requests would be seen as the server's latency
     try:

@@ -90,7 +90,9 @@ def _slowest(bench: Bench, stall: str, share: int, mute: socket.socket) -> float
     """One request in a hundred for each callback, so many of which stall; every one of them has to be answered."""
     per_second = 200
     names = [f"hook-{number}" for number in range(MANY_ROUTES)]
-    handlers = {name: (stall if number < share else "accepts", {}) for number, name in enumerate(names)}
+    handlers: dict[str, tuple[str, dict[str, Any]]] = {
+        name: (stall if number < share else "accepts", {}) for number, name in enumerate(names)
+    }
     kind = "validation" if stall == "norce" else "hook"
     if kind == "validation":
         handlers = {name: ("approves", {}) for name in names}

@@ -38,6 +38,7 @@ from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.senders import Senders
 from adapter.demo.norce import NorceStandIn
 from adapter.ledger.inbox import Inbox
+from adapter.ledger.judged import Judged
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.schema import deliveries, notifications
@@ -49,7 +50,7 @@ from adapter.pauses import Policy
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Problem, Settings, ValidationHandler
 from adapter.routes import build
 from adapter.runner import Runner
-from adapter.verdicts import Verdicts
+from adapter.verdicts import Misses, Verdicts
 
 ORDERS = Path(__file__).parent.parent / "adapter/demo/orders"
 MODIFIED = "2026-02-03T08:16:35.870Z"
@@ -189,6 +190,7 @@ class House:
         self.woken = 0
         self.norce: dict[str, Any] = {}  # order id -> what Norce answers
         self.read: list[str] = []
+        self.judged: list[Judged] = []
         self.runner.run(self._open())
 
     async def _open(self) -> None:
@@ -212,7 +214,13 @@ class House:
             merchants={name: frozenset(merchant.channels) for name, merchant in self.config.merchants.items()},
             inbox=Inbox(self.store),
             verdicts=Verdicts(
-                self.routes, runner=self._handlers, norce=self._reader, metrics=self.metrics, clock=self.store.clock
+                self.routes,
+                runner=self._handlers,
+                norce=self._reader,
+                metrics=self.metrics,
+                clock=self.store.clock,
+                misses=Misses(most=5, bypass=timedelta(seconds=30)),
+                record=self.judged.append,
             ),
             queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
             metrics=self.metrics,

@@ -15,7 +15,14 @@ from uvicorn.server import ServerState
 
 from adapter import app
 from adapter.callbacks import IS_WHOLE
-from adapter.callbacks.protocol import LARGEST_HEAD_BYTES, LONGEST_HEAD_SECONDS, MOST_AT_ONCE, REFUSAL, GuardedProtocol
+from adapter.callbacks.protocol import (
+    LARGEST_HEAD_BYTES,
+    LONGEST_HEAD_SECONDS,
+    MOST_AT_ONCE,
+    MOST_WAITING,
+    REFUSAL,
+    GuardedProtocol,
+)
 
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
 
@@ -166,6 +173,24 @@ def test_beyond_so_many_at_once_the_next_is_refused_unread_and_its_connection_li
     protocol.data_received(HEAD + b"{}")
     settle(loop)
     assert wire.written.count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "at_once", "is_refused"),
+    [(0, MOST_AT_ONCE, True), (1, MOST_AT_ONCE, False), (MOST_WAITING, MOST_WAITING, True)],
+)
+def test_who_only_waits_shuts_nobody_out_up_to_a_bound(
+    connection, waiting: int, at_once: int, is_refused: bool
+) -> None:
+    loop, protocol, wire = connection
+    protocol._waiting = lambda: waiting
+    protocol.tasks.update(loop.create_future() for _ in range(at_once))
+
+    protocol.data_received(HEAD + b"{}")
+    protocol.tasks.clear()
+    settle(loop)
+
+    assert (wire.written == REFUSAL) is is_refused
 
 
 def test_a_caller_that_waits_for_a_word_before_it_sends_its_body_is_refused_at_once(connection) -> None:

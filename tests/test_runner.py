@@ -29,7 +29,7 @@ from adapter.plugin import (
     Url,
     ValidationHandler,
 )
-from adapter.runner import Call, DeadlinePassed, LoopAbandoned, Runner
+from adapter.runner import Call, DeadlinePassed, HandlerWaits, LoopAbandoned, Runner
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 AT_ONCE = timedelta(0)
@@ -148,7 +148,7 @@ async def watched() -> AsyncIterator[Watched]:
     runner = Runner(make_norce=norce, clock=lambda: NOON, patience=HELD, replaced=lambda *which: told.put_nowait(which))
     watching = asyncio.create_task(runner.watch(OFTEN))
     try:
-        yield Watched(runner, told, runner._deliveries._thread)
+        yield Watched(runner, told, runner._loops["deliveries"]._thread)
     finally:
         watching.cancel()
         await asyncio.gather(watching, return_exceptions=True)
@@ -203,7 +203,7 @@ def test_handlers_run_on_a_thread_of_their_own_one_for_deliveries_and_one_for_an
         async with running() as runner:
             await runner.deliver(Does(note), NOTIFICATION, CALL).ended()
             validation = Approves()
-            await runner.validate(validation, ORDER, CALL)
+            await runner.ask(validation.validate, ORDER, CALL).ended()
 
             assert len({*threads, *validation.threads}) == 3
 
@@ -240,7 +240,7 @@ def test_a_handler_that_is_no_coroutine_fails_and_not_on_the_callers_thread() ->
     async def test() -> None:
         async with running() as runner:
             with pytest.raises(TypeError):
-                await runner.validate(Synchronous(), ORDER, CALL)
+                await runner.ask(Synchronous().validate, ORDER, CALL).ended()
 
             assert threads != [threading.get_ident()]
 
@@ -327,31 +327,9 @@ def test_answers_go_out_while_a_delivery_blocks_its_loop() -> None:
             delivery = runner.deliver(Does(blocks), NOTIFICATION, CALL)
             await blocks.has_begun()
 
-            assert await asyncio.wait_for(runner.validate(Approves(), ORDER, CALL), PATIENCE) == []
+            assert await asyncio.wait_for(runner.ask(Approves().validate, ORDER, CALL).ended(), PATIENCE) == []
             blocks.let_go.set()
             await delivery.ended()
-
-    run(test)
-
-
-def test_a_caller_that_stops_waiting_for_an_answer_cancels_the_handler() -> None:
-    cancelled = threading.Event()
-
-    class Hesitates(Approves):
-        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                cancelled.set()
-                raise
-            return []
-
-    async def test() -> None:
-        async with running() as runner:
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(runner.validate(Hesitates(), ORDER, CALL), SHORTLY.total_seconds())
-
-            assert await asyncio.to_thread(cancelled.wait, PATIENCE)
 
     run(test)
 
@@ -548,12 +526,12 @@ def test_an_answer_that_holds_its_loop_is_given_up_and_deliveries_go_on() -> Non
 
     async def test() -> None:
         async with watched() as watch:
-            thread = watch.runner._answers._thread
+            thread = watch.runner._loops["answers"]._thread
             with pytest.raises(LoopAbandoned):
-                await watch.runner.validate(Dwells(), ORDER, SOON_OVER)
+                await watch.runner.ask(Dwells().validate, ORDER, SOON_OVER).ended()
 
             assert await watch.has_replaced() == ("plugins-answers", "export")
-            assert await watch.runner.validate(Approves(), ORDER, CALL) == []
+            assert await watch.runner.ask(Approves().validate, ORDER, CALL).ended() == []
             after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
             assert after.reference == str(watch.thread.ident)
             blocks.let_go.set()
@@ -568,9 +546,9 @@ def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
         async with running() as runner:
             run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
             await blocks.has_begun()
-            runner._deliveries.is_held(AT_ONCE)  # asks for the sign of life that does not come
+            runner._loops["deliveries"].is_held(AT_ONCE)  # asks for the sign of life that does not come
 
-            assert not runner._deliveries.is_held(AT_ONCE)
+            assert not runner._loops["deliveries"].is_held(AT_ONCE)
             blocks.let_go.set()
             await run.ended()
 
@@ -583,7 +561,7 @@ def test_a_loop_that_gives_a_sign_of_life_is_not_held_however_late_its_handlers_
             late = runner.deliver(Does(for_ever), NOTIFICATION, replace(CALL, deadline=NOON - timedelta(minutes=1)))
             await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
             for _ in range(3):
-                assert not runner._deliveries.is_held(AT_ONCE)
+                assert not runner._loops["deliveries"].is_held(AT_ONCE)
                 await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
 
             late.cancel()
@@ -606,7 +584,7 @@ def test_stopping_returns_although_a_handler_blocks_its_thread() -> None:
         assert not blocks.let_go.is_set()
         blocks.let_go.set()
         assert await delivery.ended() == Done("late")
-        await runner._deliveries.stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
+        await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
 
     run(test)
 
@@ -654,9 +632,44 @@ def test_a_handler_that_computes_runs_in_place() -> None:
     async def test() -> None:
         async with running() as runner:
             handler = Computes()
-            await runner.validate(handler, ORDER, CALL)
+            assert runner.compute(handler.validate, ORDER, CALL) == []
 
             assert handler.threads == [threading.get_ident()]
+
+    run(test)
+
+
+def test_a_handler_that_says_it_computes_and_waits_is_not_waited_for() -> None:
+    closed: list[bool] = []
+
+    class Waits(Computes):
+        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+            try:
+                await asyncio.sleep(0)
+            finally:
+                closed.append(True)
+            return []
+
+    async def test() -> None:
+        async with running() as runner:
+            with pytest.raises(HandlerWaits):
+                runner.compute(Waits().validate, ORDER, CALL)
+
+            assert closed == [True]
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
+def test_a_handler_that_computes_and_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
+    class Ends(Computes):
+        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+            raise end
+
+    async def test() -> None:
+        async with running() as runner:
+            with pytest.raises(RuntimeError, match="tried to end the process"):
+                runner.compute(Ends().validate, ORDER, CALL)
 
     run(test)
 
@@ -681,6 +694,6 @@ def test_a_handler_that_computes_may_call_nobody(calls: Callable[[Context[Any]],
     async def test() -> None:
         async with running() as runner:
             with pytest.raises(Misconfigured, match="computes-only"):
-                await runner.validate(Calls(), ORDER, CALL)
+                runner.compute(Calls().validate, ORDER, CALL)
 
     run(test)

@@ -2,7 +2,8 @@
 Where a newcomer starts: the walk of a callback, and the only table of status codes for Norce.
 
 A notification: read, identify the sender, parse, ask who wants it, remember it on disk, 200. A validation: read,
-identify, ask the routes inside the deadline, 200 or 400 with the problems. Nothing a caller sends is answered 500.
+identify, ask the routes inside the deadline, 200 or 400 with the problems. A hook: the same, 200 with what else is to
+change, or 400 with why not. Nothing a caller sends is answered 500.
 """
 
 import asyncio
@@ -21,11 +22,14 @@ from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
     ConfigurationNotFound,
+    HookRequest,
     Merchants,
     NotJson,
     ReceivedNotification,
     Unresolved,
+    ValidationRequest,
     check_order_id,
+    parse_hook,
     parse_notification,
     parse_validation,
 )
@@ -36,7 +40,7 @@ from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import OrderNotFound
 from adapter.routes import Callback, Routes, Wanting
-from adapter.verdicts import Verdicts
+from adapter.verdicts import Answer, Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -80,6 +84,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
 
 
 ACCEPTED = Response(status_code=200)
+UNCHANGED = Response(b"[]", media_type="application/json")
 
 
 class Answered(msgspec.Struct, frozen=True, kw_only=True):
@@ -134,8 +139,10 @@ class CallbackEndpoint:
                 raise CallbackUnknown(name)
             if callback.kind == "notification":
                 answered = await self.receive_notification(raw, sender, callback)
+            elif callback.kind == "hook":
+                answered = await self.answer_hook(raw, sender, callback, receive)
             else:
-                answered = await self.answer_validation(raw, sender, callback)
+                answered = await self.answer_validation(raw, sender, callback, receive)
         except Exception as error:  # noqa: BLE001 - the last place where an error can still become an answer
             answered = _refusal(error)
         response = answered.response
@@ -196,23 +203,36 @@ class CallbackEndpoint:
             wanted=tuple(wanted),
         )
 
-    async def answer_validation(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
+    async def answer_validation(
+        self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive
+    ) -> Answered:
         """May this order proceed? 200, empty, or 400 with every problem of every route."""
         _only(raw, "POST", "GET")  # POST in the Order API's text, GET in one adapter's description: both are answered
-        request = parse_validation(raw, sender, callback, self.merchants)
-        verdicts = await self.verdicts.validate(callback, request.merchant, request.channel, request.order_id)
-        problems = [problem for verdict in verdicts for problem in verdict.problems]
-        facts = {
-            "merchant": request.merchant,
-            "channel": request.channel,
-            "result": "rejected" if problems else "approved",
-            "routes": len(verdicts),
-            **_who(sender),
-        }
+        asked = parse_validation(raw, sender, callback, self.merchants)
+        answer = await self.verdicts.validate(
+            callback, asked.merchant, asked.channel, asked.order_id, lambda: _gone(receive)
+        )
+        problems = answer.problems
+        facts = _answer_facts(asked, answer, "rejected" if problems else "approved")
         if not problems:
             return Answered(response=ACCEPTED, facts=facts)
         body = [{"adapterId": self.adapter_id, "code": each.code, "message": each.message} for each in problems]
         return Answered(response=_json(400, body), facts=facts)
+
+    async def answer_hook(self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive) -> Answered:
+        """May this change be stored? 200 with what else is to change, or 400 with the first refusal."""
+        _only(raw, "POST")
+        asked = parse_hook(raw, sender, callback, self.merchants)
+        answer = await self.verdicts.change(
+            callback, asked.merchant, asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
+        )
+        if (refusal := answer.refusal) is not None:
+            body = {"code": refusal.code, "message": refusal.message, "innerErrorCode": refusal.inner}
+            return Answered(response=_json(400, body), facts=_answer_facts(asked, answer, "refused"))
+        if not answer.patches:
+            return Answered(response=UNCHANGED, facts=_answer_facts(asked, answer, "accepted"))
+        response = Response(answer.document, media_type="application/json")
+        return Answered(response=response, facts=_answer_facts(asked, answer, "patched"))
 
     async def read_raw(self, scope: Scope, receive: Receive) -> RawCallback:
         """The request as it came. Raises `BodyTooLarge` (on bytes read, chunked too), `BodyTooSlow`."""
@@ -290,6 +310,21 @@ def _only(raw: RawCallback, *methods: str) -> None:
 
 def _who(sender: Sender) -> dict[str, str]:
     return {"scheme": sender.scheme, "key": sender.key}
+
+
+def _answer_facts(asked: ValidationRequest | HookRequest, answer: Answer, result: str) -> dict[str, Any]:
+    return {
+        "merchant": asked.merchant,
+        "channel": asked.channel,
+        "result": result,
+        "routes": len(answer.verdicts),
+        **_who(asked.sender),
+    }
+
+
+async def _gone(receive: Receive) -> bool:
+    """Waits for what comes after the body: that the caller has hung up, which it does when it tires of waiting."""
+    return bool((await receive())["type"] == "http.disconnect")
 
 
 def _refusal(error: Exception) -> Answered:

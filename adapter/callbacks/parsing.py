@@ -1,6 +1,6 @@
 """
-What was sent. Only these functions build a `ReceivedNotification` or a `ValidationRequest`, and they ask for the
-`Sender` that only `senders` hands out: a value of these types has passed every check.
+What was sent. Only these functions build a `ReceivedNotification`, a `HookRequest` or a `ValidationRequest`, and they
+ask for the `Sender` that only `senders` hands out: a value of these types has passed every check.
 
 The `scope` and `schema` in a notification's own body are data: Norce has decided on them already, and they never run.
 """
@@ -15,7 +15,7 @@ import msgspec
 
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
-from adapter.orders import NotAnOrder, canonical, decode, instant, order_digest, order_in
+from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in, unread
 from adapter.routes import Callback
 
 HEADERS = ("content-type", "x-merchant", "x-channel")  # the ones that are read here
@@ -61,6 +61,17 @@ class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_at: int | None
 
 
+class HookRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A hook to answer, with the order as it would become."""
+
+    sender: Sender
+    callback: Callback
+    merchant: str
+    channel: str
+    order_id: str
+    order: Order
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValidationRequest:
     """A validation to answer. A body is no part of it: the order is read from Norce."""
@@ -95,20 +106,7 @@ def parse_notification(
     Raises `NotJson`, `BadRequest`, `ConfigurationNotFound`, `Unauthenticated` (a secret that is not good for this
     merchant), `Unresolved`.
     """
-    check_order_id(raw.order_id)
-    media_type = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not (
-        media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
-    ):
-        raise NotJson("content-type", "The body must be application/json.")
-    try:
-        order = order_in(decode(raw.body))
-    except NotAnOrder as error:
-        raise _malformed() from error
-    order_id = order.get("id")
-    if order_id is not None and order_id != raw.order_id:
-        raise BadRequest("order-id-differs", "The order id in the path and the one in the body differ.")
-    merchant, channel = _whose(raw, sender, merchants, order)
+    order, merchant, channel = _order_in(raw, sender, merchants)
     modified = _micros(order.get("lastModified"), now)
     return ReceivedNotification(
         sender=sender,
@@ -123,6 +121,23 @@ def parse_notification(
     )
 
 
+def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> HookRequest:
+    """
+    The hook in a request: the order with the proposed change in it, of either version.
+
+    Raises what `parse_notification` raises.
+    """
+    order, merchant, channel = _order_in(raw, sender, merchants)
+    return HookRequest(
+        sender=sender,
+        callback=callback,
+        merchant=merchant,
+        channel=channel,
+        order_id=raw.order_id,
+        order=unread(raw.body, order),
+    )
+
+
 def parse_validation(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> ValidationRequest:
     """
     The validation in a request; its body is not looked at.
@@ -134,6 +149,24 @@ def parse_validation(raw: RawCallback, sender: Sender, callback: Callback, merch
     return ValidationRequest(
         sender=sender, callback=callback, merchant=merchant, channel=channel, order_id=raw.order_id
     )
+
+
+def _order_in(raw: RawCallback, sender: Sender, merchants: Merchants) -> tuple[dict[str, Any], str, str]:
+    """The order in a body, and whose it is."""
+    check_order_id(raw.order_id)
+    media_type = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not (
+        media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+    ):
+        raise NotJson("content-type", "The body must be application/json.")
+    try:
+        order = order_in(decode(raw.body))
+    except NotAnOrder as error:
+        raise _malformed() from error
+    order_id = order.get("id")
+    if order_id is not None and order_id != raw.order_id:
+        raise BadRequest("order-id-differs", "The order id in the path and the one in the body differ.")
+    return order, *_whose(raw, sender, merchants, order)
 
 
 def _whose(raw: RawCallback, sender: Sender, merchants: Merchants, order: Mapping[str, Any]) -> tuple[str, str]:

@@ -4,7 +4,8 @@ uvicorn's HTTP protocol with its gaps closed: a request's head has an end in tim
 uvicorn limits neither head (measured: one of 5 MB is taken, one that drips in a byte a second keeps its connection for
 ever); here the connection is closed. The body's limits are in `endpoints`, which knows what to answer. Beyond
 `MOST_AT_ONCE` requests at a time the next is refused as soon as it has come, for a fifth of what an accept costs: what
-could only wait until its caller has gone must not take the time of those that can be served.
+could only wait until its caller has gone must not take the time of those that can be served. Who waits for a plugin or
+for Norce takes no time, and counts as one of `MOST_WAITING` alone: a slow plugin must not shut the intake.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from adapter.callbacks import IS_WHOLE
 LONGEST_HEAD_SECONDS = 10.0
 LARGEST_HEAD_BYTES = 32 * 1024
 MOST_AT_ONCE = 500  # a tenth of a second's worth of accepts on one core
+MOST_WAITING = 2000  # each holds an order
 REFUSAL_BODY = b'{"code":"overloaded","message":"Nothing was stored. Please send it again."}'
 REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\ncontent-type: application/json\r\n"
@@ -28,12 +30,19 @@ REFUSAL = (
 class GuardedProtocol(HttpToolsProtocol):
     """
     Closes a connection whose next request's head is not complete in time, or grows beyond what a caller needs, and
-    answers 503 where too many requests are being served; `refused` is then told.
+    answers 503 where too many requests are being served; `refused` is then told. `waiting`: how many of them only wait.
     """
 
-    def __init__(self, *arguments: Any, refused: Callable[[], None] = lambda: None, **named: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        refused: Callable[[], None] = lambda: None,
+        waiting: Callable[[], int] = lambda: 0,
+        **named: Any,
+    ) -> None:
         super().__init__(*arguments, **named)
         self._refused = refused
+        self._waiting = waiting
         self._refusing = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
@@ -61,7 +70,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._end_head()
         is_idle = self.cycle is None or self.cycle.response_complete
-        if is_idle and len(self.tasks) >= MOST_AT_ONCE:
+        if is_idle and len(self.tasks) >= MOST_AT_ONCE and self._is_crowded():
             self._refusing = True
             if self.expect_100_continue:  # it waits for a word before it sends its body
                 self._refuse(keep_alive=False)
@@ -82,6 +91,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
+
+    def _is_crowded(self) -> bool:
+        return len(self.tasks) >= MOST_WAITING or len(self.tasks) - self._waiting() >= MOST_AT_ONCE
 
     def _refuse(self, *, keep_alive: bool) -> None:
         self.transport.write(REFUSAL)
