@@ -90,9 +90,13 @@ def _urls(value: Any) -> Iterator[Url]:
             yield from _urls(item)
 
 
+# Who asks is limited, each in a way of its own: a queue in here is slow.
+_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+
+
 def connections() -> httpx.AsyncHTTPTransport:
     """Connections of one event loop to whom it may be: no proxies, no environment, nothing tried twice."""
-    return httpx.AsyncHTTPTransport(verify=_trusted(), retries=0, trust_env=False)
+    return httpx.AsyncHTTPTransport(verify=_trusted(), retries=0, trust_env=False, limits=_UNLIMITED)
 
 
 @functools.cache

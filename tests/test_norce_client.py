@@ -9,6 +9,7 @@ import pytest
 
 from adapter.norce.client import (
     LARGEST_ORDER_BYTES,
+    MOST_READS_AT_ONCE,
     Account,
     Norce,
     NorceRefused,
@@ -212,3 +213,32 @@ def test_the_time_is_for_both_tokens_together() -> None:
         read(norce, tokens=("old", "new"), timeout=timedelta(milliseconds=50))
 
     assert len(norce.requests) == 2
+
+
+def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_beside_them() -> None:
+    async def work() -> tuple[int, Order]:
+        silent = [None] * MOST_READS_AT_ONCE
+        transport = FakeNorce(*silent, httpx.Response(200, json=ORDER))
+        account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"),))
+        accounts = {"fjallboden": account, "annan": account}
+        norce = Norce(accounts, adapter_id="our_adapter", timeout=timedelta(seconds=5), transport=transport)
+        reads = [
+            asyncio.create_task(norce.order("fjallboden", "se-b2c", f"order-{number}"))
+            for number in range(3 * MOST_READS_AT_ONCE)
+        ]
+        while len(transport.requests) < MOST_READS_AT_ONCE:
+            await asyncio.sleep(0)
+
+        beside = await norce.order("annan", "1", "order-1")
+
+        asked = len(transport.requests)
+        for each in reads:
+            each.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
+        await norce.aclose()
+        return asked, beside
+
+    asked, beside = asyncio.run(work())
+
+    assert asked == MOST_READS_AT_ONCE + 1
+    assert beside.id == "order-1"
