@@ -23,6 +23,7 @@ from adapter.callbacks.senders import Senders
 from adapter.cli.explain import explain
 from adapter.cli.ledger import GROUPS
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, one_line, output_option, print_rows
+from adapter.cli.simulate import simulate
 from adapter.cli.verdicts import verdicts_group
 from adapter.config import Config
 from adapter.demo import DemoFailed, demo, walk
@@ -38,9 +39,8 @@ def main() -> None:
     """An order adapter behind Norce Checkout."""
 
 
-for _group in (*GROUPS, verdicts_group):
-    main.add_command(_group)
-main.add_command(explain)
+for _command in (*GROUPS, verdicts_group, explain, simulate):
+    main.add_command(_command)
 
 
 @main.command()

@@ -29,6 +29,7 @@ CODES: Mapping[str, tuple[int, ...]] = MappingProxyType(
         "payment-error": (400,),
         "configuration-error": (400,),
         "unauthorized": (401, 403),
+        "application-not-found": (404,),
         "order-not-found": (404,),
         "payment-not-found": (404,),
         "shipping-not-found": (404,),

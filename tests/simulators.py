@@ -1,0 +1,151 @@
+"""
+A simulator in this process, a client that asks it by the names of the operations, and somebody who answers callbacks.
+
+Every answer is held against the table: its status is declared, and its body fits its schema.
+"""
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema_rs
+from starlette.testclient import TestClient
+
+from adapter.norce.operations import BY_NAME, CHANNEL, MERCHANT, schema
+from adapter.simulator import Simulator
+
+ROOT = Path(__file__).parent.parent
+SAMPLE = json.loads((ROOT / "adapter/demo/orders/order-api-request-sample.json").read_text("utf-8"))
+COMPLETED = json.loads((ROOT / "adapter/demo/orders/order-completed.json").read_text("utf-8"))
+TOKEN = "a token"
+PRICE = {"includingVat": 100.0, "excludingVat": 80.0}
+# Statuses that anything may be answered with, whatever it declares.
+ANYWHERE = {400, 404, 409, 429}
+
+
+@functools.cache
+def validator(name: str) -> Any:
+    return jsonschema_rs.validator_for(schema(name))
+
+
+class Clock:
+    """Stands still until it is moved; whoever sleeps moves it."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 2, 3, 8, 0, tzinfo=UTC)
+        self.slept: list[float] = []
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += timedelta(seconds=seconds)
+
+
+class Receiver:
+    """Answers what Norce sends, and remembers it. `answers` says what, by the end of the path."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Callable[[httpx.Request], Any]] = {}
+        self.got: list[httpx.Request] = []
+
+    def to(self, path: str, answer: Any) -> str:
+        """The address of a callback that is answered so: with a response, or what a function makes of the request."""
+        self.answers[path] = answer if callable(answer) else lambda _request: answer
+        return f"http://127.0.0.1:9{path}"
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.got.append(request)
+        answer = self.answers.get(request.url.path, lambda _request: None)(request)
+        if hasattr(answer, "__await__"):
+            answer = await answer
+        if isinstance(answer, httpx.Response):
+            # A response is good for one request.
+            return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
+        return httpx.Response(200, json=answer)
+
+    def bodies(self, path: str) -> list[Any]:
+        return [json.loads(each.content) if each.content else None for each in self.got if each.url.path == path]
+
+
+class Shop:
+    """One merchant's client. `ask` is an operation by its name."""
+
+    def __init__(self, simulator: Simulator, http: TestClient, receiver: Receiver, clock: Clock) -> None:
+        self.simulator = simulator
+        self.http = http
+        self.receiver = receiver
+        self.clock = clock
+        self.headers = {"authorization": f"Bearer {TOKEN}", MERCHANT: "norce", CHANNEL: "1"}
+
+    def ask(
+        self,
+        name: str,
+        body: Any = None,
+        *,
+        version: str | None = None,
+        headers: dict[str, str] | None = None,
+        query: Any = None,
+        raw: bytes | None = None,
+        status: int | None = None,
+        **path: str,
+    ) -> httpx.Response:
+        operation = BY_NAME[name]
+        version = version or operation.versions[0]
+        content = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        answer = self.http.request(
+            operation.method,
+            operation.url("/checkout", version, **path),
+            headers=self.headers | (headers or {}),
+            params=query,
+            content=content,
+        )
+        self.http.portal.call(self.simulator.settled)
+        if answer.is_success:
+            assert answer.status_code in operation.answers
+            wanted = operation.answers[answer.status_code]
+            assert not (answer.content and wanted is None), "a body that is not declared"
+        else:
+            assert answer.status_code in {*operation.errors[version], *ANYWHERE}
+            wanted = operation.error
+        if answer.content:
+            assert validator(wanted).is_valid(answer.json()), answer.text
+        if status is not None:
+            assert answer.status_code == status, answer.text
+        return answer
+
+    def create(self, order: Any = None, **members: Any) -> str:
+        """A new order, its id: with two lines for 150 in the cart, or as it is given."""
+        items = [{"name": "Mössa", "quantity": 1, "total": {"includingVat": amount}} for amount in (100, 50)]
+        default = {"currency": "SEK", "cart": {"reference": "7", "items": items}}
+        return self.ask("create_order", (order or default) | members, status=201).json()["id"]
+
+    def read(self, order_id: str, version: str = "v0") -> dict[str, Any]:
+        return self.ask("read_order", version=version, order_id=order_id, status=200).json()
+
+    def move(self, order_id: str, *statuses: str) -> None:
+        for each in statuses:
+            self.ask("put_state", {"currentStatus": each}, order_id=order_id, status=200)
+
+    def pay(self, order_id: str, amount: float = 150, **members: Any) -> str:
+        body = {"adapterId": "p", "amount": amount} | members
+        return self.ask("add_payment", body, order_id=order_id, status=201).json()["id"]
+
+
+@contextmanager
+def shop(**given: Any) -> Iterator[Shop]:
+    receiver, clock = Receiver(), Clock()
+    given = {"token": TOKEN, "clock": clock, "sleep": clock.sleep, "seed": 1} | given
+    simulator = Simulator(transport=httpx.MockTransport(receiver), **given)
+    with TestClient(simulator.app) as http:  # one event loop for all that is asked
+        http.portal.call(simulator.__aenter__)
+        try:
+            yield Shop(simulator, http, receiver, clock)
+        finally:
+            http.portal.call(simulator.__aexit__, None, None, None)
