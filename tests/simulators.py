@@ -4,6 +4,7 @@ A simulator in this process, a client that asks it by the names of the operation
 Every answer is held against the table: its status is declared, and its body fits its schema.
 """
 
+import asyncio
 import functools
 import json
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from typing import Any
 
 import httpx
 import jsonschema_rs
-from starlette.testclient import TestClient
 
 from adapter.norce.operations import BY_NAME, CHANNEL, MERCHANT, schema
 from adapter.simulator import Simulator
@@ -77,8 +77,11 @@ class Receiver:
 class Shop:
     """One merchant's client. `ask` is an operation by its name."""
 
-    def __init__(self, simulator: Simulator, http: TestClient, receiver: Receiver, clock: Clock) -> None:
+    def __init__(
+        self, simulator: Simulator, http: httpx.AsyncClient, loop: asyncio.Runner, receiver: Receiver, clock: Clock
+    ) -> None:
         self.simulator = simulator
+        self.loop = loop
         self.http = http
         self.receiver = receiver
         self.clock = clock
@@ -88,6 +91,7 @@ class Shop:
         self,
         name: str,
         body: Any = None,
+        /,
         *,
         version: str | None = None,
         headers: dict[str, str] | None = None,
@@ -99,14 +103,15 @@ class Shop:
         operation = BY_NAME[name]
         version = version or operation.versions[0]
         content = raw if raw is not None else None if body is None else json.dumps(body).encode()
-        answer = self.http.request(
+        request = self.http.build_request(
             operation.method,
-            operation.url("/checkout", version, **path),
+            operation.url("http://simulator/checkout", version, **path),
             headers=self.headers | (headers or {}),
             params=query,
             content=content,
         )
-        self.http.portal.call(self.simulator.settled)
+        answer = self.loop.run(self.http.send(request))
+        self.loop.run(self.simulator.settled())
         if answer.is_success:
             assert answer.status_code in operation.answers
             wanted = operation.answers[answer.status_code]
@@ -142,10 +147,12 @@ class Shop:
 def shop(**given: Any) -> Iterator[Shop]:
     receiver, clock = Receiver(), Clock()
     given = {"token": TOKEN, "clock": clock, "sleep": clock.sleep, "seed": 1} | given
-    simulator = Simulator(transport=httpx.MockTransport(receiver), **given)
-    with TestClient(simulator.app) as http:  # one event loop for all that is asked
-        http.portal.call(simulator.__aenter__)
+    with asyncio.Runner() as loop:
+        simulator = Simulator(transport=httpx.MockTransport(receiver), **given)
+        loop.run(simulator.__aenter__())
+        http = httpx.AsyncClient(transport=httpx.ASGITransport(simulator.app))
         try:
-            yield Shop(simulator, http, receiver, clock)
+            yield Shop(simulator, http, loop, receiver, clock)
         finally:
-            http.portal.call(simulator.__aexit__, None, None, None)
+            loop.run(http.aclose())
+            loop.run(simulator.__aexit__(None, None, None))

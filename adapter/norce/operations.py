@@ -64,7 +64,7 @@ class Operation:
         """The path from the root of the Checkout services, with the parameters in braces."""
         return f"/{self.service}{self.path.replace('{version}', version)}"
 
-    def url(self, base_url: str, version: str, **parameters: str) -> str:
+    def url(self, base_url: str, version: str, /, **parameters: str) -> str:
         """The address below a base such as `https://slug.api-se.playground.norce.tech/checkout`."""
         quoted = {name: quote(value, safe="") for name, value in parameters.items()}
         return base_url.rstrip("/") + self.template(version).format_map(quoted)
@@ -109,7 +109,7 @@ def _configuration(
         body=body,
         headers=(AUTHORIZATION,),  # merchant and channel are in the path
         answers={200: answer},
-        errors={V1: (400, 401, 404)},
+        errors={V1: (400, 401) if method == "PUT" else (400, 401, 404)},  # a PUT makes what is missing
     )
 
 

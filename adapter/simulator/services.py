@@ -391,7 +391,10 @@ def _configuration(checkout: Checkout) -> dict[str, Handler]:
 
     async def list_channels(call: Call) -> Any:
         keys = (msgspec.json.decode(key) for key in records.documents)
-        return list(dict.fromkeys(channel for merchant, channel, _ in keys if merchant == call.path["merchant"]))
+        channels = list(dict.fromkeys(channel for merchant, channel, _ in keys if merchant == call.path["merchant"]))
+        if not channels:
+            raise Refused("configuration-not-found", "The merchant has no channels.")
+        return channels
 
     async def list_configurations(call: Call) -> Any:
         return list(documents(call).values())
