@@ -56,8 +56,10 @@ class _LoopbackOnly(httpx.AsyncBaseTransport):
         self._transport = transport
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if not _is_loopback(request.url.host):
+        if request.url.scheme not in ("http", "https") or not _is_loopback(request.url.host):
             raise _NotLoopback(NOT_LOOPBACK)
+        if (request.url.port or 0) > 65535:
+            raise httpx.InvalidURL("there is no such port")
         return await self._transport.handle_async_request(request)
 
     async def aclose(self) -> None:
@@ -367,7 +369,7 @@ class Callbacks:
             return Answer(status=None, reason=TOO_LATE)
         except _NotLoopback:
             return Answer(status=None, reason=NOT_LOOPBACK)
-        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError, ValueError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             return Answer(status=None, reason=type(error).__name__)
 
     def _filled(self, url: str, adapter_id: Any, order: Order) -> str:

@@ -9,6 +9,7 @@ import hmac
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -89,9 +90,9 @@ def _endpoint(
             merchant, channel = (request.headers.get(name, "") for name in (MERCHANT, CHANNEL))
             if operation.service == "configuration" and merchant not in ("", request.path_params["merchant"]):
                 raise Refused("configuration-error", f"The header {MERCHANT} names another merchant than the path.")
-            if CHANNEL in operation.headers and switches.channels_unknown:
-                if not checkout.records.documents_of(merchant, channel):
-                    raise Refused("application-not-found", "There is no such merchant and channel.")
+            asks_channel = CHANNEL in operation.headers and switches.channels_unknown
+            if asks_channel and not checkout.records.documents_of(merchant, channel):
+                raise Refused("application-not-found", "There is no such merchant and channel.")
             call = Call(
                 body=await _body(request, operation, switches.largest_order_bytes),
                 path=request.path_params,
@@ -275,13 +276,13 @@ def _page(orders: Iterable[Order], call: Call) -> dict[str, Any]:
         name: {value.casefold() for each in asked[name] for value in each.split(",")}
         for name in asked & _FILTERS.keys()
     }
-    since, until = asked.get("date_from", [""])[0], asked.get("date_to", ["~"])[0]
+    since, until = (_moment(asked[name][0]) if name in asked else "" for name in ("date_from", "date_to"))
     search = asked.get("search", [""])[0].casefold()
     found = [
         order
         for order in orders
         if (order["merchant"], order["channel"]) == (call.merchant, call.channel)
-        and since <= order["created"] <= until
+        and since <= order["created"] <= (until or order["created"])
         and all(any(str(each).casefold() in values for each in _FILTERS[n](order)) for n, values in wanted.items())
         and (not search or search in msgspec.json.encode(order).decode().casefold())
     ]
@@ -295,6 +296,15 @@ def _page(orders: Iterable[Order], call: Call) -> dict[str, Any]:
         worth = round(sum(money(_at(order, "total", "includingVat")) for order in found), 2)
         pagination |= {"size": len(found), "valueSum": worth}
     return {"data": [as_version(order, call.version, call.switches) for order in data], "pagination": pagination}
+
+
+def _moment(text: str) -> str:
+    """As orders have it. Raises `Refused`."""
+    try:
+        given = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise Refused("order-bad-request", "date_from and date_to are moments such as 2026-02-03T12:00:00Z.") from error
+    return as_text((given if given.tzinfo else given.replace(tzinfo=UTC)).astimezone(UTC))
 
 
 def _cut(found: list[Any], call: Call) -> tuple[list[Any], dict[str, Any]]:
