@@ -537,6 +537,8 @@ def test_documents_come_and_go_with_their_channel(norce: Shop) -> None:
         ({"type": "object", "properties": {"shop": {"type": "string"}}}, {"shop": 1}, 400),
         ({"allOf": [{"$ref": "https://norce.example/openapi/v1/schemas/configuration.json"}]}, {"active": True}, 200),
         ({"$ref": "https://norce.example/elsewhere.json"}, {}, 400),
+        ({"$ref": "file:///etc/hostname"}, {}, 400),
+        ({"$schema": "http://127.0.0.1:9/dialect.json"}, {}, 400),
         ({"type": "nothing"}, {}, 400),
         ([], {}, 400),
         (httpx.Response(404), {}, 400),
@@ -552,7 +554,8 @@ def test_a_document_is_held_against_the_schema_that_its_adapter_publishes(
     norce.ask("put_configuration", {"$schema": url, "id": "own_adapter"} | document, **path, status=status)
 
     norce.ask("read_configuration", **path, status=200 if status == 200 else 404)
-    assert norce.receiver.got
+    assert [each.url.path for each in norce.receiver.got] == ["/openapi/v1/schemas/own_adapter.json"]
+    assert [each.kind for each in norce.simulator.journal.entries] == ["schema", "request", "request"]
 
 
 # --- the simulator's own ----------------------------------------------------------------------------------------------
@@ -566,6 +569,7 @@ def test_orders_documents_and_events_survive_a_restart(tmp_path: Path) -> None:
         before = norce.read(stage.order_id)
         events = norce.simulator.events()
 
+    assert (tmp_path / "norce.db").stat().st_mode & 0o077 == 0
     with shop(store=tmp_path / "norce.db", seed=2) as norce:
         assert norce.read(stage.order_id) == before
         assert norce.simulator.events() == events != []
@@ -578,6 +582,8 @@ def test_a_store_of_somebody_elses_is_not_touched(tmp_path: Path) -> None:
 
     with pytest.raises(StoreUnusable, match=r"notes\.txt"):
         Simulator(token="t", store=tmp_path / "notes.txt")
+    with pytest.raises(StoreUnusable, match="no-such-folder"):
+        Simulator(token="t", store=tmp_path / "no-such-folder" / "norce.db")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
@@ -658,6 +664,8 @@ def thrown(norce: Shop, **switches: Any) -> Shop:
         ({"created_body": "string"}, lambda n: isinstance(n.ask("create_order", SAMPLE, status=201).json(), str)),
         ({"basket_created_status": 200}, lambda n: n.ask(
             "create_from_basket", {"cartReference": 1, "culture": "sv"}, status=200)),
+        ({"state_status": 202}, lambda n: n.ask(
+            "put_state", {"currentStatus": "processing"}, version="v1", order_id=n.create(), status=202)),
         ({"order_id_underscore": True}, lambda n: n.create().startswith("o_")),
         ({"largest_order_bytes": 100}, lambda n: n.ask("create_order", SAMPLE, status=400)),
         ({"v0_served": False}, lambda n: n.ask("list_orders", status=404) and n.ask(

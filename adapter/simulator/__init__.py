@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from adapter.simulator.checkout import Checkout
-from adapter.simulator.orders import Order, as_version
 from adapter.simulator.records import StoreUnusable
 from adapter.simulator.services import services
 from adapter.simulator.switches import Switches, SwitchInvalid
+from adapter.simulator.versions import Order, as_version
 
 __all__ = ["Simulator", "StoreUnusable", "SwitchInvalid", "Switches"]
 

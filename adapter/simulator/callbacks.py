@@ -25,9 +25,7 @@ from adapter.conditions import Result
 from adapter.simulator.orders import (
     WATCHED,
     Call,
-    Order,
     Refused,
-    as_version,
     condition,
     is_touched,
     patched,
@@ -37,6 +35,7 @@ from adapter.simulator.orders import (
 )
 from adapter.simulator.records import Journal, Records, document_key
 from adapter.simulator.switches import Switches
+from adapter.simulator.versions import Order, as_version
 
 MOST_ROUNDS = 10  # of hooks that patch what other hooks watch
 LARGEST_ANSWER = 2_000_000
@@ -322,15 +321,22 @@ class Callbacks:
             headers["authorization"] = switches.callback_authorization
         if not switches.callback_connections_kept:
             headers["connection"] = "close"
+        whose = {"order_id": order["id"], "merchant": order["merchant"], "channel": order["channel"]}
+        content = None if body is None else msgspec.json.encode(body)
+        return await self._written(kind, method, url, headers, content, seconds=seconds, **whose)
+
+    async def fetch(self, url: str, *, seconds: float, merchant: str, channel: str) -> Answer:
+        """A document of an adapter's: its configuration schema."""
+        whose = {"order_id": None, "merchant": merchant, "channel": channel}
+        return await self._written("schema", "GET", url, {}, None, seconds=seconds, **whose)
+
+    async def _written(
+        self, kind: str, method: str, url: str, headers: dict[str, str], content: bytes | None, *, seconds: float,
+        **whose: str | None,
+    ) -> Answer:  # fmt: skip
+        """The answer, which the journal knows of."""
         began = time.monotonic()
-        answer = await self._answer(
-            method,
-            url,
-            headers,
-            None if body is None else msgspec.json.encode(body),
-            seconds=seconds,
-            redirects=switches.callback_redirects,
-        )
+        answer = await self._answer(method, url, headers, content, seconds=seconds)
         self._journal.write(
             url=url,
             at=as_text(self._now()),
@@ -338,22 +344,17 @@ class Callbacks:
             method=method,
             status=answer.status,
             took_ms=round((time.monotonic() - began) * 1000),
-            order_id=order["id"],
-            merchant=order["merchant"],
-            channel=order["channel"],
             note=answer.reason,
+            **whose,
         )
         return answer
 
-    async def fetch(self, url: str, seconds: float) -> Answer:
-        """A document of an adapter's: its configuration schema."""
-        return await self._answer("GET", url, {}, None, seconds=seconds, redirects=False)
-
     async def _answer(
-        self, method: str, url: str, headers: dict[str, str], body: bytes | None, *, seconds: float, redirects: bool
+        self, method: str, url: str, headers: dict[str, str], content: bytes | None, *, seconds: float
     ) -> Answer:
+        redirects = self._switches().callback_redirects
         try:
-            request = self._http.build_request(method, url, headers=headers, content=body)
+            request = self._http.build_request(method, url, headers=headers, content=content)
             async with asyncio.timeout(seconds):
                 response = await self._http.send(request, stream=True, follow_redirects=redirects)
                 try:

@@ -16,9 +16,10 @@ from typing import Any
 import httpx
 
 from adapter.simulator.callbacks import Callbacks
-from adapter.simulator.orders import CHANGES, REMOVED, Call, Invalid, Order, Refused, created, find, problems, same
+from adapter.simulator.orders import CHANGES, REMOVED, Call, Invalid, Refused, created, find, problems, same
 from adapter.simulator.records import Journal, Records
 from adapter.simulator.switches import Switches
+from adapter.simulator.versions import Order
 
 MOST_TRIES = 10
 _ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"

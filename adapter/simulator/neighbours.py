@@ -5,24 +5,13 @@ shipping's. Each changes the order as Norce's own adapters do, through the order
 Their outside systems are made up: basket 7 always holds the same lines, and every payment succeeds.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from adapter.simulator.checkout import Checkout
-from adapter.simulator.orders import (
-    ACCEPTED,
-    CHECKOUT,
-    COMPLETED,
-    PROCESSING,
-    REMOVED,
-    Call,
-    Order,
-    Refused,
-    as_version,
-    find,
-    money,
-)
+from adapter.simulator.orders import ACCEPTED, CHECKOUT, COMPLETED, PROCESSING, REMOVED, Call, Refused, find, money
+from adapter.simulator.versions import Order, as_version
 
 PLATFORM, PAYMENT, SHIPPING = "norce_adapter", "nonpsp_adapter", "ingrid_adapter"
 FREIGHT = {"includingVat": 59.0, "excludingVat": 47.2}
@@ -30,7 +19,7 @@ DISCOUNT = {"includingVat": 50.0, "excludingVat": 40.0}
 _SHELF = (("Vinterjacka", "JKT-1001", 1499.0), ("Ullstrumpor", "SOCK-3P", 129.0), ("Mössa", "CAP-12", 249.0))
 
 
-def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Awaitable[Any]]]:
+def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Any]]:
     """By the names of the operations."""
 
     async def does(name: str, call: Call, adapter_id: str, body: Any = None, **path: str) -> Any:
@@ -38,7 +27,7 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Awaitable[Any]]]:
             name, replace(call, body=body, path={**call.path, **path}, adapter_id=adapter_id, version="v1")
         )
 
-    async def create_from_basket(call: Call) -> Any:
+    def create_from_basket(call: Call) -> Any:
         reference = call.body["cartReference"]
         if reference < 1:
             raise Refused("order-bad-request", "There is no such basket.")
@@ -55,12 +44,6 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Awaitable[Any]]]:
             raise Refused("order-bad-request", "The order is not from a basket.")
         await does("put_cart", call, PLATFORM, _basket(int(reference)))
         return as_version(checkout.stored(call), "v0", call.switches)
-
-    async def patch_item(call: Call) -> None:
-        await change_items(call, call.body["quantity"])
-
-    async def remove_item(call: Call) -> None:
-        await change_items(call, 0)
 
     async def change_items(call: Call, quantity: int) -> None:
         cart = checkout.stored(call)["cart"]
@@ -87,9 +70,6 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Awaitable[Any]]]:
         first, *rest = cart["items"] or [{}]
         items = [_line({**first, "discounts": discounts}, first["quantity"]), *rest] if first else []
         await does("put_cart", call, PLATFORM, {**cart, "items": items, "discounts": discounts, "total": None})
-
-    async def validate_basket(call: Call) -> None:
-        checkout.stored(call)
 
     def payment(call: Call) -> dict[str, Any]:
         payments: list[dict[str, Any]] = checkout.stored(call)["payments"]
@@ -132,11 +112,20 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Awaitable[Any]]]:
         confirmed = {**shipping, "state": "confirmed", "tmsReference": call.new_id("tms")}
         await does("put_shipping", call, SHIPPING, confirmed)
 
-    functions = (
-        create_from_basket, refresh_from_basket, patch_item, remove_item, add_discount, remove_discount,
-        validate_basket, start_payment, complete_payment, cancel_payment, start_shipping, complete_shipping,
-    )  # fmt: skip
-    return {each.__name__: each for each in functions}
+    return {
+        "create_from_basket": create_from_basket,
+        "refresh_from_basket": refresh_from_basket,
+        "patch_item": lambda call: change_items(call, call.body["quantity"]),
+        "remove_item": lambda call: change_items(call, 0),
+        "add_discount": add_discount,
+        "remove_discount": remove_discount,
+        "validate_basket": lambda call: checkout.stored(call) and None,
+        "start_payment": start_payment,
+        "complete_payment": complete_payment,
+        "cancel_payment": cancel_payment,
+        "start_shipping": start_shipping,
+        "complete_shipping": complete_shipping,
+    }
 
 
 def _basket(reference: int) -> dict[str, Any]:

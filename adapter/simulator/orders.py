@@ -2,7 +2,7 @@
 An order and its rules: a change comes in, the next order goes out, or `Refused` with one of Norce's codes. Pure: an
 order is never changed in place, and ids and times arrive with the `Call`.
 
-An order is kept once for both versions of the API, in the words of v1; `as_version` makes of it what v0 or v1 shows.
+An order is kept once for both versions of the API, in the words of v1; `versions` makes of it what v0 or v1 shows.
 What one would get wrong: a status belongs to the order, but `transitions` is history. No caller and no hook writes it;
 `settled` makes it from where the order was and where it is to be.
 """
@@ -19,10 +19,10 @@ import jsonschema_rs
 from jsonpointer import JsonPointerException
 
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid
-from adapter.norce.operations import CODES, V0, V1, schema
+from adapter.norce.operations import CODES, schema
 from adapter.simulator.switches import Switches
+from adapter.simulator.versions import OWN_NAMES, Order
 
-Order = dict[str, Any]
 Change = Callable[[Order, "Call"], tuple[Order, Any]]
 
 CHECKOUT, PROCESSING, ACCEPTED = "checkout", "processing", "accepted"
@@ -51,24 +51,12 @@ _LISTS = {
     ("state", "transitions"),
 }
 _PREFIXES = {"validations": "v", "hooks": "h", "notifications": "n", "consents": "c", "payments": "p", "shippings": "s"}
-_OWN_NAMES = {"validations": {"url": "invoke"}, "hooks": {"subscribeTo": "scope"}}  # v0's -> v1's
 _CONTEXT = {
     "culture": re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{2})*"),
     "currency": re.compile(r"[A-Za-z]{3}"),
     "country": re.compile(r"[A-Za-z]{2}"),
 }
 _NOT_FROM_A_BODY = ("id", "merchant", "channel", "orderId")
-_HIDDEN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    V0: {"validations": ("reference", "description"), "hooks": ("reference", "description")},
-    V1: {
-        "payments": ("merchant", "channel", "upsell"),
-        "shippings": ("merchant", "channel"),
-        "notifications": ("delay",),
-        "items": ("logistics", "upsell"),
-        "discounts": ("reference", "description"),
-        "deliveryDetails": ("carrierProductId",),
-    },
-}
 
 
 class Refused(Exception):
@@ -153,12 +141,15 @@ def put_cart(order: Order, call: Call) -> tuple[Order, None]:
     return with_total({**order, "cart": cart}), None
 
 
-def put_billing(order: Order, call: Call) -> tuple[Order, None]:
-    return _address(order, "billing", call)
+def putting_address(which: str) -> Change:
+    """The change of the billing or shipping address, as a whole."""
 
+    def put(order: Order, call: Call) -> tuple[Order, None]:
+        _unlocked(order, "customer", call)
+        customer = {"type": call.body.get("type") or "person", **(order["customer"] or {}), which: call.body}
+        return {**order, "customer": customer}, None
 
-def put_shipping_address(order: Order, call: Call) -> tuple[Order, None]:
-    return _address(order, "shipping", call)
+    return put
 
 
 def patch_attributes(order: Order, call: Call) -> tuple[Order, None]:
@@ -276,8 +267,8 @@ def put_shipping(order: Order, call: Call) -> tuple[Order, Any]:
 # What each operation changes: by whom, and at which pointers.
 CHANGES: Mapping[str, tuple[Change, tuple[str, ...]]] = {
     "put_cart": (put_cart, ("/cart", "/total")),
-    "put_billing": (put_billing, ("/customer/billing",)),
-    "put_shipping_address": (put_shipping_address, ("/customer/shipping",)),
+    "put_billing": (putting_address("billing"), ("/customer/billing",)),
+    "put_shipping_address": (putting_address("shipping"), ("/customer/shipping",)),
     "patch_attributes": (patch_attributes, ("/attributes",)),
     "put_reference": (put_reference, ("/reference",)),
     "put_state": (put_state, ("/state",)),
@@ -417,51 +408,6 @@ def with_total(order: Order) -> Order:
     return {**order, "total": _sum(priced)}
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------------
-
-
-def as_version(order: Order, version: str, switches: Switches) -> Order:
-    """The order as this version of the API shows it."""
-    hidden = _HIDDEN[version]
-    shown = {
-        name: _shown(value, name, hidden, version) if isinstance(value, (dict, list)) else value
-        for name, value in order.items()
-        if not name.startswith("_")
-    }
-    if switches.enums == "capital":
-        shown = _capitals(shown)
-    return shown
-
-
-def _shown(value: Any, name: str, hidden: Mapping[str, tuple[str, ...]], version: str) -> Any:
-    if name in ("attributes", "schema"):
-        return value
-    if isinstance(value, list):
-        return [_shown(each, name, hidden, version) for each in value]
-    if not isinstance(value, dict):
-        return value
-    without = hidden.get(name, ())
-    renamed = {} if version == V1 else {new: old for old, new in _OWN_NAMES.get(name, {}).items()}
-    return {
-        renamed.get(key, key): _shown(part, key, hidden, version) if isinstance(part, (dict, list)) else part
-        for key, part in value.items()
-        if key not in without
-    }
-
-
-def _capitals(value: Any) -> Any:
-    """As some of Norce's samples write these two."""
-    if isinstance(value, list):
-        return [_capitals(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    names = {"person": "Person", "organization": "Organization", "intent": "Intent"}
-    return {
-        name: names.get(part, part) if name in ("type", "state") and isinstance(part, str) else _capitals(part)
-        for name, part in value.items()
-    }
-
-
 # --- what they share --------------------------------------------------------------------------------------------------
 
 
@@ -472,7 +418,7 @@ def _validator(name: str) -> Any:
 
 def registration(kind: str, body: Mapping[str, Any], call: Call) -> dict[str, Any]:
     """A validation, hook or notification as it is kept: in the words of v1, with an id of ours."""
-    names = _OWN_NAMES.get(kind, {})
+    names = OWN_NAMES.get(kind, {})
     return {**{names.get(name, name): value for name, value in body.items()}, "id": call.new_id(_PREFIXES[kind])}
 
 
@@ -521,12 +467,6 @@ def _only_upsells(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return all(name in kept and same(kept[name], each) for name, each in before.items()) and all(
         each.get("upsell") for name, each in kept.items() if name not in before
     )
-
-
-def _address(order: Order, which: str, call: Call) -> tuple[Order, None]:
-    _unlocked(order, "customer", call)
-    customer = {"type": call.body.get("type") or "person", **(order["customer"] or {}), which: call.body}
-    return {**order, "customer": customer}, None
 
 
 def _cart(body: Mapping[str, Any], call: Call) -> dict[str, Any]:

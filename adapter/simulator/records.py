@@ -35,6 +35,7 @@ class Records:
 
     def _open(self, path: Path) -> sqlite3.Connection:
         try:
+            path.touch(mode=0o600)  # orders may be of real people
             file = sqlite3.connect(path, isolation_level=None)
             file.execute("PRAGMA journal_mode = WAL")
             file.execute("PRAGMA synchronous = OFF")  # a restart is to be survived, not a power cut
@@ -43,7 +44,7 @@ class Records:
             )
             for kind, key, value in file.execute("SELECT kind, key, value FROM records ORDER BY rowid"):
                 getattr(self, kind)[key] = msgspec.json.decode(value)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise StoreUnusable(f"{path}: {error}") from error
         return file
 

@@ -6,6 +6,7 @@ outside of everything else, so that a lost answer is one whose operation was car
 """
 
 import hmac
+import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -35,18 +36,18 @@ from adapter.norce.operations import (
     Operation,
     schema,
 )
-from adapter.simulator import neighbours
+from adapter.simulator import configuration, neighbours
 from adapter.simulator.callbacks import as_text
 from adapter.simulator.checkout import Checkout
-from adapter.simulator.orders import CHANGES, Call, Invalid, Order, Refused, as_version, find, money
-from adapter.simulator.records import document_key
+from adapter.simulator.orders import CHANGES, Call, Invalid, Refused, find, money
 from adapter.simulator.switches import SwitchInvalid
+from adapter.simulator.versions import Order, as_version
 
 PREFIX = "/checkout"
 BASIC_SCHEMA = f"{PREFIX}/configuration/openapi/v1/schemas/configuration.json"
 _TITLES = {400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 409: "Conflict", 500: "Error"}
 
-Handler = Callable[[Call], Awaitable[Any]]
+Handler = Callable[[Call], Any]  # what it answers, or an awaitable of that
 
 
 def services(checkout: Checkout, token: str) -> ASGIApp:
@@ -55,7 +56,7 @@ def services(checkout: Checkout, token: str) -> ASGIApp:
         **{name: _changing(checkout, name) for name in CHANGES},
         **_reading(checkout),
         **_events(checkout),
-        **_configuration(checkout),
+        **configuration.handlers(checkout),
         **neighbours.handlers(checkout),
     }
     routes = [
@@ -105,7 +106,9 @@ def _endpoint(
                 new_id=checkout.new_id,
                 switches=switches,
             )
-            body = await handler(call)
+            body = handler(call)
+            if inspect.isawaitable(body):
+                body = await body
         except Invalid as invalid:
             request.scope["simulator.note"] = ", ".join(str(each["code"]) for each in invalid.errors)
             is_array = switches.validate_refusal == "array"
@@ -113,9 +116,11 @@ def _endpoint(
         except Refused as refused:
             request.scope["simulator.note"] = refused.code
             return _refusal(refused, operation, version, problems=switches.v1_problems)
-        status = next(iter(operation.answers))
+        status: int = next(iter(operation.answers))
         if operation.name == "create_from_basket":
             status = switches.basket_created_status
+        elif operation.name == "put_state" and version == V1:
+            status = switches.state_status
         headers = {}
         if status == 201 and isinstance(body, dict):
             headers["location"] = f"{request.url.path}/{body['id']}"
@@ -191,47 +196,28 @@ def _parts(order: Order, name: str, call: Call, part_id: str | None = None) -> A
 
 
 def _reading(checkout: Checkout) -> dict[str, Handler]:
-    async def create_order(call: Call) -> Any:
-        return {"id": checkout.create(call)["id"]}
-
-    async def list_orders(call: Call) -> Any:
-        return _page(checkout.records.orders.values(), call)
-
-    async def read_order(call: Call) -> Any:
-        return as_version(checkout.stored(call), call.version, call.switches)
-
-    async def delete_order(call: Call) -> None:
-        await checkout.delete(call)
-
     async def validate(call: Call) -> Any:
         await checkout.validate(call)
         return None if call.switches.validate_success == "empty" else []
 
-    async def execute_action(call: Call) -> None:
-        await checkout.execute(call)
-
-    async def list_payments(call: Call) -> Any:
-        return _parts(checkout.stored(call), "payments", call)
-
-    async def read_payment(call: Call) -> Any:
-        return _parts(checkout.stored(call), "payments", call, call.path["payment_id"])
-
-    async def list_shippings(call: Call) -> Any:
-        return _parts(checkout.stored(call), "shippings", call)
-
-    async def read_shipping(call: Call) -> Any:
-        return _parts(checkout.stored(call), "shippings", call, call.path["shipping_id"])
-
-    async def list_transactions(call: Call) -> Any:
+    def list_transactions(call: Call) -> Any:
         order = checkout.stored(call)
         find(order["payments"], call.path["payment_id"], "payment-not-found")
         return order["_transactions"].get(call.path["payment_id"], [])
 
-    functions = (
-        create_order, list_orders, read_order, delete_order, validate, execute_action, list_payments, read_payment,
-        list_shippings, read_shipping, list_transactions,
-    )  # fmt: skip
-    return {each.__name__: each for each in functions}
+    return {
+        "create_order": lambda call: {"id": checkout.create(call)["id"]},
+        "list_orders": lambda call: _page(checkout.records.orders.values(), call),
+        "read_order": lambda call: as_version(checkout.stored(call), call.version, call.switches),
+        "delete_order": checkout.delete,
+        "validate": validate,
+        "execute_action": checkout.execute,
+        "list_payments": lambda call: _parts(checkout.stored(call), "payments", call),
+        "read_payment": lambda call: _parts(checkout.stored(call), "payments", call, call.path["payment_id"]),
+        "list_transactions": list_transactions,
+        "list_shippings": lambda call: _parts(checkout.stored(call), "shippings", call),
+        "read_shipping": lambda call: _parts(checkout.stored(call), "shippings", call, call.path["shipping_id"]),
+    }
 
 
 def _at(order: Mapping[str, Any], *names: str) -> Any:
@@ -337,7 +323,7 @@ def _events(checkout: Checkout) -> dict[str, Handler]:
             raise Refused("order-not-found", "There is no such event.")
         return event
 
-    async def list_events(call: Call) -> Any:
+    def list_events(call: Call) -> Any:
         asked = {filters[name]: values for name, values in call.query.items() if name in filters}
         found = [
             event
@@ -349,97 +335,11 @@ def _events(checkout: Checkout) -> dict[str, Handler]:
         data, pagination = _cut(found, call)
         return {"data": [shown(each, call) for each in data], "pagination": pagination}
 
-    async def read_event(call: Call) -> Any:
-        return shown(find_event(call), call)
-
-    async def retry_event(call: Call) -> None:
-        checkout.callbacks.retry(find_event(call)["id"])
-
-    return {each.__name__: each for each in (list_events, read_event, retry_event)}
-
-
-# --- the configuration service ----------------------------------------------------------------------------------------
-
-
-def _configuration(checkout: Checkout) -> dict[str, Handler]:
-    records = checkout.records
-
-    def documents(call: Call) -> dict[str, Any]:
-        found = records.documents_of(call.path["merchant"], call.path["channel"])
-        if not found or ("name" in call.path and call.path["name"] not in found):
-            raise Refused("configuration-not-found", "There is no such configuration.")
-        return found
-
-    async def checked(document: dict[str, Any], name: str) -> None:
-        if document["id"] != name:
-            raise Refused("configuration-error", f"The id of the configuration {name} is another one.")
-        url = document["$schema"]
-        if url.endswith("/openapi/v1/schemas/configuration.json"):
-            return
-        answer = await checkout.callbacks.fetch(url, checkout.switches.hook_seconds)
-        if answer.reason == "not-loopback":
-            return  # a real adapter's schema cannot be had offline; the basic one holds
-        own = answer.json()
-        if not answer.is_good or not isinstance(own, dict):
-            raise Refused(
-                "configuration-error", f"The schema at {url} cannot be read: {answer.reason or answer.status}."
-            )
-        try:
-            validator = jsonschema_rs.validator_for(own, retriever=_retrieve)
-            problem = next(iter(validator.iter_errors(document)), None)
-        except (ValueError, jsonschema_rs.ValidationError) as error:
-            raise Refused("configuration-error", f"The schema at {url} is none.") from error
-        if problem is not None:
-            place = "/".join(map(str, problem.instance_path))
-            raise Refused("configuration-error", f"The configuration does not fit its schema at /{place}.")
-
-    async def put(call: Call, named: dict[str, dict[str, Any]]) -> None:
-        for name, document in named.items():
-            await checked(document, name)
-        for name, document in named.items():
-            records.keep("documents", document_key(call.path["merchant"], call.path["channel"], name), document)
-
-    async def list_channels(call: Call) -> Any:
-        keys = (msgspec.json.decode(key) for key in records.documents)
-        channels = list(dict.fromkeys(channel for merchant, channel, _ in keys if merchant == call.path["merchant"]))
-        if not channels:
-            raise Refused("configuration-not-found", "The merchant has no channels.")
-        return channels
-
-    async def list_configurations(call: Call) -> Any:
-        return list(documents(call).values())
-
-    async def put_configurations(call: Call) -> Any:
-        await put(call, {each["id"]: each for each in call.body})
-        return call.body
-
-    async def remove_configurations(call: Call) -> None:
-        for name in documents(call):
-            records.drop("documents", document_key(call.path["merchant"], call.path["channel"], name))
-
-    async def read_configuration(call: Call) -> Any:
-        return documents(call)[call.path["name"]]
-
-    async def put_configuration(call: Call) -> Any:
-        await put(call, {call.path["name"]: call.body})
-        return call.body
-
-    async def remove_configuration(call: Call) -> None:
-        documents(call)
-        records.drop("documents", document_key(call.path["merchant"], call.path["channel"], call.path["name"]))
-
-    functions = (
-        list_channels, list_configurations, put_configurations, remove_configurations, read_configuration,
-        put_configuration, remove_configuration,
-    )  # fmt: skip
-    return {each.__name__: each for each in functions}
-
-
-def _retrieve(url: str) -> Any:
-    """What another schema may build on: Norce's basic one, wherever it says that is. Nothing is fetched."""
-    if url.endswith("configuration.json"):
-        return schema("adapter-configuration")
-    raise ValueError(f"{url} is not fetched")
+    return {
+        "list_events": list_events,
+        "read_event": lambda call: shown(find_event(call), call),
+        "retry_event": lambda call: checkout.callbacks.retry(find_event(call)["id"]),
+    }
 
 
 # --- the simulator's own ----------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ class Switches:
     v0_served: bool = _asks(True, "Is v0 of the order service still there?")
     v1_problems: bool = _asks(False, "Are errors of v1 RFC 7807 problems?")
     requests_per_second: int = _asks(0, "How many requests are taken before a 429? 0: any number.")
+    state_status: Literal[200, 202] = _asks(200, "What does v1 answer to a change of the state?")
     basket_created_status: Literal[200, 201] = _asks(201, "What does the platform adapter answer to a creation?")
     # --- faults
     notifications_lost: float = _asks(0.0, "Which share of notifications never leaves?")
