@@ -490,6 +490,8 @@ def test_a_basket_becomes_an_order_and_is_bought(norce: Shop) -> None:
 
     norce.ask("complete_payment", payment_id=payment_id, **path, status=200)
     norce.ask("complete_shipping", shipping_id=shipping_id, **path, status=200)
+    again = norce.ask("complete_payment", payment_id=payment_id, **path, status=400)
+    assert again.json()["code"] == "payment-error"
 
     order = norce.read(order_id)
     assert order["state"]["currentStatus"] == "completed"

@@ -583,6 +583,16 @@ def test_placeholders_are_filled_from_the_order_and_the_adapters_configuration(
     assert event["payload"]["notification"]["invoke"] == template
 
 
+def test_placeholders_may_be_sent_as_they_stand(norce: Shop) -> None:
+    norce.simulator.throw(placeholders=False)
+    order_id = norce.create()
+    notified(norce, order_id, invoke="http://127.0.0.1:9/{order.id}")
+
+    norce.move(order_id, "processing")
+
+    assert [each.url.raw_path for each in norce.receiver.got] == [b"/%7Border.id%7D"]
+
+
 @pytest.mark.parametrize(
     ("switches", "answer", "attempts"),
     [
@@ -603,14 +613,14 @@ def test_an_attempt_is_made_as_often_as_told(norce: Shop, switches: Any, answer:
     order_id = norce.create()
     notified(norce, order_id)
     norce.receiver.to("/n", answer)
-    norce.simulator.throw(**switches)
+    norce.simulator.throw(**{"notification_retry_seconds": 7} | switches)
 
     norce.move(order_id, "processing")
 
     [event] = norce.simulator.events()
     assert [each["status"] for each in event["attempts"]] == attempts
     retries = max(len(attempts) - 1, 0) if "notification_retries" in switches else 0
-    assert norce.clock.slept == ([5] if "held_back_seconds" in switches else [5] * retries)
+    assert norce.clock.slept == ([5] if "held_back_seconds" in switches else [7] * retries)
 
 
 def test_one_that_is_held_back_is_passed_by_the_next() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from adapter.simulator.callbacks import Callbacks
-from adapter.simulator.orders import CHANGES, REMOVED, Call, Invalid, Refused, created, find, problems, same
+from adapter.simulator.orders import CHANGES, REMOVED, Call, Invalid, Refused, created, part, problems, same
 from adapter.simulator.records import Journal, Records
 from adapter.simulator.switches import Switches
 from adapter.simulator.versions import Order
@@ -131,8 +131,8 @@ class Checkout:
     async def execute(self, call: Call) -> None:
         """Calls the address of a payment's action. Raises `Refused`."""
         order = self.stored(call)
-        payment = order["payments"][find(order["payments"], call.path["payment_id"], "payment-not-found")]
-        action = payment["actions"][find(payment["actions"], call.path["action_id"])]
+        payment = part(order["payments"], call.path["payment_id"], "payment-not-found")
+        action = part(payment["actions"], call.path["action_id"])
         answer = await self.callbacks.call(
             "action", {"invoke": action["url"], **action}, order, seconds=call.switches.hook_seconds
         )

@@ -9,8 +9,20 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from adapter.simulator.callbacks import as_text
 from adapter.simulator.checkout import Checkout
-from adapter.simulator.orders import ACCEPTED, CHECKOUT, COMPLETED, PROCESSING, REMOVED, Call, Refused, find, money
+from adapter.simulator.orders import (
+    ACCEPTED,
+    CHECKOUT,
+    COMPLETED,
+    PROCESSING,
+    REMOVED,
+    Call,
+    Refused,
+    find,
+    money,
+    part,
+)
 from adapter.simulator.versions import Order, as_version
 
 PLATFORM, PAYMENT, SHIPPING = "norce_adapter", "nonpsp_adapter", "ingrid_adapter"
@@ -23,20 +35,20 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Any]]:
     """By the names of the operations."""
 
     async def does(name: str, call: Call, adapter_id: str, body: Any = None, **path: str) -> Any:
-        return await checkout.change(
-            name, replace(call, body=body, path={**call.path, **path}, adapter_id=adapter_id, version="v1")
-        )
+        given = replace(call, body=body, path={**call.path, **path}, adapter_id=adapter_id, now=as_text(checkout.now()))
+        return await checkout.change(name, given)
 
     def create_from_basket(call: Call) -> Any:
         reference = call.body["cartReference"]
         if reference < 1:
             raise Refused("order-bad-request", "There is no such basket.")
-        if any(each["cart"]["reference"] == str(reference) and each["merchant"] == call.merchant
-               for each in checkout.records.orders.values()):  # fmt: skip
-            raise Refused("order-conflict", "The basket has an order already.")
         context = {name: call.body.get(name) for name in ("culture", "currency", "country")}
-        body = {"currency": "SEK", "country": "SE"} | {name: value for name, value in context.items() if value}
-        return {"id": checkout.create(replace(call, body={**body, "cart": _basket(reference)}))["id"]}
+        body: dict[str, Any] = {"currency": "SEK", "country": "SE"} | {
+            name: value for name, value in context.items() if value
+        }
+        body |= {"cart": _basket(reference)}
+        one_each = replace(call.switches, cart_reference_unique=True)  # a basket backs one order
+        return {"id": checkout.create(replace(call, body=body, switches=one_each))["id"]}
 
     async def refresh_from_basket(call: Call) -> Any:
         reference = str(checkout.stored(call)["cart"]["reference"])
@@ -67,13 +79,12 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Any]]:
 
     async def discounted(call: Call, cart: dict[str, Any], discounts: list[dict[str, Any]]) -> None:
         # On the first line, and again on the cart as a summary.
-        first, *rest = cart["items"] or [{}]
-        items = [_line({**first, "discounts": discounts}, first["quantity"]), *rest] if first else []
+        first, rest = cart["items"][:1], cart["items"][1:]
+        items = [*(_line({**each, "discounts": discounts}, each.get("quantity") or 1) for each in first), *rest]
         await does("put_cart", call, PLATFORM, {**cart, "items": items, "discounts": discounts, "total": None})
 
     def payment(call: Call) -> dict[str, Any]:
-        payments: list[dict[str, Any]] = checkout.stored(call)["payments"]
-        return payments[find(payments, call.path["payment_id"], "payment-not-found")]
+        return part(checkout.stored(call)["payments"], call.path["payment_id"], "payment-not-found")
 
     async def start_payment(call: Call) -> Any:
         order = checkout.stored(call)
@@ -86,7 +97,10 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Any]]:
 
     async def complete_payment(call: Call) -> None:
         payment(call)
-        if checkout.stored(call)["state"]["currentStatus"] == CHECKOUT:
+        status = checkout.stored(call)["state"]["currentStatus"]
+        if status not in (CHECKOUT, PROCESSING):
+            raise Refused("payment-error", f"The order is {status} already.")
+        if status == CHECKOUT:
             await checkout.validate(call)
             await does("put_state", call, PAYMENT, {"currentStatus": PROCESSING})
         await does("put_payment", call, PAYMENT, {**payment(call), "state": "reserved"})
@@ -107,8 +121,7 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Any]]:
         return {"shippingId": (await does("add_shipping", call, SHIPPING, shipping))["id"]}
 
     async def complete_shipping(call: Call) -> None:
-        shippings = checkout.stored(call)["shippings"]
-        shipping = shippings[find(shippings, call.path["shipping_id"], "shipping-not-found")]
+        shipping = part(checkout.stored(call)["shippings"], call.path["shipping_id"], "shipping-not-found")
         confirmed = {**shipping, "state": "confirmed", "tmsReference": call.new_id("tms")}
         await does("put_shipping", call, SHIPPING, confirmed)
 

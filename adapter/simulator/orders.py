@@ -101,6 +101,11 @@ def find(parts: list[dict[str, Any]], part_id: str, code: str = "order-bad-reque
     raise Refused(code, f"There is nothing with id:{part_id} on this order.")
 
 
+def part(parts: list[dict[str, Any]], part_id: str, code: str = "order-bad-request") -> dict[str, Any]:
+    """The part itself. Raises `Refused`."""
+    return parts[find(parts, part_id, code)]
+
+
 # --- changes: (order, call) -> (order, what is answered) --------------------------------------------------------------
 
 

@@ -39,7 +39,7 @@ from adapter.norce.operations import (
 from adapter.simulator import configuration, neighbours
 from adapter.simulator.callbacks import as_text
 from adapter.simulator.checkout import Checkout
-from adapter.simulator.orders import CHANGES, Call, Invalid, Refused, find, money
+from adapter.simulator.orders import CHANGES, Call, Invalid, Refused, money, part
 from adapter.simulator.switches import Switches, SwitchInvalid
 from adapter.simulator.versions import Order, as_version
 
@@ -199,7 +199,7 @@ def _parts(order: Order, name: str, call: Call, part_id: str | None = None) -> A
     parts = as_version(order, call.version, call.switches)[name]
     if part_id is None:
         return parts
-    return parts[find(parts, part_id, f"{name.removesuffix('s')}-not-found")]
+    return part(parts, part_id, f"{name.removesuffix('s')}-not-found")
 
 
 def _reading(checkout: Checkout) -> dict[str, Handler]:
@@ -209,7 +209,7 @@ def _reading(checkout: Checkout) -> dict[str, Handler]:
 
     def list_transactions(call: Call) -> Any:
         order = checkout.stored(call)
-        find(order["payments"], call.path["payment_id"], "payment-not-found")
+        part(order["payments"], call.path["payment_id"], "payment-not-found")
         return order["_transactions"].get(call.path["payment_id"], [])
 
     return {
