@@ -28,11 +28,15 @@ senders: {signed_urls: {keys: {k1: "${env:KEY}"}}}
 callbacks:
   order-status: {kind: notification, scope: /state/currentStatus, schema: {const: completed}}
   order-rules: {kind: validation}
+  cart-changed: {kind: hook, watch: /cart, target: /cart}
 routes:
   seen: {callback: order-status, handler: log}
   was-asked:
     {callback: order-rules, handler: rules, no_answer: reject,
      settings: {rules: [{scope: /attributes/asked, schema: {const: true}, code: not-asked, message: Ask.}]}}
+  has-lines:
+    {callback: cart-changed, handler: rules, no_answer: reject,
+     settings: {rules: [{scope: /cart/items, schema: {minItems: 1}, code: empty-cart, message: Fill it.}]}}
 """
 
 
@@ -64,15 +68,20 @@ def test_the_sample_order_goes_from_creation_to_a_delivery(tmp_path: Path) -> No
                     service.public_address, "norce", "1", its["order_id"], callback
                 )
 
+            hook = SAMPLE["hooks"][0] | {"subscribeTo": "/cart", "target": "/cart"}
+            await ask("add_hook", hook | {"invoke": address_of("cart-changed")}, **its)
             await ask("add_validation", SAMPLE["validations"][0] | {"url": address_of("order-rules")}, **its)
             await ask("add_notification", SAMPLE["notifications"][0] | {"invoke": address_of("order-status")}, **its)
             payment_id = (await ask("start_payment", **its)).json()["paymentId"]
 
+            refused = await ask("put_cart", {"items": []}, **its)
             denied = await ask("complete_payment", payment_id=payment_id, **its)
             await ask("patch_attributes", {"asked": True}, **its)
             completed = await ask("complete_payment", payment_id=payment_id, **its)
             await norce.settled()
 
+            assert (refused.status_code, refused.json()["code"]) == (400, "empty-cart")
+            assert len(norce.order(its["order_id"])["cart"]["items"]) == 1
             assert denied.json() == [{"adapterId": "jetshop_adapter", "code": "not-asked"}]
             assert completed.status_code == 200, completed.text
             assert norce.order(its["order_id"])["state"]["currentStatus"] == "completed"
