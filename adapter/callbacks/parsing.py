@@ -180,11 +180,17 @@ def _whose(raw: RawCallback, sender: Sender, merchants: Merchants, order: Mappin
 
 
 def _one_of(what: str, *values: Any) -> str:
-    given = {value for value in values if isinstance(value, str) and value}
-    if len(given) != 1 or any(value is not None and not isinstance(value, str) for value in values):
-        which = "differs between the URL, the header and the body" if given else "is given nowhere"
-        raise BadRequest(f"{what}-unclear", f"The {what} {which}.")
-    return given.pop()
+    """What is said at least once and never in two ways; an empty text says nothing."""
+    found = None
+    for value in values:
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str) or (found is not None and value != found):
+            raise BadRequest(f"{what}-unclear", f"The {what} differs between the URL, the header and the body.")
+        found = value
+    if found is None:
+        raise BadRequest(f"{what}-unclear", f"The {what} is given nowhere.")
+    return found
 
 
 def _micros(value: Any, now: int) -> int | None:
