@@ -149,7 +149,7 @@ def test_the_metrics_are_prometheus_text_with_every_name(stage: Stage) -> None:
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert {f"norce_adapter_{name}" for name in [
         "callbacks", "callback_duration_seconds", "auth", "notifications_received", "notifications_stored",
-        "conditions_evaluated", "notifications_disagreed", "verdicts", "delivery_attempts",
+        "conditions_evaluated", "notifications_disagreed", "verdict_duration_seconds", "delivery_attempts",
         "delivery_attempt_duration_seconds", "delivery_end_to_end_seconds", "deliveries",
         "oldest_waiting_age_seconds", "queue_paused", "store_available", "build_info",
     ]} <= families.keys()  # fmt: skip
