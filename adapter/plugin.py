@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 import httpx
 import msgspec
@@ -37,6 +37,7 @@ __all__ = [
     "CompiledCondition",
     "Condition",
     "ConditionInvalid",
+    "Conditional",
     "Context",
     "Done",
     "Evaluation",
@@ -56,6 +57,7 @@ __all__ = [
     "Secret",
     "Settings",
     "Skip",
+    "Undecided",
     "Unknown",
     "Url",
     "ValidationHandler",
@@ -89,6 +91,51 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 class NoSettings(Settings, frozen=True, kw_only=True):
     """What a handler has that declares no settings."""
+
+
+class Undecided(Exception):
+    """
+    A condition ended in an error for this order, so that it neither holds nor does not: the order has something at its
+    scope that the schema cannot be evaluated on. `explain` shows what; a verdict is the route's `no_answer` meanwhile.
+    """
+
+    def __init__(self, scope: str, code: str) -> None:
+        super().__init__(scope, code)
+        self.scope = scope
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"the condition at {self.scope} could not be decided: {self.code}"
+
+
+class Conditional(Settings, frozen=True, kw_only=True, dict=True):
+    """
+    Settings with a condition in them, checked and compiled when they are read: subclass it for what is said about a
+    part of the order. A `__post_init__` of its own calls that of `super()`.
+    """
+
+    scope: Annotated[str, msgspec.Meta(description="JSON Pointer to the part of the order that decides.")]
+    schema: Annotated[
+        dict[str, Any] | bool,
+        msgspec.Meta(description="JSON Schema (2020-12) that this part must meet. Default: it only has to be there."),
+    ] = True
+
+    def __post_init__(self) -> None:
+        try:
+            self.__dict__["compiled"] = Condition(scope=self.scope, schema=self.schema).compile()
+        except ConditionInvalid as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def compiled(self) -> CompiledCondition:
+        return self.__dict__["compiled"]  # type: ignore[no-any-return]
+
+    def holds(self, order: Order) -> bool:
+        """Whether the condition holds on this order. Raises `Undecided`."""
+        evaluation = self.compiled.evaluate(order.data)
+        if evaluation.result is Result.ERROR:
+            raise Undecided(self.scope, str(evaluation.code))
+        return evaluation.result is Result.MATCHED
 
 
 class Url(str):

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from adapter.handlers.log import LogHandler
-from adapter.handlers.rules import Rules, RulesSettings, RuleUndecided
+from adapter.handlers.rules import Rules, RulesSettings
 from adapter.orders import Order, read_order
 from adapter.plugin import (
     Context,
@@ -22,6 +22,7 @@ from adapter.plugin import (
     Problem,
     Refuse,
     Settings,
+    Undecided,
     ValidationHandler,
 )
 
@@ -111,10 +112,10 @@ def test_a_rule_that_cannot_be_decided_is_no_answer():
     """A scope that leads through an array has no answer, and so has the purchase."""
     in_an_array = SWEDISH | {"scope": "/payments/0/state", "code": "unpaid"}
 
-    with pytest.raises(RuleUndecided) as raised:
+    with pytest.raises(Undecided) as raised:
         validate(read_order(COMPLETED), in_an_array)
 
-    assert str(raised.value) == "the rule unpaid could not be decided: scope_in_array"
+    assert str(raised.value) == "the condition at /payments/0/state could not be decided: scope_in_array"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +191,7 @@ def test_a_change_is_refused_with_the_first_rule_that_does_not_hold():
 
 
 def test_a_change_that_a_rule_cannot_be_decided_on_has_no_answer():
-    with pytest.raises(RuleUndecided):
+    with pytest.raises(Undecided):
         change(read_order(COMPLETED), SWEDISH | {"scope": "/payments/0/state"}, LOYAL)
 
 

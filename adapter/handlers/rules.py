@@ -11,21 +11,18 @@ Norce takes one.
 
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
 from adapter.plugin import (
-    CompiledCondition,
-    Condition,
-    ConditionInvalid,
+    Conditional,
     Context,
     HookHandler,
     Order,
     Patch,
     Problem,
     Refuse,
-    Result,
     Settings,
     ValidationHandler,
 )
@@ -35,31 +32,9 @@ _CULTURE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{2})*")  # a language, or one wit
 _Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
 
 
-class RuleUndecided(Exception):
-    """
-    A rule's condition ended in an error for this order, so that nothing can be said about the purchase or the change.
-
-    The order holds something that the rule's schema cannot be evaluated on; `explain` shows what. The route's
-    `no_answer` decides meanwhile.
-    """
-
-    def __init__(self, rule: str, reason: str) -> None:
-        super().__init__(rule, reason)
-        self.rule = rule
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"the rule {self.rule} could not be decided: {self.reason}"
-
-
-class Rule(Settings, frozen=True, kw_only=True, dict=True):
+class Rule(Conditional, frozen=True, kw_only=True):
     """What must hold for a purchase to go on or a change to be stored, and what is answered where it does not."""
 
-    scope: Annotated[str, msgspec.Meta(description="JSON Pointer to the part of the order that the rule is about.")]
-    schema: Annotated[
-        dict[str, Any] | bool,
-        msgspec.Meta(description="JSON Schema (2020-12) that this part must meet. Default: it only has to be there."),
-    ] = True
     code: Annotated[
         str,
         msgspec.Meta(
@@ -75,11 +50,8 @@ class Rule(Settings, frozen=True, kw_only=True, dict=True):
     ]
 
     def __post_init__(self) -> None:
-        try:
-            compiled = Condition(scope=self.scope, schema=self.schema).compile()
-        except ConditionInvalid as error:
-            raise ValueError(str(error)) from error
-        self.__dict__.update(compiled=compiled, problems=self._problems())
+        super().__post_init__()
+        self.__dict__["problems"] = self._problems()
 
     def _problems(self) -> dict[str, Problem]:
         """The problem for each culture, in lower case, and for each language: its own, or that of its first culture."""
@@ -97,11 +69,6 @@ class Rule(Settings, frozen=True, kw_only=True, dict=True):
         for culture in tuple(problems):
             problems.setdefault(culture.partition("-")[0], problems[culture])
         return problems
-
-    @property
-    def compiled(self) -> CompiledCondition:
-        """The condition, compiled once when the settings were read."""
-        return self.__dict__["compiled"]  # type: ignore[no-any-return]
 
     def problem(self, culture: str | None) -> Problem:
         """What stands against a purchase or a change for which the rule does not hold, in the words of its culture."""
@@ -126,11 +93,11 @@ class Rules(ValidationHandler[RulesSettings], HookHandler[RulesSettings]):
     computes = True
 
     async def validate(self, order: Order, context: Context[RulesSettings]) -> list[Problem]:
-        """Raises `RuleUndecided`."""
+        """Raises `Undecided`."""
         return list(_broken(order, context.settings))
 
     async def change(self, order: Order, context: Context[RulesSettings]) -> list[Patch]:
-        """Never asks for further changes. Raises `Refuse`, and `RuleUndecided` where that comes first."""
+        """Never asks for further changes. Raises `Refuse`, and `Undecided` where that comes first."""
         problem = next(_broken(order, context.settings), None)
         if problem is not None:
             raise Refuse(problem.code, problem.message)
@@ -139,8 +106,5 @@ class Rules(ValidationHandler[RulesSettings], HookHandler[RulesSettings]):
 
 def _broken(order: Order, settings: RulesSettings) -> Iterator[Problem]:
     for rule in settings.rules:
-        evaluation = rule.compiled.evaluate(order.data)
-        if evaluation.result is Result.ERROR:
-            raise RuleUndecided(rule.code, str(evaluation.code))
-        if evaluation.result is Result.NOT_MATCHED:
+        if not rule.holds(order):
             yield rule.problem(order.culture)
