@@ -37,6 +37,7 @@ from adapter.plugin import (
 
 log = structlog.get_logger(__name__)
 
+STUBBORN_SECONDS = 0.5  # for what does not end though it was cancelled
 ANSWERS_PATIENCE = timedelta(seconds=2)  # the answers behind it are late as long as it lasts
 
 T = TypeVar("T")
@@ -110,6 +111,10 @@ class Run(Generic[T]):
         """
         await asyncio.wait((self.ending,))
         return self.outcome()
+
+    @property
+    def was_cancelled(self) -> bool:
+        return self.ending.done() and isinstance(self.ending.result().error, asyncio.CancelledError)
 
     def outcome(self) -> T:
         """The same, once `ending` is done."""
@@ -244,8 +249,8 @@ class PluginLoop:
         return holding
 
     async def stop(self, within: timedelta) -> bool:
-        """Closes the connections and ends the thread; False where a handler holds it."""
-        run = self.run(self._close())
+        """Cancels what still runs, closes the connections and ends the thread; False where a handler holds it."""
+        run = self.run(self._stop())
         try:
             await run.result(within)
         except DeadlinePassed:
@@ -253,6 +258,14 @@ class PluginLoop:
         self.loop.call_soon_threadsafe(self.loop.stop)
         await asyncio.to_thread(self._thread.join, 1.0)
         return not self._thread.is_alive()
+
+    async def _stop(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=STUBBORN_SECONDS)
+        await self._close()
 
     async def _end(self) -> None:
         others = asyncio.all_tasks() - {asyncio.current_task()}

@@ -289,7 +289,10 @@ class Verdicts:
         def ended(_: object) -> None:
             if run in self._unfinished:
                 del self._unfinished[run]
-                then()
+                if run.was_cancelled:  # the service ends
+                    self._metrics.verdicts_dropped.inc()
+                else:
+                    then()
 
         run.ending.add_done_callback(ended)
 

@@ -1,18 +1,21 @@
 """Handlers as somebody else would write and ship them: one that is right, and some that hold others up."""
 
 import asyncio
+import threading
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
 from adapter.plugin import (
     Context,
     Done,
+    HookHandler,
     Notification,
     NotificationHandler,
     Order,
+    Patch,
     Problem,
     Reject,
     Settings,
@@ -96,6 +99,31 @@ class SleepingCheck(ValidationHandler[CallsSettings]):
         _say(context.settings, f"validate {order.id}")
         time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
         return []
+
+
+class StallSettings(Settings, frozen=True, kw_only=True):
+    how: Annotated[Literal["waits", "blocks", "spins"], msgspec.Meta(description="How it does not come back.")]
+
+
+class Stalls(HookHandler[StallSettings]):
+    """Never says anything: waits for ever, holds its thread, or computes in four threads at once."""
+
+    async def change(self, order: Order, context: Context[StallSettings]) -> list[Patch]:
+        if context.settings.how == "waits":
+            await asyncio.Event().wait()
+        elif context.settings.how == "blocks":
+            time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
+        else:
+            for _ in range(3):
+                threading.Thread(target=_spin, daemon=True).start()
+            _spin()
+        return []
+
+
+def _spin() -> None:
+    ends = time.monotonic() + LONG
+    while time.monotonic() < ends:
+        pass
 
 
 def _say(settings: CallsSettings, line: str) -> None:
