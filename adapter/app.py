@@ -96,6 +96,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         def make_norce() -> Norce:
             return Norce(accounts(config), adapter_id=config.adapter.id, timeout=config.norce.timeout)
 
+        if any(route.callback.kind != "notification" and not route.computes for route in routes.all):
+            stack.enter_context(_interpreter_back_sooner())
         norce = make_norce()
         stack.push_async_callback(norce.aclose)
         runner = Runner(make_norce=make_norce, clock=moment, replaced=metrics.loop_replaced)
@@ -353,7 +355,7 @@ async def served(
             raise RuntimeError("the HTTP server ended before it started")
         await asyncio.sleep(0.005)
     try:
-        with _interpreter_for_requests():
+        with _rare_collections():
             yield
     finally:
         server.should_exit = True
@@ -361,20 +363,31 @@ async def served(
 
 
 @contextlib.contextmanager
-def _interpreter_for_requests() -> Iterator[None]:
+def _interpreter_back_sooner() -> Iterator[None]:
     """
-    Keeps the interpreter with the requests while they are served.
+    Where plugins answer shoppers: a thread of theirs that computes gives the interpreter back after half a millisecond.
 
-    A plugin's thread that computes gives it back after the switch interval, to any of those who wait: at Python's own
-    5 ms, four such threads left an answer waiting for seconds.
-
-    The garbage collector is kept from most of its work. A decoded order is hundreds of objects: at Python's own
-    threshold every other request starts a collection, and each hundredth of these walks all that was ever imported.
-    Measured, 50 us an accept and stalls of 40 ms. What there is at the start is set apart; what requests leave is freed
-    without a collector, or waits for a rarer one.
+    At Python's own 5 ms, four such threads left an answer waiting for seconds. It costs a tenth of the accepts, so where
+    nobody asks plugins for answers, it stays as it is.
     """
-    threshold, interval = gc.get_threshold(), sys.getswitchinterval()
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
+@contextlib.contextmanager
+def _rare_collections() -> Iterator[None]:
+    """
+    Keeps the garbage collector from most of its work while requests are served.
+
+    A decoded order is hundreds of objects: at Python's own threshold every other request starts a collection, and each
+    hundredth of these walks all that was ever imported. Measured, 50 us an accept and stalls of 40 ms. What there is at
+    the start is set apart; what requests leave is freed without a collector, or waits for a rarer one.
+    """
+    threshold = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(COLLECTED_AFTER, *threshold[1:])
     try:
@@ -382,7 +395,6 @@ def _interpreter_for_requests() -> Iterator[None]:
     finally:
         gc.set_threshold(*threshold)
         gc.unfreeze()
-        sys.setswitchinterval(interval)
 
 
 def listen(host: str, port: int) -> socket.socket:
