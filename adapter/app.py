@@ -367,8 +367,8 @@ def _interpreter_back_sooner() -> Iterator[None]:
     """
     Where plugins answer shoppers: a thread of theirs that computes gives the interpreter back after half a millisecond.
 
-    At Python's own 5 ms, four such threads left an answer waiting for seconds. It costs a tenth of the accepts, so where
-    nobody asks plugins for answers, it stays as it is.
+    At Python's own 5 ms, four such threads left an answer waiting for seconds. It costs a tenth of the accepts, so it
+    stays as it is where nobody asks plugins for answers.
     """
     interval = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
