@@ -23,7 +23,7 @@ PASSING_STATES = ("checkout", "processing", "accepted")
 STATUS_SCOPE = "/state/currentStatus"
 
 Handler = NotificationHandler[Any] | ValidationHandler[Any] | HookHandler[Any]
-_KINDS: dict[str, type[Handler]] = {
+KINDS: dict[str, type[Handler]] = {
     "notification": NotificationHandler,
     "validation": ValidationHandler,
     "hook": HookHandler,
@@ -219,7 +219,7 @@ class _Builder:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is reported, not raised
             self._problem(path, f"the handler cannot be imported: {type(error).__name__}: {error}")
             return None
-        kind = _KINDS[callback.kind]
+        kind = KINDS[callback.kind]
         if not (isinstance(class_, type) and issubclass(class_, kind)):
             self._problem(path, f"is no {kind.__name__}; callback {callback.name} is a {callback.kind}")
             return None

@@ -539,9 +539,10 @@ def test_the_installed_handlers_are_listed() -> None:
     found = {row["name"]: row for row in json.loads(result.stdout)}
     assert result.exit_code == OK
     assert found["rules"] | {"says": ""} == {
-        "name": "rules", "from": "norce-adapter", "kind": "validation", "says": "",
+        "name": "rules", "from": "norce-adapter", "kind": "validation, hook", "says": "",
     }  # fmt: skip
     assert found["log"]["kind"] == found["jetshop"]["kind"] == "notification"
+    assert (found["patch"]["kind"], found["rules"]["kind"]) == ("hook", "validation, hook")
     assert all(row["says"] for row in found.values())
 
 

@@ -28,7 +28,6 @@ from adapter.cli.verdicts import verdicts_group
 from adapter.config import Config
 from adapter.demo import DemoFailed, demo, walk
 from adapter.ledger.store import StoreInUse, StoreUnavailable
-from adapter.plugin import NotificationHandler, ValidationHandler
 
 
 @click.group(
@@ -142,10 +141,9 @@ def handlers_list(output: str) -> None:
         except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is listed as broken
             row |= {"says": f"cannot be imported: {type(error).__name__}"}
         else:
-            kinds = {NotificationHandler: "notification", ValidationHandler: "validation"}
             is_class = isinstance(handler, type)
-            fitting = (text for kind, text in kinds.items() if is_class and issubclass(handler, kind))
-            row["kind"] = next(fitting, "none of ours")
+            fitting = (name for name, kind in routes.KINDS.items() if is_class and issubclass(handler, kind))
+            row["kind"] = ", ".join(fitting) or "none of ours"
             row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
         rows.append(row)
     print_rows(rows, output)
