@@ -114,6 +114,7 @@ class Dispatcher:
                     self._attempts.cancel("lease-lost")
                     async with self._claiming:  # what is claimed meanwhile would be a dead process's
                         await self._lease.enter()
+                self._news.set()  # the beat may have freed a dead process's lanes
             except (StoreUnavailable, TimeoutError):  # the store has said so itself
                 if self._shared and self._clock() > self._lease.until - _ms(BEAT):
                     self._attempts.cancel("lease-lost")
