@@ -538,8 +538,9 @@ def test_a_validation_that_no_route_answers_is_200_and_reads_nothing(house: Hous
 class Listening:
     """The whole service on loopback, in a thread of its own, with a stand-in for Norce."""
 
-    def __init__(self, folder: Path, text: str = CONFIG, *, store_url: str = "") -> None:
+    def __init__(self, folder: Path, text: str = CONFIG, *, store_url: str = "", points: Any = POINTS) -> None:
         self._folder = folder
+        self._points = points
         self._store_url = store_url
         self._text = text
         self._up = threading.Event()
@@ -566,7 +567,7 @@ class Listening:
             self.norce = NorceStandIn(ENVIRON["TOKEN"])
             address = await stack.enter_async_context(on_loopback(self.norce.app))
             self.config = loaded(self._folder, self._store_url, norce=address, text=self._text)
-            self.service = await stack.enter_async_context(running(self.config, build(self.config, POINTS)))
+            self.service = await stack.enter_async_context(running(self.config, build(self.config, self._points)))
             self.address = self.service.public_address
             self._up.set()
             await self._stop.wait()
