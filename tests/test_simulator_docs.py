@@ -8,6 +8,7 @@ from simulators import ROOT
 
 from adapter.norce.operations import OPERATIONS, Operation
 from adapter.simulator import Switches
+from adapter.simulator.scenarios import SCENARIOS, promise
 from adapter.simulator.switches import questions
 
 PAGE = ROOT / "docs" / "simulator.md"
@@ -62,14 +63,18 @@ def values(hint: type) -> tuple[str, ...]:
     return get_args(hint) or (("true", "false") if hint is bool else ())
 
 
+def scenarios() -> str:
+    return table(("scenario", "what it promises"), ((f"`{name}`", promise(name)) for name in SCENARIOS))
+
+
 def page(text: str) -> str:
-    for name, made in (("switches", switches()), ("operations", operations())):
+    for name, made in (("scenarios", scenarios()), ("switches", switches()), ("operations", operations())):
         text = re.sub(f"<!-- {name} -->.*?<!-- end -->", lambda _, name=name, made=made: (
             f"<!-- {name} -->\n{made}\n<!-- end -->"), text, flags=re.S)  # fmt: skip
     return text
 
 
-def test_the_page_has_every_switch_and_operation_as_the_code_has_them() -> None:
+def test_the_page_has_every_scenario_switch_and_operation_as_the_code_has_them() -> None:
     text = PAGE.read_text("utf-8")
 
     assert all(f"`{each.name}`" in operations() for each in OPERATIONS)

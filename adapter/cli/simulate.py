@@ -1,17 +1,31 @@
-"""The command that serves the offline Norce Checkout, on this machine only."""
+"""
+The command that serves the offline Norce Checkout, on this machine only, or plays a scenario against a service.
 
+A scenario is played by the service's own configuration: whom it serves, what it registers with which signatures, and
+where its ledger is.
+"""
+
+import json
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import uvloop
 
 from adapter import app, logs
-from adapter.cli.shared import FAILED, STORE, USAGE, end, printable
+from adapter.callbacks.senders import Senders
+from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading
+from adapter.config import Config, HookCallback, ValidationCallback
+from adapter.ledger.desk import Desk
+from adapter.ledger.matching import Matching
 from adapter.simulator import Simulator, StoreUnusable, Switches, SwitchInvalid
 from adapter.simulator.records import Entry
+from adapter.simulator.scenarios import SCENARIOS, Adapter, Shop, play
 
 HOST = "127.0.0.1"
+MOST_DELIVERIES = 2_000_000  # that a scenario looks at; a burst has at most half as many orders
 
 
 @click.command()
@@ -21,15 +35,42 @@ HOST = "127.0.0.1"
 @click.option(
     "--switch", "thrown", multiple=True, metavar="NAME=VALUE", help="How this Norce behaves; may be repeated."
 )
-def simulate(port: int, token: str | None, store: Path | None, thrown: tuple[str, ...]) -> None:
+@click.option(
+    "--scenario", metavar="NAME", type=click.Choice(list(SCENARIOS)), help=f"Play one: {', '.join(SCENARIOS)}."
+)
+@click.option("--adapter", "address", help="The service to play against; the configured port of this machine.")
+@click.option("--orders", type=click.IntRange(1, 1_000_000), help="How many, in a burst.")
+@config_option
+def simulate(
+    port: int,
+    token: str | None,
+    store: Path | None,
+    thrown: tuple[str, ...],
+    scenario: str | None,
+    address: str | None,
+    orders: int | None,
+    config_path: Path,
+) -> None:
     """
     Serve an offline Norce Checkout until SIGTERM or SIGINT, and print what comes in and goes out.
 
     The switches are those of docs/simulator.md; they can be thrown later at /simulator/switches.
+
+    With a scenario: play it against a running service that has this Norce for its own and is configured by --config,
+    and print what came of it as JSON. It fails where something was not as the scenario promises.
     """
     logs.configure(level=logs.WARNING)
     try:
         switches = Switches().with_values(dict(_pair(each) for each in thrown))
+        if scenario is not None:
+            config = loaded(config_path)
+            summary = uvloop.run(_play(scenario, config, address, port, token, store, switches, orders))
+            click.echo(json.dumps(summary))
+            if summary["unmet"] is not None:
+                end(FAILED, f"{scenario}: {summary['unmet']}")
+            return
+        if address is not None or orders is not None:
+            end(USAGE, "--adapter and --orders are for a --scenario")
         uvloop.run(_serve(port, token or secrets.token_urlsafe(24), store, switches))
     except SwitchInvalid as error:
         end(USAGE, str(error))
@@ -59,6 +100,53 @@ async def _serve(port: int, token: str, store: Path | None, switches: Switches) 
                     f"  token     {token}"
                 )
                 await stop.wait()
+
+
+async def _play(
+    scenario: str,
+    config: Config,
+    address: str | None,
+    port: int,
+    token: str | None,
+    store: Path | None,
+    switches: Switches,
+    orders: int | None,
+) -> dict[str, Any]:
+    if config.senders.signed_urls is None:
+        end(USAGE, "a scenario registers signed URLs: senders.signed_urls is needed")
+    if orders is not None and scenario != "burst":
+        end(USAGE, "--orders is for the scenario burst")
+    adapter = adapter_at(address or f"http://127.0.0.1:{config.server.port}", config)
+    token = token or next(iter(config.merchants.values())).tokens[0].reveal()
+    shop = Shop(token, adapter, store=store, switches=switches)
+    with app.listen(HOST, port) as listening:
+        async with shop, app.served(shop.simulator.app, listening):
+            return await play(scenario, shop, **({} if orders is None else {"orders": orders}))
+
+
+def adapter_at(address: str, config: Config) -> Adapter:
+    """The service at this address, as a scenario knows it. Its ledger has to be within reach."""
+    senders = Senders(config.senders)
+
+    def registrations(merchant: str, channel: str, order_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, callback in config.callbacks.items():
+            url = senders.signed_url(address, merchant, channel, order_id, name)
+            whose: dict[str, Any] = {"adapterId": config.adapter.id}
+            if isinstance(callback, ValidationCallback):
+                yield "add_validation", {**whose, "url": url}
+            elif isinstance(callback, HookCallback):
+                watched = {"subscribeTo": callback.watch, "target": callback.target, "version": callback.version}
+                yield "add_hook", {**whose, **watched, "invoke": url}
+            else:
+                wanted = {"reference": name, "scope": callback.scope, "schema": callback.schema, "version": "v0"}
+                yield "add_notification", {**whose, **wanted, "invoke": url}
+
+    def deliveries(state: str | None) -> list[dict[str, Any]]:
+        with reading(config) as connection:
+            return Desk(connection).deliveries(Matching(state=state), limit=MOST_DELIVERIES)
+
+    shops = tuple((merchant, channel) for merchant, its in config.merchants.items() for channel in its.channels)
+    return Adapter(shops=shops, registrations=registrations, deliveries=deliveries)
 
 
 def _print(entry: Entry) -> None:
