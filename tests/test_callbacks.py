@@ -25,6 +25,7 @@ import structlog
 from databases import KINDS, Server, database_of, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from norce_stand_in import NorceStandIn
 from sqlalchemy import Connection, event, select, text
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -36,7 +37,6 @@ from adapter.attempts import moment
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.senders import Senders
-from adapter.demo.norce import NorceStandIn
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.judged import Judged
 from adapter.ledger.lanes import Lanes

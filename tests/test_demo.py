@@ -11,7 +11,7 @@ import pytest
 
 from adapter.callbacks.senders import Senders
 from adapter.demo import Demo, DemoFailed, demo, walk
-from adapter.demo.norce import NorceStandIn
+from adapter.handlers.jetshop.stand_in import Accepted
 from adapter.ledger.desk import Desk
 from adapter.ledger.store import open_for_reading
 
@@ -38,7 +38,7 @@ def deliveries(running: Demo) -> list[dict[str, Any]]:
 
 
 def completed(running: Demo) -> dict[str, Any]:
-    [order] = [order for order in running.norce.orders.values() if order["id"].startswith("oKv")]
+    [order] = [order for order in running.norce.orders() if order["merchant"] == "fjallboden"]
     return order
 
 
@@ -117,66 +117,60 @@ def test_the_demo_keeps_its_secrets_to_itself_and_leaves_nothing_behind() -> Non
     assert not folder.exists()
 
 
-def test_a_walk_that_goes_wrong_says_so() -> None:
+def test_norce_calls_our_addresses_and_no_other() -> None:
+    async def play() -> tuple[list[str], str, list[int | None]]:
+        async with demo(port=0, operations_port=0) as running:
+            await walk(running, lambda _line: None)
+            journal = running.norce.journal.read(limit=1000)
+            called = [each.url for each in journal if each.kind != "request"]
+            attempts = [attempt["status"] for event in running.norce.events() for attempt in event["attempts"]]
+            return called, running.service.public_address, attempts
+
+    called, address, attempts = asyncio.run(play())
+
+    assert called
+    assert all(each.startswith(f"{address}/api/v1/callbacks/orders/") for each in called)
+    assert attempts == [200] * 3, "two orders are completed, and one of the events is sent once more"
+
+
+def test_the_completed_order_lies_ready_to_be_sent_again() -> None:
+    async def play() -> tuple[Any, Any]:
+        async with demo(port=0, operations_port=0) as running:
+            await walk(running, lambda _line: None)
+            written = running.config_path.with_name("order-completed.json").read_text("utf-8")
+            return json.loads(written), completed(running)
+
+    written, order = asyncio.run(play())
+
+    assert written == order
+    assert order["state"]["currentStatus"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("switch", "value", "says"),
+    [
+        ("server_errors", 1.0, r"create_order was answered 500 \(internal-server-error\)"),
+        ("validation_seconds", 0.0, "validate was answered 200"),
+    ],
+)
+def test_a_norce_that_does_something_else_is_told_of(switch: str, value: float, says: str) -> None:
     async def play() -> None:
         async with demo(port=0, operations_port=0) as running:
-            running.norce.orders = Forgetful()
+            running.norce.throw(**{switch: value})
+            await walk(running, lambda _line: None)
+
+    with pytest.raises(DemoFailed, match=says):
+        asyncio.run(play())
+
+
+def test_a_walk_that_ends_elsewhere_says_so() -> None:
+    """Somebody else has exported the same order before."""
+
+    async def play() -> None:
+        async with demo(port=0, operations_port=0) as running:
+            other = Accepted(order_key="100245", idempotency_key="other", document={}, result="created")
+            running.jetshop.journal.append(other)
             await walk(running, lambda _line: None)
 
     with pytest.raises(DemoFailed, match="the walk ended with"):
         asyncio.run(play())
-
-
-class Forgetful(dict[str, Any]):
-    """A Norce that loses every order at once."""
-
-    def __setitem__(self, _key: str, _value: Any) -> None:
-        return
-
-
-# --- the stand-in for Norce -------------------------------------------------------------------------------------------
-
-ORDER = {"id": "o1", "merchant": "norce", "channel": "1"}
-
-
-@pytest.fixture
-def norce() -> NorceStandIn:
-    stand_in = NorceStandIn("a-token")
-    stand_in.put(ORDER)
-    return stand_in
-
-
-def read(norce: NorceStandIn, order_id: str = "o1", **headers: str) -> httpx.Response:
-    given = {"authorization": "Bearer a-token", "x-merchant": "norce", "x-channel": "1"}
-    given |= {name.replace("_", "-"): value for name, value in headers.items()}
-
-    async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(norce.app), base_url="http://norce") as http:
-            return await http.get(f"/order/api/v0/checkout/orders/{order_id}", headers=given)
-
-    return asyncio.run(ask())
-
-
-def test_the_stand_in_gives_an_order_as_norce_would(norce: NorceStandIn) -> None:
-    answer = read(norce)
-
-    assert answer.status_code == 200
-    assert answer.json() == ORDER | {"lastModified": answer.json()["lastModified"]}
-
-
-@pytest.mark.parametrize(
-    ("order_id", "headers", "status", "code"),
-    [
-        ("o1", {"authorization": "Bearer wrong"}, 401, "unauthorized"),
-        ("o2", {}, 404, "order-not-found"),
-        ("o1", {"x_merchant": "other"}, 404, "order-not-found"),
-        ("o1", {"x_channel": "2"}, 404, "order-not-found"),
-    ],
-    ids=["another token", "another order", "another merchant", "another channel"],
-)
-def test_the_stand_in_is_as_strict_as_norce(
-    norce: NorceStandIn, order_id: str, headers: dict[str, str], status: int, code: str
-) -> None:
-    answer = read(norce, order_id, **headers)
-
-    assert (answer.status_code, json.loads(answer.content)["code"]) == (status, code)

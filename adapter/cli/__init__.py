@@ -71,7 +71,7 @@ def check(config_path: Path) -> None:
 @click.option("--exit", "then_exit", is_flag=True, help="End after the walk in place of serving on.")
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def demo_command(then_exit: bool, output: str) -> None:
-    """Walk a purchase through the service, between stand-ins for Norce and Jetshop."""
+    """Walk a purchase through the service, between an offline Norce Checkout and a stand-in for Jetshop."""
     logs.configure(level=logs.WARNING if then_exit or sys.stderr.isatty() else logs.INFO)
     try:
         uvloop.run(_demo(then_exit=then_exit, output=output))
@@ -230,7 +230,7 @@ async def _demo(*, then_exit: bool, output: str) -> None:
                 "\nStill running; Ctrl-C ends it.\n"
                 f"  callbacks   {service.public_address}\n"
                 f"  operations  {service.operations_address}/readyz  {service.operations_address}/metrics\n"
-                f"  Norce       {running.norce_address} (stand-in)\n"
+                f"  Norce       {running.norce_address}/ (offline; orders and callbacks)\n"
                 f"  Jetshop     {running.jetshop_address} (stand-in)\n\n"
                 "In another terminal:\n"
                 f"  export NORCE_ADAPTER_CONFIG={running.config_path}\n"

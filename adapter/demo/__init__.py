@@ -2,8 +2,9 @@
 The walk a newcomer sees: a validation denied and one approved, a cart that changes, a purchase that completes, an
 export, a dead letter.
 
-Everything is real but the two ends: the service with a ledger on disk, requests over HTTP, and a stand-in each for
-Norce and Jetshop on loopback. What is printed at the end is read back from what really happened.
+Everything is real but the two ends: the service with a ledger on disk, requests over HTTP, and on loopback the offline
+Norce Checkout and a stand-in for Jetshop. The orders go their way through Norce's API, and Norce calls the service by
+itself. What is printed is read back from what really happened: from its journal and its events, and from the ledger.
 """
 
 import asyncio
@@ -17,20 +18,28 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from adapter import config as configuration
 from adapter.app import PortInUse, Service, listen, running, served
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
-from adapter.demo.norce import NorceStandIn
 from adapter.handlers.jetshop.stand_in import JetshopStandIn
 from adapter.ledger.desk import Desk
 from adapter.ledger.matching import Matching
 from adapter.ledger.store import open_for_reading
 from adapter.routes import build
+from adapter.simulator import Simulator
+from adapter.simulator.caller import Caller, Unmet
 
-SAMPLE_ID = "o_yClTSySjyAuuBjmiBlHCjuEcTf"
+REFERENCE = "100245"  # which the shop knows the order by
+MOST_OF_A_KIND = 10  # by the rules in the configuration
+_GIFT_CARD = {
+    "adapterId": "awardit_adapter",
+    "name": "Presentkort",
+    "type": "voucher",
+    "amount": 200.0,
+    "state": "confirmed",
+    "reference": "GC-7710-0042",
+}
 PATIENCE_SECONDS = 30.0
 
 Say = Callable[[str], None]
@@ -38,10 +47,11 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """The running demo: the service, its two stand-ins, and the file that says how it is configured."""
+    """The running demo: the service, its two ends, and the file that says how it is configured."""
 
     service: Service
-    norce: NorceStandIn
+    norce: Simulator
+    caller: Caller
     jetshop: JetshopStandIn
     norce_address: str
     jetshop_address: str
@@ -55,7 +65,7 @@ class DemoFailed(Exception):
 
 @contextlib.asynccontextmanager
 async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterator[Demo]:
-    """The service on a ledger in a temporary folder, between its stand-ins; on other ports where these are taken."""
+    """The service on a ledger in a temporary folder, between its two ends; on other ports where these are taken."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="norce-adapter-demo-")))
         token, password = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
@@ -66,7 +76,9 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
         ):
             (folder / name).touch(mode=0o600)
             (folder / name).write_text(secret)
-        norce = NorceStandIn(token)
+        norce = await stack.enter_async_context(Simulator(token=token))
+        norce.throw(validation_messages=True)
+        caller = await stack.enter_async_context(Caller(norce, token, ("norce", "1")))
         listening = listen("127.0.0.1", 0)
         await stack.enter_async_context(served(norce.app, listening))
         norce_address = "http://{}:{}".format(*listening.getsockname())
@@ -77,13 +89,10 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             "@PORT@": str(_free(port)),
             "@OPERATIONS_PORT@": str(_free(operations_port)),
             "@STORE@": str(folder / "ledger.db"),
-            "@NORCE@": norce_address,
+            "@NORCE@": f"{norce_address}/checkout",
             "@JETSHOP@": jetshop_address,
         }.items():
             text = text.replace(mark, value)
-        (folder / "order-completed.json").write_bytes(
-            files(__package__).joinpath("orders/order-completed.json").read_bytes()
-        )
         path = folder / "config.yaml"
         path.write_text(text, "utf-8")
         config = configuration.load(path, {})
@@ -91,6 +100,7 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
         yield Demo(
             service=service,
             norce=norce,
+            caller=caller,
             jetshop=jetshop,
             norce_address=norce_address,
             jetshop_address=jetshop_address,
@@ -103,58 +113,12 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
     """
     Walks through a purchase and says in words what happens. Returns the status codes and counts that were met.
 
-    Raises `DemoFailed`.
+    The completed order lies beside the configuration afterwards. Raises `DemoFailed`.
     """
-    async with httpx.AsyncClient(trust_env=False) as http:
-        caller = _Norce(demo, http)
-        sample = demo.norce.put(_order("order-api-request-sample"), id=SAMPLE_ID, merchant="norce", channel="1")
-        say("Norce asks whether the sample order of its API reference may be bought …")
-        denied = await caller.calls("order-rules", sample)
-        say(f"  denied: {denied.status_code}")
-        for problem in denied.json() if denied.status_code == 400 else ():
-            say(f"    {problem['code']}: {problem['message']}")
-
-        order = demo.norce.put(_order("order-checkout"))
-        say(f"Norce asks the same about order {order['id']} …")
-        approved = await caller.calls("order-rules", order)
-        say(f"  approved: {approved.status_code}")
-
-        say("The shopper changes the cart, and Norce asks before it stores the change …")
-        hooked: dict[str, int] = {}
-        for quantity in (1, 6, 12):
-            answer = await caller.calls("cart-changed", _with_quantity(order, quantity))
-            became, told = _became(answer)
-            hooked[became] = answer.status_code
-            say(f"  {quantity} of a kind: {became}: {answer.status_code}{told}")
-
-        order = _order("order-completed")
-        demo.norce.orders[order["id"]] = order
-        say("The shopper pays, and the order reaches `completed`. Norce notifies us, over HTTP …")
-        accepted = await caller.calls("order-status", order)
-        say(f"  stored on disk, then answered: {accepted.status_code}")
-        say('  the condition matches: scope /state/currentStatus, schema {"const": "completed"}')
-        again = await caller.calls(
-            "order-status", {"notification": {"reference": "export-on-completed"}, "order": order}
-        )
-        say(f"  the same event once more, in an envelope: {again.status_code}, and nothing is done twice")
-        delivery = await _ended(demo, order["id"])
-        say(f"  the jetshop handler has exported the payment information: {_told(delivery)}")
-
-        sample = demo.norce.put(sample, state={"currentStatus": "completed"})
-        say("The sample order, completed, arrives as well …")
-        taken = await caller.calls("order-status", sample)
-        say(f"  taken without complaint: {taken.status_code}")
-        dead = await _ended(demo, sample["id"])
-        say(f"  but it cannot be exported, and waits for a person as a dead letter: {_told(dead)}")
-
-        summary = {
-            "validation": {"denied": denied.status_code, "approved": approved.status_code},
-            "hook": hooked,
-            "notification": accepted.status_code,
-            "repeated": again.status_code,
-            "exports": demo.jetshop.exports(order["reference"]),
-            "rejected": len([each for each in _deliveries(demo, state="dead") if each["reason"] == "rejected"]),
-        }
+    try:
+        summary = await _walked(demo, say)
+    except Unmet as error:
+        raise DemoFailed(f"Norce did not go along: {error}") from error
     expected = {
         "validation": {"denied": 400, "approved": 200},
         "hook": {"accepted": 200, "patched": 200, "refused": 400},
@@ -170,6 +134,114 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
     return summary
 
 
+async def _walked(demo: Demo, say: Say) -> dict[str, Any]:
+    ask, pay, move = demo.caller.ask, demo.caller.pay, demo.caller.move
+
+    say("The sample order of Norce's API reference is created, and its three callbacks are pointed at us …")
+    sample = await _created(demo, "order-api-request-sample", ("norce", "1"))
+    await pay(sample)
+    say("Norce asks whether it may be bought …")
+    problems = await ask("validate", order_id=sample, status=400)
+    denied = _answered(demo, "validation", sample)
+    say(f"  denied: {denied}")
+    for problem in problems:
+        say(f"    {problem['code']}: {problem.get('message')}")
+
+    order = await _created(demo, "order-checkout", ("fjallboden", "se-b2c"))
+    await ask("patch_consents", [{"id": "terms", "checked": True}], order_id=order)
+    await ask("add_payment", _GIFT_CARD, order_id=order)
+    invoice = await pay(order)
+    say(f"Norce asks the same about order {order} …")
+    await ask("validate", order_id=order)
+    approved = _answered(demo, "validation", order)
+    say(f"  approved: {approved}")
+
+    say("The shopper changes the cart, and Norce asks before it stores the change …")
+    hooked: dict[str, int | None] = {}
+    for quantity in (2, 6, 12):
+        became, told = await _with_quantity(demo, order, quantity)
+        hooked[became] = _answered(demo, "hook", order)
+        say(f"  {quantity} of a kind: {became}: {hooked[became]}{told}")
+
+    say("The shopper pays, and the order reaches `completed`. Norce notifies us, over HTTP …")
+    await ask("cancel_payment", order_id=order, payment_id=invoice)  # for a smaller cart
+    await ask("put_reference", REFERENCE, order_id=order)
+    await ask("complete_payment", order_id=order, payment_id=await pay(order))
+    await demo.norce.settled()
+    accepted = _answered(demo, "notification", order)
+    say(f"  stored on disk, then answered: {accepted}")
+    say('  the condition matches: scope /state/currentStatus, schema {"const": "completed"}')
+    demo.norce.throw(notification_body="envelope")
+    await ask("retry_event", event_id=demo.norce.events(order)[-1]["id"], shop=demo.caller.whose[order])
+    await demo.norce.settled()
+    again = _answered(demo, "notification", order)
+    say(f"  the same event once more, in an envelope: {again}, and nothing is done twice")
+    delivery = await _ended(demo, order)
+    say(f"  the jetshop handler has exported the payment information: {_told(delivery)}")
+    completed = json.dumps(demo.norce.order(order), ensure_ascii=False)
+    demo.config_path.with_name("order-completed.json").write_text(completed, "utf-8")
+
+    await move(sample, "processing", "accepted", "completed")
+    await demo.norce.settled()
+    say("The sample order, completed, arrives as well …")
+    say(f"  taken without complaint: {_answered(demo, 'notification', sample)}")
+    dead = await _ended(demo, sample)
+    say(f"  but it cannot be exported, and waits for a person as a dead letter: {_told(dead)}")
+
+    return {
+        "validation": {"denied": denied, "approved": approved},
+        "hook": hooked,
+        "notification": accepted,
+        "repeated": again,
+        "exports": demo.jetshop.exports(REFERENCE),
+        "rejected": len([each for each in _deliveries(demo, state="dead") if each["reason"] == "rejected"]),
+    }
+
+
+async def _created(demo: Demo, name: str, shop: tuple[str, str]) -> str:
+    """
+    The order, created as it stands. Its callbacks lead to somebody else's host; they are registered anew, at addresses
+    of ours that are signed for this order.
+    """
+    ask = demo.caller.ask
+    order_id = await demo.caller.create(_order(name), shop=shop)
+    order = await demo.caller.read(order_id)
+
+    def ours(callback: str) -> str:
+        return Senders(demo.config.senders).signed_url(demo.service.public_address, *shop, order_id, callback)
+
+    [validation], [hook], [notification] = order["validations"], order["hooks"], order["notifications"]
+    pointed = {**validation, "url": ours("order-rules")}
+    await ask("put_validation", pointed, order_id=order_id, validation_id=validation["id"])
+    await ask("remove_hook", order_id=order_id, hook_id=hook["id"])
+    pointed = {**hook, "subscribeTo": "/cart", "target": "/cart", "invoke": ours("cart-changed")}
+    await ask("add_hook", pointed, order_id=order_id)
+    await ask("remove_notification", order_id=order_id, notification_id=notification["id"])
+    await ask("add_notification", {**notification, "invoke": ours("order-status")}, order_id=order_id)
+    return order_id
+
+
+def _answered(demo: Demo, kind: str, order_id: str) -> int | None:
+    """What the service answered to Norce's last callback of this kind, if it was asked and answered at all."""
+    asked = demo.norce.journal.read(order_id=order_id, kind=kind)
+    return asked[-1].status if asked else None
+
+
+async def _with_quantity(demo: Demo, order_id: str, quantity: int) -> tuple[str, str]:
+    """Changes how many of the first item there are: what became of it, and the rest of it in words."""
+    before = (await demo.caller.read(order_id))["cart"]
+    item, is_refused = before["items"][0]["id"], quantity > MOST_OF_A_KIND
+    refusal = await demo.caller.ask(
+        "patch_item", {"quantity": quantity}, order_id=order_id, item_id=item, status=400 if is_refused else 200
+    )
+    if is_refused:
+        return "refused", f", {refusal['code']}: {refusal['message']}"
+    after = (await demo.caller.read(order_id))["cart"]
+    added = {name: value for name, value in after["attributes"].items() if before["attributes"].get(name) != value}
+    told = "".join(f", add /cart/attributes/{name} {json.dumps(value)}" for name, value in added.items())
+    return "patched" if added else "accepted", told
+
+
 def _free(port: int) -> int:
     try:
         listening = listen("127.0.0.1", port)
@@ -177,25 +249,6 @@ def _free(port: int) -> int:
         listening = listen("127.0.0.1", 0)
     with listening:
         return int(listening.getsockname()[1])
-
-
-class _Norce:
-    """Calls our callbacks as Norce would: at signed URLs, with its two headers."""
-
-    def __init__(self, demo: Demo, http: httpx.AsyncClient) -> None:
-        self._demo = demo
-        self._http = http
-        self._senders = Senders(demo.config.senders)
-
-    async def calls(self, callback: str, body: dict[str, Any]) -> httpx.Response:
-        order = body.get("order", body)
-        merchant, channel = order["merchant"], order["channel"]
-        address = self._demo.service.public_address
-        url = self._senders.signed_url(address, merchant, channel, order["id"], callback)
-        headers = {"x-merchant": merchant, "x-channel": channel}
-        if callback == "order-rules":  # a validation has no body
-            return await self._http.post(url, headers=headers)
-        return await self._http.post(url, headers=headers, json=body)
 
 
 async def _ended(demo: Demo, order_id: str) -> dict[str, Any]:
@@ -220,22 +273,6 @@ def _told(delivery: dict[str, Any]) -> str:
     if delivery["state"] == "done":
         return f"{delivery['reason']}, Jetshop order {delivery['reference']}"
     return f"{delivery['reason']}, {delivery['code']}\n    {delivery['message']}"
-
-
-def _with_quantity(order: dict[str, Any], quantity: int) -> dict[str, Any]:
-    """The order as it would be with so many of its first item; a hook does no sums."""
-    cart = order["cart"]
-    first, *others = cart["items"]
-    return {**order, "cart": {**cart, "items": [{**first, "quantity": quantity}, *others]}}
-
-
-def _became(answer: httpx.Response) -> tuple[str, str]:
-    """What a hook's answer means for the change, and the rest of it in words."""
-    body = answer.json()
-    if answer.status_code != 200:
-        return "refused", f", {body['code']}: {body['message']}"
-    changes = [f", {each['op']} {each['path']} {json.dumps(each.get('value'))}" for each in body]
-    return "patched" if changes else "accepted", "".join(changes)
 
 
 def _order(name: str) -> dict[str, Any]:

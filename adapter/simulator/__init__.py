@@ -4,6 +4,7 @@ this machine.
 
 The rooms: `orders` are the rules, pure; `checkout` is the order service; `callbacks` is what goes out, `services` what
 comes in; `neighbours` are other adapters; `records` is what is remembered; `switches` says what is not known for sure.
+`caller` is who buys here, and `scenarios` are purchases as they go in a shop.
 """
 
 from types import TracebackType

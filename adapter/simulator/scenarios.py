@@ -15,13 +15,13 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Self
 
 import httpx
 
-from adapter.norce.operations import AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT
 from adapter.simulator import Simulator
+from adapter.simulator.caller import Caller, Unmet, codes
 from adapter.simulator.orders import ACCEPTED, CHECKOUT, COMPLETED, DECLINED, PROCESSING, REMOVED
 
 PATIENCE_SECONDS = 60.0
@@ -64,10 +64,6 @@ _ORDER = {
 }
 
 
-class Unmet(Exception):
-    """Something was not as the scenario promises. The message says what, with codes and counts, never an order."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter:
     """What has to be known of the adapter that is tried."""
@@ -91,77 +87,32 @@ class _Line(httpx.AsyncHTTPTransport):
         return await super().handle_async_request(request)
 
 
-class Shop:
+class Shop(Caller):
     """
-    A Norce Checkout of its own (`simulator`, which the adapter has to be able to reach) and who buys there.
-
-    `given` is for the `Simulator`. `ask` is an operation by its name, for the merchant and channel of the order that
-    it is about.
+    A Norce Checkout of its own (`simulator`, which the adapter has to be able to reach) and who buys there. `given` is
+    for the `Simulator`.
     """
 
     def __init__(self, token: str, adapter: Adapter, **given: Any) -> None:
         self.adapter = adapter
         self.line = _Line(limits=httpx.Limits(max_connections=200, max_keepalive_connections=50), trust_env=False)
-        self.simulator = Simulator(token=token, transport=self.line, **given)
-        self.whose: dict[str, tuple[str, str]] = {}  # order id -> merchant, channel; every order of this shop
-        self._http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(self.simulator.app), headers={AUTHORIZATION: f"Bearer {token}"}
-        )
+        super().__init__(Simulator(token=token, transport=self.line, **given), token, adapter.shops[0])
 
-    async def __aenter__(self) -> "Shop":
+    async def __aenter__(self) -> Self:
         await self.simulator.__aenter__()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self._http.aclose()
-        await self.simulator.__aexit__(kind, error, trace)
-
-    async def ask(
-        self,
-        name: str,
-        body: Any = None,
-        *,
-        status: int | None = None,
-        shop: tuple[str, str] | None = None,
-        **path: str,
-    ) -> Any:
-        """What is answered. Raises `Unmet` where that is another status, or an error while none was asked for."""
-        operation = BY_NAME[name]
-        merchant, channel = shop or self.whose.get(path.get("order_id", ""), self.adapter.shops[0])
-        answer = await self._http.request(
-            operation.method,
-            operation.url("http://norce/checkout", operation.versions[0], **path),
-            headers={MERCHANT: merchant, CHANNEL: channel},
-            json=body,
-        )
-        told = answer.json() if answer.content else None
-        if answer.status_code != status and not (status is None and answer.is_success):
-            raise Unmet(f"{name} was answered {answer.status_code} ({', '.join(_codes(told))}), not {status or 200}")
-        return told
+    async def __aexit__(self, *failure: Any) -> None:
+        await super().__aexit__(*failure)
+        await self.simulator.__aexit__(*failure)
 
     async def order(self, *, shop: tuple[str, str] | None = None, **members: Any) -> str:
         """A new order with the adapter's callbacks on it; its id."""
-        shop = shop or self.adapter.shops[0]
-        body = copy.deepcopy(_ORDER) | {"reference": self.simulator.new_id("")} | members
-        order_id: str = (await self.ask("create_order", body, shop=shop))["id"]
-        self.whose[order_id] = shop
-        for name, registration in self.adapter.registrations(*shop, order_id):
+        reference = self.simulator.new_id("")
+        order_id = await self.create(copy.deepcopy(_ORDER) | {"reference": reference} | members, shop=shop)
+        for name, registration in self.adapter.registrations(*self.whose[order_id], order_id):
             await self.ask(name, registration, order_id=order_id)
         return order_id
-
-    async def read(self, order_id: str) -> dict[str, Any]:
-        order: dict[str, Any] = await self.ask("read_order", order_id=order_id)
-        return order
-
-    async def move(self, order_id: str, *statuses: str) -> None:
-        for status in statuses:
-            await self.ask("put_state", {"currentStatus": status}, order_id=order_id)
-
-    async def pay(self, order_id: str) -> str:
-        """A payment of what is not yet covered; its id."""
-        return str((await self.ask("start_payment", order_id=order_id))["paymentId"])
 
     async def reserve(self, order_id: str, payment_id: str) -> None:
         """The payment covers all of the order, as a payment adapter has it when the order is accepted."""
@@ -231,7 +182,7 @@ async def validation_denied_and_mended(shop: Shop) -> None:
     nameless = {"type": "person", "billing": {**_PERSON, "email": None}, "shipping": _PERSON}
     order_id = await shop.order(customer=nameless)
     payment_id = await shop.pay(order_id)
-    expect("validation", _codes(await shop.ask("validate", order_id=order_id, status=400)), ["email-missing"])
+    expect("validation", codes(await shop.ask("validate", order_id=order_id, status=400)), ["email-missing"])
     await shop.ask("complete_payment", order_id=order_id, payment_id=payment_id, status=400)
     await shop.expect_state(order_id, CHECKOUT)
     expect("events", shop.told(order_id), [])
@@ -249,7 +200,7 @@ async def declined_after_acceptance(shop: Shop) -> None:
     await shop.ask("validate", order_id=order_id)
     await shop.move(order_id, PROCESSING, ACCEPTED, DECLINED)
     refusal = await shop.ask("put_state", {"currentStatus": COMPLETED}, order_id=order_id, status=400)
-    expect("refusal", _codes(refusal), ["order-error"])
+    expect("refusal", codes(refusal), ["order-error"])
     await shop.expect_state(order_id, DECLINED)
     await shop.expect_delivered(order_id)
     expect("events", shop.told(order_id), [(ACCEPTED, [200]), (DECLINED, [200])])
@@ -261,7 +212,7 @@ async def voucher(shop: Shop) -> None:
     card = {"adapterId": "awardit_adapter", "name": "Presentkort", "type": "voucher", "amount": 200.0}
     await shop.ask("add_payment", card | {"state": "confirmed", "reference": "GC-1"}, order_id=order_id)
     refusal = await shop.ask("validate", order_id=order_id, status=400)
-    expect("validation", _codes(refusal), ["payment-amount-mismatch"])
+    expect("validation", codes(refusal), ["payment-amount-mismatch"])
     await shop.buy(order_id)
     order = await shop.read(order_id)
     expect("payments", [each["amount"] for each in order["payments"]], [200.0, 58.0])
@@ -280,7 +231,7 @@ async def upsell_window(shop: Shop) -> None:
 
     async def add(line: dict[str, Any], status: int) -> list[str]:
         lines = [*cart["items"], line]
-        return _codes(await shop.ask("put_cart", {**cart, "items": lines}, order_id=order_id, status=status))
+        return codes(await shop.ask("put_cart", {**cart, "items": lines}, order_id=order_id, status=status))
 
     expect("not upsold", await add({**_UPSOLD, "upsell": False}, 400), ["order-error"])
     expect("twelve upsold", await add({**_UPSOLD, "quantity": 12}, 400), ["too-many-of-a-kind"])
@@ -382,7 +333,7 @@ async def outage(shop: Shop) -> None:
     payment_id = await shop.pay(order_id)
     shop.line.is_cut = True
     refusal = await shop.ask("complete_payment", order_id=order_id, payment_id=payment_id, status=400)
-    expect("validation", _codes(refusal), ["validation-failed"])
+    expect("validation", codes(refusal), ["validation-failed"])
     await shop.expect_state(order_id, CHECKOUT)
     shop.line.is_cut = False
     await shop.ask("validate", order_id=order_id)
@@ -483,11 +434,6 @@ async def play(name: str, shop: Shop, **settings: Any) -> dict[str, Any]:
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory_mib": _peak_memory() >> 20,
     }
-
-
-def _codes(told: Any) -> list[str]:
-    """The codes of an error, or of all of them."""
-    return [str(each.get("code")) for each in (told if isinstance(told, list) else [told]) if isinstance(each, dict)]
 
 
 def _peak_memory() -> int:

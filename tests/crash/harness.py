@@ -21,9 +21,9 @@ from typing import Any
 
 from databases import Server
 from flows.stage import NORCE_TOKEN, PASSWORD, TESTS, URL_KEY, Neighbours
+from norce_stand_in import NorceStandIn
 from sqlalchemy.exc import DBAPIError
 
-from adapter.demo.norce import NorceStandIn
 from adapter.ledger.desk import Desk
 from adapter.ledger.matching import Matching
 from adapter.ledger.store import open_for_reading

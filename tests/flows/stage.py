@@ -26,10 +26,10 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import httpx
+from norce_stand_in import NorceStandIn
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapter.demo.norce import NorceStandIn
 from adapter.handlers.jetshop.stand_in import JetshopStandIn
 from adapter.ledger.desk import Desk, Overview
 from adapter.ledger.matching import Matching
