@@ -126,6 +126,13 @@ class Shop(Caller):
         """The purchase, from the payment to `completed`. It asks the validations by itself."""
         await self.ask("complete_payment", order_id=order_id, payment_id=await self.pay(order_id))
 
+    async def retry(self, order_id: str) -> None:
+        """Norce sends its last event of an order once more, as a person asks for it."""
+        events = self.simulator.events(order_id)
+        expect("an event", bool(events), True)
+        await self.ask("retry_event", event_id=events[-1]["id"], shop=self.whose[order_id])
+        await self.simulator.settled()
+
     async def expect_state(self, order_id: str, status: str) -> None:
         expect("state", (await self.read(order_id))["state"]["currentStatus"], status)
 
@@ -346,8 +353,7 @@ async def outage(shop: Shop) -> None:
     expect("events", shop.told(order_id), [(ACCEPTED, [200]), (COMPLETED, [None])])
     shop.line.is_cut = False
     for _ in range(2):
-        await shop.ask("retry_event", event_id=shop.simulator.events(order_id)[-1]["id"])
-        await shop.simulator.settled()
+        await shop.retry(order_id)
     expect("events", shop.told(order_id)[-1], (COMPLETED, [None, 200, 200]))
     await shop.expect_delivered(order_id, "delivered")
 
@@ -363,7 +369,7 @@ async def removed_order(shop: Shop) -> None:
     shop.line.is_cut = False
     await shop.ask("delete_order", order_id=gone)
     await shop.ask("read_order", order_id=gone, status=404)
-    await shop.ask("retry_event", event_id=shop.simulator.events(gone)[-1]["id"])
+    await shop.retry(gone)
     await shop.expect_delivered(gone, "rejected")
     await shop.expect_delivered(removed)
     await shop.expect_state(removed, REMOVED)
