@@ -199,13 +199,34 @@ S = TypeVar("S", bound=Settings)
 
 
 class Orders(Protocol):
-    """Norce's orders, as the order's merchant and channel see them."""
+    """
+    Norce's orders, as the order's merchant and channel see them.
+
+    What every method raises: `Retry` where Norce does not answer, answers 429 or 5xx; `Misconfigured` on 401 and 403;
+    `Reject` on another 4xx (`order-not-found`; `norce-rejected`, also where another adapter's hook refuses the change);
+    `Unknown` where a POST went out and no answer says what became of it. A change is made with our adapter id, so that
+    our own hooks are not asked about it; it may be slow, and change more than was sent.
+    """
 
     async def read(self, order_id: str) -> Order:
-        """
-        The order as Norce has it now.
+        """The order as Norce has it now."""
+        ...
 
-        Raises `Retry` where Norce does not answer, answers 429 or 5xx; `Misconfigured` on 401 and 403; `Reject` on 404.
+    async def set_reference(self, order_id: str, reference: str) -> None:
+        """Writes the order's number in the other system on the order: `reference`. The same again does no harm."""
+        ...
+
+    async def set_attributes(self, order_id: str, attributes: Mapping[str, Any]) -> None:
+        """Sets these attributes of the order, and leaves the others. Use keys that carry your name."""
+        ...
+
+    async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
+        """
+        Any other operation on the order, by its name in docs/simulator.md; `path` are the parameters in its path:
+        `call("put_payment", order_id, payment, payment_id=…)`.
+
+        Answers what Norce does, as plain JSON; None for nothing. Norce has no concurrency control, and a PUT replaces
+        the whole: read right before, write only what is yours. Raises `KeyError` for an unknown operation.
         """
         ...
 

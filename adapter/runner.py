@@ -437,5 +437,7 @@ class _NoNetwork(httpx.AsyncBaseTransport):
 
 
 class _NoOrders:
-    async def read(self, _order_id: str) -> NoReturn:
+    async def call(self, *_: Any, **__: Any) -> NoReturn:
         raise Misconfigured("computes-only", "a handler that declares computes may not call anybody")
+
+    read = set_reference = set_attributes = call

@@ -1,30 +1,46 @@
-"""Reading one order from Norce: what is asked, which token, and what every answer means."""
+"""What is asked of Norce, with which token, what is tried again, and what every answer means."""
 
 import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import quote
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 
 from adapter.norce.client import (
     LARGEST_ORDER_BYTES,
     MOST_READS_AT_ONCE,
     Account,
+    HandlerOrders,
     Norce,
     NorceRefused,
+    NorceRejected,
     NorceUnavailable,
+    NorceUnclear,
     OrderNotFound,
     base_url,
 )
+from adapter.norce.operations import OPERATIONS, Operation, schema
 from adapter.orders import Order
-from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret
+from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
+
+T = TypeVar("T")
 
 ORDER = {"id": "order-1", "total": {"includingVat": 1499.0}}
 
 
 class FakeNorce(httpx.AsyncBaseTransport):
-    """Answers in turn, and remembers the requests; an answer may be a reason to wait for ever."""
+    """
+    Answers in turn, and remembers the requests; an answer may be a reason to wait for ever, and an error happens to
+    every request from then on.
+    """
 
     def __init__(self, *answers: httpx.Response | Exception | None) -> None:
         self._answers = list(answers)
@@ -33,7 +49,7 @@ class FakeNorce(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
-        answer = self._answers.pop(0)
+        answer = self._answers[0] if isinstance(self._answers[0], Exception) else self._answers.pop(0)
         if answer is None:
             await asyncio.Event().wait()
         if isinstance(answer, Exception):
@@ -242,3 +258,286 @@ def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_besid
 
     assert asked == MOST_READS_AT_ONCE + 1
     assert beside.id == "order-1"
+
+
+def ask(transport: httpx.AsyncBaseTransport, work: Callable[[Norce], Awaitable[T]], **given: Any) -> T:
+    async def asked() -> T:
+        account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"), Secret("t-2")))
+        norce = Norce(
+            {"fjallboden": account},
+            adapter_id="our_adapter",
+            timeout=timedelta(seconds=5),
+            transport=transport,
+            **given,
+        )
+        try:
+            return await work(norce)
+        finally:
+            await norce.aclose()
+
+    return asyncio.run(asked())
+
+
+def change(norce: Norce) -> Awaitable[bytes]:
+    return norce.call("fjallboden", "1", "add_hook", body={"adapterId": "our_adapter"}, path={"order_id": "o"})
+
+
+class Once(FakeNorce):
+    """Fails once, and then answers."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await super().handle_async_request(request)
+        except httpx.TransportError:
+            self._answers.pop(0)
+            raise
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.RemoteProtocolError(""), httpx.ConnectError("")])
+def test_a_read_without_an_answer_is_tried_once_more(error: httpx.TransportError) -> None:
+    transport = Once(error, httpx.Response(200, json=ORDER))
+
+    assert ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1")).id == "order-1"
+    assert len(transport.requests) == 2
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.ReadTimeout(""), httpx.RemoteProtocolError("")])
+def test_a_change_that_went_out_without_an_answer_is_not_sent_again(error: httpx.TransportError) -> None:
+    transport = FakeNorce(error)
+
+    with pytest.raises(NorceUnclear):
+        ask(transport, change)
+
+    assert len(transport.requests) == 1
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError(""), httpx.ConnectTimeout(""), httpx.PoolTimeout("")])
+def test_a_change_that_never_went_out_is_sent_again_and_is_no_doubt(error: httpx.TransportError) -> None:
+    transport = FakeNorce(error)
+
+    with pytest.raises(NorceUnavailable) as raised:
+        ask(transport, change)
+
+    assert len(transport.requests) == 2
+    assert type(raised.value) is NorceUnavailable
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(500, NorceUnclear), (502, NorceUnclear), (503, NorceUnavailable), (429, NorceUnavailable)]
+)
+def test_a_change_that_failed_at_norce_may_have_been_made_unless_norce_was_busy(
+    status: int, kind: type[NorceUnavailable]
+) -> None:
+    with pytest.raises(NorceUnavailable) as raised:
+        ask(FakeNorce(httpx.Response(status)), change)
+
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"code": "order-validation", "message": "canary"}, "order-validation"),
+        ([{"adapterId": "x", "code": "item-out-of-stock"}], "item-out-of-stock"),
+        ({"type": "https://norce.example/problems/order-conflict", "title": "canary"}, "order-conflict"),
+        ({"type": "about:blank", "title": "canary"}, None),
+        ({"type": "https://tools.ietf.org/html/rfc7231#section-6.5.1"}, None),
+        ({"code": "Tove canary Testsson"}, None),
+        ({"code": 7}, None),
+        ([], None),
+        ("canary", None),
+    ],
+)
+def test_of_an_error_the_code_alone_is_told(body: Any, code: str | None) -> None:
+    with pytest.raises(NorceRejected) as raised:
+        ask(FakeNorce(httpx.Response(400, json=body)), change)
+
+    assert raised.value.code == code
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("body", "order_id"), [({"id": "o-1"}, "o-1"), ("o-1", "o-1")])
+def test_both_answers_of_a_create_are_understood(body: Any, order_id: str) -> None:
+    transport = FakeNorce(httpx.Response(201, json=body))
+
+    assert ask(transport, lambda norce: norce.create_order("fjallboden", "1", {})) == order_id
+
+
+@pytest.mark.parametrize("body", [{}, [], 7, None])
+def test_an_order_without_an_id_may_have_been_created(body: Any) -> None:
+    with pytest.raises(NorceUnclear):
+        ask(FakeNorce(httpx.Response(201, json=body)), lambda norce: norce.create_order("fjallboden", "1", {}))
+
+
+class Listing(httpx.AsyncBaseTransport):
+    """A list of so many, whose `size` is a lie and whose total may be left out."""
+
+    def __init__(self, count: int, *, total: bool, most: int) -> None:
+        self._count, self._total, self._most = count, total, most
+        self.asked: list[tuple[str, str]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        query = request.url.params
+        self.asked.append((query["offset"], query["limit"]))
+        offset = int(query["offset"])
+        data = [{"id": f"o-{number}"} for number in range(offset, min(offset + self._most, self._count))]
+        pagination = {"offset": 0, "limit": 1, "size": 1} | ({"totalSize": self._count} if self._total else {})
+        return httpx.Response(200, json={"data": data, "pagination": pagination})
+
+
+@given(
+    count=st.integers(min_value=0, max_value=40),
+    total=st.booleans(),
+    most=st.integers(min_value=1, max_value=10),
+    limit=st.integers(min_value=1, max_value=10),
+)
+def test_a_list_is_read_to_its_end_whatever_the_size_of_its_pages(
+    count: int, *, total: bool, most: int, limit: int
+) -> None:
+    async def work(norce: Norce) -> list[str]:
+        pages = norce.pages("fjallboden", "1", limit=limit)
+        return [order["id"] async for page in pages for order in page.items]
+
+    transport = Listing(count, total=total, most=most)
+
+    assert ask(transport, work) == [f"o-{number}" for number in range(count)]
+    assert len(transport.asked) <= count + 1
+
+
+def test_which_token_was_taken_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    transport = FakeNorce(httpx.Response(401), httpx.Response(200, json=ORDER))
+
+    ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"), used=lambda *each: told.append(each))
+
+    assert told == [("fjallboden", 1, 401), ("fjallboden", 2, 200)]
+
+
+@pytest.mark.parametrize(("version", "expected"), [("v0", "/order/api/v0/"), ("v1", "/order/api/v1/")])
+def test_the_version_of_the_order_api_is_a_setting(version: str, expected: str) -> None:
+    transport = FakeNorce(httpx.Response(200, json=ORDER))
+
+    ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"), version=version)
+
+    assert expected in str(transport.requests[0].url)
+
+
+BODIES: dict[str, Any] = {
+    "order-create": {"cart": {"items": []}, "customer": {"type": "person"}},
+    "cart": {"items": [], "total": {"includingVat": 0.0, "excludingVat": 0.0}},
+    "address": {"city": "Provstad"},
+    "attributes": {"our_adapter": "1"},
+    "reference": "100245",
+    "state": {"currentStatus": "processing"},
+    "consent": {"id": "terms", "checked": True},
+    "consents": [{"id": "terms", "checked": True}],
+    "validation": {"adapterId": "our_adapter", "url": "https://adapter.example/x"},
+    "hook": {"adapterId": "our_adapter", "subscribeTo": "/cart", "invoke": "https://adapter.example/x"},
+    "notification": {"adapterId": "our_adapter", "scope": "/cart", "invoke": "https://adapter.example/x"},
+    "payment": {"adapterId": "our_adapter", "amount": 1.0, "state": "intent"},
+    "actions": [{"adapterId": "our_adapter", "type": "capture", "url": "https://adapter.example/x"}],
+    "transaction": {"event": "open", "amount": 1.0, "isSuccess": True},
+    "shipping": {"adapterId": "our_adapter", "total": {"includingVat": 1.0, "excludingVat": 0.8}, "vatRate": 0.25},
+    "configurations": [{"$schema": "https://adapter.example/s.json", "id": "our_adapter"}],
+    "adapter-configuration": {"$schema": "https://adapter.example/s.json", "id": "our_adapter"},
+    "basket": {"cartReference": 7, "culture": "sv-SE"},
+    "quantity": {"quantity": 2},
+    "discount": {"code": "SUMMER"},
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
+def test_every_operation_is_asked_for_as_the_table_says(operation: Operation) -> None:
+    ids = set(re.findall(r"{(\w+)}", operation.path)) - {"version", "merchant", "channel"}
+    path = {name: f"{name} å/1" for name in ids}
+    body = None if operation.body is None else BODIES[operation.body]
+    transport = FakeNorce(httpx.Response(200, json={}))
+
+    ask(transport, lambda norce: norce.call("fjallboden", "1", operation.name, body=body, path=path))
+
+    (request,) = transport.requests
+    assert request.method == operation.method
+    given = {"merchant": "fjallboden", "channel": "1", "version": operation.versions[0], **path}
+    expected = operation.path.format_map({name: quote(value, safe="") for name, value in given.items()})
+    assert request.url.raw_path.decode() == f"/checkout/{operation.service}{expected}"
+    for header in operation.headers:
+        assert request.headers[header]
+    assert ("x-adapterid" in request.headers) == ("x-adapterid" in operation.optional_headers)
+    if operation.body is None:
+        assert request.content == b""
+    else:
+        assert request.headers["content-type"] == "application/json"
+        Draft202012Validator(schema(operation.body)).validate(json.loads(request.content))
+
+
+def as_handler(transport: FakeNorce, work: Callable[[HandlerOrders], Awaitable[Any]]) -> Any:
+    return ask(transport, lambda norce: work(norce.for_handlers("fjallboden", "1")))
+
+
+def test_a_handler_writes_its_number_on_the_order() -> None:
+    transport = FakeNorce(httpx.Response(200), httpx.Response(200))
+
+    as_handler(transport, lambda orders: orders.set_reference("o", "100245"))
+    as_handler(transport, lambda orders: orders.set_attributes("o", {"jetshop": "7"}))
+
+    assert [json.loads(request.content) for request in transport.requests] == ["100245", {"jetshop": "7"}]
+
+
+def test_a_handler_has_every_operation_on_the_order() -> None:
+    transport = FakeNorce(httpx.Response(200, json=[{"id": "p"}]))
+
+    assert as_handler(transport, lambda orders: orders.call("list_payments", "o")) == [{"id": "p"}]
+
+
+CHANGES: list[Any] = [
+    pytest.param("put_payment", httpx.ReadError(""), Retry, id="a PUT without answer may be made again"),
+    pytest.param("add_payment", httpx.ReadError(""), Unknown, id="a POST without answer is in doubt"),
+    pytest.param("add_payment", httpx.ConnectError(""), Retry, id="a POST that never went out"),
+    pytest.param("add_payment", httpx.Response(500), Unknown, id="a POST that failed at Norce"),
+    pytest.param("add_payment", httpx.Response(409, json={"code": "order-conflict"}), Reject, id="a conflict"),
+    pytest.param("put_payment", httpx.Response(400), Reject, id="refused by a hook"),
+    pytest.param("put_payment", httpx.Response(404, json={"code": "payment-not-found"}), Reject, id="no payment"),
+]
+
+
+@pytest.mark.parametrize(("operation", "answer", "outcome"), CHANGES)
+def test_of_a_change_a_handler_sees_the_outcome(
+    operation: str, answer: httpx.Response | Exception, outcome: type[Outcome]
+) -> None:
+    path = {"payment_id": "p"} if operation == "put_payment" else {}
+
+    with pytest.raises(outcome) as raised:
+        as_handler(FakeNorce(answer), lambda orders: orders.call(operation, "o", {}, **path))
+
+    assert type(raised.value) is outcome
+
+
+def event(number: int, **given: Any) -> dict[str, Any]:
+    return {
+        "id": f"event-{number}",
+        "createdAt": "2026-02-03T10:00:00.1234567Z",
+        "merchant": "fjallboden",
+        "channel": "se-b2c",
+        "orderId": "order-1",
+        "payload": {"notification": {}, "order": {"id": "order-1", "total": 12.10}},
+        **given,
+    }
+
+
+def test_events_are_those_of_our_adapter_with_their_payload_untouched() -> None:
+    raw = json.dumps({"data": [event(1, reference=None, attempts=[])], "pagination": {"totalSize": 9}})
+    transport = FakeNorce(httpx.Response(200, text=raw))
+
+    page = ask(transport, lambda norce: norce.events("fjallboden", offset=20, limit=10))
+
+    (request,) = transport.requests
+    assert dict(request.url.params) == {"adapter_id": "our_adapter", "offset": "20", "limit": "10"}
+    assert "x-channel" not in request.headers
+    assert (page.offset, page.total) == (20, 9)
+    assert bytes(page.items[0].payload) == json.dumps(event(1)["payload"]).encode()
+
+
+@pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [{}]}, {"data": [], "pagination": {"totalSize": "x"}}, []])
+def test_a_page_that_is_none_is_no_answer(body: Any) -> None:
+    with pytest.raises(NorceUnavailable):
+        ask(FakeNorce(httpx.Response(200, json=body)), lambda norce: norce.events("fjallboden"))

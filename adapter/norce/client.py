@@ -1,43 +1,78 @@
 """
-Norce's Order Management API in our words: read one order.
+Norce's APIs in our words, for all merchants: any operation of `norce.operations` by its name, and what we ask most.
 
 Errors are Norce's facts, not outcomes: a validation turns `OrderNotFound` into a 404, a delivery into a dead letter.
-Facts: checkout protocol, sections 1.2, 1.3 and 4 (`GET …/checkout/order/api/v0/checkout/orders/{id}`, Bearer token,
-`x-merchant` and `x-channel`). A client belongs to one event loop.
+What one would get wrong: a change that was not answered may have been made (`NorceUnclear`), and is never sent again
+from here. A read that was not answered is; and so is whatever could not even be connected.
+
+Facts: checkout protocol, sections 1.2, 1.3, 4, 8.4 and 9. A client belongs to one event loop.
 """
 
 import asyncio
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
-from urllib.parse import quote
+from datetime import datetime, timedelta
+from types import MappingProxyType
+from typing import Any, Generic, TypeVar
 
 import httpx
+import msgspec
 
+from adapter.norce.operations import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
 from adapter.orders import NotAnOrder, Order, read_order
 from adapter.outgoing import connections, retry_after
-from adapter.plugin import Misconfigured, Reject, Retry, Secret
+from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
 LARGEST_ORDER_BYTES = 4 * 1024 * 1024
 # Of one merchant, so that one whose Norce is silent takes nobody else's place. Not left to the client's own pool: that
 # looks at every request that waits whenever one ends, and kept the event loop for 15 s while 300 of them waited.
 MOST_READS_AT_ONCE = 64
+MOST_PAGES = 100_000
+# Nothing went out, whatever was to be done.
+NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # here all of them say how something is to be
+
+_CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+T = TypeVar("T")
+Used = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
 
 
-class OrderNotFound(Exception):
+class NorceError(Exception):
+    """What came of a request that was not done. `code` is Norce's own for it, where it gave one."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NorceRejected(NorceError):
+    """Norce will not do this (400, 409 and other 4xx), and says why with a `code`."""
+
+
+class NotFound(NorceRejected):
+    """Norce does not have what was asked for (404)."""
+
+
+class OrderNotFound(NotFound):
     """Norce has no such order (404)."""
 
 
-class NorceRefused(Exception):
+class NorceRefused(NorceError):
     """Norce does not take this merchant's tokens (401, 403). Check `merchants.<merchant>.tokens`."""
 
 
-class NorceUnavailable(Exception):
-    """Norce did not answer in time, or with an error, or with something that is no order. `after`: it said when."""
+class NorceUnavailable(NorceError):
+    """Norce did not answer in time, or with an error, or with nonsense. `after`: it said when to come again."""
 
-    def __init__(self, message: str, after: timedelta | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, after: timedelta | None = None, code: str | None = None) -> None:
+        super().__init__(message, code)
         self.after = after
+
+
+class NorceUnclear(NorceUnavailable):
+    """The same of a change that went out: it may have been made."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +83,36 @@ class Account:
     tokens: tuple[Secret, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page(Generic[T]):
+    """A part of a list, which begins at `offset`. `total`: how many there are in all, where Norce said so."""
+
+    offset: int
+    items: list[T]
+    total: int | None
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """An event record of the Notification API (section 8.4). `payload` is `{notification, order}`, untouched."""
+
+    id: str
+    created_at: datetime
+    merchant: str
+    channel: str
+    order_id: str
+    payload: msgspec.Raw
+    reference: str | None = None
+
+
+class _Pagination(msgspec.Struct, rename="camel"):
+    total_size: int | None = None  # `size` is something else in each version, and is not looked at
+
+
 class Norce:
-    """A client for all merchants. `timeout` bounds a whole request; `transport` is for tests."""
+    """
+    A client for all merchants. `timeout` bounds a whole request; `version` is that of the Order API (v0 or v1). `used`
+    hears which token was taken; `transport` is for tests.
+    """
 
     def __init__(
         self,
@@ -57,11 +120,15 @@ class Norce:
         *,
         adapter_id: str,
         timeout: timedelta,
+        version: str = V0,
+        used: Used = lambda _merchant, _token, _status: None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._accounts = accounts
         self._adapter_id = adapter_id
         self._timeout = timeout
+        self._version = version
+        self._used = used
         self._reading = {merchant: asyncio.Semaphore(MOST_READS_AT_ONCE) for merchant in accounts}
         self._client = httpx.AsyncClient(
             transport=transport or connections(),
@@ -73,24 +140,118 @@ class Norce:
         """
         The order as Norce has it now, `within` a time (the configured one if shorter or left out).
 
-        Two tokens are tried in turn where one is refused. Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
+        Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
         """
-        account = self._accounts[merchant]
-        url = f"{account.base_url}/order/api/v0/checkout/orders/{quote(order_id, safe='')}"
-        headers = {"x-merchant": merchant, "x-channel": channel, "x-adapterid": self._adapter_id}
         try:
-            async with (
-                asyncio.timeout(min(within or self._timeout, self._timeout).total_seconds()),
-                self._reading[merchant],
-            ):
-                for token in account.tokens:
-                    headers["authorization"] = f"Bearer {token.reveal()}"
-                    answer = await self._client.get(url, headers=headers, timeout=self._timeout.total_seconds())
+            content = await self.call(merchant, channel, "read_order", within=within, path={"order_id": order_id})
+        except NotFound as error:
+            raise OrderNotFound("Norce has no such order", error.code) from error
+        except NorceRejected as error:  # neither that it is there, nor that it is not
+            raise NorceUnavailable(str(error), code=error.code) from error
+        if len(content) > LARGEST_ORDER_BYTES:
+            raise NorceUnavailable("Norce's answer is larger than 4 MiB")
+        try:
+            order = read_order(content)
+        except NotAnOrder as error:
+            raise NorceUnavailable("Norce's answer is no order") from error
+        if order.id != order_id:  # a page of a proxy's, say: no condition would hold on it, and the order would be lost
+            raise NorceUnavailable("Norce's answer is not this order")
+        return order
+
+    async def create_order(self, merchant: str, channel: str, order: Any) -> str:
+        """
+        A new order; its id, which comes as `{id}` in practice and as a bare string by the description.
+
+        Raises `NorceError`.
+        """
+        content = await self.call(merchant, channel, "create_order", body=order)
+        with contextlib.suppress(NorceUnavailable):
+            created = _decoded(content, Any)
+            order_id = created.get("id") if isinstance(created, dict) else created
+            if isinstance(order_id, str):
+                return order_id
+        raise NorceUnclear("Norce's answer names no order")
+
+    async def events(self, merchant: str, *, offset: int = 0, limit: int = 100, **filters: str) -> Page[Event]:
+        """A page of our own adapter's events of a merchant, from all its channels. Raises `NorceError`."""
+        asked = {"adapter_id": self._adapter_id, "offset": str(offset), "limit": str(limit), **filters}
+        content = await self.call(merchant, None, "list_events", query=asked)
+        return _page(content, offset, Event)
+
+    async def pages(
+        self, merchant: str, channel: str, *, limit: int = 50, **filters: str
+    ) -> AsyncIterator[Page[dict[str, Any]]]:
+        """
+        The orders of a channel, page by page: until `totalSize` is reached or a page is empty, whatever `size` says.
+
+        Raises `NorceError`.
+        """
+        offset = 0
+        for _ in range(MOST_PAGES):
+            asked = {**filters, "offset": str(offset), "limit": str(limit)}
+            page = _page(await self.call(merchant, channel, "list_orders", query=asked), offset, dict[str, Any])
+            if page.items:
+                yield page
+            offset += len(page.items)
+            if not page.items or (page.total is not None and offset >= page.total):
+                return
+
+    async def call(
+        self,
+        merchant: str,
+        channel: str | None,
+        name: str,
+        *,
+        body: Any = None,
+        query: Mapping[str, str] | None = None,
+        path: Mapping[str, str] = MappingProxyType({}),
+        within: timedelta | None = None,
+    ) -> bytes:
+        """
+        What an operation of `norce.operations` answers, as bytes; empty where it has no body.
+
+        Two tokens are tried in turn where one is refused. `path` are the parameters in its path; the merchant and
+        channel of a configuration are known. Raises `NorceError`, and `KeyError` for an unknown operation.
+        """
+        operation = BY_NAME[name]
+        account = self._accounts[merchant]
+        version = self._version if self._version in operation.versions else operation.versions[-1]
+        request = {
+            "method": operation.method,
+            "url": operation.url(account.base_url, version, **{"merchant": merchant, "channel": channel or "", **path}),
+            "params": query,
+            "content": None if operation.body is None else msgspec.json.encode(body),
+        }
+        headers = {MERCHANT: merchant, **({} if channel is None else {CHANNEL: channel})}
+        if ADAPTER_ID in operation.optional_headers:
+            headers[ADAPTER_ID] = self._adapter_id
+        if operation.body is not None:
+            headers["content-type"] = "application/json"
+        seconds = min(within or self._timeout, self._timeout).total_seconds()
+        sent = False
+        try:
+            async with asyncio.timeout(seconds), self._reading[merchant]:
+                for number, token in enumerate(account.tokens, 1):
+                    headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
+                    sent = True
+                    answer = await self._sent(request | {"headers": headers})
+                    self._used(merchant, number, answer.status_code)
                     if answer.status_code not in (401, 403):
                         break
         except (httpx.HTTPError, TimeoutError) as error:
-            raise NorceUnavailable(f"no answer from Norce: {type(error).__name__}") from error
-        return _order(answer, order_id)
+            went_out = sent and operation.method != "GET" and not isinstance(error, NEVER_SENT)
+            kind = NorceUnclear if went_out else NorceUnavailable
+            raise kind(f"no answer from Norce: {type(error).__name__}") from error
+        return _content(answer, operation)
+
+    async def _sent(self, request: dict[str, Any]) -> httpx.Response:
+        """Tried once more where nothing can have been done by the first try. Raises `httpx.HTTPError`."""
+        try:
+            return await self._client.request(**request, timeout=self._timeout.total_seconds())
+        except httpx.TransportError as error:
+            if request["method"] != "GET" and not isinstance(error, NEVER_SENT):
+                raise
+            return await self._client.request(**request, timeout=self._timeout.total_seconds())
 
     def for_handlers(self, merchant: str, channel: str) -> "HandlerOrders":
         """The same as a handler sees it, through `context.orders`."""
@@ -111,12 +272,24 @@ class HandlerOrders:
     async def read(self, order_id: str) -> Order:
         try:
             return await self._norce.order(self._merchant, self._channel, order_id)
-        except OrderNotFound as error:
-            raise Reject("order-not-found", "Norce has no such order") from error
-        except NorceRefused as error:
-            raise Misconfigured("norce-unauthorized", str(error)) from error
-        except NorceUnavailable as error:
-            raise Retry("norce-unavailable", str(error), after=error.after) from error
+        except NorceError as error:
+            raise _outcome(error, "GET") from error
+
+    async def set_reference(self, order_id: str, reference: str) -> None:
+        await self.call("put_reference", order_id, reference)
+
+    async def set_attributes(self, order_id: str, attributes: Mapping[str, Any]) -> None:
+        await self.call("patch_attributes", order_id, attributes)
+
+    async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
+        method = BY_NAME[operation].method
+        try:
+            content = await self._norce.call(
+                self._merchant, self._channel, operation, body=body, path={"order_id": order_id, **path}
+            )
+            return _decoded(content, Any) if content else None
+        except NorceError as error:
+            raise _outcome(error, method) from error
 
 
 def base_url(environment: str, slug: str) -> str:
@@ -125,20 +298,73 @@ def base_url(environment: str, slug: str) -> str:
     return f"https://{slug}.api-se.{segment}norce.tech/checkout"
 
 
-def _order(answer: httpx.Response, order_id: str) -> Order:
+def _outcome(error: NorceError, method: str) -> Outcome:
+    match error:
+        case OrderNotFound():
+            return Reject("order-not-found", "Norce has no such order")
+        case NorceRejected():
+            return Reject("norce-rejected", str(error))
+        case NorceRefused():
+            return Misconfigured("norce-unauthorized", str(error))
+        case NorceUnclear() if method not in REPEATABLE:
+            return Unknown("norce-unavailable", str(error))
+        case NorceUnavailable(after=after):
+            return Retry("norce-unavailable", str(error), after=after)
+    raise AssertionError(error)
+
+
+def _content(answer: httpx.Response, operation: Operation) -> bytes:
     status = answer.status_code
-    if status == 404:
-        raise OrderNotFound("Norce has no such order")
     if status in (401, 403):
         raise NorceRefused(f"Norce answered {status}: check the tokens of this merchant")
-    if status != 200:
-        raise NorceUnavailable(f"Norce answered {status}", retry_after(answer.headers.get("retry-after")))
-    if len(answer.content) > LARGEST_ORDER_BYTES:
-        raise NorceUnavailable("Norce's answer is larger than 4 MiB")
+    if answer.is_success:
+        return answer.content
+    code = _code(answer)
+    said = f"Norce answered {status}{'' if code is None else f', {code}'}"
+    if status == 404:
+        is_of_order = code == "order-not-found" or (code is None and operation.service == "order")
+        raise (OrderNotFound if is_of_order else NotFound)(said, code)
+    if status in (408, 425, 429) or status < 400:
+        raise NorceUnavailable(said, retry_after(answer.headers.get("retry-after")), code)
+    if status < 500:
+        raise NorceRejected(said, code)
+    kind = NorceUnavailable if operation.method == "GET" or status == 503 else NorceUnclear
+    raise kind(said, retry_after(answer.headers.get("retry-after")), code)
+
+
+def _code(answer: httpx.Response) -> str | None:
+    """
+    The code of `{code, message}`, of the first in a list of them, or of a problem (RFC 7807): the last part of its
+    `type`. Anything that does not look like a code is left alone: it may hold a customer's values.
+    """
     try:
-        order = read_order(answer.content)
-    except NotAnOrder as error:
-        raise NorceUnavailable("Norce's answer is no order") from error
-    if order.id != order_id:  # a page of a proxy's, say: no condition would hold on it, and the order would be lost
-        raise NorceUnavailable("Norce's answer is not this order")
-    return order
+        error = msgspec.json.decode(answer.content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    if isinstance(error, list) and error:
+        error = error[0]
+    if not isinstance(error, dict):
+        return None
+    code = error.get("code")
+    if code is None and isinstance(error.get("type"), str) and error["type"] != "about:blank":
+        code = error["type"].rstrip("/").rpartition("/")[2].rpartition(":")[2]
+    return code if isinstance(code, str) and len(code) <= 64 and _CODE.fullmatch(code) else None
+
+
+def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
+    read = _decoded(content, _Listed)
+    items = [_decoded(bytes(item), kind) for item in read.data]
+    return Page(offset=offset, items=items, total=read.pagination.total_size)
+
+
+class _Listed(msgspec.Struct):
+    data: list[msgspec.Raw]
+    pagination: _Pagination = msgspec.field(default_factory=_Pagination)
+
+
+def _decoded(content: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # Never its message: it may quote the answer.
+        raise NorceUnavailable("Norce's answer is not as documented") from error
