@@ -41,7 +41,10 @@ from adapter.ledger.store import Store, StoreUnavailable
 from adapter.ledger.upkeep import Pruned, Retention, Upkeep
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
+from adapter.norce.registration import Registrar
 from adapter.pauses import Policy
+from adapter.public import Registrations
+from adapter.public import routes as beside_callbacks
 from adapter.routes import Routes
 from adapter.runner import Runner
 from adapter.verdicts import Misses, Verdicts
@@ -94,7 +97,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             return datetime.fromtimestamp(store.clock() / 1000, UTC)
 
         def make_norce() -> Norce:
-            return Norce(accounts(config), adapter_id=config.adapter.id, timeout=config.norce.timeout)
+            return client(config, metrics)
 
         if any(route.callback.kind != "notification" and not route.computes for route in routes.all):
             stack.enter_context(_interpreter_back_sooner())
@@ -144,6 +147,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             clock=store.clock,
             wake=dispatcher.wake,
         )
+        registrations = Registrations(config, Registrar(config, norce), frozenset())
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
         operations = listen(config.operations.host, config.operations.port)
@@ -172,7 +176,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
 
         stack.push_async_callback(stop_working)
         await intake.enter_async_context(
-            served(_public(endpoint), public, _refusals(metrics), lambda: endpoint.verdicts.waiting)
+            served(_public(endpoint, registrations), public, _refusals(metrics), lambda: endpoint.verdicts.waiting)
         )
 
         health.started = True
@@ -242,10 +246,24 @@ def pause_policy(config: Config) -> Policy:
     return Policy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
 
 
-def _public(endpoint: CallbackEndpoint) -> ASGIApp:
+def client(config: Config, metrics: Metrics) -> Norce:
+    """A client for Norce, for the event loop that it is made on."""
+    for name, merchant in config.merchants.items():
+        for number, _ in enumerate(merchant.tokens, 1):
+            metrics.norce_requests.labels(name, str(number), "200")  # seen to be 0 where it is not used any more
+    return Norce(
+        accounts(config),
+        adapter_id=config.adapter.id,
+        timeout=config.norce.timeout,
+        version=config.norce.version,
+        used=lambda merchant, token, status: metrics.norce_requests.labels(merchant, str(token), str(status)).inc(),
+    )
+
+
+def _public(endpoint: CallbackEndpoint, registrations: Registrations) -> ASGIApp:
     # A router and no Starlette around it: the endpoint answers its errors itself.
     return Router(
-        routes=[Route(CALLBACK_PATH, endpoint)],
+        routes=[Route(CALLBACK_PATH, endpoint), *beside_callbacks(registrations)],
         redirect_slashes=False,  # whether Norce follows redirects is documented nowhere
         default=JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404),
     )

@@ -23,12 +23,12 @@ import structlog
 ALLOWED = frozenset(
     {
         "event", "level", "timestamp", "exception",
-        "adapter_id", "address", "attempt", "bodies", "callback", "channel", "claim", "code", "command", "count",
-        "delivery_id", "duration_ms", "error_type", "handler", "identity", "in_doubt", "inner_code", "key", "kind",
-        "logger", "loop", "merchant", "method", "milliseconds", "next_at", "notification_id", "notifications",
-        "operations_address", "order_id", "outcome", "path", "paused_by", "plugin", "queue_id", "reason", "result",
-        "revision", "route", "routes", "running", "scheme", "signal", "source", "state", "status", "status_code",
-        "verdicts", "version", "where",
+        "adapter_id", "added", "address", "attempt", "bodies", "callback", "channel", "claim", "code", "command",
+        "count", "delivery_id", "duration_ms", "error_type", "handler", "identity", "in_doubt", "inner_code",
+        "kept", "key", "kind", "logger", "loop", "merchant", "method", "milliseconds", "next_at", "notification_id",
+        "notifications", "operations_address", "order_id", "outcome", "path", "paused_by", "plugin", "queue_id",
+        "reason", "removed", "result", "revision", "route", "routes", "running", "scheme", "signal", "source",
+        "state", "status", "status_code", "verdicts", "version", "where",
     }
 )  # fmt: skip
 

@@ -46,6 +46,10 @@ class Metrics:
             ["kind"], buckets=FAST,
         )  # fmt: skip
         self.auth = counter("auth_total", "Callers identified, or refused.", ["scheme", "key", "result"])
+        self.norce_requests = counter(
+            "norce_requests_total", "Requests to Norce, by the number of the token (from 1).",
+            ["merchant", "token", "status"],
+        )  # fmt: skip
         self.received = counter(
             "notifications_received_total", "Notifications parsed.", ["merchant", "channel", "source"]
         )

@@ -125,6 +125,8 @@ class CallbackEndpoint:
         self.receive_timeout_seconds = receive_timeout_seconds
         self.clock = clock
         self.wake = wake
+        for scheme, key in senders.known:  # seen to be 0 where one is not used any more
+            metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -107,6 +107,13 @@ class Senders:
         """The headers that secrets stand in, in lower case."""
         return tuple(each.name for each in self._secrets if each.scheme == "header")
 
+    @property
+    def known(self) -> Iterable[tuple[str, str]]:
+        """Scheme and name of every key and secret, as a `Sender` has them."""
+        yield from (("signed_url", name) for name in self._keys)
+        for each in self._secrets:
+            yield from ((each.scheme, f"{each.name}-{number}") for number, _ in enumerate(each.digests, 1))
+
     def identify(self, raw: RawCallback) -> Sender:
         """The sender of a request. Raises `Unauthenticated`."""
         if "sig" in raw.query:
@@ -125,19 +132,18 @@ class Senders:
 
     def signed_url(self, public_url: str, merchant: str, channel: str, order_id: str, callback: str) -> str:
         """A callback URL signed with the first key. Raises `LookupError` where no key is configured."""
+        return self.signed_urls(public_url, merchant, channel, order_id, callback)[0]
+
+    def signed_urls(self, public_url: str, merchant: str, channel: str, order_id: str, callback: str) -> list[str]:
+        """The same by every key that is good: the first to be registered, the others as they may be still."""
         if not self._keys:
             raise LookupError("senders.signed_urls.keys names no key to sign with")
-        name, key = next(iter(self._keys.items()))
-        query = urlencode(
-            {
-                "merchant": merchant,
-                "channel": channel,
-                "key": name,
-                "sig": _signature(key, merchant, channel, order_id, callback),
-            }
-        )
-        path = f"/api/v1/callbacks/orders/{quote(order_id, safe='')}/{quote(callback, safe='')}"
-        return f"{public_url.rstrip('/')}{path}?{query}"
+        path = f"{public_url.rstrip('/')}/api/v1/callbacks/orders/{quote(order_id, safe='')}/{quote(callback, safe='')}"
+        whose = {"merchant": merchant, "channel": channel}
+        return [
+            f"{path}?{urlencode({**whose, 'key': name, 'sig': _signature(key, merchant, channel, order_id, callback)})}"
+            for name, key in self._keys.items()
+        ]
 
     def _signed(self, raw: RawCallback) -> Sender:
         shown, name = raw.once("sig"), raw.once("key")

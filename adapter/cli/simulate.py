@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 import uvloop
 
 from adapter import app, logs
 from adapter.callbacks.senders import Senders
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading
-from adapter.config import Config, HookCallback, ValidationCallback
+from adapter.config import Config
 from adapter.ledger.desk import Desk
 from adapter.ledger.matching import Matching
+from adapter.norce.operations import V0
+from adapter.norce.registration import registrations
 from adapter.simulator import Simulator, StoreUnusable, Switches, SwitchInvalid
 from adapter.simulator.records import Entry
 from adapter.simulator.scenarios import SCENARIOS, Adapter, Shop, play
@@ -127,26 +130,18 @@ async def _play(
 def adapter_at(address: str, config: Config) -> Adapter:
     """The service at this address, as a scenario knows it. Its ledger has to be within reach."""
     senders = Senders(config.senders)
+    config = msgspec.structs.replace(config, norce=msgspec.structs.replace(config.norce, version=V0))  # as a shop asks
 
-    def registrations(merchant: str, channel: str, order_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for name, callback in config.callbacks.items():
-            url = senders.signed_url(address, merchant, channel, order_id, name)
-            whose: dict[str, Any] = {"adapterId": config.adapter.id}
-            if isinstance(callback, ValidationCallback):
-                yield "add_validation", {**whose, "url": url}
-            elif isinstance(callback, HookCallback):
-                watched = {"subscribeTo": callback.watch, "target": callback.target, "version": callback.version}
-                yield "add_hook", {**whose, **watched, "invoke": url}
-            else:
-                wanted = {"reference": name, "scope": callback.scope, "schema": callback.schema, "version": "v0"}
-                yield "add_notification", {**whose, **wanted, "invoke": url}
+    def wanted(merchant: str, channel: str, order_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for each in registrations(config, senders, merchant, channel, order_id, public_url=address):
+            yield each.operation, dict(each.body)
 
     def deliveries(state: str | None) -> list[dict[str, Any]]:
         with reading(config) as connection:
             return Desk(connection).deliveries(Matching(state=state), limit=MOST_DELIVERIES)
 
     shops = tuple((merchant, channel) for merchant, its in config.merchants.items() for channel in its.channels)
-    return Adapter(shops=shops, registrations=registrations, deliveries=deliveries)
+    return Adapter(shops=shops, registrations=wanted, deliveries=deliveries)
 
 
 def _print(entry: Entry) -> None:

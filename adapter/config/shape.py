@@ -85,9 +85,32 @@ class Norce(_Part, frozen=True, kw_only=True):
     base_url: Annotated[Url | None, says("Replaces Norce's own addresses, for a simulator or a private network.")] = (
         None
     )
+    version: Annotated[
+        Literal["v0", "v1"], says("The version of Norce's Order API that is asked, and registered with.")
+    ] = "v0"
     timeout: Annotated[timedelta, Within("100ms", "1m"), says("How long one request to Norce may take.")] = timedelta(
         seconds=5
     )
+    refresh: Annotated[
+        timedelta,
+        Within("0s", "1m"),
+        says("How often a channel's configuration document is read from Norce; 0s is never, and this file is all."),
+    ] = timedelta(seconds=30)
+
+
+class Reconciliation(_Part, frozen=True, kw_only=True):
+    every: Annotated[
+        timedelta,
+        Within("0s", "7d"),
+        says(
+            "How often Norce's event log is read for notifications that never came, by one of the nodes; 0s is never."
+        ),
+    ] = timedelta(minutes=10)
+    overlap: Annotated[
+        timedelta,
+        Within("0s", "30d"),
+        says("How far before the newest event of the last time each time begins: for events that are written late."),
+    ] = timedelta(hours=1)
 
 
 class Dispatcher(_Part, frozen=True, kw_only=True):
@@ -376,6 +399,9 @@ class ConfigFile(_Part, frozen=True, kw_only=True):
     operations: Annotated[Operations, says("The port for the people and machines that run this.")] = Operations()
     store: Annotated[Store, says("What survives a restart.")] = Store()
     norce: Annotated[Norce, says("Norce Checkout, as we call it.")] = Norce()
+    reconciliation: Annotated[
+        Reconciliation, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
+    ] = Reconciliation()
     dispatcher: Annotated[Dispatcher, says("The work on notifications.")] = Dispatcher()
     verdicts: Annotated[Verdicts, says("The answers to validations and hooks.")] = Verdicts()
     merchants: Annotated[Mapping[NorceName, Merchant], says("The merchants by their ids at Norce.", min_length=1)]

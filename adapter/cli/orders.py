@@ -1,0 +1,192 @@
+"""
+The commands that talk with Norce about orders: look at them, take one away, put our callbacks on one.
+
+They ask Norce as the service does, with the tokens in the configuration, and need no running service and no ledger.
+"""
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+
+from adapter import app
+from adapter.cli.shared import (
+    FAILED,
+    NOTHING_MATCHED,
+    TEXT,
+    USAGE,
+    config_option,
+    end,
+    limit_option,
+    loaded,
+    look_options,
+    options,
+    output_option,
+    print_rows,
+    printable,
+)
+from adapter.config import Config
+from adapter.metrics import Metrics
+from adapter.norce.client import Norce, NorceError, OrderNotFound
+from adapter.norce.operations import V0
+from adapter.norce.registration import PLACES, Registrar
+
+COLUMNS = ("id", "reference", "status", "created", "total", "currency")
+A_PAGE = 100
+Asked = TypeVar("Asked")
+
+shop_options = options(
+    click.option("--merchant", type=TEXT, help="Whose order it is; may be left out where one is configured."),
+    click.option("--channel", type=TEXT, help="On which channel; may be left out where the merchant has one."),
+)
+
+
+@click.group("orders")
+def orders_group() -> None:
+    """Orders as Norce has them."""
+
+
+@orders_group.command("list")
+@shop_options
+@click.option("--reference", type=TEXT, help="Only the orders with this reference.")
+@click.option("--cart-reference", type=TEXT, help="Only the orders of this cart.")
+@click.option("--search", type=TEXT, help="Only what this text is found in (v0).")
+@click.option("--status", type=TEXT, multiple=True, help="Only orders in this state (v1); may be repeated.")
+@limit_option
+@look_options
+def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
+    """List the orders of a channel, the newest first. Nothing of a customer is shown."""
+    config = loaded(config_path)
+    merchant, channel = _shop(config, given.pop("merchant"), given.pop("channel"))
+    statuses = {each.lower() for each in given.pop("status")}
+    filters = {name: value for name, value in given.items() if value is not None}
+    if "search" in filters and config.norce.version != V0:
+        end(USAGE, "--search is known to v0 of the Order API alone: norce.version")
+    asked = {"order_by": "created", "order_by_direction": "desc", **filters}
+
+    async def read(norce: Norce) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+            task = progress.add_task("reading", total=None)
+            async for page in norce.pages(merchant, channel, limit=min(limit, A_PAGE), **asked):
+                rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
+                total = None if page.total is None else min(page.total, limit)
+                progress.update(task, completed=page.offset + len(page.items), total=total)
+                if len(rows) >= limit:
+                    break
+        return rows[:limit]
+
+    print_rows(_asked(config, read), output, COLUMNS)
+
+
+@orders_group.command("show")
+@click.argument("order_id", metavar="ORDER", type=TEXT)
+@shop_options
+@look_options
+def orders_show(order_id: str, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
+    """Show an order with its callbacks; as JSON the whole of it, customer and all."""
+    config = loaded(config_path)
+    shop = _shop(config, merchant, channel)
+    read = _asked(config, lambda norce: norce.order(*shop, order_id))
+    if output == "json":
+        click.echo(read.raw)
+        return
+    order = read.data
+    for name, value in _row(order).items():
+        click.echo(f"{name:10} {printable('' if value is None else value)}")
+    for place, *_ in PLACES.values():
+        for each in order.get(place) or ():
+            # Up to the query: what stands there opens something.
+            address = str(each.get("invoke") or each.get("url") or "").partition("?")[0]
+            click.echo(printable(f"{place[:-1]:10} {each.get('adapterId')}: {address}"))
+
+
+@orders_group.command("delete")
+@click.argument("order_id", metavar="ORDER", type=TEXT)
+@shop_options
+@click.option("--yes", is_flag=True, help="Do not ask whether it is meant.")
+@config_option
+def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, yes: bool, config_path: Path) -> None:
+    """Delete an order at Norce. It cannot be undone."""
+    config = loaded(config_path)
+    shop = _shop(config, merchant, channel)
+    if not yes:
+        click.confirm(f"Delete order {printable(order_id)} of {shop[0]}, channel {shop[1]}?", abort=True, err=True)
+    _asked(config, lambda norce: norce.call(*shop, "delete_order", path={"order_id": order_id}))
+    click.echo("deleted")
+
+
+@click.command("register")
+@click.argument("order_id", metavar="ORDER", type=TEXT)
+@shop_options
+@click.option("--remove", is_flag=True, help="Take our callbacks off, whatever they are, and nobody else's.")
+@output_option
+@config_option
+def register(
+    order_id: str, merchant: str | None, channel: str | None, *, remove: bool, output: str, config_path: Path
+) -> None:
+    """Put the configured callbacks on an order: add what is missing, take away what is stale. It may be repeated."""
+    config = loaded(config_path)
+    shop = _shop(config, merchant, channel)
+
+    def work(norce: Norce) -> Coroutine[Any, Any, Any]:
+        registrar = Registrar(config, norce)
+        return (registrar.deregister if remove else registrar.register)(*shop, order_id)
+
+    try:
+        done = msgspec.to_builtins(_asked(config, work))
+    except LookupError as error:
+        end(USAGE, str(error))
+    if output == "json":
+        click.echo(json.dumps(done))
+        return
+    for what, names in done.items():
+        click.echo(f"{what:8} {printable(', '.join(names)) or '-'}")
+
+
+def _row(order: dict[str, Any]) -> dict[str, Any]:
+    state, total = order.get("state") or {}, order.get("total") or {}
+    shown = {name: order.get(name) for name in ("id", "reference", "created", "currency")}
+    return shown | {"status": str(state.get("currentStatus", "")).lower(), "total": total.get("includingVat")}
+
+
+def _shop(config: Config, merchant: str | None, channel: str | None) -> tuple[str, str]:
+    merchant = merchant or _only(config.merchants, "--merchant")
+    if merchant not in config.merchants:
+        end(USAGE, f"no merchant {printable(merchant)} is configured; there are: {', '.join(config.merchants)}")
+    channels = config.merchants[merchant].channels
+    channel = channel or _only(channels, "--channel")
+    if channel not in channels:
+        end(USAGE, f"{merchant} has no channel {printable(channel)}; there are: {', '.join(channels)}")
+    return merchant, channel
+
+
+def _only(names: Any, option: str) -> str:
+    if len(names) != 1:
+        end(USAGE, f"{option} is needed; there are: {', '.join(names)}")
+    return str(next(iter(names)))
+
+
+def _asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) -> Asked:
+    """What Norce answers. Whatever it does not do ends the command, in one line."""
+
+    async def asked() -> Asked:
+        norce = app.client(config, Metrics(app.VERSION))
+        try:
+            return await work(norce)
+        finally:
+            await norce.aclose()
+
+    try:
+        return asyncio.run(asked())
+    except OrderNotFound as error:
+        end(NOTHING_MATCHED, str(error))
+    except NorceError as error:
+        end(FAILED, str(error))

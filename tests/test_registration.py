@@ -1,0 +1,378 @@
+"""Our callbacks on an order: what is put there, what is taken away, and whose are left alone."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from jsonschema import Draft202012Validator
+from simulators import TOKEN, Shop, shop
+from starlette.routing import Router
+
+from adapter import config as configuration
+from adapter.callbacks.senders import Senders
+from adapter.config import Config
+from adapter.norce.client import Account, Norce, NorceUnavailable, OrderNotFound
+from adapter.norce.operations import BY_NAME, schema
+from adapter.norce.registration import Registered, Registrar, registrations, static_notifications
+from adapter.plugin import Secret
+from adapter.public import Registrations, routes
+
+NEW, OLD = "a-new-key-of-32-bytes-0123456789", "an-old-key-of-32-bytes-012345678"
+OURS = ("cart-changed", "order-rules", "order-status")
+
+TREE: dict[str, Any] = {
+    "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
+    "merchants": {"norce": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}},
+    "senders": {"signed_urls": {"keys": {"old": "${env:OLD}"}}},
+    "callbacks": {
+        "order-status": {"kind": "notification", "scope": "/state/currentStatus", "schema": {"const": "completed"}},
+        "order-rules": {"kind": "validation"},
+        "cart-changed": {"kind": "hook", "watch": "/cart", "target": "/cart"},
+    },
+}
+
+
+def configured(folder: Path, **changed: Any) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(TREE | changed))
+    return configuration.load(path, {"TOKEN": TOKEN, "OLD": OLD, "NEW": NEW, "STATIC": "a-static-secret"})
+
+
+class Valid(httpx.AsyncBaseTransport):
+    """On to the simulator, with every body held against its schema."""
+
+    def __init__(self, simulator: Any) -> None:
+        self._inner = httpx.ASGITransport(simulator.app)
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.content and request.method == "POST":
+            place = request.url.path.rpartition("/")[2][:-1]
+            Draft202012Validator(schema(BY_NAME[f"add_{place}"].body or "")).validate(json.loads(request.content))
+        return await self._inner.handle_async_request(request)
+
+
+@contextmanager
+def opened(norce: Shop, version: str = "v0") -> Iterator[Norce]:
+    account = Account(base_url="http://norce/checkout", tokens=(Secret(TOKEN),))
+    client = Norce(
+        {"norce": account},
+        adapter_id="our_adapter",
+        timeout=timedelta(seconds=5),
+        version=version,
+        transport=Valid(norce.simulator),
+    )
+    try:
+        yield client
+    finally:
+        norce.loop.run(client.aclose())
+
+
+def registered(norce: Shop, config: Config, order_id: str) -> Registered:
+    with opened(norce, config.norce.version) as client:
+        return norce.loop.run(Registrar(config, client).register("norce", "1", order_id))
+
+
+def ours_on(norce: Shop, order_id: str) -> dict[str, list[dict[str, Any]]]:
+    order = norce.read(order_id)
+    places = ("validations", "hooks", "notifications")
+    return {place: [each for each in order[place] if each.get("adapterId") == "our_adapter"] for place in places}
+
+
+@pytest.mark.parametrize("version", ["v0", "v1"])
+def test_all_callbacks_are_put_on_an_order_once_however_often_it_is_asked(tmp_path: Path, version: str) -> None:
+    config = configured(tmp_path, norce={"version": version})
+    with shop() as norce:
+        order_id = norce.create()
+
+        first = registered(norce, config, order_id)
+        before = ours_on(norce, order_id)
+        again = registered(norce, config, order_id)
+
+        assert first == Registered(added=OURS)
+        assert again == Registered(kept=OURS)
+        assert ours_on(norce, order_id) == before
+        assert [len(each) for each in before.values()] == [1, 1, 1]
+
+
+def test_what_was_registered_with_one_version_is_known_with_the_other(tmp_path: Path) -> None:
+    with shop() as norce:
+        order_id = norce.create()
+
+        registered(norce, configured(tmp_path, norce={"version": "v1"}), order_id)
+
+        assert registered(norce, configured(tmp_path, norce={"version": "v0"}), order_id) == Registered(kept=OURS)
+
+
+def test_what_is_on_the_order_is_what_norce_documents(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, config, order_id)
+
+        order = norce.read(order_id)
+
+    def signed(name: str) -> str:
+        return Senders(config.senders).signed_url("http://127.0.0.1:8080", "norce", "1", order_id, name)
+
+    [validation], [hook], [notification] = order["validations"], order["hooks"], order["notifications"]
+    for each in (validation, hook, notification):
+        del each["id"]
+    assert validation == {"adapterId": "our_adapter", "url": signed("order-rules")}
+    assert hook == {
+        "adapterId": "our_adapter",
+        "subscribeTo": "/cart",
+        "target": "/cart",
+        "invoke": signed("cart-changed"),
+        "version": "v0",
+    }
+    del notification["description"]
+    assert notification == {
+        "adapterId": "our_adapter",
+        "reference": "order-status",
+        "scope": "/state/currentStatus",
+        "schema": {"const": "completed"},
+        "invoke": signed("order-status"),
+        "version": "v0",
+    }
+
+
+def test_what_is_stale_goes_and_what_is_missing_comes(tmp_path: Path) -> None:
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, configured(tmp_path), order_id)
+        callbacks = TREE["callbacks"] | {
+            "order-status": {"kind": "notification", "scope": "/cart"},
+            "addresses": {"kind": "hook", "watch": "/customer"},
+        }
+        del callbacks["order-rules"]
+
+        done = registered(norce, configured(tmp_path, callbacks=callbacks), order_id)
+
+        assert done.added == ("addresses", "order-status")
+        assert done.kept == ("cart-changed",)
+        assert len(done.removed) == 2
+        assert "order-status" in done.removed
+        ours = ours_on(norce, order_id)
+        assert ours["validations"] == []
+        assert sorted(each["subscribeTo"] for each in ours["hooks"]) == ["/cart", "/customer"]
+        assert [each["scope"] for each in ours["notifications"]] == ["/cart"]
+
+
+def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, config, order_id)
+        [notification] = ours_on(norce, order_id)["notifications"]
+        norce.ask("add_notification", {k: v for k, v in notification.items() if k != "id"}, order_id=order_id)
+
+        assert registered(norce, config, order_id) == Registered(removed=("order-status",), kept=OURS)
+        assert len(ours_on(norce, order_id)["notifications"]) == 1
+
+
+def test_a_key_that_is_still_good_is_good_enough_and_a_retired_one_is_stale(tmp_path: Path) -> None:
+    both = {"signed_urls": {"keys": {"new": "${env:NEW}", "old": "${env:OLD}"}}}
+    new = {"signed_urls": {"keys": {"new": "${env:NEW}"}}}
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, configured(tmp_path), order_id)
+
+        assert registered(norce, configured(tmp_path, senders=both), order_id) == Registered(kept=OURS)
+        assert registered(norce, configured(tmp_path, senders=new), order_id) == Registered(added=OURS, removed=OURS)
+        for entries in ours_on(norce, order_id).values():
+            assert ["key=new" in str(each) for each in entries] == [True]
+
+
+def test_a_signature_that_was_changed_is_stale(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, config, order_id)
+        [validation] = ours_on(norce, order_id)["validations"]
+        forged = {**validation, "url": validation["url"][:-1]}
+        norce.ask("put_validation", forged, order_id=order_id, validation_id=validation["id"], status=200)
+
+        done = registered(norce, config, order_id)
+
+        assert (done.added, done.removed) == (("order-rules",), ("order-rules",))
+
+
+def test_nobody_elses_are_touched(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    others = [{"adapterId": "another_adapter", "scope": "/cart", "invoke": "http://127.0.0.1:9/order-status"}]
+    anonymous = [{"subscribeTo": "/cart", "invoke": "http://127.0.0.1:9/hook"}]
+    with shop() as norce:
+        order_id = norce.create(notifications=others, hooks=anonymous)
+        before = norce.read(order_id)
+
+        registered(norce, config, order_id)
+        with opened(norce) as client:
+            off = norce.loop.run(Registrar(config, client).deregister("norce", "1", order_id))
+            again = norce.loop.run(Registrar(config, client).deregister("norce", "1", order_id))
+
+        assert off == Registered(removed=OURS)
+        assert again == Registered()
+        after = norce.read(order_id)
+        for place in ("validations", "hooks", "notifications"):
+            assert after[place] == before[place]
+
+
+def test_a_notification_of_the_channels_configuration_is_enough(tmp_path: Path) -> None:
+    senders = TREE["senders"] | {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]}
+    config = configured(tmp_path, senders=senders)
+    [standing] = static_notifications(config, "norce")
+    with shop() as norce:
+        order_id = norce.create(notifications=[standing])
+
+        done = registered(norce, config, order_id)
+
+        assert done == Registered(added=("cart-changed", "order-rules"), kept=OURS[2:])
+        assert standing["invoke"] == (
+            "{configuration.adapter.internalUrl}/api/v1/callbacks/orders/{order.id}/order-status"
+            "?secret={configuration.callbacks.secret}"
+        )
+
+
+def test_a_static_registration_needs_a_secret_that_is_good_for_the_merchant(tmp_path: Path) -> None:
+    with pytest.raises(LookupError, match="url_secrets"):
+        static_notifications(configured(tmp_path), "norce")
+
+
+def test_without_a_key_nothing_can_be_registered(tmp_path: Path) -> None:
+    config = configured(tmp_path, senders={"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]})
+
+    with pytest.raises(LookupError, match="signed_urls"):
+        list(registrations(config, Senders(config.senders), "norce", "1", "o"))
+
+
+def test_an_order_that_norce_does_not_know_is_not_registered_on(tmp_path: Path) -> None:
+    with shop() as norce, pytest.raises(OrderNotFound):
+        registered(norce, configured(tmp_path), "nobody")
+
+
+# --- over HTTP --------------------------------------------------------------------------------------------------------
+
+BEARER = {"authorization": f"Bearer {TOKEN}", "x-merchant": "norce", "x-channel": "1"}
+
+
+class Broken:
+    """A registrar whose Norce is as it is told to be."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    async def register(self, *_: str) -> Registered:
+        raise self._error
+
+    deregister = register
+
+
+def sent(registrar: Any, config: Config, method: str = "POST", order_id: str = "o-1", **given: Any) -> httpx.Response:
+    switched_off = given.pop("switched_off", frozenset())
+
+    async def send() -> httpx.Response:
+        app = Router(routes=routes(Registrations(config, registrar, switched_off)))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+            url = f"http://adapter/api/v1/orders/{order_id}/registrations"
+            return await http.request(method, url, headers=given.get("headers", BEARER))
+
+    return asyncio.run(send())
+
+
+class Works:
+    """A registrar that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, ...]] = []
+
+    async def register(self, *shop: str) -> Registered:
+        self.asked.append(("register", *shop))
+        return Registered(added=("order-status",), kept=("order-rules",))
+
+    async def deregister(self, *shop: str) -> Registered:
+        self.asked.append(("deregister", *shop))
+        return Registered(removed=("order-status",))
+
+
+def test_a_post_registers_and_a_delete_takes_off(tmp_path: Path) -> None:
+    works = Works()
+
+    posted = sent(works, configured(tmp_path))
+    deleted = sent(works, configured(tmp_path), "DELETE")
+
+    assert (posted.status_code, posted.json()) == (
+        200,
+        {"added": ["order-status"], "removed": [], "kept": ["order-rules"]},
+    )
+    assert (deleted.status_code, deleted.json()) == (200, {"added": [], "removed": ["order-status"], "kept": []})
+    assert works.asked == [("register", "norce", "1", "o-1"), ("deregister", "norce", "1", "o-1")]
+
+
+def test_a_header_secret_of_ours_is_as_good_as_a_token(tmp_path: Path) -> None:
+    secrets = {"header_secrets": [{"header": "x-secret", "values": ["${env:STATIC}"], "merchants": ["norce"]}]}
+    config = configured(tmp_path, senders=secrets)
+    headers = {"x-secret": "a-static-secret", "x-merchant": "norce", "x-channel": "1"}
+
+    assert sent(Works(), config, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "order_id", "status", "code"),
+    [
+        ({}, "o-1", 401, "unauthorized"),
+        (BEARER | {"authorization": "Bearer another"}, "o-1", 401, "unauthorized"),
+        (BEARER | {"authorization": TOKEN}, "o-1", 401, "unauthorized"),
+        (BEARER | {"x-merchant": "another"}, "o-1", 401, "unauthorized"),
+        (BEARER | {"x-channel": ""}, "o-1", 400, "order-bad-request"),
+        (BEARER | {"x-channel": "2"}, "o-1", 404, "configuration-not-found"),
+        (BEARER, "x" * 65, 400, "order-bad-request"),
+        (BEARER, "%7Border.id%7D", 400, "order-bad-request"),
+    ],
+)
+def test_who_may_not_or_says_nonsense_is_told_so(
+    tmp_path: Path, headers: dict[str, str], order_id: str, status: int, code: str
+) -> None:
+    works = Works()
+
+    answer = sent(works, configured(tmp_path), headers=headers, order_id=order_id)
+
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert works.asked == []
+
+
+def test_a_signed_callback_url_opens_no_registration(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    url = Senders(config.senders).signed_url("http://adapter", "norce", "1", "o-1", "order-status")
+    headers = {"x-merchant": "norce", "x-channel": "1"}
+
+    answer = sent(Works(), config, order_id=f"o-1/registrations?{httpx.URL(url).query.decode()}&x=", headers=headers)
+
+    assert answer.status_code in (401, 404)
+
+
+FAILURES: list[tuple[Exception, int, str]] = [
+    (OrderNotFound("canary"), 404, "order-not-found"),
+    (NorceUnavailable("canary"), 503, "norce-unavailable"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "code"), FAILURES, ids=str)
+def test_what_norce_does_not_do_is_told_with_its_code(tmp_path: Path, error: Exception, status: int, code: str) -> None:
+    answer = sent(Broken(error), configured(tmp_path))
+
+    assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert ("retry-after" in answer.headers) == (status == 503)
+    assert "canary" not in answer.text
+
+
+def test_nothing_is_registered_where_norce_has_switched_us_off_and_what_is_there_can_go(tmp_path: Path) -> None:
+    off = frozenset({("norce", "1")})
+
+    assert sent(Works(), configured(tmp_path), switched_off=off).status_code == 409
+    assert sent(Works(), configured(tmp_path), "DELETE", switched_off=off).status_code == 200
