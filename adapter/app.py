@@ -27,6 +27,7 @@ from starlette.types import ASGIApp
 
 from adapter.attempts import Attempts, Queue
 from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.intake import Intake
 from adapter.callbacks.protocol import GuardedProtocol
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
@@ -125,11 +126,18 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             random=random.random,
             shared=store.shared,
         )
+        intake = Intake(
+            routes,
+            Inbox(store),
+            queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
+            metrics=metrics,
+            wake=dispatcher.wake,
+        )
         endpoint = CallbackEndpoint(
             routes=routes,
             senders=Senders(config.senders),
             merchants={name: frozenset(merchant.channels) for name, merchant in config.merchants.items()},
-            inbox=Inbox(store),
+            intake=intake,
             verdicts=Verdicts(
                 routes,
                 runner=runner,
@@ -139,13 +147,11 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
                 misses=Misses(most=config.verdicts.misses, bypass=config.verdicts.bypass),
                 record=docket.record,
             ),
-            queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
             metrics=metrics,
             adapter_id=config.adapter.id,
             max_body_bytes=config.server.max_body_bytes,
             receive_timeout_seconds=config.server.receive_timeout.total_seconds(),
             clock=store.clock,
-            wake=dispatcher.wake,
         )
         registrations = Registrations(config, Registrar(config, norce), frozenset())
         public = listen(config.server.host, config.server.port)
@@ -167,15 +173,15 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         working = asyncio.create_task(dispatcher.run())
         health.checks["dispatcher"] = lambda: not working.done()
 
-        intake = contextlib.AsyncExitStack()
+        serving = contextlib.AsyncExitStack()
 
         async def stop_working() -> None:
             # Beside each other, so that the grace of what runs counts from the signal.
-            await asyncio.gather(intake.aclose(), dispatcher.stop(config.dispatcher.grace))
+            await asyncio.gather(serving.aclose(), dispatcher.stop(config.dispatcher.grace))
             await working
 
         stack.push_async_callback(stop_working)
-        await intake.enter_async_context(
+        await serving.enter_async_context(
             served(_public(endpoint, registrations), public, _refusals(metrics), lambda: endpoint.verdicts.waiting)
         )
 

@@ -36,6 +36,7 @@ from adapter.app import CALLBACK_PATH, accounts, queue_keys, running
 from adapter.attempts import moment
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.judged import Judged
@@ -212,7 +213,13 @@ class House:
             routes=self.routes,
             senders=Senders(self.config.senders),
             merchants={name: frozenset(merchant.channels) for name, merchant in self.config.merchants.items()},
-            inbox=Inbox(self.store),
+            intake=Intake(
+                self.routes,
+                Inbox(self.store),
+                queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
+                metrics=self.metrics,
+                wake=self._wake,
+            ),
             verdicts=Verdicts(
                 self.routes,
                 runner=self._handlers,
@@ -222,13 +229,11 @@ class House:
                 misses=Misses(most=5, bypass=timedelta(seconds=30)),
                 record=self.judged.append,
             ),
-            queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
             metrics=self.metrics,
             adapter_id="an_adapter",
             max_body_bytes=1024 * 1024,
             receive_timeout_seconds=30,
             clock=self.store.clock,
-            wake=self._wake,
         )
         self.app = Starlette(routes=[Route(CALLBACK_PATH, self.endpoint)])
 

@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapter.callbacks import IS_WHOLE, parsing
+from adapter.callbacks.intake import Intake
 from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
@@ -25,7 +26,6 @@ from adapter.callbacks.parsing import (
     HookRequest,
     Merchants,
     NotJson,
-    ReceivedNotification,
     Unresolved,
     ValidationRequest,
     check_order_id,
@@ -34,12 +34,11 @@ from adapter.callbacks.parsing import (
     parse_validation,
 )
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated
-from adapter.conditions import Result
-from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.inbox import Receipt
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import OrderNotFound
-from adapter.routes import Callback, Routes, Wanting
+from adapter.routes import Callback, Routes
 from adapter.verdicts import Answer, Verdicts
 
 log = structlog.get_logger(__name__)
@@ -95,7 +94,7 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallbackEndpoint:
-    """`/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's; `wake` tells of work."""
+    """`/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's."""
 
     def __init__(
         self,
@@ -103,28 +102,24 @@ class CallbackEndpoint:
         routes: Routes,
         senders: Senders,
         merchants: Merchants,
-        inbox: Inbox,
+        intake: Intake,
         verdicts: Verdicts,
-        queue_ids: dict[tuple[str, str, str], int],
         metrics: Metrics,
         adapter_id: str,
         max_body_bytes: int,
         receive_timeout_seconds: float,
         clock: Callable[[], int],
-        wake: Callable[[], None],
     ) -> None:
         self.routes = routes
         self.senders = senders
         self.merchants = merchants
-        self.inbox = inbox
+        self.intake = intake
         self.verdicts = verdicts
-        self.queue_ids = queue_ids
         self.metrics = metrics
         self.adapter_id = adapter_id
         self.max_body_bytes = max_body_bytes
         self.receive_timeout_seconds = receive_timeout_seconds
         self.clock = clock
-        self.wake = wake
         for scheme, key in senders.known:  # seen to be 0 where one is not used any more
             metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
@@ -167,11 +162,8 @@ class CallbackEndpoint:
     async def receive_notification(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
         """Something happened: on disk, once, before the 200."""
         _only(raw, "POST")
-        receipt = self._receipt(parse_notification(raw, sender, callback, self.merchants, self.clock()))
-        received = await self.inbox.receive(receipt)
-        self.metrics.stored.labels(received.value).inc()
-        if received in (Received.NEW, Received.REPLAYED) and receipt.wanted:
-            self.wake()
+        receipt = self._receipt(raw, sender, callback)
+        received = await self.intake.remember(receipt)
         facts = {
             "merchant": receipt.merchant,
             "channel": receipt.channel,
@@ -181,29 +173,8 @@ class CallbackEndpoint:
         }
         return Answered(response=ACCEPTED, facts=facts)
 
-    def _receipt(self, notification: ReceivedNotification) -> Receipt:
-        """What to remember of a notification. Its tree, hundreds of objects, ends here and is not kept for the disk."""
-        callback, merchant, channel = notification.callback, notification.merchant, notification.channel
-        self.metrics.received.labels(merchant, channel, "callback").inc()
-        wanting = self.routes.wanting(callback, notification.order)
-        self._count(callback, wanting)
-        # A condition in error is owed, too: it is decided again when the delivery's turn comes, and ends as a dead
-        # letter that a person sees.
-        wanted = [
-            Wanted(queue_id=self.queue_ids[route.name, merchant, channel], refetch=route.refetch)
-            for route, _ in wanting.routes
-        ]
-        return Receipt(
-            identity=notification.identity,
-            merchant=merchant,
-            channel=channel,
-            callback=callback.name,
-            order_id=notification.order_id,
-            snapshot_at=notification.snapshot_at,
-            source="callback",
-            body=notification.raw,
-            wanted=tuple(wanted),
-        )
+    def _receipt(self, raw: RawCallback, sender: Sender, callback: Callback) -> Receipt:
+        return self.intake.receipt(parse_notification(raw, sender, callback, self.merchants, self.clock()), "callback")
 
     async def answer_validation(
         self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive
@@ -288,14 +259,6 @@ class CallbackEndpoint:
             raise
         self.metrics.auth.labels(sender.scheme, sender.key, "identified").inc()
         return sender
-
-    def _count(self, callback: Callback, wanting: Wanting) -> None:
-        self.metrics.conditions.labels("callback", wanting.callback.value).inc()
-        if wanting.callback is not Result.MATCHED:
-            # Norce sent it, so the condition held there; where it does not hold here, somebody should know.
-            self.metrics.disagreements.labels(callback.name).inc()
-        for _, held in wanting.routes:
-            self.metrics.conditions.labels("route", held.value).inc()
 
 
 def _pairs(query: str) -> list[tuple[str, str]]:

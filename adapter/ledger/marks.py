@@ -1,0 +1,50 @@
+"""
+How far something has come, remembered across restarts and nodes: a watermark, or whose turn it is.
+
+What has a turn is done by one node at a time, every so often: the first that asks when it is due has it, and the next
+turn is a while after that, whatever becomes of this one.
+"""
+
+from collections.abc import Sequence
+
+from sqlalchemy import Connection, bindparam, select, text
+
+from adapter.ledger.schema import marks
+from adapter.ledger.store import Store
+
+SET = text(
+    "INSERT INTO marks (name, value) VALUES (:name, :value)"
+    " ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE marks.value <= :until RETURNING name"
+)
+READ = select(marks.c.value).where(marks.c.name == bindparam("name"))
+LARGEST = 2**63 - 1
+
+
+class Marks:
+    """Marks by their names; values are milliseconds. Raises `StoreUnavailable`."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._clock = store.clock
+
+    async def value(self, name: str) -> int | None:
+        return await self._store.write(self._read, name)
+
+    async def put(self, name: str, value: int) -> None:
+        await self._store.write(self._set, (name, value, LARGEST))
+
+    async def has_turn(self, name: str, every: int) -> bool:
+        """Whether it is due and nobody else has it; the next is due `every` milliseconds from now."""
+        now = self._clock()
+        return await self._store.write(self._set, (name, now + every, now))
+
+    # --- in the writer's thread, inside its transaction ---
+
+    def _read(self, connection: Connection, names: Sequence[str]) -> list[int | None]:
+        return [connection.execute(READ, {"name": name}).scalar_one_or_none() for name in names]
+
+    def _set(self, connection: Connection, items: Sequence[tuple[str, int, int]]) -> list[bool]:
+        return [
+            connection.execute(SET, {"name": name, "value": value, "until": until}).scalar_one_or_none() is not None
+            for name, value, until in items
+        ]
