@@ -15,10 +15,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 
+import httpx
 import structlog
 import uvicorn
 from starlette.responses import JSONResponse
@@ -38,10 +39,12 @@ from adapter.ledger.inbox import Inbox
 from adapter.ledger.judged import Docket
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
+from adapter.ledger.marks import Marks
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.ledger.upkeep import Pruned, Retention, Upkeep
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
+from adapter.norce.reconciliation import Reconciliation
 from adapter.norce.registration import Registrar
 from adapter.pauses import Policy
 from adapter.public import Registrations
@@ -62,6 +65,7 @@ MOST_UNACCEPTED = 4096
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 PRUNE_SECONDS = 3600.0
 PRUNE_STEP_SECONDS = 0.2
+TURN_SECONDS = 30.0
 VERSION = version("norce-adapter")
 
 
@@ -126,17 +130,11 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             random=random.random,
             shared=store.shared,
         )
-        intake = Intake(
-            routes,
-            Inbox(store),
-            queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
-            metrics=metrics,
-            wake=dispatcher.wake,
-        )
+        intake = intake_of(routes, store, queues, metrics, dispatcher.wake)
         endpoint = CallbackEndpoint(
             routes=routes,
             senders=Senders(config.senders),
-            merchants={name: frozenset(merchant.channels) for name, merchant in config.merchants.items()},
+            merchants=channels(config),
             intake=intake,
             verdicts=Verdicts(
                 routes,
@@ -154,18 +152,20 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             clock=store.clock,
         )
         registrations = Registrations(config, Registrar(config, norce), frozenset())
+        healing = reconciliation(config, norce, intake, store, metrics)
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
         operations = listen(config.operations.host, config.operations.port)
         stack.callback(operations.close)
         # The operations port is the last to go: somebody wants to see how a shutdown is going.
-        behind = console(health, metrics, store, config.operations.token, wake=dispatcher.wake)
+        behind = console(health, metrics, store, config.operations.token, wake=dispatcher.wake, reconcile=healing.run)
         await stack.enter_async_context(served(behind, operations))
         for name, coroutine in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
             ("docket", docket.keep()),
             ("retention", _prune(Upkeep(store, retention(config)))),
+            ("reconciliation", _reconcile(healing, config.reconciliation.every)),
         ):
             await stack.enter_async_context(_task(name, coroutine, health))
         loop = asyncio.get_running_loop()
@@ -252,8 +252,8 @@ def pause_policy(config: Config) -> Policy:
     return Policy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
 
 
-def client(config: Config, metrics: Metrics) -> Norce:
-    """A client for Norce, for the event loop that it is made on."""
+def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> Norce:
+    """A client for Norce, for the event loop that it is made on. `transport` is for tests."""
     for name, merchant in config.merchants.items():
         for number, _ in enumerate(merchant.tokens, 1):
             metrics.norce_requests.labels(name, str(number), "200")  # seen to be 0 where it is not used any more
@@ -262,6 +262,7 @@ def client(config: Config, metrics: Metrics) -> Norce:
         adapter_id=config.adapter.id,
         timeout=config.norce.timeout,
         version=config.norce.version,
+        transport=transport,
         used=lambda merchant, token, status: metrics.norce_requests.labels(merchant, str(token), str(status)).inc(),
     )
 
@@ -299,6 +300,63 @@ async def _prune(upkeep: Upkeep) -> None:
             log.error("pruning_failed", exc_info=error)
             pruned = Pruned()
         await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)
+
+
+def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, metrics: Metrics) -> Reconciliation:
+    """Norce's event logs, of all merchants."""
+    return Reconciliation(
+        norce,
+        intake,
+        Marks(store),
+        merchants=channels(config),
+        names=tuple(config.merchants),
+        overlap=config.reconciliation.overlap,
+        metrics=metrics,
+        clock=store.clock,
+    )
+
+
+@contextlib.asynccontextmanager
+async def reconciling(config: Config, routes: Routes, metrics: Metrics) -> AsyncIterator[Reconciliation]:
+    """The same where no service runs: with the store, and nobody who works it off. Raises what `running` raises."""
+    store = Store.open(config.store.url)
+    norce = client(config, metrics)
+    try:
+        lanes = Lanes(store, Lease(store, version=VERSION), policy=pause_policy(config))
+        queues = await lanes.open_queues(queue_keys(config, routes))
+        yield reconciliation(config, norce, intake_of(routes, store, queues, metrics), store, metrics)
+    finally:
+        await norce.aclose()
+        store.close()
+
+
+def intake_of(
+    routes: Routes,
+    store: Store,
+    queues: Mapping[QueueKey, int],
+    metrics: Metrics,
+    wake: Callable[[], None] = lambda: None,
+) -> Intake:
+    ids = {(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()}
+    return Intake(routes, Inbox(store), queue_ids=ids, metrics=metrics, wake=wake)
+
+
+def channels(config: Config) -> dict[str, frozenset[str]]:
+    """The channels of every merchant."""
+    return {name: frozenset(merchant.channels) for name, merchant in config.merchants.items()}
+
+
+async def _reconcile(healing: Reconciliation, every: timedelta) -> None:
+    """Asks often whether it is due: which node has the turn is for the ledger to say."""
+    while every:
+        try:
+            await healing.in_turn(every)
+        except StoreUnavailable:  # the store has said so itself
+            pass
+        except Exception as error:  # a mistake of ours, or of Norce's, must not end all that come after
+            log.error("reconciliation_broke", exc_info=error)
+        await asyncio.sleep(min(every.total_seconds(), TURN_SECONDS))
+    await asyncio.Event().wait()
 
 
 def _refusals(metrics: Metrics) -> Callable[[], None]:

@@ -24,11 +24,11 @@ ALLOWED = frozenset(
     {
         "event", "level", "timestamp", "exception",
         "adapter_id", "added", "address", "attempt", "bodies", "callback", "channel", "claim", "code", "command",
-        "count", "delivery_id", "duration_ms", "error_type", "handler", "identity", "in_doubt", "inner_code",
-        "kept", "key", "kind", "logger", "loop", "merchant", "method", "milliseconds", "next_at", "notification_id",
-        "notifications", "operations_address", "order_id", "outcome", "path", "paused_by", "plugin", "queue_id",
-        "reason", "removed", "result", "revision", "route", "routes", "running", "scheme", "signal", "source",
-        "state", "status", "status_code", "verdicts", "version", "where",
+        "count", "delivery_id", "duration_ms", "error_type", "events", "handler", "identity", "in_doubt",
+        "inner_code", "kept", "key", "kind", "logger", "loop", "merchant", "method", "milliseconds", "missed",
+        "next_at", "notification_id", "notifications", "operations_address", "order_id", "others", "outcome",
+        "path", "paused_by", "plugin", "queue_id", "reason", "removed", "result", "revision", "route", "routes",
+        "running", "scheme", "signal", "source", "state", "status", "status_code", "verdicts", "version", "where",
     }
 )  # fmt: skip
 

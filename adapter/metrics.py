@@ -54,6 +54,13 @@ class Metrics:
             "notifications_received_total", "Notifications parsed.", ["merchant", "channel", "source"]
         )
         self.stored = counter("notifications_stored_total", "Notifications by what became of them.", ["result"])
+        self.missed = counter(
+            "notifications_missed_total", "Notifications that never came, found in Norce's event log.",
+            ["callback", "merchant"],
+        )  # fmt: skip
+        self.reconciliations = counter(
+            "reconciliations_total", "Readings of a merchant's event log, by how they ended.", ["merchant", "result"]
+        )
         self.conditions = counter("conditions_evaluated_total", "Conditions decided.", ["origin", "result"])
         self.disagreements = counter(
             "notifications_disagreed_total",

@@ -870,11 +870,11 @@ class Failing:
 def test_a_store_that_cannot_write_is_503_with_a_time_to_come_back(
     house: House, order: dict[str, Any], error: Exception
 ) -> None:
-    inbox, house.endpoint.inbox = house.endpoint.inbox, Failing(error)  # type: ignore[assignment]
+    inbox, house.endpoint.intake.inbox = house.endpoint.intake.inbox, Failing(error)  # type: ignore[assignment]
     try:
         answer = house.ask(order["id"], body=order)
     finally:
-        house.endpoint.inbox = inbox
+        house.endpoint.intake.inbox = inbox
 
     assert is_a_refusal(answer, 503, "store-unavailable")
     assert int(answer.headers["retry-after"]) > 0
@@ -1268,11 +1268,11 @@ def test_a_parameter_repeated_very_often_does_not_hold_up_the_service(house: Hou
 
 
 def test_a_mistake_of_ours_is_a_500_without_details(house: House, order: dict[str, Any]) -> None:
-    inbox, house.endpoint.inbox = house.endpoint.inbox, Failing(ZeroDivisionError("canary"))  # type: ignore[assignment]
+    inbox, house.endpoint.intake.inbox = house.endpoint.intake.inbox, Failing(ZeroDivisionError("canary"))  # type: ignore[assignment]
     try:
         answer = house.ask(order["id"], body=order)
     finally:
-        house.endpoint.inbox = inbox
+        house.endpoint.intake.inbox = inbox
 
     assert is_a_refusal(answer, 500, "internal-server-error")
     assert b"canary" not in answer.body

@@ -23,6 +23,7 @@ from adapter.callbacks.senders import Senders
 from adapter.cli.explain import explain
 from adapter.cli.ledger import GROUPS
 from adapter.cli.orders import orders_group, register
+from adapter.cli.reconcile import reconcile
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, end, one_line, output_option, print_rows
 from adapter.cli.simulate import simulate
 from adapter.cli.verdicts import verdicts_group
@@ -39,7 +40,7 @@ def main() -> None:
     """An order adapter behind Norce Checkout."""
 
 
-for _command in (*GROUPS, verdicts_group, orders_group, register, explain, simulate):
+for _command in (*GROUPS, verdicts_group, orders_group, register, reconcile, explain, simulate):
     main.add_command(_command)
 
 

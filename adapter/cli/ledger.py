@@ -30,12 +30,15 @@ from adapter.cli.shared import (
     TEXT,
     USAGE,
     as_moment,
+    check_done,
     config_option,
     end,
     list_options,
     loaded,
     look_options,
     one_line,
+    opening,
+    operations_port,
     options,
     order_option,
     print_rows,
@@ -50,7 +53,7 @@ from adapter.ledger.commands import MOST_A_STEP, Commands, Pause, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.desk import Desk
 from adapter.ledger.matching import Matching
-from adapter.ledger.store import Store, StoreInUse, StoreMissing, StoreUnavailable
+from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
 from adapter.ledger.upkeep import back_up, faults, figures
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
@@ -401,10 +404,7 @@ def _asked(given: dict[str, Any], kind: type[Asked]) -> Asked:
 def _ask(config: Config, name: str, body: Step | Pause) -> Any:
     """Has a command done by the running service; where none runs, by ourselves."""
     content = msgspec.json.encode(body)
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.operations.host, config.operations.host)  # noqa: S104
-    authority = f"{f'[{host}]' if ':' in host else host}:{config.operations.port}"
-    token = config.operations.token
-    headers = {b"authorization": b"Bearer " + token.reveal().encode()} if token else {}
+    authority, headers = operations_port(config)
     try:
         with httpx.Client(trust_env=False, timeout=30) as http:
             answer = http.post(f"http://{authority}/commands/{name}", content=content, headers=headers)
@@ -416,16 +416,11 @@ def _ask(config: Config, name: str, body: Step | Pause) -> Any:
         end(FAILED, f"no answer from {authority} ({type(error).__name__}): {look}")
     except ValueError:
         end(FAILED, f"what answers at {authority} is no norce-adapter; see operations.port")
-    if answer.status_code != 200:
-        message = said.get("message") if isinstance(said, dict) else None
-        code = STORE if answer.status_code == 503 else FAILED
-        end(code, f"{authority} answered {answer.status_code}: {printable(message or 'no message')}")
+    check_done(authority, answer.status_code, said)
     return said
 
 
 def _by_ourselves(config: Config, name: str, content: bytes) -> Any:
-    database = database_at(config.store.url)
-
     async def do() -> Any:
         store = Store.open(config.store.url)
         try:
@@ -433,12 +428,5 @@ def _by_ourselves(config: Config, name: str, content: bytes) -> Any:
         finally:
             store.close()
 
-    logs.configure(level=logs.WARNING)
-    try:
-        database.check_exists()
+    with opening(config):
         return uvloop.run(do())
-    except StoreInUse as error:
-        address = f"{config.operations.host}:{config.operations.port}"
-        end(STORE, f"{error}, or have it answer at its operations port: nothing does at {address}")
-    except (StoreMissing, StoreUnavailable) as error:
-        end(STORE, one_line(error))

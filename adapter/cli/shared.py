@@ -17,10 +17,10 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from adapter import config as configuration
-from adapter import routes
+from adapter import logs, routes
 from adapter.config import Config, ConfigurationInvalid
 from adapter.ledger.databases import database_at
-from adapter.ledger.store import StoreMissing, StoreUnavailable, open_for_reading
+from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
 WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
@@ -126,6 +126,36 @@ def reading(config: Config) -> Iterator[Connection]:
         is_old = any(words in str(error.orig) for words in ("no such table", "no such column", "does not exist"))
         remedy = "; its tables may be older than this version: norce-adapter store migrate" if is_old else ""
         end(STORE, f"cannot read {where}: {one_line(error.orig)}{remedy}")
+
+
+def operations_port(config: Config) -> tuple[str, dict[bytes, bytes]]:
+    """Where a running service takes commands, and what they have to carry."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.operations.host, config.operations.host)  # noqa: S104
+    token = config.operations.token
+    headers = {b"authorization": b"Bearer " + token.reveal().encode()} if token else {}
+    return f"{f'[{host}]' if ':' in host else host}:{config.operations.port}", headers
+
+
+def check_done(authority: str, status: int, said: Any) -> None:
+    """Ends where the service did not do what it was asked for."""
+    if status != 200:
+        message = said.get("message") if isinstance(said, dict) else None
+        code = STORE if status == 503 else FAILED
+        end(code, f"{authority} answered {status}: {printable(message or 'no message')}")
+
+
+@contextlib.contextmanager
+def opening(config: Config) -> Iterator[None]:
+    """Around work on the store by ourselves, where no service runs. Whatever it cannot do ends the command."""
+    logs.configure(level=logs.WARNING)
+    try:
+        database_at(config.store.url).check_exists()
+        yield
+    except StoreInUse as error:
+        address = f"{config.operations.host}:{config.operations.port}"
+        end(STORE, f"{error}, or have it answer at its operations port: nothing does at {address}")
+    except (StoreMissing, StoreUnavailable) as error:
+        end(STORE, one_line(error))
 
 
 def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:

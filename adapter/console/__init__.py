@@ -8,25 +8,44 @@ service is not stopping. A destination that is down does not make the service un
 
 import asyncio
 import hmac
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
 
+import msgspec
 import structlog
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from adapter.ledger.commands import Commands, NoSuchCommand
 from adapter.ledger.desk import Desk, Overview
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.norce.client import NorceError
+from adapter.norce.reconciliation import Reconciled
 from adapter.plugin import Secret
 
 log = structlog.get_logger(__name__)
 
 LARGEST_COMMAND_BYTES = 1024 * 1024
+LINES = "application/x-ndjson"
+
+
+class Reconcile(Protocol):
+    """`norce.reconciliation.Reconciliation.run`."""
+
+    def __call__(self, *, since: datetime | None, dry_run: bool) -> AsyncIterator[Reconciled]: ...
+
+
+class Reconciling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the command `reconcile` takes."""
+
+    since: datetime | None = None
+    dry_run: bool = False
 
 
 @dataclass(kw_only=True)
@@ -48,10 +67,11 @@ def console(
     token: Secret | None = None,
     *,
     wake: Callable[[], None] = lambda: None,
+    reconcile: Reconcile | None = None,
 ) -> Starlette:
     """
     The app behind the operations port. Commands need the bearer token; without one, every command is refused. `wake` is
-    called after each: there may be new work.
+    called after each: there may be new work. `reconcile` reads Norce's event logs, and tells how far it is.
     """
     commands = Commands(store)
 
@@ -83,16 +103,27 @@ def console(
         await asyncio.to_thread(read)
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    async def command(request: Request) -> Response:
+    def stranger(request: Request) -> Response | None:
+        """What who may give no commands is answered."""
         if token is None:
             return _refused(403, "forbidden", "No command is taken: set operations.token in the configuration.")
         # As it came over the wire: Starlette reads headers as Latin-1.
         given = request.headers.get("authorization", "").encode("latin-1")
         if not hmac.compare_digest(given, b"Bearer " + token.reveal().encode()):
             return _refused(401, "unauthorized", "The bearer token is not the one of operations.token.")
+        return None
+
+    async def command(request: Request) -> Response:
+        if (refused := stranger(request)) is not None:
+            return refused
         name = request.path_params["name"]
         try:
-            answer = await commands.do(name, await _body(request))
+            body = await _body(request)
+            if name == "reconcile" and reconcile is not None:
+                asked = msgspec.json.decode(body, type=Reconciling)
+                log.info("command_done", command=name, count=0)
+                return StreamingResponse(_told(reconcile(since=asked.since, dry_run=asked.dry_run)), media_type=LINES)
+            answer = await commands.do(name, body)
         except NoSuchCommand as error:
             return _refused(404, "command-not-found", str(error))
         except _TooLarge:
@@ -116,6 +147,15 @@ def console(
             Route("/commands/{name}", command, methods=["POST"]),
         ]
     )
+
+
+async def _told(progress: AsyncIterator[Reconciled]) -> AsyncIterator[bytes]:
+    """A line after each page; where it ends early, the last one says why."""
+    try:
+        async for each in progress:
+            yield msgspec.json.encode(each) + b"\n"
+    except (NorceError, StoreUnavailable) as error:
+        yield msgspec.json.encode({"error": str(error)}) + b"\n"
 
 
 class _TooLarge(Exception):

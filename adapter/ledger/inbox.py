@@ -107,7 +107,18 @@ class Inbox:
         # On its own: lanes are locked in one order, and after those of a batch a replay's would not be.
         return await self._store.write(self._replay, received)
 
+    async def known(self, identities: Sequence[bytes]) -> set[bytes]:
+        """Which of these are here already, whatever became of them. Raises `StoreUnavailable`."""
+        return await self._store.write(self._known, identities)
+
     # --- in the writer's thread, inside its transaction ---
+
+    def _known(self, connection: Connection, asked: Sequence[Sequence[bytes]]) -> list[set[bytes]]:
+        n = notifications.c
+        return [
+            set(connection.execute(select(n.identity).where(n.identity.in_(identities))).scalars())
+            for identities in asked
+        ]
 
     def _remember(self, connection: Connection, receipts: Sequence[Receipt]) -> list[Received | Dead]:
         # Through the driver, a statement a table: that is most of what an accept costs.

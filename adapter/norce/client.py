@@ -13,7 +13,7 @@ import contextlib
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
@@ -102,6 +102,10 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     order_id: str
     payload: msgspec.Raw
     reference: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.created_at.tzinfo is None:  # "Times are ISO 8601, UTC" (section 2)
+            msgspec.structs.force_setattr(self, "created_at", self.created_at.replace(tzinfo=UTC))
 
 
 class _Pagination(msgspec.Struct, rename="camel"):

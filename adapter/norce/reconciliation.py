@@ -1,0 +1,273 @@
+"""
+Finds the notifications that never came: reads Norce's event log, and brings what we have not received.
+
+Norce documents no retry policy, so a notification may have been tried once. What is missing goes through the same
+intake as a callback, where its identity makes it once, whoever is first. Nothing is replayed that way.
+
+What one would get wrong: the log cannot be asked for a time, its order is documented nowhere, and its clock is not
+ours. So it is read from its newest end, whichever that turns out to be, until a whole page is older than what was seen
+the last time and some more; and where it is in no order, all of it is read. How far it was read is a moment of Norce's
+clock, and never later than ours: a clock of theirs that runs ahead and is set back hides nothing.
+
+Facts: checkout protocol, sections 8.3 and 8.4.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+import structlog
+
+from adapter.callbacks.intake import Intake
+from adapter.callbacks.parsing import CallbackInvalid, Merchants, ReceivedNotification, parse_notification
+from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
+from adapter.ledger.inbox import Received
+from adapter.ledger.marks import Marks
+from adapter.metrics import Metrics
+from adapter.norce.client import Event, Norce, NorceError, Page
+from adapter.routes import Callback
+
+log = structlog.get_logger(__name__)
+
+A_PAGE = 100
+MOST_PAGES = 100_000
+TURN = "reconciliation"
+WATERMARK, FLOOR = "reconciled", "reconciled since"
+STILL_ON_ITS_WAY = timedelta(minutes=1)
+
+
+class Reconciled(msgspec.Struct, kw_only=True):
+    """
+    What one merchant's log showed so far. Of the `events`, `received` are those that we have; `missed` are those that
+    we had not, brought now unless it was a dry run; `others` nobody wants any more: their callback or channel is not
+    configured, or no order is in them; and `young` ones may be on their way yet, and are left for the next time.
+    `total` is how many events there are, where Norce says so.
+    """
+
+    merchant: str
+    events: int = 0
+    received: int = 0
+    missed: int = 0
+    others: int = 0
+    young: int = 0
+    total: int | None = None
+    done: bool = False
+
+
+class Reconciliation:
+    """
+    `clock` is the ledger's, in milliseconds. `overlap` is how far before the newest event of the last time it begins.
+    """
+
+    def __init__(
+        self,
+        norce: Norce,
+        intake: Intake,
+        marks: Marks,
+        *,
+        merchants: Merchants,
+        names: Sequence[str],
+        overlap: timedelta,
+        metrics: Metrics,
+        clock: Callable[[], int],
+    ) -> None:
+        self._norce = norce
+        self._intake = intake
+        self._marks = marks
+        self._merchants = merchants
+        self._names = names
+        self._overlap = overlap
+        self._metrics = metrics
+        self._clock = clock
+
+    async def run(
+        self, *, since: datetime | None = None, dry_run: bool = False, spared: timedelta = timedelta(0)
+    ) -> AsyncIterator[Reconciled]:
+        """
+        Reads every merchant's log, and tells after each page what it showed.
+
+        `since` is in place of how far it was read the last time; what is younger than `spared` is left for the next. A
+        merchant whose log cannot be read to its end is read again from where this time began; the others go on, and
+        then the first error is raised. Raises `NorceError`, and `StoreUnavailable` at once.
+        """
+        failed: NorceError | None = None
+        for merchant in self._names:
+            try:
+                async for reconciled in self._of(merchant, since, dry_run=dry_run, spared=spared):
+                    yield reconciled
+                self._metrics.reconciliations.labels(merchant, "done").inc()
+            except NorceError as error:
+                self._metrics.reconciliations.labels(merchant, "failed").inc()
+                log.warning("reconciliation_failed", merchant=merchant, error_type=type(error).__name__)
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
+    async def in_turn(self, every: timedelta) -> None:
+        """
+        A run, where it is due and no other node has it.
+
+        The first begins where it is: what was there before this ledger is left to a person who gives a time, for some
+        other ledger may have it. Raises `StoreUnavailable`.
+        """
+        milliseconds = int(every.total_seconds() * 1000)
+        if not await self._marks.has_turn(TURN, milliseconds):
+            return
+        for merchant in self._names:
+            if await self._marks.value(f"{FLOOR} {merchant}") is None:
+                await self._marks.put(f"{FLOOR} {merchant}", self._clock())
+        with contextlib.suppress(NorceError):  # it has been told
+            async for _ in self.run(spared=STILL_ON_ITS_WAY):
+                await self._marks.put(TURN, self._clock() + milliseconds)  # still at it
+
+    async def _of(
+        self, merchant: str, since: datetime | None, *, dry_run: bool, spared: timedelta
+    ) -> AsyncIterator[Reconciled]:
+        found = Reconciled(merchant=merchant)
+        read_to = await self._marks.value(f"{WATERMARK} {merchant}")
+        floor = await self._marks.value(f"{FLOOR} {merchant}")
+        if since is not None:
+            begins = since - self._overlap
+        else:
+            known = [_moment(read_to) - self._overlap] if read_to is not None else []
+            begins = max([*known, _moment(floor or 0)])
+        before = _moment(self._clock()) - spared
+        newest = read_to or 0
+        async for page in self._newest_first(merchant, begins):
+            events = [event for event in page.items if event.created_at >= begins]
+            old = [event for event in events if not spared or event.created_at < before]
+            await self._bring(old, found, dry_run=dry_run)
+            found.events, found.total = found.events + len(events), page.total
+            found.young += len(events) - len(old)
+            newest = max([newest, *(_milliseconds(event.created_at) for event in events)])
+            yield found
+        if newest and not dry_run:
+            # Not past what is left for the next time, nor past our own clock.
+            await self._marks.put(f"{WATERMARK} {merchant}", min(newest, _milliseconds(before)))
+        found.done = True
+        log.info("reconciled", merchant=merchant, events=found.events, missed=found.missed, others=found.others)
+        yield found
+
+    async def _newest_first(self, merchant: str, begins: datetime) -> AsyncIterator[Page[Event]]:
+        """The pages, until one is older than that."""
+        first = last = await self._norce.events(merchant, limit=A_PAGE)
+        if first.total is not None and first.total > len(first.items) > 0:
+            last = await self._norce.events(merchant, offset=max(first.total - A_PAGE, 0), limit=A_PAGE)
+        # Where new ones come at the end, it is read from there. What falls out at the front meanwhile moves the rest
+        # towards what is read next, and what comes in at the front is seen twice: nothing is passed by.
+        backwards = _newest(last) > _newest(first)
+        page = last if backwards else first
+        for _ in range(MOST_PAGES):
+            if not page.items:
+                return
+            yield page
+            if _newest(page) < begins and self._gets_older(page, backwards=backwards):
+                return
+            if backwards:
+                limit = min(A_PAGE, page.offset)
+                if limit == 0:
+                    return
+                page = await self._norce.events(merchant, offset=page.offset - limit, limit=limit)
+            else:
+                offset = page.offset + len(page.items)
+                if page.total is not None and offset >= page.total:
+                    return
+                page = await self._norce.events(merchant, offset=offset, limit=A_PAGE)
+
+    def _gets_older(self, page: Page[Event], *, backwards: bool) -> bool:
+        """Whether a page is in order, but for what was written late; in no order at all, older is no reason to stop."""
+        oldest = datetime.max.replace(tzinfo=UTC) - self._overlap
+        for event in reversed(page.items) if backwards else page.items:
+            if event.created_at > oldest + self._overlap:
+                return False
+            oldest = min(oldest, event.created_at)
+        return True
+
+    async def _bring(self, events: Sequence[Event], found: Reconciled, *, dry_run: bool) -> None:
+        notifications = [each for each in map(self._notification, events) if each is not None]
+        found.others += len(events) - len(notifications)
+        # Under the one identity or the other: whether lastModified was too far ahead to count was seen by the clock of
+        # the moment when it came.
+        known = await self._intake.inbox.known([i for each, other in notifications for i in (each.identity, other)])
+        for notification, other in notifications:
+            if notification.identity in known or other in known:
+                found.received += 1
+                continue
+            if not dry_run:
+                receipt = self._intake.receipt(notification, "reconciliation")
+                if await self._intake.remember(receipt) is not Received.NEW:  # it has come meanwhile
+                    found.received += 1
+                    continue
+            known.add(notification.identity)
+            found.missed += 1
+            self._metrics.missed.labels(notification.callback.name, notification.merchant).inc()
+            log.warning(
+                "notification_missed",
+                callback=notification.callback.name,
+                merchant=notification.merchant,
+                channel=notification.channel,
+                order_id=notification.order_id,
+            )
+
+    def _notification(self, event: Event) -> tuple[ReceivedNotification, bytes] | None:
+        """The notification that a callback would have brought, and its other identity; None where there is none."""
+        callback = self._callback(event)
+        if callback is None:
+            return None
+        raw = RawCallback(
+            method="POST",
+            order_id=event.order_id,
+            callback=callback.name,
+            query={},
+            headers={"content-type": "application/json"},
+            body=bytes(event.payload),
+        )
+        sender = Sender(scheme="reconciliation", key="", merchant=event.merchant, channel=event.channel)
+        try:
+            notification = parse_notification(raw, sender, callback, self._merchants, self._clock())
+            return notification, parse_notification(raw, sender, callback, self._merchants, -(10**15)).identity
+        except (CallbackInvalid, Unauthenticated) as error:
+            log.warning("event_unreadable", order_id=event.order_id, callback=callback.name, merchant=event.merchant,
+                        error_type=type(error).__name__)  # fmt: skip
+            return None
+
+    def _callback(self, event: Event) -> Callback | None:
+        """By the reference that we register with, or else by the address."""
+        with contextlib.suppress(msgspec.DecodeError):
+            payload = msgspec.json.decode(event.payload, type=_Payload)
+            address = payload.notification.invoke or ""
+            for name in (event.reference, payload.notification.reference, _last_step(address)):
+                callback = self._intake.routes.callbacks.get(name or "")
+                if callback is not None and callback.kind == "notification":
+                    return callback
+        return None
+
+
+class _Registered(msgspec.Struct):
+    reference: str | None = None
+    invoke: str | None = None
+
+
+class _Payload(msgspec.Struct):
+    notification: _Registered
+
+
+def _last_step(address: str) -> str:
+    try:
+        return unquote(urlsplit(address).path.rpartition("/")[2])
+    except ValueError:
+        return ""
+
+
+def _newest(page: Page[Event]) -> datetime:
+    return max((event.created_at for event in page.items), default=datetime.min.replace(tzinfo=UTC))
+
+
+def _moment(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
+def _milliseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)

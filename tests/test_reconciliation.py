@@ -1,0 +1,389 @@
+"""What Norce's event log shows is brought where it never came, once, however the log and its clock are."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from databases import rows
+from starlette.routing import Route, Router
+
+from adapter import config as configuration
+from adapter.app import CALLBACK_PATH, channels, client, queue_keys, reconciliation
+from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.intake import Intake
+from adapter.callbacks.senders import Senders
+from adapter.ledger.inbox import Inbox
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
+from adapter.ledger.marks import Marks
+from adapter.ledger.store import Store
+from adapter.metrics import Metrics
+from adapter.norce.client import Norce, NorceUnavailable
+from adapter.norce.reconciliation import A_PAGE, Reconciled
+from adapter.norce.registration import Registrar
+from adapter.pauses import Policy
+from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
+from adapter.routes import build
+from adapter.simulator import Simulator
+from adapter.simulator.caller import Caller
+
+TOKEN = "a token"
+MINUTES = timedelta(minutes=1)
+TREE: dict[str, Any] = {
+    "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
+    "norce": {"base_url": "http://127.0.0.1:1/checkout"},
+    "merchants": {"norce": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}, "2": {}}}},
+    "senders": {"signed_urls": {"keys": {"k1": "${env:KEY}"}}},
+    "callbacks": {"order-status": {"kind": "notification", "scope": "/state/currentStatus"}},
+    "routes": {"export": {"callback": "order-status", "handler": "remember", "refetch": False}},
+}
+
+
+class Remember(NotificationHandler[Settings]):
+    async def deliver(self, _notification: Notification, _context: Context[Settings]) -> Done:
+        return Done()
+
+
+class Point:
+    name = "remember"
+
+    def load(self) -> Any:
+        return Remember
+
+
+class Flaky(httpx.AsyncBaseTransport):
+    """On to Norce, unless it is down from the so-manieth request for events on."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+        self._inner = inner
+        self.down_after: int | None = None
+        self.asked = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/events"):
+            self.asked += 1
+            if self.down_after is not None and self.asked > self.down_after:
+                raise httpx.ConnectError("down")
+        return await self._inner.handle_async_request(request)
+
+
+class Ticking:
+    """The time of day, and never the same twice: two changes of an order are two moments."""
+
+    def __init__(self) -> None:
+        self._last = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        self._last = max(datetime.now(UTC), self._last + timedelta(milliseconds=1))
+        return self._last
+
+
+class House:
+    """A ledger whose callbacks an offline Norce calls, in one process."""
+
+    def __init__(self, folder: Path, store_url: str, **changed: Any) -> None:
+        self.loop = asyncio.Runner()
+        self.url = store_url
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(TREE | {"store": {"url": store_url}} | changed))
+        self.config = configuration.load(path, {"TOKEN": TOKEN, "KEY": "a key for signing, long enough"})
+        self.routes = build(self.config, [Point()])  # type: ignore[list-item]
+        self.metrics = Metrics("0")
+        self.loop.run(self._open())
+
+    async def _open(self) -> None:
+        self.store = Store.open(self.url)
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
+        queues = await lanes.open_queues(queue_keys(self.config, self.routes))
+        ids = {(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()}
+        self.intake = Intake(self.routes, Inbox(self.store), queue_ids=ids, metrics=self.metrics)
+        self.endpoint = CallbackEndpoint(
+            routes=self.routes,
+            senders=Senders(self.config.senders),
+            merchants=channels(self.config),
+            intake=self.intake,
+            verdicts=None,  # type: ignore[arg-type]
+            metrics=self.metrics,
+            adapter_id="our_adapter",
+            max_body_bytes=1024 * 1024,
+            receive_timeout_seconds=10,
+            clock=self.store.clock,
+        )
+        app = Router(routes=[Route(CALLBACK_PATH, self.endpoint)])
+        self.simulator = Simulator(token=TOKEN, transport=httpx.ASGITransport(app), clock=Ticking(), seed=7)
+        await self.simulator.__aenter__()
+        self.caller = Caller(self.simulator, TOKEN, ("norce", "1"))
+        self.line = Flaky(httpx.ASGITransport(self.simulator.app))
+        self.norce: Norce = client(self.config, self.metrics, transport=self.line)
+        self.healing = reconciliation(self.config, self.norce, self.intake, self.store, self.metrics)
+        self.marks = Marks(self.store)
+
+    def close(self) -> None:
+        async def end() -> None:
+            await self.caller.__aexit__()
+            await self.norce.aclose()
+            await self.simulator.__aexit__(None, None, None)
+
+        self.loop.run(end())
+        self.loop.close()
+        self.store.close()
+
+    def orders(self, count: int, *, shop: tuple[str, str] = ("norce", "1"), moves: int = 1) -> list[str]:
+        """So many orders, each registered on and moved: a notification for each move."""
+        states = ("processing", "checkout")
+
+        async def bought() -> list[str]:
+            made = []
+            for _ in range(count):
+                order_id = await self.caller.create({"currency": "SEK"}, shop=shop)
+                await Registrar(self.config, self.norce).register(*shop, order_id)
+                await self.caller.move(order_id, *(states[number % 2] for number in range(moves)))
+                made.append(order_id)
+                await self.simulator.settled()
+            return made
+
+        return self.loop.run(bought())
+
+    def reconciled(self, **given: Any) -> Reconciled:
+        async def run() -> Reconciled:
+            return [each async for each in self.healing.run(**given)][-1]
+
+        return self.loop.run(run())
+
+    def in_turn(self, every: timedelta = timedelta(minutes=10)) -> None:
+        self.loop.run(self.healing.in_turn(every))
+
+    def stored(self) -> list[tuple[str, str, int]]:
+        """Order, source and how many deliveries, of each notification."""
+        return rows(
+            self.url,
+            "SELECT n.order_id, n.source, count(d.id) FROM notifications n"
+            " LEFT JOIN deliveries d ON d.notification_id = n.id GROUP BY n.id, n.order_id, n.source ORDER BY n.id",
+        )
+
+
+@pytest.fixture
+def house(store_url: str, tmp_path: Path) -> Iterator[House]:
+    with opened(store_url, tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def opened(store_url: str, folder: Path, **changed: Any) -> Iterator[House]:
+    made = House(folder, store_url, **changed)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_what_never_came_is_brought_once_and_what_came_is_known(house: House) -> None:
+    came = house.orders(2)
+    house.simulator.throw(notifications_lost=1.0)
+    lost = house.orders(3)
+
+    first, again = house.reconciled(), house.reconciled()
+
+    assert (first.events, first.received, first.missed, first.others, first.done) == (5, 2, 3, 0, True)
+    assert (again.events, again.received, again.missed) == (5, 5, 0)
+    assert house.stored() == [(each, "callback", 1) for each in came] + [
+        (each, "reconciliation", 1) for each in reversed(lost)
+    ]
+
+
+def test_a_callback_that_comes_after_all_is_a_repeat(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1)
+    house.reconciled()
+
+    async def retry() -> None:
+        await house.caller.ask("retry_event", event_id=house.simulator.events()[-1]["id"])
+        await house.simulator.settled()
+
+    house.loop.run(retry())
+
+    assert [source for _, source, _ in house.stored()] == ["reconciliation"]
+
+
+def test_a_dry_run_says_what_is_missing_and_changes_nothing(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(2)
+
+    assert house.reconciled(dry_run=True).missed == 2
+    assert house.stored() == []
+    assert house.reconciled().missed == 2
+
+
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+@pytest.mark.parametrize("skew", [-600.0, 0.0, 600.0])
+def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
+    tmp_path: Path, store_url: str, order: str, skew: float
+) -> None:
+    with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
+        house.simulator.throw(events_order=order, clock_skew_seconds=skew)
+        house.orders(6 * A_PAGE // 5, moves=5)
+        assert house.reconciled().missed == 0
+        house.simulator.throw(notifications_lost=1.0)
+        house.orders(A_PAGE // 5 + 3, moves=5)
+        house.line.asked = 0
+
+        found = house.reconciled()
+        pages = house.line.asked
+
+        assert found.missed == A_PAGE + 15
+        assert house.reconciled().missed == 0
+        # Where Norce's clock is ahead (a little, where it only ticks), it begins where ours was: more is read again.
+        assert pages <= (9 if skew >= 0 else 5)
+        assert len({order_id for order_id, _, _ in house.stored()}) == 7 * A_PAGE // 5 + 3
+
+
+def test_of_a_log_in_no_order_all_is_read(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(50, moves=6)
+    events = house.simulator.records.events
+    mixed = sorted(events, key=lambda each: each[::-1])
+    for number, event_id in enumerate(mixed):  # of three days, in an order of their own
+        event = events.pop(event_id)
+        at = datetime.now(UTC) - timedelta(hours=(number * 37) % 72)
+        events[event_id] = event | {"createdAt": at.isoformat()}
+
+    assert house.reconciled(since=datetime.now(UTC) - timedelta(hours=71)).missed > 290
+
+
+def test_since_goes_back_further_than_the_last_time(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
+    house.orders(1)
+    house.simulator.throw(clock_skew_seconds=0)
+    house.in_turn()  # which begins now
+
+    assert house.reconciled().missed == 0
+    assert house.reconciled(since=datetime.now(UTC) - timedelta(days=4)).missed == 1
+
+
+def test_the_first_turn_begins_where_it_is_and_brings_nothing_of_before(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-120)
+    house.orders(2)
+
+    house.in_turn()
+
+    assert house.stored() == []
+
+
+def test_one_of_several_nodes_has_the_turn(house: House) -> None:
+    house.in_turn()
+    asked = house.line.asked
+
+    house.in_turn()
+
+    assert house.line.asked == asked > 0
+    house.loop.run(house.marks.put("reconciliation", 0))
+    house.in_turn()
+    assert house.line.asked > asked
+
+
+def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
+    house.in_turn()
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1)
+    house.loop.run(house.marks.put("reconciliation", 0))
+
+    house.in_turn()
+
+    assert house.stored() == []
+    assert house.reconciled().missed == 1
+
+
+def test_a_norce_that_is_down_is_read_the_next_time_from_where_it_was(house: House) -> None:
+    house.reconciled()
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(50, moves=5)
+    house.line.asked, house.line.down_after = 0, 2
+
+    with pytest.raises(NorceUnavailable):
+        house.reconciled()
+    halfway = len(house.stored())
+    house.line.down_after = None
+    house.reconciled()
+
+    assert 0 < halfway < 250
+    assert len(house.stored()) == 250
+    assert {deliveries for *_, deliveries in house.stored()} == {1}
+
+
+def test_a_merchant_whose_log_cannot_be_read_is_in_nobodys_way(tmp_path: Path, store_url: str) -> None:
+    merchants = {"broken": {"tokens": ["${env:KEY}"], "channels": {"1": {}}}} | TREE["merchants"]
+    with opened(store_url, tmp_path, merchants=merchants) as house:
+        house.simulator.throw(notifications_lost=1.0)
+        house.orders(1)
+
+        with pytest.raises(Exception, match="tokens"):
+            house.reconciled()
+
+        assert len(house.stored()) == 1
+
+
+def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1, shop=("norce", "2"))
+    house.orders(1)
+    events = house.simulator.records.events
+    known = list(events.values())
+    changes: list[dict[str, Any]] = [
+        {"channel": "3"},
+        {"payload": {"notification": {"reference": "another", "invoke": "http://x/y"}, "order": {"id": "o"}}},
+        {"payload": {"notification": {"reference": "order-status"}, "order": {"id": "another"}}},
+        {"payload": {}},
+    ]
+    for number, change in enumerate(changes):
+        event = {**known[0], **change, "id": f"bad-{number}"}
+        if "payload" in change:
+            event["reference"] = None
+        events[event["id"]] = event
+
+    found = house.reconciled()
+
+    assert (found.missed, found.others) == (2, 4)
+
+
+def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1)
+    for event_id, event in house.simulator.records.events.items():
+        del event["payload"]["notification"]["reference"]
+        house.simulator.records.events[event_id] = {**event, "reference": None}
+
+    assert house.reconciled().missed == 1
+
+
+def test_an_order_from_far_ahead_is_the_same_when_it_is_not_ahead_any_more(house: House) -> None:
+    """It came when its lastModified was too far ahead to count; now, that much later, it counts."""
+    house.simulator.throw(clock_skew_seconds=11 * 60)
+    house.orders(1)
+    now = house.store.clock()
+    clock = lambda: now + 5 * 60_000  # noqa: E731
+    house.healing._clock = clock
+
+    assert house.reconciled().received == 1
+    assert len(house.stored()) == 1
+
+
+def test_five_thousand_of_which_one_in_a_hundred_is_lost(house: House) -> None:
+    house.simulator.throw(notifications_lost=0.01, clock_skew_seconds=600)
+    house.orders(200, moves=25)
+    assert len(house.simulator.events()) == 5000
+    came = len(house.stored())
+
+    found = house.reconciled()
+
+    assert 4900 < came < 5000
+    assert found.missed == 5000 - came
+    stored = house.stored()
+    assert len(stored) == 5000  # gap 0
+    assert {deliveries for *_, deliveries in stored} == {1}  # doubled 0
+    assert house.reconciled().missed == 0
