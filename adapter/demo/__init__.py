@@ -1,6 +1,6 @@
 """
-The walk a newcomer sees: a validation denied and one approved, a cart that changes, a purchase that completes, an
-export, a dead letter.
+The walk a newcomer sees: callbacks put on an order, a validation denied and one approved, a cart that changes, a
+purchase whose last notification is lost and found, an export, a dead letter.
 
 Everything is real but the two ends: the service with a ledger on disk, requests over HTTP, and on loopback the offline
 Norce Checkout and a stand-in for Jetshop. The orders go their way through Norce's API, and Norce calls the service by
@@ -18,9 +18,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from adapter import config as configuration
 from adapter.app import PortInUse, Service, listen, running, served
-from adapter.callbacks.senders import Senders
 from adapter.config import Config
 from adapter.handlers.jetshop.stand_in import JetshopStandIn
 from adapter.ledger.desk import Desk
@@ -73,6 +74,7 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             ("norce-token", token),
             ("jetshop-password", password),
             ("url-key", secrets.token_hex(32)),
+            ("operations-token", secrets.token_urlsafe(24)),
         ):
             (folder / name).touch(mode=0o600)
             (folder / name).write_text(secret)
@@ -120,9 +122,11 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
     except Unmet as error:
         raise DemoFailed(f"Norce did not go along: {error}") from error
     expected = {
+        "registered": 3,
         "validation": {"denied": 400, "approved": 200},
         "hook": {"accepted": 200, "patched": 200, "refused": 400},
         "notification": 200,
+        "healed": 1,
         "repeated": 200,
         "exports": 1,
         "rejected": 1,
@@ -137,8 +141,10 @@ async def walk(demo: Demo, say: Say) -> dict[str, Any]:
 async def _walked(demo: Demo, say: Say) -> dict[str, Any]:
     ask, pay, move = demo.caller.ask, demo.caller.pay, demo.caller.move
 
-    say("The sample order of Norce's API reference is created, and its three callbacks are pointed at us …")
-    sample = await _created(demo, "order-api-request-sample", ("norce", "1"))
+    say("The sample order of Norce's API reference is created, and our callbacks are put on it …")
+    sample, registered = await _created(demo, "order-api-request-sample", ("norce", "1"))
+    say(f"  added: {', '.join(registered['added'])}")
+    say(f"  removed, for they led to another host: {len(registered['removed'])}")
     await pay(sample)
     say("Norce asks whether it may be bought …")
     problems = await ask("validate", order_id=sample, status=400)
@@ -147,7 +153,7 @@ async def _walked(demo: Demo, say: Say) -> dict[str, Any]:
     for problem in problems:
         say(f"    {problem['code']}: {problem.get('message')}")
 
-    order = await _created(demo, "order-checkout", ("fjallboden", "se-b2c"))
+    order, _ = await _created(demo, "order-checkout", ("fjallboden", "se-b2c"))
     await ask("patch_consents", [{"id": "terms", "checked": True}], order_id=order)
     await ask("add_payment", _GIFT_CARD, order_id=order)
     invoice = await pay(order)
@@ -163,19 +169,28 @@ async def _walked(demo: Demo, say: Say) -> dict[str, Any]:
         hooked[became] = _answered(demo, "hook", order)
         say(f"  {quantity} of a kind: {became}: {hooked[became]}{told}")
 
-    say("The shopper pays, and the order reaches `completed`. Norce notifies us, over HTTP …")
+    say("The shopper pays, and the order is `accepted`. Norce notifies us, over HTTP …")
     await ask("cancel_payment", order_id=order, payment_id=invoice)  # for a smaller cart
     await ask("put_reference", REFERENCE, order_id=order)
-    await ask("complete_payment", order_id=order, payment_id=await pay(order))
+    paying = await pay(order)
+    reserved = {**await ask("read_payment", order_id=order, payment_id=paying), "state": "reserved"}
+    await ask("put_payment", reserved, order_id=order, payment_id=paying)
+    await move(order, "processing", "accepted")
     await demo.norce.settled()
     accepted = _answered(demo, "notification", order)
-    say(f"  stored on disk, then answered: {accepted}")
+    say(f"  stored on disk, then answered: {accepted}; no route wants it yet")
+    say("It is `completed`, and this notification is lost on its way. Norce's event log is read …")
+    demo.norce.throw(notifications_lost=1.0)
+    await move(order, "completed")
+    demo.norce.throw(notifications_lost=0.0)
+    healed = await _reconciled(demo)
+    say(f"  notifications that never came: {healed}, brought now")
     say('  the condition matches: scope /state/currentStatus, schema {"const": "completed"}')
     demo.norce.throw(notification_body="envelope")
     await ask("retry_event", event_id=demo.norce.events(order)[-1]["id"], shop=demo.caller.whose[order])
     await demo.norce.settled()
     again = _answered(demo, "notification", order)
-    say(f"  the same event once more, in an envelope: {again}, and nothing is done twice")
+    say(f"  the same event comes after all, in an envelope: {again}, and nothing is done twice")
     delivery = await _ended(demo, order)
     say(f"  the jetshop handler has exported the payment information: {_told(delivery)}")
     completed = json.dumps(demo.norce.order(order), ensure_ascii=False)
@@ -189,36 +204,46 @@ async def _walked(demo: Demo, say: Say) -> dict[str, Any]:
     say(f"  but it cannot be exported, and waits for a person as a dead letter: {_told(dead)}")
 
     return {
+        "registered": len(registered["added"]),
         "validation": {"denied": denied, "approved": approved},
         "hook": hooked,
         "notification": accepted,
+        "healed": healed,
         "repeated": again,
         "exports": demo.jetshop.exports(REFERENCE),
         "rejected": len([each for each in _deliveries(demo, state="dead") if each["reason"] == "rejected"]),
     }
 
 
-async def _created(demo: Demo, name: str, shop: tuple[str, str]) -> str:
+async def _created(demo: Demo, name: str, shop: tuple[str, str]) -> tuple[str, dict[str, list[str]]]:
     """
-    The order, created as it stands. Its callbacks lead to somebody else's host; they are registered anew, at addresses
-    of ours that are signed for this order.
+    The order, created as it stands, and what became of the callbacks on it: its own lead to somebody else's host, ours
+    are signed for this order.
     """
-    ask = demo.caller.ask
     order_id = await demo.caller.create(_order(name), shop=shop)
-    order = await demo.caller.read(order_id)
+    path = f"/api/v1/orders/{order_id}/registrations"
+    headers = _bearer(demo, "norce-token") | {"x-merchant": shop[0], "x-channel": shop[1]}
+    return order_id, (await _posted(demo.service.public_address + path, headers)).json()
 
-    def ours(callback: str) -> str:
-        return Senders(demo.config.senders).signed_url(demo.service.public_address, *shop, order_id, callback)
 
-    [validation], [hook], [notification] = order["validations"], order["hooks"], order["notifications"]
-    pointed = {**validation, "url": ours("order-rules")}
-    await ask("put_validation", pointed, order_id=order_id, validation_id=validation["id"])
-    await ask("remove_hook", order_id=order_id, hook_id=hook["id"])
-    pointed = {**hook, "subscribeTo": "/cart", "target": "/cart", "invoke": ours("cart-changed")}
-    await ask("add_hook", pointed, order_id=order_id)
-    await ask("remove_notification", order_id=order_id, notification_id=notification["id"])
-    await ask("add_notification", {**notification, "invoke": ours("order-status")}, order_id=order_id)
-    return order_id
+async def _reconciled(demo: Demo) -> int:
+    """How many notifications were missed, and brought."""
+    url = f"{demo.service.operations_address}/commands/reconcile"
+    answer = await _posted(url, _bearer(demo, "operations-token"), b"{}")
+    told = [json.loads(line) for line in answer.text.splitlines()]
+    return sum(each["missed"] for each in told if each.get("done"))
+
+
+async def _posted(url: str, headers: dict[str, str], content: bytes = b"") -> httpx.Response:
+    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS) as http:
+        answer = await http.post(url, headers=headers, content=content)
+    if answer.status_code != 200:
+        raise DemoFailed(f"{url} was answered {answer.status_code}")
+    return answer
+
+
+def _bearer(demo: Demo, name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {demo.config_path.with_name(name).read_text()}"}
 
 
 def _answered(demo: Demo, kind: str, order_id: str) -> int | None:
