@@ -15,15 +15,16 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
+from typing import Any
 
 import httpx
 import structlog
 import uvicorn
 from starlette.responses import JSONResponse
-from starlette.routing import Route, Router
+from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp
 
 from adapter.attempts import Attempts, Queue
@@ -32,6 +33,7 @@ from adapter.callbacks.intake import Intake
 from adapter.callbacks.protocol import GuardedProtocol
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
+from adapter.config.schemas import document_schema
 from adapter.console import Health, console
 from adapter.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
@@ -44,6 +46,7 @@ from adapter.ledger.store import Store, StoreUnavailable
 from adapter.ledger.upkeep import Pruned, Retention, Upkeep
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
+from adapter.norce.configuration import Documents
 from adapter.norce.reconciliation import Reconciliation
 from adapter.norce.registration import Registrar
 from adapter.pauses import Policy
@@ -130,6 +133,16 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             random=random.random,
             shared=store.shared,
         )
+        documents = Documents(
+            config, routes, norce, published_schema(config, routes), metrics=metrics, changed=dispatcher.wake
+        )
+        if config.norce.refresh:
+            # Before anybody is answered; where Norce does not answer, by what the file says.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(config.norce.timeout.total_seconds()):
+                    await documents.refresh()
+        switched_off = documents.switched_off
+        dispatcher.switched_off = switched_off
         intake = intake_of(routes, store, queues, metrics, dispatcher.wake)
         endpoint = CallbackEndpoint(
             routes=routes,
@@ -150,8 +163,11 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             max_body_bytes=config.server.max_body_bytes,
             receive_timeout_seconds=config.server.receive_timeout.total_seconds(),
             clock=store.clock,
+            switched_off=switched_off,
         )
-        registrations = Registrations(config, Registrar(config, norce), frozenset())
+        beside = beside_callbacks(
+            Registrations(config, Registrar(config, norce), switched_off), config.adapter.id, documents.schema
+        )
         healing = reconciliation(config, norce, intake, store, metrics)
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
@@ -165,6 +181,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             ("runner", runner.watch()),
             ("docket", docket.keep()),
             ("retention", _prune(Upkeep(store, retention(config)))),
+            ("configuration", documents.keep(config.norce.refresh)),
             ("reconciliation", _reconcile(healing, config.reconciliation.every)),
         ):
             await stack.enter_async_context(_task(name, coroutine, health))
@@ -182,7 +199,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
 
         stack.push_async_callback(stop_working)
         await serving.enter_async_context(
-            served(_public(endpoint, registrations), public, _refusals(metrics), lambda: endpoint.verdicts.waiting)
+            served(_public(endpoint, beside), public, _refusals(metrics), lambda: endpoint.verdicts.waiting)
         )
 
         health.started = True
@@ -267,10 +284,10 @@ def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport
     )
 
 
-def _public(endpoint: CallbackEndpoint, registrations: Registrations) -> ASGIApp:
+def _public(endpoint: CallbackEndpoint, beside: Sequence[BaseRoute]) -> ASGIApp:
     # A router and no Starlette around it: the endpoint answers its errors itself.
     return Router(
-        routes=[Route(CALLBACK_PATH, endpoint), *beside_callbacks(registrations)],
+        routes=[Route(CALLBACK_PATH, endpoint), *beside],
         redirect_slashes=False,  # whether Norce follows redirects is documented nowhere
         default=JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404),
     )
@@ -300,6 +317,12 @@ async def _prune(upkeep: Upkeep) -> None:
             log.error("pruning_failed", exc_info=error)
             pruned = Pruned()
         await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)
+
+
+def published_schema(config: Config, routes: Routes) -> dict[str, Any]:
+    """What Norce's configuration may hold about us."""
+    types = {route.name: type(next(iter(route.settings.values()))) for route in routes.all}
+    return document_schema(config.adapter.id, str(config.adapter.public_url or ""), types)
 
 
 def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, metrics: Metrics) -> Reconciliation:

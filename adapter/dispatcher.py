@@ -8,7 +8,7 @@ runs. Where the lease cannot be renewed, others will take the lanes: the handler
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -76,6 +76,7 @@ class Dispatcher:
         self._blocked: dict[asyncio.Task[None], Claim] = {}
         self._failed: list[Claim] = []
         self._busy: Counter[int] = Counter()
+        self.switched_off: Container[tuple[str, str]] = ()  # merchant and channel; what they are owed waits
         self._stopping = False
         self._cancelling = False
 
@@ -146,7 +147,7 @@ class Dispatcher:
         """Claims what there is room for, and starts it; how long to wait for more, or None for not at all."""
         await self._give_back()
         free = self._slots - len(self._tasks)
-        asks = [ask for ask in self._asks if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
+        asks = [ask for ask in self._asks if self._may(ask)] if free > 0 else []
         self._has_room = bool(asks)
         if not asks:  # a slot that is given back will wake us
             return POLL
@@ -160,6 +161,11 @@ class Dispatcher:
             return None
         due = taken.next_due_at
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
+
+    def _may(self, ask: Ask) -> bool:
+        queue = self._queues[ask.queue_id]
+        off = (queue.merchant, queue.channel) in self.switched_off
+        return self._busy[ask.queue_id] < ask.concurrency and not off
 
     async def _give_back(self) -> None:
         """Undoes claims that are on disk although the store has failed: nobody has run them."""

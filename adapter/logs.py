@@ -27,8 +27,9 @@ ALLOWED = frozenset(
         "count", "delivery_id", "duration_ms", "error_type", "events", "handler", "identity", "in_doubt",
         "inner_code", "kept", "key", "kind", "logger", "loop", "merchant", "method", "milliseconds", "missed",
         "next_at", "notification_id", "notifications", "operations_address", "order_id", "others", "outcome",
-        "path", "paused_by", "plugin", "queue_id", "reason", "removed", "result", "revision", "route", "routes",
-        "running", "scheme", "signal", "source", "state", "status", "status_code", "verdicts", "version", "where",
+        "path", "paused_by", "places", "plugin", "queue_id", "reason", "removed", "result", "revision", "route",
+        "routes", "running", "scheme", "signal", "source", "state", "status", "status_code", "verdicts", "version",
+        "where",
     }
 )  # fmt: skip
 

@@ -54,6 +54,17 @@ class Metrics:
             "notifications_received_total", "Notifications parsed.", ["merchant", "channel", "source"]
         )
         self.stored = counter("notifications_stored_total", "Notifications by what became of them.", ["result"])
+        self.configuration = counter(
+            "configuration_documents_total", "Documents of Norce's configuration that were new, or could not be read.",
+            ["merchant", "channel", "result"],
+        )  # fmt: skip
+        self.configuration_valid = gauge(
+            "configuration_valid", "0 while a channel's document is wrong, and the last good one holds.",
+            ["merchant", "channel"],
+        )  # fmt: skip
+        self.channel_active = gauge(
+            "channel_active", "0 while Norce's configuration has us switched off.", ["merchant", "channel"]
+        )
         self.missed = counter(
             "notifications_missed_total", "Notifications that never came, found in Norce's event log.",
             ["callback", "merchant"],

@@ -25,6 +25,7 @@ from adapter.norce.registration import Registered, Registrar
 log = structlog.get_logger(__name__)
 
 REGISTRATIONS_PATH = "/api/v1/orders/{order_id}/registrations"
+SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
 RETRY_AFTER_SECONDS = 5
 
 Shop = tuple[str, str]
@@ -109,6 +110,16 @@ class Registrations:
             return False
 
 
-def routes(registrations: Registrations) -> list[BaseRoute]:
-    """What the public port has beside the callbacks."""
-    return [Route(REGISTRATIONS_PATH, registrations.__call__, methods=["POST", "DELETE"])]
+def routes(registrations: Registrations, adapter_id: str, schema: Mapping[str, Any]) -> list[BaseRoute]:
+    """What the public port has beside the callbacks. `schema` is that of our document in Norce's configuration."""
+    document = msgspec.json.encode(schema)
+
+    async def published(request: Request) -> Response:
+        if request.path_params["adapter_id"] != adapter_id:
+            return JSONResponse({"code": "not-found", "message": "There is no adapter of this id here."}, 404)
+        return Response(document, media_type="application/schema+json")
+
+    return [
+        Route(REGISTRATIONS_PATH, registrations.__call__, methods=["POST", "DELETE"]),
+        Route(SCHEMA_PATH, published),
+    ]

@@ -48,7 +48,8 @@ class Callback:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """
-    A callback bound to a handler, with the handler's settings for every merchant and channel, and its limits. What a
+    A callback bound to a handler, with the handler's settings for every merchant and channel, which Norce's
+    configuration may change while it runs, and its limits. What a
     `shadow` says is compared with the answer, and never acted on.
     """
 
@@ -57,7 +58,7 @@ class Route:
     when: CompiledCondition | None
     handler_name: str
     handler: Handler
-    settings: Mapping[tuple[str, str], Settings]
+    settings: dict[tuple[str, str], Settings]
     refetch: bool
     no_answer: str | None
     shadow: bool = False
@@ -131,6 +132,18 @@ def wants(route: Route, order: Any) -> Result:
 def installed(points: Iterable[EntryPoint] | None = None) -> dict[str, EntryPoint]:
     """The handlers that installed packages offer, by name; nothing is imported."""
     return {point.name: point for point in (entry_points(group=GROUP) if points is None else points)}
+
+
+def settings_types(points: Iterable[EntryPoint] | None = None) -> tuple[dict[str, type[Settings]], list[str]]:
+    """The settings of every installed handler by its name, and the handlers that cannot be imported."""
+    types: dict[str, type[Settings]] = {}
+    broken = []
+    for name, point in sorted(installed(points).items()):
+        try:
+            types[name] = point.load().settings_type
+        except (Exception, SystemExit):  # noqa: BLE001 - an import may fail in any way; it is told, not raised
+            broken.append(name)
+    return types, broken
 
 
 def build(config: Config, points: Iterable[EntryPoint] | None = None) -> Routes:

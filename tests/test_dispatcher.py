@@ -825,7 +825,7 @@ def test_an_order_that_cannot_be_read_again_is_not_handled(
     async def test() -> None:
         handler = Plain()
         async with working(store_url, route(handler, when=COMPLETED)) as work:
-            work.norce.answers = [answer]
+            work.norce.answers = [answer, answer]  # without an answer, it is asked once more
             await work.owe()
 
             row = await work.settled()

@@ -277,7 +277,7 @@ def sent(registrar: Any, config: Config, method: str = "POST", order_id: str = "
     switched_off = given.pop("switched_off", frozenset())
 
     async def send() -> httpx.Response:
-        app = Router(routes=routes(Registrations(config, registrar, switched_off)))
+        app = Router(routes=routes(Registrations(config, registrar, switched_off), "our_adapter", {}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
             url = f"http://adapter/api/v1/orders/{order_id}/registrations"
             return await http.request(method, url, headers=given.get("headers", BEARER))

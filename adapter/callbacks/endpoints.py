@@ -8,7 +8,7 @@ change, or 400 with why not. Nothing a caller sends is answered 500.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -94,7 +94,10 @@ class Answered(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallbackEndpoint:
-    """`/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's."""
+    """
+    `/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's. Nobody is asked where we are
+    `switched_off`.
+    """
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class CallbackEndpoint:
         max_body_bytes: int,
         receive_timeout_seconds: float,
         clock: Callable[[], int],
+        switched_off: Container[tuple[str, str]] = (),
     ) -> None:
         self.routes = routes
         self.senders = senders
@@ -120,6 +124,7 @@ class CallbackEndpoint:
         self.max_body_bytes = max_body_bytes
         self.receive_timeout_seconds = receive_timeout_seconds
         self.clock = clock
+        self.switched_off = switched_off
         for scheme, key in senders.known:  # seen to be 0 where one is not used any more
             metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
@@ -182,6 +187,8 @@ class CallbackEndpoint:
         """May this order proceed? 200, empty, or 400 with every problem of every route."""
         _only(raw, "POST", "GET")  # POST in the Order API's text, GET in one adapter's description: both are answered
         asked = parse_validation(raw, sender, callback, self.merchants)
+        if (asked.merchant, asked.channel) in self.switched_off:
+            return Answered(response=ACCEPTED, facts=_answer_facts(asked, Answer(verdicts=()), "switched-off"))
         answer = await self.verdicts.validate(
             callback, asked.merchant, asked.channel, asked.order_id, lambda: _gone(receive)
         )
@@ -196,6 +203,8 @@ class CallbackEndpoint:
         """May this change be stored? 200 with what else is to change, or 400 with the first refusal."""
         _only(raw, "POST")
         asked = parse_hook(raw, sender, callback, self.merchants)
+        if (asked.merchant, asked.channel) in self.switched_off:
+            return Answered(response=UNCHANGED, facts=_answer_facts(asked, Answer(verdicts=()), "switched-off"))
         answer = await self.verdicts.change(
             callback, asked.merchant, asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
         )

@@ -20,6 +20,7 @@ from rich.progress import track
 
 from adapter import app, logs, routes
 from adapter.callbacks.senders import Senders
+from adapter.cli.config import config_group
 from adapter.cli.explain import explain
 from adapter.cli.ledger import GROUPS
 from adapter.cli.orders import orders_group, register
@@ -40,7 +41,7 @@ def main() -> None:
     """An order adapter behind Norce Checkout."""
 
 
-for _command in (*GROUPS, verdicts_group, orders_group, register, reconcile, explain, simulate):
+for _command in (*GROUPS, verdicts_group, orders_group, register, reconcile, config_group, explain, simulate):
     main.add_command(_command)
 
 

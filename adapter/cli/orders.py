@@ -69,13 +69,13 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
     filters = {name: value for name, value in given.items() if value is not None}
     if "search" in filters and config.norce.version != V0:
         end(USAGE, "--search is known to v0 of the Order API alone: norce.version")
-    asked = {"order_by": "created", "order_by_direction": "desc", **filters}
+    query = {"order_by": "created", "order_by_direction": "desc", **filters}
 
     async def read(norce: Norce) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("reading", total=None)
-            async for page in norce.pages(merchant, channel, limit=min(limit, A_PAGE), **asked):
+            async for page in norce.pages(merchant, channel, limit=min(limit, A_PAGE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
                 total = None if page.total is None else min(page.total, limit)
                 progress.update(task, completed=page.offset + len(page.items), total=total)
@@ -83,7 +83,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
                     break
         return rows[:limit]
 
-    print_rows(_asked(config, read), output, COLUMNS)
+    print_rows(asked(config, read), output, COLUMNS)
 
 
 @orders_group.command("show")
@@ -94,7 +94,7 @@ def orders_show(order_id: str, merchant: str | None, channel: str | None, output
     """Show an order with its callbacks; as JSON the whole of it, customer and all."""
     config = loaded(config_path)
     shop = _shop(config, merchant, channel)
-    read = _asked(config, lambda norce: norce.order(*shop, order_id))
+    read = asked(config, lambda norce: norce.order(*shop, order_id))
     if output == "json":
         click.echo(read.raw)
         return
@@ -119,7 +119,7 @@ def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, y
     shop = _shop(config, merchant, channel)
     if not yes:
         click.confirm(f"Delete order {printable(order_id)} of {shop[0]}, channel {shop[1]}?", abort=True, err=True)
-    _asked(config, lambda norce: norce.call(*shop, "delete_order", path={"order_id": order_id}))
+    asked(config, lambda norce: norce.call(*shop, "delete_order", path={"order_id": order_id}))
     click.echo("deleted")
 
 
@@ -141,7 +141,7 @@ def register(
         return (registrar.deregister if remove else registrar.register)(*shop, order_id)
 
     try:
-        done = msgspec.to_builtins(_asked(config, work))
+        done = msgspec.to_builtins(asked(config, work))
     except LookupError as error:
         end(USAGE, str(error))
     if output == "json":
@@ -174,10 +174,10 @@ def _only(names: Any, option: str) -> str:
     return str(next(iter(names)))
 
 
-def _asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) -> Asked:
+def asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) -> Asked:
     """What Norce answers. Whatever it does not do ends the command, in one line."""
 
-    async def asked() -> Asked:
+    async def work_it() -> Asked:
         norce = app.client(config, Metrics(app.VERSION))
         try:
             return await work(norce)
@@ -185,7 +185,7 @@ def _asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) 
             await norce.aclose()
 
     try:
-        return asyncio.run(asked())
+        return asyncio.run(work_it())
     except OrderNotFound as error:
         end(NOTHING_MATCHED, str(error))
     except NorceError as error:

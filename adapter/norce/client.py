@@ -257,6 +257,10 @@ class Norce:
                 raise
             return await self._client.request(**request, timeout=self._timeout.total_seconds())
 
+    def base_url(self, merchant: str) -> str:
+        """Where the merchant's Checkout services are."""
+        return self._accounts[merchant].base_url
+
     def for_handlers(self, merchant: str, channel: str) -> "HandlerOrders":
         """The same as a handler sees it, through `context.orders`."""
         return HandlerOrders(self, merchant, channel)

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from adapter.callbacks.senders import Senders
-from adapter.config import Callback, Config, HookCallback, NotificationCallback, ValidationCallback
+from adapter.config import Callback, Config, HookCallback, NotificationCallback, UrlSecret, ValidationCallback
 from adapter.norce.client import Norce
 from adapter.norce.operations import V0
 
@@ -148,20 +148,35 @@ def static_notifications(config: Config, merchant: str) -> list[dict[str, Any]]:
     found = []
     for name, callback in config.callbacks.items():
         if isinstance(callback, NotificationCallback):
-            url = static_url(config, merchant, name)
-            if url is None:
-                raise LookupError(f"senders.url_secrets has no secret that is good for merchant {merchant}")
-            found.append(_body(config, name, callback, url))
+            static_secret(config, merchant)
+            found.append(_body(config, name, callback, str(static_url(config, merchant, name))))
     return found
 
 
 def static_url(config: Config, merchant: str, callback: str) -> str | None:
     """The template of a static registration; None where no secret is configured for it."""
-    for each in config.senders.url_secrets:
-        if each.merchants is None or merchant in each.merchants:
-            path = f"/api/v1/callbacks/orders/{{order.id}}/{quote(callback, safe='')}"
-            return f"{{configuration.adapter.internalUrl}}{path}?{each.parameter}={{configuration.callbacks.secret}}"
-    return None
+    given = _static(config, merchant)
+    if given is None:
+        return None
+    path = f"/api/v1/callbacks/orders/{{order.id}}/{quote(callback, safe='')}"
+    return f"{{configuration.adapter.internalUrl}}{path}?{given.parameter}={{configuration.callbacks.secret}}"
+
+
+def static_secret(config: Config, merchant: str) -> str:
+    """
+    The value that our document holds for it: the first that is accepted, as it stands in a URL.
+
+    Raises `LookupError` where there is none.
+    """
+    given = _static(config, merchant)
+    if given is None:
+        raise LookupError(f"senders.url_secrets has no secret that is good for merchant {merchant}")
+    return quote(given.values[0].reveal(), safe="")
+
+
+def _static(config: Config, merchant: str) -> UrlSecret | None:
+    good = (each for each in config.senders.url_secrets if each.merchants is None or merchant in each.merchants)
+    return next(good, None)
 
 
 def _body(config: Config, name: str, callback: Callback, url: str) -> dict[str, Any]:

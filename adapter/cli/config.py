@@ -1,0 +1,83 @@
+"""
+The commands about configuration: the schema of our file for editors, and what Norce's configuration is to hold.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import click
+
+from adapter.cli.orders import asked
+from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, loaded, printable
+from adapter.config.schemas import file_schema
+from adapter.norce.client import Norce
+from adapter.norce.configuration import standing
+from adapter.routes import settings_types
+
+SCHEMA_FILE = "config.schema.json"
+
+
+@click.group("config")
+def config_group() -> None:
+    """The configuration: of this service, and of our channels at Norce."""
+
+
+@config_group.command("schema")
+@click.option("--write", is_flag=True, help=f"Write it into {SCHEMA_FILE} beside the configuration file.")
+@config_option
+def config_schema(*, write: bool, config_path: Path) -> None:
+    """Print the JSON Schema of config.yaml, with the settings of every installed handler, for editors."""
+    types, broken = settings_types()
+    for name in broken:
+        click.echo(f"warning: the handler {name} cannot be imported, and is left out", err=True)
+    text = json.dumps(file_schema(types), indent=2, ensure_ascii=False)
+    if not write:
+        click.echo(text)
+        return
+    path = config_path.with_name(SCHEMA_FILE)
+    try:
+        path.write_text(text + "\n", "utf-8")
+    except OSError as error:
+        end(FAILED, f"{path} cannot be written: {error.strerror}")
+    click.echo(str(path))
+
+
+@config_group.command("norce")
+@click.option("--merchant", type=TEXT, help="Only this merchant's channels.")
+@click.option("--channel", type=TEXT, help="Only this channel.")
+@click.option("--write", is_flag=True, help="Put them in place, in place of only showing them.")
+@config_option
+def config_norce(merchant: str | None, channel: str | None, *, write: bool, config_path: Path) -> None:
+    """
+    Show the documents by which a channel notifies us of every new order, or put them in place.
+
+    What else is in them is kept. The service must be running: Norce reads our schema from it.
+    """
+    config = loaded(config_path)
+    shops = [
+        (name, each)
+        for name, of_merchant in config.merchants.items()
+        for each in of_merchant.channels
+        if merchant in (None, name) and channel in (None, each)
+    ]
+    if not shops:
+        end(USAGE, "no such merchant and channel is configured")
+
+    async def work(norce: Norce) -> None:
+        for shop in shops:
+            documents = await standing(config, norce, *shop)
+            for name, document in documents.items():
+                if write:
+                    await norce.call(*shop, "put_configuration", body=document, path={"name": name})
+                    click.echo(printable(f"{shop[0]}, channel {shop[1]}: {name} is in place"))
+                else:
+                    shown = copy.deepcopy(document)
+                    if "callbacks" in shown:
+                        shown["callbacks"]["secret"] = "***"  # noqa: S105 - what is shown in its place
+                    click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+
+    try:
+        asked(config, work)
+    except LookupError as error:
+        end(USAGE, str(error))

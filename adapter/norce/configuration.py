@@ -1,0 +1,199 @@
+"""
+What Norce's configuration has to say about our channels: settings that are merged last, and whether we are active.
+
+Each channel's document is read again and again, so that nobody waits for it who answers a shopper. What one would get
+wrong: a document that cannot be read, or breaks our schema, changes nothing; the last good one holds until there is a
+better one, and none at all means the settings of `config.yaml`. Hosts and credentials never come from there: who may
+write a document, or read it, is not for us to say.
+
+And what we put there for the registrations that a channel makes by itself, on every new order.
+
+Facts: checkout protocol, sections 8.2 and 9. Every holder of the merchant's token can read every document.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import structlog
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+
+from adapter.config import Config, merged, read_settings
+from adapter.metrics import Metrics
+from adapter.norce.client import Norce, NorceError, NotFound
+from adapter.norce.registration import static_notifications, static_secret
+from adapter.plugin import Settings
+from adapter.routes import Routes
+
+log = structlog.get_logger(__name__)
+
+AT_ONCE = 8
+MOST_PLACES = 10  # that are told of one document
+
+Shop = tuple[str, str]
+
+
+class Documents:
+    """
+    Our configuration documents. `switched_off` are the channels whose document says `active: false`; `schema` is what
+    we publish; `changed` is told where a channel's document was taken.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        routes: Routes,
+        norce: Norce,
+        schema: Mapping[str, Any],
+        *,
+        metrics: Metrics,
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.switched_off: set[Shop] = set()
+        self.schema = schema
+        self._config = config
+        self._routes = routes
+        self._norce = norce
+        self._validator = Draft202012Validator(schema)
+        self._metrics = metrics
+        self._changed = changed
+        self._read: dict[Shop, bytes | None] = {}  # what was decided on the last time, good or not
+        self._unreadable: set[Shop] = set()
+
+    async def keep(self, every: timedelta) -> None:
+        """Reads them again and again, until cancelled; with no time between, not at all."""
+        while every:
+            await self.refresh()
+            await asyncio.sleep(every.total_seconds())
+        await asyncio.Event().wait()
+
+    async def refresh(self) -> None:
+        """Reads every channel's document once. Raises nothing that Norce may do."""
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def one(merchant: str, channel: str) -> None:
+            async with places:
+                await self._refresh(merchant, channel)
+
+        async with asyncio.TaskGroup() as group:
+            for merchant, its in self._config.merchants.items():
+                for channel in its.channels:
+                    group.create_task(one(merchant, channel))
+
+    async def _refresh(self, merchant: str, channel: str) -> None:
+        shop = (merchant, channel)
+        try:
+            content = await self._norce.call(
+                merchant, channel, "read_configuration", path={"name": self._config.adapter.id}
+            )
+        except NotFound:
+            content = None
+        except NorceError as error:
+            if shop not in self._unreadable:
+                log.warning("configuration_unreadable", merchant=merchant, channel=channel,
+                            error_type=type(error).__name__)  # fmt: skip
+            self._unreadable.add(shop)
+            self._metrics.configuration.labels(merchant, channel, "unreadable").inc()
+            return
+        self._unreadable.discard(shop)
+        if shop in self._read and self._read[shop] == content:
+            return
+        self._read[shop] = content
+        wrong = self._take(merchant, channel, content)
+        self._metrics.configuration.labels(merchant, channel, "refused" if wrong else "taken").inc()
+        self._metrics.configuration_valid.labels(merchant, channel).set(not wrong)
+        if wrong:
+            log.error("configuration_refused", merchant=merchant, channel=channel, places=wrong[:MOST_PLACES])
+
+    def _take(self, merchant: str, channel: str, content: bytes | None) -> list[str]:
+        """Has it hold from now on; or else the places where it is wrong, and nothing is changed."""
+        document: Any = {}
+        if content is not None:
+            try:
+                document = msgspec.json.decode(content)
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                return ["$"]
+            if wrong := sorted({error.json_path for error in self._validator.iter_errors(document)}):
+                return wrong
+        settings: dict[str, Settings] = {}
+        for route in self._routes.all:
+            theirs = document.get("routes", {}).get(route.name, {}).get("settings", {})
+            tree, paths = self._config.settings(route.name, merchant, channel)
+            read = read_settings(self._config, type(route.settings[merchant, channel]), merged(tree, theirs), paths)
+            if isinstance(read, tuple):
+                return sorted(f"$.routes.{route.name}.settings" for _ in read[:1])
+            settings[route.name] = read
+        for route in self._routes.all:
+            route.settings[merchant, channel] = settings[route.name]
+        self._switch(merchant, channel, active=document.get("active", True))
+        if content is not None:
+            log.info("configuration_taken", merchant=merchant, channel=channel)
+        self._changed()
+        return []
+
+    def _switch(self, merchant: str, channel: str, *, active: bool) -> None:
+        was_off = (merchant, channel) in self.switched_off
+        if active:
+            self.switched_off.discard((merchant, channel))
+        else:
+            self.switched_off.add((merchant, channel))
+        self._metrics.channel_active.labels(merchant, channel).set(active)
+        if was_off == active:
+            log.warning("channel_switched", merchant=merchant, channel=channel, state="on" if active else "off")
+
+
+STATIC = "static_notifications"
+
+
+async def standing(config: Config, norce: Norce, merchant: str, channel: str) -> dict[str, dict[str, Any]]:
+    """
+    The two documents that have a channel notify us of its new orders, as they are to be, by their names: ours, which
+    says where we are and holds the secret, and the channel's own list. What else is in them is kept, others' entries
+    too.
+
+    Raises `NorceError`, and `LookupError` where no secret, or no public address, is configured.
+    """
+    adapter_id, base = config.adapter.id, config.adapter.public_url
+    if base is None:
+        raise LookupError("adapter.public_url is needed: it is where Norce finds us")
+    notifications = static_notifications(config, merchant)
+    ours = await _document(norce, merchant, channel, adapter_id)
+    static = await _document(norce, merchant, channel, STATIC)
+    order = _mapping(static.get("order"))
+    others = [
+        each
+        for each in order.get("notifications") or ()
+        if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)
+    ]
+    schema_of = norce.base_url(merchant)
+    return {
+        adapter_id: {
+            "active": True,
+            **ours,
+            "$schema": f"{base}/openapi/v1/schemas/{adapter_id}.json",
+            "id": adapter_id,
+            "adapter": {**_mapping(ours.get("adapter")), "publicUrl": base, "internalUrl": base},
+            "callbacks": {**_mapping(ours.get("callbacks")), "secret": static_secret(config, merchant)},
+        },
+        STATIC: {
+            "$schema": f"{schema_of}/configuration/openapi/v1/schemas/configuration.json",
+            "active": True,
+            **static,
+            "id": STATIC,
+            "order": {**order, "notifications": [*others, *notifications]},
+        },
+    }
+
+
+async def _document(norce: Norce, merchant: str, channel: str, name: str) -> dict[str, Any]:
+    try:
+        content = await norce.call(merchant, channel, "read_configuration", path={"name": name})
+    except NotFound:
+        return {}
+    return _mapping(msgspec.json.decode(content))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

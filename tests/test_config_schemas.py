@@ -1,0 +1,246 @@
+"""The schemas that are made from our types: of the file for editors, and of the document in Norce's configuration."""
+
+import json
+from collections.abc import Iterator
+from datetime import timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from adapter import config as configuration
+from adapter.config import ConfigurationInvalid
+from adapter.config.document import Document
+from adapter.config.schemas import changeable, document_schema, file_schema
+from adapter.plugin import Secret, Settings, Url
+from adapter.routes import settings_types
+
+ROOT = Path(__file__).parent.parent
+BUNDLED = ("jetshop", "log", "patch", "rules")
+BUNDLED_TYPES = {name: type_ for name, type_ in settings_types()[0].items() if name in BUNDLED}
+FILE = file_schema(BUNDLED_TYPES)
+
+
+class Anything(dict[str, str]):
+    """An environment in which everything is set: a reference stands for its own text."""
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return f"${{env:{name}}}"
+
+    __getitem__ = get  # type: ignore[assignment]
+
+    def __contains__(self, _name: object) -> bool:
+        return True
+
+
+def tree(path: Path) -> Any:
+    """The file as an editor sees it: references are their own text."""
+    return Document(path, Anything()).read()
+
+
+def wrong(document: Any, schema: dict[str, Any] = FILE) -> list[str]:
+    return sorted(error.json_path for error in Draft202012Validator(schema).iter_errors(document))
+
+
+def test_the_schema_in_the_project_is_of_the_bundled_handlers() -> None:
+    written = json.loads((ROOT / "config.schema.json").read_text("utf-8"))
+
+    assert written == FILE, "norce-adapter config schema --write"
+
+
+def test_the_reference_fits_its_schema() -> None:
+    assert wrong(tree(ROOT / "config.yaml")) == []
+    assert wrong(tree(ROOT / "docs/scenarios.yaml")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "at"),
+    [
+        ("adapter", None, "$.adapter"),
+        ("server.port", "eighty", "$.server.port"),
+        ("server.port", 99999, "$.server.port"),
+        ("server.receive_timeout", 10, "$.server.receive_timeout"),
+        ("server.receive_timeout", "soon", "$.server.receive_timeout"),
+        ("server.colour", "red", "$.server"),
+        ("norce.environment", "moon", "$.norce.environment"),
+        ("merchants.norce.tokens", ["in-plain-text"], "$.merchants.norce.tokens[0]"),
+        ("merchants.norce.tokens", [], "$.merchants.norce.tokens"),
+        ("routes.export-payment.settings.method_map", [], "$.routes['export-payment'].settings.method_map"),
+        ("routes.export-payment.settings.colour", "red", "$.routes['export-payment'].settings"),
+        ("routes.export-payment.concurrency", 0, "$.routes['export-payment'].concurrency"),
+    ],
+)
+def test_an_editor_shows_a_mistake_where_it_is(path: str, value: Any, at: str) -> None:
+    document = tree(ROOT / "config.yaml")
+    *around, last = path.split(".")
+    place = document
+    for step in around:
+        place = place[step]
+    place[last] = value
+
+    assert at in wrong(document)
+
+
+def test_a_reference_stands_for_a_number_a_duration_and_a_secret() -> None:
+    document = tree(ROOT / "config.yaml")
+    document["server"] |= {"port": "${env:PORT}", "receive_timeout": "${file:timeout}"}
+
+    assert wrong(document) == []
+
+
+def test_settings_that_a_merchant_may_complete_are_not_demanded_of_the_route() -> None:
+    document = tree(ROOT / "config.yaml")
+    del document["routes"]["export-payment"]["settings"]["shop_id"]
+
+    assert wrong(document) == []
+
+
+def test_the_settings_of_an_unknown_handler_are_left_open() -> None:
+    document = tree(ROOT / "config.yaml")
+    document["routes"]["export-payment"] |= {"handler": "erp", "settings": {"anything": ["goes"]}}
+
+    assert wrong(document) == []
+
+
+names = st.from_regex(r"[a-z]{1,8}(-[a-z]{1,4})?", fullmatch=True)
+durations = st.sampled_from(["500ms", "1s", "2s", "5s"])
+
+
+@st.composite
+def configurations(draw: st.DrawFn) -> dict[str, Any]:
+    """Small ones, right and wrong."""
+    callbacks: dict[str, Any] = {}
+    for name in draw(st.lists(names, unique=True, max_size=3)):
+        kind = draw(st.sampled_from(["notification", "validation", "hook"]))
+        callbacks[name] = {"kind": kind} | {
+            "notification": {"scope": "/state", "schema": draw(st.sampled_from([True, {"const": 1}]))},
+            "validation": {"deadline": draw(durations)},
+            "hook": {"watch": draw(st.sampled_from(["/cart", "/customer"])), "deadline": draw(durations)},
+        }[kind]
+    return {
+        "adapter": {"id": draw(st.text(min_size=0, max_size=3)), "public_url": "https://adapter.example"},
+        "server": draw(st.sampled_from([{}, {"port": 0}, {"port": -1}, {"port": "80"}])),
+        "merchants": {draw(names): {"tokens": ["${env:TOKEN}"], "channels": {draw(names): {}}}},
+        "senders": {"signed_urls": {"keys": {"k": "${env:KEY}"}}},
+        "callbacks": callbacks,
+    }
+
+
+@given(document=configurations())
+def test_what_the_service_takes_the_schema_takes_and_what_it_refuses_it_refuses(
+    document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.mktemp("schemas") / "config.yaml"
+    path.write_text(json.dumps(document))
+    try:
+        configuration.load(path, {"TOKEN": "a token", "KEY": "a key that is long enough"})
+        taken = True
+    except ConfigurationInvalid:
+        taken = False
+
+    assert (wrong(document) == []) == taken
+
+
+def described(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(schema, dict):
+        for name, each in schema.get("properties", {}).items():
+            yield name, each
+        for each in schema.values():
+            yield from described(each)
+    elif isinstance(schema, list):
+        for each in schema:
+            yield from described(each)
+
+
+@pytest.mark.parametrize("handler", BUNDLED)
+def test_every_setting_of_a_bundled_handler_is_described(handler: str) -> None:
+    for name, each in described(document_schema("an_adapter", "https://a.example", {"r": BUNDLED_TYPES[handler]})):
+        if name not in ("r", "settings"):
+            assert each.get("description") or name in ("type", "kind"), name
+
+
+# --- the document in Norce's configuration ---------------------------------------------------------------------------
+
+
+class Login(msgspec.Struct, frozen=True, kw_only=True):
+    user: str
+    password: Secret
+
+
+class Deep(msgspec.Struct, frozen=True, kw_only=True):
+    hosts: tuple[Url, ...] = ()
+
+
+class Own:
+    """A plugin's own type, which nobody else can describe."""
+
+
+class Shop(Settings, frozen=True, kw_only=True):
+    base_url: Annotated[Url, msgspec.Meta(description="Where it is.")]
+    login: Login
+    deep: dict[str, Deep] = {}  # noqa: RUF012 - a struct copies it
+    shop_id: Annotated[str, msgspec.Meta(description="Which it is.")] = "1"
+    patience: timedelta = timedelta(seconds=90)
+    mode: Literal["fast", "slow"] = "fast"
+    tolerance: Decimal = Decimal("0.01")
+    own: Own | None = None
+
+
+SCHEMA = document_schema("our_adapter", "https://adapter.example", {"export": Shop})
+BASIC = {"$schema": SCHEMA["$id"], "id": "our_adapter"}
+
+
+def with_settings(**settings: Any) -> dict[str, Any]:
+    return BASIC | {"routes": {"export": {"settings": settings}}}
+
+
+def test_hosts_and_credentials_cannot_be_changed_from_there_however_deep_they_are() -> None:
+    assert changeable(Shop) == {"shop_id", "patience", "mode", "tolerance", "own"}
+    for name in ("base_url", "login", "deep"):
+        assert wrong(with_settings(**{name: {}}), SCHEMA) == ["$.routes.export.settings"]
+    assert "password" not in json.dumps(SCHEMA["properties"])
+
+
+def test_the_document_schema_is_complete_in_itself_and_extends_the_basic_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+    example = json.loads((ROOT / "adapter/norce/schemas/adapter-configuration.json").read_text("utf-8"))
+
+    assert SCHEMA["$id"] == "https://adapter.example/openapi/v1/schemas/our_adapter.json"
+    assert set(example["required"]) == set(SCHEMA["required"])
+    assert set(example["properties"]) <= {*SCHEMA["properties"], "$schema"}
+    assert "http" not in json.dumps(SCHEMA["$defs"])
+
+
+@pytest.mark.parametrize(
+    ("document", "at"),
+    [
+        (BASIC, []),
+        (BASIC | {"active": False, "settings": {"of": "somebody"}}, []),
+        (BASIC | {"adapter": {"publicUrl": "https://adapter.example"}}, []),
+        (with_settings(shop_id="2", patience="2m", mode="slow", tolerance=0.05, own={"any": 1}), []),
+        ({"id": "our_adapter"}, ["$"]),
+        (BASIC | {"id": "another"}, ["$.id"]),
+        (BASIC | {"active": "no"}, ["$.active"]),
+        (BASIC | {"adapter": {}}, ["$.adapter"]),
+        (BASIC | {"routes": {"another": {}}}, ["$.routes"]),
+        (with_settings(colour="red"), ["$.routes.export.settings"]),
+        (with_settings(patience=90), ["$.routes.export.settings.patience"]),
+        (with_settings(mode="${env:MODE}"), ["$.routes.export.settings.mode"]),
+    ],
+)
+def test_what_may_stand_in_the_document(document: Any, at: list[str]) -> None:
+    assert wrong(document, SCHEMA) == at
+
+
+def test_a_form_can_be_made_of_it() -> None:
+    settings = SCHEMA["properties"]["routes"]["properties"]["export"]["properties"]["settings"]["properties"]
+
+    assert settings["shop_id"] == {"type": "string", "default": "1", "title": "Shop id", "description": "Which it is."}
+    assert settings["mode"]["enum"] == ["fast", "slow"]
+    assert settings["patience"]["default"] == "90s"
+    assert settings["tolerance"]["format"] == "decimal"
