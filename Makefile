@@ -25,9 +25,10 @@ $(VENV)/installed: $(BIN)/python requirements.txt requirements-build.txt pyproje
 	$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The lock is whole, so nothing is resolved again: one declared bound is overridden in it ([tool.uv] in pyproject.toml).
 $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	@echo "Installing what the tests need …"
-	$(PIP) install --require-hashes -r requirements-dev.txt
+	$(PIP) install --no-deps --require-hashes -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/installed-bench: $(VENV)/installed-dev requirements-bench.txt
