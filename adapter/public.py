@@ -8,6 +8,7 @@ Facts: checkout protocol, sections 1.3 and 10.
 
 import hmac
 from collections.abc import Awaitable, Callable, Container, Mapping
+from importlib.resources import files
 from typing import Any
 
 import msgspec
@@ -26,6 +27,7 @@ log = structlog.get_logger(__name__)
 
 REGISTRATIONS_PATH = "/api/v1/orders/{order_id}/registrations"
 SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
+DESCRIPTION_PATH = "/docs/v1/openapi.yaml"
 RETRY_AFTER_SECONDS = 5
 
 Shop = tuple[str, str]
@@ -110,6 +112,11 @@ class Registrations:
             return False
 
 
+def openapi() -> bytes:
+    """Our own OpenAPI description. It is written by hand; that it says what the service does is for the tests."""
+    return files("adapter").joinpath("openapi.yaml").read_bytes()
+
+
 def routes(registrations: Registrations, adapter_id: str, schema: Mapping[str, Any]) -> list[BaseRoute]:
     """What the public port has beside the callbacks. `schema` is that of our document in Norce's configuration."""
     document = msgspec.json.encode(schema)
@@ -119,7 +126,11 @@ def routes(registrations: Registrations, adapter_id: str, schema: Mapping[str, A
             return JSONResponse({"code": "not-found", "message": "There is no adapter of this id here."}, 404)
         return Response(document, media_type="application/schema+json")
 
+    async def described(_request: Request) -> Response:
+        return Response(openapi(), media_type="application/yaml")  # RFC 9512
+
     return [
         Route(REGISTRATIONS_PATH, registrations.__call__, methods=["POST", "DELETE"]),
         Route(SCHEMA_PATH, published),
+        Route(DESCRIPTION_PATH, described),
     ]
