@@ -147,9 +147,10 @@ class Dispatcher:
         """Claims what there is room for, and starts it; how long to wait for more, or None for not at all."""
         await self._give_back()
         free = self._slots - len(self._tasks)
-        asks = [ask for ask in self._asks if self._may(ask)] if free > 0 else []
+        asks = [ask for ask in self._asks if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
         self._has_room = bool(asks)
-        if not asks:  # a slot that is given back will wake us
+        asks = [ask for ask in asks if not self._is_off(self._queues[ask.queue_id])]
+        if not asks:  # a slot that is given back will wake us, or who switches a channel on
             return POLL
         taken = await self._lanes.claim(asks, free)
         for claim in taken.claims:
@@ -162,10 +163,8 @@ class Dispatcher:
         due = taken.next_due_at
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
 
-    def _may(self, ask: Ask) -> bool:
-        queue = self._queues[ask.queue_id]
-        off = (queue.merchant, queue.channel) in self.switched_off
-        return self._busy[ask.queue_id] < ask.concurrency and not off
+    def _is_off(self, queue: Queue) -> bool:
+        return (queue.merchant, queue.channel) in self.switched_off
 
     async def _give_back(self) -> None:
         """Undoes claims that are on disk although the store has failed: nobody has run them."""

@@ -508,6 +508,35 @@ def test_an_approved_purchase_is_200_with_nothing(house: House, order: dict[str,
     assert (answer.status, answer.body) == (200, b"")
 
 
+@pytest.fixture
+def switched_off(house: House) -> Iterator[None]:
+    """Norce's configuration has us switched off where the house's orders are."""
+    house.endpoint.switched_off = {("norce", "1")}
+    yield
+    house.endpoint.switched_off = ()
+
+
+@pytest.mark.usefixtures("switched_off")
+def test_where_we_are_switched_off_every_purchase_may_go_on_and_norce_is_not_asked(
+    house: House, order: dict[str, Any]
+) -> None:
+    house.norce[order["id"]] = order
+    house.read.clear()
+
+    answer = house.ask(order["id"], "order-rules")
+
+    assert (answer.status, answer.body, house.read) == (200, b"", [])
+
+
+@pytest.mark.usefixtures("switched_off")
+def test_where_we_are_switched_off_a_notification_is_stored_all_the_same(house: House, order: dict[str, Any]) -> None:
+    assert house.ask(order["id"], body=order).status == 200
+
+    with house.store.read_connection() as connection:
+        owed = "SELECT count(*) FROM deliveries d JOIN notifications n ON n.id = d.notification_id WHERE order_id = :o"
+        assert connection.execute(text(owed), {"o": order["id"]}).scalar() == 2
+
+
 def test_the_order_is_read_from_norce_and_the_body_is_no_evidence(house: House, order: dict[str, Any]) -> None:
     house.norce[order["id"]] = order
 

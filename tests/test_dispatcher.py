@@ -837,6 +837,26 @@ def test_an_order_that_cannot_be_read_again_is_not_handled(
     run(test)
 
 
+def test_what_a_channel_is_owed_waits_while_it_is_switched_off(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler), merchants=("fjallboden", "annan")) as work:
+            off = {("fjallboden", "1")}
+            work.dispatcher.switched_off = off
+            await work.owe()
+            await work.owe("order-2", merchant="annan")
+
+            assert (await work.settled())["order_id"] == "order-2"
+            await work.a_turn()
+            assert handler.calls == ["deliver"]
+            off.clear()
+            work.dispatcher.wake()
+
+            assert (await work.settled())["order_id"] == "order-1"
+
+    run(test)
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(store_url: str, status: int) -> None:
     async def test() -> None:

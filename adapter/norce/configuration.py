@@ -155,9 +155,9 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
 
     Raises `NorceError`, and `LookupError` where no secret, or no public address, is configured.
     """
-    adapter_id, base = config.adapter.id, config.adapter.public_url
-    if base is None:
+    if config.adapter.public_url is None:
         raise LookupError("adapter.public_url is needed: it is where Norce finds us")
+    adapter_id, base = config.adapter.id, str(config.adapter.public_url)
     notifications = static_notifications(config, merchant)
     ours = await _document(norce, merchant, channel, adapter_id)
     static = await _document(norce, merchant, channel, STATIC)
@@ -167,7 +167,6 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
         for each in order.get("notifications") or ()
         if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)
     ]
-    schema_of = norce.base_url(merchant)
     return {
         adapter_id: {
             "active": True,
@@ -178,7 +177,7 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
             "callbacks": {**_mapping(ours.get("callbacks")), "secret": static_secret(config, merchant)},
         },
         STATIC: {
-            "$schema": f"{schema_of}/configuration/openapi/v1/schemas/configuration.json",
+            "$schema": f"{norce.base_url(merchant)}/configuration/openapi/v1/schemas/configuration.json",
             "active": True,
             **static,
             "id": STATIC,

@@ -1,0 +1,336 @@
+"""What Norce's configuration says about our channels is taken where it is right; otherwise the last good one holds."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import pytest
+from simulators import TOKEN
+from structlog.testing import capture_logs
+
+from adapter import config as configuration
+from adapter.app import client, published_schema
+from adapter.metrics import Metrics
+from adapter.norce.configuration import STATIC, Documents, standing
+from adapter.orders import Order
+from adapter.plugin import Context, Problem, Secret, Settings, Url, ValidationHandler
+from adapter.routes import build
+from adapter.simulator import Simulator
+from adapter.simulator.records import document_key
+
+SHOP = ("norce", "1")
+TREE: dict[str, Any] = {
+    "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
+    "norce": {"base_url": "http://127.0.0.1:1/checkout"},
+    "store": {"url": "sqlite:///unused.db"},
+    "merchants": {
+        "norce": {
+            "tokens": ["${env:TOKEN}"],
+            "channels": {"1": {"routes": {"limit": {"settings": {"most": 5}}}}, "2": {}},
+        }
+    },
+    "senders": {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]},
+    "callbacks": {
+        "order-status": {"kind": "notification", "scope": "/state/currentStatus", "schema": {"const": "completed"}},
+        "order-rules": {"kind": "validation"},
+    },
+    "routes": {
+        "limit": {
+            "callback": "order-rules",
+            "handler": "limit",
+            "no_answer": "approve",
+            "settings": {"most": 10, "url": "https://limits.example", "password": "${env:STATIC}"},
+        }
+    },
+}
+
+
+class Limits(Settings, frozen=True, kw_only=True):
+    url: Url
+    password: Secret
+    most: Annotated[int, msgspec.Meta(ge=1)]
+    names: dict[str, str] = {}  # noqa: RUF012 - a struct copies it
+
+    def __post_init__(self) -> None:
+        if self.most == 13:
+            raise ValueError("canary-13 brings bad luck")
+
+
+class Limit(ValidationHandler[Limits]):
+    async def validate(self, _order: Order, _context: Context[Limits]) -> list[Problem]:
+        return []
+
+
+class Point:
+    name = "limit"
+
+    def load(self) -> Any:
+        return Limit
+
+
+class Line(httpx.AsyncBaseTransport):
+    """On to Norce, or to nobody."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._inner = httpx.ASGITransport(simulator.app)
+        self.instead: httpx.Response | Exception | None = None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if isinstance(self.instead, Exception):
+            raise self.instead
+        return self.instead or await self._inner.handle_async_request(request)
+
+
+class House:
+    def __init__(self, folder: Path) -> None:
+        self.loop = asyncio.Runner()
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(TREE))
+        self.config = configuration.load(path, {"TOKEN": TOKEN, "STATIC": "a secret & more"})
+        self.routes = build(self.config, [Point()])  # type: ignore[list-item]
+        self.metrics = Metrics("0")
+        self.changed = 0
+        self.loop.run(self._open())
+
+    async def _open(self) -> None:
+        self.simulator = Simulator(token=TOKEN, transport=httpx.MockTransport(self._ours))
+        self.line = Line(self.simulator)
+        self.norce = client(self.config, self.metrics, transport=self.line)
+        self.schema = published_schema(self.config, self.routes)
+        self.documents = Documents(
+            self.config, self.routes, self.norce, self.schema, metrics=self.metrics, changed=self._count
+        )
+
+    def _ours(self, request: httpx.Request) -> httpx.Response:
+        """What Norce finds at our address."""
+        assert request.url.path == "/openapi/v1/schemas/our_adapter.json"
+        return httpx.Response(200, json=self.schema)
+
+    def _count(self) -> None:
+        self.changed += 1
+
+    def put(self, document: Any, *, channel: str = "1", name: str = "our_adapter") -> None:
+        """As an integrator does in the admin UI, past the simulator's checks where it is wrong."""
+        self.simulator.records.keep("documents", document_key("norce", channel, name), document)
+
+    def refresh(self) -> None:
+        self.loop.run(self.documents.refresh())
+
+    def limits(self, channel: str = "1") -> Any:
+        return self.routes.all[0].settings["norce", channel]
+
+    def value(self, name: str, *labels: str) -> float | None:
+        metric: Any = getattr(self.metrics, name)
+        return float(metric.labels(*labels)._value.get())
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    with opened(tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[House]:
+    made = House(folder)
+    try:
+        yield made
+    finally:
+        made.loop.run(made.norce.aclose())
+        made.loop.run(made.simulator.__aexit__(None, None, None))
+        made.loop.close()
+
+
+def document(settings: Any = None, **members: Any) -> dict[str, Any]:
+    routes = {} if settings is None else {"routes": {"limit": {"settings": settings}}}
+    return (
+        {"$schema": "http://127.0.0.1:8080/openapi/v1/schemas/our_adapter.json", "id": "our_adapter"} | routes | members
+    )
+
+
+def test_without_a_document_the_file_says_it_all(house: House) -> None:
+    house.refresh()
+
+    assert (house.limits("1").most, house.limits("2").most) == (5, 10)
+    assert house.documents.switched_off == set()
+    assert house.value("configuration_valid", *SHOP) == 1
+
+
+def test_a_document_is_the_strongest_and_for_its_channel_alone(house: House) -> None:
+    house.put(document({"most": 3, "names": {"a": "b"}}))
+
+    house.refresh()
+
+    assert (house.limits("1").most, house.limits("1").names) == (3, {"a": "b"})
+    assert house.limits("1").url == "https://limits.example"
+    assert house.limits("2").most == 10
+
+
+def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -> None:
+    house.put(document({"most": 3}))
+    house.refresh()
+
+    house.put(document())
+    house.refresh()
+
+    assert house.limits().most == 5
+
+
+def test_a_document_that_is_deleted_is_none(house: House) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    house.refresh()
+
+    assert house.limits().most == 5
+    assert house.documents.switched_off == set()
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "a host": (document({"url": "https://canary.example"}), "$.routes.limit.settings"),
+    "a credential": (document({"password": "canary"}), "$.routes.limit.settings"),
+    "another kind": (document({"most": "canary"}), "$.routes.limit.settings.most"),
+    "out of bounds": (document({"most": 0}), "$.routes.limit.settings.most"),
+    "not together": (document({"most": 13}), "$.routes.limit.settings"),
+    "an unknown route": (document(routes={"canary": {}}), "$.routes"),
+    "of somebody else": (document() | {"id": "canary"}, "$.id"),
+    "no object": (["canary"], "$"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "place"), WRONG.values(), ids=WRONG)
+def test_a_document_that_is_wrong_keeps_the_last_good_one_and_its_places_are_told(
+    house: House, wrong: Any, place: str
+) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.put(wrong)
+    with capture_logs() as told:
+        house.refresh()
+        house.refresh()
+
+    assert house.limits().most == 3
+    assert house.documents.switched_off == {SHOP}
+    [line] = told
+    assert (line["event"], line["log_level"], line["places"]) == ("configuration_refused", "error", [place])
+    assert "canary" not in json.dumps(told)
+    assert house.value("configuration_valid", *SHOP) == 0
+    house.put(document({"most": 4}))
+    house.refresh()
+    assert house.limits().most == 4
+    assert house.value("configuration_valid", *SHOP) == 1
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [httpx.ConnectError("down"), httpx.Response(500), httpx.Response(401), httpx.Response(429)],
+    ids=["down", "500", "401", "429"],
+)
+def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
+    house: House, instead: httpx.Response | Exception
+) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.line.instead = instead
+    with capture_logs() as told:
+        house.refresh()
+        house.refresh()
+
+    assert house.limits().most == 3
+    assert house.documents.switched_off == {SHOP}
+    assert [(line["event"], line["channel"]) for line in told] == [
+        ("configuration_unreadable", "1"),
+        ("configuration_unreadable", "2"),
+    ]
+
+
+def test_what_is_no_json_is_wrong(house: House) -> None:
+    house.line.instead = httpx.Response(200, content=b"<html>")
+
+    house.refresh()
+
+    assert house.value("configuration_valid", *SHOP) == 0
+    assert house.limits().most == 5
+
+
+def test_a_channel_is_switched_off_and_on_again(house: House) -> None:
+    house.put(document(active=False))
+    house.refresh()
+
+    assert house.documents.switched_off == {SHOP}
+    assert house.value("channel_active", *SHOP) == 0
+    house.put(document(active=True))
+    house.refresh()
+    assert house.documents.switched_off == set()
+    assert house.value("channel_active", *SHOP) == 1
+
+
+def test_a_document_that_stays_as_it_is_is_not_taken_again(house: House) -> None:
+    house.put(document({"most": 3}))
+    house.refresh()
+    changed = house.changed
+
+    house.refresh()
+
+    assert house.changed == changed
+
+
+# --- what we put there ------------------------------------------------------------------------------------------------
+
+
+def put_in_place(house: House) -> None:
+    async def work() -> None:
+        for name, each in (await standing(house.config, house.norce, *SHOP)).items():
+            await house.norce.call(*SHOP, "put_configuration", body=each, path={"name": name})
+
+    house.loop.run(work())
+
+
+def found(house: House, name: str) -> Any:
+    return house.simulator.records.documents[document_key(*SHOP, name)]
+
+
+def test_a_channel_notifies_us_of_every_new_order(house: House) -> None:
+    put_in_place(house)
+
+    ours, static = found(house, "our_adapter"), found(house, STATIC)
+    assert ours == {
+        "active": True,
+        "$schema": "http://127.0.0.1:8080/openapi/v1/schemas/our_adapter.json",
+        "id": "our_adapter",
+        "adapter": {"publicUrl": "http://127.0.0.1:8080", "internalUrl": "http://127.0.0.1:8080"},
+        "callbacks": {"secret": "a%20secret%20%26%20more"},
+    }
+    [notification] = static["order"]["notifications"]
+    assert notification["adapterId"] == "our_adapter"
+    assert notification["reference"] == "order-status"
+    assert notification["invoke"].endswith("/order-status?secret={configuration.callbacks.secret}")
+    house.refresh()
+    assert house.value("configuration_valid", *SHOP) == 1
+
+
+def test_what_else_is_in_the_documents_stays_and_a_second_time_changes_nothing(house: House) -> None:
+    others = {"adapterId": "another", "scope": "/cart", "invoke": "http://127.0.0.1:9/x"}
+    stale = {"adapterId": "our_adapter", "scope": "/cart", "invoke": "http://127.0.0.1:9/old"}
+    house.put(document({"most": 3}, active=False, more=1))
+    house.put(
+        {"id": STATIC, "$schema": "x", "own": 1, "order": {"notifications": [stale, others], "b": 2}}, name=STATIC
+    )
+
+    put_in_place(house)
+    first = (found(house, "our_adapter"), found(house, STATIC))
+    put_in_place(house)
+
+    ours, static = first
+    assert (found(house, "our_adapter"), found(house, STATIC)) == first
+    assert (ours["active"], ours["more"], ours["routes"]["limit"]["settings"]) == (False, 1, {"most": 3})
+    assert (static["own"], static["order"]["b"]) == (1, 2)
+    assert [each["adapterId"] for each in static["order"]["notifications"]] == ["another", "our_adapter"]
