@@ -48,6 +48,17 @@ class Clock:
         self.now += timedelta(seconds=seconds)
 
 
+class Ticking:
+    """The time of day, and never the same twice: two changes of an order are two moments."""
+
+    def __init__(self) -> None:
+        self._last = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        self._last = max(datetime.now(UTC), self._last + timedelta(milliseconds=1))
+        return self._last
+
+
 class Receiver:
     """Answers what Norce sends, and remembers it. `answers` says what, by the end of the path."""
 

@@ -97,7 +97,7 @@ class Serving:
 
     async def _serve(self) -> None:
         async with running(self._config, build(self._config)) as service:
-            self.address = service.public_address
+            self.address, self.operations_address = service.public_address, service.operations_address
             self._up.set()
             await self._stop.wait()
 

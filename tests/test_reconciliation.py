@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from databases import rows
+from simulators import Ticking
 from starlette.routing import Route, Router
 
 from adapter import config as configuration
@@ -71,17 +72,6 @@ class Flaky(httpx.AsyncBaseTransport):
             if self.down_after is not None and self.asked > self.down_after:
                 raise httpx.ConnectError("down")
         return await self._inner.handle_async_request(request)
-
-
-class Ticking:
-    """The time of day, and never the same twice: two changes of an order are two moments."""
-
-    def __init__(self) -> None:
-        self._last = datetime.now(UTC)
-
-    def __call__(self) -> datetime:
-        self._last = max(datetime.now(UTC), self._last + timedelta(milliseconds=1))
-        return self._last
 
 
 class House:

@@ -71,7 +71,7 @@ def reconcile(since: int | None, *, dry_run: bool, output: str, config_path: Pat
             end(FAILED, f"what answers at {operations_port(config)[0]} is no norce-adapter; see operations.port")
     if output == "json":
         click.echo(json.dumps(told.rows()))
-    else:
+    elif told.rows():
         print_rows(told.rows(), output, COLUMNS)
         if dry_run:
             click.echo("Nothing was brought: it was a dry run.", err=True)
