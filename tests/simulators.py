@@ -7,6 +7,7 @@ Every answer is held against the table: its status is declared, and its body fit
 import asyncio
 import functools
 import json
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
@@ -16,8 +17,10 @@ from typing import Any
 import httpx
 import jsonschema_rs
 
+from adapter.app import listen, served
 from adapter.norce.operations import BY_NAME, CHANNEL, MERCHANT, schema
 from adapter.simulator import Simulator
+from adapter.simulator.caller import Caller
 
 ROOT = Path(__file__).parent.parent
 SAMPLE = json.loads((ROOT / "adapter/demo/orders/order-api-request-sample.json").read_text("utf-8"))
@@ -167,3 +170,37 @@ def shop(**given: Any) -> Iterator[Shop]:
         finally:
             loop.run(http.aclose())
             loop.run(simulator.__aexit__(None, None, None))
+
+
+class Served:
+    """An offline Norce Checkout on a port of this machine, in a thread."""
+
+    def __init__(self, token: str, port: int = 0) -> None:
+        self.simulator = Simulator(token=token, clock=Ticking(), seed=3)
+        self._token, self._port = token, port
+        self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
+        self._done = asyncio.Event()
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
+        self._thread.start()
+        assert self._ready.wait(20)
+
+    async def _serve(self) -> None:
+        with listen("127.0.0.1", self._port) as listening:
+            self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/checkout"
+            self.caller = Caller(self.simulator, self._token, ("norce", "1"))
+            async with self.simulator, served(self.simulator.app, listening), self.caller:
+                self._ready.set()
+                await self._done.wait()
+
+    def ask(self, name: str, body: Any = None, **path: str) -> Any:
+        async def asked() -> Any:
+            answer = await self.caller.ask(name, body, **path)  # type: ignore[arg-type]
+            await self.simulator.settled()
+            return answer
+
+        return asyncio.run_coroutine_threadsafe(asked(), self._loop).result(30)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._done.set)
+        self._thread.join(20)
+        self._loop.close()

@@ -1,8 +1,6 @@
 """The commands that talk with Norce: `orders`, `register`, `config norce`, `reconcile`."""
 
-import asyncio
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -10,12 +8,9 @@ from typing import Any
 
 import pytest
 from databases import rows
-from simulators import Ticking
+from simulators import Served
 from test_cli import FAILED, NOTHING_MATCHED, OK, SIGNED, STORE, USAGE, Serving, logging_as_before, run, write
 
-from adapter.app import listen, served
-from adapter.simulator import Simulator
-from adapter.simulator.caller import Caller
 from adapter.simulator.records import document_key
 
 __all__ = ["logging_as_before"]  # a fixture
@@ -45,46 +40,15 @@ ENVIRON = {
 PERSON = {"type": "person", "billing": {"givenName": "Canaria", "email": "canaria@example.com"}}
 
 
-class Norce:
-    """An offline Norce Checkout on a port of this machine, in a thread."""
-
-    def __init__(self) -> None:
-        self.simulator = Simulator(token=ENVIRON["TOKEN"], clock=Ticking(), seed=3)
-        self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
-        self._done = asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
-        self._thread.start()
-        assert self._ready.wait(20)
-
-    async def _serve(self) -> None:
-        with listen("127.0.0.1", 0) as listening:
-            self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/checkout"
-            self.caller = Caller(self.simulator, ENVIRON["TOKEN"], ("norce", "1"))
-            async with self.simulator, served(self.simulator.app, listening), self.caller:
-                self._ready.set()
-                await self._done.wait()
-
-    def ask(self, name: str, body: Any = None, **path: str) -> Any:
-        async def asked() -> Any:
-            answer = await self.caller.ask(name, body, **path)  # type: ignore[arg-type]
-            await self.simulator.settled()
-            return answer
-
-        return asyncio.run_coroutine_threadsafe(asked(), self._loop).result(30)
-
+class Norce(Served):
     def order(self, **members: Any) -> str:
         order = {"currency": "SEK", "customer": PERSON, "cart": {"reference": "7", "items": []}} | members
         return str(self.ask("create_order", order)["id"])
 
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._done.set)
-        self._thread.join(20)
-        self._loop.close()
-
 
 @pytest.fixture
 def norce() -> Iterator[Norce]:
-    made = Norce()
+    made = Norce(ENVIRON["TOKEN"])
     yield made
     made.close()
 

@@ -23,14 +23,15 @@ class Simulator(Checkout):
     """
     Norce Checkout in this process. `app` is its ASGI app; every service is below `/checkout`.
 
-    `token` is the one that is taken, for every merchant; the rest is for `Checkout`: `store` is a file to remember in,
-    `clock`, `sleep` and `seed` (of what happens by chance, ids included) are for tests, and `transport` is what
-    callbacks are sent through. Raises `StoreUnusable`.
+    `token` is the one that is taken, for every merchant; `tokens` has all that are, while one is being replaced. The
+    rest is for `Checkout`: `store` is a file to remember in, `clock`, `sleep` and `seed` (of what happens by chance,
+    ids included) are for tests, and `transport` is what callbacks are sent through. Raises `StoreUnusable`.
     """
 
     def __init__(self, *, token: str, **given: Any) -> None:
         super().__init__(**given)
-        self.app = services(self, token)
+        self.tokens = {token}
+        self.app = services(self, self.tokens)
 
     async def __aenter__(self) -> "Simulator":
         self.callbacks.resume()

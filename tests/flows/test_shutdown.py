@@ -66,4 +66,6 @@ def test_sigterm_ends_an_idle_service_at_once(stage: Stage) -> None:
     service = stage.start()
 
     assert service.stop(within=5) == 0
-    assert [event["event"] for event in service.events()[-2:]] == ["stopping", "stopped"]
+    said = [event["event"] for event in service.events()]
+    assert said[-1] == "stopped"
+    assert "stopping" in said
