@@ -25,7 +25,7 @@ import structlog
 import uvicorn
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route, Router
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from adapter.attempts import Attempts, Queue
 from adapter.callbacks.endpoints import CallbackEndpoint
@@ -58,7 +58,8 @@ from adapter.verdicts import Misses, Verdicts
 
 log = structlog.get_logger(__name__)
 
-CALLBACK_PATH = "/api/v1/callbacks/orders/{order_id}/{callback}"
+CALLBACKS = "/api/v1/callbacks/orders/"
+CALLBACK_PATH = f"{CALLBACKS}{{order_id}}/{{callback}}"
 SWITCH_SECONDS = 0.0005
 COLLECTED_AFTER = 20_000  # objects more than were freed since
 # uvloop takes one connection from a listening descriptor each time round its loop, and a busy loop goes round a hundred
@@ -199,7 +200,12 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
 
         stack.push_async_callback(stop_working)
         await serving.enter_async_context(
-            served(_public(endpoint, beside), public, _refusals(metrics), lambda: endpoint.verdicts.waiting)
+            served(
+                _callbacks_first(endpoint, public_port(endpoint, beside)),
+                public,
+                _refusals(metrics),
+                lambda: endpoint.verdicts.waiting,
+            )
         )
 
         health.started = True
@@ -284,13 +290,29 @@ def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport
     )
 
 
-def _public(endpoint: CallbackEndpoint, beside: Sequence[BaseRoute]) -> ASGIApp:
-    # A router and no Starlette around it: the endpoint answers its errors itself.
+def public_port(endpoint: CallbackEndpoint, beside: Sequence[BaseRoute]) -> Router:
+    """What the public port has. A router and no Starlette around it: the endpoint answers its errors itself."""
     return Router(
         routes=[Route(CALLBACK_PATH, endpoint), *beside],
         redirect_slashes=False,  # whether Norce follows redirects is documented nowhere
         default=JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404),
     )
+
+
+def _callbacks_first(endpoint: CallbackEndpoint, router: Router) -> ASGIApp:
+    """The router, and before it what nearly everybody asks for: by the same rule, for a tenth of the time."""
+
+    async def public(scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = scope["path"]
+        if path.startswith(CALLBACKS):
+            order_id, _, callback = path[len(CALLBACKS) :].partition("/")
+            if order_id and callback and "/" not in callback:
+                scope["path_params"] = {"order_id": order_id, "callback": callback}
+                await endpoint(scope, receive, send)
+                return
+        await router(scope, receive, send)
+
+    return public
 
 
 def retention(config: Config) -> Retention:

@@ -15,6 +15,7 @@ from enum import Enum
 from typing import Any, Final
 
 import jsonschema_rs
+import msgspec
 from jsonpointer import JsonPointer, JsonPointerException
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
@@ -169,13 +170,17 @@ class CompiledCondition:
             tree = tree[token]
         return tree
 
-    def evaluate(self, tree: object) -> Evaluation:
-        """Decide. Never raises and never takes long, whatever the tree."""
+    def evaluate(self, tree: object, *, parsed: bool = False) -> Evaluation:
+        """
+        Decide. Never raises and never takes long, whatever the tree. `parsed`: it is JSON for certain, for our own
+        parser made it, which may save looking at every part of it; the answer is the same.
+        """
         value = self.value(tree)
         if value is MISSING:
             return self._why_missing(tree)
         try:
-            if self._cost.depends_on(value) and (code := self._cost.refusal(value)):
+            looks = self._cost.depends_on(value) and not (parsed and self._cost.is_small(value))
+            if looks and (code := self._cost.refusal(value)):
                 return Evaluation(result=Result.ERROR, code=code, where=self._scope)
             return self._matched if self._is_valid(value) else self._not_matched
         except (KeyboardInterrupt, SystemExit):
@@ -274,6 +279,18 @@ class _Cost:
     def depends_on(self, value: object) -> bool:
         """Whether `refusal` has to be asked: not for the scalars that most conditions look at."""
         return type(value) not in _SCALARS or self.numbers or self.patterns
+
+    def is_small(self, value: object) -> bool:
+        """Whether a JSON value is seen at once to be one without a refusal: by its text, in a quarter of the time."""
+        if self.numbers:
+            return False
+        try:
+            text = msgspec.json.encode(value)
+        except RecursionError:
+            return False
+        opening = text.count(b"{") + text.count(b"[")  # at least as many as it is deep
+        size = 1 + opening + text.count(b",") + (len(text) if self.patterns else 0)  # at least what `refusal` counts
+        return opening <= DEEPEST and size * self.weight <= MOST_STEPS
 
     def refusal(self, value: object) -> str | None:
         """The code under which the engine is not asked about this value."""

@@ -132,7 +132,7 @@ class Conditional(Settings, frozen=True, kw_only=True, dict=True):
 
     def holds(self, order: Order) -> bool:
         """Whether the condition holds on this order. Raises `Undecided`."""
-        evaluation = self.compiled.evaluate(order.data)
+        evaluation = self.compiled.evaluate(order.data, parsed=True)
         if evaluation.result is Result.ERROR:
             raise Undecided(self.scope, str(evaluation.code))
         return evaluation.result is Result.MATCHED

@@ -99,13 +99,13 @@ class Routes:
         return self._of[callback]
 
     def wanting(self, callback: Callback, order: Any) -> "Wanting":
-        """Who wants this order. Never raises."""
-        held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order).result
+        """Who wants this order, a tree of our parser's. Never raises."""
+        held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order, parsed=True).result
         if held is Result.NOT_MATCHED:
             return Wanting(callback=held, routes=())
         wanted: list[tuple[Route, Result]] = []
         for route in self._of[callback.name]:
-            own = Result.MATCHED if route.when is None else route.when.evaluate(order).result
+            own = Result.MATCHED if route.when is None else route.when.evaluate(order, parsed=True).result
             if own is not Result.NOT_MATCHED:
                 wanted.append((route, held if own is Result.MATCHED else own))
         return Wanting(callback=held, routes=tuple(wanted))
@@ -122,8 +122,8 @@ class Wanting:
 
 
 def wants(route: Route, order: Any) -> Result:
-    """Whether the callback's condition and the route's own both hold on this plain order tree. Never raises."""
-    results = [c.evaluate(order).result for c in (route.callback.condition, route.when) if c is not None]
+    """Whether the callback's condition and the route's own both hold on this tree of our parser's. Never raises."""
+    results = [c.evaluate(order, parsed=True).result for c in (route.callback.condition, route.when) if c is not None]
     if Result.NOT_MATCHED in results:
         return Result.NOT_MATCHED
     return Result.ERROR if Result.ERROR in results else Result.MATCHED

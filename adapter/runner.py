@@ -18,6 +18,7 @@ from datetime import datetime, timedelta
 from typing import Any, Generic, NoReturn, TypeVar
 
 import httpx
+import msgspec
 import structlog
 
 from adapter.norce.client import Norce
@@ -287,8 +288,7 @@ class PluginLoop:
         self.loop.close()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(msgspec.Struct, frozen=True, kw_only=True):
     """What a context is made of, apart from the loop that it will live on."""
 
     route: str

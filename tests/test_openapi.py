@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from adapter import app
 from adapter import config as configuration
-from adapter.app import CALLBACK_PATH, _public, running
+from adapter.app import CALLBACK_PATH, running
 from adapter.callbacks import endpoints, protocol
 from adapter.callbacks.senders import signature
 from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
@@ -139,7 +139,7 @@ def public_port(registrations: Registrations) -> Any:
     async def nobody(*_: Any) -> None:
         raise NotImplementedError
 
-    return _public(nobody, routes(registrations, "our_adapter", {}))
+    return app.public_port(nobody, routes(registrations, "our_adapter", {}))
 
 
 def test_it_describes_every_address_of_the_public_port_and_no_other(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -336,7 +337,7 @@ def test_answers_go_out_while_a_delivery_blocks_its_loop() -> None:
 
 # --- a loop that is held far past a deadline ------------------------------------------------------------------------
 
-SOON_OVER = replace(CALL, deadline=NOON + SHORTLY)
+SOON_OVER = msgspec.structs.replace(CALL, deadline=NOON + SHORTLY)
 
 
 async def done(_context: Context[ShopSettings]) -> Done:
@@ -558,7 +559,9 @@ def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
 def test_a_loop_that_gives_a_sign_of_life_is_not_held_however_late_its_handlers_are() -> None:
     async def test() -> None:
         async with running() as runner:
-            late = runner.deliver(Does(for_ever), NOTIFICATION, replace(CALL, deadline=NOON - timedelta(minutes=1)))
+            late = runner.deliver(
+                Does(for_ever), NOTIFICATION, msgspec.structs.replace(CALL, deadline=NOON - timedelta(minutes=1))
+            )
             await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
             for _ in range(3):
                 assert not runner._loops["deliveries"].is_held(AT_ONCE)

@@ -25,6 +25,8 @@ REFUSAL = (
     b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\ncontent-type: application/json\r\n"
     b"content-length: %d\r\n\r\n%s" % (len(REFUSAL_BODY), REFUSAL_BODY)
 )
+# How the head of an answer begins; 100 (Continue) has no body, and is waited for.
+FINAL = (b"HTTP/1.1 2", b"HTTP/1.1 3", b"HTTP/1.1 4", b"HTTP/1.1 5")
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -49,7 +51,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(_InOnePiece(transport))  # type: ignore[arg-type]
         self._start_head()
         self._start_timer()
 
@@ -88,6 +90,10 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_message_complete()
         self.scope[IS_WHOLE] = True  # type: ignore[literal-required]
 
+    def on_response_complete(self) -> None:
+        self.transport.end()  # type: ignore[attr-defined]
+        super().on_response_complete()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
@@ -123,3 +129,35 @@ class GuardedProtocol(HttpToolsProtocol):
         self._end_head()
         if not self.transport.is_closing():
             self.transport.close()
+
+
+class _InOnePiece:
+    """
+    A transport that keeps the head of an answer until its body comes, which the server writes right after it: one
+    packet then, and the caller is woken once.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._head = b""
+        self.is_closing = transport.is_closing
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            data, self._head = self._head + data, b""
+        elif data.startswith(FINAL) and data.endswith(b"\r\n\r\n"):
+            self._head = data
+            return
+        self._transport.write(data)
+
+    def end(self) -> None:
+        """An answer is complete, also one that has no body."""
+        if self._head:
+            self.write(b"")
+
+    def close(self) -> None:
+        self.end()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
