@@ -533,6 +533,27 @@ def test_events_are_filtered_and_paged(norce: Shop) -> None:
     assert found()[:5] == [ids[0]] * 5
 
 
+def test_an_event_is_kept_for_ever_or_as_long_as_told(norce: Shop) -> None:
+    order_id = norce.create()
+    notified(norce, order_id)
+    norce.move(order_id, "processing")
+    norce.clock.now = norce.clock.now.replace(hour=9)
+    norce.move(order_id, "accepted")
+    old, new = (each["id"] for each in norce.simulator.events())
+
+    def seen() -> list[str]:
+        return [each["id"] for each in norce.ask("list_events", status=200).json()["data"]]
+
+    assert seen() == [new, old]
+    norce.simulator.throw(events_kept_seconds=3599)
+    assert seen() == [new]
+    norce.ask("read_event", event_id=new, status=200)
+    norce.ask("read_event", event_id=old, status=404)
+    norce.ask("retry_event", event_id=old, status=404)
+    norce.simulator.throw(events_kept_seconds=3600)
+    assert seen() == [new, old]
+
+
 def test_static_notifications_are_put_on_every_new_order_of_their_channel(norce: Shop) -> None:
     url = norce.receiver.to("/static", None)
     static = {"scope": "/state/currentStatus", "invoke": url, "description": "Every order's."}

@@ -325,9 +325,17 @@ def _events(checkout: Checkout) -> dict[str, Handler]:
         hidden = ("_lost",) if call.switches.events_attempts_shown else ("_lost", "attempts")
         return {name: value for name, value in event.items() if name not in hidden}
 
+    def is_seen(event: dict[str, Any], call: Call) -> bool:
+        kept = call.switches.events_kept_seconds
+        is_kept = not kept or age(event) <= kept
+        return is_kept and event["merchant"] == call.merchant
+
+    def age(event: dict[str, Any]) -> float:
+        return (checkout.now() - datetime.fromisoformat(event["createdAt"])).total_seconds()
+
     def find_event(call: Call) -> dict[str, Any]:
         event = checkout.records.events.get(call.path["event_id"])
-        if event is None or event["merchant"] != call.merchant:
+        if event is None or not is_seen(event, call):
             raise Refused("order-not-found", "There is no such event.")
         return event
 
@@ -336,7 +344,7 @@ def _events(checkout: Checkout) -> dict[str, Handler]:
         found = [
             event
             for event in checkout.records.events.values()
-            if event["merchant"] == call.merchant and all(event[name] in values for name, values in asked.items())
+            if is_seen(event, call) and all(event[name] in values for name, values in asked.items())
         ]
         if call.switches.events_order == "newest":
             found.reverse()

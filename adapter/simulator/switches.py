@@ -67,6 +67,7 @@ class Switches:
     adapter_id_skips_notifications: bool = _asks(False, "Does x-adapterid silence that adapter's notifications too?")
     equal_write_triggers: bool = _asks(False, "Is a write of an equal value a change?")
     events_order: Literal["newest", "oldest"] = _asks("newest", "Which event comes first in the list?")
+    events_kept_seconds: float = _asks(0.0, "How long is an event kept? 0: for ever.")
     events_attempts_shown: bool = _asks(True, "Does an event record hold its attempts?")
     # --- callbacks of all kinds
     callback_authorization: str = _asks("", "What Authorization do callbacks carry? Empty: none.")
