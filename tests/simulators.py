@@ -28,7 +28,7 @@ COMPLETED = json.loads((ROOT / "adapter/demo/orders/order-completed.json").read_
 TOKEN = "a token"
 PRICE = {"includingVat": 100.0, "excludingVat": 80.0}
 # Statuses that anything may be answered with, whatever it declares.
-ANYWHERE = {400, 404, 409, 429}
+ANYWHERE = {400, 404, 409, 412, 429}
 
 
 @functools.cache

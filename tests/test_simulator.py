@@ -687,6 +687,49 @@ def test_norce_behaves_as_it_is_told(norce: Shop, switches: dict[str, Any], does
     assert does(thrown(norce, **switches))
 
 
+def test_a_stale_change_is_taken_unless_reads_have_an_etag(norce: Shop) -> None:
+    order_id = norce.create()
+    path, stale = {"order_id": order_id}, {"if-match": '"stale"'}
+    assert "etag" not in norce.ask("read_order", **path).headers
+    norce.ask("put_reference", "1", headers=stale, **path, status=200)
+
+    norce.simulator.throw(etags=True, v1_problems=True)
+
+    etag = norce.ask("read_order", **path).headers["etag"]
+    assert {norce.ask(each, version="v1", **path).headers["etag"] for each in ("read_order", "list_payments")} == {etag}
+    refused = norce.ask("put_reference", "2", headers=stale, version="v1", **path, status=412)
+    assert refused.json()["title"] == "Precondition Failed"
+    assert norce.ask("put_reference", "2", headers=stale, **path, status=412).json()["code"] == "order-conflict"
+    norce.ask("delete_order", headers=stale, **path, status=412)
+    norce.ask("start_payment", headers=stale, **path, status=200)
+    norce.ask("put_reference", "2", headers={"if-match": etag}, **path, status=412)
+    assert norce.read(order_id)["reference"] == "1"
+    current = norce.ask("read_order", **path).headers["etag"]
+    norce.ask("put_reference", "2", headers={"if-match": f'"other", {current}'}, **path, status=200)
+    norce.ask("put_reference", "3", headers={"if-match": "*"}, **path, status=200)
+    norce.ask("put_reference", "4", **path, status=200)
+    norce.ask("delete_order", headers={"if-match": norce.ask("read_order", **path).headers["etag"]}, **path, status=204)
+
+
+def test_a_change_that_was_overtaken_while_its_hook_was_asked_is_stale(norce: Shop) -> None:
+    order_id = norce.create()
+
+    async def overtakes(_request: httpx.Request) -> httpx.Response:
+        url = f"http://simulator/checkout/order/api/v0/checkout/orders/{order_id}/attributes"
+        await norce.http.patch(url, json={"first": True}, headers=norce.headers)
+        return httpx.Response(200, json=[])
+
+    hook = HOOK | {"scope": "/reference", "invoke": norce.receiver.to("/h", overtakes)}
+    norce.ask("add_hook", hook, version="v1", order_id=order_id, status=200)
+    norce.simulator.throw(etags=True)
+    etag = norce.ask("read_order", order_id=order_id).headers["etag"]
+
+    norce.ask("put_reference", "second", headers={"if-match": etag}, order_id=order_id, status=412)
+
+    order = norce.read(order_id)
+    assert (order["reference"], order["attributes"]) == (None, {"first": True})
+
+
 def test_a_success_of_validate_may_have_a_body(norce: Shop) -> None:
     order_id = norce.create()
     norce.pay(order_id)

@@ -6,6 +6,7 @@ change of the same order was stored first, the change is made anew on what is th
 """
 
 import asyncio
+import hashlib
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 
 from adapter.simulator.callbacks import Callbacks
 from adapter.simulator.orders import CHANGES, REMOVED, Call, Invalid, Refused, created, part, problems, same
@@ -69,6 +71,14 @@ class Checkout:
             raise Refused("order-not-found", f"Order with id:{order_id} not found.")
         return order
 
+    def matched(self, call: Call) -> Order:
+        """The stored order that is to change, if it is the one that `If-Match` asks for. Raises `Refused`."""
+        order = self.stored(call)
+        expected = {each.strip() for each in (call.if_match or "*").split(",")}
+        if call.switches.etags and expected.isdisjoint({"*", etag(order)}):
+            raise Refused("order-conflict", "The order has changed since it was read.", 412)
+        return order
+
     def create(self, call: Call) -> Order:
         """Stores a new order, with what the channel's configuration adds to it. Raises `Refused`."""
         order = created(call)
@@ -99,7 +109,7 @@ class Checkout:
         """Carries out an operation that changes an order, and answers its body. Raises `Refused`."""
         function, touched = CHANGES[name]
         for _ in range(MOST_TRIES):
-            base = self.stored(call)
+            base = self.matched(call)
             proposed, answer = function(base, call)
             final = await self.callbacks.hooks(base, proposed, touched, call)
             if self.records.orders.get(base["id"]) is not base:
@@ -112,7 +122,7 @@ class Checkout:
 
     async def delete(self, call: Call) -> None:
         """Raises `Refused`."""
-        order = self.stored(call)
+        order = self.matched(call)
         if call.switches.deleted == "removed":
             any_move = replace(call.switches, transitions_enforced=False)
             await self.change("put_state", replace(call, body={"currentStatus": REMOVED}, switches=any_move))
@@ -138,3 +148,8 @@ class Checkout:
         )
         if not answer.is_good:
             raise Refused("payment-error", f"The action was not carried out: {answer.reason or answer.status}.")
+
+
+def etag(order: Order) -> str:
+    """The entity tag of what is stored, whichever version and part of it is read."""
+    return f'"{hashlib.sha256(msgspec.json.encode(order)).hexdigest()[:32]}"'

@@ -88,6 +88,7 @@ class Call:
     merchant: str
     channel: str
     adapter_id: str | None
+    if_match: str | None
     now: str
     new_id: Callable[[str], str]
     switches: Switches

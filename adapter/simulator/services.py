@@ -38,14 +38,22 @@ from adapter.norce.operations import (
 )
 from adapter.simulator import configuration, neighbours
 from adapter.simulator.callbacks import as_text
-from adapter.simulator.checkout import Checkout
+from adapter.simulator.checkout import Checkout, etag
 from adapter.simulator.orders import CHANGES, Call, Invalid, Refused, money, part
 from adapter.simulator.switches import Switches, SwitchInvalid
 from adapter.simulator.versions import Order, as_version
 
 PREFIX = "/checkout"
 BASIC_SCHEMA = f"{PREFIX}/configuration/openapi/v1/schemas/configuration.json"
-_TITLES = {400: "Bad Request", 401: "Unauthorized", 403: "Forbidden", 404: "Not Found", 409: "Conflict", 500: "Error"}
+_TITLES = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    409: "Conflict",
+    412: "Precondition Failed",
+    500: "Error",
+}
 
 Handler = Callable[[Call], Any]  # what it answers, or an awaitable of that
 
@@ -86,6 +94,8 @@ def _endpoint(
                 merchant=request.headers.get(MERCHANT, ""),
                 channel=request.headers.get(CHANNEL, ""),
                 adapter_id=request.headers.get(ADAPTER_ID),
+                # A change that another adapter makes on request is its own, and knows of no tag.
+                if_match=request.headers.get("if-match") if operation.service == "order" else None,
                 now=as_text(checkout.now()),
                 new_id=checkout.new_id,
                 switches=switches,
@@ -100,7 +110,10 @@ def _endpoint(
         except Refused as refused:
             request.scope["simulator.note"] = refused.code
             return _refusal(refused, operation, version, problems=switches.v1_problems)
-        return _answer(request, operation, version, switches, body)
+        answer = _answer(request, operation, version, switches, body)
+        if switches.etags and operation.service == "order" and operation.method == "GET" and "order_id" in call.path:
+            answer.headers["etag"] = etag(checkout.stored(call))
+        return answer
 
     return endpoint
 

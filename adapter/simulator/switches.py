@@ -82,6 +82,7 @@ class Switches:
     parts_locked: bool = _asks(True, "Are changes refused of what is locked in the order's state?")
     deleted: Literal["gone", "removed"] = _asks("gone", "Is a deleted order gone, or readable in the state removed?")
     created_body: Literal["object", "string"] = _asks("object", "Is a created order answered as {id} or as a string?")
+    etags: bool = _asks(False, "Has a read an ETag, and is a change with another in If-Match a 412?")
     cart_reference_unique: bool = _asks(False, "Is a second order with the same cart.reference a conflict?")
     order_id_underscore: bool = _asks(False, "Do ids have an underscore, as in the samples?")
     largest_order_bytes: int = _asks(2_000_000, "How large may the body of a request be?")
