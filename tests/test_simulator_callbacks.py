@@ -481,6 +481,34 @@ def test_a_notification_is_a_change_that_holds(norce: Shop, scope: str, schema: 
     assert all(validator("order").is_valid(each) for each in norce.receiver.bodies("/n"))
 
 
+@pytest.mark.parametrize(("unique", "status"), [(False, 200), (True, 400)])
+def test_a_reference_is_used_once_on_an_order_if_told(norce: Shop, unique: bool, status: int) -> None:
+    norce.simulator.throw(notification_reference_unique=unique)
+    order_id, another = norce.create(), norce.create()
+    registered = {"reference": "export", "scope": "/cart", "invoke": "http://127.0.0.1:9/n"}
+    for each in (order_id, another):
+        norce.ask("add_notification", registered, order_id=each, status=200)
+    for _ in range(2):
+        norce.ask("add_notification", registered | {"reference": None}, order_id=order_id, status=200)
+
+    second = norce.ask("add_notification", registered | {"scope": "/state"}, order_id=order_id, status=status)
+    created = norce.ask("create_order", {"notifications": [registered] * 2})
+
+    assert created.status_code == (400 if unique else 201)
+    assert not unique or second.json()["code"] == created.json()["code"] == "order-bad-request"
+    norce.ask("add_hook", {"reference": "export", "scope": "/cart"}, version="v1", order_id=order_id, status=200)
+
+
+@pytest.mark.parametrize("kind", ["validations", "hooks", "notifications"])
+@pytest.mark.parametrize("members", [{"scope": {"state": ["completed"]}}, {"version": "v2"}, {"invoke": 1}])
+def test_an_order_is_not_created_with_a_registration_that_could_not_be_added(
+    norce: Shop, kind: str, members: dict[str, Any]
+) -> None:
+    is_member = kind != "validations" or "invoke" in members
+
+    norce.ask("create_order", {kind: [members]}, status=400 if is_member else 201)
+
+
 def test_a_refused_change_notifies_nobody(norce: Shop) -> None:
     order_id = norce.create()
     notified(norce, order_id, scope="/cart")
@@ -559,7 +587,7 @@ def test_static_notifications_are_put_on_every_new_order_of_their_channel(norce:
     static = {"scope": "/state/currentStatus", "invoke": url, "description": "Every order's."}
     document = {"$schema": "https://x.example/openapi/v1/schemas/configuration.json", "id": "static_notifications"}
     path = {"merchant": "norce", "channel": "1", "name": "static_notifications"}
-    order = {"notifications": [static], "validations": [{"invoke": url}], "hooks": []}
+    order = {"notifications": [static], "validations": [{"url": url}], "hooks": []}
     norce.ask("put_configuration", document | {"order": order}, **path, status=200)
 
     with_static, elsewhere = norce.create(), norce.ask("create_order", {}, headers={CHANNEL: "2"}).json()["id"]
@@ -569,7 +597,7 @@ def test_static_notifications_are_put_on_every_new_order_of_their_channel(norce:
     assert norce.simulator.order(elsewhere)["notifications"] == []
     assert norce.read(with_static)["validations"] == []
     norce.simulator.throw(static_hooks_and_validations=True)
-    assert len(norce.read(norce.create())["validations"]) == 1
+    assert [each["invoke"] for each in norce.read(norce.create(), "v1")["validations"]] == [url]
     norce.ask("put_configuration", document | {"order": order, "active": False}, **path, status=200)
     assert norce.read(norce.create())["notifications"] == []
 

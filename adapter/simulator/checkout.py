@@ -18,7 +18,18 @@ import httpx
 import msgspec
 
 from adapter.simulator.callbacks import Callbacks
-from adapter.simulator.orders import CHANGES, REMOVED, Call, Invalid, Refused, created, part, problems, same
+from adapter.simulator.orders import (
+    CHANGES,
+    REMOVED,
+    Call,
+    Invalid,
+    Refused,
+    created,
+    part,
+    problems,
+    same,
+    with_registration,
+)
 from adapter.simulator.records import Journal, Records
 from adapter.simulator.switches import Switches
 from adapter.simulator.versions import Order
@@ -89,7 +100,7 @@ class Checkout:
         ):
             raise Refused("order-conflict", "There is an order for this cart already.")
         for kind, registered in self._static(call):
-            order[kind] = [*order[kind], {**registered, "id": call.new_id(kind[0])}]
+            order = with_registration(order, kind, registered, call)
         self.records.keep("orders", order["id"], order)
         if call.switches.notification_on_creation:
             self.callbacks.notify(None, order, (), call)

@@ -136,7 +136,9 @@ def created(call: Call) -> Order:
         "_transactions": {},
     }
     for kind in ("validations", "hooks", "notifications"):
-        order[kind] = [registration(kind, each, call) for each in body.get(kind, ())]
+        order[kind] = []
+        for each in body.get(kind, ()):
+            order = with_registration(order, kind, each, call)
     return order if "total" in body else with_total(order)
 
 
@@ -207,9 +209,9 @@ def adding(kind: str) -> Change:
     """The change that adds a registration of this kind."""
 
     def add(order: Order, call: Call) -> tuple[Order, None]:
-        new = registration(kind, call.body, call)
-        _check_registration(new)
-        return {**order, kind: [*order[kind], new]}, None
+        after = with_registration(order, kind, call.body, call)
+        _check_condition(after[kind][-1])
+        return after, None
 
     return add
 
@@ -221,7 +223,7 @@ def removing(kind: str, parameter: str) -> Change:
 
 def put_validation(order: Order, call: Call) -> tuple[Order, None]:
     position = find(order["validations"], call.path["validation_id"])
-    new = {**registration("validations", call.body, call), "id": call.path["validation_id"]}
+    new = {**_registration("validations", call.body, call), "id": call.path["validation_id"]}
     return _replaced(order, "validations", position, new)
 
 
@@ -422,13 +424,26 @@ def _validator(name: str) -> Any:
     return jsonschema_rs.validator_for(schema(name))
 
 
-def registration(kind: str, body: Mapping[str, Any], call: Call) -> dict[str, Any]:
-    """A validation, hook or notification as it is kept: in the words of v1, with an id of ours."""
+def with_registration(order: Order, kind: str, body: Mapping[str, Any], call: Call) -> Order:
+    """The order with one more validation, hook or notification, as the last of its kind. Raises `Refused`."""
+    new = _registration(kind, body, call)
+    unique = call.switches.notification_reference_unique and kind == "notifications"
+    if unique and new.get("reference") in {each.get("reference") for each in order[kind]} - {None}:
+        raise Refused("order-bad-request", "There is a notification with this reference already.")
+    return {**order, kind: [*order[kind], new]}
+
+
+def _registration(kind: str, body: Mapping[str, Any], call: Call) -> dict[str, Any]:
+    """As it is kept: in the words of v1, with an id of ours. Raises `Refused`."""
     names = OWN_NAMES.get(kind, {})
-    return {**{names.get(name, name): value for name, value in body.items()}, "id": call.new_id(_PREFIXES[kind])}
+    new = {**{names.get(name, name): value for name, value in body.items()}, "id": call.new_id(_PREFIXES[kind])}
+    for problem in _validator(kind.removesuffix("s")).iter_errors(new):
+        place = "/".join(map(str, problem.instance_path))
+        raise Refused("order-bad-request", f"One of the {kind} does not fit at /{place}.")
+    return new
 
 
-def _check_registration(new: Mapping[str, Any]) -> None:
+def _check_condition(new: Mapping[str, Any]) -> None:
     if (scope := new.get("scope")) is None:
         return
     parts = tuple(scope.split("/")[1:])
