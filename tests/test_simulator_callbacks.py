@@ -481,6 +481,59 @@ def test_a_notification_is_a_change_that_holds(norce: Shop, scope: str, schema: 
     assert all(validator("order").is_valid(each) for each in norce.receiver.bodies("/n"))
 
 
+OLDER = {
+    "url": "http://127.0.0.1:9/older",
+    "method": "PUT",
+    "headers": {"Authorization": "Bearer of-the-adapter", "X-Shop": "7"},
+    "scope": {"state": ["accepted", "completed"]},
+}
+
+
+def test_the_older_form_of_a_notification_is_refused_unless_told_otherwise(norce: Shop) -> None:
+    order_id = norce.create()
+    norce.ask("add_notification", OLDER, order_id=order_id, status=400)
+    norce.ask("create_order", {"notifications": [OLDER]}, status=400)
+
+    norce.simulator.throw(notification_older_form=True, callback_authorization="Bearer of-norce")
+
+    norce.ask("add_notification", OLDER, order_id=order_id, status=200)
+    notified(norce, order_id, headers={"x-shop": "8"}, method="PUT")
+    created = norce.create(notifications=[OLDER])
+    for each in (order_id, created):
+        walk(norce, each)
+    sent = [each for each in norce.receiver.got if each.url.path == "/older"]
+    assert [(each["id"], each["state"]["currentStatus"]) for each in norce.receiver.bodies("/older")] == [
+        (each, status) for each in (order_id, created) for status in ("accepted", "completed")
+    ]
+    assert {(each.method, each.headers["x-shop"], each.headers[MERCHANT]) for each in sent} == {("PUT", "7", "norce")}
+    assert {each.headers.get_list("authorization")[0] for each in sent} == {"Bearer of-the-adapter"}
+    documented = [each for each in norce.receiver.got if each.url.path == "/n"]
+    assert len(documented) == 5
+    assert not any("x-shop" in each.headers or each.method != "POST" for each in documented)
+
+
+def test_the_older_form_asks_for_an_address_and_states_only(norce: Shop) -> None:
+    norce.simulator.throw(notification_older_form=True)
+    order_id = norce.create()
+    norce.ask("add_notification", {"url": OLDER["url"], "scope": {"state": []}}, order_id=order_id, status=200)
+    wrong: list[dict[str, Any]] = [
+        {"url": None},
+        {"scope": {}},
+        {"scope": {"state": "completed"}},
+        {"scope": {"state": ["completed"], "payments": ["captured"]}},
+        {"method": 1},
+        {"headers": {"x-shop": 7}},
+        {"version": "v2"},
+    ]
+
+    for members in wrong:
+        norce.ask("add_notification", OLDER | members, order_id=order_id, status=400)
+
+    assert [(each["scope"], each["invoke"]) for each in norce.read(order_id)["notifications"]] == [
+        ("/state/currentStatus", OLDER["url"])
+    ]
+
+
 @pytest.mark.parametrize(("unique", "status"), [(False, 200), (True, 400)])
 def test_a_reference_is_used_once_on_an_order_if_told(norce: Shop, unique: bool, status: int) -> None:
     norce.simulator.throw(notification_reference_unique=unique)

@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
@@ -270,6 +271,8 @@ class Callbacks:
             payload["notification"],
             {**payload["order"], "id": event["orderId"], "merchant": event["merchant"], "channel": event["channel"]},
             seconds=switches.notification_seconds,
+            method=payload["notification"].get("method", "POST"),
+            more=payload["notification"].get("headers", {}),
             body=payload if switches.notification_body == "envelope" else payload["order"],
         )
         attempt = {
@@ -308,8 +311,9 @@ class Callbacks:
         seconds: float,
         method: str = "POST",
         body: Any = None,
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> Answer:
-        """One request to a registered URL. Never raises; an answer that did not come has a reason."""
+        """One request to a registered URL, with more headers. Never raises; one that was not answered has a reason."""
         switches = self._switches()
         url = str(registered.get("invoke") or "")
         if switches.placeholders:
@@ -321,6 +325,7 @@ class Callbacks:
             headers["authorization"] = switches.callback_authorization
         if not switches.callback_connections_kept:
             headers["connection"] = "close"
+        headers |= {name.lower(): value for name, value in more.items()}
         whose = {"order_id": order["id"], "merchant": order["merchant"], "channel": order["channel"]}
         content = None if body is None else msgspec.json.encode(body)
         return await self._written(kind, method, url, headers, content, seconds=seconds, **whose)

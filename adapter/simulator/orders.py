@@ -16,6 +16,7 @@ from typing import Any
 
 import jsonpatch
 import jsonschema_rs
+import msgspec
 from jsonpointer import JsonPointerException
 
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid
@@ -436,11 +437,44 @@ def with_registration(order: Order, kind: str, body: Mapping[str, Any], call: Ca
 def _registration(kind: str, body: Mapping[str, Any], call: Call) -> dict[str, Any]:
     """As it is kept: in the words of v1, with an id of ours. Raises `Refused`."""
     names = OWN_NAMES.get(kind, {})
+    if kind == "notifications":
+        body = _documented(body, call.switches)
     new = {**{names.get(name, name): value for name, value in body.items()}, "id": call.new_id(_PREFIXES[kind])}
     for problem in _validator(kind.removesuffix("s")).iter_errors(new):
         place = "/".join(map(str, problem.instance_path))
         raise Refused("order-bad-request", f"One of the {kind} does not fit at /{place}.")
     return new
+
+
+class _States(msgspec.Struct, forbid_unknown_fields=True):
+    state: list[str]
+
+
+class _OlderForm(msgspec.Struct):
+    """A notification as the solution guide has it registered."""
+
+    url: str
+    scope: _States
+    method: str = "POST"
+    headers: dict[str, str] = {}  # msgspec copies it
+
+
+def is_older_form(body: Any) -> bool:
+    return isinstance(body, Mapping) and isinstance(body.get("scope"), Mapping)
+
+
+def _documented(body: Mapping[str, Any], switches: Switches) -> dict[str, Any]:
+    """A notification in the words of the API description, and how it is sent beside them. Raises `Refused`."""
+    # The documented form has none of these, so that what is kept of them has been read below.
+    shared = {name: value for name, value in body.items() if name not in ("url", "method", "headers")}
+    if not (switches.notification_older_form and is_older_form(body)):
+        return shared
+    try:
+        older = msgspec.convert(body, _OlderForm)
+    except msgspec.ValidationError as error:
+        raise Refused("order-bad-request", f"The notification does not fit: {error}.") from error
+    watched = {"scope": "/state/currentStatus", "schema": {"enum": older.scope.state}}
+    return {**shared, **watched, "invoke": older.url, "method": older.method, "headers": older.headers}
 
 
 def _check_condition(new: Mapping[str, Any]) -> None:

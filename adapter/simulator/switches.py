@@ -63,6 +63,9 @@ class Switches:
     )
     notification_body: Literal["order", "envelope"] = _asks("order", "The order alone, or {notification, order}?")
     notification_delay_unit_seconds: float = _asks(1.0, "What is the unit of delay?")
+    notification_older_form: bool = _asks(
+        False, "Can one be registered as {url, method, headers, scope: {state: [...]}} too?"
+    )
     notification_reference_unique: bool = _asks(False, "Is a second one with the same reference on an order refused?")
     notification_on_creation: bool = _asks(False, "Is the creation of an order a change of all its parts?")
     adapter_id_skips_notifications: bool = _asks(False, "Does x-adapterid silence that adapter's notifications too?")
