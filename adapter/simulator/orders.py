@@ -341,6 +341,8 @@ def patched(order: Order, patches: Any, hook: Mapping[str, Any], switches: Switc
         op, path = patch.get("op"), patch.get("path") or ""
         if basic and op not in ("add", "replace", "remove"):
             raise Refused("order-error", f"A hook asked for the operation {op}.")
+        if not switches.patch_array_positions and any(map(_is_in_array, (path, patch.get("from") or ""))):
+            raise Refused("order-error", "A hook patched inside an array.")
         places = [path, patch.get("from") or ""] if op == "move" else [path]
         allowed = all(place.split("/")[1:2] and place.split("/")[1] in _patchable(switches) for place in places)
         inside = confines is not None and all(f"{place}/".startswith(f"{confines}/") for place in places)
@@ -480,13 +482,17 @@ def _documented(body: Mapping[str, Any], switches: Switches) -> dict[str, Any]:
 def _check_condition(new: Mapping[str, Any]) -> None:
     if (scope := new.get("scope")) is None:
         return
-    parts = tuple(scope.split("/")[1:])
-    if any(parts[:end] in _LISTS for end in range(1, len(parts))):
+    if _is_in_array(scope):
         raise Refused("order-bad-request", "A scope inside an array is not supported.")
     try:
         Condition(scope, new.get("schema")).compile()
     except ConditionInvalid as error:
         raise Refused("order-bad-request", str(error)) from error
+
+
+def _is_in_array(pointer: str) -> bool:
+    parts = tuple(pointer.split("/")[1:])
+    return any(parts[:end] in _LISTS for end in range(1, len(parts)))
 
 
 def _patchable(switches: Switches) -> tuple[str, ...]:

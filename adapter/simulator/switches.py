@@ -52,6 +52,7 @@ class Switches:
     hook_sees_own_patch: bool = _asks(True, "Does a patch that a hook returns call that same hook?")
     adapter_id_skips_hooks: bool = _asks(True, "Does x-adapterid leave out that adapter's hooks?")
     patch_operations: Literal["all", "basic"] = _asks("all", "All of RFC 6902, or only add, replace and remove?")
+    patch_array_positions: bool = _asks(True, "Can a patch name a position in an array?")
     patch_outside_target: Literal["drop", "refuse", "apply"] = _asks("drop", "What of a patch outside the target?")
     patch_totals: bool = _asks(False, "Is the order's total computed anew after a patch?")
     # --- notifications
