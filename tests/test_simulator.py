@@ -251,6 +251,29 @@ def test_a_token_is_taken_with_and_without_its_scheme(norce: Shop) -> None:
     assert norce.ask("list_orders", headers={"authorization": f"Basic {token}"}).status_code == 401
 
 
+def test_a_token_is_good_for_every_merchant_or_for_one(norce: Shop) -> None:
+    documents = {"merchant": "another", "channel": "1"}
+    norce.ask("list_orders", headers={MERCHANT: "another"}, status=200)
+    norce.ask("list_configurations", **documents, headers={MERCHANT: ""}, status=404)
+
+    norce.simulator.throw(token_merchant="norce")
+
+    norce.ask("list_orders", status=200)
+    norce.ask("list_configurations", merchant="norce", channel="1", headers={MERCHANT: ""}, status=404)
+    assert norce.ask("list_orders", headers={MERCHANT: "another"}, status=401).json()["code"] == "unauthorized"
+    norce.ask("list_configurations", **documents, headers={MERCHANT: ""}, status=401)
+
+
+def test_an_id_may_be_as_long_as_is_expected(norce: Shop) -> None:
+    assert len(norce.create()) == 25
+
+    norce.simulator.throw(id_characters=61, order_id_underscore=True)
+
+    stage = Stage(norce)
+    assert len(stage.order_id) == 63
+    assert len(stage.path["action_id"]) == 64
+
+
 def test_repeated_keys_and_a_body_on_get_are_tolerated(norce: Shop) -> None:
     answer = norce.ask("create_order", raw=b'{"reference": "1", "reference": "2"}', status=201)
 

@@ -72,7 +72,7 @@ class Checkout:
 
     def new_id(self, prefix: str) -> str:
         mark = "_" if self.switches.order_id_underscore else ""
-        return prefix + mark + "".join(self.chance.choices(_ALPHABET, k=24))
+        return prefix + mark + "".join(self.chance.choices(_ALPHABET, k=self.switches.id_characters))
 
     def stored(self, call: Call) -> Order:
         """The order that the call's address names, if it is its merchant's and channel's. Raises `Refused`."""

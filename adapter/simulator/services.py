@@ -124,7 +124,9 @@ def _let_in(request: Request, checkout: Checkout, tokens: Collection[str], opera
     given = headers.get(AUTHORIZATION, "").encode("latin-1")
     # The access guide writes Bearer, the sample of the API reference does not.
     taken = [known.encode() for token in tokens for known in (f"Bearer {token}", token)]
-    if not any(hmac.compare_digest(given, known) for known in taken):
+    is_known = any(hmac.compare_digest(given, known) for known in taken)
+    is_theirs = switches.token_merchant in ("", headers.get(MERCHANT) or request.path_params.get("merchant"))
+    if not (is_known and is_theirs):
         raise Refused("unauthorized", "Unauthorized", 401 if 401 in operation.errors[version] else 403)
     for name in operation.headers:
         if not headers.get(name):
