@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from adapter.norce.client import (
+    LARGEST_ANSWER_BYTES,
     LARGEST_ORDER_BYTES,
     MOST_READS_AT_ONCE,
     Account,
@@ -537,7 +538,40 @@ def test_events_are_those_of_our_adapter_with_their_payload_untouched() -> None:
     assert bytes(page.items[0].payload) == json.dumps(event(1)["payload"]).encode()
 
 
-@pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [{}]}, {"data": [], "pagination": {"totalSize": "x"}}, []])
+class Endless(httpx.AsyncBaseTransport):
+    """Answers, and never stops."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        async def body() -> AsyncIterator[bytes]:
+            while True:
+                self.sent += 1024 * 1024
+                yield b" " * 1024 * 1024
+
+        return httpx.Response(200, content=body())
+
+
+def test_an_answer_that_never_ends_is_broken_off() -> None:
+    transport = Endless()
+
+    with pytest.raises(NorceUnavailable):
+        ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"))
+
+    assert transport.sent <= 2 * LARGEST_ANSWER_BYTES
+
+
+def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
+    data = [event(1), {"id": "event-2"}, event(3)]
+    transport = FakeNorce(httpx.Response(200, json={"data": data, "pagination": {"totalSize": 3}}))
+
+    page = ask(transport, lambda norce: norce.events("fjallboden"))
+
+    assert ([each.id for each in page.items], page.count) == (["event-1", "event-3"], 3)
+
+
+@pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [], "pagination": {"totalSize": "x"}}, []])
 def test_a_page_that_is_none_is_no_answer(body: Any) -> None:
     with pytest.raises(NorceUnavailable):
         ask(FakeNorce(httpx.Response(200, json=body)), lambda norce: norce.events("fjallboden"))

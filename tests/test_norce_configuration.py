@@ -201,6 +201,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "an unknown route": (document(routes={"canary": {}}), "$.routes"),
     "of somebody else": (document() | {"id": "canary"}, "$.id"),
     "no object": (["canary"], "$"),
+    "too large": (document(filler="canary" * 200_000), "$"),
 }
 
 

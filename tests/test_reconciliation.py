@@ -341,6 +341,18 @@ def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
     assert (found.missed, found.others) == (2, 4)
 
 
+def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(3)
+    events = house.simulator.records.events
+    spoiled = list(events)[1]
+    events[spoiled] = {name: value for name, value in events[spoiled].items() if name != "createdAt"}
+
+    found = house.reconciled()
+
+    assert (found.events, found.missed, found.others, found.done) == (3, 2, 1, True)
+
+
 def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(house: House) -> None:
     house.simulator.throw(notifications_lost=1.0)
     house.orders(1)

@@ -78,7 +78,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
             async for page in norce.pages(merchant, channel, limit=min(limit, A_PAGE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
                 total = None if page.total is None else min(page.total, limit)
-                progress.update(task, completed=page.offset + len(page.items), total=total)
+                progress.update(task, completed=page.offset + page.count, total=total)
                 if len(rows) >= limit:
                     break
         return rows[:limit]

@@ -26,6 +26,7 @@ from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
 LARGEST_ORDER_BYTES = 4 * 1024 * 1024
+LARGEST_ANSWER_BYTES = 64 * 1024 * 1024  # a page of a hundred orders
 # Of one merchant, so that one whose Norce is silent takes nobody else's place. Not left to the client's own pool: that
 # looks at every request that waits whenever one ends, and kept the event loop for 15 s while 300 of them waited.
 MOST_READS_AT_ONCE = 64
@@ -85,10 +86,14 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):
-    """A part of a list, which begins at `offset`. `total`: how many there are in all, where Norce said so."""
+    """
+    A part of a list, which begins at `offset`. `count` is how many are on it: `items`, and those that could not be
+    read. `total`: how many there are in all, where Norce said so.
+    """
 
     offset: int
     items: list[T]
+    count: int
     total: int | None
 
 
@@ -194,10 +199,10 @@ class Norce:
         for _ in range(MOST_PAGES):
             asked = {**filters, "offset": str(offset), "limit": str(limit)}
             page = _page(await self.call(merchant, channel, "list_orders", query=asked), offset, dict[str, Any])
-            if page.items:
+            if page.count:
                 yield page
-            offset += len(page.items)
-            if not page.items or (page.total is not None and offset >= page.total):
+            offset += page.count
+            if not page.count or (page.total is not None and offset >= page.total):
                 return
 
     async def call(
@@ -251,11 +256,22 @@ class Norce:
     async def _sent(self, request: dict[str, Any]) -> httpx.Response:
         """Tried once more where nothing can have been done by the first try. Raises `httpx.HTTPError`."""
         try:
-            return await self._client.request(**request, timeout=self._timeout.total_seconds())
+            return await self._once(request)
         except httpx.TransportError as error:
             if request["method"] != "GET" and not isinstance(error, NEVER_SENT):
                 raise
-            return await self._client.request(**request, timeout=self._timeout.total_seconds())
+            return await self._once(request)
+
+    async def _once(self, request: dict[str, Any]) -> httpx.Response:
+        """An answer that goes on beyond what anything of Norce's has is broken off, and counts as none."""
+        async with self._client.stream(**request, timeout=self._timeout.total_seconds()) as answer:
+            chunks, size = [], 0
+            async for chunk in answer.aiter_bytes():
+                size += len(chunk)
+                if size > LARGEST_ANSWER_BYTES:
+                    raise httpx.DecodingError("the answer is too large")
+                chunks.append(chunk)
+        return httpx.Response(answer.status_code, headers=_plain(answer.headers), content=b"".join(chunks))
 
     def base_url(self, merchant: str) -> str:
         """Where the merchant's Checkout services are."""
@@ -340,6 +356,11 @@ def _content(answer: httpx.Response, operation: Operation) -> bytes:
     raise kind(said, retry_after(answer.headers.get("retry-after")), code)
 
 
+def _plain(headers: httpx.Headers) -> list[tuple[bytes, bytes]]:
+    """Without how the body was packed: it is unpacked."""
+    return [(name, value) for name, value in headers.raw if name.lower() != b"content-encoding"]
+
+
 def _code(answer: httpx.Response) -> str | None:
     """
     The code of `{code, message}`, of the first in a list of them, or of a problem (RFC 7807): the last part of its
@@ -361,8 +382,11 @@ def _code(answer: httpx.Response) -> str | None:
 
 def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
     read = _decoded(content, _Listed)
-    items = [_decoded(bytes(item), kind) for item in read.data]
-    return Page(offset=offset, items=items, total=read.pagination.total_size)
+    items = []
+    for each in read.data:
+        with contextlib.suppress(NorceUnavailable):  # one that is not as documented must not hide all others
+            items.append(_decoded(bytes(each), kind))
+    return Page(offset=offset, items=items, count=len(read.data), total=read.pagination.total_size)
 
 
 class _Listed(msgspec.Struct):

@@ -30,6 +30,7 @@ from adapter.routes import Routes
 log = structlog.get_logger(__name__)
 
 AT_ONCE = 8
+LARGEST_DOCUMENT_BYTES = 1024 * 1024
 MOST_PLACES = 10  # that are told of one document
 
 Shop = tuple[str, str]
@@ -111,6 +112,8 @@ class Documents:
         """Has it hold from now on; or else the places where it is wrong, and nothing is changed."""
         document: Any = {}
         if content is not None:
+            if len(content) > LARGEST_DOCUMENT_BYTES:
+                return ["$"]
             try:
                 document = msgspec.json.decode(content)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

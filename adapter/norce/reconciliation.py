@@ -139,7 +139,9 @@ class Reconciliation:
             events = [event for event in page.items if event.created_at >= begins]
             old = [event for event in events if not spared or event.created_at < before]
             await self._bring(old, found, dry_run=dry_run)
-            found.events, found.total = found.events + len(events), page.total
+            spoiled = page.count - len(page.items)  # nobody can say when, so they are told each time
+            found.events, found.total = found.events + len(events) + spoiled, page.total
+            found.others += spoiled
             found.young += len(events) - len(old)
             newest = max([newest, *(_milliseconds(event.created_at) for event in events)])
             yield found
@@ -153,17 +155,17 @@ class Reconciliation:
     async def _newest_first(self, merchant: str, begins: datetime) -> AsyncIterator[Page[Event]]:
         """The pages, until one is older than that."""
         first = last = await self._norce.events(merchant, limit=A_PAGE)
-        if first.total is not None and first.total > len(first.items) > 0:
+        if first.total is not None and first.total > first.count > 0:
             last = await self._norce.events(merchant, offset=max(first.total - A_PAGE, 0), limit=A_PAGE)
         # Where new ones come at the end, it is read from there. What falls out at the front meanwhile moves the rest
         # towards what is read next, and what comes in at the front is seen twice: nothing is passed by.
         backwards = _newest(last) > _newest(first)
         page = last if backwards else first
         for _ in range(MOST_PAGES):
-            if not page.items:
+            if not page.count:
                 return
             yield page
-            if _newest(page) < begins and self._gets_older(page, backwards=backwards):
+            if page.items and _newest(page) < begins and self._gets_older(page, backwards=backwards):
                 return
             if backwards:
                 limit = min(A_PAGE, page.offset)
@@ -171,7 +173,7 @@ class Reconciliation:
                     return
                 page = await self._norce.events(merchant, offset=page.offset - limit, limit=limit)
             else:
-                offset = page.offset + len(page.items)
+                offset = page.offset + page.count
                 if page.total is not None and offset >= page.total:
                     return
                 page = await self._norce.events(merchant, offset=offset, limit=A_PAGE)
