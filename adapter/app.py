@@ -354,7 +354,7 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
         intake,
         Marks(store),
         merchants=channels(config),
-        names=tuple(config.merchants),
+        adapter_id=config.adapter.id,
         overlap=config.reconciliation.overlap,
         metrics=metrics,
         clock=store.clock,

@@ -149,6 +149,10 @@ class House:
     def in_turn(self, every: timedelta = timedelta(minutes=10)) -> None:
         self.loop.run(self.healing.in_turn(every))
 
+    def missed(self) -> float:
+        """What an operator is alerted by."""
+        return float(self.metrics.missed.labels("order-status", "norce")._value.get())
+
     def stored(self) -> list[tuple[str, str, int]]:
         """Order, source and how many deliveries, of each notification."""
         return rows(
@@ -207,7 +211,9 @@ def test_a_dry_run_says_what_is_missing_and_changes_nothing(house: House) -> Non
 
     assert house.reconciled(dry_run=True).missed == 2
     assert house.stored() == []
+    assert house.missed() == 0
     assert house.reconciled().missed == 2
+    assert house.missed() == 2
 
 
 @pytest.mark.parametrize("order", ["newest", "oldest"])
@@ -351,6 +357,38 @@ def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None
     found = house.reconciled()
 
     assert (found.events, found.missed, found.others, found.done) == (3, 2, 1, True)
+
+
+class Liar(httpx.AsyncBaseTransport):
+    """A Norce whose log says something else than it was told."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, said: bytes, says: bytes) -> None:
+        self._inner, self.said, self.says = inner, said, says
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await self._inner.handle_async_request(request)
+        content = (await answer.aread()).replace(self.said, self.says)
+        return httpx.Response(answer.status_code, content=content)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (b'"merchant":"norce"', b'"merchant":"another"'),
+        (b'"adapterId":"our_adapter"', b'"adapterId":"another_adapter"'),
+    ],
+    ids=["another merchant", "another adapter"],
+)
+def test_a_log_says_nothing_for_others(tmp_path: Path, store_url: str, said: bytes, says: bytes) -> None:
+    merchants = TREE["merchants"] | {"another": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}}
+    with opened(store_url, tmp_path, merchants=merchants) as house:
+        house.simulator.throw(notifications_lost=1.0)
+        house.orders(1)
+        house.line._inner = Liar(house.line._inner, said, says)
+
+        house.reconciled()
+
+        assert house.stored() == []
 
 
 def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(house: House) -> None:

@@ -100,12 +100,12 @@ def orders_show(order_id: str, merchant: str | None, channel: str | None, output
         return
     order = read.data
     for name, value in _row(order).items():
-        click.echo(f"{name:10} {printable('' if value is None else value)}")
+        click.echo(f"{name:13} {printable('' if value is None else value)}")
     for place, *_ in PLACES.values():
         for each in order.get(place) or ():
             # Up to the query: what stands there opens something.
             address = str(each.get("invoke") or each.get("url") or "").partition("?")[0]
-            click.echo(printable(f"{place[:-1]:10} {each.get('adapterId')}: {address}"))
+            click.echo(printable(f"{place[:-1]:13} {each.get('adapterId')}: {address}"))
 
 
 @orders_group.command("delete")

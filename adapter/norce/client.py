@@ -106,6 +106,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     channel: str
     order_id: str
     payload: msgspec.Raw
+    adapter_id: str | None = None
     reference: str | None = None
 
     def __post_init__(self) -> None:

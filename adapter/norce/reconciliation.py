@@ -68,7 +68,7 @@ class Reconciliation:
         marks: Marks,
         *,
         merchants: Merchants,
-        names: Sequence[str],
+        adapter_id: str,
         overlap: timedelta,
         metrics: Metrics,
         clock: Callable[[], int],
@@ -77,7 +77,7 @@ class Reconciliation:
         self._intake = intake
         self._marks = marks
         self._merchants = merchants
-        self._names = names
+        self._adapter_id = adapter_id
         self._overlap = overlap
         self._metrics = metrics
         self._clock = clock
@@ -93,7 +93,7 @@ class Reconciliation:
         then the first error is raised. Raises `NorceError`, and `StoreUnavailable` at once.
         """
         failed: NorceError | None = None
-        for merchant in self._names:
+        for merchant in self._merchants:
             try:
                 async for reconciled in self._of(merchant, since, dry_run=dry_run, spared=spared):
                     yield reconciled
@@ -115,7 +115,7 @@ class Reconciliation:
         milliseconds = int(every.total_seconds() * 1000)
         if not await self._marks.has_turn(TURN, milliseconds):
             return
-        for merchant in self._names:
+        for merchant in self._merchants:
             if await self._marks.value(f"{FLOOR} {merchant}") is None:
                 await self._marks.put(f"{FLOOR} {merchant}", self._clock())
         with contextlib.suppress(NorceError):  # it has been told
@@ -188,7 +188,9 @@ class Reconciliation:
         return True
 
     async def _bring(self, events: Sequence[Event], found: Reconciled, *, dry_run: bool) -> None:
-        notifications = [each for each in map(self._notification, events) if each is not None]
+        # Nobody's log speaks for another merchant, nor for another adapter where the filter was not heeded.
+        ours = [e for e in events if e.merchant == found.merchant and e.adapter_id in (None, self._adapter_id)]
+        notifications = [each for each in map(self._notification, ours) if each is not None]
         found.others += len(events) - len(notifications)
         # Under the one identity or the other: whether lastModified was too far ahead to count was seen by the clock of
         # the moment when it came.
@@ -202,16 +204,15 @@ class Reconciliation:
                 if await self._intake.remember(receipt) is not Received.NEW:  # it has come meanwhile
                     found.received += 1
                     continue
+                self._tell(notification)
             known.add(notification.identity)
             found.missed += 1
-            self._metrics.missed.labels(notification.callback.name, notification.merchant).inc()
-            log.warning(
-                "notification_missed",
-                callback=notification.callback.name,
-                merchant=notification.merchant,
-                channel=notification.channel,
-                order_id=notification.order_id,
-            )
+
+    def _tell(self, notification: ReceivedNotification) -> None:
+        callback, merchant = notification.callback.name, notification.merchant
+        self._metrics.missed.labels(callback, merchant).inc()
+        log.warning("notification_missed", callback=callback, merchant=merchant, channel=notification.channel,
+                    order_id=notification.order_id)  # fmt: skip
 
     def _notification(self, event: Event) -> tuple[ReceivedNotification, bytes] | None:
         """The notification that a callback would have brought, and its other identity; None where there is none."""
