@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
+from typing_extensions import TypeAliasType
 
 from adapter import config as configuration
 from adapter.config import ConfigurationInvalid
@@ -204,6 +206,58 @@ def test_hosts_and_credentials_cannot_be_changed_from_there_however_deep_they_ar
     for name in ("base_url", "login", "deep"):
         assert wrong(with_settings(**{name: {}}), SCHEMA) == ["$.routes.export.settings"]
     assert "password" not in json.dumps(SCHEMA["properties"])
+
+
+class ShopUrl(Url):
+    __slots__ = ()
+
+
+@dataclass(frozen=True)
+class Proxy:
+    url: Url
+
+
+class Mirror(TypedDict):
+    url: Url
+
+
+class Pair(NamedTuple):
+    name: str
+    url: Url
+
+
+T = TypeVar("T")
+
+
+class Box(msgspec.Struct, Generic[T], frozen=True):
+    content: T
+
+
+class Tree(msgspec.Struct, frozen=True):
+    branches: "tuple[Tree, ...]" = ()
+    login: Login | None = None
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [
+        ShopUrl,
+        NewType("Base", Url),
+        TypeAliasType("Address", Annotated[Url, "in other words"]),
+        Url | None,
+        tuple[Proxy, ...],
+        dict[str, Mirror],
+        Pair,
+        Box[Secret],
+        Box[Box[ShopUrl]],
+        Tree,
+    ],
+    ids=str,
+)
+def test_a_host_is_one_whatever_it_is_called_and_in_whatever_it_is(type_: Any) -> None:
+    settings_type = msgspec.defstruct("Odd", [("there", type_), ("name", str)], bases=(Settings,), kw_only=True)
+
+    assert changeable(settings_type) == {"name"}
 
 
 def test_the_document_schema_is_complete_in_itself_and_extends_the_basic_one() -> None:

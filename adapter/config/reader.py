@@ -30,7 +30,7 @@ class Within(NamedTuple):
 
 _DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)")
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-_LISTS: dict[Any, Callable[[list[Any]], Any]] = {
+LISTS: dict[Any, Callable[[list[Any]], Any]] = {
     list: list,
     tuple: tuple,
     set: set,
@@ -38,7 +38,7 @@ _LISTS: dict[Any, Callable[[list[Any]], Any]] = {
     Sequence: tuple,
     Collection: tuple,
 }
-_MAPPINGS = (dict, Mapping)
+MAPPINGS = (dict, Mapping)
 
 
 class Reader:
@@ -60,46 +60,46 @@ class Reader:
         return result
 
     def read_anew(self, type_: Any, value: Any, path: str) -> Any:
-        base, _ = _bare(type_)
-        kind = _class(base)
+        base, _ = bare(type_)
+        kind = class_of(base)
         if kind in (Union, UnionType):
             return self.union(type_, value, path)
-        if isinstance(value, Mapping) and _is_struct(base):
+        if isinstance(value, Mapping) and is_struct(base):
             return self.struct(base, value, path)
-        if isinstance(value, Mapping) and kind in _MAPPINGS:
+        if isinstance(value, Mapping) and kind in MAPPINGS:
             return self.mapping(type_, value, path)
-        if isinstance(value, list) and kind in _LISTS and (kind is not tuple or Ellipsis in get_args(base)):
+        if isinstance(value, list) and kind in LISTS and (kind is not tuple or Ellipsis in get_args(base)):
             return self.list(type_, value, path)
         return self.leaf(type_, value, path)
 
     def union(self, type_: Any, value: Any, path: str) -> Any:
-        base, notes = _bare(type_)
+        base, notes = bare(type_)
         members = [member for member in get_args(base) if member is not NoneType]
         if value is None and len(members) < len(get_args(base)):
             return None
         if isinstance(value, Mapping):
-            structs = [member for member in members if _is_struct(member)]
+            structs = [member for member in members if is_struct(member)]
             if len(structs) > 1:
                 return self.tagged(structs, value, path)
-            fitting = structs or [member for member in members if _class(member) in _MAPPINGS]
+            fitting = structs or [member for member in members if class_of(member) in MAPPINGS]
         elif isinstance(value, list):
-            fitting = [member for member in members if _class(member) in _LISTS]
+            fitting = [member for member in members if class_of(member) in LISTS]
         else:
             fitting = []
         if len(members) == 1:
             fitting = members
-        return self.read_anew(_noted(fitting[0], notes), value, path) if fitting else self.leaf(type_, value, path)
+        return self.read_anew(noted(fitting[0], notes), value, path) if fitting else self.leaf(type_, value, path)
 
     def tagged(self, structs: list[Any], value: Mapping[str, Any], path: str) -> Any:
-        by_tag = {_class(struct).__struct_config__.tag: struct for struct in structs}
-        key = _class(structs[0]).__struct_config__.tag_field
+        by_tag = {class_of(struct).__struct_config__.tag: struct for struct in structs}
+        key = class_of(structs[0]).__struct_config__.tag_field
         tag = self.read(Literal[tuple(by_tag)], value[key], under(path, key)) if key in value else None
         if key not in value:
             self.report(under(path, key), f"is missing; it must be {list_of(by_tag)}")
         return self.read_anew(by_tag[tag], value, path) if tag in by_tag else NOTHING
 
     def struct(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
-        config = _class(type_).__struct_config__
+        config = class_of(type_).__struct_config__
         fields = {declared.encode_name: declared for declared in msgspec.structs.fields(type_)}
         known = [config.tag_field, *fields] if config.tag_field else [*fields]
         for key in value:
@@ -122,7 +122,7 @@ class Reader:
             return NOTHING
 
     def mapping(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
-        of_key, of_value = get_args(_bare(type_)[0]) or (str, Any)
+        of_key, of_value = get_args(bare(type_)[0]) or (str, Any)
         result = {}
         for name, member in value.items():
             at = under(path, name)
@@ -132,10 +132,10 @@ class Reader:
         return self.sized(type_, len(value), result if len(result) == len(value) else NOTHING, path)
 
     def list(self, type_: Any, value: list[Any], path: str) -> Any:
-        base, _ = _bare(type_)
+        base, _ = bare(type_)
         of_item = (*get_args(base), Any)[0]
         items = [self.read(of_item, item, under(path, index)) for index, item in enumerate(value)]
-        result = NOTHING if any(item is NOTHING for item in items) else _LISTS[_class(base)](items)
+        result = NOTHING if any(item is NOTHING for item in items) else LISTS[class_of(base)](items)
         return self.sized(type_, len(value), result, path)
 
     def sized(self, type_: Any, size: int, result: Any, path: str) -> Any:
@@ -146,7 +146,7 @@ class Reader:
         return result
 
     def leaf(self, type_: Any, value: Any, path: str, subject: str = "") -> Any:
-        base, _ = _bare(type_)
+        base, _ = bare(type_)
         message = f"{subject}must be {_allowed_in(type_)}{_contrast(base, value)}"
         try:
             if base is timedelta:
@@ -165,35 +165,37 @@ class Reader:
         return NOTHING
 
 
-def _bare(type_: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without its notes (`Annotated`), and the notes, the outermost last."""
+def bare(type_: Any) -> tuple[Any, tuple[Any, ...]]:
+    """A type without its notes (`Annotated`) and other names, and the notes, the outermost last."""
     notes: tuple[Any, ...] = ()
     while True:
         if get_origin(type_) is Annotated:
             type_, notes = type_.__origin__, (*type_.__metadata__, *notes)
         elif isinstance(type_, NewType):
             type_ = type_.__supertype__
+        elif hasattr(type_, "__value__"):  # `type Address = Url`, from Python 3.12
+            type_ = type_.__value__
         else:
             return type_, notes
 
 
-def _noted(type_: Any, notes: tuple[Any, ...]) -> Any:
+def noted(type_: Any, notes: tuple[Any, ...]) -> Any:
     return Annotated[(type_, *notes)] if notes else type_
 
 
-def _class(type_: Any) -> Any:
-    base, _ = _bare(type_)
+def class_of(type_: Any) -> Any:
+    base, _ = bare(type_)
     origin = get_origin(base) or base
     return origin if isinstance(origin, type) or origin is Union else object
 
 
-def _is_struct(type_: Any) -> bool:
-    kind = _class(type_)
+def is_struct(type_: Any) -> bool:
+    kind = class_of(type_)
     return kind is not Union and issubclass(kind, msgspec.Struct)
 
 
 def _bound(type_: Any, name: str) -> Any:
-    notes = [note for note in _bare(type_)[1] if isinstance(note, Meta)]
+    notes = [note for note in bare(type_)[1] if isinstance(note, Meta)]
     return next((bound for note in notes if (bound := getattr(note, name)) is not None), None)
 
 
@@ -211,7 +213,7 @@ def _duration(type_: Any, value: Any) -> timedelta:
     duration = _spelt_duration(value) if isinstance(value, str) else None
     if duration is None:
         raise ValueError("not a duration")
-    for note in _bare(type_)[1]:
+    for note in bare(type_)[1]:
         if isinstance(note, Within) and not (
             _spelt_duration(note.shortest) <= duration <= _spelt_duration(note.longest)
         ):
@@ -242,21 +244,21 @@ _WORDS = {
 
 
 def _allowed_in(type_: Any) -> str:
-    base, notes = _bare(type_)
+    base, notes = bare(type_)
     for note in notes:
         if isinstance(note, Meta) and note.extra and "allowed" in note.extra:
             return str(note.extra["allowed"])
-    kind = _class(base)
+    kind = class_of(base)
     if get_origin(base) is Literal:
         return list_of(get_args(base))
     if kind in (Union, UnionType):
         members = [member for member in get_args(base) if member is not NoneType]
-        return " or ".join(dict.fromkeys(_allowed_in(_noted(member, notes)) for member in members))
+        return " or ".join(dict.fromkeys(_allowed_in(noted(member, notes)) for member in members))
     if issubclass(kind, Enum):
         return list_of([member.value for member in kind])
-    if _is_struct(base) or kind in _MAPPINGS:
+    if is_struct(base) or kind in MAPPINGS:
         return "a mapping" + _size(type_, "entry", "entries")
-    if kind in _LISTS:
+    if kind in LISTS:
         return (
             f"a list{_size(type_, 'item', 'items')}, each {_allowed_in(get_args(base)[0])}"
             if get_args(base)
@@ -294,7 +296,7 @@ def _kind(value: Any) -> str:
 
 def _contrast(base: Any, value: Any) -> str:
     """What was found in place of what is allowed, by its kind and never by its value."""
-    given, kind = _kind(value), _class(base)
+    given, kind = _kind(value), class_of(base)
     if given in ("a number", "true or false"):
         if base is str:
             return f", not {given}: put it in quotes"
@@ -306,10 +308,10 @@ def _contrast(base: Any, value: Any) -> str:
         expected = "a number"
     elif base is bool:
         expected = "true or false"
-    elif _is_struct(base) or kind in _MAPPINGS:
+    elif is_struct(base) or kind in MAPPINGS:
         expected = "a mapping"
     else:
-        expected = "a list" if kind in _LISTS else "text"
+        expected = "a list" if kind in LISTS else "text"
     return "" if given == expected else f", not {given}"
 
 

@@ -9,12 +9,13 @@ number or a secret too; in Norce's document nothing does, and hosts and credenti
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import is_dataclass
 from datetime import timedelta
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints, is_typeddict
 
 import msgspec
 
-from adapter.config.reader import Within
+from adapter.config.reader import Within, bare, class_of, is_struct
 from adapter.config.shape import ConfigFile
 from adapter.plugin import Secret, Settings, Url
 
@@ -117,7 +118,25 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
 def changeable(type_: type[Settings]) -> frozenset[str]:
     """The settings that Norce's document may change: all that hold no `Url` and no `Secret`, however deep."""
     fields = msgspec.structs.fields(type_)
-    return frozenset(field.encode_name for field in fields if not {Url, Secret} & set(_types(field.type)))
+    return frozenset(field.encode_name for field in fields if not any(map(_is_kept, _kinds(field.type))))
+
+
+def _is_kept(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Url | Secret)
+
+
+def _kinds(type_: Any, seen: list[Any] | None = None) -> Iterator[Any]:
+    """The classes of all types in a type, its own included: of its members and items, under whatever name."""
+    seen = [] if seen is None else seen
+    if type_ in seen:
+        return
+    seen.append(type_)
+    base, _ = bare(type_)
+    kind = class_of(base)
+    yield kind
+    members = is_struct(base) or is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields")
+    for inner in (*get_args(base), *(get_type_hints(kind).values() if members else ())):
+        yield from _kinds(inner, seen)
 
 
 def _route(name: str, type_: type[Settings], schemas: "_Schemas") -> dict[str, Any]:
@@ -136,7 +155,7 @@ class _Schemas:
 
     def __init__(self, types: list[type[msgspec.Struct]], *, by_reference: bool) -> None:
         self._by_reference = by_reference
-        structs = list(dict.fromkeys(found for each in types for found in _types(each) if _is_struct(found)))
+        structs = list(dict.fromkeys(found for each in types for found in _kinds(each) if is_struct(found)))
         made, components = msgspec.json.schema_components(structs, schema_hook=_custom, ref_template="#/$defs/{name}")
         self._names = {each: str(ref["$ref"]).rpartition("/")[2] for each, ref in zip(structs, made, strict=True)}
         self.defined = {name: self._told(part) for name, part in components.items()}
@@ -201,28 +220,12 @@ def _custom(type_: type) -> dict[str, Any]:
     return {"title": type_.__name__}  # a plugin's own type: only its reader knows what may stand there
 
 
-def _types(type_: Any, seen: set[Any] | None = None) -> Iterator[Any]:
-    """All types in a type, itself included."""
-    seen = set() if seen is None else seen
-    if isinstance(type_, list) or type_ in seen:
-        return
-    seen.add(type_)
-    yield type_
-    inner = [field.type for field in msgspec.structs.fields(type_)] if _is_struct(type_) else get_args(type_)
-    for each in inner:
-        yield from _types(each, seen)
-
-
 def _notes(type_: Any) -> Iterator[Any]:
     for each in get_args(type_):
         if isinstance(each, Within):
             yield each
         elif get_args(each):
             yield from _notes(each)
-
-
-def _is_struct(type_: Any) -> bool:
-    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
 
 
 def _spelt(duration: timedelta) -> str:
