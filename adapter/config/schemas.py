@@ -3,45 +3,50 @@ JSON Schemas made from our declared types: of `config.yaml`, for editors, and of
 may hold about us. Pure.
 
 What one would get wrong: they are not the check. `config.load` is, which knows what belongs together and says it
-better; a schema is what an editor or a form can show beforehand. In the file any text may come by reference, and a
-number or a secret too; in Norce's document nothing does, and hosts and credentials have no place.
+better; a schema is what an editor or a form can show beforehand, so it never refuses what the reader takes: it goes
+through a type as the reader does. In the file any text may come by reference, and a number or a secret too; in Norce's
+document nothing does, and hosts and credentials have no place.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import is_dataclass
 from datetime import timedelta
-from typing import Any, get_args, get_type_hints, is_typeddict
+from decimal import Decimal
+from enum import Enum
+from inspect import cleandoc
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_type_hints, is_typeddict
 
 import msgspec
+from msgspec import Meta
 
-from adapter.config.reader import Within, bare, class_of, is_struct
+from adapter.config.reader import LISTS, MAPPINGS, Within, bare, class_of, is_struct, noted
 from adapter.config.shape import ConfigFile
 from adapter.plugin import Secret, Settings, Url
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REFERENCE = {"type": "string", "pattern": r"^\$\{(env|file):[^{}]+\}$", "description": "By reference."}
 DURATION = r"^[0-9]{1,9}(ms|s|m|h|d)$"
-_SCALARS = ("integer", "number", "boolean")
 _ADDRESS = {"type": "string", "format": "uri"}
 
 
 def file_schema(handlers: Mapping[str, type[Settings]]) -> dict[str, Any]:
     """The schema of `config.yaml`; a route's settings are those of its handler, where it is one of these."""
-    schemas = _Schemas([ConfigFile, *handlers.values()], by_reference=True)
-    route = schemas.defined["Route"]
-    route["allOf"] = [
+    schemas = _Schemas(by_reference=True)
+    file = schemas.members(ConfigFile)
+    schemas.defined["Route"]["allOf"] = [
         {
             "if": {"properties": {"handler": {"const": name}}, "required": ["handler"]},
             # What is missing may be said per merchant and channel.
-            "then": {"properties": {"settings": schemas.of(type_) | {"required": []}}},
+            "then": {"properties": {"settings": schemas.members(type_, merged=True)}},
         }
         for name, type_ in sorted(handlers.items())
     ]
     return {
         "$schema": DIALECT,
         "title": "norce-adapter: config.yaml",
-        **schemas.of(ConfigFile),
+        **file,
         "$defs": dict(sorted(schemas.defined.items())),
     }
 
@@ -51,7 +56,7 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
     The schema of our document in Norce's configuration: the basic one, complete in itself, and the settings that may be
     changed there, by route. Served at `/openapi/v1/schemas/{adapter_id}.json`; the admin UI's form is made from it.
     """
-    schemas = _Schemas(list(routes.values()), by_reference=False)
+    schemas = _Schemas(by_reference=False)
     return {
         "$schema": DIALECT,
         "$id": f"{public_url.rstrip('/')}/openapi/v1/schemas/{adapter_id}.json",
@@ -140,92 +145,163 @@ def _kinds(type_: Any, seen: list[Any] | None = None) -> Iterator[Any]:
 
 
 def _route(name: str, type_: type[Settings], schemas: "_Schemas") -> dict[str, Any]:
-    whole, allowed = schemas.of(type_), changeable(type_)
-    settings = {
-        "type": "object",
-        "title": "Settings",
-        "properties": {key: value for key, value in whole.get("properties", {}).items() if key in allowed},
-        "additionalProperties": False,
-    }
+    settings = {"title": "Settings"} | schemas.members(type_, merged=True, only=changeable(type_))
     return {"type": "object", "title": name, "properties": {"settings": settings}, "additionalProperties": False}
 
 
 class _Schemas:
-    """The schemas of these types and of all in them, in our words. `defined` are the ones that are referred to."""
+    """
+    The schemas of types and of all in them, in our words. `defined` are the structs: they are referred to by name.
 
-    def __init__(self, types: list[type[msgspec.Struct]], *, by_reference: bool) -> None:
+    What is `merged` with weaker mappings need not be whole: nothing is demanded of it, as deep as mappings are merged.
+    """
+
+    def __init__(self, *, by_reference: bool) -> None:
+        self.defined: dict[str, dict[str, Any]] = {}
+        self._names: dict[tuple[Any, bool], str] = {}
         self._by_reference = by_reference
-        structs = list(dict.fromkeys(found for each in types for found in _kinds(each) if is_struct(found)))
-        made, components = msgspec.json.schema_components(structs, schema_hook=_custom, ref_template="#/$defs/{name}")
-        self._names = {each: str(ref["$ref"]).rpartition("/")[2] for each, ref in zip(structs, made, strict=True)}
-        self.defined = {name: self._told(part) for name, part in components.items()}
-        for struct, name in self._names.items():
-            self._annotate(struct, self.defined[name].get("properties", {}))
-        referred = set(re.findall(r'"\$ref":\s*"#/\$defs/([^"]+)"', msgspec.json.encode(self.defined).decode()))
-        self._all, self.defined = self.defined, {n: part for n, part in self.defined.items() if n in referred}
 
-    def of(self, type_: type[msgspec.Struct]) -> dict[str, Any]:
-        return dict(self._all[self._names[type_]])
+    def of(self, type_: Any, *, merged: bool = False, inherited: tuple[Any, ...] = ()) -> dict[str, Any]:
+        base, notes = bare(type_)
+        return self._shape(base, (*notes, *inherited), merged) | _said(notes)
 
-    def _told(self, part: Any) -> Any:
-        if isinstance(part, list):
-            return [self._told(each) for each in part]
-        if not isinstance(part, dict):
-            return part
-        told = {
-            key: {name: self._told(each) for name, each in value.items()} if key == "properties" else self._told(value)
-            for key, value in part.items()
-            if key not in ("discriminator", "title", "default")
-        }
-        if "default" in part and part["default"] is not None and "$ref" not in part:
-            told["default"] = part["default"]
-        if told.get("format") == "decimal":
-            told["type"] = ["number", "string"]
-        if told.get("format") == "duration":
-            del told["format"]
-            told["pattern"] = DURATION
-            if "default" in told:
-                told["default"] = _spelt(msgspec.convert(told["default"], timedelta))
-        return self._or_by_reference(told) if self._by_reference else told
+    def members(
+        self, type_: type[msgspec.Struct], *, merged: bool = False, only: Container[str] | None = None
+    ) -> dict[str, Any]:
+        """A struct, itself and not by its name; its members without those that are not in `only`."""
+        kind, properties, required = class_of(type_), {}, []
+        if (tag_field := kind.__struct_config__.tag_field) and only is None:
+            properties[tag_field] = {"title": _titled(tag_field)} | self._or_by_reference(
+                {"const": kind.__struct_config__.tag}
+            )
+            required.append(tag_field)
+        for field in msgspec.structs.fields(type_):
+            name = field.encode_name
+            if only is None or name in only:
+                properties[name] = {"title": _titled(name)} | self.of(field.type, merged=merged) | _default(field)
+                required += [name] if field.required else []
+        told = {"type": "object", "properties": properties, "additionalProperties": False}
+        said = {"description": cleandoc(kind.__doc__)} if kind.__dict__.get("__doc__") else {}
+        return said | told | ({"required": required} if required and not merged else {})
+
+    def _shape(self, base: Any, notes: tuple[Any, ...], merged: bool) -> dict[str, Any]:
+        kind = class_of(base)
+        if kind in (Union, UnionType):
+            return self._any_of(get_args(base), notes, merged)
+        if is_struct(base):
+            return {"$ref": f"#/$defs/{self._named(base, merged)}"}
+        if kind in MAPPINGS:
+            return self._mapping(base, notes, merged)
+        if kind in LISTS and (kind is not tuple or Ellipsis in get_args(base)):
+            items = self.of((*get_args(base), Any)[0])  # a list replaces the weaker one, so its items are whole
+            unique = {"uniqueItems": True} if issubclass(kind, set | frozenset) else {}
+            return {"type": "array"} | ({"items": items} if items else {}) | unique | _sized(notes, "Items")
+        return self._or_by_reference(_leaf(base, notes))
+
+    def _any_of(self, members: tuple[Any, ...], notes: tuple[Any, ...], merged: bool) -> dict[str, Any]:
+        options: list[dict[str, Any]] = []
+        for member in members:
+            option: dict[str, Any] = (
+                {"type": "null"} if member is NoneType else self.of(member, merged=merged, inherited=notes)
+            )
+            if not option:
+                return {}
+            options += option["anyOf"] if [*option] == ["anyOf"] else [option]
+        return {"anyOf": [option for index, option in enumerate(options) if option not in options[:index]]}
+
+    def _mapping(self, base: Any, notes: tuple[Any, ...], merged: bool) -> dict[str, Any]:
+        of_name, of_member = get_args(base) or (str, Any)
+        names = {key: each for key, each in _leaf(*bare(of_name)).items() if key in ("pattern", "maxLength", "enum")}
+        member = self.of(of_member, merged=merged)
+        size = _sized(notes, "Properties")
+        if merged:
+            size.pop("minProperties", None)
+        told = {"propertyNames": names, "additionalProperties": member}
+        return {"type": "object"} | {key: each for key, each in told.items() if each} | size
+
+    def _named(self, type_: Any, merged: bool) -> str:
+        """The name of a struct, which is defined under it. Another of its name has a number."""
+        if (type_, merged) not in self._names:
+            plain = class_of(type_).__name__
+            numbered = (f"{plain}{number}" for number in range(2, len(self._names) + 3))
+            name = next(each for each in (plain, *numbered) if each not in self._names.values())
+            self._names[type_, merged] = name
+            self.defined[name] = self.members(type_, merged=merged)
+        return self._names[type_, merged]
 
     def _or_by_reference(self, told: dict[str, Any]) -> dict[str, Any]:
         """Any text may be a reference anyway, unless it is held to something."""
-        held = told.get("type") == "string" and {"pattern", "format", "maxLength", "enum"} & told.keys()
-        named = {"enum", "const"} & told.keys() and "type" not in told
-        if told == REFERENCE or not (held or named or told.get("type") in _SCALARS):
+        if not self._by_reference or told in ({}, {"type": "string"}, {"type": "null"}, REFERENCE):
             return told
-        kept = {key: told[key] for key in ("description", "default") if key in told}
-        return kept | {"anyOf": [{key: value for key, value in told.items() if key not in kept}, REFERENCE]}
-
-    @staticmethod
-    def _annotate(struct: type[msgspec.Struct], properties: dict[str, Any]) -> None:
-        for field in msgspec.structs.fields(struct):
-            shown = properties[field.encode_name]
-            shown["title"] = field.encode_name.replace("_", " ").capitalize()
-            if isinstance(field.default, frozenset):
-                shown["default"] = sorted(shown["default"])  # the same at each start
-            if isinstance(field.default, tuple):
-                shown["default"] = [_spelt(e) if isinstance(e, timedelta) else e for e in field.default]
-            for note in _notes(field.type):
-                if isinstance(note, Within):
-                    bounds = f"From {note.shortest} to {note.longest}."
-                    shown["description"] = f"{shown.get('description', '')} {bounds}".strip()
+        return {"anyOf": [told, REFERENCE]}
 
 
-def _custom(type_: type) -> dict[str, Any]:
-    if type_ is Secret:
+def _leaf(base: Any, notes: tuple[Any, ...]) -> dict[str, Any]:
+    kind = class_of(base)
+    if base is timedelta:
+        return {"type": "string", "pattern": DURATION}
+    if base is Decimal:
+        return {"type": ["number", "string"], "format": "decimal"}
+    if issubclass(kind, Secret):
         return dict(REFERENCE)
-    if type_ is Url:
+    if issubclass(kind, Url):
         return dict(_ADDRESS)
-    return {"title": type_.__name__}  # a plugin's own type: only its reader knows what may stand there
+    if issubclass(kind, Enum):
+        return {"enum": [member.value for member in kind]}
+    try:
+        told = msgspec.json.schema(noted(base, notes), schema_hook=lambda _: {})
+    except TypeError:
+        return {}
+    if "$defs" in told:  # a dataclass and its like, which msgspec reads by rules of its own
+        return {}
+    return {key: each for key, each in told.items() if key not in ("title", "description")}
 
 
-def _notes(type_: Any) -> Iterator[Any]:
-    for each in get_args(type_):
-        if isinstance(each, Within):
-            yield each
-        elif get_args(each):
-            yield from _notes(each)
+def _said(notes: tuple[Any, ...]) -> dict[str, Any]:
+    """What the notes on a type tell a person."""
+    said: dict[str, Any] = {}
+    for note in notes:
+        if isinstance(note, Meta):
+            said |= {key: text for key in ("title", "description") if (text := getattr(note, key))}
+    for note in notes:
+        if isinstance(note, Within):
+            bounds = f"From {note.shortest} to {note.longest}."
+            said["description"] = f"{said.get('description', '')} {bounds}".strip()
+    return said
+
+
+def _sized(notes: tuple[Any, ...], what: str) -> dict[str, int]:
+    bounds = {f"min{what}": "min_length", f"max{what}": "max_length"}
+    return {
+        key: bound
+        for key, name in bounds.items()
+        for note in notes
+        if isinstance(note, Meta) and (bound := getattr(note, name)) is not None
+    }
+
+
+def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
+    """The default as it is written in the file; nothing where it cannot be, or says no more than the members do."""
+    default = field.default_factory() if field.default_factory in (list, dict, set, frozenset) else field.default
+    if default is None or isinstance(default, msgspec.Struct | msgspec.UnsetType | type(msgspec.NODEFAULT)):
+        return {}
+    try:
+        plain = msgspec.to_builtins(
+            default, builtin_types=(timedelta,), str_keys=True, order="deterministic", enc_hook=_text
+        )
+        return {"default": json.loads(json.dumps(plain, default=_spelt))}
+    except (TypeError, ValueError):
+        return {}
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("is written in a way that only its own type knows")
+    return str(value)
+
+
+def _titled(name: str) -> str:
+    return name.replace("_", " ").capitalize()
 
 
 def _spelt(duration: timedelta) -> str:
