@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Decimal
 from enum import Enum
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, TypedDict, TypeVar
 
@@ -118,6 +119,19 @@ def test_a_list_replaces_the_weaker_one_so_it_is_whole() -> None:
     del document["routes"]["swedish-orders-have-an-id"]["settings"]["rules"][0]["code"]
 
     assert wrong(document) == ["$.routes['swedish-orders-have-an-id'].settings.rules[0]"]
+
+
+def test_a_handler_that_cannot_be_imported_is_told_and_left_out() -> None:
+    group = "norce_adapter.handlers"
+    points = [
+        EntryPoint("rules", "adapter.handlers.rules:Rules", group),
+        EntryPoint("gone", "adapter.handlers.gone:Gone", group),
+        EntryPoint("no-handler", "json:loads", group),
+    ]
+
+    types, broken = settings_types(points)
+
+    assert (types, broken) == ({"rules": BUNDLED_TYPES["rules"]}, ["gone", "no-handler"])
 
 
 def test_the_settings_of_an_unknown_handler_are_left_open() -> None:
