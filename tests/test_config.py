@@ -18,6 +18,7 @@ from adapter.config import (
     ConfigurationInvalid,
     NotificationCallback,
     Problem,
+    Reference,
     ValidationCallback,
     load,
     merged,
@@ -951,6 +952,26 @@ def test_secrets_in_settings_are_read_and_stay_hidden(file: Path) -> None:
     assert isinstance(found, ShopSettings)
     assert found.auth == Bearer(token=Secret(ENVIRON["JETSHOP_PASSWORD"]))
     assert CANARY not in repr(found)
+
+
+class Pin(Secret):
+    __slots__ = ()
+
+
+class PinSettings(Settings, frozen=True, kw_only=True):
+    pin: Pin
+
+
+def test_a_plugins_own_kind_of_secret_comes_by_reference_too(file: Path) -> None:
+    config = read(file, LEVELS)
+
+    found = read_settings(config, PinSettings, {"pin": Reference("1234", "${env:PIN}")}, [AT_ROUTE])
+    problems = read_settings(config, PinSettings, {"pin": "1234"}, [AT_ROUTE])
+
+    assert isinstance(found, PinSettings)
+    assert type(found.pin) is Pin
+    assert isinstance(problems, tuple)
+    assert "given by reference only" in problems[0].message
 
 
 def test_what_a_plugin_says_about_a_referred_value_is_masked(file: Path) -> None:

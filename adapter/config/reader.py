@@ -200,10 +200,10 @@ def _bound(type_: Any, name: str) -> Any:
 
 
 def _custom(type_: Any, value: Any) -> Any:
-    if type_ is Secret:
+    if issubclass(class_of(type_), Secret):
         if not isinstance(value, Reference):
             raise ValueError(f"is a secret, which is given by reference only: {HOW_TO_REFER}")
-        return Secret(str(value))
+        return type_(str(value))
     if not isinstance(value, str):
         raise ValueError(f"must be {_allowed_in(type_)}, not {_kind(value)}")
     return type_(str(value))
