@@ -146,6 +146,9 @@ def _kinds(type_: Any, seen: list[Any] | None = None) -> Iterator[Any]:
 
 def _route(name: str, type_: type[Settings], schemas: "_Schemas") -> dict[str, Any]:
     settings = {"title": "Settings"} | schemas.members(type_, merged=True, only=changeable(type_))
+    for shown in settings["properties"].values():
+        # No defaults: a form that saves them would put the handler's in place of what `config.yaml` says.
+        shown.pop("default", None)
     return {"type": "object", "title": name, "properties": {"settings": settings}, "additionalProperties": False}
 
 
