@@ -408,3 +408,34 @@ def test_no_value_is_ever_repeated(schema: Any, scope: str, data: st.DataObject)
 
     assert CANARY not in repr(evaluation)
     assert "1912" not in repr(evaluation)
+
+
+# --- what our own parser made ----------------------------------------------------------------------------------------
+
+parsed_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=10), inner, max_size=6),
+    max_leaves=60,
+)
+SCHEMAS: list[Any] = [
+    {"required": ["a"]},
+    {"properties": {"a": {"type": "string"}}},
+    {"maximum": 5},
+    {"pattern": "^a"},
+    {"items": {"pattern": "b$"}},
+    {"properties": {f"p{number}": {"pattern": "^[a-z]*$"} for number in range(200)}},
+    {"$ref": "#/$defs/n", "$defs": {"n": {"type": ["object", "array", "string"], "items": {"$ref": "#/$defs/n"}}}},
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+@given(value=parsed_values, deep=st.integers(min_value=0, max_value=90), wide=st.sampled_from([0, 1000, 60_000]))
+def test_what_our_parser_made_is_decided_the_same_without_being_looked_at(
+    schema: Any, value: Any, deep: int, wide: int
+) -> None:
+    for _ in range(deep):
+        value = [value]
+    tree = {"x": [value, "w" * wide] if wide else value}
+    condition = Condition("/x", schema).compile()
+
+    assert condition.evaluate(tree, parsed=True) == condition.evaluate(tree)
