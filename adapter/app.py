@@ -166,9 +166,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             clock=store.clock,
             switched_off=switched_off,
         )
-        beside = beside_callbacks(
-            Registrations(config, Registrar(config, norce), switched_off), config.adapter.id, documents.schema
-        )
+        registrations = Registrations(config, Registrar(config, norce), switched_off)
+        beside = beside_callbacks(registrations, config.adapter.id, documents.schema)
         healing = reconciliation(config, norce, intake, store, metrics)
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
@@ -204,7 +203,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
                 _callbacks_first(endpoint, public_port(endpoint, beside)),
                 public,
                 _refusals(metrics),
-                lambda: endpoint.verdicts.waiting,
+                lambda: endpoint.verdicts.waiting + registrations.waiting,
             )
         )
 

@@ -6,6 +6,7 @@ bearer; or else a secret of `senders.header_secrets`. A signed callback URL open
 Facts: checkout protocol, sections 1.3 and 10.
 """
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Container, Mapping
 from importlib.resources import files
@@ -28,7 +29,11 @@ log = structlog.get_logger(__name__)
 REGISTRATIONS_PATH = "/api/v1/orders/{order_id}/registrations"
 SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
 DESCRIPTION_PATH = "/docs/v1/openapi.yaml"
-RETRY_AFTER_SECONDS = 5
+LATER = {"retry-after": "5"}
+# Each is several requests to Norce, by whom shoppers are answered too: a shop that registers all its orders at once
+# takes a quarter of those that a merchant may have at a time.
+AT_ONCE = 16
+MOST_WAITING = 200
 
 Shop = tuple[str, str]
 Work = Callable[[str, str, str], Awaitable[Registered]]
@@ -51,6 +56,8 @@ class Registrations:
         self._registrar = registrar
         self._senders = Senders(config.senders)
         self._switched_off = switched_off
+        self._at_once = asyncio.Semaphore(AT_ONCE)
+        self.waiting = 0  # that wait for Norce, and take nobody's time
 
     async def __call__(self, request: Request) -> Response:
         order_id = request.path_params["order_id"]
@@ -58,7 +65,7 @@ class Registrations:
         try:
             merchant, channel = self._whose(request)
             facts |= {"merchant": merchant, "channel": channel}
-            done = await self._do(request.method, merchant, channel, order_id)
+            done = await self._in_turn(request.method, merchant, channel, order_id)
         except _Refused as refused:
             log.warning("registration_refused", code=refused.code, status_code=refused.status, **facts)
             body = {"code": refused.code, "message": refused.message}
@@ -66,6 +73,16 @@ class Registrations:
         counts = {"added": len(done.added), "removed": len(done.removed), "kept": len(done.kept)}
         log.info("callbacks_registered", **counts, **facts)
         return JSONResponse(msgspec.to_builtins(done))
+
+    async def _in_turn(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
+        if self.waiting >= MOST_WAITING:
+            raise _Refused(503, "overloaded", "Too many registrations wait for Norce. Please send it again.", LATER)
+        self.waiting += 1
+        try:
+            async with self._at_once:
+                return await self._do(method, merchant, channel, order_id)
+        finally:
+            self.waiting -= 1
 
     async def _do(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
         try:
@@ -82,8 +99,7 @@ class Registrations:
         except OrderNotFound as error:
             raise _Refused(404, "order-not-found", "Norce has no such order.") from error
         except NorceUnavailable as error:
-            after = {"retry-after": str(RETRY_AFTER_SECONDS)}
-            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", after) from error
+            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
         except NorceError as error:
             code = "norce-rejected" if isinstance(error, NorceRejected) else "norce-refused"
             raise _Refused(502, code, str(error)) from error

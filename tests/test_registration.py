@@ -21,7 +21,7 @@ from adapter.norce.client import Account, Norce, NorceUnavailable, OrderNotFound
 from adapter.norce.operations import BY_NAME, schema
 from adapter.norce.registration import Registered, Registrar, registrations, static_notifications
 from adapter.plugin import Secret
-from adapter.public import Registrations, routes
+from adapter.public import AT_ONCE, MOST_WAITING, Registrations, routes
 
 NEW, OLD = "a-new-key-of-32-bytes-0123456789", "an-old-key-of-32-bytes-012345678"
 OURS = ("cart-changed", "order-rules", "order-status")
@@ -369,6 +369,41 @@ def test_what_norce_does_not_do_is_told_with_its_code(tmp_path: Path, error: Exc
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert ("retry-after" in answer.headers) == (status == 503)
     assert "canary" not in answer.text
+
+
+def test_a_shop_that_registers_all_its_orders_at_once_leaves_norce_to_others(tmp_path: Path) -> None:
+    class Slow:
+        """Norce takes its time: as many as there are at a time, and the most there were."""
+
+        def __init__(self) -> None:
+            self.now = self.most = 0
+            self.go = asyncio.Event()
+
+        async def register(self, *_: str) -> Registered:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            await self.go.wait()
+            self.now -= 1
+            return Registered()
+
+    async def crowd() -> tuple[int, list[int], int]:
+        slow = Slow()
+        registrations = Registrations(configured(tmp_path), slow, ())  # type: ignore[arg-type]
+        app = Router(routes=routes(registrations, "our_adapter", {}))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+            url = "http://adapter/api/v1/orders/o/registrations"
+            sent = [asyncio.create_task(http.post(url, headers=BEARER)) for _ in range(MOST_WAITING + 5)]
+            while sum(each.done() for each in sent) < 5:  # noqa: ASYNC110 - those who are refused
+                await asyncio.sleep(0)
+            slow.go.set()
+            answers = await asyncio.gather(*sent)
+        return slow.most, sorted(answer.status_code for answer in answers), registrations.waiting
+
+    most, statuses, left = asyncio.run(crowd())
+
+    assert most == AT_ONCE
+    assert statuses == [200] * MOST_WAITING + [503] * 5
+    assert left == 0
 
 
 def test_nothing_is_registered_where_norce_has_switched_us_off_and_what_is_there_can_go(tmp_path: Path) -> None:
