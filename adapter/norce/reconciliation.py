@@ -190,6 +190,7 @@ class Reconciliation:
     async def _bring(self, events: Sequence[Event], found: Reconciled, *, dry_run: bool) -> None:
         # Nobody's log speaks for another merchant, nor for another adapter where the filter was not heeded.
         ours = [e for e in events if e.merchant == found.merchant and e.adapter_id in (None, self._adapter_id)]
+        ours.sort(key=lambda event: event.created_at)  # an order's own, in the order in which they happened
         notifications = [each for each in map(self._notification, ours) if each is not None]
         found.others += len(events) - len(notifications)
         # Under the one identity or the other: whether lastModified was too far ahead to count was seen by the clock of
