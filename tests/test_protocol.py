@@ -22,6 +22,7 @@ from adapter.callbacks.protocol import (
     MOST_WAITING,
     REFUSAL,
     GuardedProtocol,
+    _InOnePiece,
 )
 
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
@@ -236,3 +237,70 @@ def test_many_that_come_at_once_are_let_in_at_once() -> None:
                 return len(select.select(callers, [], [], 0)[0])
 
     assert uvloop.run(answered()) == 40
+
+
+# --- an answer in one piece -------------------------------------------------------------------------------------------
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
+
+
+class Pieces:
+    """A transport that remembers what went out, and in how many pieces."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def get_extra_info(self, name: str) -> str:
+        return f"the {name} of the connection"
+
+
+def through(wire: Pieces) -> Any:
+    return _InOnePiece(wire)  # type: ignore[arg-type]
+
+
+def test_head_and_body_go_out_together() -> None:
+    wire = Pieces()
+    transport = through(wire)
+
+    transport.write(ANSWER)
+    transport.write(b"[]")
+    transport.end()
+    transport.write(ANSWER)
+    transport.write(b"")
+
+    assert wire.pieces == [ANSWER + b"[]", ANSWER]
+
+
+@pytest.mark.parametrize("ends", ["end", "close"])
+def test_a_head_without_a_body_goes_out_at_the_end(ends: str) -> None:
+    wire = Pieces()
+    transport = through(wire)
+
+    transport.write(ANSWER)
+    getattr(transport, ends)()
+
+    assert wire.pieces == [ANSWER]
+    assert wire.closed == (ends == "close")
+
+
+@pytest.mark.parametrize("data", [b"HTTP/1.1 100 Continue\r\n\r\n", REFUSAL, b"0\r\n\r\n", b"anything"])
+def test_what_is_no_head_or_is_waited_for_goes_out_at_once(data: bytes) -> None:
+    wire = Pieces()
+
+    through(wire).write(data)
+
+    assert wire.pieces == [data]
+
+
+def test_everything_else_is_asked_of_the_connection() -> None:
+    assert through(Pieces()).get_extra_info("peername") == "the peername of the connection"
