@@ -21,6 +21,11 @@ from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, 
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
 STATUS_SCOPE = "/state/currentStatus"
+# Of an order (checkout protocol, section 2). A scope inside one is not supported by Norce either (section 5.1).
+ARRAYS = (
+    "/payments", "/shippings", "/consents", "/validations", "/hooks", "/notifications",
+    "/cart/items", "/cart/discounts", "/state/transitions",
+)  # fmt: skip
 
 Handler = NotificationHandler[Any] | ValidationHandler[Any] | HookHandler[Any]
 KINDS: dict[str, type[Handler]] = {
@@ -216,6 +221,9 @@ class _Builder:
     def _compiled(
         self, path: str, each: configuration.NotificationCallback | configuration.When
     ) -> CompiledCondition | None:
+        if any(each.scope.startswith(f"{array}/") for array in ARRAYS):
+            remedy = 'leads into an array, where no condition looks; take the array, and a schema with "contains"'
+            self._warnings.append(self._config.problem(f"{path}.scope", remedy))
         try:
             return Condition(each.scope, each.schema).compile()
         except ConditionInvalid as error:

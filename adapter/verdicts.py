@@ -461,7 +461,7 @@ def _no_answer(
     route: Route, why: str, *, began: float, ended: float | None = None, error: BaseException | None = None
 ) -> Verdict:
     approves, is_hook = route.no_answer == "approve", route.callback.kind == "hook"
-    words = ("not-answered", f"{route.name} could not be decided in time; please try again.")
+    words = ("not-answered", "This could not be checked in time; please try again.")
     return Verdict(
         route=route,
         decided=("accept" if approves else "refuse") if is_hook else ("approve" if approves else "reject"),

@@ -465,3 +465,16 @@ def test_a_callback_on_a_passing_state_is_warned_of_too(tmp_path: Path) -> None:
 )
 def test_other_conditions_are_not_warned_of(tmp_path: Path, members: dict[str, str]) -> None:
     assert made(tmp_path, export(**members)).warnings == ()
+
+
+@pytest.mark.parametrize("scope", ["/payments/0/state", "/cart/items/0", "/shippings/state"])
+def test_a_scope_inside_an_array_is_warned_of(tmp_path: Path, scope: str) -> None:
+    [warning] = made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings
+
+    assert warning.path == "routes.export.when.scope"
+    assert "contains" in warning.message
+
+
+@pytest.mark.parametrize("scope", ["/payments", "/cart/items", "/paymentsOfOthers/0"])
+def test_an_array_itself_is_not(tmp_path: Path, scope: str) -> None:
+    assert made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings == ()
