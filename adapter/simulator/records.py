@@ -34,6 +34,7 @@ class Records:
         self._file = None if path is None else self._open(path)
 
     def _open(self, path: Path) -> sqlite3.Connection:
+        file = None
         try:
             path.touch(mode=0o600)  # orders may be of real people
             file = sqlite3.connect(path, isolation_level=None)
@@ -45,6 +46,8 @@ class Records:
             for kind, key, value in file.execute("SELECT kind, key, value FROM records ORDER BY rowid"):
                 getattr(self, kind)[key] = msgspec.json.decode(value)
         except (OSError, sqlite3.Error) as error:
+            if file is not None:
+                file.close()
             raise StoreUnusable(f"{path}: {error}") from error
         return file
 
