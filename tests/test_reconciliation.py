@@ -215,7 +215,7 @@ def test_a_dry_run_says_what_is_missing_and_changes_nothing(house: House) -> Non
 
 
 @pytest.mark.parametrize("order", ["newest", "oldest"])
-@pytest.mark.parametrize("skew", [-600.0, 0.0, 600.0])
+@pytest.mark.parametrize("skew", [-600.0, 600.0])
 def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
     tmp_path: Path, store_url: str, order: str, skew: float
 ) -> None:
@@ -232,8 +232,8 @@ def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
 
         assert found.missed == A_PAGE + 15
         assert house.reconciled().missed == 0
-        # Where Norce's clock is ahead (a little, where it only ticks), it begins where ours was: more is read again.
-        assert pages <= (9 if skew >= 0 else 5)
+        # Where Norce's clock is ahead, it begins where ours was: more is read again.
+        assert pages <= (9 if skew > 0 else 5)
         assert len({order_id for order_id, _, _ in house.stored()}) == 7 * A_PAGE // 5 + 3
 
 
