@@ -6,9 +6,7 @@ answer is held against it.
 """
 
 import asyncio
-import contextlib
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,18 @@ import schemathesis
 from ruamel.yaml import YAML
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
+from simulators import Served
 from starlette.routing import Route
+from test_cli import Serving
 
 from adapter import app
 from adapter import config as configuration
-from adapter.app import CALLBACK_PATH, running
+from adapter.app import CALLBACK_PATH
 from adapter.callbacks import endpoints, protocol
 from adapter.callbacks.senders import signature
 from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.norce.registration import Registered
 from adapter.public import DESCRIPTION_PATH, REGISTRATIONS_PATH, SCHEMA_PATH, Registrations, openapi, routes
-from adapter.routes import build
-from adapter.simulator import Simulator
 
 DESCRIPTION: dict[str, Any] = YAML(typ="safe", pure=True).load(openapi())
 # Every address of the public port. A callback's takes any method at first: which one, its kind decides.
@@ -184,45 +182,18 @@ def test_callbacks_are_answered_with_the_statuses_and_codes_that_are_described()
 # --- what is answered -------------------------------------------------------------------------------------------------
 
 
-class Serving:
-    """The service on loopback, in a thread of its own, and a Norce that has one order."""
+class Service(Serving):
+    """The service on loopback, in a thread of its own, and a Norce in another that has one order."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._up = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="service")
-        self._thread.start()
-        assert self._up.wait(30)
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._serve())
-        finally:
-            self._up.set()
-            self._loop.close()
-
-    async def _serve(self) -> None:
-        async with contextlib.AsyncExitStack() as stack:
-            norce = await stack.enter_async_context(Simulator(token=ENVIRON["TOKEN"]))
-            listening = app.listen("127.0.0.1", 0)
-            await stack.enter_async_context(app.served(norce.app, listening))
-            config = loaded(self._folder, "http://{}:{}/checkout".format(*listening.getsockname()))
-            service = await stack.enter_async_context(running(config, build(config)))
-            async with httpx.AsyncClient(trust_env=False) as http:
-                url = f"{config.norce.base_url}/order/api/v0/checkout/orders"
-                headers = {"authorization": f"Bearer {ENVIRON['TOKEN']}", "x-merchant": "norce", "x-channel": "1"}
-                created = await http.post(url, headers=headers, json={"currency": "SEK"})
-            self.order_id = created.raise_for_status().json()["id"]
-            self.address = service.public_address
-            self._up.set()
-            await self._stop.wait()
+        self.norce = Served(ENVIRON["TOKEN"])
+        loaded(folder, self.norce.url)
+        super().__init__(folder / "config.yaml", ENVIRON)
+        self.order_id = self.norce.ask("create_order", {"currency": "SEK"})["id"]
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        assert not self._thread.is_alive()
+        super().close()
+        self.norce.close()
 
 
 def asked(asgi: Any, method: str, url: str, headers: dict[str, str]) -> httpx.Response:
@@ -234,8 +205,8 @@ def asked(asgi: Any, method: str, url: str, headers: dict[str, str]) -> httpx.Re
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
-    serving = Serving(tmp_path_factory.mktemp("openapi"))
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    serving = Service(tmp_path_factory.mktemp("openapi"))
     yield serving
     serving.close()
 
@@ -251,7 +222,7 @@ CHECKS = [
 ABOUT_CONTENT = [openapi_checks.content_type_conformance, openapi_checks.response_schema_conformance]
 
 
-def answered(case: Any, service: Serving) -> Any:
+def answered(case: Any, service: Service) -> Any:
     """The answer, which is as described."""
     response = case.call(base_url=service.address)
     excluded = []
@@ -287,7 +258,7 @@ def by_token(case: Any) -> None:
 SHOP = {"x-merchant": "norce", "x-channel": "1"}
 
 
-def case_of(service: Serving, method: str, path: str, callback: str, **given: Any) -> Any:
+def case_of(service: Service, method: str, path: str, callback: str, **given: Any) -> Any:
     """A request about the order that there is."""
     body = given.pop("body", None)
     content = {} if body is None else {"body": body, "media_type": "application/json"}
@@ -336,7 +307,7 @@ CALLS = {
 
 @pytest.mark.parametrize(("method", "callback", "caller", "given", "status"), CALLS.values(), ids=CALLS)
 def test_a_callback_is_answered_as_described(
-    service: Serving,
+    service: Service,
     method: str,
     callback: str,
     caller: Callable[[Any], None] | None,
@@ -350,7 +321,7 @@ def test_a_callback_is_answered_as_described(
     assert answered(case, service).status_code == status
 
 
-def test_callbacks_are_registered_and_removed_as_described(service: Serving) -> None:
+def test_callbacks_are_registered_and_removed_as_described(service: Service) -> None:
     def sent(method: str, caller: Callable[[Any], None] = by_token, **given: Any) -> Any:
         case = case_of(service, method, REGISTRATIONS_PATH, "", **given)
         caller(case)
@@ -401,7 +372,7 @@ def test_registrations_are_refused_with_the_statuses_and_codes_that_are_describe
 
 
 @SCHEMA.include(path=list(SERVED)).parametrize()
-def test_who_shows_no_secret_is_answered_as_described(case: Any, service: Serving) -> None:
+def test_who_shows_no_secret_is_answered_as_described(case: Any, service: Service) -> None:
     answer = answered(case, service)
 
     if DESCRIPTION["paths"][case.operation.path][case.operation.method]["security"]:
@@ -420,7 +391,7 @@ def test_who_shows_no_secret_is_answered_as_described(case: Any, service: Servin
 )
 @SCHEMA.include(path=CALLBACK_PATH).parametrize()
 def test_a_known_caller_is_answered_as_described(
-    case: Any, service: Serving, caller: Callable[[Any], None], callback: str
+    case: Any, service: Service, caller: Callable[[Any], None], callback: str
 ) -> None:
     if callback:
         case.path_parameters["callback"] = callback
@@ -434,7 +405,7 @@ def test_a_known_caller_is_answered_as_described(
 @pytest.mark.parametrize(("caller", "is_known"), [(by_token, True), (by_header, False)])
 @SCHEMA.include(path=REGISTRATIONS_PATH).parametrize()
 def test_a_merchants_system_is_answered_as_described(
-    case: Any, service: Serving, caller: Callable[[Any], None], is_known: bool
+    case: Any, service: Service, caller: Callable[[Any], None], is_known: bool
 ) -> None:
     if is_known:
         case.path_parameters["order_id"] = service.order_id
