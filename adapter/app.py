@@ -355,6 +355,7 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
         merchants=channels(config),
         adapter_id=config.adapter.id,
         overlap=config.reconciliation.overlap,
+        remembered=config.store.retention.rows,
         metrics=metrics,
         clock=store.clock,
     )

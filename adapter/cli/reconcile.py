@@ -40,10 +40,9 @@ COLUMNS = ("merchant", "events", "received", "missed", "others")
 
 
 class _Line(Reconciled, kw_only=True):
-    """A line of what the service tells: how far it is, or why it went no further."""
+    """A line of what the service tells: how far it is with a merchant, or at the end why it is not done."""
 
     merchant: str = ""
-    error: str | None = None
 
 
 @click.command()
@@ -110,16 +109,18 @@ async def _lines(config: Config, routes: Routes, asked: Reconciling) -> AsyncIte
     """What the running service tells, line by line; where none runs, what we find ourselves."""
     authority, headers = operations_port(config)
     url = f"http://{authority}/commands/reconcile"
+    # A line comes after each page, and before a merchant's first one Norce is asked twice.
+    patience = 60.0 + 2 * config.norce.timeout.total_seconds()
     try:
         async with (
-            httpx.AsyncClient(trust_env=False, timeout=httpx.Timeout(60.0)) as http,
+            httpx.AsyncClient(trust_env=False, timeout=patience) as http,
             http.stream("POST", url, content=msgspec.json.encode(asked), headers=headers) as answer,
         ):
             if answer.status_code != 200:
                 check_done(authority, answer.status_code, msgspec.json.decode(await answer.aread()))
             async for line in answer.aiter_lines():
                 told = msgspec.json.decode(line, type=_Line)
-                yield told if told.error is None else told.error
+                yield told if told.merchant else told.error or "it ended early"
             return
     except httpx.ConnectError:
         pass

@@ -34,9 +34,9 @@ class Marks:
         await self._store.write(self._set, (name, value, LARGEST))
 
     async def has_turn(self, name: str, every: int) -> bool:
-        """Whether it is due and nobody else has it; the next is due `every` milliseconds from now."""
+        """Whether it is due and nobody else has it: the last one began, or went on, `every` milliseconds ago."""
         now = self._clock()
-        return await self._store.write(self._set, (name, now + every, now))
+        return await self._store.write(self._set, (name, now, now - every))
 
     # --- in the writer's thread, inside its transaction ---
 

@@ -25,7 +25,7 @@ from adapter.orders import NotAnOrder, Order, read_order
 from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
-LARGEST_ORDER_BYTES = 4 * 1024 * 1024
+LARGEST_ORDER_BYTES = 4 * 1024 * 1024  # and whatever else is not a list
 LARGEST_ANSWER_BYTES = 64 * 1024 * 1024  # a page of a hundred orders
 # Of one merchant, so that one whose Norce is silent takes nobody else's place. Not left to the client's own pool: that
 # looks at every request that waits whenever one ends, and kept the event loop for 15 s while 300 of them waited.
@@ -70,6 +70,10 @@ class NorceUnavailable(NorceError):
     def __init__(self, message: str, after: timedelta | None = None, code: str | None = None) -> None:
         super().__init__(message, code)
         self.after = after
+
+
+class NorceTooLarge(NorceUnavailable):
+    """An answer was broken off, for it went on beyond what such an answer has. A smaller page may help."""
 
 
 class NorceUnclear(NorceUnavailable):
@@ -158,8 +162,6 @@ class Norce:
             raise OrderNotFound("Norce has no such order", error.code) from error
         except NorceRejected as error:  # neither that it is there, nor that it is not
             raise NorceUnavailable(str(error), code=error.code) from error
-        if len(content) > LARGEST_ORDER_BYTES:
-            raise NorceUnavailable("Norce's answer is larger than 4 MiB")
         try:
             order = read_order(content)
         except NotAnOrder as error:
@@ -237,6 +239,7 @@ class Norce:
             headers[ADAPTER_ID] = self._adapter_id
         if operation.body is not None:
             headers["content-type"] = "application/json"
+        most = LARGEST_ANSWER_BYTES if name.startswith("list_") else LARGEST_ORDER_BYTES
         seconds = min(within or self._timeout, self._timeout).total_seconds()
         sent = False
         try:
@@ -244,7 +247,7 @@ class Norce:
                 for number, token in enumerate(account.tokens, 1):
                     headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
                     sent = True
-                    answer = await self._sent(request | {"headers": headers})
+                    answer = await self._sent(request | {"headers": headers}, most)
                     self._used(merchant, number, answer.status_code)
                     if answer.status_code not in (401, 403):
                         break
@@ -252,25 +255,28 @@ class Norce:
             went_out = sent and operation.method != "GET" and not isinstance(error, NEVER_SENT)
             kind = NorceUnclear if went_out else NorceUnavailable
             raise kind(f"no answer from Norce: {type(error).__name__}") from error
+        except _TooLarge as error:
+            kind = NorceTooLarge if operation.method == "GET" else NorceUnclear
+            raise kind(f"Norce's answer is larger than {most // 2**20} MiB") from error
         return _content(answer, operation)
 
-    async def _sent(self, request: dict[str, Any]) -> httpx.Response:
-        """Tried once more where nothing can have been done by the first try. Raises `httpx.HTTPError`."""
+    async def _sent(self, request: dict[str, Any], most: int) -> httpx.Response:
+        """Tried once more where nothing can have been done by the first try. Raises `httpx.HTTPError`, `_TooLarge`."""
         try:
-            return await self._once(request)
+            return await self._once(request, most)
         except httpx.TransportError as error:
             if request["method"] != "GET" and not isinstance(error, NEVER_SENT):
                 raise
-            return await self._once(request)
+            return await self._once(request, most)
 
-    async def _once(self, request: dict[str, Any]) -> httpx.Response:
+    async def _once(self, request: dict[str, Any], most: int) -> httpx.Response:
         """An answer that goes on beyond what anything of Norce's has is broken off, and counts as none."""
         async with self._client.stream(**request, timeout=self._timeout.total_seconds()) as answer:
             chunks, size = [], 0
             async for chunk in answer.aiter_bytes():
                 size += len(chunk)
-                if size > LARGEST_ANSWER_BYTES:
-                    raise httpx.DecodingError("the answer is too large")
+                if size > most:
+                    raise _TooLarge
                 chunks.append(chunk)
         return httpx.Response(answer.status_code, headers=_plain(answer.headers), content=b"".join(chunks))
 
@@ -315,6 +321,10 @@ class HandlerOrders:
             return _decoded(content, Any) if content else None
         except NorceError as error:
             raise _outcome(error, method) from error
+
+
+class _TooLarge(Exception):
+    """More bytes than are read of such an answer."""
 
 
 def base_url(environment: str, slug: str) -> str:

@@ -7,7 +7,8 @@ intake as a callback, where its identity makes it once, whoever is first. Nothin
 What one would get wrong: the log cannot be asked for a time, its order is documented nowhere, and its clock is not
 ours. So it is read from its newest end, whichever that turns out to be, until a whole page is older than what was seen
 the last time and some more; and where it is in no order, all of it is read. How far it was read is a moment of Norce's
-clock, and never later than ours: a clock of theirs that runs ahead and is set back hides nothing.
+clock, and never later than ours: a clock of theirs that runs ahead and is set back hides nothing. And what is older
+than the ledger's memory is nobody's to bring: whether it came cannot be known any more.
 
 Facts: checkout protocol, sections 8.3 and 8.4.
 """
@@ -26,7 +27,7 @@ from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.ledger.inbox import Received
 from adapter.ledger.marks import Marks
 from adapter.metrics import Metrics
-from adapter.norce.client import Event, Norce, NorceError, Page
+from adapter.norce.client import Event, Norce, NorceError, NorceTooLarge, Page
 from adapter.routes import Callback
 
 log = structlog.get_logger(__name__)
@@ -36,6 +37,7 @@ MOST_PAGES = 100_000
 TURN = "reconciliation"
 WATERMARK, FLOOR = "reconciled", "reconciled since"
 STILL_ON_ITS_WAY = timedelta(minutes=1)
+CLOCKS_APART = timedelta(hours=1)  # at most, where an event is as old as what the ledger forgets
 
 
 class Reconciled(msgspec.Struct, kw_only=True):
@@ -43,7 +45,7 @@ class Reconciled(msgspec.Struct, kw_only=True):
     What one merchant's log showed so far. Of the `events`, `received` are those that we have; `missed` are those that
     we had not, brought now unless it was a dry run; `others` nobody wants any more: their callback or channel is not
     configured, or no order is in them; and `young` ones may be on their way yet, and are left for the next time.
-    `total` is how many events there are, where Norce says so.
+    `total` is how many events there are, where Norce says so; `error` is why the log was not read to its end.
     """
 
     merchant: str
@@ -54,11 +56,13 @@ class Reconciled(msgspec.Struct, kw_only=True):
     young: int = 0
     total: int | None = None
     done: bool = False
+    error: str | None = None
 
 
 class Reconciliation:
     """
-    `clock` is the ledger's, in milliseconds. `overlap` is how far before the newest event of the last time it begins.
+    `clock` is the ledger's, in milliseconds. `overlap` is how far before the newest event of the last time it begins;
+    `remembered` is how long the ledger knows what it has had.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Reconciliation:
         merchants: Merchants,
         adapter_id: str,
         overlap: timedelta,
+        remembered: timedelta,
         metrics: Metrics,
         clock: Callable[[], int],
     ) -> None:
@@ -79,8 +84,10 @@ class Reconciliation:
         self._merchants = merchants
         self._adapter_id = adapter_id
         self._overlap = overlap
+        self._remembered = remembered - CLOCKS_APART
         self._metrics = metrics
         self._clock = clock
+        self._has_begun = False
 
     async def run(
         self, *, since: datetime | None = None, dry_run: bool = False, spared: timedelta = timedelta(0)
@@ -90,37 +97,41 @@ class Reconciliation:
 
         `since` is in place of how far it was read the last time; what is younger than `spared` is left for the next. A
         merchant whose log cannot be read to its end is read again from where this time began; the others go on, and
-        then the first error is raised. Raises `NorceError`, and `StoreUnavailable` at once.
+        then all the errors are raised as one. Raises `NorceError`, and `StoreUnavailable` at once.
         """
-        failed: NorceError | None = None
+        failed = []
         for merchant in self._merchants:
+            found = Reconciled(merchant=merchant)
             try:
-                async for reconciled in self._of(merchant, since, dry_run=dry_run, spared=spared):
-                    yield reconciled
+                async for found in self._of(merchant, since, dry_run=dry_run, spared=spared):
+                    yield found
                 self._metrics.reconciliations.labels(merchant, "done").inc()
             except NorceError as error:
                 self._metrics.reconciliations.labels(merchant, "failed").inc()
                 log.warning("reconciliation_failed", merchant=merchant, error_type=type(error).__name__)
-                failed = failed or error
-        if failed is not None:
-            raise failed
+                failed.append(f"{merchant}: {error}")
+                found.error = str(error)
+                yield found
+        if failed:
+            raise NorceError("; ".join(failed))
 
     async def in_turn(self, every: timedelta) -> None:
         """
         A run, where it is due and no other node has it.
 
-        The first begins where it is: what was there before this ledger is left to a person who gives a time, for some
-        other ledger may have it. Raises `StoreUnavailable`.
+        A merchant's log begins when it is first asked, due or not: what was there before this ledger is left to a
+        person who gives a time, for some other ledger may have it. Raises `StoreUnavailable`.
         """
-        milliseconds = int(every.total_seconds() * 1000)
-        if not await self._marks.has_turn(TURN, milliseconds):
+        if not self._has_begun:
+            for merchant in self._merchants:
+                if await self._marks.value(f"{FLOOR} {merchant}") is None:
+                    await self._marks.put(f"{FLOOR} {merchant}", self._clock())
+            self._has_begun = True
+        if not await self._marks.has_turn(TURN, int(every.total_seconds() * 1000)):
             return
-        for merchant in self._merchants:
-            if await self._marks.value(f"{FLOOR} {merchant}") is None:
-                await self._marks.put(f"{FLOOR} {merchant}", self._clock())
         with contextlib.suppress(NorceError):  # it has been told
             async for _ in self.run(spared=STILL_ON_ITS_WAY):
-                await self._marks.put(TURN, self._clock() + milliseconds)  # still at it
+                await self._marks.put(TURN, self._clock())  # still at it
 
     async def _of(
         self, merchant: str, since: datetime | None, *, dry_run: bool, spared: timedelta
@@ -128,11 +139,13 @@ class Reconciliation:
         found = Reconciled(merchant=merchant)
         read_to = await self._marks.value(f"{WATERMARK} {merchant}")
         floor = await self._marks.value(f"{FLOOR} {merchant}")
+        oldest = _moment(self._clock()) - self._remembered
         if since is not None:
-            begins = since - self._overlap
+            begins = max(since, oldest + self._overlap) - self._overlap
         else:
             known = [_moment(read_to) - self._overlap] if read_to is not None else []
-            begins = max([*known, _moment(floor or 0)])
+            begins = max([*known, _moment(floor or 0), oldest])
+        reached = floor if read_to is None else read_to
         before = _moment(self._clock()) - spared
         newest = read_to or 0
         async for page in self._newest_first(merchant, begins):
@@ -145,8 +158,8 @@ class Reconciliation:
             found.young += len(events) - len(old)
             newest = max([newest, *(_milliseconds(event.created_at) for event in events)])
             yield found
-        if newest and not dry_run:
-            # Not past what is left for the next time, nor past our own clock.
+        if newest and not dry_run and (reached is None or begins <= max(_moment(reached), oldest)):
+            # Not past a gap that a late `since` leaves, nor past what is left for the next time, nor our own clock.
             await self._marks.put(f"{WATERMARK} {merchant}", min(newest, _milliseconds(before)))
         found.done = True
         log.info("reconciled", merchant=merchant, events=found.events, missed=found.missed, others=found.others)
@@ -154,9 +167,10 @@ class Reconciliation:
 
     async def _newest_first(self, merchant: str, begins: datetime) -> AsyncIterator[Page[Event]]:
         """The pages, until one is older than that."""
-        first = last = await self._norce.events(merchant, limit=A_PAGE)
+        events = _Log(self._norce, merchant)
+        first = last = await events.after(0)
         if first.total is not None and first.total > first.count > 0:
-            last = await self._norce.events(merchant, offset=max(first.total - A_PAGE, 0), limit=A_PAGE)
+            last = await events.before(first.total)
         # Where new ones come at the end, it is read from there. What falls out at the front meanwhile moves the rest
         # towards what is read next, and what comes in at the front is seen twice: nothing is passed by.
         backwards = _newest(last) > _newest(first)
@@ -168,20 +182,22 @@ class Reconciliation:
             if page.items and _newest(page) < begins and self._gets_older(page, backwards=backwards):
                 return
             if backwards:
-                limit = min(A_PAGE, page.offset)
-                if limit == 0:
+                if page.offset == 0:
                     return
-                page = await self._norce.events(merchant, offset=page.offset - limit, limit=limit)
+                page = await events.before(page.offset)
             else:
                 offset = page.offset + page.count
                 if page.total is not None and offset >= page.total:
                     return
-                page = await self._norce.events(merchant, offset=offset, limit=A_PAGE)
+                page = await events.after(offset)
 
     def _gets_older(self, page: Page[Event], *, backwards: bool) -> bool:
         """Whether a page is in order, but for what was written late; in no order at all, older is no reason to stop."""
+        events = page.items[::-1] if backwards else page.items
+        if events[0].created_at <= events[-1].created_at:  # the other way about, or nobody can say
+            return False
         oldest = datetime.max.replace(tzinfo=UTC) - self._overlap
-        for event in reversed(page.items) if backwards else page.items:
+        for event in events:
             if event.created_at > oldest + self._overlap:
                 return False
             oldest = min(oldest, event.created_at)
@@ -239,14 +255,49 @@ class Reconciliation:
 
     def _callback(self, event: Event) -> Callback | None:
         """By the reference that we register with, or else by the address."""
-        with contextlib.suppress(msgspec.DecodeError):
-            payload = msgspec.json.decode(event.payload, type=_Payload)
-            address = payload.notification.invoke or ""
-            for name in (event.reference, payload.notification.reference, _last_step(address)):
-                callback = self._intake.routes.callbacks.get(name or "")
-                if callback is not None and callback.kind == "notification":
-                    return callback
+        for name in (event.reference, *_named_in(event.payload)):
+            callback = self._intake.routes.callbacks.get(name or "")
+            if callback is not None and callback.kind == "notification":
+                return callback
         return None
+
+
+class _Log:
+    """One merchant's events, in pages that are as large as Norce and memory allow."""
+
+    def __init__(self, norce: Norce, merchant: str) -> None:
+        self._norce = norce
+        self._merchant = merchant
+        self._size = A_PAGE
+
+    async def after(self, offset: int) -> Page[Event]:
+        """The page that begins there."""
+        while True:
+            page = await self._read(offset, self._size)
+            if page is not None:
+                return page
+
+    async def before(self, end: int) -> Page[Event]:
+        """The page that ends there. Norce may give fewer than it is asked for, and those from the wrong end."""
+        while True:
+            offset = max(end - self._size, 0)
+            page = await self._read(offset, end - offset)
+            if page is None:
+                continue
+            missing = min(end, end if page.total is None else page.total) - offset - page.count
+            if not page.count or missing <= 0:
+                return page
+            self._size = page.count
+
+    async def _read(self, offset: int, limit: int) -> Page[Event] | None:
+        """None where it is to be tried again with a smaller size."""
+        try:
+            return await self._norce.events(self._merchant, offset=offset, limit=limit)
+        except NorceTooLarge:
+            if limit == 1:
+                raise
+            self._size = max(limit // 2, 1)
+            return None
 
 
 class _Registered(msgspec.Struct):
@@ -256,6 +307,15 @@ class _Registered(msgspec.Struct):
 
 class _Payload(msgspec.Struct):
     notification: _Registered
+
+
+def _named_in(payload: bytes | msgspec.Raw) -> tuple[str | None, ...]:
+    """What may be the name of a callback in an event's payload."""
+    try:
+        registered = msgspec.json.decode(payload, type=_Payload).notification
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ()
+    return registered.reference, _last_step(registered.invoke or "")
 
 
 def _last_step(address: str) -> str:
