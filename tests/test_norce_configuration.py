@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +51,9 @@ TREE: dict[str, Any] = {
 }
 
 
+BEGUN, GO_ON = threading.Event(), threading.Event()
+
+
 class Limits(Settings, frozen=True, kw_only=True):
     url: Url
     password: Secret
@@ -59,6 +63,11 @@ class Limits(Settings, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.most == 13:
             raise ValueError("canary-13 brings bad luck")
+        if self.most == 14:
+            raise KeyError("canary: a mistake of the handler's author")
+        if self.most == 15:
+            BEGUN.set()
+            GO_ON.wait(timeout=10)
 
 
 class Limit(ValidationHandler[Limits]):
@@ -251,6 +260,48 @@ def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
         ("configuration_unreadable", "1"),
         ("configuration_unreadable", "2"),
     ]
+
+
+def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothing(house: House) -> None:
+    house.put(document({"most": 14}))
+    house.put(document({"most": 4}), channel="2")
+
+    with capture_logs() as told:
+        house.refresh()
+
+    assert (house.limits().most, house.limits("2").most) == (5, 4)
+    assert house.value("configuration_valid", *SHOP) == 0
+    assert "canary" not in json.dumps(told)
+
+
+def test_of_a_document_with_many_mistakes_a_few_are_told(house: House) -> None:
+    house.put(document({"names": {"k" * 1000 + str(number): 1 for number in range(100)}}))
+
+    with capture_logs() as told:
+        house.refresh()
+
+    [line] = told
+    assert len(json.dumps(line)) < 3000
+
+
+def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_end_is_checked_again(
+    house: House,
+) -> None:
+    house.put(document({"most": 15}))
+
+    async def broken_off() -> None:
+        checking = asyncio.create_task(house.documents.refresh())
+        await asyncio.to_thread(BEGUN.wait)  # the loop is free meanwhile
+        checking.cancel()
+        GO_ON.set()
+        await asyncio.wait([checking])
+
+    house.loop.run(broken_off())
+    assert house.limits().most == 5
+
+    house.refresh()
+
+    assert house.limits().most == 15
 
 
 def test_what_is_no_json_is_wrong(house: House) -> None:

@@ -12,6 +12,7 @@ Facts: checkout protocol, sections 8.2 and 9. Every holder of the merchant's tok
 """
 
 import asyncio
+import itertools
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -30,10 +31,12 @@ from adapter.routes import Routes
 log = structlog.get_logger(__name__)
 
 AT_ONCE = 8
-LARGEST_DOCUMENT_BYTES = 1024 * 1024
+LARGEST_DOCUMENT_BYTES = 128 * 1024  # hundreds of rules; a hostile one of that size takes some seconds to check
 MOST_PLACES = 10  # that are told of one document
+LONGEST_PLACE = 200
 
 Shop = tuple[str, str]
+Said = tuple[dict[str, Settings], bool]  # the settings of every route, and whether we are active
 
 
 class Documents:
@@ -60,6 +63,7 @@ class Documents:
         self._validator = Draft202012Validator(schema)
         self._metrics = metrics
         self._changed = changed
+        self._one_at_a_time = asyncio.Lock()
         self._read: dict[Shop, bytes | None] = {}  # what was decided on the last time, good or not
         self._unreadable: set[Shop] = set()
 
@@ -101,15 +105,29 @@ class Documents:
         self._unreadable.discard(shop)
         if shop in self._read and self._read[shop] == content:
             return
+        async with self._one_at_a_time:  # in a thread, for it may be large: nobody who is answered waits for it
+            read = await asyncio.to_thread(self._settings, merchant, channel, content)
         self._read[shop] = content
-        wrong = self._take(merchant, channel, content)
+        wrong = read if isinstance(read, list) else []
+        if not isinstance(read, list):
+            settings, active = read
+            self._take(merchant, channel, settings, active=active)
+            if content is not None:
+                log.info("configuration_taken", merchant=merchant, channel=channel)
         self._metrics.configuration.labels(merchant, channel, "refused" if wrong else "taken").inc()
         self._metrics.configuration_valid.labels(merchant, channel).set(not wrong)
         if wrong:
-            log.error("configuration_refused", merchant=merchant, channel=channel, places=wrong[:MOST_PLACES])
+            log.error("configuration_refused", merchant=merchant, channel=channel, places=wrong)
 
-    def _take(self, merchant: str, channel: str, content: bytes | None) -> list[str]:
-        """Has it hold from now on; or else the places where it is wrong, and nothing is changed."""
+    def _settings(self, merchant: str, channel: str, content: bytes | None) -> Said | list[str]:
+        """What is so by this document; or else places where it is wrong."""
+        try:
+            return self._checked(merchant, channel, content)
+        except Exception as error:  # noqa: BLE001 - a mistake in a handler's own types must not end all other documents
+            log.error("configuration_broke", merchant=merchant, channel=channel, error_type=type(error).__name__)
+            return ["$"]
+
+    def _checked(self, merchant: str, channel: str, content: bytes | None) -> Said | list[str]:
         document: Any = {}
         if content is not None:
             if len(content) > LARGEST_DOCUMENT_BYTES:
@@ -118,7 +136,8 @@ class Documents:
                 document = msgspec.json.decode(content)
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
                 return ["$"]
-            if wrong := sorted({error.json_path for error in self._validator.iter_errors(document)}):
+            errors = itertools.islice(self._validator.iter_errors(document), MOST_PLACES)
+            if wrong := sorted({error.json_path[:LONGEST_PLACE] for error in errors}):
                 return wrong
         settings: dict[str, Settings] = {}
         for route in self._routes.all:
@@ -126,15 +145,16 @@ class Documents:
             tree, paths = self._config.settings(route.name, merchant, channel)
             read = read_settings(self._config, type(route.settings[merchant, channel]), merged(tree, theirs), paths)
             if isinstance(read, tuple):
-                return sorted(f"$.routes.{route.name}.settings" for _ in read[:1])
+                return [f"$.routes.{route.name}.settings"]
             settings[route.name] = read
+        return settings, document.get("active", True)
+
+    def _take(self, merchant: str, channel: str, settings: Mapping[str, Settings], *, active: bool) -> None:
+        """Has it hold from now on."""
         for route in self._routes.all:
             route.settings[merchant, channel] = settings[route.name]
-        self._switch(merchant, channel, active=document.get("active", True))
-        if content is not None:
-            log.info("configuration_taken", merchant=merchant, channel=channel)
+        self._switch(merchant, channel, active=active)
         self._changed()
-        return []
 
     def _switch(self, merchant: str, channel: str, *, active: bool) -> None:
         was_off = (merchant, channel) in self.switched_off
