@@ -8,6 +8,7 @@ Facts: checkout protocol, sections 1.3 and 10.
 
 import asyncio
 import hmac
+from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Mapping
 from importlib.resources import files
 from typing import Any
@@ -30,8 +31,8 @@ REGISTRATIONS_PATH = "/api/v1/orders/{order_id}/registrations"
 SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
 DESCRIPTION_PATH = "/docs/v1/openapi.yaml"
 LATER = {"retry-after": "5"}
-# Each is several requests to Norce, by whom shoppers are answered too: a shop that registers all its orders at once
-# takes a quarter of those that a merchant may have at a time.
+# Of one merchant. Each is several requests to Norce, by whom shoppers are answered too: a shop that registers all its
+# orders at once takes a quarter of those that a merchant may have at a time, and no other merchant's place.
 AT_ONCE = 16
 MOST_WAITING = 200
 
@@ -56,8 +57,13 @@ class Registrations:
         self._registrar = registrar
         self._senders = Senders(config.senders)
         self._switched_off = switched_off
-        self._at_once = asyncio.Semaphore(AT_ONCE)
-        self.waiting = 0  # that wait for Norce, and take nobody's time
+        self._at_once = {merchant: asyncio.Semaphore(AT_ONCE) for merchant in config.merchants}
+        self._waiting = Counter[str]()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for Norce, and take nobody's time."""
+        return self._waiting.total()
 
     async def __call__(self, request: Request) -> Response:
         order_id = request.path_params["order_id"]
@@ -75,14 +81,14 @@ class Registrations:
         return JSONResponse(msgspec.to_builtins(done))
 
     async def _in_turn(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
-        if self.waiting >= MOST_WAITING:
+        if self._waiting[merchant] >= MOST_WAITING:
             raise _Refused(503, "overloaded", "Too many registrations wait for Norce. Please send it again.", LATER)
-        self.waiting += 1
+        self._waiting[merchant] += 1
         try:
-            async with self._at_once:
+            async with self._at_once[merchant]:
                 return await self._do(method, merchant, channel, order_id)
         finally:
-            self.waiting -= 1
+            self._waiting[merchant] -= 1
 
     async def _do(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
         try:

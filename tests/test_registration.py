@@ -57,15 +57,24 @@ class Valid(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
 
+class Twice(Valid):
+    """Somebody else takes away the same, a moment before."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.method == "DELETE":
+            await super().handle_async_request(request)
+        return await super().handle_async_request(request)
+
+
 @contextmanager
-def opened(norce: Shop, version: str = "v0") -> Iterator[Norce]:
+def opened(norce: Shop, version: str = "v0", transport: httpx.AsyncBaseTransport | None = None) -> Iterator[Norce]:
     account = Account(base_url="http://norce/checkout", tokens=(Secret(TOKEN),))
     client = Norce(
         {"norce": account},
         adapter_id="our_adapter",
         timeout=timedelta(seconds=5),
         version=version,
-        transport=Valid(norce.simulator),
+        transport=transport or Valid(norce.simulator),
     )
     try:
         yield client
@@ -174,6 +183,18 @@ def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
 
         assert registered(norce, config, order_id) == Registered(removed=("order-status",), kept=OURS)
         assert len(ours_on(norce, order_id)["notifications"]) == 1
+
+
+def test_two_who_take_the_same_away_are_both_done(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    with shop() as norce, opened(norce, transport=Twice(norce.simulator)) as client:
+        order_id = norce.create()
+        registered(norce, config, order_id)
+
+        done = norce.loop.run(Registrar(config, client).deregister("norce", "1", order_id))
+
+        assert done == Registered(removed=OURS)
+        assert ours_on(norce, order_id) == {"validations": [], "hooks": [], "notifications": []}
 
 
 def test_a_key_that_is_still_good_is_good_enough_and_a_retired_one_is_stale(tmp_path: Path) -> None:
@@ -404,6 +425,35 @@ def test_a_shop_that_registers_all_its_orders_at_once_leaves_norce_to_others(tmp
     assert most == AT_ONCE
     assert statuses == [200] * MOST_WAITING + [503] * 5
     assert left == 0
+
+
+def test_a_merchant_whose_norce_is_silent_takes_nobody_elses_place(tmp_path: Path) -> None:
+    class Silent:
+        def __init__(self) -> None:
+            self.never = asyncio.Event()
+
+        async def register(self, merchant: str, *_: str) -> Registered:
+            if merchant == "norce":
+                await self.never.wait()
+            return Registered()
+
+    async def crowd() -> int:
+        config = configured(tmp_path, merchants=TREE["merchants"] | {"other": TREE["merchants"]["norce"]})
+        registrations = Registrations(config, Silent(), ())  # type: ignore[arg-type]
+        app = Router(routes=routes(registrations, "our_adapter", {}))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+            url = "http://adapter/api/v1/orders/o/registrations"
+            waiting = [asyncio.create_task(http.post(url, headers=BEARER)) for _ in range(MOST_WAITING)]
+            while registrations.waiting < MOST_WAITING:  # noqa: ASYNC110 - until all of them have come in
+                await asyncio.sleep(0)
+            async with asyncio.timeout(5):
+                answer = await http.post(url, headers=BEARER | {"x-merchant": "other"})
+            for each in waiting:
+                each.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        return answer.status_code
+
+    assert asyncio.run(crowd()) == 200
 
 
 def test_nothing_is_registered_where_norce_has_switched_us_off_and_what_is_there_can_go(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from adapter.callbacks.senders import Senders
 from adapter.config import Callback, Config, HookCallback, NotificationCallback, UrlSecret, ValidationCallback
-from adapter.norce.client import Norce
+from adapter.norce.client import Norce, NorceRejected
 from adapter.norce.operations import V0
 
 # What they are called on an order, and the operations that add one and take one away, with the name of its id.
@@ -73,15 +73,15 @@ class Registrar:
         """Adds what is missing, and removes what is stale, doubled or signed with a key that is not good any more."""
         wanted = list(registrations(self._config, self._senders, merchant, channel, order_id))
         stored = await self._ours(merchant, channel, order_id)
-        kept: dict[str, str] = {}  # the id of each that stays, by its callback
+        kept: dict[str, tuple[str, Any]] = {}  # the kind and id of each that stays, by its callback
         for each in wanted:
-            meeting = (entry["id"] for kind, entry in stored if kind == each.kind and each.is_met_by(entry))
-            if (entry_id := next(meeting, None)) is not None:
-                kept[each.callback] = entry_id
+            meeting = ((kind, entry["id"]) for kind, entry in stored if kind == each.kind and each.is_met_by(entry))
+            if (stays := next(meeting, None)) is not None:
+                kept[each.callback] = stays
         missing = [each for each in wanted if each.callback not in kept]
         for each in missing:
             await self._norce.call(merchant, channel, each.operation, body=each.body, path={"order_id": order_id})
-        stale = [(kind, entry) for kind, entry in stored if entry["id"] not in kept.values()]
+        stale = [(kind, entry) for kind, entry in stored if (kind, entry["id"]) not in kept.values()]
         await self._remove(merchant, channel, order_id, stale)
         return Registered(
             added=tuple(sorted(each.callback for each in missing)),
@@ -111,7 +111,12 @@ class Registrar:
         for kind, entry in entries:
             _, _, operation, parameter = PLACES[kind]
             path = {"order_id": order_id, parameter: str(entry["id"])}
-            await self._norce.call(merchant, channel, operation, path=path)
+            try:
+                await self._norce.call(merchant, channel, operation, path=path)
+            except NorceRejected:  # with 400 or 404: somebody else may have taken it away meanwhile
+                left = await self._ours(merchant, channel, order_id)
+                if any(each == kind and there["id"] == entry["id"] for each, there in left):
+                    raise
 
     def _names(self, entries: list[tuple[str, Mapping[str, Any]]]) -> tuple[str, ...]:
         return tuple(sorted(self._name(entry) for _, entry in entries))
