@@ -116,6 +116,20 @@ def test_an_order_id_stays_one_segment_of_the_address(order_id: str, path: bytes
     assert norce.requests[0].url.raw_path == b"/checkout/order/api/v0/checkout/orders/" + path
 
 
+@pytest.mark.parametrize("step", ["..", ".", ""])
+def test_no_id_leads_to_another_operation(step: str) -> None:
+    """`DELETE …/orders/order-1/hooks/..` is how an order is deleted."""
+    norce = FakeNorce(httpx.Response(204))
+
+    with pytest.raises(OrderNotFound):
+        ask(
+            norce,
+            lambda norce: norce.call("fjallboden", "1", "remove_hook", path={"order_id": "order-1", "hook_id": step}),
+        )
+
+    assert norce.requests == []
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

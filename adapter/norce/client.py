@@ -53,7 +53,7 @@ class NorceRejected(NorceError):
 
 
 class NotFound(NorceRejected):
-    """Norce does not have what was asked for (404)."""
+    """Norce does not have what was asked for (404), or cannot have it: then it was not asked."""
 
 
 class OrderNotFound(NotFound):
@@ -228,9 +228,15 @@ class Norce:
         operation = BY_NAME[name]
         account = self._accounts[merchant]
         version = self._version if self._version in operation.versions else operation.versions[-1]
+        parameters = {"merchant": merchant, "channel": channel or "", **path}
+        try:
+            url = operation.url(account.base_url, version, **parameters)
+        except ValueError as error:
+            nothing = OrderNotFound if operation.service == "order" else NotFound
+            raise nothing("Norce can have nothing of such an id") from error
         request = {
             "method": operation.method,
-            "url": operation.url(account.base_url, version, **{"merchant": merchant, "channel": channel or "", **path}),
+            "url": url,
             "params": query,
             "content": None if operation.body is None else msgspec.json.encode(body),
         }
@@ -256,8 +262,8 @@ class Norce:
             kind = NorceUnclear if went_out else NorceUnavailable
             raise kind(f"no answer from Norce: {type(error).__name__}") from error
         except _TooLarge as error:
-            kind = NorceTooLarge if operation.method == "GET" else NorceUnclear
-            raise kind(f"Norce's answer is larger than {most // 2**20} MiB") from error
+            unread = NorceTooLarge if operation.method == "GET" else NorceUnclear
+            raise unread(f"Norce's answer is larger than {most // 2**20} MiB") from error
         return _content(answer, operation)
 
     async def _sent(self, request: dict[str, Any], most: int) -> httpx.Response:

@@ -65,9 +65,16 @@ class Operation:
         return f"/{self.service}{self.path.replace('{version}', version)}"
 
     def url(self, base_url: str, version: str, /, **parameters: str) -> str:
-        """The address below a base such as `https://slug.api-se.playground.norce.tech/checkout`."""
+        """
+        The address below a base such as `https://slug.api-se.playground.norce.tech/checkout`.
+
+        Raises `ValueError` on a parameter that would lead to another operation: nothing, or a step in a path (`..`).
+        """
         quoted = {name: quote(value, safe="") for name, value in parameters.items()}
-        return base_url.rstrip("/") + self.template(version).format_map(quoted)
+        path = self.template(version).format_map(quoted)
+        if not {"", ".", ".."}.isdisjoint(path[1:].split("/")):
+            raise ValueError("a parameter of the path is empty, or a step in it")
+        return base_url.rstrip("/") + path
 
 
 def _order(
