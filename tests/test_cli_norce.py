@@ -134,6 +134,7 @@ def test_callbacks_are_put_on_an_order_and_taken_off(norce: Norce, config: Path)
     [
         (["register", "nobody"], NOTHING_MATCHED, "no such order"),
         (["orders", "show", "nobody"], NOTHING_MATCHED, "no such order"),
+        (["orders", "delete", "..", "--yes"], NOTHING_MATCHED, "of such an id"),
         (["orders", "show", "o", "--merchant", "another"], USAGE, "there are: norce"),
         (["orders", "list", "--channel", "9"], USAGE, "there are: 1"),
     ],
@@ -175,6 +176,17 @@ def test_the_documents_are_shown_without_the_secret_and_put_nowhere(norce: Norce
     assert '"secret": "***"' in result.stdout
     assert "static_notifications" in result.stdout
     assert norce.simulator.records.documents == {}
+
+
+def test_a_merchant_whose_token_is_refused_is_named_and_in_nobodys_way(norce: Norce, config: Path) -> None:
+    another = '{tokens: ["${env:OPS}"], channels: {"1": {}}}'
+    config.write_text(config.read_text().replace("merchants:\n", f"merchants:\n  another: {another}\n"))
+
+    result = command("config", "norce", config=config)
+
+    assert result.exit_code == FAILED
+    assert result.stderr.startswith("another, channel 1: Norce answered 401")
+    assert "static_notifications" in result.stdout
 
 
 def test_the_documents_are_put_in_place(norce: Norce, tmp_path: Path, config: Path) -> None:

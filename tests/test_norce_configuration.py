@@ -17,6 +17,7 @@ from structlog.testing import capture_logs
 from adapter import config as configuration
 from adapter.app import client, published_schema
 from adapter.metrics import Metrics
+from adapter.norce.client import NorceError
 from adapter.norce.configuration import STATIC, Documents, standing
 from adapter.orders import Order
 from adapter.plugin import Context, Problem, Secret, Settings, Url, ValidationHandler
@@ -302,6 +303,16 @@ def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_en
     house.refresh()
 
     assert house.limits().most == 15
+
+
+@pytest.mark.parametrize("static", [[], {"order": {"notifications": {"a": {}}}}], ids=["no object", "no list"])
+def test_a_document_of_the_channel_that_is_not_understood_is_not_overwritten(house: House, static: Any) -> None:
+    house.put(static, name=STATIC)
+
+    with pytest.raises(NorceError):
+        put_in_place(house)
+
+    assert found(house, STATIC) == static
 
 
 def test_what_is_no_json_is_wrong(house: House) -> None:

@@ -11,7 +11,7 @@ import click
 from adapter.cli.orders import asked
 from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, loaded, printable
 from adapter.config.schemas import file_schema
-from adapter.norce.client import Norce
+from adapter.norce.client import Norce, NorceError
 from adapter.norce.configuration import standing
 from adapter.routes import settings_types
 
@@ -64,20 +64,30 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
     if not shops:
         end(USAGE, "no such merchant and channel is configured")
 
-    async def work(norce: Norce) -> None:
+    async def work(norce: Norce) -> list[str]:
+        failed = []
         for shop in shops:
-            documents = await standing(config, norce, *shop)
-            for name, document in documents.items():
-                if write:
-                    await norce.call(*shop, "put_configuration", body=document, path={"name": name})
-                    click.echo(printable(f"{shop[0]}, channel {shop[1]}: {name} is in place"))
-                else:
-                    shown = copy.deepcopy(document)
-                    if "callbacks" in shown:
-                        shown["callbacks"]["secret"] = "***"  # noqa: S105 - what is shown in its place
-                    click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+            try:
+                await one(norce, *shop)
+            except NorceError as error:  # of one merchant, say, whose token is old: the others go on
+                failed.append(f"{shop[0]}, channel {shop[1]}: {error}")
+        return failed
+
+    async def one(norce: Norce, merchant: str, channel: str) -> None:
+        documents = await standing(config, norce, merchant, channel)
+        for name, document in documents.items():
+            if write:
+                await norce.call(merchant, channel, "put_configuration", body=document, path={"name": name})
+                click.echo(printable(f"{merchant}, channel {channel}: {name} is in place"))
+            else:
+                shown = copy.deepcopy(document)
+                if "callbacks" in shown:
+                    shown["callbacks"]["secret"] = "***"  # noqa: S105 - what is shown in its place
+                click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
 
     try:
-        asked(config, work)
+        failed = asked(config, work)
     except LookupError as error:
         end(USAGE, str(error))
+    if failed:
+        end(FAILED, "\n".join(map(printable, failed)))

@@ -152,7 +152,7 @@ def register(
 
 
 def _row(order: dict[str, Any]) -> dict[str, Any]:
-    state, total = order.get("state") or {}, order.get("total") or {}
+    state, total = (each if isinstance(each := order.get(name), dict) else {} for name in ("state", "total"))
     shown = {name: order.get(name) for name in ("id", "reference", "created", "currency")}
     return shown | {"status": str(state.get("currentStatus", "")).lower(), "total": total.get("includingVat")}
 

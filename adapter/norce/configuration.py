@@ -23,7 +23,7 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from adapter.config import Config, merged, read_settings
 from adapter.metrics import Metrics
-from adapter.norce.client import Norce, NorceError, NotFound
+from adapter.norce.client import Norce, NorceError, NorceUnavailable, NotFound
 from adapter.norce.registration import static_notifications, static_secret
 from adapter.plugin import Settings
 from adapter.routes import Routes
@@ -185,11 +185,10 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
     ours = await _document(norce, merchant, channel, adapter_id)
     static = await _document(norce, merchant, channel, STATIC)
     order = _mapping(static.get("order"))
-    others = [
-        each
-        for each in order.get("notifications") or ()
-        if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)
-    ]
+    listed = order.get("notifications") or []
+    if not isinstance(listed, list):
+        raise NorceUnavailable(f"order.notifications of {STATIC} is no list, and is left as it is")
+    others = [each for each in listed if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)]
     return {
         adapter_id: {
             "active": True,
@@ -214,7 +213,13 @@ async def _document(norce: Norce, merchant: str, channel: str, name: str) -> dic
         content = await norce.call(merchant, channel, "read_configuration", path={"name": name})
     except NotFound:
         return {}
-    return _mapping(msgspec.json.decode(content))
+    try:
+        document = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise NorceUnavailable(f"{name} is no JSON") from error
+    if not isinstance(document, dict):
+        raise NorceUnavailable(f"{name} is no JSON object, and is left as it is")
+    return document
 
 
 def _mapping(value: Any) -> dict[str, Any]:
