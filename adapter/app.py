@@ -66,6 +66,7 @@ COLLECTED_AFTER = 20_000  # objects more than were freed since
 # times a second: newcomers waited 15 s, while who was in already was served. With so many descriptors, so many at once.
 CONNECTIONS_A_TURN = 64
 MOST_UNACCEPTED = 4096
+FIRST_LOOK = timedelta(seconds=5)
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 PRUNE_SECONDS = 3600.0
 PRUNE_STEP_SECONDS = 0.2
@@ -138,9 +139,10 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             config, routes, norce, published_schema(config, routes), metrics=metrics, changed=dispatcher.wake
         )
         if config.norce.refresh:
-            # Before anybody is answered; where Norce does not answer, by what the file says.
+            # Before anybody is answered; where Norce does not answer, by what the file says. Never for longer, whatever
+            # Norce is given otherwise: no lease is renewed meanwhile, and no signal heard.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(config.norce.timeout.total_seconds()):
+                async with asyncio.timeout(min(config.norce.timeout, FIRST_LOOK).total_seconds()):
                     await documents.refresh()
         switched_off = documents.switched_off
         dispatcher.switched_off = switched_off

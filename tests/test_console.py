@@ -1,9 +1,10 @@
 """`adapter.console`: what the probes and the scraper are told."""
 
 import asyncio
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.norce.reconciliation import Reconciled
 from adapter.pauses import FOR_EVER, Policy
+from adapter.plugin import Secret
 
 
 class Stage:
@@ -218,3 +221,26 @@ def test_the_metrics_are_still_told_where_the_ledger_cannot_be_read(stage: Stage
 
     assert answer.status_code == 200
     assert samples(answer.text)["norce_adapter_store_available", frozenset()] == 0
+
+
+def test_a_shutdown_waits_for_no_long_log(stage: Stage) -> None:
+    left = []
+
+    async def endless(**_: Any) -> AsyncIterator[Reconciled]:
+        try:
+            while True:
+                stage.health.stopping = True  # while the first page is read
+                yield Reconciled(merchant="norce")
+        finally:
+            left.append("the log")
+
+    app = console(stage.health, stage.metrics, stage.store, Secret("token"), reconcile=endless)
+
+    async def asked() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://operations") as http:
+            return await http.post("/commands/reconcile", content=b"{}", headers={"authorization": "Bearer token"})
+
+    lines = [json.loads(line) for line in asyncio.run(asked()).text.splitlines()]
+
+    assert [("merchant" in line, bool(line["error"])) for line in lines] == [(True, False), (False, True)]
+    assert left == ["the log"]

@@ -122,7 +122,8 @@ def console(
             if name == "reconcile" and reconcile is not None:
                 asked = msgspec.json.decode(body, type=Reconciling)
                 log.info("command_done", command=name, count=0)
-                return StreamingResponse(_told(reconcile(since=asked.since, dry_run=asked.dry_run)), media_type=LINES)
+                progress = reconcile(since=asked.since, dry_run=asked.dry_run)
+                return StreamingResponse(_told(progress, health), media_type=LINES)
             answer = await commands.do(name, body)
         except NoSuchCommand as error:
             return _refused(404, "command-not-found", str(error))
@@ -149,11 +150,16 @@ def console(
     )
 
 
-async def _told(progress: AsyncIterator[Reconciled]) -> AsyncIterator[bytes]:
-    """A line after each page; where it ends early, the last one says why."""
+async def _told(progress: AsyncIterator[Reconciled], health: Health) -> AsyncIterator[bytes]:
+    """A line after each page; where it ends early, the last one says why. No shutdown waits for a long log."""
     try:
         async for each in progress:
             yield msgspec.json.encode(each) + b"\n"
+            if health.stopping:
+                yield (
+                    msgspec.json.encode({"error": "the service stops; the next time begins where this one did"}) + b"\n"
+                )
+                return
     except (NorceError, StoreUnavailable) as error:
         yield msgspec.json.encode({"error": str(error)}) + b"\n"
 
