@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from adapter.norce.client import (
-    LARGEST_ANSWER_BYTES,
     LARGEST_ORDER_BYTES,
     MOST_READS_AT_ONCE,
     Account,
@@ -573,7 +572,7 @@ def test_an_answer_that_never_ends_is_broken_off() -> None:
     with pytest.raises(NorceUnavailable):
         ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"))
 
-    assert transport.sent <= 2 * LARGEST_ANSWER_BYTES
+    assert transport.sent <= 2 * LARGEST_ORDER_BYTES
 
 
 def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
