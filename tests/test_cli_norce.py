@@ -169,13 +169,18 @@ def test_a_token_that_norce_does_not_take_is_told(norce: Norce, config: Path) ->
 
 
 def test_the_documents_are_shown_without_the_secret_and_put_nowhere(norce: Norce, config: Path) -> None:
+    theirs = {"adapterId": "another", "invoke": "https://other.example/?key=canary", "headers": {"key": "canary"}}
+    static = {"id": "static_notifications", "$schema": "x", "order": {"notifications": [theirs, "canary"]}}
+    norce.simulator.records.keep("documents", document_key("norce", "1", "static_notifications"), static)
+
     result = command("config", "norce", config=config)
 
     assert result.exit_code == OK
     assert "canary" not in result.stdout
     assert '"secret": "***"' in result.stdout
+    assert '"adapterId": "another"' in result.stdout
     assert "static_notifications" in result.stdout
-    assert norce.simulator.records.documents == {}
+    assert list(norce.simulator.records.documents.values()) == [static]
 
 
 def test_a_merchant_whose_token_is_refused_is_named_and_in_nobodys_way(norce: Norce, config: Path) -> None:

@@ -5,6 +5,7 @@ The commands about configuration: the schema of our file for editors, and what N
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,7 +13,7 @@ from adapter.cli.orders import asked
 from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, loaded, printable
 from adapter.config.schemas import file_schema
 from adapter.norce.client import Norce, NorceError
-from adapter.norce.configuration import standing
+from adapter.norce.configuration import STATIC, standing
 from adapter.routes import settings_types
 
 SCHEMA_FILE = "config.schema.json"
@@ -80,10 +81,9 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
                 await norce.call(merchant, channel, "put_configuration", body=document, path={"name": name})
                 click.echo(printable(f"{merchant}, channel {channel}: {name} is in place"))
             else:
-                shown = copy.deepcopy(document)
-                if "callbacks" in shown:
-                    shown["callbacks"]["secret"] = "***"  # noqa: S105 - what is shown in its place
-                click.echo(json.dumps(shown, indent=2, ensure_ascii=False))
+                click.echo(
+                    json.dumps(_without_secrets(name, document, config.adapter.id), indent=2, ensure_ascii=False)
+                )
 
     try:
         failed = asked(config, work)
@@ -91,3 +91,17 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
         end(USAGE, str(error))
     if failed:
         end(FAILED, "\n".join(map(printable, failed)))
+
+
+def _without_secrets(name: str, document: dict[str, Any], adapter_id: str) -> dict[str, Any]:
+    """As it is shown: without our secret, nor what another adapter's registrations may hold."""
+    shown = copy.deepcopy(document)
+    if name != STATIC:
+        shown["callbacks"]["secret"] = "***"  # noqa: S105 - what is shown in its place
+        return shown
+    whose = [each.get("adapterId") if isinstance(each, dict) else None for each in shown["order"]["notifications"]]
+    shown["order"]["notifications"] = [
+        each if owner == adapter_id else {"adapterId": owner, "***": "stays as it is"}
+        for owner, each in zip(whose, shown["order"]["notifications"], strict=True)
+    ]
+    return shown
