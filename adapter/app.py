@@ -37,6 +37,7 @@ from adapter.config.schemas import document_schema
 from adapter.console import Health, console
 from adapter.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
+from adapter.ledger.documents import TakenDocuments
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.judged import Docket
 from adapter.ledger.lanes import Lanes
@@ -136,11 +137,13 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             shared=store.shared,
         )
         documents = Documents(
-            config, routes, norce, published_schema(config, routes), metrics=metrics, changed=dispatcher.wake
-        )
+            config, routes, norce, published_schema(config, routes),
+            taken=TakenDocuments(store), metrics=metrics, changed=dispatcher.wake,
+        )  # fmt: skip
         if config.norce.refresh:
-            # Before anybody is answered; where Norce does not answer, by what the file says. Never for longer, whatever
-            # Norce is given otherwise: no lease is renewed meanwhile, and no signal heard.
+            await documents.recall()
+            # Before anybody is answered; where Norce does not answer, by what it said the last time. Never for longer,
+            # whatever Norce is given otherwise: no lease is renewed meanwhile, and no signal heard.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(config.norce.timeout, FIRST_LOOK).total_seconds()):
                     await documents.refresh()

@@ -16,6 +16,8 @@ from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter.app import client, published_schema
+from adapter.ledger.documents import TakenDocuments
+from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
 from adapter.norce.configuration import STATIC, Documents, standing
@@ -97,7 +99,10 @@ class Line(httpx.AsyncBaseTransport):
 
 
 class House:
+    """A Norce, and the process that reads its documents: another one can begin on the same ledger."""
+
     def __init__(self, folder: Path) -> None:
+        self.store = Store.open(f"sqlite:///{folder / 'ledger.db'}")
         self.loop = asyncio.Runner()
         path = folder / "config.yaml"
         path.write_text(json.dumps(TREE))
@@ -112,9 +117,18 @@ class House:
         self.line = Line(self.simulator)
         self.norce = client(self.config, self.metrics, transport=self.line)
         self.schema = published_schema(self.config, self.routes)
-        self.documents = Documents(
-            self.config, self.routes, self.norce, self.schema, metrics=self.metrics, changed=self._count
+        self.documents = self.reader(TakenDocuments(self.store))
+
+    def reader(self, taken: TakenDocuments) -> Documents:
+        return Documents(
+            self.config, self.routes, self.norce, self.schema, taken=taken, metrics=self.metrics, changed=self._count
         )
+
+    def restart(self) -> None:
+        """A new process, which has heard nothing of Norce yet."""
+        self.routes = build(self.config, [Point()])  # type: ignore[list-item]
+        self.documents = self.reader(TakenDocuments(self.store))
+        self.loop.run(self.documents.recall())
 
     def _ours(self, request: httpx.Request) -> httpx.Response:
         """What Norce finds at our address."""
@@ -154,6 +168,7 @@ def opened(folder: Path) -> Iterator[House]:
         made.loop.run(made.norce.aclose())
         made.loop.run(made.simulator.__aexit__(None, None, None))
         made.loop.close()
+        made.store.close()
 
 
 def document(settings: Any = None, **members: Any) -> dict[str, Any]:
@@ -261,6 +276,115 @@ def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
         ("configuration_unreadable", "1"),
         ("configuration_unreadable", "2"),
     ]
+
+
+def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_then(house: House) -> None:
+    house.put(document({"most": 3}, active=False, callbacks={"secret": "canary"}))
+    house.refresh()
+    house.put(document({"most": 0}, active=True))
+
+    house.restart()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    house.line.instead = httpx.ConnectError("down")
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    house.line.instead = None
+    house.refresh()
+
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    assert b"canary" not in house.loop.run(TakenDocuments(house.store).all())[SHOP]
+
+
+def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+    house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    house.refresh()
+
+    house.restart()
+
+    assert (house.limits().most, house.documents.switched_off) == (5, set())
+
+
+def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_not_the_switch(house: House) -> None:
+    taken = TakenDocuments(house.store)
+    house.loop.run(taken.keep(*SHOP, json.dumps(document({"fewest": 3}, active=False)).encode()))
+    house.loop.run(taken.keep("gone", "1", b"{}"))
+
+    house.restart()
+
+    assert (house.limits().most, house.documents.switched_off) == (5, {SHOP})
+    assert house.value("configuration_valid", *SHOP) == 0
+
+
+def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> None:
+    store = Store.open(empty_url)
+    taken = TakenDocuments(store)
+
+    async def work() -> dict[tuple[str, str], bytes]:
+        for merchant, channel, content in (
+            ("a", "1", b"{}"),
+            ("a", "2", b"{}"),
+            ("b", "1", b"{}"),
+            ("a", "1", b'{"active":true}'),
+            ("a", "2", None),
+            ("c", "1", None),
+        ):
+            await taken.keep(merchant, channel, content)
+        return await taken.all()
+
+    try:
+        assert asyncio.run(work()) == {("a", "1"): b'{"active":true}', ("b", "1"): b"{}"}
+    finally:
+        store.close()
+
+
+class Stumbling(TakenDocuments):
+    """A ledger that is away once."""
+
+    away = True
+
+    async def keep(self, merchant: str, channel: str, content: bytes | None) -> None:
+        if self.away:
+            self.away = False
+            raise StoreUnavailable("away")
+        await super().keep(merchant, channel, content)
+
+
+@pytest.mark.parametrize("last", [document({"most": 3}), None], ids=["another", "none"])
+def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_time(house: House, last: Any) -> None:
+    house.put(document({"most": 4}))
+    house.refresh()
+    house.documents = house.reader(Stumbling(house.store))
+    house.loop.run(house.documents.recall())
+    if last is None:
+        house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    else:
+        house.put(last)
+
+    house.refresh()
+    holds = house.limits().most
+    assert holds == (5 if last is None else 3)
+    house.refresh()
+
+    house.restart()
+    assert house.limits().most == holds
+
+
+def test_a_404_that_is_not_norces_own_takes_no_document_away(house: House) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.line.instead = httpx.Response(404, text="<h1>Not Found</h1>")
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    house.restart()
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+
+    house.line.instead = httpx.Response(404, json={"code": "configuration-not-found", "message": "none"})
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (5, set())
 
 
 def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothing(house: House) -> None:

@@ -144,6 +144,14 @@ marks = Table(
     Column("value", BigInteger, nullable=False, doc="how far something has come: the clock, the pruning"),
 )
 
+documents = Table(
+    "documents",
+    metadata,
+    Column("merchant", Text, primary_key=True),
+    Column("channel", Text, primary_key=True),
+    Column("content", LargeBinary, nullable=False, doc="of Norce's configuration, what was taken the last time; JSON"),
+)
+
 actions = Table(
     "actions",
     metadata,

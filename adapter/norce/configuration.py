@@ -3,8 +3,8 @@ What Norce's configuration has to say about our channels: settings that are merg
 
 Each channel's document is read again and again, so that nobody waits for it who answers a shopper. What one would get
 wrong: a document that cannot be read, or breaks our schema, changes nothing; the last good one holds until there is a
-better one, and none at all means the settings of `config.yaml`. Hosts and credentials never come from there: who may
-write a document, or read it, is not for us to say.
+better one, after a restart and on every node too, and none at all means the settings of `config.yaml`. Hosts and
+credentials never come from there: who may write a document, or read it, is not for us to say.
 
 And what we put there for the registrations that a channel makes by itself, on every new order.
 
@@ -22,6 +22,8 @@ import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from adapter.config import Config, merged, read_settings
+from adapter.ledger.documents import TakenDocuments
+from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, NorceError, NorceUnavailable, NotFound
 from adapter.norce.registration import static_notifications, static_secret
@@ -34,6 +36,7 @@ AT_ONCE = 8
 LARGEST_DOCUMENT_BYTES = 128 * 1024  # hundreds of rules; a hostile one of that size takes some seconds to check
 MOST_PLACES = 10  # that are told of one document
 LONGEST_PLACE = 200
+KEPT = ("$schema", "id", "active", "routes")  # of a document that was taken; the rest may hold a secret
 
 Shop = tuple[str, str]
 Said = tuple[dict[str, Settings], bool]  # the settings of every route, and whether we are active
@@ -52,6 +55,7 @@ class Documents:
         norce: Norce,
         schema: Mapping[str, Any],
         *,
+        taken: TakenDocuments,
         metrics: Metrics,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -61,11 +65,23 @@ class Documents:
         self._routes = routes
         self._norce = norce
         self._validator = Draft202012Validator(schema)
+        self._taken = taken
         self._metrics = metrics
         self._changed = changed
         self._one_at_a_time = asyncio.Lock()
         self._read: dict[Shop, bytes | None] = {}  # what was decided on the last time, good or not
         self._unreadable: set[Shop] = set()
+        self._documented: set[Shop] = set()  # where a document was taken
+
+    async def recall(self) -> None:
+        """Has what was taken the last time hold again, until Norce has said more. Raises `StoreUnavailable`."""
+        for (merchant, channel), content in (await self._taken.all()).items():
+            if merchant not in self._config.merchants or channel not in self._config.merchants[merchant].channels:
+                continue
+            self._documented.add((merchant, channel))
+            if not await self._consider(merchant, channel, content):
+                # The handlers have other settings by now: what can still be told from it is the switch.
+                self._switch(merchant, channel, active=msgspec.json.decode(content).get("active", True))
 
     async def keep(self, every: timedelta) -> None:
         """Reads them again and again, until cancelled; with no time between, not at all."""
@@ -90,24 +106,44 @@ class Documents:
     async def _refresh(self, merchant: str, channel: str) -> None:
         shop = (merchant, channel)
         try:
-            content = await self._norce.call(
+            content: bytes | None = await self._norce.call(
                 merchant, channel, "read_configuration", path={"name": self._config.adapter.id}
             )
-        except NotFound:
-            content = None
         except NorceError as error:
-            if shop not in self._unreadable:
-                log.warning("configuration_unreadable", merchant=merchant, channel=channel,
-                            error_type=type(error).__name__)  # fmt: skip
-            self._unreadable.add(shop)
-            self._metrics.configuration.labels(merchant, channel, "unreadable").inc()
-            return
+            # A 404 with no code of Norce's may be anybody's on the way: no reason to forget a document.
+            if not isinstance(error, NotFound) or (error.code is None and shop in self._documented):
+                if shop not in self._unreadable:
+                    log.warning("configuration_unreadable", merchant=merchant, channel=channel,
+                                error_type=type(error).__name__)  # fmt: skip
+                self._unreadable.add(shop)
+                self._metrics.configuration.labels(merchant, channel, "unreadable").inc()
+                return
+            content = None
         self._unreadable.discard(shop)
         if shop in self._read and self._read[shop] == content:
             return
+        if await self._consider(merchant, channel, content):
+            try:
+                await self._remember(merchant, channel, content)
+            except StoreUnavailable:  # it holds here, and is remembered the next time
+                return
+        self._read[shop] = content
+
+    async def _remember(self, merchant: str, channel: str, content: bytes | None) -> None:
+        shop = (merchant, channel)
+        if content is not None:
+            document = msgspec.json.decode(content)
+            kept = {name: document[name] for name in KEPT if name in document}
+            await self._taken.keep(merchant, channel, msgspec.json.encode(kept))
+            self._documented.add(shop)
+        elif shop in self._documented:
+            await self._taken.keep(merchant, channel, None)
+            self._documented.discard(shop)
+
+    async def _consider(self, merchant: str, channel: str, content: bytes | None) -> bool:
+        """Whether it was good, and holds now."""
         async with self._one_at_a_time:  # in a thread, for it may be large: nobody who is answered waits for it
             read = await asyncio.to_thread(self._settings, merchant, channel, content)
-        self._read[shop] = content
         wrong = read if isinstance(read, list) else []
         if not isinstance(read, list):
             settings, active = read
@@ -118,6 +154,7 @@ class Documents:
         self._metrics.configuration_valid.labels(merchant, channel).set(not wrong)
         if wrong:
             log.error("configuration_refused", merchant=merchant, channel=channel, places=wrong)
+        return not wrong
 
     def _settings(self, merchant: str, channel: str, content: bytes | None) -> Said | list[str]:
         """What is so by this document; or else places where it is wrong."""
