@@ -448,6 +448,27 @@ def test_an_event_that_is_no_text_is_in_nobodys_way(house: House) -> None:
     assert (found.others, found.done) == (2, True)
 
 
+def test_half_an_emoji_in_one_event_hides_no_other(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(2)
+    cut_off = b'"currency":"SEK\\\\\\ud83d"'  # after an escaped backslash
+    house.line._inner = Liar(house.line._inner, b'"currency":"SEK"', cut_off)
+
+    assert house.reconciled().missed == 2
+
+
+def test_of_a_log_that_never_ends_nothing_is_taken_for_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter.norce.reconciliation.MOST_PAGES", 2)
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(5, moves=5)
+    house.line._inner = Capped(house.line._inner, 7, too_large=False, total=False)
+
+    with pytest.raises(NorceError, match="no end"):
+        house.reconciled()
+
+    assert house.loop.run(house.marks.value("reconciled norce")) is None
+
+
 def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
     house.simulator.throw(notifications_lost=1.0)
     house.orders(1, shop=("norce", "2"))

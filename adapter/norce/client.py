@@ -36,6 +36,10 @@ NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # here all of them say how something is to be
 
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+# Any escape in a JSON string; the group is half a character (RFC 8259, section 8.2).
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 T = TypeVar("T")
 Used = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
 
@@ -398,7 +402,10 @@ def _code(answer: httpx.Response) -> str | None:
 
 
 def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
-    read = _decoded(content, _Listed)
+    try:
+        read = _decoded(content, _Listed)
+    except NorceUnavailable:  # half an emoji, cut off in one of them, must not hide all others
+        read = _decoded(_ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], content), _Listed)
     items = []
     for each in read.data:
         with contextlib.suppress(NorceUnavailable):  # one that is not as documented must not hide all others

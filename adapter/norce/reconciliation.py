@@ -27,7 +27,7 @@ from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.ledger.inbox import Received
 from adapter.ledger.marks import Marks
 from adapter.metrics import Metrics
-from adapter.norce.client import Event, Norce, NorceError, NorceTooLarge, Page
+from adapter.norce.client import Event, Norce, NorceError, NorceTooLarge, NorceUnavailable, Page
 from adapter.routes import Callback
 
 log = structlog.get_logger(__name__)
@@ -153,6 +153,8 @@ class Reconciliation:
             old = [event for event in events if not spared or event.created_at < before]
             await self._bring(old, found, dry_run=dry_run)
             spoiled = page.count - len(page.items)  # nobody can say when, so they are told each time
+            if spoiled:
+                log.warning("events_unreadable", merchant=merchant, count=spoiled)
             found.events, found.total = found.events + len(events) + spoiled, page.total
             found.others += spoiled
             found.young += len(events) - len(old)
@@ -190,6 +192,7 @@ class Reconciliation:
                 if page.total is not None and offset >= page.total:
                     return
                 page = await events.after(offset)
+        raise NorceUnavailable("the log has no end")
 
     def _gets_older(self, page: Page[Event], *, backwards: bool) -> bool:
         """Whether a page is in order, but for what was written late; in no order at all, older is no reason to stop."""
