@@ -53,8 +53,12 @@ lint: $(VENV)/installed-dev  ## format, lint, types, layers
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 
+# Whole services under load look at the clock, so they have the machine to themselves.
+ALONE := tests/flows tests/crash
+
 tests: $(SUITE)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ALONE:%=--ignore %)
+	$(BIN)/python -m pytest $(ALONE)
 
 bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ONLY="accept dispatch" for some
 	$(BIN)/python benchmarks/run.py $(ONLY)
