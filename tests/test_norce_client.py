@@ -160,6 +160,36 @@ def test_a_second_token_is_not_tried_for_any_other_answer() -> None:
     assert len(norce.requests) == 1
 
 
+def test_what_norce_sets_for_one_merchant_is_not_shown_for_another() -> None:
+    """A cookie may be a session; and one for each order's address would be looked through at every request."""
+    transport = FakeNorce(*(httpx.Response(200, json=ORDER, headers={"set-cookie": "session=canary"}) for _ in "12"))
+
+    async def work() -> None:
+        account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token-1"),))
+        norce = Norce(
+            {"fjallboden": account, "annan": account},
+            adapter_id="our_adapter",
+            timeout=timedelta(seconds=5),
+            transport=transport,
+        )
+        await norce.order("fjallboden", "1", "order-1")
+        await norce.order("annan", "1", "order-1")
+        await norce.aclose()
+
+    asyncio.run(work())
+
+    assert ["cookie" in request.headers for request in transport.requests] == [False, False]
+
+
+def test_an_answer_is_not_asked_for_packed() -> None:
+    """60 kB of gzip are 60 MB of order, which are unpacked before anybody can count them."""
+    transport = FakeNorce(httpx.Response(200, json=ORDER))
+
+    read(transport)
+
+    assert transport.requests[0].headers["accept-encoding"] == "identity"
+
+
 def test_a_token_is_in_no_error() -> None:
     with pytest.raises(NorceRefused) as raised:
         read(FakeNorce(httpx.Response(401)), tokens=("canary-token",))

@@ -14,6 +14,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
@@ -150,6 +151,10 @@ class Norce:
         self._reading = {merchant: asyncio.Semaphore(MOST_READS_AT_ONCE) for merchant in accounts}
         self._client = httpx.AsyncClient(
             transport=transport or connections(),
+            # One client for all merchants: what Norce sets for one is not shown for another, nor kept for each order.
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
+            # So that an answer is as large as the bytes that are counted.
+            headers={"accept-encoding": "identity"},
             trust_env=False,
             follow_redirects=False,
         )
