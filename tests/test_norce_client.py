@@ -201,6 +201,11 @@ LARGE = b'{"id": "order-1", "filler": "' + b"x" * LARGEST_ORDER_BYTES + b'"}'
 DEEP = b'{"id": "order-1", "a": ' + b"[" * 5000 + b"]" * 5000 + b"}"
 ANSWERS: list[Any] = [
     pytest.param(httpx.Response(404), OrderNotFound, Reject, id="404"),
+    pytest.param(httpx.Response(404, json={"code": "order-not-found"}), OrderNotFound, Reject, id="404 of v0"),
+    pytest.param(httpx.Response(404, json={"type": "about:blank", "status": 404}), OrderNotFound, Reject, id="of v1"),
+    pytest.param(httpx.Response(404, html="<html>"), NorceUnavailable, Retry, id="404, a page of a proxy's"),
+    pytest.param(httpx.Response(404, text="default backend"), NorceUnavailable, Retry, id="404, a text of a proxy's"),
+    pytest.param(httpx.Response(404, json={"statusCode": 404}), NorceUnavailable, Retry, id="404 of a gateway"),
     pytest.param(httpx.Response(401), NorceRefused, Misconfigured, id="401"),
     pytest.param(httpx.Response(403), NorceRefused, Misconfigured, id="403"),
     pytest.param(httpx.Response(429), NorceUnavailable, Retry, id="429"),

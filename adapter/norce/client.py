@@ -372,6 +372,8 @@ def _content(answer: httpx.Response, operation: Operation) -> bytes:
     code = _code(answer)
     said = f"Norce answered {status}{'' if code is None else f', {code}'}"
     if status == 404:
+        if not _is_norces(answer):
+            raise NorceUnavailable(f"{said}, with what is not Norce's: a page of a proxy's, say")
         is_of_order = code == "order-not-found" or (code is None and operation.service == "order")
         raise (OrderNotFound if is_of_order else NotFound)(said, code)
     if status in (408, 425, 429) or status < 400:
@@ -380,6 +382,20 @@ def _content(answer: httpx.Response, operation: Operation) -> bytes:
         raise NorceRejected(said, code)
     kind = NorceUnavailable if operation.method == "GET" or status == 503 else NorceUnclear
     raise kind(said, retry_after(answer.headers.get("retry-after")), code)
+
+
+def _is_norces(answer: httpx.Response) -> bool:
+    """
+    Whether Norce itself says that it has not got something: with no body, an error of its own or a problem (RFC 7807).
+    A gateway whose Norce is away says 404 too, to whatever is asked, and every delivery would end as a dead letter.
+    """
+    if not answer.content:
+        return True
+    try:
+        said = msgspec.json.decode(answer.content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(said, dict) and not {"code", "type", "title"}.isdisjoint(said)
 
 
 def _plain(headers: httpx.Headers) -> list[tuple[bytes, bytes]]:
