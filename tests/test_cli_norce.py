@@ -15,7 +15,10 @@ from adapter.simulator.records import document_key
 
 __all__ = ["logging_as_before"]  # a fixture
 
-SENDERS = '{signed_urls: {keys: {k1: "${env:URL_KEY}"}}, url_secrets: [{parameter: s, values: ["${env:STATIC}"]}]}'
+SENDERS = (
+    '{signed_urls: {keys: {k1: "${env:URL_KEY}"}},'
+    ' url_secrets: [{parameter: s, values: ["${env:STATIC}"], merchants: [norce]}]}'
+)
 CONFIG = """\
 adapter: {id: an_adapter, public_url: "http://127.0.0.1:1"}
 server: {host: 127.0.0.1, port: 0}
@@ -185,7 +188,9 @@ def test_the_documents_are_shown_without_the_secret_and_put_nowhere(norce: Norce
 
 def test_a_merchant_whose_token_is_refused_is_named_and_in_nobodys_way(norce: Norce, config: Path) -> None:
     another = '{tokens: ["${env:OPS}"], channels: {"1": {}}}'
-    config.write_text(config.read_text().replace("merchants:\n", f"merchants:\n  another: {another}\n"))
+    its = '{parameter: a, values: ["${env:STATIC}"], merchants: [another]}'
+    both = config.read_text().replace("merchants:\n", f"merchants:\n  another: {another}\n")
+    config.write_text(both.replace("url_secrets: [", f"url_secrets: [{its}, "))
 
     result = command("config", "norce", config=config)
 

@@ -19,7 +19,7 @@ from adapter.callbacks.senders import Senders
 from adapter.config import Config
 from adapter.norce.client import Account, Norce, NorceUnavailable, OrderNotFound
 from adapter.norce.operations import BY_NAME, schema
-from adapter.norce.registration import Registered, Registrar, registrations, static_notifications
+from adapter.norce.registration import Registered, Registrar, registrations, static_notifications, static_secret
 from adapter.plugin import Secret
 from adapter.public import AT_ONCE, MOST_WAITING, Registrations, routes
 
@@ -185,6 +185,16 @@ def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
         assert len(ours_on(norce, order_id)["notifications"]) == 1
 
 
+def test_what_is_no_address_is_taken_away_like_any_other(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    odd = {"adapterId": "our_adapter", "scope": "/cart", "invoke": "http://[x/no-callback-of-ours"}
+    with shop() as norce:
+        order_id = norce.create(notifications=[odd])
+        [there] = ours_on(norce, order_id)["notifications"]
+
+        assert registered(norce, config, order_id) == Registered(added=OURS, removed=(there["id"],))
+
+
 def test_two_who_take_the_same_away_are_both_done(tmp_path: Path) -> None:
     config = configured(tmp_path)
     with shop() as norce, opened(norce, transport=Twice(norce.simulator)) as client:
@@ -260,9 +270,26 @@ def test_a_notification_of_the_channels_configuration_is_enough(tmp_path: Path) 
         )
 
 
-def test_a_static_registration_needs_a_secret_that_is_good_for_the_merchant(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match="url_secrets"):
-        static_notifications(configured(tmp_path), "norce")
+ALL = {"parameter": "all", "values": ["${env:OLD}"]}
+ITS = {"parameter": "its", "values": ["${env:STATIC}"], "merchants": ["norce"]}
+
+
+def test_a_static_registration_has_the_secret_that_speaks_for_this_merchant_alone(tmp_path: Path) -> None:
+    merchants = TREE["merchants"] | {"other": TREE["merchants"]["norce"]}
+    config = configured(tmp_path, merchants=merchants, senders={"url_secrets": [ALL, ITS]})
+
+    assert static_secret(config, "norce") == "a-static-secret"
+    assert "?its=" in static_notifications(config, "norce")[0]["invoke"]
+
+
+@pytest.mark.parametrize("merchants", [None, ["norce", "other"]])
+def test_a_static_registration_needs_such_a_secret(tmp_path: Path, merchants: list[str] | None) -> None:
+    both = TREE["merchants"] | {"other": TREE["merchants"]["norce"]}
+    senders = {"url_secrets": [ALL | ({} if merchants is None else {"merchants": merchants})]}
+
+    for config in (configured(tmp_path), configured(tmp_path, merchants=both, senders=senders)):
+        with pytest.raises(LookupError, match="url_secrets"):
+            static_notifications(config, "norce")
 
 
 def test_without_a_key_nothing_can_be_registered(tmp_path: Path) -> None:

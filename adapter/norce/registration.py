@@ -13,7 +13,7 @@ order and nothing else.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote
 
 from adapter.callbacks.senders import Senders
 from adapter.config import Callback, Config, HookCallback, NotificationCallback, UrlSecret, ValidationCallback
@@ -122,7 +122,7 @@ class Registrar:
         return tuple(sorted(self._name(entry) for _, entry in entries))
 
     def _name(self, entry: Mapping[str, Any]) -> str:
-        name = unquote(urlsplit(_address(entry)).path.rpartition("/")[2])
+        name = unquote(_address(entry).partition("?")[0].rpartition("/")[2])
         return name if name in self._config.callbacks else str(entry["id"])
 
 
@@ -148,7 +148,7 @@ def static_notifications(config: Config, merchant: str) -> list[dict[str, Any]]:
     The notifications that a channel's configuration adds to every new order. Their address is a template of Norce's, so
     it carries the secret of its own that our document names, in place of a signature.
 
-    Raises `LookupError` where `senders.url_secrets` has none for this merchant.
+    Raises `LookupError` where `senders.url_secrets` has none for this merchant alone.
     """
     found = []
     for name, callback in config.callbacks.items():
@@ -175,12 +175,13 @@ def static_secret(config: Config, merchant: str) -> str:
     """
     given = _static(config, merchant)
     if given is None:
-        raise LookupError(f"senders.url_secrets has no secret that is good for merchant {merchant}")
+        raise LookupError(f"senders.url_secrets has no secret that is good for merchant {merchant} alone")
     return quote(given.values[0].reveal(), safe="")
 
 
 def _static(config: Config, merchant: str) -> UrlSecret | None:
-    good = (each for each in config.senders.url_secrets if each.merchants is None or merchant in each.merchants)
+    # Whoever has the merchant's token reads it, and a shopper's browser may: it must not speak for another merchant.
+    good = (each for each in config.senders.url_secrets if set(each.merchants or config.merchants) == {merchant})
     return next(good, None)
 
 
