@@ -258,6 +258,13 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "adapter.public_url",
         "is missing; senders.signed_urls",
     ),
+    "nothing for a public address to sign": (
+        "public_url: https://adapter.example",
+        "public_url: null",
+        1,
+        "adapter.public_url",
+        "is missing; senders.signed_urls",
+    ),
     "port too large": (
         "senders:",
         "server: {port: 65536}\nsenders:",

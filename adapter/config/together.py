@@ -66,7 +66,7 @@ def _check_senders(tree: Mapping[str, Any], reader: Reader) -> None:
             'such as signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}',
         )
     adapter = _members(tree, "adapter")
-    if senders.get("signed_urls") and adapter and "public_url" not in adapter:
+    if senders.get("signed_urls") and adapter and adapter.get("public_url") is None:
         reader.report("adapter.public_url", "is missing; senders.signed_urls signs addresses that begin with it")
     for name in _members(senders, "signed_urls", "keys"):
         at = under("senders.signed_urls.keys", name)
