@@ -57,6 +57,14 @@ class Valid(httpx.AsyncBaseTransport):
         return await self._inner.handle_async_request(request)
 
 
+class Far(Valid):
+    """Others are served meanwhile."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        await asyncio.sleep(0)
+        return await super().handle_async_request(request)
+
+
 class Twice(Valid):
     """Somebody else takes away the same, a moment before."""
 
@@ -183,6 +191,21 @@ def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
 
         assert registered(norce, config, order_id) == Registered(removed=("order-status",), kept=OURS)
         assert len(ours_on(norce, order_id)["notifications"]) == 1
+
+
+def test_two_who_register_at_the_same_moment_put_each_there_once(tmp_path: Path) -> None:
+    """A shop that does not wait for the answer, and asks again: a hook that is there twice patches twice."""
+    with shop() as norce, opened(norce, transport=Far(norce.simulator)) as client:
+        order_id = norce.create()
+        registrar = Registrar(configured(tmp_path), client)
+
+        async def both() -> list[Registered]:
+            return await asyncio.gather(*(registrar.register("norce", "1", order_id) for _ in range(2)))
+
+        done = norce.loop.run(both())
+
+        assert done == [Registered(added=OURS), Registered(kept=OURS)]
+        assert [len(each) for each in ours_on(norce, order_id).values()] == [1, 1, 1]
 
 
 def test_what_is_no_address_is_taken_away_like_any_other(tmp_path: Path) -> None:

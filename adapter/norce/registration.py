@@ -3,17 +3,20 @@ Puts our callbacks on an order, and takes them off: as often as one likes, with 
 
 An order is read, and what it has of ours is compared with what it should have, callback by callback; what is missing is
 added first, then what is stale goes. Nobody else's are touched. What one would get wrong: Norce answers an addition
-without an id and documents no concurrency control. So two who register at the same moment may both add; the next finds
-it twice and takes one away, and until then identity makes one of two notifications.
+without an id and documents no concurrency control. So of one order here one is at it at a time. Two processes may both
+add; the next finds it twice and takes one away. Until then identity makes one of two notifications, but a hook that is
+there twice is asked twice, and may patch twice.
 
 Facts: checkout protocol, sections 4, 5.1, 5.2 and 8.2. A URL is literal and signed: it opens that callback for that
 order and nothing else.
 """
 
+import asyncio
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
+from weakref import WeakValueDictionary
 
 from adapter.callbacks.senders import Senders
 from adapter.config import Callback, Config, HookCallback, NotificationCallback, UrlSecret, ValidationCallback
@@ -68,9 +71,14 @@ class Registrar:
         self._config = config
         self._senders = Senders(config.senders)
         self._norce = norce
+        self._orders = WeakValueDictionary[tuple[str, str], asyncio.Lock]()  # those that somebody is at
 
     async def register(self, merchant: str, channel: str, order_id: str) -> Registered:
         """Adds what is missing, and removes what is stale, doubled or signed with a key that is not good any more."""
+        async with self._alone(merchant, order_id):
+            return await self._register(merchant, channel, order_id)
+
+    async def _register(self, merchant: str, channel: str, order_id: str) -> Registered:
         wanted = list(registrations(self._config, self._senders, merchant, channel, order_id))
         stored = await self._ours(merchant, channel, order_id)
         kept: dict[str, tuple[str, Any]] = {}  # the kind and id of each that stays, by its callback
@@ -91,9 +99,13 @@ class Registrar:
 
     async def deregister(self, merchant: str, channel: str, order_id: str) -> Registered:
         """Removes all that are ours, whatever they are."""
-        stored = await self._ours(merchant, channel, order_id)
-        await self._remove(merchant, channel, order_id, stored)
+        async with self._alone(merchant, order_id):
+            stored = await self._ours(merchant, channel, order_id)
+            await self._remove(merchant, channel, order_id, stored)
         return Registered(removed=self._names(stored))
+
+    def _alone(self, merchant: str, order_id: str) -> asyncio.Lock:
+        return self._orders.setdefault((merchant, order_id), asyncio.Lock())
 
     async def _ours(self, merchant: str, channel: str, order_id: str) -> list[tuple[str, Mapping[str, Any]]]:
         """What the order has of ours, each with its kind."""
