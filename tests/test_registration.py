@@ -17,7 +17,7 @@ from starlette.routing import Router
 from adapter import config as configuration
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
-from adapter.norce.client import Account, Norce, NorceUnavailable, OrderNotFound
+from adapter.norce.client import Account, Norce, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.norce.operations import BY_NAME, schema
 from adapter.norce.registration import Registered, Registrar, registrations, static_notifications, static_secret
 from adapter.plugin import Secret
@@ -62,6 +62,15 @@ class Far(Valid):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0)
+        return await super().handle_async_request(request)
+
+
+class Picky(Valid):
+    """Takes no validations."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/validations"):
+            return httpx.Response(400, json={"code": "order-validation", "message": "not here"})
         return await super().handle_async_request(request)
 
 
@@ -191,6 +200,19 @@ def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
 
         assert registered(norce, config, order_id) == Registered(removed=("order-status",), kept=OURS)
         assert len(ours_on(norce, order_id)["notifications"]) == 1
+
+
+def test_one_that_norce_refuses_keeps_no_other_away(tmp_path: Path) -> None:
+    """An order without its notification is one that nobody exports, and no event log shows."""
+    callbacks = dict(sorted(TREE["callbacks"].items(), key=lambda each: each[0] != "order-rules"))
+    with shop() as norce, opened(norce, transport=Picky(norce.simulator)) as client:
+        order_id = norce.create()
+        registrar = Registrar(configured(tmp_path, callbacks=callbacks), client)
+
+        with pytest.raises(NorceRejected, match="order-validation"):
+            norce.loop.run(registrar.register("norce", "1", order_id))
+
+        assert [len(each) for each in ours_on(norce, order_id).values()] == [0, 1, 1]
 
 
 def test_two_who_register_at_the_same_moment_put_each_there_once(tmp_path: Path) -> None:

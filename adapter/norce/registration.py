@@ -74,7 +74,10 @@ class Registrar:
         self._orders = WeakValueDictionary[tuple[str, str], asyncio.Lock]()  # those that somebody is at
 
     async def register(self, merchant: str, channel: str, order_id: str) -> Registered:
-        """Adds what is missing, and removes what is stale, doubled or signed with a key that is not good any more."""
+        """
+        Adds what is missing, and removes what is stale, doubled or signed with a key that is not good any more. What
+        Norce refuses is raised when all others are there, and before anything is removed.
+        """
         async with self._alone(merchant, order_id):
             return await self._register(merchant, channel, order_id)
 
@@ -87,8 +90,14 @@ class Registrar:
             if (stays := next(meeting, None)) is not None:
                 kept[each.callback] = stays
         missing = [each for each in wanted if each.callback not in kept]
+        refused: NorceRejected | None = None
         for each in missing:
-            await self._norce.call(merchant, channel, each.operation, body=each.body, path={"order_id": order_id})
+            try:
+                await self._norce.call(merchant, channel, each.operation, body=each.body, path={"order_id": order_id})
+            except NorceRejected as error:  # of a scope that Norce does not watch, say: it costs the others nothing
+                refused = refused or error
+        if refused is not None:
+            raise refused
         stale = [(kind, entry) for kind, entry in stored if (kind, entry["id"]) not in kept.values()]
         await self._remove(merchant, channel, order_id, stale)
         return Registered(
