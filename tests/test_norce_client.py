@@ -619,6 +619,18 @@ def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
     assert ([each.id for each in page.items], page.count) == (["event-1", "event-3"], 3)
 
 
+@given(st.lists(st.sampled_from([r"\\", r"\ud83d", r"\uDE00", r"\n", r"\u0041", r"\"", "u", "d83d"]), max_size=8))
+def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]) -> None:
+    text = "".join(parts)
+    halved = json.dumps({"data": [event(1, description="@"), event(2, description="#")]})
+    content = halved.replace('"#"', r'"\ud83d"').replace('"@"', f'"{text}"')
+
+    page = ask(FakeNorce(httpx.Response(200, text=content)), lambda norce: norce.pages("fjallboden", "1").__anext__())
+
+    expected = "".join("\ufffd" if "\ud800" <= each <= "\udfff" else each for each in json.loads(f'"{text}"'))
+    assert [each["description"] for each in page.items] == [expected, "\ufffd"]
+
+
 @pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [], "pagination": {"totalSize": "x"}}, []])
 def test_a_page_that_is_none_is_no_answer(body: Any) -> None:
     with pytest.raises(NorceUnavailable):

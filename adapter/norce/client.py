@@ -37,9 +37,10 @@ NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # here all of them say how something is to be
 
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-# Any escape in a JSON string; the group is half a character (RFC 8259, section 8.2).
-_ESCAPE = re.compile(
-    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+# The escape of half a character (RFC 8259, section 8.2), where no backslash is escaped.
+_HALF = re.compile(
+    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
 )
 T = TypeVar("T")
 Used = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
@@ -426,7 +427,7 @@ def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
     try:
         read = _decoded(content, _Listed)
     except NorceUnavailable:  # half an emoji, cut off in one of them, must not hide all others
-        read = _decoded(_ESCAPE.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], content), _Listed)
+        read = _decoded(_HALF.sub(rb"\\ufffd", content.replace(rb"\\", rb"\u005c")), _Listed)
     items = []
     for each in read.data:
         with contextlib.suppress(NorceUnavailable):  # one that is not as documented must not hide all others
