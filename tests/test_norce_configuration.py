@@ -98,14 +98,26 @@ class Line(httpx.AsyncBaseTransport):
         return self.instead or await self._inner.handle_async_request(request)
 
 
+class SilentFor(httpx.AsyncBaseTransport):
+    """On to Norce, which never answers one merchant."""
+
+    def __init__(self, merchant: str, inner: httpx.AsyncBaseTransport) -> None:
+        self._merchant, self._inner = merchant, inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.headers["x-merchant"] == self._merchant:
+            await asyncio.Event().wait()
+        return await self._inner.handle_async_request(request)
+
+
 class House:
     """A Norce, and the process that reads its documents: another one can begin on the same ledger."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changed: Any) -> None:
         self.store = Store.open(f"sqlite:///{folder / 'ledger.db'}")
         self.loop = asyncio.Runner()
         path = folder / "config.yaml"
-        path.write_text(json.dumps(TREE))
+        path.write_text(json.dumps(TREE | changed))
         self.config = configuration.load(path, {"TOKEN": TOKEN, "STATIC": "a secret & more"})
         self.routes = build(self.config, [Point()])  # type: ignore[list-item]
         self.metrics = Metrics("0")
@@ -160,8 +172,8 @@ def house(tmp_path: Path) -> Iterator[House]:
 
 
 @contextmanager
-def opened(folder: Path) -> Iterator[House]:
-    made = House(folder)
+def opened(folder: Path, **changed: Any) -> Iterator[House]:
+    made = House(folder, **changed)
     try:
         yield made
     finally:
@@ -194,6 +206,25 @@ def test_a_document_is_the_strongest_and_for_its_channel_alone(house: House) -> 
     assert (house.limits("1").most, house.limits("1").names) == (3, {"a": "b"})
     assert house.limits("1").url == "https://limits.example"
     assert house.limits("2").most == 10
+
+
+def test_a_merchant_whose_norce_is_silent_is_in_no_other_merchants_way(tmp_path: Path) -> None:
+    """At the start there are five seconds, and then deliveries leave."""
+    silent = {"tokens": ["${env:TOKEN}"], "channels": {f"c{number}": {} for number in range(20)}}
+    merchants = {"silent": silent} | TREE["merchants"]
+    with opened(tmp_path, merchants=merchants, norce=TREE["norce"] | {"timeout": "1m"}) as house:
+        house.put(document(active=False))
+        house.norce._client._transport = SilentFor("silent", house.line)
+
+        async def begin() -> None:
+            reading = asyncio.create_task(house.documents.refresh())
+            await asyncio.wait([reading], timeout=1)
+            reading.cancel()
+            await asyncio.wait([reading])
+
+        house.loop.run(begin())
+
+        assert house.documents.switched_off == {SHOP}
 
 
 def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -> None:

@@ -32,7 +32,7 @@ from adapter.routes import Routes
 
 log = structlog.get_logger(__name__)
 
-AT_ONCE = 8
+AT_ONCE = 4  # of one merchant
 LARGEST_DOCUMENT_BYTES = 128 * 1024  # hundreds of rules; a hostile one of that size takes some seconds to check
 MOST_PLACES = 10  # that are told of one document
 LONGEST_PLACE = 200
@@ -85,23 +85,35 @@ class Documents:
 
     async def keep(self, every: timedelta) -> None:
         """Reads them again and again, until cancelled; with no time between, not at all."""
-        while every:
-            await self.refresh()
-            await asyncio.sleep(every.total_seconds())
-        await asyncio.Event().wait()
+
+        async def of_one(merchant: str) -> None:
+            while True:
+                await self._refresh_all(merchant)
+                await asyncio.sleep(every.total_seconds())
+
+        if not every:
+            await asyncio.Event().wait()
+        async with asyncio.TaskGroup() as group:
+            for merchant in self._config.merchants:
+                group.create_task(of_one(merchant))
 
     async def refresh(self) -> None:
         """Reads every channel's document once. Raises nothing that Norce may do."""
+        async with asyncio.TaskGroup() as group:
+            for merchant in self._config.merchants:
+                group.create_task(self._refresh_all(merchant))
+
+    async def _refresh_all(self, merchant: str) -> None:
+        """A merchant's own, in places of its own: where its Norce is silent, no other merchant waits."""
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def one(merchant: str, channel: str) -> None:
+        async def one(channel: str) -> None:
             async with places:
                 await self._refresh(merchant, channel)
 
         async with asyncio.TaskGroup() as group:
-            for merchant, its in self._config.merchants.items():
-                for channel in its.channels:
-                    group.create_task(one(merchant, channel))
+            for channel in self._config.merchants[merchant].channels:
+                group.create_task(one(channel))
 
     async def _refresh(self, merchant: str, channel: str) -> None:
         shop = (merchant, channel)
