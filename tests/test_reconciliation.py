@@ -14,6 +14,7 @@ from databases import rows
 from simulators import Ticking
 from sqlalchemy import Connection, delete
 from starlette.routing import Route, Router
+from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter.app import CALLBACK_PATH, channels, client, queue_keys, reconciliation
@@ -438,6 +439,51 @@ def test_a_log_whose_pages_are_small_is_read_whole(
         assert house.reconciled().missed == 55
 
 
+class Windowed(httpx.AsyncBaseTransport):
+    """A Norce that counts all its events, and gives none beyond the first so many, as search engines do."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, window: int) -> None:
+        self._inner, self._window = inner, window
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await self._inner.handle_async_request(request)
+        said = json.loads(await answer.aread())
+        offset = int(request.url.params.get("offset", "0"))
+        said["data"] = said["data"][: max(self._window - offset, 0)]
+        return httpx.Response(answer.status_code, json=said)
+
+
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+def test_a_log_that_ends_before_its_total_was_not_read_to_its_end(house: House, order: str) -> None:
+    house.simulator.throw(events_order=order, notifications_lost=1.0)
+    house.orders(50, moves=5)
+    house.line._inner = Windowed(house.line._inner, 150)
+
+    with pytest.raises(NorceError):
+        house.reconciled()
+
+
+def test_an_old_page_that_is_a_little_out_of_order_is_not_the_end_of_a_log_without_a_total(
+    tmp_path: Path, store_url: str
+) -> None:
+    """Oldest first, of a crowd a while ago that two machines wrote down: newest first it is not."""
+    with opened(store_url, tmp_path, reconciliation={"overlap": "1h"}) as house:
+        house.simulator.throw(events_order="oldest", clock_skew_seconds=-9 * 3600)
+        house.orders(20, moves=5)
+        house.simulator.throw(clock_skew_seconds=-3 * 3600)
+        house.orders(1)
+        house.reconciled()
+        events = house.simulator.records.events
+        first, *_, last = list(events)[:A_PAGE]
+        at = datetime.fromisoformat(events[last]["createdAt"]) + timedelta(seconds=1)
+        events[first] = {**events[first], "createdAt": at.isoformat()}
+        house.simulator.throw(clock_skew_seconds=0, notifications_lost=1.0)
+        house.orders(2)
+        house.line._inner = Capped(house.line._inner, A_PAGE, too_large=False, total=False)
+
+        assert house.reconciled().missed == 2
+
+
 def test_an_event_that_is_no_text_is_in_nobodys_way(house: House) -> None:
     house.simulator.throw(notifications_lost=1.0)
     house.orders(2)
@@ -469,6 +515,36 @@ def test_of_a_log_that_never_ends_nothing_is_taken_for_read(house: House, monkey
     assert house.loop.run(house.marks.value("reconciled norce")) is None
 
 
+def test_others_are_answered_between_two_events(house: House) -> None:
+    """A page is up to 64 MiB of orders: parsed at one go, 62 MB held the event loop for 4.5 s at each turn."""
+    house.orders(10, moves=5)
+    loop_turn = 0
+    looked_at: list[int] = []  # in which turn of the event loop each event was
+
+    def clock() -> int:
+        looked_at.append(loop_turn)
+        return house.store.clock()
+
+    house.healing._clock = clock
+
+    async def beside() -> None:
+        nonlocal loop_turn
+        while True:
+            await asyncio.sleep(0)
+            loop_turn += 1
+
+    async def run() -> Reconciled:
+        others = asyncio.create_task(beside())
+        found = [each async for each in house.healing.run()][-1]
+        others.cancel()
+        return found
+
+    found = house.loop.run(run())
+
+    assert found.received == 50
+    assert max(map(looked_at.count, looked_at)) < 10
+
+
 def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
     house.simulator.throw(notifications_lost=1.0)
     house.orders(1, shop=("norce", "2"))
@@ -490,6 +566,20 @@ def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
     found = house.reconciled()
 
     assert (found.missed, found.others) == (2, 4)
+
+
+def test_of_a_channel_that_is_not_configured_here_nobody_is_warned(house: House) -> None:
+    """It may be another deployment's, with thousands of orders an hour: a line for each of them, at each turn."""
+    house.orders(2)
+    events = house.simulator.records.events
+    for event_id, event in list(events.items()):
+        events[event_id] = {**event, "channel": "3"}
+
+    with capture_logs() as lines:
+        found = house.reconciled()
+
+    assert found.others == 2
+    assert [each["event"] for each in lines if each["log_level"] == "warning"] == []
 
 
 def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None:

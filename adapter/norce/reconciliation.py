@@ -13,6 +13,7 @@ than the ledger's memory is nobody's to bring: whether it came cannot be known a
 Facts: checkout protocol, sections 8.3 and 8.4.
 """
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -34,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 A_PAGE = 100
 MOST_PAGES = 100_000
+ENOUGH_TO_TELL = 3
 TURN = "reconciliation"
 WATERMARK, FLOOR = "reconciled", "reconciled since"
 STILL_ON_ITS_WAY = timedelta(minutes=1)
@@ -179,6 +181,8 @@ class Reconciliation:
         page = last if backwards else first
         for _ in range(MOST_PAGES):
             if not page.count:
+                if page.total is not None and page.offset < page.total:
+                    raise NorceUnavailable("Norce's log has more events than it gives")
                 return
             yield page
             if page.items and _newest(page) < begins and self._gets_older(page, backwards=backwards):
@@ -195,22 +199,32 @@ class Reconciliation:
         raise NorceUnavailable("the log has no end")
 
     def _gets_older(self, page: Page[Event], *, backwards: bool) -> bool:
-        """Whether a page is in order, but for what was written late; in no order at all, older is no reason to stop."""
-        events = page.items[::-1] if backwards else page.items
-        if events[0].created_at <= events[-1].created_at:  # the other way about, or nobody can say
+        """
+        Whether a page is in order, but for what was written late; in no order at all, older is no reason to stop. Nor
+        where nobody can say which way the order is: too few events, or a crowd whose moments are all alike.
+        """
+        moments = [event.created_at for event in page.items]
+        if backwards:
+            moments.reverse()
+        third = len(moments) // 3
+        if third < ENOUGH_TO_TELL or min(moments[:third]) <= max(moments[-third:]):
             return False
         oldest = datetime.max.replace(tzinfo=UTC) - self._overlap
-        for event in events:
-            if event.created_at > oldest + self._overlap:
+        for moment in moments:
+            if moment > oldest + self._overlap:
                 return False
-            oldest = min(oldest, event.created_at)
+            oldest = min(oldest, moment)
         return True
 
     async def _bring(self, events: Sequence[Event], found: Reconciled, *, dry_run: bool) -> None:
         # Nobody's log speaks for another merchant, nor for another adapter where the filter was not heeded.
         ours = [e for e in events if e.merchant == found.merchant and e.adapter_id in (None, self._adapter_id)]
         ours.sort(key=lambda event: event.created_at)  # an order's own, in the order in which they happened
-        notifications = [each for each in map(self._notification, ours) if each is not None]
+        notifications = []
+        for event in ours:
+            if (both := self._notification(event)) is not None:
+                notifications.append(both)
+            await asyncio.sleep(0)  # a page may be megabytes of orders: others are answered meanwhile
         found.others += len(events) - len(notifications)
         # Under the one identity or the other: whether lastModified was too far ahead to count was seen by the clock of
         # the moment when it came.
@@ -237,7 +251,7 @@ class Reconciliation:
     def _notification(self, event: Event) -> tuple[ReceivedNotification, bytes] | None:
         """The notification that a callback would have brought, and its other identity; None where there is none."""
         callback = self._callback(event)
-        if callback is None:
+        if callback is None or event.channel not in self._merchants[event.merchant]:
             return None
         raw = RawCallback(
             method="POST",
