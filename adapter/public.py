@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from adapter.callbacks import protocol
 from adapter.callbacks.parsing import CallbackInvalid, check_order_id
 from adapter.callbacks.senders import RawCallback, Senders, Unauthenticated
 from adapter.config import Config
@@ -35,6 +36,8 @@ LATER = {"retry-after": "5"}
 # orders at once takes a quarter of those that a merchant may have at a time, and no other merchant's place.
 AT_ONCE = 16
 MOST_WAITING = 200
+# Of all together: where Norce is silent for everybody, who waits for it must leave room for notifications to come in.
+MOST_OF_ALL = protocol.MOST_WAITING // 2
 
 Shop = tuple[str, str]
 Work = Callable[[str, str, str], Awaitable[Registered]]
@@ -58,6 +61,7 @@ class Registrations:
         self._senders = Senders(config.senders)
         self._switched_off = switched_off
         self._at_once = {merchant: asyncio.Semaphore(AT_ONCE) for merchant in config.merchants}
+        self._most = min(max(MOST_OF_ALL // len(config.merchants), AT_ONCE), MOST_WAITING)  # of one merchant
         self._waiting = Counter[str]()
 
     @property
@@ -81,7 +85,7 @@ class Registrations:
         return JSONResponse(msgspec.to_builtins(done))
 
     async def _in_turn(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
-        if self._waiting[merchant] >= MOST_WAITING:
+        if self._waiting[merchant] >= self._most or self.waiting >= MOST_OF_ALL:
             raise _Refused(503, "overloaded", "Too many registrations wait for Norce. Please send it again.", LATER)
         self._waiting[merchant] += 1
         try:

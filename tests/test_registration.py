@@ -21,7 +21,7 @@ from adapter.norce.client import Account, Norce, NorceRejected, NorceUnavailable
 from adapter.norce.operations import BY_NAME, schema
 from adapter.norce.registration import Registered, Registrar, registrations, static_notifications, static_secret
 from adapter.plugin import Secret
-from adapter.public import AT_ONCE, MOST_WAITING, Registrations, routes
+from adapter.public import AT_ONCE, MOST_OF_ALL, MOST_WAITING, Registrations, routes
 
 NEW, OLD = "a-new-key-of-32-bytes-0123456789", "an-old-key-of-32-bytes-012345678"
 OURS = ("cart-changed", "order-rules", "order-status")
@@ -499,33 +499,54 @@ def test_a_shop_that_registers_all_its_orders_at_once_leaves_norce_to_others(tmp
     assert left == 0
 
 
-def test_a_merchant_whose_norce_is_silent_takes_nobody_elses_place(tmp_path: Path) -> None:
-    class Silent:
-        def __init__(self) -> None:
-            self.never = asyncio.Event()
+class Silent:
+    """Answers one merchant alone."""
 
-        async def register(self, merchant: str, *_: str) -> Registered:
-            if merchant == "norce":
-                await self.never.wait()
-            return Registered()
+    def __init__(self, *, but: str) -> None:
+        self._but = but
 
-    async def crowd() -> int:
-        config = configured(tmp_path, merchants=TREE["merchants"] | {"other": TREE["merchants"]["norce"]})
-        registrations = Registrations(config, Silent(), ())  # type: ignore[arg-type]
-        app = Router(routes=routes(registrations, "our_adapter", {}))
+    async def register(self, merchant: str, *_: str) -> Registered:
+        if merchant != self._but:
+            await asyncio.Event().wait()
+        return Registered()
+
+
+def crowded(config: Config, registrar: Any, whose: list[str]) -> list[int]:
+    """What is answered at once to so many registrations one after the other; 0 where it waits."""
+
+    async def crowd() -> list[int]:
+        app = Router(routes=routes(Registrations(config, registrar, ()), "our_adapter", {}))
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
             url = "http://adapter/api/v1/orders/o/registrations"
-            waiting = [asyncio.create_task(http.post(url, headers=BEARER)) for _ in range(MOST_WAITING)]
-            while registrations.waiting < MOST_WAITING:  # noqa: ASYNC110 - until all of them have come in
+            sent = [asyncio.create_task(http.post(url, headers=BEARER | {"x-merchant": each})) for each in whose]
+            for _ in range(20):
                 await asyncio.sleep(0)
-            async with asyncio.timeout(5):
-                answer = await http.post(url, headers=BEARER | {"x-merchant": "other"})
-            for each in waiting:
+            statuses = [each.result().status_code if each.done() else 0 for each in sent]
+            for each in sent:
                 each.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-        return answer.status_code
+            await asyncio.gather(*sent, return_exceptions=True)
+        return statuses
 
-    assert asyncio.run(crowd()) == 200
+    return asyncio.run(crowd())
+
+
+def test_a_merchant_whose_norce_is_silent_takes_nobody_elses_place(tmp_path: Path) -> None:
+    config = configured(tmp_path, merchants=TREE["merchants"] | {"other": TREE["merchants"]["norce"]})
+
+    statuses = crowded(config, Silent(but="other"), ["norce"] * MOST_WAITING + ["norce", "other"])
+
+    assert statuses == [0] * MOST_WAITING + [503, 200]
+
+
+def test_who_registers_leaves_room_for_notifications_though_norce_is_silent_for_all(tmp_path: Path) -> None:
+    """Beyond so many that wait, every request is refused unread (`callbacks.protocol`)."""
+    names = [f"merchant-{number}" for number in range(20)]
+    config = configured(tmp_path, merchants=dict.fromkeys(names, TREE["merchants"]["norce"]))
+    share = MOST_OF_ALL // 20
+
+    statuses = crowded(config, Silent(but=names[-1]), [each for each in names for _ in range(share + 1)])
+
+    assert statuses == ([0] * share + [503]) * 19 + [200] * (share + 1)
 
 
 def test_nothing_is_registered_where_norce_has_switched_us_off_and_what_is_there_can_go(tmp_path: Path) -> None:
