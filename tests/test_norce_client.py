@@ -532,6 +532,12 @@ def test_a_handler_writes_its_number_on_the_order() -> None:
     assert [json.loads(request.content) for request in transport.requests] == ["100245", {"jetshop": "7"}]
 
 
+def test_a_change_that_answers_nothing_is_done_whatever_is_said_to_it() -> None:
+    assert (
+        as_handler(FakeNorce(httpx.Response(200, text="OK")), lambda orders: orders.call("add_hook", "o", {})) is None
+    )
+
+
 def test_a_handler_has_every_operation_on_the_order() -> None:
     transport = FakeNorce(httpx.Response(200, json=[{"id": "p"}]))
 
@@ -543,6 +549,8 @@ CHANGES: list[Any] = [
     pytest.param("add_payment", httpx.ReadError(""), Unknown, id="a POST without answer is in doubt"),
     pytest.param("add_payment", httpx.ConnectError(""), Retry, id="a POST that never went out"),
     pytest.param("add_payment", httpx.Response(500), Unknown, id="a POST that failed at Norce"),
+    pytest.param("add_payment", httpx.Response(201, text="p-1"), Unknown, id="a POST that was made, and what of it"),
+    pytest.param("put_payment", httpx.Response(200, text="p-1"), Retry, id="a PUT that was made may be made again"),
     pytest.param("add_payment", httpx.Response(409, json={"code": "order-conflict"}), Reject, id="a conflict"),
     pytest.param("put_payment", httpx.Response(400), Reject, id="refused by a hook"),
     pytest.param("put_payment", httpx.Response(404, json={"code": "payment-not-found"}), Reject, id="no payment"),

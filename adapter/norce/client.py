@@ -329,14 +329,21 @@ class HandlerOrders:
         await self.call("patch_attributes", order_id, attributes)
 
     async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
-        method = BY_NAME[operation].method
+        known = BY_NAME[operation]
         try:
             content = await self._norce.call(
                 self._merchant, self._channel, operation, body=body, path={"order_id": order_id, **path}
             )
-            return _decoded(content, Any) if content else None
+            try:
+                return _decoded(content, Any) if content else None
+            except NorceUnavailable as error:
+                if known.method == "GET":
+                    raise
+                if any(known.answers.values()):
+                    raise NorceUnclear(str(error)) from error  # it was made, and must not be made again
+                return None
         except NorceError as error:
-            raise _outcome(error, method) from error
+            raise _outcome(error, known.method) from error
 
 
 class _TooLarge(Exception):
