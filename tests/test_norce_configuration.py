@@ -402,11 +402,20 @@ def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_
     assert house.limits().most == holds
 
 
-def test_a_404_that_is_not_norces_own_takes_no_document_away(house: House) -> None:
+@pytest.mark.parametrize(
+    "instead",
+    [
+        httpx.Response(404, text="<h1>Not Found</h1>"),
+        httpx.Response(404),
+        httpx.Response(404, json={"type": "https://tools.ietf.org/html/rfc9110#section-15.5.5", "title": "Not Found"}),
+    ],
+    ids=["a page", "nothing", "a problem without a code"],
+)
+def test_a_404_without_a_code_of_norces_takes_no_document_away(house: House, instead: httpx.Response) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
 
-    house.line.instead = httpx.Response(404, text="<h1>Not Found</h1>")
+    house.line.instead = instead
     house.refresh()
     assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
     house.restart()
