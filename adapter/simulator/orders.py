@@ -427,6 +427,13 @@ def _validator(name: str) -> Any:
     return jsonschema_rs.validator_for(schema(name))
 
 
+def check_fits(value: Any, name: str, what: str, code: str = "order-bad-request") -> None:
+    """Raises `Refused` where the value does not fit the schema of this name."""
+    for problem in _validator(name).iter_errors(value):
+        place = "/".join(map(str, problem.instance_path))
+        raise Refused(code, f"{what} does not fit at /{place}.")
+
+
 def with_registration(order: Order, kind: str, body: Mapping[str, Any], call: Call) -> Order:
     """The order with one more validation, hook or notification, as the last of its kind. Raises `Refused`."""
     new = _registration(kind, body, call)
@@ -442,9 +449,7 @@ def _registration(kind: str, body: Mapping[str, Any], call: Call) -> dict[str, A
     if kind == "notifications":
         body = _documented(body, call.switches)
     new = {**{names.get(name, name): value for name, value in body.items()}, "id": call.new_id(_PREFIXES[kind])}
-    for problem in _validator(kind.removesuffix("s")).iter_errors(new):
-        place = "/".join(map(str, problem.instance_path))
-        raise Refused("order-bad-request", f"One of the {kind} does not fit at /{place}.")
+    check_fits(new, kind.removesuffix("s"), f"One of the {kind}")
     return new
 
 

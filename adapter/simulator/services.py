@@ -11,12 +11,10 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import jinja2
-import jsonschema_rs
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -39,7 +37,7 @@ from adapter.norce.operations import (
 from adapter.simulator import configuration, neighbours
 from adapter.simulator.callbacks import as_text
 from adapter.simulator.checkout import Checkout, etag
-from adapter.simulator.orders import CHANGES, Call, Invalid, Refused, is_older_form, money, part
+from adapter.simulator.orders import CHANGES, Call, Invalid, Refused, check_fits, is_older_form, money, part
 from adapter.simulator.switches import Switches, SwitchInvalid
 from adapter.simulator.versions import Order, as_version
 
@@ -175,15 +173,8 @@ async def _body(request: Request, operation: Operation, switches: Switches) -> A
         raise Refused(code, "The body is nested too deeply.") from error
     if operation.name == "add_notification" and switches.notification_older_form and is_older_form(body):
         return body  # it has no schema; who registers it reads it
-    for problem in _validator(operation.body).iter_errors(body):
-        place = "/".join(map(str, problem.instance_path))
-        raise Refused(code, f"The body does not fit at /{place}.")
+    check_fits(body, operation.body, "The body", code)
     return body
-
-
-@cache
-def _validator(name: str) -> Any:
-    return jsonschema_rs.validator_for(schema(name))
 
 
 def _refusal(refused: Refused, operation: Operation, version: str, *, problems: bool) -> Response:
