@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
 
@@ -43,15 +44,6 @@ from adapter.simulator.versions import Order, as_version
 
 PREFIX = "/checkout"
 BASIC_SCHEMA = f"{PREFIX}/configuration/openapi/v1/schemas/configuration.json"
-_TITLES = {
-    400: "Bad Request",
-    401: "Unauthorized",
-    403: "Forbidden",
-    404: "Not Found",
-    409: "Conflict",
-    412: "Precondition Failed",
-    500: "Error",
-}
 
 Handler = Callable[[Call], Any]  # what it answers, or an awaitable of that
 
@@ -179,7 +171,7 @@ async def _body(request: Request, operation: Operation, switches: Switches) -> A
 
 def _refusal(refused: Refused, operation: Operation, version: str, *, problems: bool) -> Response:
     if operation.service == "notification" or (operation.service == "order" and version == V1 and problems):
-        title = _TITLES.get(refused.status, "Error")
+        title = HTTPStatus(refused.status).phrase
         body: dict[str, Any] = {"title": title, "status": refused.status, "detail": refused.message}
         return JSONResponse(body, refused.status, media_type="application/problem+json")
     body = {"code": refused.code, "message": refused.message}
