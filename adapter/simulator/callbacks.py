@@ -85,30 +85,23 @@ class Answer:
         return None
 
 
+@dataclass(kw_only=True, eq=False)
 class Callbacks:
     """Calls out, for one simulator. What is in flight can be waited for (`settled`)."""
 
-    def __init__(
-        self,
-        *,
-        records: Records,
-        journal: Journal,
-        switches: Callable[[], Switches],
-        now: Callable[[], datetime],
-        sleep: Callable[[float], Awaitable[None]],
-        chance: random.Random,
-        transport: httpx.AsyncBaseTransport | None,
-    ) -> None:
-        self._records = records
-        self._journal = journal
-        self._switches = switches
-        self._now = now
-        self._sleep = sleep
-        self._chance = chance
+    records: Records
+    journal: Journal
+    switches: Callable[[], Switches]
+    now: Callable[[], datetime]
+    sleep: Callable[[float], Awaitable[None]]
+    chance: random.Random
+    transport: httpx.AsyncBaseTransport | None
+
+    def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=50)
-        inner = transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
+        inner = self.transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
         self._http = httpx.AsyncClient(transport=_LoopbackOnly(inner), trust_env=False, timeout=None)  # noqa: S113
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     # --- validations ---
 
@@ -189,7 +182,7 @@ class Callbacks:
                 )
             )
         elif switches.hook_order == "random":
-            self._chance.shuffle(hooks)
+            self.chance.shuffle(hooks)
         return hooks
 
     async def _hook(self, hook: Mapping[str, Any], base: Order, proposed: Order, call: Call) -> Any:
@@ -226,8 +219,8 @@ class Callbacks:
 
     def _record(self, notification: Mapping[str, Any], order: Order, switches: Switches) -> str:
         version = notification.get("version") or switches.version_left_out
-        now = self._now()
-        event_id = str(_uuid7(now, self._chance))
+        now = self.now()
+        event_id = str(_uuid7(now, self.chance))
         told = {name: notification.get(name) for name in ("adapterId", "reference", "description")}
         event = {
             "id": event_id,
@@ -243,11 +236,11 @@ class Callbacks:
             "attempts": [],
             "_lost": self._happens(switches.notifications_lost),
         }
-        self._records.keep("events", event_id, event)
+        self.records.keep("events", event_id, event)
         return event_id
 
     async def _deliver(self, event_id: str) -> None:
-        switches, event = self._switches(), self._records.events[event_id]
+        switches, event = self.switches(), self.records.events[event_id]
         notification = event["payload"]["notification"]
         if event["_lost"]:
             return
@@ -255,16 +248,16 @@ class Callbacks:
         if self._happens(switches.notifications_reordered):
             wait += switches.held_back_seconds
         if wait > 0:
-            await self._sleep(wait)
+            await self.sleep(wait)
         for _ in range(2 if self._happens(switches.notifications_doubled) else 1):
             for attempt in range(1 + switches.notification_retries):
                 if attempt:
-                    await self._sleep(switches.notification_retry_seconds)
+                    await self.sleep(switches.notification_retry_seconds)
                 if await self._attempt(event_id):
                     break
 
     async def _attempt(self, event_id: str) -> bool:
-        switches, event = self._switches(), self._records.events[event_id]
+        switches, event = self.switches(), self.records.events[event_id]
         payload = event["payload"]
         answer = await self.call(
             "notification",
@@ -276,27 +269,23 @@ class Callbacks:
             body=payload if switches.notification_body == "envelope" else payload["order"],
         )
         attempt = {
-            "at": as_text(self._now()),
+            "at": as_text(self.now()),
             "status": answer.status,
             "reason": answer.reason or None,
             "response": answer.body[:LONGEST_SHOWN].decode(errors="replace"),
         }
-        current = self._records.events[event_id]
-        self._records.keep("events", event_id, {**current, "attempts": [*current["attempts"], attempt]})
+        current = self.records.events[event_id]
+        self.records.keep("events", event_id, {**current, "attempts": [*current["attempts"], attempt]})
         good = {"2xx": range(200, 300), "200-202-204": (200, 202, 204), "200": (200,)}
         return answer.status in good[switches.notification_delivered]
 
     def retry(self, event_id: str) -> None:
         """Sends an event once more, as a person asks for it."""
-
-        async def again() -> None:
-            await self._attempt(event_id)
-
-        self._start(again())
+        self._start(self._attempt(event_id))
 
     def resume(self) -> None:
         """Sends what was recorded before a restart and never left."""
-        for event_id, event in self._records.events.items():
+        for event_id, event in self.records.events.items():
             if not event["attempts"]:
                 self._start(self._deliver(event_id))
 
@@ -314,7 +303,7 @@ class Callbacks:
         more: Mapping[str, str] = MappingProxyType({}),
     ) -> Answer:
         """One request to a registered URL, with more headers. Never raises; one that was not answered has a reason."""
-        switches = self._switches()
+        switches = self.switches()
         url = str(registered.get("invoke") or "")
         if switches.placeholders:
             url = self._filled(url, registered.get("adapterId"), order)
@@ -342,9 +331,9 @@ class Callbacks:
         """The answer, which the journal knows of."""
         began = time.monotonic()
         answer = await self._answer(method, url, headers, content, seconds=seconds)
-        self._journal.write(
+        self.journal.write(
             url=url,
-            at=as_text(self._now()),
+            at=as_text(self.now()),
             kind=kind,
             method=method,
             status=answer.status,
@@ -357,7 +346,7 @@ class Callbacks:
     async def _answer(
         self, method: str, url: str, headers: dict[str, str], content: bytes | None, *, seconds: float
     ) -> Answer:
-        redirects = self._switches().callback_redirects
+        redirects = self.switches().callback_redirects
         try:
             request = self._http.build_request(method, url, headers=headers, content=content)
             async with asyncio.timeout(seconds):
@@ -380,7 +369,7 @@ class Callbacks:
 
     def _filled(self, url: str, adapter_id: Any, order: Order) -> str:
         key = document_key(order["merchant"], order["channel"], str(adapter_id))
-        document = self._records.documents.get(key, {})
+        document = self.records.documents.get(key, {})
 
         def fill(match: re.Match[str]) -> str:
             root, *names = ["order", "id"] if match[1] == "order_id" else match[1].split(".")
@@ -395,7 +384,7 @@ class Callbacks:
 
     # --- what is in flight ---
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -413,7 +402,7 @@ class Callbacks:
         await self._http.aclose()
 
     def _happens(self, share: float) -> bool:
-        return share > 0 and self._chance.random() < share
+        return share > 0 and self.chance.random() < share
 
 
 def as_text(moment: datetime) -> str:
