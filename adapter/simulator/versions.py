@@ -27,30 +27,23 @@ _HIDDEN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 
 def as_version(order: Order, version: str, switches: Switches) -> Order:
     """The order as this version of the API shows it."""
-    hidden = _HIDDEN[version]
-    shown = {
-        name: _shown(value, name, hidden, version) if isinstance(value, (dict, list)) else value
-        for name, value in order.items()
-        if not name.startswith("_")
-    }
-    if switches.enums == "capital":
-        shown = _capitals(shown)
-    return shown
+    shown: Order = _shown({name: value for name, value in order.items() if not name.startswith("_")}, "", version)
+    return _capitals(shown) if switches.enums == "capital" else shown
 
 
-def _shown(value: Any, name: str, hidden: Mapping[str, tuple[str, ...]], version: str) -> Any:
+def _shown(value: Any, name: str, version: str) -> Any:
     if name in ("attributes", "schema"):
         return value
     if isinstance(value, list):
-        return [_shown(each, name, hidden, version) for each in value]
+        return [_shown(each, name, version) for each in value]
     if not isinstance(value, dict):
         return value
-    without = hidden.get(name, ())
+    hidden = _HIDDEN[version].get(name, ())
     renamed = {} if version == V1 else {new: old for old, new in OWN_NAMES.get(name, {}).items()}
     return {
-        renamed.get(key, key): _shown(part, key, hidden, version) if isinstance(part, (dict, list)) else part
+        renamed.get(key, key): _shown(part, key, version) if isinstance(part, (dict, list)) else part
         for key, part in value.items()
-        if key not in without
+        if key not in hidden
     }
 
 
