@@ -7,7 +7,6 @@ comes in; `neighbours` are other adapters; `records` is what is remembered; `swi
 `caller` is who buys here, and `scenarios` are purchases as they go in a shop.
 """
 
-from types import TracebackType
 from typing import Any
 
 from adapter.simulator.checkout import Checkout
@@ -37,9 +36,7 @@ class Simulator(Checkout):
         self.callbacks.resume()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *failure: Any) -> None:
         await self.callbacks.aclose()
         self.records.close()
 
