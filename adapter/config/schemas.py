@@ -57,6 +57,15 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
     changed there, by route. Served at `/openapi/v1/schemas/{adapter_id}.json`; the admin UI's form is made from it.
     """
     schemas = _Schemas(by_reference=False)
+    addresses = {
+        "publicUrl": _member("Public address", "For browsers and providers.", **_ADDRESS),
+        "internalUrl": _member("Internal address", "For Norce Checkout.", **_ADDRESS),
+    }
+    secret = _member("Secret", "One of senders.url_secrets: it says that Norce is calling.", type="string")
+    notifications = _member(
+        "Notifications", "As they are registered on an order.", type="array", items={"type": "object"}
+    )
+    shown = {name: _route(name, type_, schemas) for name, type_ in routes.items()}
     return {
         "$schema": DIALECT,
         "$id": f"{public_url.rstrip('/')}/openapi/v1/schemas/{adapter_id}.json",
@@ -65,59 +74,33 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
         "type": "object",
         "required": ["$schema", "id"],
         "properties": {
-            "$schema": {"type": "string", "title": "Schema", "description": "The address of this schema."},
-            "id": {"const": adapter_id, "title": "Id", "description": "The adapter's id."},
-            "active": {
-                "type": "boolean",
-                "default": True,
-                "title": "Active",
-                "description": "Off: nothing is refused or changed here, and what is to be delivered waits.",
-            },
-            "adapter": {
-                "type": "object",
-                "title": "Adapter",
-                "description": "Where the adapter is.",
-                "required": ["publicUrl"],
-                "properties": {
-                    "publicUrl": _ADDRESS | {"title": "Public address", "description": "For browsers and providers."},
-                    "internalUrl": _ADDRESS | {"title": "Internal address", "description": "For Norce Checkout."},
-                },
-            },
-            "callbacks": {
-                "type": "object",
-                "title": "Callbacks",
-                "description": "What the addresses of static registrations name by placeholder.",
-                "properties": {
-                    "secret": {
-                        "type": "string",
-                        "title": "Secret",
-                        "description": "One of senders.url_secrets: it says that Norce is calling.",
-                    }
-                },
-            },
-            "order": {
-                "type": "object",
-                "title": "Order",
-                "description": "What is added to every new order.",
-                "properties": {
-                    "notifications": {
-                        "type": "array",
-                        "items": {"type": "object"},
-                        "title": "Notifications",
-                        "description": "As they are registered on an order.",
-                    }
-                },
-            },
-            "routes": {
-                "type": "object",
-                "title": "Routes",
-                "description": "Settings in place of the adapter's own, by route.",
-                "properties": {name: _route(name, type_, schemas) for name, type_ in routes.items()},
-                "additionalProperties": False,
-            },
+            "$schema": _member("Schema", "The address of this schema.", type="string"),
+            "id": _member("Id", "The adapter's id.", const=adapter_id),
+            "active": _member(
+                "Active",
+                "Off: nothing is refused or changed here, and what is to be delivered waits.",
+                type="boolean",
+                default=True,
+            ),
+            "adapter": _object("Adapter", "Where the adapter is.", addresses, required=["publicUrl"]),
+            "callbacks": _object(
+                "Callbacks", "What the addresses of static registrations name by placeholder.", {"secret": secret}
+            ),
+            "order": _object("Order", "What is added to every new order.", {"notifications": notifications}),
+            "routes": _object(
+                "Routes", "Settings in place of the adapter's own, by route.", shown, additionalProperties=False
+            ),
         },
         "$defs": dict(sorted(schemas.defined.items())),
     }
+
+
+def _member(title: str, description: str, **told: Any) -> dict[str, Any]:
+    return {"title": title, "description": description, **told}
+
+
+def _object(title: str, description: str, properties: dict[str, Any], **told: Any) -> dict[str, Any]:
+    return _member(title, description, type="object", properties=properties, **told)
 
 
 def changeable(type_: type[Settings]) -> frozenset[str]:
