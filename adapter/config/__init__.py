@@ -15,13 +15,11 @@ from adapter.config.document import Document
 from adapter.config.places import ConfigurationInvalid, Problem, Reference, around, joined
 from adapter.config.reader import Reader
 from adapter.config.shape import (
-    Adapter,
     Callback,
     Config,
     ConfigFile,
     HeaderSecret,
     HookCallback,
-    Merchant,
     NotificationCallback,
     Route,
     Senders,
@@ -35,14 +33,12 @@ from adapter.config.together import check_together
 from adapter.plugin import Settings
 
 __all__ = [
-    "Adapter",
     "Callback",
     "Config",
     "ConfigFile",
     "ConfigurationInvalid",
     "HeaderSecret",
     "HookCallback",
-    "Merchant",
     "NotificationCallback",
     "Problem",
     "Reference",

@@ -21,9 +21,7 @@ from adapter.config.shape import (
 from adapter.plugin import Secret
 
 SHORTEST_URL_KEY_BYTES = 16
-IN_A_HEADER = re.compile(
-    r"merchants\..+\.tokens\[\d+\]|merchants\[.+\]\.tokens\[\d+\]|senders\.header_secrets\[\d+\]\.values\[\d+\]"
-)
+IN_A_HEADER = re.compile(r"(merchants.+\.tokens|senders\.header_secrets\[\d+\]\.values)\[\d+\]")
 PARAMETERS_OF_SIGNED_URLS = ("merchant", "channel", "key", "sig")
 
 
