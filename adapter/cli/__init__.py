@@ -34,15 +34,12 @@ from adapter.ledger.store import StoreInUse, StoreUnavailable
 
 
 @click.group(
+    commands=[*GROUPS, verdicts_group, orders_group, register, reconcile, config_group, explain, simulate],
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 nothing matched, 4 configuration, 5 store.",
 )
 def main() -> None:
     """An order adapter behind Norce Checkout."""
-
-
-for _command in (*GROUPS, verdicts_group, orders_group, register, reconcile, config_group, explain, simulate):
-    main.add_command(_command)
 
 
 @main.command()
