@@ -67,7 +67,14 @@ def simulate(
         switches = Switches().with_values(dict(_pair(each) for each in thrown))
         if scenario is not None:
             config = loaded(config_path)
-            summary = uvloop.run(_play(scenario, config, address, port, token, store, switches, orders))
+            if config.senders.signed_urls is None:
+                end(USAGE, "a scenario registers signed URLs: senders.signed_urls is needed")
+            if orders is not None and scenario != "burst":
+                end(USAGE, "--orders is for the scenario burst")
+            adapter = adapter_at(address or f"http://127.0.0.1:{config.server.port}", config)
+            token = token or next(iter(config.merchants.values())).tokens[0].reveal()
+            shop = Shop(token, adapter, store=store, switches=switches)
+            summary = uvloop.run(_play(scenario, shop, port, **({} if orders is None else {"orders": orders})))
             click.echo(json.dumps(summary))
             if summary["unmet"] is not None:
                 end(FAILED, f"{scenario}: {summary['unmet']}")
@@ -105,26 +112,10 @@ async def _serve(port: int, token: str, store: Path | None, switches: Switches) 
                 await stop.wait()
 
 
-async def _play(
-    scenario: str,
-    config: Config,
-    address: str | None,
-    port: int,
-    token: str | None,
-    store: Path | None,
-    switches: Switches,
-    orders: int | None,
-) -> dict[str, Any]:
-    if config.senders.signed_urls is None:
-        end(USAGE, "a scenario registers signed URLs: senders.signed_urls is needed")
-    if orders is not None and scenario != "burst":
-        end(USAGE, "--orders is for the scenario burst")
-    adapter = adapter_at(address or f"http://127.0.0.1:{config.server.port}", config)
-    token = token or next(iter(config.merchants.values())).tokens[0].reveal()
-    shop = Shop(token, adapter, store=store, switches=switches)
+async def _play(scenario: str, shop: Shop, port: int, **settings: int) -> dict[str, Any]:
     with app.listen(HOST, port) as listening:
         async with shop, app.served(shop.simulator.app, listening):
-            return await play(scenario, shop, **({} if orders is None else {"orders": orders}))
+            return await play(scenario, shop, **settings)
 
 
 def adapter_at(address: str, config: Config) -> Adapter:
