@@ -7,15 +7,15 @@ Every answer is held against the table: its status is declared, and its body fit
 import asyncio
 import functools
 import json
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema_rs
+from anyio.from_thread import start_blocking_portal
 
 from adapter.app import listen, served
 from adapter.norce.operations import BY_NAME, CHANNEL, MERCHANT, schema
@@ -177,20 +177,14 @@ class Served:
 
     def __init__(self, token: str, port: int = 0) -> None:
         self.simulator = Simulator(token=token, clock=Ticking(), seed=3)
-        self._token, self._port = token, port
-        self._ready, self._loop = threading.Event(), asyncio.new_event_loop()
-        self._done = asyncio.Event()
-        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(self._serve(),))
-        self._thread.start()
-        assert self._ready.wait(20)
-
-    async def _serve(self) -> None:
-        with listen("127.0.0.1", self._port) as listening:
+        self.caller = Caller(self.simulator, token, ("norce", "1"))
+        with ExitStack() as stack:
+            listening = stack.enter_context(listen("127.0.0.1", port))
             self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/checkout"
-            self.caller = Caller(self.simulator, self._token, ("norce", "1"))
-            async with self.simulator, served(self.simulator.app, listening), self.caller:
-                self._ready.set()
-                await self._done.wait()
+            self._portal = stack.enter_context(start_blocking_portal())
+            for each in (self.simulator, served(self.simulator.app, listening), self.caller):
+                stack.enter_context(self._portal.wrap_async_context_manager(each))
+            self._stack = stack.pop_all()
 
     def ask(self, name: str, body: Any = None, **path: str) -> Any:
         async def asked() -> Any:
@@ -198,9 +192,7 @@ class Served:
             await self.simulator.settled()
             return answer
 
-        return asyncio.run_coroutine_threadsafe(asked(), self._loop).result(30)
+        return self._portal.start_task_soon(asked).result(30)
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._done.set)
-        self._thread.join(20)
-        self._loop.close()
+        self._stack.close()

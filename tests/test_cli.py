@@ -1,12 +1,11 @@
 """`adapter.cli`: the commands, what they print where, and their exit codes."""
 
-import asyncio
 import io
 import json
 import logging
 import sqlite3
-import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import click
 import pytest
 import structlog
+from anyio.from_thread import start_blocking_portal
 from click.testing import CliRunner, Result
 
 from adapter import cli, logs, routes
@@ -80,31 +80,15 @@ class Serving:
     """A service in a thread of its own."""
 
     def __init__(self, config: Path, env: dict[str, str] = ENVIRON) -> None:
-        self._config = configuration.load(config, env)
-        self._up = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="service")
-        self._thread.start()
-        assert self._up.wait(30)
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._serve())
-        finally:
-            self._up.set()
-            self._loop.close()
-
-    async def _serve(self) -> None:
-        async with running(self._config, build(self._config)) as service:
+        loaded = configuration.load(config, env)
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            service = stack.enter_context(portal.wrap_async_context_manager(running(loaded, build(loaded))))
             self.address, self.operations_address = service.public_address, service.operations_address
-            self._up.set()
-            await self._stop.wait()
+            self._stack = stack.pop_all()
 
     def close(self) -> None:
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(30)
+        self._stack.close()
 
 
 @pytest.fixture(scope="module")

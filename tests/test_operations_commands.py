@@ -1,16 +1,16 @@
 """Commands on the operations port, over real HTTP: who may give them, what is refused, what is told and what not."""
 
-import asyncio
 import http.client
 import io
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
+from anyio.from_thread import start_blocking_portal
 from ledgers import EXPORT, receipt
 
 from adapter import console as room
@@ -39,14 +39,13 @@ class Port:
         self.log = io.StringIO()
         logs.configure(stream=self.log)
         self._folder, self._token = folder, token
-        self._up = threading.Event()
-        self._loop = asyncio.new_event_loop()
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=lambda: self._loop.run_until_complete(self._serve()))
-        self._thread.start()
-        assert self._up.wait(30)
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            stack.enter_context(portal.wrap_async_context_manager(self._serving()))
+            self._stack = stack.pop_all()
 
-    async def _serve(self) -> None:
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
         self.store = Store.open(f"sqlite:///{self._folder}/ledger.db")
         lease = Lease(self.store, version="test")
         await lease.enter()
@@ -57,17 +56,14 @@ class Port:
         listening = listen("127.0.0.1", 0)
         self.port = listening.getsockname()[1]
         async with served(app, listening):
-            self._up.set()
-            await self._stop.wait()
+            yield
         self.store.close()
 
     def _wake(self) -> None:
         self.woken += 1
 
     def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(30)
-        self._loop.close()
+        self._stack.close()
 
     def sends(
         self, path: str, body: Any = PAUSE, *, method: str = "POST", authorization: bytes | None = None
