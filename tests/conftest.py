@@ -1,12 +1,17 @@
-"""Fixtures that more than one room's tests use: databases of both kinds."""
+"""Fixtures that more than one room's tests use: databases of both kinds, and quiet."""
 
 import asyncio
+import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from databases import KINDS, Files, Server, postgres_server
 from ledgers import HandClock, Ledger
+
+from adapter import logs
 
 
 @pytest.fixture(scope="session")
@@ -67,3 +72,14 @@ def ledger(store_url: str) -> Iterator[Ledger]:
             yield ledger
         finally:
             ledger.store.close()
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """A command sets logging up for its whole process, and that is ours."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    logs.configure(stream=io.StringIO())  # what a service in another thread logs is no output of the command
+    yield
+    structlog.reset_defaults()
+    root.handlers, root.level = handlers, level

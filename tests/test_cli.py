@@ -1,8 +1,6 @@
 """`adapter.cli`: the commands, what they print where, and their exit codes."""
 
-import io
 import json
-import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,14 +10,15 @@ from typing import Any
 
 import click
 import pytest
-import structlog
 from anyio.from_thread import start_blocking_portal
 from click.testing import CliRunner, Result
 
-from adapter import cli, logs, routes
+from adapter import cli, routes
 from adapter import config as configuration
 from adapter.app import running
 from adapter.routes import build
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 OK, FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 0, 1, 2, 3, 4, 5
 ENVIRON = {
@@ -49,17 +48,6 @@ ORDER = {
     "id": "o1", "merchant": "norce", "channel": "1", "lastModified": "2026-02-03T08:16:35Z",
     "state": {"currentStatus": "completed"},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """A command sets logging up for its whole process, and that is ours."""
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    logs.configure(stream=io.StringIO())  # what a service in another thread logs is no output of the command
-    yield
-    structlog.reset_defaults()
-    root.handlers, root.level = handlers, level
 
 
 def write(folder: Path, senders: str = SIGNED, text: str = CONFIG) -> Path:

@@ -14,20 +14,7 @@ from typing import Any
 import pytest
 from databases import rows
 from ledgers import EXHAUSTED, NOON, REJECTED, UNKNOWN, Ledger, opened
-from test_cli import (
-    CONFIG,
-    CONFIGURATION,
-    ENVIRON,
-    FAILED,
-    NOTHING_MATCHED,
-    OK,
-    STORE,
-    USAGE,
-    Serving,
-    logging_as_before,
-    run,
-    write,
-)
+from test_cli import CONFIG, CONFIGURATION, ENVIRON, FAILED, NOTHING_MATCHED, OK, STORE, USAGE, Serving, run, write
 
 from adapter.cli.ledger import steps
 from adapter.cli.shared import printable
@@ -35,7 +22,7 @@ from adapter.ledger.commands import Step
 from adapter.ledger.matching import By, Matching
 from adapter.ledger.store import Store
 
-__all__ = ["logging_as_before"]  # a fixture
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 BY = ("--why", "the shop is mended", "--who", "anna")
 TOKEN = "canary-operations-token"

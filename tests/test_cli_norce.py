@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from databases import rows
 from simulators import Served
-from test_cli import FAILED, NOTHING_MATCHED, OK, SIGNED, STORE, USAGE, Serving, logging_as_before, run, write
+from test_cli import FAILED, NOTHING_MATCHED, OK, SIGNED, STORE, USAGE, Serving, run, write
 
 from adapter.simulator.records import document_key
 
-__all__ = ["logging_as_before"]  # a fixture
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 SENDERS = (
     '{signed_urls: {keys: {k1: "${env:URL_KEY}"}},'

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 from ledgers import NOON, opened
-from test_cli import NOTHING_MATCHED, OK, STORE, USAGE, logging_as_before
+from test_cli import NOTHING_MATCHED, OK, STORE, USAGE
 from test_cli_ledger import NASTY, command, make, sql
 from test_judged import LATE, SHADOW, Writing
 
-__all__ = ["logging_as_before"]  # a fixture
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 @pytest.fixture(params=[True, False], ids=["sqlite", "postgresql"])

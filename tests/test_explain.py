@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from ledgers import opened, receipt
-from test_cli import CONFIGURATION, ENVIRON, NOTHING_MATCHED, OK, STORE, USAGE, logging_as_before, run, write
+from test_cli import CONFIGURATION, ENVIRON, NOTHING_MATCHED, OK, STORE, USAGE, run, write
 from test_conditions import CANARY, ORDINARY_SCHEMAS, PLAIN, QUIET
 
 from adapter import config as configuration
@@ -19,7 +19,7 @@ from adapter.conditions import MISSING, Condition
 from adapter.reasons import Answer, Question, answering
 from adapter.routes import Routes, build, wants
 
-__all__ = ["logging_as_before"]  # a fixture
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 CONFIG = """\
 adapter: {id: an_adapter, public_url: https://adapter.example}

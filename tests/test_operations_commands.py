@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from anyio.from_thread import start_blocking_portal
 from ledgers import EXPORT, receipt
 
@@ -24,6 +23,8 @@ from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.pauses import Policy
 from adapter.plugin import Secret
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 TOKEN = "canary-token-å"
 BY = {"who": "anna", "why": "the shop is mended"}
@@ -86,17 +87,6 @@ class Port:
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    import logging
-
-    root = logging.getLogger()
-    handlers, level = root.handlers, root.level
-    yield
-    structlog.reset_defaults()
-    root.handlers, root.level = handlers, level
 
 
 @pytest.fixture
