@@ -348,18 +348,16 @@ class Callbacks:
     ) -> Answer:
         redirects = self.switches().callback_redirects
         try:
-            request = self._http.build_request(method, url, headers=headers, content=content)
-            async with asyncio.timeout(seconds):
-                response = await self._http.send(request, stream=True, follow_redirects=redirects)
-                try:
-                    read = bytearray()
-                    async for chunk in response.aiter_bytes():
-                        read += chunk
-                        if len(read) > LARGEST_ANSWER:
-                            return Answer(status=None, reason="too-large")
-                finally:
-                    await response.aclose()
-                return Answer(status=response.status_code, body=bytes(read))
+            async with (
+                asyncio.timeout(seconds),
+                self._http.stream(method, url, headers=headers, content=content, follow_redirects=redirects) as answer,
+            ):
+                read = bytearray()
+                async for chunk in answer.aiter_bytes():
+                    read += chunk
+                    if len(read) > LARGEST_ANSWER:
+                        return Answer(status=None, reason="too-large")
+                return Answer(status=answer.status_code, body=bytes(read))
         except TimeoutError:
             return Answer(status=None, reason=TOO_LATE)
         except _NotLoopback:
