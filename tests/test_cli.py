@@ -3,7 +3,7 @@
 import json
 import sqlite3
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -351,11 +351,8 @@ def test_send_takes_id_merchant_and_channel_in_place_of_the_orders(
 )
 def test_send_shows_who_it_is_by_whatever_is_configured(tmp_path: Path, senders: str, order_id: str) -> None:
     path = write(tmp_path, senders)
-    service = Serving(path)
-    try:
+    with closing(Serving(path)) as service:
         result = sends(service, path, saved(tmp_path, ORDER | {"id": order_id}), "--expect", 200)
-    finally:
-        service.close()
 
     assert (result.exit_code, result.stdout) == (OK, "200: 1\n"), result.output
     assert "canary" not in result.output
@@ -366,14 +363,11 @@ def test_send_picks_a_secret_that_is_good_for_the_merchant(tmp_path: Path) -> No
     header = '{header: x-one, values: ["${env:HEADER}"], merchants: [other]}'
     url = '{parameter: secret, values: ["${env:STATIC}"], merchants: [norce]}'
     path = write(tmp_path, f"{{header_secrets: [{header}], url_secrets: [{url}]}}")
-    service = Serving(path)
-    try:
+    with closing(Serving(path)) as service:
         results = [
             sends(service, path, saved(tmp_path, ORDER | {"merchant": merchant})).stdout
             for merchant in ("norce", "other")
         ]
-    finally:
-        service.close()
 
     assert results == ["200: 1\n", "200: 1\n"]
 
@@ -409,13 +403,10 @@ def test_send_where_nobody_listens_is_1(config: Path, order: Path) -> None:
 def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ledger in which three orders were sent and worked off, by a service that has ended."""
     path = write(tmp_path_factory.mktemp("worked"))
-    service = Serving(path)
-    try:
+    with closing(Serving(path)) as service:
         for number in range(3):
             file = saved(path.parent, ORDER | {"id": f"order-{number}"})
             assert sends(service, path, file, "--expect", 200).exit_code == OK
-    finally:
-        service.close()
     return path
 
 

@@ -6,7 +6,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -345,8 +345,7 @@ def stub(answer: Callable[[str, Any], tuple[int, Any]]) -> Iterator[tuple[int, l
 
 
 def test_a_running_service_does_it(config: Path) -> None:
-    service = Serving(make(config.parent, port=free_port()), ENVIRON | {"OPS": TOKEN})
-    try:
+    with closing(Serving(make(config.parent, port=free_port()), ENVIRON | {"OPS": TOKEN})):
         done = command("deliveries", "discard", "1", *BY, config=config)
         paused = command("queues", "pause", "seen", "--merchant", "norce", *BY, config=config)
         listed = command("queues", "list", config=config)
@@ -354,8 +353,6 @@ def test_a_running_service_does_it(config: Path) -> None:
         migrated = command("store", "migrate", config=config)
         kept = config.parent / "copy.db"
         copied = command("store", "backup", kept, config=config)
-    finally:
-        service.close()
 
     assert (done.exit_code, done.stdout) == (OK, "1 discarded\n"), done.output
     assert (paused.exit_code, paused.stdout) == (OK, "2 paused\n")
@@ -407,11 +404,8 @@ def test_what_a_service_answers_is_told_with_the_remedy(
 
 @pytest.mark.parametrize("arguments", [["deliveries", "replay", "1"], ["queues", "pause", "export"]], ids=" ".join)
 def test_a_store_that_another_has_and_does_not_answer_is_5_and_says_so(config: Path, arguments: list[str]) -> None:
-    other = Store.open(f"sqlite:///{config.parent}/ledger.db")
-    try:
+    with closing(Store.open(f"sqlite:///{config.parent}/ledger.db")):
         result = command(*arguments, *BY, config=config)
-    finally:
-        other.close()
 
     assert (result.exit_code, result.stdout) == (STORE, "")
     assert "operations port: nothing does at 127.0.0.1:" in result.stderr

@@ -4,7 +4,7 @@ import http.client
 import io
 import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
@@ -142,11 +142,8 @@ def test_who_has_no_token_is_not_told_which_commands_there_are(port: Port) -> No
 
 @pytest.mark.parametrize("authorization", [b"", b"Bearer ", b"Bearer None", b"Bearer"])
 def test_where_no_token_is_configured_every_command_is_refused(tmp_path: Path, authorization: bytes) -> None:
-    port = Port(tmp_path, None)
-    try:
+    with closing(Port(tmp_path, None)) as port:
         status, said, _ = port.sends("/commands/pause", authorization=authorization)
-    finally:
-        port.close()
 
     assert (status, said["code"]) == (403, "forbidden")
     assert "operations.token" in said["message"]
