@@ -14,17 +14,17 @@ from ruamel.yaml import YAML
 
 from adapter.config import (
     Config,
-    ConfigFile,
     ConfigurationInvalid,
     NotificationCallback,
     Problem,
-    Reference,
     ValidationCallback,
     load,
     merged,
     read_settings,
 )
 from adapter.config.document import LARGEST_FILE_BYTES
+from adapter.config.places import Reference
+from adapter.config.shape import ConfigFile
 from adapter.plugin import Secret, Settings, Url
 
 CANARY = "canary-9f8e7d6c5b4a"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from adapter.config.document import Document
-from adapter.config.places import ConfigurationInvalid, Problem, Reference, around, joined
+from adapter.config.places import ConfigurationInvalid, Problem, around, joined
 from adapter.config.reader import Reader
 from adapter.config.shape import (
     Callback,
@@ -35,13 +35,11 @@ from adapter.plugin import Settings
 __all__ = [
     "Callback",
     "Config",
-    "ConfigFile",
     "ConfigurationInvalid",
     "HeaderSecret",
     "HookCallback",
     "NotificationCallback",
     "Problem",
-    "Reference",
     "Route",
     "Senders",
     "SignedUrls",
