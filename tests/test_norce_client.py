@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -102,6 +103,16 @@ def test_the_order_is_asked_for_at_its_address_as_its_merchant_and_channel() -> 
     assert {name: request.headers[name] for name in expected} == expected
     assert (order.id, order.data) == ("order-1", ORDER)
     assert norce.closed
+
+
+def test_of_an_order_no_view_is_made_until_somebody_looks_at_it() -> None:
+    """It takes up to two seconds for one of 4 MiB, and this loop answers every merchant's shoppers."""
+
+    async def seen(norce: Norce) -> bool:
+        return "view" in (await norce.order("fjallboden", "1", "order-1")).__dict__
+
+    assert not ask(FakeNorce(httpx.Response(200, json=ORDER)), seen)
+    assert read(FakeNorce(httpx.Response(200, json=ORDER))).total.including_vat == Decimal("1499.0")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from adapter.handlers.log import LogHandler
 from adapter.handlers.rules import Rules, RulesSettings
-from adapter.orders import Order, read_order
+from adapter.orders import Order, read_order, unread
 from adapter.plugin import (
     Context,
     Done,
@@ -147,6 +147,15 @@ def test_a_rule_that_cannot_work_is_found_with_the_settings(change, text):
 
 
 TEXTS = {"sv-SE": "Sverige", "sv-FI": "Finland", "en": "English", "en-GB": "British", "default": "Other"}
+
+
+@pytest.mark.parametrize("culture", ['"sv-SE"', "7", "null"])
+def test_no_view_of_an_order_is_made_though_a_rule_does_not_hold(culture: str) -> None:
+    raw = b'{"id": "o", "culture": %s}' % culture.encode()
+    order = unread(raw, json.loads(raw))
+
+    assert [problem.code for problem in validate(order, SWEDISH)] == ["not-swedish"]
+    assert "view" not in order.__dict__
 
 
 @pytest.mark.parametrize(
