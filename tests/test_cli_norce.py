@@ -199,6 +199,17 @@ def test_a_merchant_whose_token_is_refused_is_named_and_in_nobodys_way(norce: No
     assert "static_notifications" in result.stdout
 
 
+def test_a_merchant_that_has_no_secret_is_named_and_in_nobodys_way(norce: Norce, config: Path) -> None:
+    another = '{tokens: ["${env:TOKEN}"], channels: {"1": {}}}'
+    config.write_text(config.read_text().replace("merchants:\n", f"merchants:\n  another: {another}\n"))
+
+    result = command("config", "norce", config=config)
+
+    assert result.exit_code == USAGE
+    assert result.stderr.startswith("another, channel 1: senders.url_secrets has no secret")
+    assert "static_notifications" in result.stdout
+
+
 def test_the_documents_are_put_in_place(norce: Norce, tmp_path: Path, config: Path) -> None:
     with closing(Serving(config, ENVIRON)) as service:
         # Norce reads our schema from where we are.

@@ -65,13 +65,15 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
     if not shops:
         end(USAGE, "no such merchant and channel is configured")
 
-    async def work(norce: Norce) -> list[str]:
+    async def work(norce: Norce) -> list[tuple[int, str]]:
         failed = []
         for shop in shops:
             try:
                 await one(norce, *shop)
             except NorceError as error:  # of one merchant, say, whose token is old: the others go on
-                failed.append(f"{shop[0]}, channel {shop[1]}: {error}")
+                failed.append((FAILED, f"{shop[0]}, channel {shop[1]}: {error}"))
+            except LookupError as error:  # of one that is not to register by itself, and has no secret for it
+                failed.append((USAGE, f"{shop[0]}, channel {shop[1]}: {error}"))
         return failed
 
     async def one(norce: Norce, merchant: str, channel: str) -> None:
@@ -85,12 +87,8 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
                     json.dumps(_without_secrets(name, document, config.adapter.id), indent=2, ensure_ascii=False)
                 )
 
-    try:
-        failed = asked(config, work)
-    except LookupError as error:
-        end(USAGE, str(error))
-    if failed:
-        end(FAILED, "\n".join(map(printable, failed)))
+    if failed := asked(config, work):
+        end(min(code for code, _ in failed), "\n".join(printable(each) for _, each in failed))
 
 
 def _without_secrets(name: str, document: dict[str, Any], adapter_id: str) -> dict[str, Any]:
