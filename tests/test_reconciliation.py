@@ -1,6 +1,7 @@
 """What Norce's event log shows is brought where it never came, once, however the log and its clock are."""
 
 import asyncio
+import gc
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from adapter import config as configuration
 from adapter.app import CALLBACK_PATH, channels, client, queue_keys, reconciliation
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
+from adapter.callbacks.parsing import ReceivedNotification
 from adapter.callbacks.senders import Senders
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
@@ -543,6 +545,21 @@ def test_others_are_answered_between_two_events(house: House) -> None:
 
     assert found.received == 50
     assert max(map(looked_at.count, looked_at)) < 10
+
+
+def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
+    """A tree is ten times as large as its text: a page of 61 MB took 690 MB, each turn, and freeing it 0.9 s."""
+    house.orders(20)
+    trees: list[int] = []  # at each look
+
+    def clock() -> int:
+        trees.append(sum(isinstance(each, ReceivedNotification) for each in gc.get_objects()))
+        return house.store.clock()
+
+    house.healing._clock = clock
+
+    assert house.reconciled().received == 20
+    assert max(trees) - trees[0] < 5
 
 
 def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:

@@ -39,6 +39,7 @@ ENOUGH_TO_TELL = 3
 TURN = "reconciliation"
 WATERMARK, FLOOR = "reconciled", "reconciled since"
 STILL_ON_ITS_WAY = timedelta(minutes=1)
+LONG_AGO = -(10**15)
 CLOCKS_APART = timedelta(hours=1)  # at most, where an event is as old as what the ledger forgets
 
 
@@ -220,26 +221,27 @@ class Reconciliation:
         # Nobody's log speaks for another merchant, nor for another adapter where the filter was not heeded.
         ours = [e for e in events if e.merchant == found.merchant and e.adapter_id in (None, self._adapter_id)]
         ours.sort(key=lambda event: event.created_at)  # an order's own, in the order in which they happened
-        notifications = []
+        identities = []
         for event in ours:
-            if (both := self._notification(event)) is not None:
-                notifications.append(both)
+            if (both := self._identities(event)) is not None:
+                identities.append((event, both))
             await asyncio.sleep(0)  # a page may be megabytes of orders: others are answered meanwhile
-        found.others += len(events) - len(notifications)
-        # Under the one identity or the other: whether lastModified was too far ahead to count was seen by the clock of
-        # the moment when it came.
-        known = await self._intake.inbox.known([i for each, other in notifications for i in (each.identity, other)])
-        for notification, other in notifications:
-            if notification.identity in known or other in known:
+        found.others += len(events) - len(identities)
+        known = await self._intake.inbox.known([identity for _, both in identities for identity in both])
+        for event, both in identities:
+            if not known.isdisjoint(both):
                 found.received += 1
                 continue
             if not dry_run:
+                # Taken apart again: a page of parsed orders is ten times as large as its text.
+                if (notification := self._notification(event, self._clock())) is None:
+                    raise AssertionError("an event that was read is not any more")
                 receipt = self._intake.receipt(notification, "reconciliation")
                 if await self._intake.remember(receipt) is not Received.NEW:  # it has come meanwhile
                     found.received += 1
                     continue
                 self._tell(notification)
-            known.add(notification.identity)
+            known.update(both)
             found.missed += 1
 
     def _tell(self, notification: ReceivedNotification) -> None:
@@ -248,8 +250,17 @@ class Reconciliation:
         log.warning("notification_missed", callback=callback, merchant=merchant, channel=notification.channel,
                     order_id=notification.order_id)  # fmt: skip
 
-    def _notification(self, event: Event) -> tuple[ReceivedNotification, bytes] | None:
-        """The notification that a callback would have brought, and its other identity; None where there is none."""
+    def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
+        """
+        Under which a callback may have been remembered: whether lastModified was too far ahead to count was seen by the
+        clock of the moment when it came. None where there is no such callback.
+        """
+        now = self._notification(event, self._clock())
+        ahead = None if now is None else self._notification(event, LONG_AGO)
+        return None if now is None or ahead is None else (now.identity, ahead.identity)
+
+    def _notification(self, event: Event, now: int) -> ReceivedNotification | None:
+        """The notification that a callback would have brought; None where there is none."""
         callback = self._callback(event)
         if callback is None or event.channel not in self._merchants[event.merchant]:
             return None
@@ -263,8 +274,7 @@ class Reconciliation:
         )
         sender = Sender(scheme="reconciliation", key="", merchant=event.merchant, channel=event.channel)
         try:
-            notification = parse_notification(raw, sender, callback, self._merchants, self._clock())
-            return notification, parse_notification(raw, sender, callback, self._merchants, -(10**15)).identity
+            return parse_notification(raw, sender, callback, self._merchants, now)
         except (CallbackInvalid, Unauthenticated) as error:
             log.warning("event_unreadable", order_id=event.order_id, callback=callback.name, merchant=event.merchant,
                         error_type=type(error).__name__)  # fmt: skip
