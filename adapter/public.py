@@ -91,6 +91,8 @@ class Registrations:
         try:
             async with self._at_once[merchant]:
                 return await self._do(method, merchant, channel, order_id)
+        except asyncio.CancelledError as error:  # the service stops, and has waited for as long as it does
+            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
         finally:
             self._waiting[merchant] -= 1
 

@@ -538,6 +538,21 @@ def test_a_merchant_whose_norce_is_silent_takes_nobody_elses_place(tmp_path: Pat
     assert statuses == [0] * MOST_WAITING + [503, 200]
 
 
+def test_who_waits_at_the_end_of_a_shutdown_is_to_send_it_again(tmp_path: Path) -> None:
+    async def stopped() -> httpx.Response:
+        app = Router(routes=routes(Registrations(configured(tmp_path), Silent(but=""), ()), "our_adapter", {}))  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app)) as http:
+            sent = asyncio.create_task(http.post("http://adapter/api/v1/orders/o/registrations", headers=BEARER))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            sent.cancel()  # as the server does
+            return await sent
+
+    answer = asyncio.run(stopped())
+
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
 def test_who_registers_leaves_room_for_notifications_though_norce_is_silent_for_all(tmp_path: Path) -> None:
     """Beyond so many that wait, every request is refused unread (`callbacks.protocol`)."""
     names = [f"merchant-{number}" for number in range(20)]
