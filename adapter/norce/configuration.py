@@ -72,15 +72,17 @@ class Documents:
         self._read: dict[Shop, bytes | None] = {}  # what was decided on the last time, good or not
         self._unreadable: set[Shop] = set()
         self._documented: set[Shop] = set()  # where a document was taken
+        self._recalled: dict[Shop, bytes] = {}  # and was not checked yet by this process
 
     async def recall(self) -> None:
-        """Has what was taken the last time hold again, until Norce has said more. Raises `StoreUnavailable`."""
+        """
+        Has what was taken the last time hold again, until Norce has said more: the switch at once, the settings when
+        the next refresh has checked them. Raises `StoreUnavailable`.
+        """
         for (merchant, channel), content in (await self._taken.all()).items():
-            if merchant not in self._config.merchants or channel not in self._config.merchants[merchant].channels:
-                continue
-            self._documented.add((merchant, channel))
-            if not await self._consider(merchant, channel, content):
-                # The handlers have other settings by now: what can still be told from it is the switch.
+            if merchant in self._config.merchants and channel in self._config.merchants[merchant].channels:
+                self._documented.add((merchant, channel))
+                self._recalled[merchant, channel] = content
                 self._switch(merchant, channel, active=msgspec.json.decode(content).get("active", True))
 
     async def keep(self, every: timedelta) -> None:
@@ -105,6 +107,9 @@ class Documents:
 
     async def _refresh_all(self, merchant: str) -> None:
         """A merchant's own, in places of its own: where its Norce is silent, no other merchant waits."""
+        for shop in [each for each in self._recalled if each[0] == merchant]:
+            await self._consider(*shop, self._recalled[shop])
+            del self._recalled[shop]
         places = asyncio.Semaphore(AT_ONCE)
 
         async def one(channel: str) -> None:
