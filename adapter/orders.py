@@ -311,6 +311,14 @@ def unread(raw: bytes, data: dict[str, Any]) -> Order:
     return order
 
 
+def viewed(order: Order) -> Order:
+    """
+    The same with its view made. For whoever may do more than look at it: what is unread is an empty order to msgspec,
+    which encodes, compares and copies members without a look. Raises `NotAnOrder`.
+    """
+    return order._view if isinstance(order, _Unread) else order
+
+
 def instant(text: Any) -> datetime | None:
     """An ISO 8601 moment as aware UTC, or None where the text is none. A moment without a zone is taken as UTC."""
     if not isinstance(text, str):

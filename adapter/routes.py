@@ -15,7 +15,7 @@ from adapter import config as configuration
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
 from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
 from adapter.deliveries import Handling
-from adapter.orders import Order
+from adapter.orders import Order, viewed
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler
 
 GROUP = "norce_adapter.handlers"
@@ -75,7 +75,11 @@ class Route:
     def ask(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
         """What an answer is asked of its handler with."""
         handler: Any = self.handler  # one class may answer both
-        return handler.change if self.callback.kind == "hook" else handler.validate  # type: ignore[no-any-return]
+        if self.callback.kind == "hook":
+            return handler.change  # type: ignore[no-any-return]
+        if handler.computes:
+            return handler.validate  # type: ignore[no-any-return]
+        return lambda order, context: handler.validate(viewed(order), context)  # made where the handler runs
 
     @property
     def computes(self) -> bool:

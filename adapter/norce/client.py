@@ -22,7 +22,7 @@ import httpx
 import msgspec
 
 from adapter.norce.operations import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
-from adapter.orders import NotAnOrder, Order, decode, order_in, unread
+from adapter.orders import NotAnOrder, Order, decode, order_in, unread, viewed
 from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
@@ -162,7 +162,7 @@ class Norce:
 
     async def order(self, merchant: str, channel: str, order_id: str, *, within: timedelta | None = None) -> Order:
         """
-        The order as Norce has it now, `within` a time (the configured one if shorter or left out).
+        The order as Norce has it now, unread, `within` a time (the configured one if shorter or left out).
 
         Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
         """
@@ -272,8 +272,8 @@ class Norce:
             kind = NorceUnclear if went_out else NorceUnavailable
             raise kind(f"no answer from Norce: {type(error).__name__}") from error
         except _TooLarge as error:
-            unread = NorceTooLarge if operation.method == "GET" else NorceUnclear
-            raise unread(f"Norce's answer is larger than {most // 2**20} MiB") from error
+            kind = NorceTooLarge if operation.method == "GET" else NorceUnclear
+            raise kind(f"Norce's answer is larger than {most // 2**20} MiB") from error
         return _content(answer, operation)
 
     async def _sent(self, request: dict[str, Any], most: int) -> httpx.Response:
@@ -318,9 +318,11 @@ class HandlerOrders:
 
     async def read(self, order_id: str) -> Order:
         try:
-            return await self._norce.order(self._merchant, self._channel, order_id)
+            return viewed(await self._norce.order(self._merchant, self._channel, order_id))
         except NorceError as error:
             raise _outcome(error, "GET") from error
+        except NotAnOrder as error:
+            raise Retry("norce-unavailable", "Norce's answer is nested too deeply") from error
 
     async def set_reference(self, order_id: str, reference: str) -> None:
         await self.call("put_reference", order_id, reference)
