@@ -242,6 +242,13 @@ class Order(_Part, frozen=True, kw_only=True, dict=True):
         return f"<Order {self.id}>"
 
 
+class SendOrderDataInstead:
+    """
+    Stands in the place of a member until it is looked at. msgspec encodes members without a look, and would find an
+    empty order there; now it finds what it cannot encode, and whose name says what to do.
+    """
+
+
 class _Unread(Order, frozen=True, kw_only=True, dict=True):
     @property
     def _view(self) -> Order:
@@ -257,6 +264,9 @@ class _Unread(Order, frozen=True, kw_only=True, dict=True):
 
 for _name in Order.__struct_fields__:
     setattr(_Unread, _name, property(attrgetter(f"_view.{_name}")))
+
+
+_NOT_LOOKED_AT: Any = SendOrderDataInstead()
 
 
 def decode(raw: bytes) -> Any:
@@ -306,7 +316,7 @@ def unread(raw: bytes, data: dict[str, Any]) -> Order:
     The same where `data` is what `raw` holds, but the view is made when somebody first looks at it: most conditions
     never do, and it takes eight times as long as to decode. A look raises `NotAnOrder` on what is nested too deeply.
     """
-    order = _Unread()
+    order = _Unread(id=_NOT_LOOKED_AT)
     order.__dict__.update(data=data, raw=raw)
     return order
 
