@@ -210,7 +210,7 @@ def test_a_token_is_in_no_error() -> None:
 
 
 LARGE = b'{"id": "order-1", "filler": "' + b"x" * LARGEST_ORDER_BYTES + b'"}'
-DEEP = b'{"id": "order-1", "a": ' + b"[" * 5000 + b"]" * 5000 + b"}"
+DEEP = b'{"id": "order-1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"  # beyond the decoder of every Python
 ANSWERS: list[Any] = [
     pytest.param(httpx.Response(404), OrderNotFound, Reject, id="404"),
     pytest.param(httpx.Response(404, json={"code": "order-not-found"}), OrderNotFound, Reject, id="404 of v0"),
