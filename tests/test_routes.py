@@ -188,9 +188,15 @@ def test_what_a_handler_can_do_about_doubt_is_known(tmp_path: Path) -> None:
     ]
 
 
-class ForwardsChange(HookHandler[Shop]):
+class Forwards(ValidationHandler[Shop], HookHandler[Shop]):
+    """Sends the order elsewhere, in its own words."""
+
     def __init__(self) -> None:
         self.sent: list[Any] = []
+
+    async def validate(self, order: Order, context: Context[Shop]) -> list[Problem]:
+        self.sent.append(msgspec.to_builtins(order))
+        return []
 
     async def change(self, order: Order, context: Context[Shop]) -> list[Patch]:
         self.sent.append(msgspec.to_builtins(order))
@@ -202,24 +208,13 @@ def test_an_order_that_a_hook_handler_encodes_unread_is_no_empty_one_but_a_mista
 ) -> None:
     text = export().replace("routes:", "  cart: {kind: hook, watch: /cart}\nroutes:")
     text += "  change: {callback: cart, handler: change, no_answer: approve}\n"
-    (route,) = made(tmp_path, text, HANDLERS | {"change": ForwardsChange}).of("cart")
+    (route,) = made(tmp_path, text, HANDLERS | {"change": Forwards}).of("cart")
     order = unread(b'{"id": "order-1"}', {"id": "order-1"})
 
     with pytest.raises(TypeError, match="SendOrderDataInstead"):
         asyncio.run(route.ask(order, cast("Any", None)))
 
     assert (order.id, msgspec.to_builtins(order.data)) == ("order-1", {"id": "order-1"})
-
-
-class Forwards(ValidationHandler[Shop]):
-    """Sends the order elsewhere, in its own words."""
-
-    def __init__(self) -> None:
-        self.sent: list[Any] = []
-
-    async def validate(self, order: Order, context: Context[Shop]) -> list[Problem]:
-        self.sent.append(msgspec.to_builtins(order))
-        return []
 
 
 def test_an_order_that_a_validation_handler_encodes_is_not_empty(tmp_path: Path) -> None:
