@@ -64,7 +64,7 @@ bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ON
 	$(BIN)/python benchmarks/run.py $(ONLY)
 
 crash: $(VENV)/installed-dev  ## kill -9, again and again: KILLS=200 STORE=sqlite|postgresql|both SEED=…
-	PYTHONPATH=tests $(BIN)/python -m crash --kills $(KILLS) --store $(STORE) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.crash --kills $(KILLS) --store $(STORE) $(if $(SEED),--seed $(SEED))
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation

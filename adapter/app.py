@@ -8,75 +8,58 @@ other's, and raise SIGTERM again.
 
 import asyncio
 import contextlib
-import functools
-import gc
 import random
 import signal
-import socket
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
 from typing import Any
 
 import httpx
 import structlog
-import uvicorn
-from starlette.responses import JSONResponse
-from starlette.routing import BaseRoute, Route, Router
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapter.attempts import Attempts, Queue
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.protocol import GuardedProtocol
 from adapter.callbacks.senders import Senders
+from adapter.callbacks.server import (
+    address_of,
+    callbacks_first,
+    count_refusals,
+    listen,
+    public_port,
+    served,
+    short_thread_slices,
+)
 from adapter.config import Config
-from adapter.config.schemas import document_schema
-from adapter.console import Health, console
-from adapter.dispatcher import Dispatcher
+from adapter.config.json_schema import document_schema
+from adapter.deliveries.attempt import Attempts, Queue
+from adapter.deliveries.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
-from adapter.ledger.documents import TakenDocuments
 from adapter.ledger.inbox import Inbox
-from adapter.ledger.judged import Docket
+from adapter.ledger.key_values import Marks, TakenDocuments
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.marks import Marks
-from adapter.ledger.store import Store, StoreUnavailable
-from adapter.ledger.upkeep import Pruned, Retention, Upkeep
+from adapter.ledger.maintenance import Retention, Upkeep, keep_pruned
+from adapter.ledger.settlement import Policy
+from adapter.ledger.store import Store
+from adapter.ledger.verdict_log import Docket
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
-from adapter.norce.configuration import Documents
-from adapter.norce.reconciliation import Reconciliation
-from adapter.norce.registration import Registrar
-from adapter.pauses import Policy
-from adapter.public import Registrations
-from adapter.public import routes as beside_callbacks
-from adapter.routes import Routes
-from adapter.runner import Runner
-from adapter.verdicts import Misses, Verdicts
+from adapter.operations.application import Health, console
+from adapter.reconciliation.events import Reconciliation, keep_reconciled
+from adapter.registrations.endpoint import Registrations
+from adapter.registrations.endpoint import routes as beside_callbacks
+from adapter.registrations.on_orders import Registrar
+from adapter.routing.norce_settings import Documents
+from adapter.routing.routes import Routes
+from adapter.routing.runner import Runner
+from adapter.verdicts.verdicts import Misses, Verdicts
 
 log = structlog.get_logger(__name__)
 
-CALLBACKS = "/api/v1/callbacks/orders/"
-CALLBACK_PATH = f"{CALLBACKS}{{order_id}}/{{callback}}"
-SWITCH_SECONDS = 0.0005
-COLLECTED_AFTER = 20_000  # objects more than were freed since
-# uvloop takes one connection from a listening descriptor each time round its loop, and a busy loop goes round a hundred
-# times a second: newcomers waited 15 s, while who was in already was served. With so many descriptors, so many at once.
-CONNECTIONS_A_TURN = 64
-MOST_UNACCEPTED = 4096
 FIRST_LOOK = timedelta(seconds=5)
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
-PRUNE_SECONDS = 3600.0
-PRUNE_STEP_SECONDS = 0.2
-TURN_SECONDS = 30.0
 VERSION = version("norce-adapter")
-
-
-class PortInUse(Exception):
-    """A port cannot be listened on. Choose another in `server.port` or `operations.port`, or stop who has it."""
 
 
 class Service:
@@ -111,7 +94,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             return client(config, metrics)
 
         if any(route.callback.kind != "notification" and not route.computes for route in routes.all):
-            stack.enter_context(_interpreter_back_sooner())
+            stack.enter_context(short_thread_slices())
         norce = make_norce()
         stack.push_async_callback(norce.aclose)
         runner = Runner(make_norce=make_norce, clock=moment, replaced=metrics.loop_replaced)
@@ -185,9 +168,9 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
             ("docket", docket.keep()),
-            ("retention", _prune(Upkeep(store, retention(config)))),
+            ("retention", keep_pruned(Upkeep(store, retention(config)))),
             ("configuration", documents.keep(config.norce.refresh)),
-            ("reconciliation", _reconcile(healing, config.reconciliation.every)),
+            ("reconciliation", keep_reconciled(healing, config.reconciliation.every)),
         ):
             await stack.enter_async_context(_task(name, coroutine, health))
         loop = asyncio.get_running_loop()
@@ -205,17 +188,17 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         stack.push_async_callback(stop_working)
         await serving.enter_async_context(
             served(
-                _callbacks_first(endpoint, public_port(endpoint, beside)),
+                callbacks_first(endpoint, public_port(endpoint, beside)),
                 public,
-                _refusals(metrics),
+                count_refusals(metrics),
                 lambda: endpoint.verdicts.waiting + registrations.waiting,
             )
         )
 
         health.started = True
         service = Service(
-            public_address=_address(public),
-            operations_address=_address(operations),
+            public_address=address_of(public),
+            operations_address=address_of(operations),
             health=health,
             dispatcher=dispatcher,
         )
@@ -294,31 +277,6 @@ def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport
     )
 
 
-def public_port(endpoint: CallbackEndpoint, beside: Sequence[BaseRoute]) -> Router:
-    """What the public port has. A router and no Starlette around it: the endpoint answers its errors itself."""
-    return Router(
-        routes=[Route(CALLBACK_PATH, endpoint), *beside],
-        redirect_slashes=False,  # whether Norce follows redirects is documented nowhere
-        default=JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404),
-    )
-
-
-def _callbacks_first(endpoint: CallbackEndpoint, router: Router) -> ASGIApp:
-    """The router, and before it what nearly everybody asks for: by the same rule, for a tenth of the time."""
-
-    async def public(scope: Scope, receive: Receive, send: Send) -> None:
-        path: str = scope["path"]
-        if path.startswith(CALLBACKS):
-            order_id, _, callback = path[len(CALLBACKS) :].partition("/")
-            if order_id and callback and "/" not in callback:
-                scope["path_params"] = {"order_id": order_id, "callback": callback}
-                await endpoint(scope, receive, send)
-                return
-        await router(scope, receive, send)
-
-    return public
-
-
 def retention(config: Config) -> Retention:
     """How long things are kept."""
     given = config.store.retention
@@ -328,21 +286,6 @@ def retention(config: Config) -> Retention:
         rows=given.rows,
         verdicts=given.verdicts,
     )
-
-
-async def _prune(upkeep: Upkeep) -> None:
-    """Every hour, in steps with room between them for everybody else."""
-    while True:
-        try:
-            pruned = await upkeep.step()
-            if pruned.bodies or pruned.notifications or pruned.verdicts:
-                log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications, verdicts=pruned.verdicts)
-        except StoreUnavailable:  # the store has said so itself
-            pruned = Pruned()
-        except Exception as error:  # what is wrong with one row must not end all pruning
-            log.error("pruning_failed", exc_info=error)
-            pruned = Pruned()
-        await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)
 
 
 def published_schema(config: Config, routes: Routes) -> dict[str, Any]:
@@ -396,33 +339,6 @@ def channels(config: Config) -> dict[str, frozenset[str]]:
     return {name: frozenset(merchant.channels) for name, merchant in config.merchants.items()}
 
 
-async def _reconcile(healing: Reconciliation, every: timedelta) -> None:
-    """Asks often whether it is due: which node has the turn is for the ledger to say."""
-    while every:
-        try:
-            await healing.in_turn(every)
-        except StoreUnavailable:  # the store has said so itself
-            pass
-        except Exception as error:  # a mistake of ours, or of Norce's, must not end all that come after
-            log.error("reconciliation_broke", exc_info=error)
-        await asyncio.sleep(min(every.total_seconds(), TURN_SECONDS))
-    await asyncio.Event().wait()
-
-
-def _refusals(metrics: Metrics) -> Callable[[], None]:
-    """Counts what is refused unread, and says so at most once in ten seconds."""
-    said_at = float("-inf")
-
-    def refused() -> None:
-        nonlocal said_at
-        metrics.refused.inc()
-        if time.monotonic() > said_at + 10:
-            said_at = time.monotonic()
-            log.warning("overloaded")
-
-    return refused
-
-
 def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop is closed
         loop.call_soon_threadsafe(wake)
@@ -444,107 +360,3 @@ async def _task(name: str, coroutine: Coroutine[None, None, None], health: Healt
 def _failed(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("task_failed", exc_info=error)
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that leaves signals to `serve`."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-@contextlib.asynccontextmanager
-async def served(
-    app: ASGIApp,
-    listening: socket.socket,
-    refused: Callable[[], None] = lambda: None,
-    waiting: Callable[[], int] = lambda: 0,
-) -> AsyncIterator[None]:
-    """
-    An app behind a listening socket, from the first connection to the last answer. `refused` hears of each 503 for want
-    of room; `waiting` says how many requests do nothing but wait.
-    """
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        ws="none",
-        http=functools.partial(GuardedProtocol, refused=refused, waiting=waiting),  # type: ignore[arg-type]
-        backlog=MOST_UNACCEPTED,
-        timeout_keep_alive=15,
-        timeout_graceful_shutdown=10,
-    )
-    server = _Server(config)
-    sockets = [listening, *(listening.dup() for _ in range(CONNECTIONS_A_TURN - 1))]
-    task = asyncio.create_task(server.serve(sockets=sockets))
-    while not server.started:
-        if task.done():
-            await task
-            raise RuntimeError("the HTTP server ended before it started")
-        await asyncio.sleep(0.005)
-    try:
-        with _rare_collections():
-            yield
-    finally:
-        server.should_exit = True
-        await task
-
-
-@contextlib.contextmanager
-def _interpreter_back_sooner() -> Iterator[None]:
-    """
-    Where plugins answer shoppers: a thread of theirs that computes gives the interpreter back after half a millisecond.
-
-    At Python's own 5 ms, four such threads left an answer waiting for seconds. It costs a tenth of the accepts, so it
-    stays as it is where nobody asks plugins for answers.
-    """
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_SECONDS)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-
-
-@contextlib.contextmanager
-def _rare_collections() -> Iterator[None]:
-    """
-    Keeps the garbage collector from most of its work while requests are served.
-
-    A decoded order is hundreds of objects: at Python's own threshold every other request starts a collection, and each
-    hundredth of these walks all that was ever imported. Measured, 50 us an accept and stalls of 40 ms. What there is at
-    the start is set apart; what requests leave is freed without a collector, or waits for a rarer one.
-    """
-    threshold = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(COLLECTED_AFTER, *threshold[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*threshold)
-        gc.unfreeze()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is any free one. Raises `PortInUse`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # Named as TCP: asyncio sends small answers at once (TCP_NODELAY) only on a socket that says so.
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(2048)
-    except OSError as error:
-        listening.close()
-        raise PortInUse(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listening
-
-
-def _address(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http://{host}:{port}"

@@ -17,7 +17,7 @@ MERCHANT, CHANNEL, CALLBACK = "bench", "1", "order-status"
 
 
 def _pieces() -> tuple[bytes, bytes, bytes]:
-    order = json.loads(files("adapter.demo").joinpath("orders", "order-completed.json").read_text("utf-8"))
+    order = json.loads(files("adapter.sandbox.demo").joinpath("orders", "order-completed.json").read_text("utf-8"))
     for member in ("id", "lastModified", "validations", "hooks", "notifications", "shippings"):
         order.pop(member)
     order |= {"merchant": MERCHANT, "channel": CHANNEL, "cart": {**order["cart"], "items": order["cart"]["items"][:1]}}

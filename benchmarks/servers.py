@@ -16,7 +16,7 @@ from typing import Any
 import uvloop
 from sqlalchemy import Connection
 
-from adapter import app, config, logs, routes
+from adapter import app, config, logs
 from adapter.handlers.rules import Rules
 from adapter.ledger.store import Store
 from adapter.plugin import (
@@ -31,6 +31,7 @@ from adapter.plugin import (
     Problem,
     ValidationHandler,
 )
+from adapter.routing import routes
 
 HELD_SECONDS = 60
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import structlog
-from databases import KINDS, Files, Server, postgres_server
-from ledgers import HandClock, Ledger
 
 from adapter import logs
+from tests.databases import KINDS, Files, Server, postgres_server
+from tests.ledgers import HandClock, Ledger
 
 
 @pytest.fixture(scope="session")

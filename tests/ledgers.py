@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-from databases import rows
 from sqlalchemy import Connection
 
-from adapter.deliveries import Attempt, Ending, Handling, Result
 from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
 from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
+from adapter.ledger.settlement import Attempt, Ending, Handling, Policy, Result
 from adapter.ledger.store import Store
-from adapter.pauses import Policy
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
+from tests.databases import rows
 
 T = TypeVar("T")
 NOON = 1_770_120_000_000

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ledgers import Ledger
 from sqlalchemy import Engine, event
+
+from tests.ledgers import Ledger
 
 BIG = ("notifications", "deliveries", "lanes", "attempts")
 

@@ -10,21 +10,20 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema_rs
 from anyio.from_thread import start_blocking_portal
 
-from adapter.app import listen, served
-from adapter.norce.operations import BY_NAME, CHANNEL, MERCHANT, schema
-from adapter.simulator import Simulator
-from adapter.simulator.caller import Caller
+from adapter.callbacks.server import listen, served
+from adapter.norce.api import BY_NAME, CHANNEL, MERCHANT, schema
+from adapter.sandbox.caller import Caller
+from adapter.sandbox.norce import Simulator
+from tests import ORDERS
 
-ROOT = Path(__file__).parent.parent
-SAMPLE = json.loads((ROOT / "adapter/demo/orders/order-api-request-sample.json").read_text("utf-8"))
-COMPLETED = json.loads((ROOT / "adapter/demo/orders/order-completed.json").read_text("utf-8"))
+SAMPLE = json.loads((ORDERS / "order-api-request-sample.json").read_text("utf-8"))
+COMPLETED = json.loads((ORDERS / "order-completed.json").read_text("utf-8"))
 TOKEN = "a token"
 PRICE = {"includingVat": 100.0, "excludingVat": 80.0}
 # Statuses that anything may be answered with, whatever it declares.

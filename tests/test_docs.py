@@ -10,8 +10,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from adapter.cli import main
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

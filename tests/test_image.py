@@ -19,9 +19,9 @@ from ruamel.yaml import YAML
 from sqlalchemy import make_url
 
 from adapter import cli
-from adapter.config.shape import Dispatcher, Operations, Server, Store
+from adapter.config.model import Dispatcher, Operations, Server, Store
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 SECRETS = {"NORCE_TOKEN": "a-token", "NORCE_ADAPTER_URL_KEY": "0123456789abcdef", "POSTGRES_PASSWORD": "0a1b"}

@@ -18,18 +18,25 @@ import schemathesis
 from ruamel.yaml import YAML
 from schemathesis import checks
 from schemathesis.specs.openapi import checks as openapi_checks
-from simulators import Served
 from starlette.routing import Route
-from test_cli import Serving
 
-from adapter import app
 from adapter import config as configuration
-from adapter.app import CALLBACK_PATH
-from adapter.callbacks import endpoints, protocol
+from adapter.callbacks import endpoints
+from adapter.callbacks import server as protocol
 from adapter.callbacks.senders import signature
+from adapter.callbacks.server import CALLBACK_PATH, public_port
 from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
-from adapter.norce.registration import Registered
-from adapter.public import DESCRIPTION_PATH, REGISTRATIONS_PATH, SCHEMA_PATH, Registrations, openapi, routes
+from adapter.registrations.endpoint import (
+    DESCRIPTION_PATH,
+    REGISTRATIONS_PATH,
+    SCHEMA_PATH,
+    Registrations,
+    openapi,
+    routes,
+)
+from adapter.registrations.on_orders import Registered
+from tests.cli.test_cli import Serving
+from tests.simulators import Served
 
 DESCRIPTION: dict[str, Any] = YAML(typ="safe", pure=True).load(openapi())
 # Every address of the public port. A callback's takes any method at first: which one, its kind decides.
@@ -131,17 +138,17 @@ class Broken:
     deregister = register
 
 
-def public_port(registrations: Registrations) -> Any:
+def router_of(registrations: Registrations) -> Any:
     """What the public port has; who calls back finds nobody."""
 
     async def nobody(*_: Any) -> None:
         raise NotImplementedError
 
-    return app.public_port(nobody, routes(registrations, "our_adapter", {}))
+    return public_port(nobody, routes(registrations, "our_adapter", {}))
 
 
 def test_it_describes_every_address_of_the_public_port_and_no_other(tmp_path: Path) -> None:
-    router = public_port(Registrations(loaded(tmp_path), Broken(None), ()))
+    router = router_of(Registrations(loaded(tmp_path), Broken(None), ()))
     routes = [route for route in router.routes if isinstance(route, Route)]
     methods = {route.path: {each.lower() for each in route.methods} - {"head"} for route in routes}
 
@@ -359,7 +366,7 @@ def test_registrations_are_refused_with_the_statuses_and_codes_that_are_describe
         registrations = Registrations(config, Broken(given.get("error")), given.get("switched_off", ()))
         headers = {"authorization": f"Bearer {ENVIRON['TOKEN']}"} | SHOP | given.get("headers", {})
         url = f"http://adapter/api/v1/orders/{given.get('order_id', 'o')}/registrations"
-        answer = asked(public_port(registrations), method, url, headers)
+        answer = asked(router_of(registrations), method, url, headers)
         case.validate_response(answer, checks=CHECKS, excluded_checks=[checks.not_a_server_error])
         refused.add((answer.status_code, answer.json()["code"]))
 

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,8 +22,9 @@ from adapter.orders import (
     order_in,
     read_order,
 )
+from tests import ORDERS
 
-COMPLETED = (Path(__file__).parent.parent / "adapter/demo/orders" / "order-completed.json").read_bytes()
+COMPLETED = (ORDERS / "order-completed.json").read_bytes()
 TREE: dict[str, Any] = json.loads(COMPLETED)
 CANARY = "canary-19811218"
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flows.stage import Neighbours, Stage, free_port, install_sample_plugin, order, until
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+
+from tests.flows.stage import Neighbours, Stage, free_port, install_sample_plugin, order, until
 
 
 class Erp:

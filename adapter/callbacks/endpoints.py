@@ -39,8 +39,8 @@ from adapter.ledger.inbox import Receipt
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import OrderNotFound
-from adapter.routes import Callback, Routes
-from adapter.verdicts import Answer, Verdicts
+from adapter.routing.routes import Callback, Routes
+from adapter.verdicts.verdicts import Answer, Verdicts
 
 log = structlog.get_logger(__name__)
 

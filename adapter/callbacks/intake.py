@@ -8,7 +8,7 @@ from adapter.callbacks.parsing import ReceivedNotification
 from adapter.conditions import Result
 from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
 from adapter.metrics import Metrics
-from adapter.routes import Callback, Routes, Wanting
+from adapter.routing.routes import Callback, Routes, Wanting
 
 
 class Intake:

@@ -16,7 +16,7 @@ import msgspec
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
 from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in, unread
-from adapter.routes import Callback
+from adapter.routing.routes import Callback
 
 HEADERS = ("content-type", "x-merchant", "x-channel")  # the ones that are read here
 LONGEST_ID = 64

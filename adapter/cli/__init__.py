@@ -18,8 +18,9 @@ import uvloop
 from rich.console import Console
 from rich.progress import track
 
-from adapter import app, logs, routes
+from adapter import app, logs
 from adapter.callbacks.senders import Senders
+from adapter.callbacks.server import CALLBACK_PATH, PortInUse
 from adapter.cli.config import config_group
 from adapter.cli.explain import explain
 from adapter.cli.ledger import GROUPS
@@ -29,8 +30,9 @@ from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, 
 from adapter.cli.simulate import simulate
 from adapter.cli.verdicts import verdicts_group
 from adapter.config import Config
-from adapter.demo import DemoFailed, demo, walk
 from adapter.ledger.store import StoreInUse, StoreUnavailable
+from adapter.routing import routes
+from adapter.sandbox.demo import DemoFailed, demo, walk
 
 
 @click.group(
@@ -53,7 +55,7 @@ def serve(config_path: Path) -> None:
         _leave_threads_behind()
     except (StoreInUse, StoreUnavailable) as error:
         end(STORE, one_line(error))
-    except app.PortInUse as error:
+    except PortInUse as error:
         end(FAILED, str(error))
 
 
@@ -193,7 +195,7 @@ def _authenticated(
     headers = {"content-type": "application/json", "x-merchant": merchant, "x-channel": channel}
     if config.senders.signed_urls is not None:
         return Senders(config.senders).signed_url(to, merchant, channel, order_id, callback), headers
-    path = app.CALLBACK_PATH.replace("{callback}", callback).replace("{order_id}", quote(order_id, safe=""))
+    path = CALLBACK_PATH.replace("{callback}", callback).replace("{order_id}", quote(order_id, safe=""))
     url = f"{to.rstrip('/')}{path}"
     for in_header in config.senders.header_secrets:
         if in_header.merchants is None or merchant in in_header.merchants:

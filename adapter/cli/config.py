@@ -11,10 +11,10 @@ import click
 
 from adapter.cli.orders import asked
 from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, loaded, printable
-from adapter.config.schemas import file_schema
+from adapter.config.json_schema import file_schema
 from adapter.norce.client import Norce, NorceError
-from adapter.norce.configuration import STATIC, standing
-from adapter.routes import settings_types
+from adapter.registrations.on_channels import STATIC, standing
+from adapter.routing.routes import settings_types
 
 SCHEMA_FILE = "config.schema.json"
 

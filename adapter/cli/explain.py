@@ -15,14 +15,14 @@ from jsonpointer import JsonPointer
 from sqlalchemy import select
 
 from adapter.cli.ledger import ID
+from adapter.cli.reasons import DIFFERENCES, Answer, Library, Question, reasons
 from adapter.cli.shared import NOTHING_MATCHED, USAGE, config_option, configured, end, output_option, printable, reading
 from adapter.conditions import MISSING, CompiledCondition, Result
 from adapter.config import Config
 from adapter.handlers.rules import RulesSettings
 from adapter.ledger.schema import notifications
 from adapter.orders import NotAnOrder, decode, order_in
-from adapter.reasons import DIFFERENCES, Answer, Library, Question, reasons
-from adapter.routes import Callback, Routes, wants
+from adapter.routing.routes import Callback, Routes, wants
 
 Ask = Callable[[Sequence[Question]], Sequence[Answer]]
 Asked = list[tuple[dict[str, Any], Question]]  # what is told of a condition, and the question that completes it

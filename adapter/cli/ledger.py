@@ -47,14 +47,13 @@ from adapter.cli.shared import (
     route_option,
 )
 from adapter.config import Config
-from adapter.deliveries import Reason, State
 from adapter.ledger.clock import seen_from_outside
 from adapter.ledger.commands import MOST_A_STEP, Commands, Pause, Step
 from adapter.ledger.databases import database_at
-from adapter.ledger.desk import Desk
-from adapter.ledger.matching import Matching
+from adapter.ledger.maintenance import back_up, faults, figures
+from adapter.ledger.queries import Desk, Matching
+from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
-from adapter.ledger.upkeep import back_up, faults, figures
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")

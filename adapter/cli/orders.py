@@ -34,9 +34,9 @@ from adapter.cli.shared import (
 )
 from adapter.config import Config
 from adapter.metrics import Metrics
+from adapter.norce.api import V0
 from adapter.norce.client import Norce, NorceError, OrderNotFound
-from adapter.norce.operations import V0
-from adapter.norce.registration import PLACES, Registrar
+from adapter.registrations.on_orders import PLACES, Registrar
 
 COLUMNS = ("id", "reference", "status", "created", "total", "currency")
 A_PAGE = 100

@@ -30,11 +30,11 @@ from adapter.cli.shared import (
     printable,
 )
 from adapter.config import Config
-from adapter.console import Reconciling
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
-from adapter.norce.reconciliation import Reconciled
-from adapter.routes import Routes
+from adapter.operations.application import Reconciling
+from adapter.reconciliation.events import Reconciled
+from adapter.routing.routes import Routes
 
 COLUMNS = ("merchant", "events", "received", "missed", "others")
 

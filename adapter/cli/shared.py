@@ -17,10 +17,11 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 from adapter import config as configuration
-from adapter import logs, routes
+from adapter import logs
 from adapter.config import Config, ConfigurationInvalid
 from adapter.ledger.databases import database_at
 from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
+from adapter.routing import routes
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
 WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe

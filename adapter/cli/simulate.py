@@ -17,15 +17,15 @@ import uvloop
 
 from adapter import app, logs
 from adapter.callbacks.senders import Senders
+from adapter.callbacks.server import PortInUse, listen, served
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading
 from adapter.config import Config
-from adapter.ledger.desk import Desk
-from adapter.ledger.matching import Matching
-from adapter.norce.operations import V0
-from adapter.norce.registration import registrations
-from adapter.simulator import Simulator, StoreUnusable, Switches, SwitchInvalid
-from adapter.simulator.records import Entry
-from adapter.simulator.scenarios import SCENARIOS, Adapter, Shop, play
+from adapter.ledger.queries import Desk, Matching
+from adapter.norce.api import V0
+from adapter.registrations.on_orders import registrations
+from adapter.sandbox.norce import Simulator, StoreUnusable, Switches, SwitchInvalid
+from adapter.sandbox.norce.records import Entry
+from adapter.sandbox.scenarios import SCENARIOS, Adapter, Shop, play
 
 HOST = "127.0.0.1"
 MOST_DELIVERIES = 2_000_000  # that a scenario looks at; a burst has at most half as many orders
@@ -86,7 +86,7 @@ def simulate(
         end(USAGE, str(error))
     except StoreUnusable as error:
         end(STORE, str(error))
-    except app.PortInUse as error:
+    except PortInUse as error:
         end(FAILED, str(error))
 
 
@@ -98,11 +98,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 async def _serve(port: int, token: str, store: Path | None, switches: Switches) -> None:
-    with app.told_to_stop() as stop, app.listen(HOST, port) as listening:
+    with app.told_to_stop() as stop, listen(HOST, port) as listening:
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         async with Simulator(token=token, store=store, switches=switches) as simulator:
             simulator.journal.told = _print
-            async with app.served(simulator.app, listening):
+            async with served(simulator.app, listening):
                 click.echo(
                     f"Norce Checkout, offline; Ctrl-C ends it.\n"
                     f"  services  {address}/checkout\n"
@@ -113,8 +113,8 @@ async def _serve(port: int, token: str, store: Path | None, switches: Switches) 
 
 
 async def _play(scenario: str, shop: Shop, port: int, **settings: int) -> dict[str, Any]:
-    with app.listen(HOST, port) as listening:
-        async with shop, app.served(shop.simulator.app, listening):
+    with listen(HOST, port) as listening:
+        async with shop, served(shop.simulator.app, listening):
             return await play(scenario, shop, **settings)
 
 

@@ -15,7 +15,7 @@ from adapter.cli.shared import (
     reading,
     route_option,
 )
-from adapter.ledger.desk import Desk
+from adapter.ledger.queries import Desk
 
 COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
 since_option = click.option("--since", callback=as_moment, help="Only what was known then or later; UTC, if not said.")

@@ -11,10 +11,9 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from adapter.config.document import Document
-from adapter.config.places import ConfigurationInvalid, Problem, around, joined
-from adapter.config.reader import Reader
-from adapter.config.shape import (
+from adapter.config.checks import check_together
+from adapter.config.convert import Reader
+from adapter.config.model import (
     Callback,
     Config,
     ConfigFile,
@@ -29,7 +28,8 @@ from adapter.config.shape import (
     When,
     merged,
 )
-from adapter.config.together import check_together
+from adapter.config.problems import ConfigurationInvalid, Problem, around, joined
+from adapter.config.yaml_source import Document
 from adapter.plugin import Settings
 
 __all__ = [
@@ -57,7 +57,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     The configuration in the file at `path`, with references resolved from `environ` and from files beside it.
 
     Raises `ConfigurationInvalid` with every problem there is. Conditions, handlers and settings are checked by
-    `adapter.routes`, which reports through `Config.problem` and `read_settings`.
+    `adapter.routing.routes`, which reports through `Config.problem` and `read_settings`.
     """
     document = Document(path, environ)
     problems, source = document.problems, document.source

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from adapter.deliveries import Attempt, Reason, Result, Settlement, State
-from adapter.pauses import PausedBy, Pausing
+from adapter.ledger.settlement import Attempt, PausedBy, Pausing, Reason, Result, Settlement, State
 from adapter.plugin import Previous
 
 LONGEST_MESSAGE = 1000

@@ -13,13 +13,12 @@ import msgspec
 from msgspec import Meta
 from sqlalchemy import Connection, insert, select, update
 
-from adapter.deliveries import Reason, State
 from adapter.ledger.claims import pausing_of, queue_columns
-from adapter.ledger.matching import By, Id, Matching, Text, joined
-from adapter.ledger.rearm import locked_lanes, rearm
+from adapter.ledger.queries import By, Id, Matching, Text, joined
+from adapter.ledger.retry import locked_lanes, rearm
 from adapter.ledger.schema import actions, deliveries, lanes, queues
+from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
-from adapter.pauses import FOR_EVER, RUNNING, PausedBy
 
 MOST_A_STEP = 500
 MOST_LOOKED_AT = 2_000  # in a step, however few of them are meant

@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, func, select, update
 
-from adapter.deliveries import Reason, State
-from adapter.ledger.rearm import locked_lanes, rearm
+from adapter.ledger.retry import locked_lanes, rearm
 from adapter.ledger.schema import deliveries, lanes, notifications
+from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
 from adapter.orders import NotAnOrder, order_digest
 

@@ -25,7 +25,6 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, bindparam, func, literal_column, select, update
 
-from adapter.deliveries import Settlement, settle
 from adapter.ledger.claims import (
     Ask,
     Claim,
@@ -40,12 +39,12 @@ from adapter.ledger.claims import (
     pausing_of,
     queue_columns,
 )
+from adapter.ledger.databases import among
 from adapter.ledger.lease import Lease
-from adapter.ledger.rearm import locked_lanes
+from adapter.ledger.retry import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
-from adapter.ledger.statements import among
+from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, Settlement, after_attempt, settle
 from adapter.ledger.store import Store
-from adapter.pauses import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, after_attempt
 
 log = structlog.get_logger(__name__)
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from sqlalchemy import Connection, delete, insert, select, update
 
 from adapter.ledger.schema import lanes, processes
+from adapter.ledger.settlement import FOR_EVER
 from adapter.ledger.store import Store
-from adapter.pauses import FOR_EVER
 
 LEASE_MS = 15_000
 BURIED = -1  # in place of a lease: it will not be renewed

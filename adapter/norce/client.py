@@ -21,7 +21,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 import msgspec
 
-from adapter.norce.operations import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
+from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
 from adapter.orders import NotAnOrder, Order, decode, order_in, unread, viewed
 from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown

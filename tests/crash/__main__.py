@@ -5,11 +5,11 @@ import sys
 from contextlib import ExitStack
 
 import click
-from databases import KINDS, postgres_server
 
-from crash import points
-from crash.child import MISTAKES
-from crash.harness import FROZEN, RANDOM, RANDOM_START, run
+from tests.crash import points
+from tests.crash.child import MISTAKES
+from tests.crash.harness import FROZEN, RANDOM, RANDOM_START, run
+from tests.databases import KINDS, postgres_server
 
 
 @click.command()

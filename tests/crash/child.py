@@ -14,12 +14,12 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import adapter.dispatcher
+import adapter.deliveries.dispatcher
 import adapter.ledger.lease
 from adapter.cli import main
 from adapter.ledger.inbox import Inbox, Receipt, Received
-from crash.points import Turn, install
-from crash.warehouse import WarehouseExport
+from tests.crash.points import Turn, install
+from tests.crash.warehouse import WarehouseExport
 
 # A third of the lease is a heartbeat, and doubt is longer than a request may take: only the figures are smaller.
 LEASE = timedelta(milliseconds=1500)
@@ -31,10 +31,10 @@ STORE_RETRY = timedelta(milliseconds=100)
 
 def shorten() -> None:
     adapter.ledger.lease.LEASE_MS = int(LEASE.total_seconds() * 1000)
-    adapter.dispatcher.BEAT = BEAT
-    adapter.dispatcher.SLACK = SLACK
-    adapter.dispatcher.POLL = POLL
-    adapter.dispatcher.STORE_RETRY = STORE_RETRY
+    adapter.deliveries.dispatcher.BEAT = BEAT
+    adapter.deliveries.dispatcher.SLACK = SLACK
+    adapter.deliveries.dispatcher.POLL = POLL
+    adapter.deliveries.dispatcher.STORE_RETRY = STORE_RETRY
 
 
 def answers_before_it_stores() -> None:

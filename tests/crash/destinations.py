@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from adapter.handlers.jetshop.stand_in import DROPPED_AFTER, DROPPED_BEFORE, EXTENSION, Fault, JetshopStandIn
+from adapter.sandbox.jetshop_stand_in import DROPPED_AFTER, DROPPED_BEFORE, EXTENSION, Fault, JetshopStandIn
 
 LATE_SECONDS = 0.15  # far less than the time a request is left before anybody asks what became of it
 

@@ -19,20 +19,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from databases import Server
-from flows.stage import NORCE_TOKEN, PASSWORD, TESTS, URL_KEY, Neighbours
-from norce_stand_in import NorceStandIn
 from sqlalchemy.exc import DBAPIError
 
-from adapter.ledger.desk import Desk
-from adapter.ledger.matching import Matching
+from adapter.ledger.maintenance import faults
+from adapter.ledger.queries import Desk, Matching
 from adapter.ledger.store import open_for_reading
-from adapter.ledger.upkeep import faults
-from crash import points
-from crash.destinations import Shop, Warehouse
-from crash.node import Node
-from crash.shoppers import Shoppers
-from crash.warehouse import install
+from tests import ROOT
+from tests.crash import points
+from tests.crash.destinations import Shop, Warehouse
+from tests.crash.node import Node
+from tests.crash.shoppers import Shoppers
+from tests.crash.warehouse import install
+from tests.databases import Server
+from tests.flows.stage import NORCE_TOKEN, PASSWORD, URL_KEY, Neighbours
+from tests.norce_stand_in import NorceStandIn
 
 RANDOM, RANDOM_START = "at-a-random-moment", "at-a-random-moment-of-the-start"
 FROZEN = "frozen-past-its-lease"  # stopped, taken over from, continued; then killed at a random moment
@@ -129,7 +129,7 @@ class Round:
         norce = NorceStandIn(NORCE_TOKEN)
         self._environ = {
             "PATH": os.environ.get("PATH", ""),
-            "PYTHONPATH": f"{TESTS}{os.pathsep}{install(self._folder / 'plugin')}",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{install(self._folder / 'plugin')}",
             "URL_KEY": URL_KEY,
             "NORCE_TOKEN": NORCE_TOKEN,
             "SHOP_PASSWORD": PASSWORD,

@@ -15,10 +15,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from crash.child import serve
+from tests.crash.child import serve
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["crash.child"])
+_CONTEXT.set_forkserver_preload(["tests.crash.child"])
 
 
 class Node:

@@ -12,17 +12,17 @@ from typing import Any
 
 import alembic.ddl.impl
 
-from adapter.dispatcher import Dispatcher
+from adapter.deliveries.dispatcher import Dispatcher
 from adapter.handlers.jetshop import JetshopExport
 from adapter.ledger import lanes, store
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
+from adapter.ledger.maintenance import Upkeep
 from adapter.ledger.store import Store
-from adapter.ledger.upkeep import Upkeep
 from adapter.plugin import Done
-from adapter.runner import Runner
-from crash.warehouse import WarehouseExport
+from adapter.routing.runner import Runner
+from tests.crash.warehouse import WarehouseExport
 
 WHILE_STARTING = {
     "migration-in-the-middle": "some tables of an empty database are made, nothing is committed",

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from flows.stage import order, signed_url
 
-from crash.destinations import Shop
+from tests.crash.destinations import Shop
+from tests.flows.stage import order, signed_url
 
 PACE_SECONDS = 0.03
 SNAPSHOTS = 3  # of one order, at most

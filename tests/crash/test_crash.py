@@ -4,23 +4,22 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from crash.harness import FROZEN, RANDOM, RANDOM_START
-from crash.points import POINTS
+from tests import ROOT
+from tests.crash.harness import FROZEN, RANDOM, RANDOM_START
+from tests.crash.points import POINTS
 
-TESTS = Path(__file__).parent.parent
 KILLS = 6
 
 
 def crash(*arguments: str) -> tuple[int, dict[str, Any]]:
     """The exit code, and the last line of stdout."""
     ended = subprocess.run(
-        [sys.executable, "-m", "crash", *arguments],
-        env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(TESTS)},
+        [sys.executable, "-m", "tests.crash", *arguments],
+        env={"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=110,
@@ -57,7 +56,7 @@ def test_a_mistake_in_the_service_is_found(mistake: str, point: str, what: str) 
 
 
 def test_the_documents_say_what_every_point_means() -> None:
-    said = (TESTS.parent / "docs" / "reliability.md").read_text("utf-8")
+    said = (ROOT / "docs" / "reliability.md").read_text("utf-8")
 
     for point in (*POINTS, FROZEN, RANDOM, RANDOM_START):
         assert f"| `{point}` |" in said

@@ -37,5 +37,7 @@ def install(folder: Path) -> Path:
     said = folder / "crash_warehouse-1.dist-info"
     said.mkdir(parents=True)
     (said / "METADATA").write_text("Metadata-Version: 2.1\nName: crash-warehouse\nVersion: 1\n")
-    (said / "entry_points.txt").write_text("[norce_adapter.handlers]\nwarehouse = crash.warehouse:WarehouseExport\n")
+    (said / "entry_points.txt").write_text(
+        "[norce_adapter.handlers]\nwarehouse = tests.crash.warehouse:WarehouseExport\n"
+    )
     return folder

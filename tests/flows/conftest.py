@@ -15,9 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from databases import KINDS, Server
 
-from flows.stage import Everywhere, Neighbours, Stage, Story, Told, install_sample_plugin
+from tests.databases import KINDS, Server
+from tests.flows.stage import Everywhere, Neighbours, Stage, Story, Told, install_sample_plugin
 
 AT_THE_SAME_TIME = 8
 

@@ -26,18 +26,17 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 import httpx
-from norce_stand_in import NorceStandIn
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapter.handlers.jetshop.stand_in import JetshopStandIn
-from adapter.ledger.desk import Desk, Overview
-from adapter.ledger.matching import Matching
+from adapter.ledger.queries import Desk, Matching, Overview
 from adapter.ledger.store import open_for_reading
+from adapter.sandbox.jetshop_stand_in import JetshopStandIn
+from tests import ORDERS, ROOT
+from tests.norce_stand_in import NorceStandIn
 
 COMMAND = Path(sysconfig.get_path("scripts")) / "norce-adapter"
-TESTS = Path(__file__).parent.parent
-COMPLETED = json.loads((TESTS.parent / "adapter/demo/orders/order-completed.json").read_text())
+COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
 URL_KEY = "a key of the stories, for signing URLs"
 NORCE_TOKEN = "a token of the stories"
 PASSWORD = "a password of the stories"
@@ -398,7 +397,7 @@ Everywhere = Callable[[Story, str], Stage]  # the same, on that kind of store
 def install_sample_plugin(folder: Path) -> Path:
     """Builds the sample plugin and installs it in a folder, which on PYTHONPATH makes its entry points visible."""
     source, target = folder / "source", folder / "installed"
-    shutil.copytree(TESTS / "sample_plugin", source, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests" / "sample_plugin", source, ignore=shutil.ignore_patterns("__pycache__"))
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, source], check=True)
     return target

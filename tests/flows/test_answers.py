@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.stage import Service, Stage, order, signed_url
+from tests.flows.stage import Service, Stage, order, signed_url
 
 HOOK_REQUEST: dict[str, Any] = json.loads(Path(__file__).with_name("hook-request.json").read_text("utf-8"))
 PRICE_LIST = {"op": "add", "path": "/cart/attributes/priceList", "value": "volume"}

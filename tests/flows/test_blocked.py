@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from flows.stage import Stage, order, until
+from tests.flows.stage import Stage, order, until
 
 DEADLINE_SECONDS = 1.0
 SLACK_SECONDS = 0.5  # for a client that is itself one of forty threads on a busy machine

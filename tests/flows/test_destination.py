@@ -2,8 +2,8 @@
 
 import pytest
 
-from adapter.handlers.jetshop.stand_in import Fault
-from flows.stage import Stage, free_port, order, until
+from adapter.sandbox.jetshop_stand_in import Fault
+from tests.flows.stage import Stage, free_port, order, until
 
 pytestmark = pytest.mark.usefixtures("store_url")
 

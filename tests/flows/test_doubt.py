@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import httpx
 import pytest
-from databases import KINDS
 
-from adapter.handlers.jetshop.stand_in import DROPPED_AFTER, DROPPED_BEFORE, Fault
-from flows.stage import Everywhere, Service, Stage, Story, Told, order, until
+from adapter.sandbox.jetshop_stand_in import DROPPED_AFTER, DROPPED_BEFORE, Fault
+from tests.databases import KINDS
+from tests.flows.stage import Everywhere, Service, Stage, Story, Told, order, until
 
 pytestmark = pytest.mark.timeout(300)  # of leases and doubts, on a busy machine
 

@@ -9,12 +9,13 @@ import signal
 from pathlib import Path
 
 import pytest
-from crash.destinations import Warehouse
-from crash.warehouse import install
-from databases import postgres_server
 
-from adapter.handlers.jetshop.stand_in import Fault
-from flows.stage import TESTS, Everywhere, Service, Stage, Story, order, until
+from adapter.sandbox.jetshop_stand_in import Fault
+from tests import ROOT
+from tests.crash.destinations import Warehouse
+from tests.crash.warehouse import install
+from tests.databases import postgres_server
+from tests.flows.stage import Everywhere, Service, Stage, Story, order, until
 
 pytestmark = pytest.mark.timeout(300)  # of leases and doubts, on a busy machine
 
@@ -27,7 +28,7 @@ def with_a_warehouse(stage: Stage) -> Warehouse:
     warehouse = Warehouse()
     warehouse.answers_after = SLOW.delay_seconds
     plugin = install(stage.folder / "warehouse")
-    stage.environ["PYTHONPATH"] = os.pathsep.join((stage.environ["PYTHONPATH"], str(TESTS), str(plugin)))
+    stage.environ["PYTHONPATH"] = os.pathsep.join((stage.environ["PYTHONPATH"], str(ROOT), str(plugin)))
     stage.config["routes"]["ship"] = {
         "callback": "order-status",
         "handler": "warehouse",

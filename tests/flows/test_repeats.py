@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from adapter.handlers.jetshop.stand_in import Fault
-from flows.stage import Neighbours, Service, Stage, enveloped, order, until
+from adapter.sandbox.jetshop_stand_in import Fault
+from tests.flows.stage import Neighbours, Service, Stage, enveloped, order, until
 
 REFUSED = Fault(status=422, code="not-today")
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-from simulators import Served
 
-from flows.stage import Service, Stage, free_port, until
+from tests.flows.stage import Service, Stage, free_port, until
+from tests.simulators import Served
 
 OLD, NEW = "an old key for signing URLs", "a new key for signing URLs"
 

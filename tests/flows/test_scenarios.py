@@ -12,16 +12,17 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
-from databases import KINDS, Server
 from ruamel.yaml import YAML
 
 from adapter import config as configuration
-from adapter.app import listen, served
+from adapter.callbacks.server import listen, served
 from adapter.cli.simulate import adapter_at
-from adapter.simulator.scenarios import SCENARIOS, Adapter, Shop, play
-from flows.stage import NORCE_TOKEN, TESTS, Neighbours, Service, Stage, free_port
+from adapter.sandbox.scenarios import SCENARIOS, Adapter, Shop, play
+from tests import ROOT
+from tests.databases import KINDS, Server
+from tests.flows.stage import NORCE_TOKEN, Neighbours, Service, Stage, free_port
 
-CONFIGURED = TESTS.parent / "docs" / "scenarios.yaml"
+CONFIGURED = ROOT / "docs" / "scenarios.yaml"
 ORDERS = 200  # of the burst
 # How the orders and the deliveries of each scenario end.
 ENDS: dict[str, tuple[dict[str, int], dict[str, int]]] = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.stage import Stage, order, until
+from tests.flows.stage import Stage, order, until
 
 pytestmark = pytest.mark.usefixtures("store_url")
 

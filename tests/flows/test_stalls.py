@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from flows.stage import Service, Stage, order, signed_url, until
+from tests.flows.stage import Service, Stage, order, signed_url, until
 
 DEADLINE_SECONDS = 1.0
 SLACK_SECONDS = 0.5  # for a client that is itself one of thirty threads on a busy machine

@@ -2,7 +2,7 @@
 
 import socket
 
-from flows.stage import Stage, order
+from tests.flows.stage import Stage, order
 
 
 def test_a_second_process_on_the_same_database_says_so_and_leaves_the_first_alone(stage: Stage) -> None:

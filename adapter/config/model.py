@@ -1,0 +1,449 @@
+"""
+What may stand in `config.yaml`, said once: keys, types, bounds, defaults and their descriptions.
+"""
+
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta
+
+from adapter.config.convert import Within
+from adapter.config.problems import Problem, Source, under
+from adapter.plugin import Secret, Url
+
+
+def says(description: str | None = None, *, allowed: str | None = None, **bounds: Any) -> Meta:
+    """What a key means; `allowed` says what may stand there, where type and bounds would say it badly."""
+    return Meta(description=description, extra={"allowed": allowed} if allowed else None, **bounds)
+
+
+Name: TypeAlias = Annotated[
+    str,
+    says(
+        pattern=r"^[a-z0-9]+(-[a-z0-9]+)*(?!\n)$",
+        max_length=64,
+        allowed="kebab-case (a-z, 0-9 and single hyphens), at most 64 characters",
+    ),
+]
+# Travels in the headers `x-merchant` and `x-channel`, in URLs and in metrics.
+NorceName: TypeAlias = Annotated[
+    str, says(pattern=r"^[!-~]+(?!\n)$", max_length=64, allowed="1 to 64 visible ASCII characters without spaces")
+]
+SLUG = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(?!\n)$"
+SLUG_IN_WORDS = "a part of a host name (a-z, 0-9 and hyphens within), at most 63 characters"
+Port: TypeAlias = Annotated[int, says(ge=0, le=65535)]
+Positive: TypeAlias = Annotated[int, says(ge=1, le=1024)]
+OneOrTwoSecrets: TypeAlias = Annotated[tuple[Secret, ...], says(min_length=1, max_length=2)]
+Merchants: TypeAlias = Annotated[tuple[str, ...], says(min_length=1)]
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A part of the file: a key a field."""
+
+
+class Adapter(_Part, frozen=True, kw_only=True):
+    id: Annotated[
+        str,
+        says(
+            "The id of this adapter at Norce: on its registrations, and in the name of its schema.",
+            min_length=1,
+            max_length=64,
+        ),
+    ]
+    public_url: Annotated[
+        Url | None, says("The address at which Norce reaches the public port; signed URLs are made from it.")
+    ] = None
+
+
+class Server(_Part, frozen=True, kw_only=True):
+    host: Annotated[str, says("The address that the public port listens on.", min_length=1)] = "0.0.0.0"  # noqa: S104
+    port: Annotated[Port, says("The public port, which Norce calls; 0 takes any free one.")] = 8080
+    max_body_bytes: Annotated[
+        int, says("The largest body that is read, in bytes; a larger is a 413.", ge=1024, le=64 * 1024 * 1024)
+    ] = 1024 * 1024
+    receive_timeout: Annotated[
+        timedelta,
+        Within("100ms", "5m"),
+        says("How long a caller may take to send its whole body; after that it is a 408."),
+    ] = timedelta(seconds=10)
+
+
+class Operations(_Part, frozen=True, kw_only=True):
+    host: Annotated[str, says("The address that the operations port listens on; keep it private.", min_length=1)] = (
+        "127.0.0.1"
+    )
+    port: Annotated[Port, says("The port of health, metrics, commands and the console; 0 takes any free one.")] = 8081
+    token: Annotated[Secret | None, says("The bearer token of commands; without one, every command is refused.")] = None
+
+
+class Norce(_Part, frozen=True, kw_only=True):
+    environment: Annotated[
+        Literal["playground", "stage", "production"], says("Which of Norce's environments to talk with.")
+    ] = "playground"
+    base_url: Annotated[Url | None, says("Replaces Norce's own addresses, for a simulator or a private network.")] = (
+        None
+    )
+    version: Annotated[
+        Literal["v0", "v1"], says("The version of Norce's Order API that is asked, and registered with.")
+    ] = "v0"
+    timeout: Annotated[timedelta, Within("100ms", "1m"), says("How long one request to Norce may take.")] = timedelta(
+        seconds=5
+    )
+    refresh: Annotated[
+        timedelta,
+        Within("0s", "1m"),
+        says("How often a channel's configuration document is read from Norce; 0s is never, and this file is all."),
+    ] = timedelta(seconds=30)
+
+
+class Reconciliation(_Part, frozen=True, kw_only=True):
+    every: Annotated[
+        timedelta,
+        Within("0s", "7d"),
+        says(
+            "How often Norce's event log is read for notifications that never came, by one of the nodes; 0s is never."
+        ),
+    ] = timedelta(minutes=10)
+    overlap: Annotated[
+        timedelta,
+        Within("0s", "30d"),
+        says("How far before the newest event of the last time each time begins: for events that are written late."),
+    ] = timedelta(hours=1)
+
+
+class Dispatcher(_Part, frozen=True, kw_only=True):
+    slots: Annotated[Positive, says("How many deliveries run at once in this process.")] = 32
+    grace: Annotated[
+        timedelta, Within("0s", "10m"), says("How long a shutdown waits for running deliveries before it cancels them.")
+    ] = timedelta(seconds=20)
+    pause_after: Annotated[
+        int,
+        says(
+            "After how many orders that failed one after the other a queue pauses by itself; 0 is never.", ge=0, le=1000
+        ),
+    ] = 5
+    pause: Annotated[
+        timedelta,
+        Within("100ms", "1d"),
+        says("How long such a pause is at first, before one delivery is tried; twice as long each time that fails."),
+    ] = timedelta(seconds=30)
+    longest_pause: Annotated[timedelta, Within("100ms", "1d"), says("How long such a pause is at the longest.")] = (
+        timedelta(minutes=10)
+    )
+
+
+class Verdicts(_Part, frozen=True, kw_only=True):
+    misses: Annotated[
+        int,
+        says(
+            "After how many misses in a row a route is bypassed, that is, answered by its no_answer at once; 0 is "
+            "never. A miss is no answer by the deadline, or a failure past the soft limit.",
+            ge=0,
+            le=1000,
+        ),
+    ] = 5
+    bypass: Annotated[
+        timedelta, Within("100ms", "1d"), says("For how long a route is bypassed before it is asked once more.")
+    ] = timedelta(seconds=30)
+
+
+class Retention(_Part, frozen=True, kw_only=True):
+    bodies: Annotated[
+        timedelta,
+        Within("1h", "3650d"),
+        says("How long the body of a notification is kept when everything owed for it is done."),
+    ] = timedelta(days=30)
+    bodies_of_dead_letters: Annotated[
+        timedelta, Within("1h", "3650d"), says("How long it is kept otherwise; what still waits keeps its body.")
+    ] = timedelta(days=90)
+    rows: Annotated[
+        timedelta,
+        Within("1d", "3650d"),
+        says("How long the ledger remembers a notification and what became of it: so long a repeat is known as one."),
+    ] = timedelta(days=400)
+    verdicts: Annotated[
+        timedelta, Within("1h", "3650d"), says("How long verdicts that were late, or of a shadow, are kept.")
+    ] = timedelta(days=30)
+
+
+class Store(_Part, frozen=True, kw_only=True):
+    url: Annotated[
+        str,
+        says(
+            "Where notifications and deliveries are kept: sqlite:/// and a path, relative to the working "
+            "directory (four slashes for an absolute one), for one process on one machine; postgresql+psycopg:// for "
+            "any number of nodes. By reference where it holds a password."
+        ),
+    ] = "sqlite:///data/adapter.db"
+    retention: Annotated[Retention, says("How long things are kept.")] = Retention()
+
+
+class Override(_Part, frozen=True, kw_only=True):
+    settings: Annotated[
+        Mapping[str, Any],
+        says("Settings in place of the weaker ones: mappings are merged, everything else is replaced."),
+    ] = {}
+
+
+class Channel(_Part, frozen=True, kw_only=True):
+    routes: Annotated[
+        Mapping[str, Override],
+        says("What is different on this channel, by route; stronger than the route and the merchant."),
+    ] = {}
+
+
+class Merchant(_Part, frozen=True, kw_only=True):
+    slug: Annotated[
+        str,
+        says(
+            "The merchant's part of Norce's host names; the merchant's name where it is left out.",
+            pattern=SLUG,
+            allowed=SLUG_IN_WORDS,
+        ),
+    ] = ""
+    tokens: Annotated[
+        OneOrTwoSecrets, says("The bearer tokens that Norce issued for this merchant; two while one is being replaced.")
+    ]
+    routes: Annotated[
+        Mapping[str, Override], says("What is different for this merchant, by route; stronger than the route.")
+    ] = {}
+    channels: Annotated[
+        Mapping[NorceName, Channel],
+        says("The merchant's channels by their names at Norce.", min_length=1),
+    ]
+
+
+class SignedUrls(_Part, frozen=True, kw_only=True):
+    keys: Annotated[
+        Mapping[
+            Annotated[
+                str,
+                says(
+                    pattern=r"^[A-Za-z0-9_-]+(?!\n)$",
+                    max_length=32,
+                    allowed="a name of 1 to 32 letters, digits, hyphens and underscores",
+                ),
+            ],
+            Secret,
+        ],
+        says(
+            "Keys of at least 16 bytes by their names: the first signs, all verify. Put a new one first, "
+            "and take the old one out when no open order carries it any more.",
+            min_length=1,
+        ),
+    ]
+
+
+class _SharedSecret(_Part, frozen=True, kw_only=True):
+    values: Annotated[OneOrTwoSecrets, says("The values that are accepted; two while one is being replaced.")]
+    merchants: Annotated[
+        Merchants | None, says("Whose orders the secret is good for; every merchant's where left out.")
+    ] = None
+
+
+class HeaderSecret(_SharedSecret, frozen=True, kw_only=True):
+    header: Annotated[
+        str,
+        says(
+            "The header that carries the secret, in any case; the secret is its whole value.",
+            pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+(?!\n)$",
+            max_length=64,
+            allowed="the name of an HTTP header",
+        ),
+    ]
+
+
+class UrlSecret(_SharedSecret, frozen=True, kw_only=True):
+    parameter: Annotated[
+        str,
+        says(
+            "The query parameter that carries the secret, for registrations that cannot be signed.",
+            pattern=r"^[A-Za-z0-9_.~-]+(?!\n)$",
+            max_length=64,
+            allowed="the name of a query parameter: letters, digits and . _ ~ -",
+        ),
+    ]
+
+
+class Senders(_Part, frozen=True, kw_only=True):
+    signed_urls: Annotated[
+        SignedUrls | None, says("Callback URLs that carry a signature per merchant, channel, order and callback.")
+    ] = None
+    header_secrets: Annotated[
+        tuple[HeaderSecret, ...], says("Secrets that Norce, or a gateway before us, sends in a header.")
+    ] = ()
+    url_secrets: Annotated[
+        tuple[UrlSecret, ...],
+        says("Secrets in the query of statically registered URLs; they end up in other people's logs."),
+    ] = ()
+
+
+Schema: TypeAlias = bool | dict[str, Any]
+Pointer: TypeAlias = Annotated[
+    str,
+    says(
+        pattern=r"^(/([^/~\s]|~[01])+)+(?!\n)$",
+        max_length=1024,
+        allowed="a JSON pointer to a part of the order, such as /cart",
+    ),
+]
+
+
+class NotificationCallback(_Part, frozen=True, kw_only=True, tag="notification", tag_field="kind"):
+    """Something happened: stored, and delivered to the routes that want it."""
+
+    kind: ClassVar[str] = "notification"
+    scope: Annotated[str, says("The JSON pointer of what is watched in the order: /state/currentStatus.")]
+    schema: Annotated[
+        Schema, says("The JSON Schema (2020-12) that the value at the scope meets; true for any value.")
+    ] = True
+
+
+class _AnsweredCallback(_Part, frozen=True, kw_only=True):
+    deadline: Annotated[
+        timedelta,
+        Within("100ms", "10s"),
+        says("When Norce has its answer at the latest; an unfinished route then counts as its no_answer."),
+    ] = timedelta(seconds=2)
+    soft_limit: Annotated[
+        timedelta | None,
+        Within("1ms", "10s"),
+        says("A route that takes longer is logged and counted as slow; half the deadline where it is left out."),
+    ] = None
+
+
+class ValidationCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
+    """May this order proceed? Answered inside the deadline."""
+
+    kind: ClassVar[str] = "validation"
+
+
+class HookCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
+    """A change is about to be stored: accepted, refused, or more changed with it. Answered inside the deadline."""
+
+    kind: ClassVar[str] = "hook"
+    watch: Annotated[Pointer, says("The JSON pointer of the part of the order whose changes Norce asks about: /cart.")]
+    target: Annotated[
+        Pointer | None,
+        says("The JSON pointer of the part that the answer may change further; where left out, it changes nothing."),
+    ] = None
+    version: Annotated[
+        Literal["v0", "v1"], says("The version of the order that Norce is asked to send, and to be patched in.")
+    ] = "v0"
+
+
+Callback: TypeAlias = NotificationCallback | ValidationCallback | HookCallback
+
+
+class When(_Part, frozen=True, kw_only=True):
+    scope: Annotated[str, says("The JSON pointer of what the route looks at in the order.")]
+    schema: Annotated[
+        Schema, says("The JSON Schema (2020-12) that the value at the scope meets; true for any value.")
+    ] = True
+
+
+class Retries(_Part, frozen=True, kw_only=True):
+    schedule: Annotated[
+        tuple[Annotated[timedelta, Within("100ms", "7d")], ...],
+        says("How long to wait after each failed attempt; then it is a dead letter.", max_length=50),
+    ] = (
+        timedelta(seconds=5),
+        timedelta(seconds=30),
+        timedelta(minutes=5),
+        timedelta(minutes=30),
+        *(timedelta(hours=hours) for hours in (2, 5, 10, 14, 20, 24)),
+    )
+
+
+class Route(_Part, frozen=True, kw_only=True):
+    callback: Annotated[str, says("The callback that the route wants or answers.")]
+    when: Annotated[
+        When | None, says("A further condition; the route is asked where the callback's and this one hold.")
+    ] = None
+    handler: Annotated[Name, says("The name of an installed handler; `norce-adapter handlers` lists them.")]
+    refetch: Annotated[
+        bool, says("Notifications: act on the order as Norce has it now, in place of the order as it came.")
+    ] = True
+    no_answer: Annotated[
+        Literal["approve", "reject"] | None,
+        says("Validations and hooks, required there: what a late, broken or missing answer counts as."),
+    ] = None
+    mode: Annotated[
+        Literal["enforce", "shadow"],
+        says("Validations and hooks: a shadow is asked, compared and counted beside the answer, and never acted on."),
+    ] = "enforce"
+    timeout: Annotated[timedelta, Within("100ms", "10m"), says("Notifications: how long one attempt may take.")] = (
+        timedelta(seconds=15)
+    )
+    retry: Annotated[Retries, says("Notifications: what happens after an attempt that failed.")] = Retries()
+    concurrency: Annotated[
+        Positive,
+        says("Notifications: how many deliveries run at once, per merchant and channel, on all nodes together."),
+    ] = 8
+    settings: Annotated[
+        Mapping[str, Any], says("The handler's settings for every merchant and channel that does not say otherwise.")
+    ] = {}
+
+
+ONLY_FOR_NOTIFICATIONS = ("refetch", "timeout", "retry", "concurrency")
+ONLY_FOR_ANSWERS = ("no_answer", "mode")
+
+
+class ConfigFile(_Part, frozen=True, kw_only=True):
+    """What stands in the file."""
+
+    adapter: Annotated[Adapter, says("Who we are.")]
+    server: Annotated[Server, says("The public port.")] = Server()
+    operations: Annotated[Operations, says("The port for the people and machines that run this.")] = Operations()
+    store: Annotated[Store, says("What survives a restart.")] = Store()
+    norce: Annotated[Norce, says("Norce Checkout, as we call it.")] = Norce()
+    reconciliation: Annotated[
+        Reconciliation, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
+    ] = Reconciliation()
+    dispatcher: Annotated[Dispatcher, says("The work on notifications.")] = Dispatcher()
+    verdicts: Annotated[Verdicts, says("The answers to validations and hooks.")] = Verdicts()
+    merchants: Annotated[Mapping[NorceName, Merchant], says("The merchants by their ids at Norce.", min_length=1)]
+    senders: Annotated[Senders, says("Who may call us; at least one kind.")] = Senders()
+    callbacks: Annotated[
+        Mapping[Name, Callback], says("What Norce calls, by name; each is one URL and one registration.")
+    ] = {}
+    routes: Annotated[Mapping[Name, Route], says("Who wants or answers a callback, by name.")] = {}
+
+
+class Config(ConfigFile, frozen=True, kw_only=True):
+    """The whole configuration, checked except for what only the installed handlers can know."""
+
+    source: Source
+
+    def problem(self, path: str, message: str) -> Problem:
+        """Something that turned out later, at the line of `path` ("routes.export-payment.handler")."""
+        return self.source.problem(path, message)
+
+    def settings(self, route: str, merchant: str, channel: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """A route's settings for one merchant and channel, merged, and where they came from: for `read_settings`."""
+        of_merchant = self.merchants[merchant]
+        of_channel = of_merchant.channels[channel]
+        at_merchant = under("merchants", merchant)
+        at_channel = under(f"{at_merchant}.channels", channel)
+        tree = merged(
+            self.routes[route].settings,
+            of_merchant.routes.get(route, Override()).settings,
+            of_channel.routes.get(route, Override()).settings,
+        )
+        return tree, tuple(
+            f"{under(f'{at}routes', route)}.settings" for at in ("", f"{at_merchant}.", f"{at_channel}.")
+        )
+
+
+def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Trees of settings as one, weakest first: mappings are merged, everything else (null, lists) is replaced."""
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            weaker = result.get(key)
+            if isinstance(value, Mapping):
+                value = merged(weaker if isinstance(weaker, Mapping) else {}, value)
+            result[key] = value
+    return result

@@ -1,0 +1,1 @@
+"""Deliveries: claimed, run by a handler, and recorded."""

@@ -1,0 +1,1 @@
+"""The operations port: health, metrics and commands."""

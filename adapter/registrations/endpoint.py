@@ -1,0 +1,164 @@
+"""
+What stands on the public port beside the callbacks: registrations, and the documents that an adapter publishes.
+
+Who registers is one of the merchant's own systems, so it shows what it shows Norce: one of the merchant's tokens as a
+bearer; or else a secret of `senders.header_secrets`. A signed callback URL opens nothing here: shoppers can see those.
+Facts: checkout protocol, sections 1.3 and 10.
+"""
+
+import asyncio
+import hmac
+from collections import Counter
+from collections.abc import Awaitable, Callable, Container, Mapping
+from importlib.resources import files
+from typing import Any
+
+import msgspec
+import structlog
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapter.callbacks import server as protocol
+from adapter.callbacks.parsing import CallbackInvalid, check_order_id
+from adapter.callbacks.senders import RawCallback, Senders, Unauthenticated
+from adapter.config import Config
+from adapter.norce.client import NorceError, NorceRejected, NorceUnavailable, OrderNotFound
+from adapter.registrations.on_orders import Registered, Registrar
+
+log = structlog.get_logger(__name__)
+
+REGISTRATIONS_PATH = "/api/v1/orders/{order_id}/registrations"
+SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
+DESCRIPTION_PATH = "/docs/v1/openapi.yaml"
+LATER = {"retry-after": "5"}
+# Of one merchant. Each is several requests to Norce, by whom shoppers are answered too: a shop that registers all its
+# orders at once takes a quarter of those that a merchant may have at a time, and no other merchant's place.
+AT_ONCE = 16
+MOST_WAITING = 200
+# Of all together: where Norce is silent for everybody, who waits for it must leave room for notifications to come in.
+MOST_OF_ALL = protocol.MOST_WAITING // 2
+
+Shop = tuple[str, str]
+Work = Callable[[str, str, str], Awaitable[Registered]]
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(code)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.headers = headers
+
+
+class Registrations:
+    """`POST` puts our callbacks on an order, `DELETE` takes them off. Nothing is put where we are `switched_off`."""
+
+    def __init__(self, config: Config, registrar: Registrar, switched_off: Container[Shop]) -> None:
+        self._config = config
+        self._registrar = registrar
+        self._senders = Senders(config.senders)
+        self._switched_off = switched_off
+        self._at_once = {merchant: asyncio.Semaphore(AT_ONCE) for merchant in config.merchants}
+        self._most = min(max(MOST_OF_ALL // len(config.merchants), AT_ONCE), MOST_WAITING)  # of one merchant
+        self._waiting = Counter[str]()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for Norce, and take nobody's time."""
+        return self._waiting.total()
+
+    async def __call__(self, request: Request) -> Response:
+        order_id = request.path_params["order_id"]
+        facts: dict[str, Any] = {"order_id": order_id if len(order_id) <= 64 else None}
+        try:
+            merchant, channel = self._whose(request)
+            facts |= {"merchant": merchant, "channel": channel}
+            done = await self._in_turn(request.method, merchant, channel, order_id)
+        except _Refused as refused:
+            log.warning("registration_refused", code=refused.code, status_code=refused.status, **facts)
+            body = {"code": refused.code, "message": refused.message}
+            return JSONResponse(body, refused.status, refused.headers)
+        counts = {"added": len(done.added), "removed": len(done.removed), "kept": len(done.kept)}
+        log.info("callbacks_registered", **counts, **facts)
+        return JSONResponse(msgspec.to_builtins(done))
+
+    async def _in_turn(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
+        if self._waiting[merchant] >= self._most or self.waiting >= MOST_OF_ALL:
+            raise _Refused(503, "overloaded", "Too many registrations wait for Norce. Please send it again.", LATER)
+        self._waiting[merchant] += 1
+        try:
+            async with self._at_once[merchant]:
+                return await self._do(method, merchant, channel, order_id)
+        except asyncio.CancelledError as error:  # the service stops, and has waited for as long as it does
+            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
+        finally:
+            self._waiting[merchant] -= 1
+
+    async def _do(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
+        try:
+            check_order_id(order_id)
+            if method == "DELETE":
+                return await self._registrar.deregister(merchant, channel, order_id)
+            if (merchant, channel) in self._switched_off:
+                raise _Refused(409, "order-conflict", "Norce's configuration has this adapter switched off here.")
+            return await self._registrar.register(merchant, channel, order_id)
+        except CallbackInvalid as error:
+            raise _Refused(400, "order-bad-request", str(error)) from error
+        except LookupError as error:
+            raise _Refused(409, "configuration-error", str(error)) from error
+        except OrderNotFound as error:
+            raise _Refused(404, "order-not-found", "Norce has no such order.") from error
+        except NorceUnavailable as error:
+            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
+        except NorceError as error:
+            code = "norce-rejected" if isinstance(error, NorceRejected) else "norce-refused"
+            raise _Refused(502, code, str(error)) from error
+
+    def _whose(self, request: Request) -> Shop:
+        headers = dict(request.headers.items())
+        merchant, channel = headers.get("x-merchant", ""), headers.get("x-channel", "")
+        if not self._may(headers, merchant):
+            raise _Refused(401, "unauthorized", "The caller is not known.", {"www-authenticate": "Bearer"})
+        if not merchant or not channel:
+            raise _Refused(400, "order-bad-request", "x-merchant and x-channel say whose order it is.")
+        if merchant not in self._config.merchants or channel not in self._config.merchants[merchant].channels:
+            raise _Refused(404, "configuration-not-found", "This merchant and channel are not configured here.")
+        return merchant, channel
+
+    def _may(self, headers: Mapping[str, str], merchant: str) -> bool:
+        shown = headers.get("authorization", "").encode("latin-1")
+        of_merchant = self._config.merchants.get(merchant)
+        tokens = () if of_merchant is None else of_merchant.tokens
+        if any(hmac.compare_digest(shown, b"Bearer " + token.reveal().encode()) for token in tokens):
+            return True
+        raw = RawCallback(method="POST", order_id="", callback="", query={}, headers=headers, body=b"")
+        try:
+            return self._senders.identify(raw).may_speak_for(merchant)
+        except Unauthenticated:
+            return False
+
+
+def openapi() -> bytes:
+    """Our own OpenAPI description. It is written by hand; that it says what the service does is for the tests."""
+    return files("adapter").joinpath("openapi.yaml").read_bytes()
+
+
+def routes(registrations: Registrations, adapter_id: str, schema: Mapping[str, Any]) -> list[BaseRoute]:
+    """What the public port has beside the callbacks. `schema` is that of our document in Norce's configuration."""
+    document = msgspec.json.encode(schema)
+
+    async def published(request: Request) -> Response:
+        if request.path_params["adapter_id"] != adapter_id:
+            return JSONResponse({"code": "not-found", "message": "There is no adapter of this id here."}, 404)
+        return Response(document, media_type="application/schema+json")
+
+    async def described(_request: Request) -> Response:
+        return Response(openapi(), media_type="application/yaml")  # RFC 9512
+
+    return [
+        Route(REGISTRATIONS_PATH, registrations.__call__, methods=["POST", "DELETE"]),
+        Route(SCHEMA_PATH, published),
+        Route(DESCRIPTION_PATH, described),
+    ]

@@ -1,0 +1,268 @@
+"""
+Installed handlers and configuration become routes: who wants a notification, who answers a validation.
+
+Everything that can be wrong with a handler or its settings is found here, at start, for every merchant and channel:
+handlers are imported, conditions compiled and settings read before a port opens.
+"""
+
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from adapter import config as configuration
+from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
+from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
+from adapter.ledger.settlement import Handling
+from adapter.orders import Order, viewed
+from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler
+
+GROUP = "norce_adapter.handlers"
+PASSING_STATES = ("checkout", "processing", "accepted")
+STATUS_SCOPE = "/state/currentStatus"
+# Of an order (checkout protocol, section 2). A scope inside one is not supported by Norce either (section 5.1).
+ARRAYS = (
+    "/payments", "/shippings", "/consents", "/validations", "/hooks", "/notifications",
+    "/cart/items", "/cart/discounts", "/state/transitions",
+)  # fmt: skip
+
+Handler = NotificationHandler[Any] | ValidationHandler[Any] | HookHandler[Any]
+KINDS: dict[str, type[Handler]] = {
+    "notification": NotificationHandler,
+    "validation": ValidationHandler,
+    "hook": HookHandler,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Callback:
+    """
+    What Norce calls: one URL and one registration. A notification has a condition; a validation and a hook have a
+    deadline and a soft limit. `target` is what a hook's patches stay inside; without one it has none.
+    """
+
+    name: str
+    kind: str
+    condition: CompiledCondition | None = None
+    deadline: timedelta = timedelta.max
+    soft_limit: timedelta = timedelta.max
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """
+    A callback bound to a handler, with the handler's settings for every merchant and channel, which Norce's
+    configuration may change while it runs, and its limits. What a
+    `shadow` says is compared with the answer, and never acted on.
+    """
+
+    name: str
+    callback: Callback
+    when: CompiledCondition | None
+    handler_name: str
+    handler: Handler
+    settings: dict[tuple[str, str], Settings]
+    refetch: bool
+    no_answer: str | None
+    shadow: bool = False
+    timeout: timedelta
+    schedule: Sequence[timedelta]
+    concurrency: int
+
+    @property
+    def ask(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
+        """What an answer is asked of its handler with."""
+        handler: Any = self.handler  # one class may answer both
+        if self.callback.kind == "hook":
+            return handler.change  # type: ignore[no-any-return]
+        if handler.computes:
+            return handler.validate  # type: ignore[no-any-return]
+        return lambda order, context: handler.validate(viewed(order), context)  # made where the handler runs
+
+    @property
+    def computes(self) -> bool:
+        """Whether its handler may be asked in place."""
+        assert not isinstance(self.handler, NotificationHandler)
+        return self.handler.computes
+
+    @property
+    def handling(self) -> Handling:
+        """What its notification handler can do about doubt."""
+        assert isinstance(self.handler, NotificationHandler)
+        return Handling.of(type(self.handler))
+
+
+class Routes:
+    """All routes, and the callbacks they belong to. `warnings` are what `check` tells beside errors."""
+
+    def __init__(self, callbacks: Mapping[str, Callback], routes: Iterable[Route], warnings: Iterable[Problem]) -> None:
+        self.callbacks = callbacks
+        self.all = tuple(routes)
+        self.warnings = tuple(warnings)
+        self._of = {name: tuple(r for r in self.all if r.callback.name == name) for name in callbacks}
+
+    def of(self, callback: str) -> tuple[Route, ...]:
+        """The routes of a callback, in the order of the configuration."""
+        return self._of[callback]
+
+    def wanting(self, callback: Callback, order: Any) -> "Wanting":
+        """Who wants this order, a tree of our parser's. Never raises."""
+        held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order, parsed=True).result
+        if held is Result.NOT_MATCHED:
+            return Wanting(callback=held, routes=())
+        wanted: list[tuple[Route, Result]] = []
+        for route in self._of[callback.name]:
+            own = Result.MATCHED if route.when is None else route.when.evaluate(order, parsed=True).result
+            if own is not Result.NOT_MATCHED:
+                wanted.append((route, held if own is Result.MATCHED else own))
+        return Wanting(callback=held, routes=tuple(wanted))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanting:
+    """
+    Whether a callback's own condition holds, and the routes that want the event (`matched`) or cannot tell (`error`).
+    """
+
+    callback: Result
+    routes: tuple[tuple[Route, Result], ...]
+
+
+def wants(route: Route, order: Any) -> Result:
+    """Whether the callback's condition and the route's own both hold on this tree of our parser's. Never raises."""
+    results = [c.evaluate(order, parsed=True).result for c in (route.callback.condition, route.when) if c is not None]
+    if Result.NOT_MATCHED in results:
+        return Result.NOT_MATCHED
+    return Result.ERROR if Result.ERROR in results else Result.MATCHED
+
+
+def installed(points: Iterable[EntryPoint] | None = None) -> dict[str, EntryPoint]:
+    """The handlers that installed packages offer, by name; nothing is imported."""
+    return {point.name: point for point in (entry_points(group=GROUP) if points is None else points)}
+
+
+def settings_types(points: Iterable[EntryPoint] | None = None) -> tuple[dict[str, type[Settings]], list[str]]:
+    """The settings of every installed handler by its name, and the handlers that cannot be imported."""
+    types: dict[str, type[Settings]] = {}
+    broken = []
+    for name, point in sorted(installed(points).items()):
+        try:
+            types[name] = point.load().settings_type
+        except (Exception, SystemExit):  # noqa: BLE001 - an import may fail in any way; it is told, not raised
+            broken.append(name)
+    return types, broken
+
+
+def build(config: Config, points: Iterable[EntryPoint] | None = None) -> Routes:
+    """
+    The routes of a configuration. `points` stands in for the installed handlers in tests.
+
+    Raises `ConfigurationInvalid` with every problem of conditions, handlers and settings at once.
+    """
+    return _Builder(config, installed(points)).routes()
+
+
+class _Builder:
+    def __init__(self, config: Config, handlers: Mapping[str, EntryPoint]) -> None:
+        self._config = config
+        self._handlers = handlers
+        self._problems: list[Problem] = []
+        self._warnings: list[Problem] = []
+
+    def routes(self) -> Routes:
+        callbacks = {name: self._callback(name, each) for name, each in self._config.callbacks.items()}
+        routes = [self._route(name, each, callbacks[each.callback]) for name, each in self._config.routes.items()]
+        if self._problems:
+            raise ConfigurationInvalid(self._problems)
+        return Routes(callbacks, [route for route in routes if route is not None], self._warnings)
+
+    def _callback(self, name: str, each: configuration.Callback) -> Callback:
+        if isinstance(each, configuration.NotificationCallback):
+            return Callback(name=name, kind=each.kind, condition=self._compiled(f"callbacks.{name}", each))
+        return Callback(
+            name=name,
+            kind=each.kind,
+            deadline=each.deadline,
+            soft_limit=each.soft_limit or each.deadline / 2,
+            target=each.target if isinstance(each, configuration.HookCallback) else None,
+        )
+
+    def _route(self, name: str, each: configuration.Route, callback: Callback) -> Route | None:
+        path = f"routes.{name}"
+        when = None if each.when is None else self._compiled(f"{path}.when", each.when)
+        handler = self._handler(f"{path}.handler", each.handler, callback)
+        if handler is None:
+            return None
+        if callback.kind == "notification" and each.refetch:
+            for at, condition in ((f"callbacks.{callback.name}", callback.condition), (f"{path}.when", when)):
+                self._warn_of_passing_state(at, condition)
+        settings: dict[tuple[str, str], Settings] = {}
+        for merchant, of_merchant in self._config.merchants.items():
+            for channel in of_merchant.channels:
+                tree, paths = self._config.settings(name, merchant, channel)
+                read = read_settings(self._config, handler.settings_type, tree, paths)
+                if isinstance(read, tuple):
+                    self._problems += [problem for problem in read if problem not in self._problems]
+                else:
+                    settings[merchant, channel] = read
+        return Route(
+            name=name,
+            callback=callback,
+            when=when,
+            handler_name=each.handler,
+            handler=handler,
+            settings=settings,
+            refetch=each.refetch,
+            no_answer=each.no_answer,
+            shadow=each.mode == "shadow",
+            timeout=each.timeout,
+            schedule=each.retry.schedule,
+            concurrency=each.concurrency,
+        )
+
+    def _compiled(
+        self, path: str, each: configuration.NotificationCallback | configuration.When
+    ) -> CompiledCondition | None:
+        if any(each.scope.startswith(f"{array}/") for array in ARRAYS):
+            remedy = 'leads into an array, where no condition looks; take the array, and a schema with "contains"'
+            self._warnings.append(self._config.problem(f"{path}.scope", remedy))
+        try:
+            return Condition(each.scope, each.schema).compile()
+        except ConditionInvalid as error:
+            member = "scope" if error.code.startswith("scope_") else "schema"
+            self._problem(f"{path}.{member}", str(error))
+            return None
+
+    def _handler(self, path: str, name: str, callback: Callback) -> Handler | None:
+        if name not in self._handlers:
+            self._problem(path, f"no installed handler has this name; installed: {', '.join(sorted(self._handlers))}")
+            return None
+        try:
+            class_ = self._handlers[name].load()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is reported, not raised
+            self._problem(path, f"the handler cannot be imported: {type(error).__name__}: {error}")
+            return None
+        kind = KINDS[callback.kind]
+        if not (isinstance(class_, type) and issubclass(class_, kind)):
+            self._problem(path, f"is no {kind.__name__}; callback {callback.name} is a {callback.kind}")
+            return None
+        try:
+            handler: Handler = class_()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
+            self._problem(path, f"the handler cannot be made: {type(error).__name__}: {error}")
+            return None
+        return handler
+
+    def _warn_of_passing_state(self, path: str, condition: CompiledCondition | None) -> None:
+        if condition is None or condition.condition.scope != STATUS_SCOPE:
+            return
+        schema = condition.condition.schema
+        state = schema.get("const") if isinstance(schema, dict) else None
+        if state in PASSING_STATES:
+            remedy = f"an order is {state} only for a while, and the route re-reads it: later states are then missed"
+            self._warnings.append(self._config.problem(f"{path}.schema", f"{remedy}; ask for an enum of states"))
+
+    def _problem(self, path: str, message: str) -> None:
+        self._problems.append(self._config.problem(path, message))

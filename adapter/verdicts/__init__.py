@@ -1,0 +1,1 @@
+"""Validations and hooks, answered inside one deadline."""

@@ -1,0 +1,306 @@
+"""Connections whose request never gets a complete head."""
+
+import asyncio
+import contextlib
+import select
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvloop
+from starlette.types import Receive, Scope, Send
+from uvicorn import Config
+from uvicorn.server import ServerState
+
+from adapter.callbacks import IS_WHOLE
+from adapter.callbacks.server import (
+    LARGEST_HEAD_BYTES,
+    LONGEST_HEAD_SECONDS,
+    MOST_AT_ONCE,
+    MOST_WAITING,
+    REFUSAL,
+    GuardedProtocol,
+    _InOnePiece,
+    served,
+)
+
+HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
+
+
+class Loop(asyncio.SelectorEventLoop):
+    """An event loop whose timers go off when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timers: list[tuple[float, asyncio.TimerHandle, Callable[[], object]]] = []
+
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+        timer = super().call_later(3600, callback, *args, context=context)
+        self.timers.append((delay, timer, lambda: callback(*args)))
+        return timer
+
+    def after(self, delay: float) -> None:
+        for due, timer, call in [*self.timers]:
+            if due <= delay and not timer.cancelled():
+                timer.cancel()
+                call()
+
+
+class Wire(asyncio.Transport):
+    """The far end of a connection: what was written, and whether it was closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self.written = b""
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return default
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+@pytest.fixture
+def connection():
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    config = Config(app, http=GuardedProtocol, log_config=None, lifespan="off", ws="none", timeout_keep_alive=3000)
+    config.load()
+    loop = Loop()
+    asyncio.set_event_loop(loop)
+    protocol, wire = GuardedProtocol(config, ServerState(), {}, loop), Wire()
+    protocol.connection_made(wire)
+    yield loop, protocol, wire
+    protocol.connection_lost(None)
+    loop.run_until_complete(asyncio.sleep(0))
+    asyncio.set_event_loop(None)
+    loop.close()
+
+
+def settle(loop: Loop) -> None:
+    for _ in range(10):
+        loop.run_until_complete(asyncio.sleep(0))
+
+
+def test_a_connection_that_sends_nothing_is_closed(connection) -> None:
+    loop, _, wire = connection
+
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert wire.closed
+
+
+def test_a_head_that_drips_in_is_closed_however_busily_it_drips(connection) -> None:
+    loop, protocol, wire = connection
+    for byte in HEAD[:-4]:
+        protocol.data_received(bytes([byte]))
+
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert wire.closed
+
+
+def test_a_head_that_grows_and_grows_is_closed(connection) -> None:
+    _, protocol, wire = connection
+    protocol.data_received(b"POST / HTTP/1.1\r\n")
+    for number in range(LARGEST_HEAD_BYTES // 1000 + 1):
+        protocol.data_received(b"x-%d: " % number + b"y" * 1000 + b"\r\n")
+
+    assert wire.closed
+
+
+def test_a_body_has_no_such_end_here(connection) -> None:
+    loop, protocol, wire = connection
+    protocol.data_received(HEAD)
+
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert not wire.closed
+
+
+def test_a_request_whose_body_has_come_whole_is_told_from_one_that_is_waited_for(connection) -> None:
+    loop, protocol, _ = connection
+    told = []
+    for data in (HEAD, b"{", b"}", HEAD + b"{}", HEAD):
+        protocol.data_received(data)
+        told.append(IS_WHOLE in protocol.scope)
+        settle(loop)
+
+    assert told == [False, False, True, True, False]
+
+
+def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:
+    loop, protocol, wire = connection
+    for _ in range(2):
+        protocol.data_received(HEAD + b"{}")
+        settle(loop)
+    assert wire.written.count(b"HTTP/1.1 200") == 2
+    loop.after(LONGEST_HEAD_SECONDS)
+    assert not wire.closed
+
+    protocol.data_received(HEAD[:20])
+    loop.after(LONGEST_HEAD_SECONDS)
+
+    assert wire.closed
+
+
+def test_beyond_so_many_at_once_the_next_is_refused_unread_and_its_connection_lives(connection) -> None:
+    loop, protocol, wire = connection
+    others = [loop.create_future() for _ in range(MOST_AT_ONCE)]
+    protocol.tasks.update(others)
+
+    protocol.data_received(HEAD + b"{}" + HEAD + b"{")
+    protocol.data_received(b"}")
+
+    assert wire.written == REFUSAL * 2
+    assert b"retry-after" in REFUSAL
+    assert not wire.closed
+    protocol.tasks.clear()
+    protocol.data_received(HEAD + b"{}")
+    settle(loop)
+    assert wire.written.count(b"HTTP/1.1 200") == 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "at_once", "is_refused"),
+    [(0, MOST_AT_ONCE, True), (1, MOST_AT_ONCE, False), (MOST_WAITING, MOST_WAITING, True)],
+)
+def test_who_only_waits_shuts_nobody_out_up_to_a_bound(
+    connection, waiting: int, at_once: int, is_refused: bool
+) -> None:
+    loop, protocol, wire = connection
+    protocol._waiting = lambda: waiting
+    protocol.tasks.update(loop.create_future() for _ in range(at_once))
+
+    protocol.data_received(HEAD + b"{}")
+    protocol.tasks.clear()
+    settle(loop)
+
+    assert (wire.written == REFUSAL) is is_refused
+
+
+def test_a_caller_that_waits_for_a_word_before_it_sends_its_body_is_refused_at_once(connection) -> None:
+    loop, protocol, wire = connection
+    protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
+
+    protocol.data_received(HEAD.replace(b"host", b"expect: 100-continue\r\nhost"))
+
+    assert wire.written == REFUSAL
+    assert wire.closed
+    protocol.tasks.clear()
+
+
+def test_a_connection_that_wants_to_end_ends_after_its_refusal(connection) -> None:
+    loop, protocol, wire = connection
+    protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
+
+    protocol.data_received(HEAD.replace(b"host", b"connection: close\r\nhost") + b"{}")
+
+    assert wire.written == REFUSAL
+    assert wire.closed
+    protocol.tasks.clear()
+
+
+def test_many_that_come_at_once_are_let_in_at_once() -> None:
+    """On the loop that the service runs on, and though it goes round only a few times in all that time."""
+
+    async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def answered() -> int:
+        with contextlib.ExitStack() as closing:
+            listening = closing.enter_context(socket.create_server(("127.0.0.1", 0)))
+            listening.setblocking(False)
+            async with served(answer, listening):
+                callers = [closing.enter_context(socket.create_connection(listening.getsockname())) for _ in range(40)]
+                for caller in callers:
+                    caller.setblocking(False)
+                    caller.sendall(b"GET / HTTP/1.1\r\nhost: adapter\r\n\r\n")
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                return len(select.select(callers, [], [], 0)[0])
+
+    assert uvloop.run(answered()) == 40
+
+
+# --- an answer in one piece -------------------------------------------------------------------------------------------
+
+ANSWER = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n"
+
+
+class Pieces:
+    """A transport that remembers what went out, and in how many pieces."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.pieces.append(data)
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def get_extra_info(self, name: str) -> str:
+        return f"the {name} of the connection"
+
+
+def through(wire: Pieces) -> Any:
+    return _InOnePiece(wire)  # type: ignore[arg-type]
+
+
+def test_head_and_body_go_out_together() -> None:
+    wire = Pieces()
+    transport = through(wire)
+
+    transport.write(ANSWER)
+    transport.write(b"[]")
+    transport.end()
+    transport.write(ANSWER)
+    transport.write(b"")
+
+    assert wire.pieces == [ANSWER + b"[]", ANSWER]
+
+
+@pytest.mark.parametrize("ends", ["end", "close"])
+def test_a_head_without_a_body_goes_out_at_the_end(ends: str) -> None:
+    wire = Pieces()
+    transport = through(wire)
+
+    transport.write(ANSWER)
+    getattr(transport, ends)()
+
+    assert wire.pieces == [ANSWER]
+    assert wire.closed == (ends == "close")
+
+
+@pytest.mark.parametrize("data", [b"HTTP/1.1 100 Continue\r\n\r\n", REFUSAL, b"0\r\n\r\n", b"anything"])
+def test_what_is_no_head_or_is_waited_for_goes_out_at_once(data: bytes) -> None:
+    wire = Pieces()
+
+    through(wire).write(data)
+
+    assert wire.pieces == [data]
+
+
+def test_everything_else_is_asked_of_the_connection() -> None:
+    assert through(Pieces()).get_extra_info("peername") == "the peername of the connection"

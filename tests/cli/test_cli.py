@@ -1,0 +1,573 @@
+"""`adapter.cli`: the commands, what they print where, and their exit codes."""
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from anyio.from_thread import start_blocking_portal
+from click.testing import CliRunner, Result
+
+from adapter import cli
+from adapter import config as configuration
+from adapter.app import running
+from adapter.routing import routes
+from adapter.routing.routes import build
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
+OK, FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 0, 1, 2, 3, 4, 5
+ENVIRON = {
+    "TOKEN": "canary-token",
+    "URL_KEY": "canary-url-key-0123456789",
+    "HEADER": "Bearer canary-header-secret",
+    "STATIC": "canary&url=secret#",
+}
+SIGNED = '{signed_urls: {keys: {k1: "${env:URL_KEY}"}}}'
+CONFIG = """\
+adapter: {id: an_adapter, public_url: https://adapter.example}
+server: {host: 127.0.0.1, port: 0}
+operations: {port: 0}
+store: {url: "sqlite:///@FOLDER@/ledger.db"}
+norce: {base_url: "http://127.0.0.1:1"}
+merchants:
+  norce: {tokens: ["${env:TOKEN}"], channels: {"1": {}, "2": {}}}
+  other: {tokens: ["${env:TOKEN}"], channels: {"1": {}}}
+senders: @SENDERS@
+callbacks:
+  order-status: {kind: notification, scope: /state/currentStatus}
+  order-rules: {kind: validation}
+routes:
+  seen: {callback: order-status, handler: log, refetch: false}
+"""
+ORDER = {
+    "id": "o1", "merchant": "norce", "channel": "1", "lastModified": "2026-02-03T08:16:35Z",
+    "state": {"currentStatus": "completed"},
+}  # fmt: skip
+
+
+def write(folder: Path, senders: str = SIGNED, text: str = CONFIG) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text.replace("@FOLDER@", str(folder)).replace("@SENDERS@", senders))
+    return path
+
+
+def run(*arguments: Any, config: Path | None = None, env: dict[str, str] = ENVIRON, input: str | None = None) -> Result:
+    given = env | {"NORCE_ADAPTER_CONFIG": str(config or "/nowhere/config.yaml"), "COLUMNS": "200"}
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], input=input, env=given)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+class Serving:
+    """A service in a thread of its own."""
+
+    def __init__(self, config: Path, env: dict[str, str] = ENVIRON) -> None:
+        loaded = configuration.load(config, env)
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            service = stack.enter_context(portal.wrap_async_context_manager(running(loaded, build(loaded))))
+            self.address, self.operations_address = service.public_address, service.operations_address
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("cli"))
+
+
+@pytest.fixture(scope="module")
+def serving(config: Path) -> Iterator[Serving]:
+    service = Serving(config)
+    yield service
+    service.close()
+
+
+@pytest.fixture
+def order(tmp_path: Path) -> Path:
+    return saved(tmp_path, ORDER)
+
+
+def saved(folder: Path, body: Any) -> Path:
+    path = folder / "order.json"
+    path.write_bytes(body if isinstance(body, bytes) else json.dumps(body).encode())
+    return path
+
+
+def rows(config: Path, sql: str) -> list[Any]:
+    connection = sqlite3.connect(config.parent / "ledger.db")
+    try:
+        return connection.execute(sql).fetchall()
+    finally:
+        connection.close()
+
+
+# --- usage and version ------------------------------------------------------------------------------------------------
+
+
+def test_version_is_the_distributions() -> None:
+    result = run("version")
+
+    assert (result.exit_code, result.stdout) == (OK, f"{version('norce-adapter')}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["check", "--nonsense"],
+        ["send"],
+        ["send", "/no/such/file.json", "--callback", "order-status"],
+        ["deliveries", "show", "one"],
+        ["deliveries", "list", "--state", "lost"],
+        ["deliveries", "list", "--limit", "0"],
+        ["deliveries", "list", "--output", "xml"],
+        ["demo", "--output", "xml"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_is_2_and_is_explained(arguments: list[str]) -> None:
+    result = run(*arguments)
+
+    assert (result.exit_code, result.stdout) == (USAGE, "")
+    assert "Error: " in result.stderr
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_explains_itself(flag: str) -> None:
+    def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        for name, command in group.commands.items():
+            yield (*path, name)
+            if isinstance(command, click.Group):
+                yield from commands(command, (*path, name))
+
+    for path in [(), *commands(cli.main)]:
+        result = run(*path, flag)
+
+        assert result.exit_code == OK
+        assert "Usage: " in result.stdout
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_that_all_is_well(config: Path) -> None:
+    result = run("check", config=config)
+
+    assert result.exit_code == OK
+    assert result.stdout == f"{config}: 2 callbacks, 1 routes; all is well\n"
+    assert result.stderr == ""
+
+
+def test_check_takes_the_file_as_an_option_too(config: Path) -> None:
+    assert run("check", "--config", config).exit_code == OK
+
+
+def test_check_prints_every_problem_with_file_line_and_path(tmp_path: Path) -> None:
+    path = write(tmp_path, "{header_secrets: [{header: authorization, values: []}]}")
+    path.write_text(path.read_text().replace("port: 0}", "port: zero}").replace("kind: validation", "kind: wish"))
+
+    result = run("check", config=path)
+
+    assert (result.exit_code, result.stdout) == (CONFIGURATION, "")
+    *problems, last = result.stderr.splitlines()
+    assert [problem.split(": ")[:2] for problem in problems] == [
+        [f"{path}:2", "server.port"],
+        [f"{path}:3", "operations.port"],
+        [f"{path}:9", "senders.header_secrets[0].values"],
+        [f"{path}:12", "callbacks.order-rules.kind"],
+    ]
+    assert last == "4 problems in the configuration; nothing was started"
+
+
+def test_check_prints_problems_of_handlers_and_conditions_too(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("handler: log", "handler: nothing").replace("/state/currentStatus", "x"))
+
+    result = run("check", config=path)
+
+    assert result.exit_code == CONFIGURATION
+    assert [line.split(": ")[:2] for line in result.stderr.splitlines()[:-1]] == [
+        [f"{path}:11", "callbacks.order-status.scope"],
+        [f"{path}:14", "routes.seen.handler"],
+    ]
+
+
+def test_check_says_what_is_risky_and_still_is_well(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    text = path.read_text().replace("/state/currentStatus}", "/state/currentStatus, schema: {const: accepted}}")
+    path.write_text(text.replace(", refetch: false", ""))
+
+    result = run("check", config=path)
+
+    assert result.exit_code == OK
+    assert result.stderr.startswith(f"warning: {path}:11: callbacks.order-status.schema: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["check"], ["serve"], ["deliveries", "list"], ["deliveries", "show", "1"]], ids=" ".join
+)
+def test_a_configuration_that_is_not_there_is_4(arguments: list[str]) -> None:
+    result = run(*arguments)
+
+    assert result.exit_code == CONFIGURATION
+    assert "/nowhere/config.yaml" in result.stderr
+
+
+def test_a_secret_that_is_not_set_is_a_problem_and_no_secret_is_printed(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    result = run("check", config=path, env={name: value for name, value in ENVIRON.items() if name != "URL_KEY"})
+
+    assert result.exit_code == CONFIGURATION
+    assert "URL_KEY" in result.stderr
+    assert "canary" not in result.output
+
+
+# --- serve ------------------------------------------------------------------------------------------------------------
+
+
+def test_serve_with_a_store_that_another_has_is_5(serving: Serving, config: Path) -> None:
+    result = run("serve", config=config)
+
+    assert result.exit_code == STORE
+    assert "stop it first" in result.stderr.splitlines()[-1]
+
+
+def test_serve_with_a_store_that_cannot_be_opened_is_5(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (tmp_path / "ledger.db").mkdir()
+
+    assert run("serve", config=path).exit_code == STORE
+
+
+def test_serve_on_a_port_that_another_has_is_1_and_says_so(serving: Serving, tmp_path: Path) -> None:
+    port = serving.address.rpartition(":")[2]
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("127.0.0.1, port: 0", f"127.0.0.1, port: {port}"))
+
+    result = run("serve", config=path)
+
+    assert result.exit_code == FAILED
+    assert f"cannot listen on 127.0.0.1:{port}" in result.stderr
+
+
+# --- send -------------------------------------------------------------------------------------------------------------
+
+
+def sends(serving: Serving, config: Path, file: Path, *arguments: Any, callback: str = "order-status") -> Result:
+    return run("send", file, "--callback", callback, "--to", serving.address, *arguments, config=config)
+
+
+def test_send_posts_a_signed_order(serving: Serving, config: Path, order: Path) -> None:
+    result = sends(serving, config, order)
+
+    assert (result.exit_code, result.stdout) == (OK, "200: 1\n")
+
+
+def test_send_repeats_and_counts_the_answers(serving: Serving, config: Path, tmp_path: Path) -> None:
+    file = saved(tmp_path, ORDER | {"id": "repeated"})
+
+    result = sends(serving, config, file, "--repeat", 5, "--expect", 200)
+
+    assert (result.exit_code, result.stdout) == (OK, "200: 5\n")
+    assert len(rows(config, "SELECT id FROM notifications WHERE order_id = 'repeated'")) == 1
+
+
+def test_send_fails_where_an_answer_is_not_what_was_expected(serving: Serving, config: Path, order: Path) -> None:
+    result = sends(serving, config, order, "--expect", 400)
+
+    assert (result.exit_code, result.stdout) == (FAILED, "200: 1\n")
+    assert "expected 400" in result.stderr
+
+
+def test_send_shows_why_it_was_refused(serving: Serving, config: Path, tmp_path: Path) -> None:
+    file = saved(tmp_path, ORDER | {"merchant": "nobody"})
+
+    result = sends(serving, config, file, "--expect", 404)
+
+    assert (result.exit_code, result.stdout) == (OK, "404: 1\n")
+    assert "configuration-not-found" in result.stderr
+
+
+def test_send_asks_a_validation_too(serving: Serving, config: Path, order: Path) -> None:
+    assert sends(serving, config, order, callback="order-rules").stdout == "200: 1\n"
+
+
+@pytest.mark.parametrize("member", ["payload", "order"])
+def test_send_unwraps_an_event_record_and_leaves_an_envelope(
+    serving: Serving, config: Path, tmp_path: Path, member: str
+) -> None:
+    envelope = {"notification": {"reference": "x"}, "order": ORDER | {"id": f"wrapped-{member}"}}
+    file = saved(tmp_path, {"id": "018f1ac8", "payload": envelope} if member == "payload" else envelope)
+
+    result = sends(serving, config, file, "--expect", 200)
+
+    assert result.exit_code == OK
+    [(body,)] = rows(config, f"SELECT body FROM notifications WHERE order_id = 'wrapped-{member}'")
+    assert json.loads(body) == envelope
+
+
+def test_send_sends_an_order_byte_for_byte(serving: Serving, config: Path, tmp_path: Path) -> None:
+    raw = b'{ "id":"raw",\r\n "merchant":"norce", "channel":"1", "x": 1.50 }\n'
+
+    sends(serving, config, saved(tmp_path, raw))
+
+    assert rows(config, "SELECT body FROM notifications WHERE order_id = 'raw'") == [(raw,)]
+
+
+def test_send_takes_id_merchant_and_channel_in_place_of_the_orders(
+    serving: Serving, config: Path, tmp_path: Path
+) -> None:
+    file = saved(tmp_path, {"total": {}})
+    given = ["--order", "an odd?id#å", "--merchant", "other", "--channel", "1"]
+
+    without = sends(serving, config, file)
+    refused = sends(serving, config, file, *given[:2])
+    sent = sends(serving, config, file, *given)
+
+    assert (without.exit_code, refused.exit_code) == (USAGE, USAGE)
+    assert (sent.exit_code, sent.stdout) == (OK, "200: 1\n")
+    assert rows(config, "SELECT order_id FROM notifications WHERE merchant = 'other'") == [("an odd?id#å",)]
+    assert "give --order, --merchant and --channel" in without.stderr
+
+
+@pytest.mark.parametrize("order_id", ["an odd?id#å%41", "a&b=c", "o+1"])
+@pytest.mark.parametrize(
+    "senders",
+    [
+        SIGNED,
+        '{header_secrets: [{header: x-secret, values: ["${env:HEADER}"]}]}',
+        '{url_secrets: [{parameter: secret, values: ["${env:STATIC}"]}]}',
+    ],
+    ids=["signed", "header", "url"],
+)
+def test_send_shows_who_it_is_by_whatever_is_configured(tmp_path: Path, senders: str, order_id: str) -> None:
+    path = write(tmp_path, senders)
+    with closing(Serving(path)) as service:
+        result = sends(service, path, saved(tmp_path, ORDER | {"id": order_id}), "--expect", 200)
+
+    assert (result.exit_code, result.stdout) == (OK, "200: 1\n"), result.output
+    assert "canary" not in result.output
+    assert rows(path, "SELECT order_id FROM notifications") == [(order_id,)]
+
+
+def test_send_picks_a_secret_that_is_good_for_the_merchant(tmp_path: Path) -> None:
+    header = '{header: x-one, values: ["${env:HEADER}"], merchants: [other]}'
+    url = '{parameter: secret, values: ["${env:STATIC}"], merchants: [norce]}'
+    path = write(tmp_path, f"{{header_secrets: [{header}], url_secrets: [{url}]}}")
+    with closing(Serving(path)) as service:
+        results = [
+            sends(service, path, saved(tmp_path, ORDER | {"merchant": merchant})).stdout
+            for merchant in ("norce", "other")
+        ]
+
+    assert results == ["200: 1\n", "200: 1\n"]
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", b"{", b"\xff", b'{"order": 1}', b'{"id": 5, "merchant": "norce", "channel": "1"}'], ids=repr
+)
+def test_send_refuses_a_file_that_holds_no_order(config: Path, tmp_path: Path, body: bytes) -> None:
+    result = run("send", saved(tmp_path, body), "--callback", "order-status", config=config)
+
+    assert (result.exit_code, result.stdout) == (USAGE, "")
+
+
+def test_send_to_a_callback_that_is_not_configured_names_those_that_are(config: Path, order: Path) -> None:
+    result = run("send", order, "--callback", "nothing", config=config)
+
+    assert result.exit_code == USAGE
+    assert "order-rules, order-status" in result.stderr
+
+
+def test_send_where_nobody_listens_is_1(config: Path, order: Path) -> None:
+    result = run("send", order, "--callback", "order-status", "--to", "http://127.0.0.1:1", config=config)
+
+    assert result.exit_code == FAILED
+    assert "no answer from http://127.0.0.1:1" in result.stderr
+    assert "canary" not in result.output
+
+
+# --- deliveries -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger in which three orders were sent and worked off, by a service that has ended."""
+    path = write(tmp_path_factory.mktemp("worked"))
+    with closing(Serving(path)) as service:
+        for number in range(3):
+            file = saved(path.parent, ORDER | {"id": f"order-{number}"})
+            assert sends(service, path, file, "--expect", 200).exit_code == OK
+    return path
+
+
+def listed(worked: Path, *arguments: str) -> list[dict[str, Any]]:
+    result = run("deliveries", "list", "--output", "json", *arguments, config=worked)
+    assert result.exit_code in (OK, NOTHING_MATCHED)
+    return json.loads(result.stdout)  # type: ignore[no-any-return]
+
+
+def test_deliveries_are_listed_for_programs_the_newest_first(worked: Path) -> None:
+    found = listed(worked)
+
+    assert [each["order_id"] for each in found] == ["order-2", "order-1", "order-0"]
+    assert {each["route"] for each in found} == {"seen"}
+    assert {"id", "state", "reason", "tries", "next_at", "code", "message", "reference"} <= found[0].keys()
+
+
+def test_deliveries_are_listed_for_people(worked: Path) -> None:
+    result = run("deliveries", "list", config=worked)
+
+    head, *lines = result.stdout.splitlines()
+    assert result.exit_code == OK
+    assert head.split() == ["id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference"]
+    assert [line.split()[1] for line in lines] == ["order-2", "order-1", "order-0"]
+
+
+@pytest.mark.parametrize(
+    ("filters", "orders"),
+    [
+        (["--order", "order-1"], ["order-1"]),
+        (["--route", "seen", "--limit", "2"], ["order-2", "order-1"]),
+        (["--route", "another"], []),
+        (["--order", "' OR 1=1 --"], []),
+        (["--state", "dead"], []),
+    ],
+)
+def test_deliveries_are_filtered(worked: Path, filters: list[str], orders: list[str]) -> None:
+    assert [each["order_id"] for each in listed(worked, *filters)] == orders
+
+
+@pytest.mark.parametrize("output", ["json", "table"])
+def test_nothing_that_matches_is_3(worked: Path, output: str) -> None:
+    result = run("deliveries", "list", "--order", "nobody", "--output", output, config=worked)
+
+    assert (result.exit_code, result.stdout) == (NOTHING_MATCHED, {"json": "[]\n", "table": ""}[output])
+
+
+def test_a_delivery_is_shown_with_its_attempts(worked: Path) -> None:
+    delivery_id = next(each["id"] for each in listed(worked) if each["state"] == "done")
+    shown = run("deliveries", "show", delivery_id, "--output", "json", config=worked)
+    told = run("deliveries", "show", delivery_id, config=worked)
+
+    delivery = json.loads(shown.stdout)
+    assert (shown.exit_code, told.exit_code) == (OK, OK)
+    assert (delivery["id"], delivery["state"], delivery["reason"]) == (delivery_id, "done", "delivered")
+    assert [attempt["outcome"] for attempt in delivery["attempts"]] == ["done"]
+    assert "delivered" in told.stdout
+
+
+def test_a_delivery_that_is_not_there_is_3(worked: Path) -> None:
+    result = run("deliveries", "show", 999, config=worked)
+
+    assert (result.exit_code, result.stdout) == (NOTHING_MATCHED, "")
+
+
+def test_a_store_that_is_not_there_yet_is_5(tmp_path: Path) -> None:
+    result = run("deliveries", "list", config=write(tmp_path))
+
+    assert (result.exit_code, result.stdout) == (STORE, "")
+    assert not (tmp_path / "ledger.db").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"this is no database, but a text of some length" * 100], ids=["empty", "text"]
+)
+@pytest.mark.parametrize("command", [["list"], ["show", "1"]], ids=["list", "show"])
+def test_a_store_that_cannot_be_read_is_5(tmp_path: Path, content: bytes, command: list[str]) -> None:
+    path = write(tmp_path)
+    (tmp_path / "ledger.db").write_bytes(content)
+
+    result = run("deliveries", *command, config=path)
+
+    assert (result.exit_code, result.stdout) == (STORE, "")
+    assert str(tmp_path / "ledger.db") in result.stderr
+
+
+# --- handlers ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_installed_handlers_are_listed() -> None:
+    result = run("handlers", "list", "--output", "json")
+
+    found = {row["name"]: row for row in json.loads(result.stdout)}
+    assert result.exit_code == OK
+    assert found["rules"] | {"says": ""} == {
+        "name": "rules", "from": "norce-adapter", "kind": "validation, hook", "says": "",
+    }  # fmt: skip
+    assert found["log"]["kind"] == found["jetshop"]["kind"] == "notification"
+    assert (found["patch"]["kind"], found["rules"]["kind"]) == ("hook", "validation, hook")
+    assert all(row["says"] for row in found.values())
+
+
+def test_the_installed_handlers_are_listed_for_people() -> None:
+    lines = run("handlers", "list").stdout.splitlines()
+
+    assert lines[0].split() == ["name", "from", "kind", "says"]
+    assert [line.split()[0] for line in lines[1:]] == sorted(line.split()[0] for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("loaded", "kind", "says"),
+    [
+        (ImportError("no such module"), None, "cannot be imported: ImportError"),
+        (SystemExit(0), None, "cannot be imported: SystemExit"),
+        (dict, "none of ours", None),
+        (run, "none of ours", None),
+        ("text", "none of ours", None),
+    ],
+    ids=["cannot be imported", "ends the process", "another class", "a function", "no class"],
+)
+def test_a_broken_handler_is_listed_as_broken_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, loaded: Any, kind: str | None, says: str | None
+) -> None:
+    class Point:
+        dist = None
+
+        def load(self) -> Any:
+            if isinstance(loaded, BaseException):
+                raise loaded
+            return loaded
+
+    others = routes.installed()
+    monkeypatch.setattr(routes, "installed", lambda: {"broken": Point(), **others})
+
+    result = run("handlers", "list", "--output", "json")
+
+    broken, *rest = json.loads(result.stdout)
+    assert (broken["name"], broken["from"], broken["kind"]) == ("broken", None, kind)
+    assert says is None or broken["says"] == says
+    assert len(rest) == len(others)
+
+
+# --- demo -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_ends_with_one_line_of_json_and_tells_its_story_beside_it() -> None:
+    result = run("demo", "--exit", "--output", "json")
+
+    assert result.exit_code == OK
+    [line] = result.stdout.splitlines()
+    summary = json.loads(line)
+    assert {name: summary[name] for name in ("validation", "notification", "exports", "rejected")} == {
+        "validation": {"denied": 400, "approved": 200}, "notification": 200, "exports": 1, "rejected": 1,
+    }  # fmt: skip
+    assert "The shopper pays" in result.stderr
+
+
+def test_the_demo_tells_its_story_to_people() -> None:
+    result = run("demo", "--exit")
+
+    assert result.exit_code == OK
+    assert "denied: 400" in result.stdout
+    assert "{" not in result.stdout.splitlines()[-1]

@@ -1,0 +1,578 @@
+"""`adapter.cli.ledger`: the commands about the ledger, through a running service and without one."""
+
+import getpass
+import json
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter.cli.ledger import steps
+from adapter.cli.shared import printable
+from adapter.ledger.commands import Step
+from adapter.ledger.queries import By, Matching
+from adapter.ledger.store import Store
+from tests.cli.test_cli import (
+    CONFIG,
+    CONFIGURATION,
+    ENVIRON,
+    FAILED,
+    NOTHING_MATCHED,
+    OK,
+    STORE,
+    USAGE,
+    Serving,
+    run,
+    write,
+)
+from tests.databases import rows
+from tests.ledgers import EXHAUSTED, NOON, REJECTED, UNKNOWN, Ledger, opened
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
+BY = ("--why", "the shop is mended", "--who", "anna")
+TOKEN = "canary-operations-token"
+NASTY = "order-[/red]:smile:\x1b[2J\u202e"
+
+
+def free_port() -> int:
+    with socket.socket() as each:
+        each.bind(("127.0.0.1", 0))
+        return int(each.getsockname()[1])
+
+
+def make(folder: Path, *, port: int | None = None, url: str | None = None) -> Path:
+    """A configuration; nothing listens on its operations port, unless the test starts something there."""
+    text = CONFIG.replace(
+        "operations: {port: 0}", f"operations: {{port: {port or free_port()}, token: '${{env:OPS}}'}}"
+    )
+    if url is not None:  # by reference, as one with a password must be
+        (folder / "store.url").write_text(url)
+        text = text.replace("sqlite:///@FOLDER@/ledger.db", "${file:store.url}")
+    return write(folder, text=text)
+
+
+def command(*arguments: Any, config: Path) -> Any:
+    return run(*arguments, config=config, env=ENVIRON | {"OPS": TOKEN})
+
+
+def fill(ledger: Ledger) -> None:
+    """1 is rejected, 2 exhausted, 3 unknown, 4 waits."""
+    for order in ("order-1", "order-2", "order-3"):
+        ledger.owed(1, order_id=order)
+    for claim, ends, code in zip(
+        ledger.claim(), (REJECTED, EXHAUSTED, UNKNOWN), ("no-such-shop", "busy", "lost"), strict=True
+    ):
+        ledger.settle(claim, ends, code=code, message="The shop says no.")
+    ledger.owed(1, order_id=NASTY)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A ledger that nobody serves."""
+    path = make(tmp_path)
+    with opened(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+        fill(ledger)
+    return path
+
+
+def states(config: Path) -> list[Any]:
+    return [row[0] for row in sql(config, "SELECT state FROM deliveries ORDER BY id")]
+
+
+def sql(config: Path, text: str) -> list[Any]:
+    return rows(f"sqlite:///{config.parent}/ledger.db", text)
+
+
+# --- lists ----------------------------------------------------------------------------------------------------------
+
+LISTS: dict[str, tuple[list[str], int, str]] = {
+    "deliveries": (["deliveries", "list"], 4, "order-1"),
+    "dead letters": (["deliveries", "list", "--state", "dead"], 3, "no-such-shop"),
+    "by reason": (["deliveries", "list", "--reason", "unknown"], 1, "order-3"),
+    "by code": (["deliveries", "list", "--code", "busy"], 1, "order-2"),
+    "by merchant and channel": (["deliveries", "list", "--merchant", "fjallboden", "--channel", "1"], 4, "order-1"),
+    "since a day": (["deliveries", "list", "--since", "2026-02-03"], 3, "order-1"),
+    "until noon, UTC": (["deliveries", "list", "--until", "2026-02-03T12:00:00.001"], 3, "order-1"),
+    "notifications": (["notifications", "list"], 4, "order-status"),
+    "notifications of an order": (["notifications", "list", "--order", "order-2"], 1, "order-2"),
+    "queues": (["queues", "list"], 3, "running"),
+}
+
+
+@pytest.mark.parametrize("asked", LISTS.values(), ids=LISTS)
+def test_what_is_in_the_ledger_is_listed_for_people_and_programs(
+    config: Path, asked: tuple[list[str], int, str]
+) -> None:
+    arguments, number, words = asked
+
+    for_people = command(*arguments, config=config)
+    for_programs = command(*arguments, "--output", "json", config=config)
+
+    assert (for_people.exit_code, for_programs.exit_code) == (OK, OK)
+    assert len(json.loads(for_programs.stdout)) == number
+    assert len(for_people.stdout.splitlines()) == number + 1
+    assert words in for_people.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["deliveries", "list", "--order", "nobody's"], ["notifications", "list", "--callback", "cart"],
+     ["deliveries", "list", "--until", "2026-02-03T12:00:00Z"], ["store", "actions"], ["deliveries", "show", "4711"],
+     ["notifications", "show", "4711"], ["deliveries", "replay", "4711", *BY],
+     ["deliveries", "discard", "4", *BY], ["deliveries", "replay", "3", *BY],
+     ["deliveries", "replay", "4711", "--dry-run", *BY], ["queues", "pause", "nothing", *BY],
+     ["queues", "resume", "export", "--channel", "9", *BY]],
+    ids=" ".join,
+)  # fmt: skip
+def test_where_nothing_matches_it_is_3(config: Path, arguments: list[str]) -> None:
+    result = command(*arguments, config=config)
+
+    assert result.exit_code == NOTHING_MATCHED
+    assert states(config) == ["dead", "dead", "dead", "waiting"]
+
+
+def test_what_norce_has_sent_does_not_move_the_cursor(config: Path) -> None:
+    for arguments in (["deliveries", "list"], ["notifications", "list"], ["deliveries", "show", "4"]):
+        result = command(*arguments, config=config)
+
+        assert result.exit_code == OK
+        assert "order-[/red]:smile:\\x1b[2J\\u202e" in result.stdout
+        assert "\x1b" not in result.stdout
+
+
+def test_printable_keeps_letters() -> None:
+    assert printable("Åsa Öberg, 東京\n\t\x9b") == "Åsa Öberg, 東京\\n\\t\\x9b"
+
+
+@pytest.mark.parametrize("kind", ["deliveries", "notifications"])
+def test_one_is_shown_with_what_belongs_to_it(config: Path, kind: str) -> None:
+    for_people = command(kind, "show", "1", config=config)
+    for_programs = command(kind, "show", "1", "--output", "json", config=config)
+
+    assert "order-1" in for_people.stdout
+    assert "no-such-shop" in for_people.stdout
+    assert len(json.loads(for_programs.stdout)["attempts" if kind == "deliveries" else "deliveries"]) == 1
+    assert "snapshot" not in for_people.stdout.replace("snapshot_at", "")
+
+
+def test_lists_work_where_a_handler_is_broken(config: Path) -> None:
+    config.write_text(config.read_text().replace("handler: log", "handler: not-installed"))
+
+    assert command("check", config=config).exit_code == CONFIGURATION
+    assert command("deliveries", "list", config=config).exit_code == OK
+
+
+# --- replay and discard, without a service --------------------------------------------------------------------------
+
+
+def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
+    before = sql(config, "SELECT * FROM deliveries"), sql(config, "SELECT * FROM lanes")
+
+    result = command("deliveries", "replay", "--all", "--dry-run", "--output", "json", *BY, config=config)
+
+    assert result.exit_code == OK
+    assert sum(row["count"] for row in json.loads(result.stdout)) == 2
+    assert "1 unknown left out" in result.stderr
+    assert before == (sql(config, "SELECT * FROM deliveries"), sql(config, "SELECT * FROM lanes"))
+    assert sql(config, "SELECT 1 FROM actions") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "after"),
+    [
+        (["replay", "1", "2"], "2 replayed", ["waiting", "waiting", "dead", "waiting"]),
+        (["replay", "--reason", "rejected"], "1 replayed", ["waiting", "dead", "dead", "waiting"]),
+        (["replay", "--all", "--rate", "100000"], "2 replayed", ["waiting", "waiting", "dead", "waiting"]),
+        (["replay", "--all", "--unknown", "look-up"], "3 replayed", ["waiting"] * 4),
+        (["replay", "3", "--unknown", "send"], "1 replayed", ["dead", "dead", "waiting", "waiting"]),
+        (["discard", "--order", "order-3"], "1 discarded", ["dead", "dead", "done", "waiting"]),
+        (["discard", "--all"], "3 discarded", ["done", "done", "done", "waiting"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_dead_letters_are_replayed_and_discarded(
+    config: Path, arguments: list[str], said: str, after: list[str]
+) -> None:
+    result = command("deliveries", *arguments, *BY, config=config)
+
+    assert (result.exit_code, result.stdout) == (OK, f"{said}\n"), result.output
+    assert states(config) == after
+    assert sql(config, "SELECT who, why, changed FROM actions") == [
+        ("anna", "the shop is mended", int(said.split()[0]))
+    ]
+
+
+def test_programs_are_told_how_many(config: Path) -> None:
+    result = command("deliveries", "replay", "1", "--output", "json", *BY, config=config)
+    again = command("deliveries", "replay", "1", "--output", "json", *BY, config=config)
+
+    assert (result.exit_code, json.loads(result.stdout)) == (OK, {"replayed": 1})
+    assert (again.exit_code, json.loads(again.stdout)) == (NOTHING_MATCHED, {"replayed": 0})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["deliveries", "replay", *BY], "--all"),
+        (["deliveries", "discard", *BY], "--all"),
+        (["deliveries", "replay", "--all"], "--why"),
+        (["deliveries", "replay", "--all", "--why", " "], "written down"),
+        (["deliveries", "replay", "--all", "--why", ""], "$.by.why"),
+        (["deliveries", "replay", "1", "--why", "x", "--who", ""], "$.by.who"),
+        (["deliveries", "replay", "--all", "--unknown", "send", *BY], "their ids, or until when"),
+        (["deliveries", "replay", "--all", "--rate", "0", *BY], "--rate"),
+        (["deliveries", "replay", "99999999999999999999", *BY], "IDS"),
+        (["deliveries", "show", "99999999999999999999"], "DELIVERY_ID"),
+        (["deliveries", "list", "--reason", "rejcted"], "rejected"),
+        (["deliveries", "list", "--since", "yesterday"], "2026-02-03"),
+        (["deliveries", "list", "--order", "\udcff"], "UTF-8"),
+        (["notifications", "list", "--order", "\udcff"], "UTF-8"),
+        (["queues", "pause", "export"], "--why"),
+        (["queues", "pause", "export", "--why", "\udcff"], "UTF-8"),
+    ],
+    ids=lambda value: ascii(" ".join(value)) if isinstance(value, list) else "",
+)
+def test_wrong_usage_is_2_and_names_the_remedy(config: Path, arguments: list[str], words: str) -> None:
+    result = command(*arguments, config=config)
+
+    assert (result.exit_code, result.stdout) == (USAGE, "")
+    assert words in result.stderr
+    assert states(config) == ["dead", "dead", "dead", "waiting"]
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no user"), ImportError("pwd")], ids=repr)
+def test_who_has_no_name_is_a_number(config: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def nobody() -> str:
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+
+    assert command("deliveries", "discard", "1", "--why", "x", config=config).exit_code == OK
+    [(who,)] = sql(config, "SELECT who FROM actions")
+    assert who.startswith("uid ")
+
+
+class Paced:
+    """A service that changes what it is told to, and a clock that moves while it does, and while one sleeps."""
+
+    def __init__(self, *changed: int, takes: float) -> None:
+        self.now = 0.0
+        self.slept: list[float] = []
+        self.asked: list[Step] = []
+        self._changed = list(changed)
+        self._takes = takes
+
+    def ask(self, step: Step) -> dict[str, Any]:
+        self.asked.append(step)
+        self.now += self._takes
+        changed = self._changed.pop(0)
+        return {"changed": changed, "after": len(self.asked) * 10 if self._changed else None, "action": 7}
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(round(seconds, 3))
+        self.now += seconds
+
+    def run(self, rate: int | None) -> list[int]:
+        first = Step(matching=Matching(), by=By(who="anna", why="x"))
+        return list(steps(self.ask, first, rate, clock=lambda: self.now, sleep=self.sleep))
+
+
+def test_no_more_than_so_many_a_second_are_changed() -> None:
+    paced = Paced(100, 50, 100, takes=0.25)
+
+    assert paced.run(rate=100) == [100, 50, 100]
+    assert paced.slept == [0.75, 0.25]
+    assert [(step.after, step.action) for step in paced.asked] == [(0, None), (10, 7), (20, 7)]
+
+
+@pytest.mark.parametrize(("rate", "slept"), [(None, []), (100, [0.0, 0.0])])
+def test_who_is_slow_does_not_sleep(rate: int | None, slept: list[float]) -> None:
+    paced = Paced(100, 0, 100, takes=2.0)
+
+    paced.run(rate)
+
+    assert paced.slept == slept
+
+
+def test_a_rate_below_the_size_of_a_step_makes_the_steps_smaller(config: Path) -> None:
+    with stub(lambda _path, body: (200, {"changed": 1, "after": None, "action": 1})) as (port, asked):
+        path = make(config.parent, port=port)
+        command("deliveries", "replay", "--all", "--rate", "3", *BY, config=path)
+
+    assert [body["most"] for _, body, _ in asked] == [3]
+
+
+# --- queues ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_queue_is_paused_and_resumed(config: Path) -> None:
+    paused = command("queues", "pause", "export", "--merchant", "annan", *BY, config=config)
+    listed = command("queues", "list", config=config)
+    resumed = command("queues", "resume", "export", "--output", "json", *BY, config=config)
+    audit = command("store", "actions", config=config)
+
+    assert (paused.exit_code, paused.stdout) == (OK, "1 paused\n")
+    assert "a person resumes it" in listed.stdout
+    assert (resumed.exit_code, json.loads(resumed.stdout)) == (OK, {"resumed": 2})
+    assert [line.split()[2] for line in audit.stdout.splitlines()[1:]] == ["resume", "pause"]
+
+
+# --- through a service ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def stub(answer: Callable[[str, Any], tuple[int, Any]]) -> Iterator[tuple[int, list[tuple[str, Any, Any]]]]:
+    """Something that answers on a port, and what it was asked."""
+    asked: list[tuple[str, Any, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append((self.path, body, self.headers["authorization"]))
+            status, said = answer(self.path, body)
+            if status:
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(said if isinstance(said, bytes) else json.dumps(said).encode())
+
+        def log_message(self, *_arguments: Any) -> None:
+            return
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_port, asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_running_service_does_it(config: Path) -> None:
+    with closing(Serving(make(config.parent, port=free_port()), ENVIRON | {"OPS": TOKEN})):
+        done = command("deliveries", "discard", "1", *BY, config=config)
+        paused = command("queues", "pause", "seen", "--merchant", "norce", *BY, config=config)
+        listed = command("queues", "list", config=config)
+        checked = command("store", "check", config=config)
+        migrated = command("store", "migrate", config=config)
+        kept = config.parent / "copy.db"
+        copied = command("store", "backup", kept, config=config)
+
+    assert (done.exit_code, done.stdout) == (OK, "1 discarded\n"), done.output
+    assert (paused.exit_code, paused.stdout) == (OK, "2 paused\n")
+    assert "the shop is mended" in listed.stdout
+    assert (checked.exit_code, copied.exit_code) == (OK, OK)
+    assert (migrated.exit_code, migrated.stdout) == (STORE, "")
+    assert "stop it first" in migrated.stderr
+    assert rows(f"sqlite:///{kept}", "SELECT state FROM deliveries WHERE id = 1") == [("done",)]
+    assert "canary" not in done.output + paused.output + listed.output
+
+
+def test_the_token_and_the_steps_go_to_the_service(config: Path) -> None:
+    answers = iter([{"changed": 2, "after": 9, "action": 5}, {"changed": 1, "after": None, "action": 5}])
+    with stub(lambda _path, _body: (200, next(answers))) as (port, asked):
+        result = command("deliveries", "replay", "--all", *BY, config=make(config.parent, port=port))
+
+    assert (result.exit_code, result.stdout) == (OK, "3 replayed\n")
+    assert [(path, body["after"], body["action"], token) for path, body, token in asked] == [
+        ("/commands/replay", 0, None, f"Bearer {TOKEN}"),
+        ("/commands/replay", 9, 5, f"Bearer {TOKEN}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "code", "words"),
+    [
+        (401, {"message": "The bearer token is not the one of operations.token."}, FAILED, "operations.token"),
+        (403, {"message": "set operations.token"}, FAILED, "answered 403: set operations.token"),
+        (404, {"message": "no command"}, FAILED, "404"),
+        (500, b"Internal Server Error", FAILED, "operations.port"),
+        (503, {"message": "Nothing was done. Please send it again."}, STORE, "Nothing was done"),
+        (503, b"<html>", FAILED, "operations.port"),
+        (200, b"<html>", FAILED, "no norce-adapter"),
+        (404, [], FAILED, "no message"),
+        (0, b"", FAILED, "store actions"),
+    ],
+)
+def test_what_a_service_answers_is_told_with_the_remedy(
+    config: Path, status: int, said: Any, code: int, words: str
+) -> None:
+    with stub(lambda _path, _body: (status, said)) as (port, _):
+        result = command("queues", "pause", "export", *BY, config=make(config.parent, port=port))
+
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "canary" not in result.output
+
+
+@pytest.mark.parametrize("arguments", [["deliveries", "replay", "1"], ["queues", "pause", "export"]], ids=" ".join)
+def test_a_store_that_another_has_and_does_not_answer_is_5_and_says_so(config: Path, arguments: list[str]) -> None:
+    with closing(Store.open(f"sqlite:///{config.parent}/ledger.db")):
+        result = command(*arguments, *BY, config=config)
+
+    assert (result.exit_code, result.stdout) == (STORE, "")
+    assert "operations port: nothing does at 127.0.0.1:" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+# --- the store ------------------------------------------------------------------------------------------------------
+
+
+def test_the_store_is_checked_measured_and_brought_up_to_date(config: Path) -> None:
+    checked = command("store", "check", config=config)
+    measured = command("store", "stats", config=config)
+    for_programs = command("store", "stats", "--output", "json", config=config)
+    migrated = command("store", "migrate", config=config)
+
+    assert (checked.exit_code, checked.stdout) == (OK, f"{config.parent}/ledger.db: all is well\n")
+    assert measured.stdout.splitlines()[0].split() == ["notifications", "4"]
+    assert json.loads(for_programs.stdout)["deliveries"] == 4
+    assert (migrated.exit_code, migrated.stdout) == (OK, f"{config.parent}/ledger.db is up to date\n")
+
+
+def test_faults_are_told_and_are_1(config: Path) -> None:
+    sql(config, "UPDATE lanes SET next_at = NULL WHERE next_at IS NOT NULL")
+
+    result = command("store", "check", config=config)
+
+    assert (result.exit_code, result.stdout) == (FAILED, "")
+    assert result.stderr.splitlines()[0] == "1 lanes with work that nobody will ever take"
+
+
+def test_a_backup_overwrites_nothing(config: Path) -> None:
+    target = config.parent / "copy.db"
+
+    first, again = (command("store", "backup", target, config=config) for _ in range(2))
+    nowhere = command("store", "backup", "/no/such/folder/copy.db", config=config)
+
+    assert (first.exit_code, again.exit_code, nowhere.exit_code) == (OK, USAGE, STORE)
+    assert "is there already" in again.stderr
+    assert "cannot write" in nowhere.stderr
+
+
+NEED_A_STORE = [
+    ["deliveries", "list"], ["deliveries", "show", "1"], ["deliveries", "replay", "1", *BY],
+    ["notifications", "list"], ["queues", "list"], ["queues", "pause", "export", *BY], ["store", "check"],
+    ["store", "stats"], ["store", "actions"], ["store", "backup", "/tmp/never-written.db"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", NEED_A_STORE, ids=lambda arguments: " ".join(arguments[:2]))
+def test_a_store_that_is_not_there_is_5_and_is_not_made(tmp_path: Path, arguments: list[str]) -> None:
+    result = command(*arguments, config=make(tmp_path))
+
+    assert (result.exit_code, result.stdout) == (STORE, "")
+    assert "there is no database at" in result.stderr
+    assert not (tmp_path / "ledger.db").exists()
+
+
+def test_a_store_with_older_tables_names_the_remedy(config: Path) -> None:
+    sql(config, "DROP TABLE actions")
+
+    result = command("store", "actions", config=config)
+
+    assert result.exit_code == STORE
+    assert "norce-adapter store migrate" in result.stderr
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------------------------
+
+
+class Refusing:
+    """As much of a PostgreSQL as it takes to say that the password is wrong."""
+
+    def __enter__(self) -> int:
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        return int(self._socket.getsockname()[1])
+
+    def __exit__(self, *_error: object) -> None:
+        self._socket.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                while True:
+                    (length,) = struct.unpack("!i", connection.recv(4))
+                    startup = connection.recv(length - 4)
+                    if struct.unpack("!i", startup[:4])[0] in (80877103, 80877104):  # TLS, GSS: no
+                        connection.sendall(b"N")
+                        continue
+                    break
+                connection.sendall(b"R" + struct.pack("!ii", 8, 3))  # the password, in clear text
+                connection.recv(1024)
+                fields = b'SFATAL\0C28P01\0Mpassword authentication failed for user "norce"\0\0'
+                connection.sendall(b"E" + struct.pack("!i", 4 + len(fields)) + fields)
+
+
+@pytest.mark.parametrize("arguments", [*NEED_A_STORE[:-1], ["store", "migrate"], ["serve"]],
+                         ids=lambda arguments: " ".join(arguments[:2]))  # fmt: skip
+def test_a_wrong_password_is_5_in_one_line_and_is_not_told(tmp_path: Path, arguments: list[str]) -> None:
+    with Refusing() as port:
+        url = f"postgresql+psycopg://norce:canary-password@127.0.0.1:{port}/norce"
+        result = command(*arguments, config=make(tmp_path, url=url))
+
+    assert (result.exit_code, result.stdout) == (STORE, ""), result.output
+    assert 'password authentication failed for user "norce"' in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert "canary" not in result.output
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid:5432"])
+@pytest.mark.parametrize("arguments", [["deliveries", "list"], ["queues", "pause", "export", *BY], ["serve"]],
+                         ids=lambda arguments: " ".join(arguments[:2]))  # fmt: skip
+def test_no_server_is_5_in_one_line(tmp_path: Path, arguments: list[str], host: str) -> None:
+    url = f"postgresql+psycopg://norce:canary-password@{host}/norce"
+
+    result = command(*arguments, config=make(tmp_path, url=url))
+
+    assert (result.exit_code, result.stdout) == (STORE, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert "canary" not in result.output
+
+
+def test_commands_work_on_either_store(store_url: str, tmp_path: Path) -> None:
+    with opened(store_url) as ledger:
+        fill(ledger)
+    path = make(tmp_path, url=store_url)
+
+    done = command("deliveries", "replay", "--all", *BY, config=path)
+    listed = command("deliveries", "list", "--state", "waiting", "--output", "json", config=path)
+    checked = command("store", "check", config=path)
+    stats = command("store", "stats", config=path)
+    copied = command("store", "backup", tmp_path / "copy.db", config=path)
+
+    assert (done.exit_code, done.stdout) == (OK, "2 replayed\n")
+    assert [row["id"] for row in json.loads(listed.stdout)] == [4, 2, 1]
+    assert (checked.exit_code, stats.exit_code) == (OK, OK)
+    assert copied.exit_code == (OK if store_url.startswith("sqlite") else USAGE)
+    assert store_url.startswith("sqlite") or "pg_dump" in copied.stderr
+
+
+def test_exit_codes_are_in_the_help() -> None:
+    assert "3 nothing matched, 4 configuration, 5 store" in " ".join(run("--help").stdout.split())
+
+
+def test_moments_without_a_zone_are_utc(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+
+    result = command(
+        "deliveries", "list", "--since", "2026-02-03T12:00:00", "--until", "2026-02-03T12:00:00.001", config=config
+    )
+
+    assert result.exit_code == OK
+    assert NOON == 1_770_120_000_000

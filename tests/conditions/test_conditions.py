@@ -1,0 +1,442 @@
+import json
+import sys
+import tarfile
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+from referencing import Registry
+
+from adapter.conditions import (
+    DEEPEST,
+    LARGEST_SCHEMA,
+    LONGEST_PATTERN,
+    LONGEST_SCOPE,
+    MISSING,
+    MOST_NODES,
+    Condition,
+    ConditionInvalid,
+    Evaluation,
+    Result,
+    parse_scope,
+)
+
+CASES = Path(__file__).parent
+SUITE = Path(sys.prefix) / "json-schema-test-suite"
+
+
+# The official suite ------------------------------------------------------------------------------------------------
+
+# Groups of the suite that need a document to be fetched or a metaschema of their own, and how each is refused. All of
+# the file refRemote.json is about fetching.
+NOT_SUPPORTED = {
+    ("dynamicRef.json", "strict-tree schema, guards against misspelled properties"): "ref_remote",
+    ("dynamicRef.json", "tests for implementation dynamic anchor and reference link"): "ref_remote",
+    ("dynamicRef.json", "$ref and $dynamicAnchor are independent of order - $defs first"): "ref_remote",
+    ("dynamicRef.json", "$ref and $dynamicAnchor are independent of order - $ref first"): "ref_remote",
+    ("dynamicRef.json", "$ref to $dynamicRef finds detached $dynamicAnchor"): "ref_remote",
+    ("refRemote.json", "remote ref"): "ref_remote",
+    ("refRemote.json", "fragment within remote ref"): "ref_remote",
+    ("refRemote.json", "anchor within remote ref"): "ref_remote",
+    ("refRemote.json", "ref within remote ref"): "ref_remote",
+    ("refRemote.json", "base URI change"): "ref_remote",
+    ("refRemote.json", "base URI change - change folder"): "ref_remote",
+    ("refRemote.json", "base URI change - change folder in subschema"): "ref_remote",
+    ("refRemote.json", "root ref in remote ref"): "ref_remote",
+    ("refRemote.json", "remote ref with ref to defs"): "ref_remote",
+    ("refRemote.json", "Location-independent identifier in remote ref"): "ref_remote",
+    ("refRemote.json", "retrieved nested refs resolve relative to their URI not $id"): "ref_remote",
+    ("refRemote.json", "remote HTTP ref with different $id"): "ref_remote",
+    ("refRemote.json", "remote HTTP ref with different URN $id"): "ref_remote",
+    ("refRemote.json", "remote HTTP ref with nested absolute ref"): "ref_remote",
+    ("refRemote.json", "$ref to $ref finds detached $anchor"): "ref_remote",
+    ("vocabulary.json", "schema that uses custom metaschema with with no validation vocabulary"): "dialect",
+    ("vocabulary.json", "ignore unrecognized optional vocabulary"): "dialect",
+}
+
+
+def suite() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The mandatory part of the official suite: file and group of cases, each group with one schema."""
+    archives = sorted(SUITE.glob("jsonschema-*.tar.gz"))
+    if not archives:
+        pytest.fail(f"The official JSON Schema test suite is not in {SUITE}: `make test` downloads it.")
+    with tarfile.open(archives[-1]) as archive:
+        for member in archive:
+            match Path(member.name).parts:
+                case _, "json", "tests", "draft2020-12", str(name) if name.endswith(".json"):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    for group in json.load(file):
+                        yield name, group
+
+
+def test_every_mandatory_case_of_the_official_suite_is_decided_right_or_refused_by_name() -> None:
+    right, wrong, refused = 0, [], {}
+    for file, group in suite():
+        try:
+            condition = Condition("/value", group["schema"]).compile()
+        except ConditionInvalid as error:
+            refused[file, group["description"]] = error.code
+            continue
+        for case in group["tests"]:
+            evaluation = condition.evaluate({"value": case["data"]})
+            if evaluation.result is (Result.MATCHED if case["valid"] else Result.NOT_MATCHED):
+                right += 1
+            else:
+                wrong.append((file, group["description"], case["description"], evaluation))
+
+    assert wrong == []
+    assert refused == NOT_SUPPORTED
+    assert right == 1208  # of 1257; the other 49 are in the groups above
+
+
+# Cases as data -----------------------------------------------------------------------------------------------------
+
+
+def cases() -> Iterator[Any]:
+    for path in sorted(CASES.glob("*.json")):
+        file = json.loads(path.read_text("utf-8"))
+        shared = {key: file[key] for key in ("scope", "tree") if key in file}
+        for case in file["cases"]:
+            yield pytest.param(shared | case, id=f"{path.stem}: {case['name']}")
+
+
+def test_the_cases_are_found() -> None:
+    assert len(list(cases())) > 160
+
+
+@pytest.mark.parametrize("case", list(cases()))
+def test_case(case: dict[str, Any]) -> None:
+    assert case.keys() <= {"name", "scope", "schema", "tree", "result", "code", "where", "refused", "says"}
+    condition = Condition(case["scope"], case["schema"]) if "schema" in case else Condition(case["scope"])
+
+    if "refused" in case:
+        with pytest.raises(ConditionInvalid) as refusal:
+            condition.compile()
+
+        assert (refusal.value.code, refusal.value.where) == (case["refused"], case.get("where", refusal.value.where))
+        assert case.get("says", "") in str(refusal.value)
+    else:
+        evaluation = condition.compile().evaluate(case["tree"])
+
+        assert (evaluation.result.value, evaluation.code) == (case["result"], case.get("code"))
+        assert evaluation.where == case.get("where", evaluation.where)
+
+
+# What cannot be written as a case ----------------------------------------------------------------------------------
+
+
+def nested(levels: int, leaf: Any = 1) -> Any:
+    for level in range(levels):
+        leaf = {"a": leaf} if level % 2 else [leaf]
+    return leaf
+
+
+def refusal(scope: Any, schema: Any = True) -> ConditionInvalid:
+    with pytest.raises(ConditionInvalid) as refused:
+        Condition(scope, schema).compile()
+    return refused.value
+
+
+def test_a_scope_may_have_1024_characters_and_no_more() -> None:
+    assert parse_scope("/" + "a" * (LONGEST_SCOPE - 1))
+    assert refusal("/" + "a" * LONGEST_SCOPE).code == "scope_too_long"
+
+
+def test_the_value_is_there_or_missing_and_null_is_there() -> None:
+    condition = Condition("/a/b").compile()
+
+    assert condition.value({"a": {"b": 5}}) == 5
+    assert condition.value({"a": {"b": None}}) is None
+    elsewhere: list[Any] = [{"a": {}}, {}, {"a": None}, {"a": [{"b": 1}]}, [], None, "a"]
+    for tree in elsewhere:
+        assert condition.value(tree) is MISSING
+
+
+def test_a_value_may_be_64_levels_deep_and_no_deeper() -> None:
+    condition = Condition("/value").compile()
+
+    assert condition.evaluate({"value": nested(DEEPEST)}).result is Result.MATCHED
+    assert condition.evaluate({"value": nested(DEEPEST + 1)}) == Evaluation(
+        result=Result.ERROR, code="too_deep", where="/value"
+    )
+
+
+def test_what_lies_deep_outside_the_scope_does_not_matter() -> None:
+    assert Condition("/value").compile().evaluate({"value": 1, "other": nested(500)}).result is Result.MATCHED
+
+
+def test_a_schema_may_be_64_levels_deep_and_no_deeper() -> None:
+    assert Condition("/value", {"const": nested(DEEPEST - 1)}).compile()
+    assert refusal("/value", {"const": nested(DEEPEST)}).code == "too_deep"
+
+
+def test_references_may_not_be_nested_deeper_than_64_either() -> None:
+    def chain(length: int) -> dict[str, Any]:
+        definitions = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(length)}
+        return {"$defs": {**definitions, f"d{length}": True}, "$ref": "#/$defs/d0"}
+
+    assert Condition("/value", chain(DEEPEST - 1)).compile()
+    assert refusal("/value", chain(DEEPEST)).code == "too_deep"
+
+
+def test_a_schema_may_have_20_000_nodes_and_one_mebibyte() -> None:
+    assert Condition("/value", {"enum": list(range(MOST_NODES - 3))}).compile()
+    assert refusal("/value", {"enum": list(range(MOST_NODES))}).code == "expansion"
+    assert refusal("/value", {"const": "å" * (LARGEST_SCHEMA // 2)}).code == "too_large"
+
+
+def test_a_pattern_may_have_4096_characters_and_no_more() -> None:
+    assert Condition("/value", {"pattern": "a" * LONGEST_PATTERN}).compile()
+    assert refusal("/value", {"pattern": "a" * (LONGEST_PATTERN + 1)}).code == "pattern_too_long"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"const": float("nan")},
+        {"maximum": float("inf")},
+        {"const": "\ud800"},
+        {"const": date(2024, 5, 1)},
+        {"const": {1: 2}},
+        {5: True},
+        {"enum": (1, 2)},
+        {"enum": {1, 2}},
+    ],
+    ids=["nan", "infinity", "lone surrogate", "date", "inner key", "outer key", "tuple", "set"],
+)
+def test_a_schema_that_is_not_json_is_refused(schema: Any) -> None:
+    assert refusal("/value", schema).code == "schema_type"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["\ud800", date(2024, 5, 1), {1: 2}, {1, 2}, (1, 2), [object()], {"a": b"x"}, [{2: 1}]],
+    ids=["lone surrogate", "date", "key", "set", "tuple", "object", "bytes", "inner key"],
+)
+def test_a_value_that_is_not_json_is_an_error(value: Any) -> None:
+    schema: Any = {"anyOf": [{"pattern": "^x"}, {"propertyNames": {"const": "x"}}]}
+
+    evaluation = Condition("/value", schema).compile().evaluate({"value": value})
+
+    assert evaluation == Evaluation(result=Result.ERROR, code="not_json", where="/value")
+
+
+def test_a_value_too_large_for_its_schema_is_an_error() -> None:
+    condition = Condition("/value", {"items": {"anyOf": [{"const": number} for number in range(1000)]}}).compile()
+
+    assert condition.evaluate({"value": [999] * 100}).result is Result.MATCHED
+    assert condition.evaluate({"value": [999] * 5000}).code == "too_costly"
+
+
+def test_changing_a_schema_changes_nothing_that_was_compiled() -> None:
+    schema: dict[str, Any] = {"enum": ["a"]}
+    condition = Condition("/value", schema).compile()
+
+    schema["enum"].append("b")
+
+    assert condition.evaluate({"value": "b"}).result is Result.NOT_MATCHED
+
+
+def test_conditions_and_evaluations_cannot_be_changed() -> None:
+    condition = Condition("/value")
+    with pytest.raises(FrozenInstanceError):
+        condition.scope = "/other"  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        condition.compile().evaluate({}).code = "other"  # type: ignore[misc]
+
+
+def test_a_refusal_names_the_place_and_the_remedy() -> None:
+    assert str(refusal("/value", {"properties": {"a": {"$ref": "order.json"}}})) == (
+        "schema at /properties/a/$ref: ref_remote: a $ref points into this schema; other documents are never fetched, "
+        "copy them into $defs"
+    )
+    assert str(refusal("#/value")).startswith("scope: scope_syntax: ")
+
+
+# Properties --------------------------------------------------------------------------------------------------------
+
+NAMES = st.sampled_from(["a", "b", "c", "$ref", "type"])
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([0.5, 1.0, -2.5, 1e300])
+    | st.text("ab1", max_size=3)
+)
+JSON = st.recursive(
+    SCALARS | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | st.text(max_size=2), inner, max_size=3),
+    max_leaves=10,
+)
+PLAIN = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=10,
+)
+PATTERNS = st.sampled_from(["^a", "b$", "[ab]1", "^(a|b)+$", "1"])
+COUNTS = st.integers(0, 3)
+REFERENCES = st.sampled_from(
+    ["#", "#/$defs/a", "#/$defs/b", "#/properties/a", "#b", "#/$defs/absent", "x", "http://[x"]
+)
+
+
+def subschemas(inner: st.SearchStrategy[Any], *, references: bool) -> st.SearchStrategy[Any]:
+    lists, members = st.lists(inner, min_size=1, max_size=3), st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+    keywords: dict[str, st.SearchStrategy[Any]] = {
+        "type": st.sampled_from(["null", "boolean", "integer", "number", "string", "array", "object"]),
+        "const": PLAIN,
+        "enum": st.lists(PLAIN, min_size=1, max_size=3),
+        "multipleOf": st.integers(1, 3),  # the oracle is wrong about fractions: 19.99 is no multiple of 0.01 to it
+        "maximum": st.integers(-3, 3),
+        "minimum": st.sampled_from([-2.5, 0, 1.0]),
+        "exclusiveMaximum": st.integers(-3, 3),
+        "exclusiveMinimum": st.integers(-3, 3),
+        "maxLength": COUNTS,
+        "minLength": COUNTS,
+        "pattern": PATTERNS,
+        "maxItems": COUNTS,
+        "minItems": COUNTS,
+        "uniqueItems": st.booleans(),
+        "maxContains": COUNTS,
+        "minContains": COUNTS,
+        "maxProperties": COUNTS,
+        "minProperties": COUNTS,
+        "required": st.lists(st.sampled_from("abc"), max_size=2, unique=True),
+        "dependentRequired": st.dictionaries(st.sampled_from("abc"), st.just(["a"]), max_size=2),
+        "format": st.sampled_from(["email", "date", "regex"]),
+        **dict.fromkeys(("allOf", "anyOf", "oneOf", "prefixItems"), lists),
+        **dict.fromkeys(("not", "if", "then", "else", "items", "contains", "propertyNames"), inner),
+        **dict.fromkeys(("additionalProperties", "unevaluatedItems", "unevaluatedProperties"), inner),
+        **dict.fromkeys(("properties", "dependentSchemas"), members),
+        "patternProperties": st.dictionaries(PATTERNS, inner, max_size=2),
+    }
+    if references:
+        keywords |= {
+            **dict.fromkeys(("$ref", "$dynamicRef"), REFERENCES),
+            **dict.fromkeys(("$anchor", "$dynamicAnchor"), st.sampled_from("ab")),
+            "$id": st.sampled_from(["x", "http://a/b", "http://[x"]),
+            "$defs": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
+            "$schema": st.sampled_from(["https://json-schema.org/draft/2020-12/schema", "x"]),
+        }
+    some = st.lists(st.sampled_from(sorted(keywords)), min_size=1, max_size=4, unique=True)
+    return some.flatmap(lambda chosen: st.fixed_dictionaries({keyword: keywords[keyword] for keyword in chosen}))
+
+
+ORDINARY_SCHEMAS = st.recursive(
+    st.booleans() | subschemas(st.booleans(), references=False),
+    lambda inner: subschemas(inner, references=False),
+    max_leaves=6,
+)
+ODD_SCHEMAS = st.recursive(
+    st.booleans() | JSON | subschemas(st.booleans(), references=True),
+    lambda inner: subschemas(inner, references=True),
+    max_leaves=6,
+)
+QUIET = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@QUIET
+@given(schema=JSON | ODD_SCHEMAS, tree=JSON, scope=st.sampled_from(["/value", "/value/a", "/a"]))
+def test_any_pair_is_refused_or_decided_and_never_raises(schema: Any, tree: Any, scope: str) -> None:
+    try:
+        condition = Condition(scope, schema).compile()
+    except ConditionInvalid as error:
+        assert error.code in str(error)  # noqa: PT017 -- a refusal is one of the two good ends
+        return
+
+    for whole in (tree, {"value": tree}):
+        evaluation = condition.evaluate(whole)
+
+        assert isinstance(evaluation.result, Result)
+        assert (evaluation.code is None) == (evaluation.result is Result.MATCHED)
+        assert evaluation.code != "engine"
+
+
+@QUIET
+@given(schema=ORDINARY_SCHEMAS, value=PLAIN)
+def test_answers_agree_with_another_implementation(schema: Any, value: Any) -> None:
+    expected = Draft202012Validator(schema, registry=Registry()).is_valid(value)
+
+    evaluation = Condition("/value", schema).compile().evaluate({"value": value})
+
+    assert evaluation.result is (Result.MATCHED if expected else Result.NOT_MATCHED)
+
+
+@QUIET
+@given(scope=st.text(max_size=8) | st.text("/~01a#-", max_size=8) | st.text("/~01a", max_size=8).map("/".__add__))
+def test_any_text_is_refused_as_a_scope_or_can_be_evaluated(scope: str) -> None:
+    try:
+        condition = Condition(scope).compile()
+    except ConditionInvalid as error:
+        assert error.code.startswith("scope_")  # noqa: PT017
+        return
+
+    trees: list[Any] = [{}, {"a": {"a": 1, "": 2}, "0": [{}]}, [], [[]], None, 1, "a"]
+    for tree in trees:
+        assert isinstance(condition.evaluate(tree), Evaluation)
+
+
+@QUIET
+@given(tokens=st.lists(st.text("/~01a# %", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_every_way_to_a_member_can_be_written_as_a_scope(tokens: list[str]) -> None:
+    scope = "".join("/" + token.replace("~", "~0").replace("/", "~1") for token in tokens)
+    tree: Any = "found"
+    for token in reversed(tokens):
+        tree = {token: tree}
+
+    assert parse_scope(scope) == tuple(tokens)
+    assert Condition(scope, {"const": "found"}).compile().evaluate(tree).result is Result.MATCHED
+
+
+CANARY = "19121212-1212"
+
+
+@QUIET
+@given(schema=ORDINARY_SCHEMAS, scope=st.sampled_from(["/a", "/a/b", "/b"]), data=st.data())
+def test_no_value_is_ever_repeated(schema: Any, scope: str, data: st.DataObject) -> None:
+    leaves = st.sampled_from([CANARY, {CANARY: CANARY}, [CANARY, "\ud800"], {"b": CANARY}, date(1912, 12, 12)])
+    tree = data.draw(st.dictionaries(st.sampled_from("ab"), leaves | st.lists(leaves, max_size=2), max_size=2))
+
+    evaluation = Condition(scope, schema).compile().evaluate(tree)
+
+    assert CANARY not in repr(evaluation)
+    assert "1912" not in repr(evaluation)
+
+
+# --- what our own parser made ----------------------------------------------------------------------------------------
+
+parsed_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=10), inner, max_size=6),
+    max_leaves=60,
+)
+SCHEMAS: list[Any] = [
+    {"required": ["a"]},
+    {"properties": {"a": {"type": "string"}}},
+    {"maximum": 5},
+    {"pattern": "^a"},
+    {"items": {"pattern": "b$"}},
+    {"properties": {f"p{number}": {"pattern": "^[a-z]*$"} for number in range(200)}},
+    {"$ref": "#/$defs/n", "$defs": {"n": {"type": ["object", "array", "string"], "items": {"$ref": "#/$defs/n"}}}},
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+@settings(max_examples=50)
+@given(value=parsed_values, deep=st.integers(min_value=0, max_value=90), wide=st.sampled_from([0, 1000, 60_000]))
+def test_what_our_parser_made_is_decided_the_same_without_being_looked_at(
+    schema: Any, value: Any, deep: int, wide: int
+) -> None:
+    for _ in range(deep):
+        value = [value]
+    tree = {"x": [value, "w" * wide] if wide else value}
+    condition = Condition("/x", schema).compile()
+
+    assert condition.evaluate(tree, parsed=True) == condition.evaluate(tree)

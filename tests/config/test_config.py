@@ -1,0 +1,1127 @@
+"""`adapter.config`: a complete configuration, or every problem with its line and what is allowed there."""
+
+import re
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ruamel.yaml import YAML
+
+from adapter.config import (
+    Config,
+    ConfigurationInvalid,
+    NotificationCallback,
+    Problem,
+    ValidationCallback,
+    load,
+    merged,
+    read_settings,
+)
+from adapter.config.model import ConfigFile
+from adapter.config.problems import Reference
+from adapter.config.yaml_source import LARGEST_FILE_BYTES
+from adapter.plugin import Secret, Settings, Url
+from tests import ROOT
+
+CANARY = "canary-9f8e7d6c5b4a"
+ENVIRON = {
+    "NORCE_TOKEN": f"{CANARY}-token",
+    "NORCE_ADAPTER_URL_KEY": f"{CANARY}-url-key",
+    "NORCE_ADAPTER_OPERATIONS_TOKEN": f"{CANARY}-operations",
+    "NORCE_ADAPTER_SECRET": f"{CANARY}-header",
+    "NORCE_ADAPTER_STATIC": f"{CANARY}-static",
+    "JETSHOP_PASSWORD": f"{CANARY}-password",
+    "SHORT": "too-short",
+    "EMPTY": "",
+    "PORT": "9090",
+}
+
+# Small and valid; the tables below change one piece of it.
+VALID = """\
+adapter: {id: an_adapter, public_url: https://adapter.example}
+merchants:
+  norce:
+    tokens: ["${env:NORCE_TOKEN}"]
+    routes: {}
+    channels:
+      "1":
+        routes: {}
+senders: {signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}}
+callbacks:
+  order-status: {kind: notification, scope: /state/currentStatus}
+  order-rules: {kind: validation}
+routes:
+  export: {callback: order-status, handler: log}
+  refuse: {callback: order-rules, handler: rules, no_answer: approve}
+"""
+
+
+REFERENCE = ROOT / "config.yaml"
+
+
+def everything_commented_in(text: str) -> str:
+    """The reference with the keys that stand in it as comments: those without a space after the hash."""
+    return re.sub(r"^( *)#(?=[^\s#])", r"\1", text, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "config.yaml"
+
+
+def read(file: Path, text: str, environ: Mapping[str, str] = ENVIRON) -> Config:
+    file.write_text(text, encoding="utf-8")
+    return load(file, environ)
+
+
+def problems_of(file: Path, text: str | bytes, environ: Mapping[str, str] = ENVIRON) -> tuple[Problem, ...]:
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigurationInvalid) as raised:
+        load(file, environ)
+    return raised.value.problems
+
+
+def changed(old: str, new: str) -> str:
+    assert VALID.count(old) == 1, old
+    return VALID.replace(old, new)
+
+
+# --- a valid file ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_out_has_its_default(file: Path) -> None:
+    config = read(file, VALID)
+
+    assert (config.server.host, config.server.port) == ("0.0.0.0", 8080)
+    assert config.server.receive_timeout == timedelta(seconds=10)
+    assert (config.operations.host, config.operations.port, config.operations.token) == ("127.0.0.1", 8081, None)
+    assert config.store.url == "sqlite:///data/adapter.db"
+    assert (config.norce.environment, config.norce.base_url) == ("playground", None)
+    assert (config.dispatcher.slots, config.dispatcher.grace) == (32, timedelta(seconds=20))
+    assert config.merchants["norce"].slug == "norce"
+    assert config.routes["export"].refetch
+    assert config.routes["export"].retry.schedule[0] == timedelta(seconds=5)
+    assert config.routes["export"].retry.schedule[-1] == timedelta(days=1)
+
+
+def test_a_callback_is_of_its_kind(file: Path) -> None:
+    callbacks = read(file, VALID).callbacks
+
+    assert callbacks["order-status"] == NotificationCallback(scope="/state/currentStatus", schema=True)
+    assert callbacks["order-rules"] == ValidationCallback(deadline=timedelta(seconds=2))
+    assert [callback.kind for callback in callbacks.values()] == ["notification", "validation"]
+
+
+def test_a_part_cannot_be_changed(file: Path) -> None:
+    config = read(file, VALID)
+
+    with pytest.raises(AttributeError):
+        config.server.port = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "duration"),
+    [
+        ("500ms", timedelta(milliseconds=500)),
+        ("2s", timedelta(seconds=2)),
+        ("5m", timedelta(minutes=5)),
+        ("2h", timedelta(hours=2)),
+        ("1d", timedelta(days=1)),
+    ],
+)
+def test_a_duration_is_written_with_its_unit(file: Path, text: str, duration: timedelta) -> None:
+    config = read(file, changed("handler: log", f"handler: log, retry: {{schedule: [{text}]}}"))
+
+    assert config.routes["export"].retry.schedule == (duration,)
+
+
+def test_yaml_is_1_2(file: Path) -> None:
+    text = changed("handler: log", "handler: log, settings: {a: NO, b: 012, c: 0o14, d: 2024-01-01, e: 1e3, f: ~}")
+
+    found = read(file, text).routes["export"].settings
+
+    assert found == {"a": "NO", "b": 12, "c": 12, "d": "2024-01-01", "e": 1000.0, "f": None}
+
+
+def test_yaml_is_1_2_whatever_the_file_says(file: Path) -> None:
+    config = read(file, "%YAML 1.1\n---\n" + changed("handler: log", "handler: log, settings: {a: NO}"))
+
+    assert config.routes["export"].settings == {"a": "NO"}
+
+
+def test_a_name_of_digits_need_not_be_quoted(file: Path) -> None:
+    assert list(read(file, changed('"1":', "1:")).merchants["norce"].channels) == ["1"]
+
+
+def test_an_alias_stands_for_what_it_names(file: Path) -> None:
+    text = changed("handler: log", "handler: log, settings: {a: &it {b: 1}, c: *it}")
+
+    assert read(file, text).routes["export"].settings == {"a": {"b": 1}, "c": {"b": 1}}
+
+
+# --- references -----------------------------------------------------------------------------------------------------
+
+
+def test_a_secret_comes_from_the_environment_or_from_a_file_beside_the_configuration(file: Path) -> None:
+    (file.parent / "secret").write_text("from-a-file\n")
+
+    config = read(file, changed('["${env:NORCE_TOKEN}"]', '["${env:NORCE_TOKEN}", "${file:secret}"]'))
+
+    assert config.merchants["norce"].tokens == (Secret(ENVIRON["NORCE_TOKEN"]), Secret("from-a-file"))
+
+
+def test_only_the_last_line_break_of_a_file_is_taken_off(file: Path) -> None:
+    (file.parent / "secret").write_bytes(b" two\nlines of text \r\n")
+
+    config = read(file, changed("${env:NORCE_ADAPTER_URL_KEY}", "${file:secret}"))
+
+    assert config.senders.signed_urls is not None
+    assert config.senders.signed_urls.keys["k1"].reveal() == " two\nlines of text "
+
+
+@pytest.mark.parametrize("token", ["dör", "two\nlines", " led", "trailed "], ids=repr)
+def test_a_token_that_cannot_travel_in_a_header_is_a_problem_with_its_place_and_without_its_value(
+    file: Path, token: str
+) -> None:
+    (file.parent / "secret").write_text(f"{CANARY}{token}" if token != " led" else token + CANARY)
+
+    with pytest.raises(ConfigurationInvalid) as refused:
+        read(file, changed("${env:NORCE_TOKEN}", "${file:secret}"))
+
+    (problem,) = refused.value.problems
+    assert (problem.line, problem.path) == (4, "merchants.norce.tokens[0]")
+    assert "visible ASCII" in problem.message
+    assert CANARY not in str(problem)
+
+
+def test_other_values_may_be_references_too(file: Path) -> None:
+    text = changed("an_adapter", '"${env:NORCE_TOKEN}"') + 'server: {port: "${env:PORT}"}\n'
+
+    config = read(file, text)
+
+    assert config.adapter.id == ENVIRON["NORCE_TOKEN"]
+    assert config.server.port == 9090
+
+
+def test_no_representation_of_a_configuration_shows_what_a_reference_stands_for(file: Path) -> None:
+    text = changed("an_adapter", '"${env:NORCE_TOKEN}"').replace(
+        "handler: log", 'handler: log, settings: {password: "${env:JETSHOP_PASSWORD}", list: ["${env:NORCE_TOKEN}"]}'
+    )
+
+    config = read(file, text)
+
+    assert CANARY in config.adapter.id
+    assert CANARY not in repr(config) + str(config)
+    assert "${env:JETSHOP_PASSWORD}" in repr(config)
+
+
+# --- problems -------------------------------------------------------------------------------------------------------
+
+SETTINGS = "handler: log, settings: "
+PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
+    # what is changed, into what, and the line, the path and the words of the problem
+    "unknown key": (
+        "adapter: {id",
+        "adapter: {idd: x, id",
+        1,
+        "adapter.idd",
+        "allowed: id or public_url; did you mean id",
+    ),
+    "unknown section": ("senders:", "sender: {}\nsenders:", 9, "sender", "did you mean senders?"),
+    "missing key": ("id: an_adapter, ", "", 1, "adapter.id", "is missing; it must be text of 1 to 64 characters"),
+    "missing section": (
+        "adapter: {id: an_adapter, public_url: https://adapter.example}",
+        "server: {}",
+        1,
+        "adapter",
+        "is missing; it must be a mapping",
+    ),
+    "empty text": ("an_adapter", '""', 1, "adapter.id", "text of 1 to 64 characters"),
+    "empty value": ("an_adapter", "", 1, "adapter.id", "text of 1 to 64 characters, not empty"),
+    "number for text": ("an_adapter", "5", 1, "adapter.id", "not a number: put it in quotes"),
+    "not an address": ("https://adapter.example", "ftp://x", 1, "adapter.public_url", "must be an https:// address"),
+    "number for an address": (
+        "https://adapter.example",
+        "5",
+        1,
+        "adapter.public_url",
+        "an https:// address, not a number",
+    ),
+    "no public address to sign": (
+        ", public_url: https://adapter.example",
+        "",
+        1,
+        "adapter.public_url",
+        "is missing; senders.signed_urls",
+    ),
+    "nothing for a public address to sign": (
+        "public_url: https://adapter.example",
+        "public_url: null",
+        1,
+        "adapter.public_url",
+        "is missing; senders.signed_urls",
+    ),
+    "port too large": (
+        "senders:",
+        "server: {port: 65536}\nsenders:",
+        9,
+        "server.port",
+        "a whole number, at least 0 and at most 65535",
+    ),
+    "text for a number": (
+        "senders:",
+        "server: {port: many}\nsenders:",
+        9,
+        "server.port",
+        "a whole number, at least 0 and at most 65535, not text",
+    ),
+    "one port twice": ("senders:", "operations: {port: 8080}\nsenders:", 9, "operations.port", "another port"),
+    "bare number for a duration": (
+        "senders:",
+        "norce: {timeout: 5}\nsenders:",
+        9,
+        "norce.timeout",
+        "such as 500ms, 2s, 5m, 2h or 1d, from 100ms to 1m, not a number: write its unit",
+    ),
+    "duration too long": (
+        "kind: validation",
+        "kind: validation, deadline: 11s",
+        12,
+        "callbacks.order-rules.deadline",
+        "from 100ms to 10s",
+    ),
+    "duration too short": (
+        "handler: log",
+        "handler: log, timeout: 99ms",
+        14,
+        "routes.export.timeout",
+        "from 100ms to 10m",
+    ),
+    "duration without sense": ("handler: log", "handler: log, timeout: soon", 14, "routes.export.timeout", "2s, 5m"),
+    "item of a list": (
+        "handler: log",
+        "handler: log, retry: {schedule: [1s, 2x]}",
+        14,
+        "routes.export.retry.schedule[1]",
+        "a duration such as 500ms",
+    ),
+    "not one of": (
+        "senders:",
+        "norce: {environment: prod}\nsenders:",
+        9,
+        "norce.environment",
+        "must be playground, stage or production",
+    ),
+    "yes is text": (
+        "handler: log",
+        "handler: log, refetch: yes",
+        14,
+        "routes.export.refetch",
+        "must be true or false, not text",
+    ),
+    "mapping for a list": (
+        'tokens: ["${env:NORCE_TOKEN}"]',
+        "tokens: {}",
+        4,
+        "merchants.norce.tokens",
+        "a list of 1 to 2 items, each a secret by reference: ${env:NAME} or ${file:PATH}, not a mapping",
+    ),
+    "no token": ('tokens: ["${env:NORCE_TOKEN}"]', "tokens: []", 4, "merchants.norce.tokens", "a list of 1 to 2 items"),
+    "text for a mapping": (
+        '      "1":\n        routes: {}',
+        "      x: y",
+        7,
+        "merchants.norce.channels.x",
+        "must be a mapping, not text",
+    ),
+    "no channel": ('\n      "1":\n        routes: {}', " {}", 6, "merchants.norce.channels", "of at least 1 entry"),
+    "name that cannot be a header": ('"1"', '"ö 1"', 7, 'merchants.norce.channels["ö 1"]', "visible ASCII"),
+    "no slug": (
+        "  norce:\n",
+        "  Norce_AB:\n",
+        3,
+        "merchants.Norce_AB.slug",
+        "is missing, and the merchant's name is none",
+    ),
+    "slug that is no host name": (
+        "    routes: {}\n    ch",
+        "    slug: a.b\n    ch",
+        5,
+        "merchants.norce.slug",
+        "a part of a host name",
+    ),
+    "merchant's unknown route": (
+        "    routes: {}\n    ch",
+        "    routes: {exprt: {}}\n    ch",
+        5,
+        "merchants.norce.routes.exprt",
+        "must be a route: export or refuse; did you mean export?",
+    ),
+    "channel's unknown route": (
+        "        routes: {}",
+        "        routes: {x: {}}",
+        8,
+        "merchants.norce.channels.1.routes.x",
+        "must be a route: export or refuse",
+    ),
+    "literal secret": (
+        "${env:NORCE_TOKEN}",
+        CANARY,
+        4,
+        "merchants.norce.tokens[0]",
+        "is a secret, which is given by reference only: ${env:NAME} or ${file:PATH}",
+    ),
+    "variable not set": (
+        "${env:NORCE_TOKEN}",
+        "${env:NOT_SET}",
+        4,
+        "merchants.norce.tokens[0]",
+        "${env:NOT_SET} names an environment variable that is not set",
+    ),
+    "variable empty": ("${env:NORCE_TOKEN}", "${env:EMPTY}", 4, "merchants.norce.tokens[0]", "${env:EMPTY} is empty"),
+    "file not there": (
+        "${env:NORCE_TOKEN}",
+        "${file:nope}",
+        4,
+        "merchants.norce.tokens[0]",
+        "${file:nope} cannot be read: no such file or directory",
+    ),
+    "file is a directory": (
+        "${env:NORCE_TOKEN}",
+        "${file:.}",
+        4,
+        "merchants.norce.tokens[0]",
+        "${file:.} cannot be read: is a directory",
+    ),
+    "part of a value": (
+        "${env:NORCE_TOKEN}",
+        "Bearer ${env:NORCE_TOKEN}",
+        4,
+        "merchants.norce.tokens[0]",
+        "not the whole value; allowed is ${env:NAME} or ${file:PATH} alone",
+    ),
+    "reference without a name": (
+        "${env:NORCE_TOKEN}",
+        "${env:}",
+        4,
+        "merchants.norce.tokens[0]",
+        "allowed is ${env:NAME}",
+    ),
+    "nobody may call": (
+        '{signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}}',
+        "{}",
+        9,
+        "senders",
+        "configure signed_urls, header_secrets or url_secrets, such as signed_urls: {keys:",
+    ),
+    "key too short": (
+        "${env:NORCE_ADAPTER_URL_KEY}",
+        "${env:SHORT}",
+        9,
+        "senders.signed_urls.keys.k1",
+        "at least 16 bytes",
+    ),
+    "secret for a merchant unknown": (
+        "senders: {",
+        'senders: {header_secrets: [{header: x, values: ["${env:SHORT}"], merchants: [nocre]}], ',
+        9,
+        "senders.header_secrets[0].merchants[0]",
+        "must be a merchant: norce",
+    ),
+    "secret in a parameter of ours": (
+        "senders: {",
+        'senders: {url_secrets: [{parameter: sig, values: ["${env:SHORT}"]}], ',
+        9,
+        "senders.url_secrets[0].parameter",
+        "merchant, channel, key and sig belong",
+    ),
+    "not a list of secrets": (
+        "senders: {",
+        "senders: {header_secrets: 5, ",
+        9,
+        "senders.header_secrets",
+        "must be a list",
+    ),
+    "callback's name": (
+        "  order-rules:",
+        "  Order_Rules: {kind: validation}\n  order-rules:",
+        12,
+        "callbacks.Order_Rules",
+        "the name must be kebab-case",
+    ),
+    "kind missing": (
+        "kind: validation",
+        "",
+        12,
+        "callbacks.order-rules.kind",
+        "is missing; it must be notification, validation or hook",
+    ),
+    "kind unknown": (
+        "kind: validation",
+        "kind: validate",
+        12,
+        "callbacks.order-rules.kind",
+        "must be notification, validation or hook",
+    ),
+    "hook without a watched part": (
+        "kind: validation",
+        "kind: hook",
+        12,
+        "callbacks.order-rules.watch",
+        "is missing",
+    ),
+    "hook that watches no part": (
+        "kind: validation",
+        "kind: hook, watch: cart",
+        12,
+        "callbacks.order-rules.watch",
+        "must be a JSON pointer to a part of the order, such as /cart",
+    ),
+    "hook that watches all": (
+        "kind: validation",
+        'kind: hook, watch: ""',
+        12,
+        "callbacks.order-rules.watch",
+        "must be a JSON pointer to a part of the order",
+    ),
+    "target that is no pointer": (
+        "kind: validation",
+        "kind: hook, watch: /cart, target: /cart~2",
+        12,
+        "callbacks.order-rules.target",
+        "must be a JSON pointer to a part of the order",
+    ),
+    "order of an unknown version": (
+        "kind: validation",
+        "kind: hook, watch: /cart, version: v2",
+        12,
+        "callbacks.order-rules.version",
+        "must be v0 or v1",
+    ),
+    "soft limit at the default deadline": (
+        "kind: validation",
+        "kind: validation, soft_limit: 2s",
+        12,
+        "callbacks.order-rules.soft_limit",
+        "must be shorter than the deadline",
+    ),
+    "soft limit beyond its deadline": (
+        "kind: validation",
+        "kind: hook, watch: /cart, deadline: 500ms, soft_limit: 600ms",
+        12,
+        "callbacks.order-rules.soft_limit",
+        "must be shorter than the deadline",
+    ),
+    "misses below nothing": (
+        "senders:",
+        "verdicts: {misses: -1}\nsenders:",
+        9,
+        "verdicts.misses",
+        "at least 0 and at most 1000",
+    ),
+    "notification without scope": (
+        ", scope: /state/currentStatus",
+        "",
+        11,
+        "callbacks.order-status.scope",
+        "is missing",
+    ),
+    "validation with scope": (
+        "kind: validation",
+        "kind: validation, scope: /x",
+        12,
+        "callbacks.order-rules.scope",
+        "is not a key here; allowed: kind, deadline or soft_limit",
+    ),
+    "schema of neither kind": (
+        ", scope: /state/currentStatus",
+        ", scope: /s, schema: 5",
+        11,
+        "callbacks.order-status.schema",
+        "must be true or false or a mapping, not a number",
+    ),
+    "route without such a callback": (
+        "callback: order-status",
+        "callback: order-statsu",
+        14,
+        "routes.export.callback",
+        "must be a callback: order-status or order-rules; did you mean order-status?",
+    ),
+    "no_answer missing": (", no_answer: approve", "", 15, "routes.refuse.no_answer", "must be approve or reject"),
+    "no_answer of a notification": (
+        "handler: log",
+        "handler: log, no_answer: reject",
+        14,
+        "routes.export.no_answer",
+        "is for validations and hooks only",
+    ),
+    "mode of a notification": (
+        "handler: log",
+        "handler: log, mode: shadow",
+        14,
+        "routes.export.mode",
+        "is for validations and hooks only",
+    ),
+    "mode unknown": (
+        "no_answer: approve",
+        "no_answer: approve, mode: dry-run",
+        15,
+        "routes.refuse.mode",
+        "must be enforce or shadow",
+    ),
+    "no_answer of a hook missing": (
+        "validation}\nroutes:\n  export: {callback: order-status, handler: log}\n"
+        "  refuse: {callback: order-rules, handler: rules, no_answer: approve}",
+        "hook, watch: /cart}\nroutes:\n  change: {callback: order-rules, handler: rules}",
+        14,
+        "routes.change.no_answer",
+        "must be approve or reject",
+    ),
+    "refetch of a validation": (
+        "handler: rules",
+        "handler: rules, refetch: false",
+        15,
+        "routes.refuse.refetch",
+        "is for notifications only",
+    ),
+    "timeout of a validation": (
+        "handler: rules",
+        "handler: rules, timeout: 1s",
+        15,
+        "routes.refuse.timeout",
+        "is for notifications only",
+    ),
+    "another database": ("senders:", "store: {url: mysql://x}\nsenders:", 9, "store.url", "must be sqlite:///"),
+    "database in memory": (
+        "senders:",
+        "store: {url: 'sqlite:///:memory:'}\nsenders:",
+        9,
+        "store.url",
+        "must be sqlite:///",
+    ),
+    "PostgreSQL": (
+        "senders:",
+        "store: {url: postgresql://db/adapter}\nsenders:",
+        9,
+        "store.url",
+        "or postgresql+psycopg://",
+    ),
+    "key twice": ("routes:\n  export", "callbacks: {}\nroutes:\n  export", 13, "callbacks", "twice, first in line 10"),
+    "merge key": (
+        "handler: log",
+        "handler: log, settings: {a: &a {}, <<: *a}",
+        14,
+        "routes.export.settings",
+        "merge keys",
+    ),
+    "tag": (
+        "handler: log",
+        SETTINGS + "{a: !python/object x}",
+        14,
+        "routes.export.settings.a",
+        "tags (!name) are not allowed",
+    ),
+    "not a number": ("handler: log", SETTINGS + "{a: .nan}", 14, "routes.export.settings.a", "a finite number"),
+}
+
+
+@pytest.mark.parametrize(("old", "new", "line", "path", "words"), PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_a_problem_names_line_and_path_and_what_is_allowed(
+    file: Path, old: str, new: str, line: int, path: str, words: str
+) -> None:
+    problems = problems_of(file, changed(old, new))
+
+    assert [(problem.line, problem.path) for problem in problems] == [(line, path)]
+    assert words in problems[0].message
+    assert str(problems[0]) == f"{file}:{line}: {path}: {problems[0].message}"
+    assert CANARY not in str(problems[0])
+
+
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(file: Path) -> None:
+    text = """\
+adapter: {id: "", nam: x}
+server: {port: many}
+store: {url: "mysql://x"}
+merchants:
+  norce:
+    tokens: ["${env:NOT_SET}", literal]
+    channels: {"1": {routes: {nope: {}}}}
+callbacks:
+  b: {kind: hook, deadline: 5}
+  c: {kind: validation, deadline: 1h}
+routes:
+  r: {callback: c, handler: Log, timeout: 5s, no_answer: maybe}
+  s: {callback: d, handler: log, when: {scope: 5}}
+"""
+
+    problems = problems_of(file, text)
+
+    assert {(problem.line, problem.path) for problem in problems} == {
+        (1, "adapter.id"),
+        (1, "adapter.nam"),
+        (1, "senders"),
+        (2, "server.port"),
+        (3, "store.url"),
+        (6, "merchants.norce.tokens[0]"),
+        (6, "merchants.norce.tokens[1]"),
+        (7, "merchants.norce.channels.1.routes.nope"),
+        (9, "callbacks.b.watch"),
+        (9, "callbacks.b.deadline"),
+        (10, "callbacks.c.deadline"),
+        (12, "routes.r.handler"),
+        (12, "routes.r.timeout"),
+        (12, "routes.r.no_answer"),
+        (13, "routes.s.callback"),
+        (13, "routes.s.when.scope"),
+    }
+    lines = [problem.line or 0 for problem in problems]
+    assert lines == sorted(lines)
+    assert len(problems) == len(set(problems))
+
+
+BROKEN_FILES: dict[str, tuple[bytes, int | None, str]] = {
+    "empty": (b"", None, "must be a mapping"),
+    "a list": (b"- a\n", None, "must be a mapping"),
+    "not UTF-8": (b"a: b\nc: \xff\n", 2, "is not UTF-8"),
+    "not YAML": (b"a: b\nc: d: e\n", 2, "is not YAML: mapping values are not allowed here"),
+    "a tab": (b"a:\n\tb: c\n", 2, "is not YAML"),
+    "a control character": (b"a: b\nc: \x00\n", 2, "control characters"),
+    "two documents": (b"a: b\n---\nc: d\n", 2, "is not YAML"),
+    "an alias that is a secret by mistake": (f"a: *{CANARY}\n".encode(), 1, "undefined alias"),
+    "too deep": (b"a: " + b"[" * 1000, None, "nested too deeply"),
+    "deep": (b"a: " + b"[" * 100 + b"]" * 100, 1, "64 levels deep"),
+    "an alias within itself": (b"a: &a [*a]\n", 1, "64 levels deep"),
+    "too large": (b"#" * (LARGEST_FILE_BYTES + 1), None, "larger than 1048576 bytes"),
+    "a billion laughs": (
+        "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else ['x'])}]\n" for n in range(10)).encode(),
+        1,
+        "aliases counted",
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "line", "words"), BROKEN_FILES.values(), ids=BROKEN_FILES.keys())
+def test_a_file_that_holds_no_configuration_is_one_problem(
+    file: Path, raw: bytes, line: int | None, words: str
+) -> None:
+    problems = problems_of(file, raw)
+
+    assert [(problem.line, problem.path) for problem in problems] == [(line, "")]
+    assert words in problems[0].message
+    assert CANARY not in str(problems[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("nope.yaml", "no such file"), (".", "is a directory"), ("\0", "not the name")]
+)
+def test_a_file_that_cannot_be_read_is_a_problem(tmp_path: Path, name: str, words: str) -> None:
+    with pytest.raises(ConfigurationInvalid) as raised:
+        load(tmp_path / name, ENVIRON)
+
+    assert [problem.line for problem in raised.value.problems] == [None]
+    assert words in str(raised.value)
+
+
+JUNK: st.SearchStrategy[Any] = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["2s", "${env:PORT}", "${file:x}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=4,
+)
+
+
+def places_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    for step in tree if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ():
+        yield (*path, step)
+        yield from places_in(tree[step], (*path, step))
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_whatever_stands_in_a_place_is_taken_or_is_a_problem(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    tree = YAML(typ="safe", pure=True).load(VALID)
+    for _ in range(3):
+        path = data.draw(st.sampled_from(list(places_in(tree))))
+        target = tree
+        for step in path[:-1]:
+            target = target[step]
+        target[path[-1]] = data.draw(JUNK)
+    file = tmp_path_factory.getbasetemp() / "junk.yaml"
+    file.write_bytes(msgspec.json.encode(tree))  # JSON is YAML
+
+    try:
+        shown = repr(load(file, ENVIRON))
+    except ConfigurationInvalid as invalid:
+        shown = str(invalid)
+
+    assert shown
+    assert CANARY not in shown
+
+
+# --- settings -------------------------------------------------------------------------------------------------------
+
+
+class Basic(msgspec.Struct, frozen=True, kw_only=True, tag="basic", tag_field="type", forbid_unknown_fields=True):
+    username: str
+    password: Secret
+
+
+class Bearer(msgspec.Struct, frozen=True, kw_only=True, tag="bearer", tag_field="type", forbid_unknown_fields=True):
+    token: Secret
+
+
+class ShopSettings(Settings, frozen=True, kw_only=True):
+    base_url: Url
+    shop_id: Annotated[str, msgspec.Meta(pattern="^[0-9]+$")] = "1"
+    auth: Basic | Bearer | None = None
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
+    pause: timedelta = timedelta(0)
+    numbers: tuple[int, ...] = ()
+    low: int = 0
+    high: int = 10
+
+    def __post_init__(self) -> None:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high (of {self.shop_id})")
+
+
+LEVELS = """\
+adapter: {id: an_adapter, public_url: https://adapter.example}
+senders: {signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}}
+callbacks:
+  order-status: {kind: notification, scope: /state/currentStatus}
+routes:
+  export:
+    callback: order-status
+    handler: shop
+    settings:
+      base_url: https://shop.example
+      headers: {a: route, b: route, c: route}
+      numbers: [1, 2, 3]
+merchants:
+  norce:
+    tokens: ["${env:NORCE_TOKEN}"]
+    routes:
+      export:
+        settings:
+          headers: {b: merchant, c: merchant}
+          shop_id: "2"
+    channels:
+      "1":
+        routes:
+          export:
+            settings:
+              headers: {c: channel}
+              numbers: [4]
+      "2": {}
+"""
+AT_ROUTE = "routes.export.settings"
+AT_MERCHANT = "merchants.norce.routes.export.settings"
+AT_CHANNEL = "merchants.norce.channels.1.routes.export.settings"
+
+
+def settings_of(file: Path, text: str, channel: str = "1") -> ShopSettings | tuple[Problem, ...]:
+    config = read(file, text)
+    return read_settings(config, ShopSettings, *config.settings("export", "norce", channel))
+
+
+def test_the_channel_is_stronger_than_the_merchant_and_the_merchant_than_the_route(file: Path) -> None:
+    found = settings_of(file, LEVELS)
+
+    assert found == ShopSettings(
+        base_url=Url("https://shop.example"),
+        shop_id="2",
+        headers={"a": "route", "b": "merchant", "c": "channel"},
+        numbers=(4,),
+    )
+
+
+def test_a_channel_that_says_nothing_has_what_its_merchant_has(file: Path) -> None:
+    found = settings_of(file, LEVELS, channel="2")
+
+    assert isinstance(found, ShopSettings)
+    assert found.headers == {"a": "route", "b": "merchant", "c": "merchant"}
+    assert found.numbers == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("trees", "result"),
+    [
+        (({"a": 1}, {"a": 2}, {}), {"a": 2}),
+        (({"a": {"b": 1, "c": 1}}, {"a": {"c": 2}}, {"a": {"d": 3}}), {"a": {"b": 1, "c": 2, "d": 3}}),
+        (({"a": [1, 2]}, {"a": [3]}, {}), {"a": [3]}),
+        (({"a": {"b": 1}}, {"a": None}, {}), {"a": None}),
+        (({"a": 1}, {"a": {"b": 1}}, {"a": {"c": 1}}), {"a": {"b": 1, "c": 1}}),
+    ],
+    ids=["replaced", "merged", "list replaced", "null replaces", "mapping over value"],
+)
+def test_mappings_merge_and_everything_else_replaces(trees: tuple[dict[str, Any], ...], result: dict[str, Any]) -> None:
+    before = [msgspec.json.encode(tree) for tree in trees]
+
+    assert merged(*trees) == result
+    assert [msgspec.json.encode(tree) for tree in trees] == before
+
+
+SETTINGS_PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
+    "at the route": ("https://shop.example", "ftp://shop", 10, f"{AT_ROUTE}.base_url", "must be an https:// address"),
+    "at the merchant": ('shop_id: "2"', "shop_id: x", 20, f"{AT_MERCHANT}.shop_id", "must be text matching ^[0-9]+$"),
+    "at the channel": ("{c: channel}", "{c: 5}", 26, f"{AT_CHANNEL}.headers.c", "not a number: put it in quotes"),
+    "weaker, beside a stronger": (
+        "{b: merchant, c: merchant}",
+        "{b: 5}",
+        19,
+        f"{AT_MERCHANT}.headers.b",
+        "must be text",
+    ),
+    "item of the stronger list": ("[4]", "[4, x]", 27, f"{AT_CHANNEL}.numbers[1]", "must be a whole number, not text"),
+    "missing everywhere": (
+        "base_url: https://shop.example",
+        "low: 1",
+        9,
+        f"{AT_ROUTE}.base_url",
+        "is missing; it must be an https:// address",
+    ),
+    "unknown": ('shop_id: "2"', "shopid: x", 20, f"{AT_MERCHANT}.shopid", "did you mean shop_id?"),
+    "together, by the strongest": ("numbers: [4]", "low: 11", 24 + 1, AT_CHANNEL, "low must not be above high"),
+    "literal secret": (
+        "numbers: [4]",
+        f"auth: {{type: bearer, token: {CANARY}}}",
+        27,
+        f"{AT_CHANNEL}.auth.token",
+        "given by reference only",
+    ),
+    "type of a union": (
+        "numbers: [4]",
+        "auth: {type: digest}",
+        27,
+        f"{AT_CHANNEL}.auth.type",
+        "must be basic or bearer",
+    ),
+    "missing in a union": (
+        "numbers: [4]",
+        'auth: {type: basic, password: "${env:NORCE_TOKEN}"}',
+        27,
+        f"{AT_CHANNEL}.auth.username",
+        "is missing; it must be text",
+    ),
+    "duration": ("numbers: [4]", "pause: 5", 27, f"{AT_CHANNEL}.pause", "write its unit"),
+}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "path", "words"), SETTINGS_PROBLEMS.values(), ids=SETTINGS_PROBLEMS.keys()
+)
+def test_a_problem_of_settings_is_shown_where_the_value_came_from(
+    file: Path, old: str, new: str, line: int, path: str, words: str
+) -> None:
+    assert LEVELS.count(old) == 1
+
+    problems = settings_of(file, LEVELS.replace(old, new))
+
+    assert isinstance(problems, tuple)
+    assert [(problem.line, problem.path) for problem in problems] == [(line, path)]
+    assert words in problems[0].message
+    assert CANARY not in str(problems[0])
+
+
+def test_all_problems_of_settings_are_reported_at_once(file: Path) -> None:
+    text = LEVELS.replace("https://shop.example", "x").replace('shop_id: "2"', "shop_id: x").replace("[4]", "[x, y]")
+
+    problems = settings_of(file, text)
+
+    assert isinstance(problems, tuple)
+    assert len(problems) == 4
+
+
+def test_a_handler_without_settings_takes_none(file: Path) -> None:
+    config = read(file, LEVELS)
+
+    problems = read_settings(config, Settings, *config.settings("export", "norce", "2"))
+
+    assert isinstance(problems, tuple)
+    assert problems[0].message == "is not a key here; allowed: no key at all"
+
+
+def test_secrets_in_settings_are_read_and_stay_hidden(file: Path) -> None:
+    text = LEVELS.replace("numbers: [4]", 'auth: {type: bearer, token: "${env:JETSHOP_PASSWORD}"}')
+
+    found = settings_of(file, text)
+
+    assert isinstance(found, ShopSettings)
+    assert found.auth == Bearer(token=Secret(ENVIRON["JETSHOP_PASSWORD"]))
+    assert CANARY not in repr(found)
+
+
+class Pin(Secret):
+    __slots__ = ()
+
+
+class PinSettings(Settings, frozen=True, kw_only=True):
+    pin: Pin
+
+
+def test_a_plugins_own_kind_of_secret_comes_by_reference_too(file: Path) -> None:
+    config = read(file, LEVELS)
+
+    found = read_settings(config, PinSettings, {"pin": Reference("1234", "${env:PIN}")}, [AT_ROUTE])
+    problems = read_settings(config, PinSettings, {"pin": "1234"}, [AT_ROUTE])
+
+    assert isinstance(found, PinSettings)
+    assert type(found.pin) is Pin
+    assert isinstance(problems, tuple)
+    assert "given by reference only" in problems[0].message
+
+
+def test_what_a_plugin_says_about_a_referred_value_is_masked(file: Path) -> None:
+    text = LEVELS.replace('shop_id: "2"', 'shop_id: "${env:PORT}"').replace("numbers: [4]", "low: 11")
+
+    problems = settings_of(file, text)
+
+    assert isinstance(problems, tuple)
+    assert problems[0].message == "low must not be above high (of ***)"
+
+
+def test_a_later_problem_is_shown_at_its_line(file: Path) -> None:
+    config = read(file, LEVELS)
+
+    assert config.problem("routes.export.handler", "is not installed") == Problem(
+        file=str(file), line=8, path="routes.export.handler", message="is not installed"
+    )
+    assert config.problem("routes.export.when.schema", "is not there").line == 6
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+
+def described(type_: Any, path: str) -> Iterator[tuple[str, msgspec.structs.FieldInfo]]:
+    """Every key below a type, with a star for every name that is the integrator's."""
+    if get_origin(type_) is Annotated:
+        yield from described(type_.__origin__, path)
+    elif isinstance(type_, type) and issubclass(type_, msgspec.Struct):
+        for field in msgspec.structs.fields(type_):
+            yield f"{path}.{field.encode_name}".lstrip("."), field
+            yield from described(field.type, f"{path}.{field.encode_name}".lstrip("."))
+    else:
+        inner = "*" if get_origin(type_) is Mapping else ""
+        for argument in get_args(type_):
+            if argument is not Ellipsis:
+                yield from described(argument, f"{path}.{inner}" if inner else path)
+
+
+def description_of(field: msgspec.structs.FieldInfo) -> str:
+    notes = [note for note in field.type.__metadata__ if isinstance(note, msgspec.Meta) and note.description]
+    return str(notes[-1].description)
+
+
+def default_of(field: msgspec.structs.FieldInfo) -> str | None:
+    """As the reference states it; None for a section, whose keys have defaults of their own."""
+    if field.required:
+        return "Required"
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    return None if isinstance(default, msgspec.Struct) else f"Default: {written(default)}."
+
+
+def written(value: Any) -> str:
+    if isinstance(value, timedelta):
+        units = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
+        return next(f"{value // unit}{name}" for name, unit in units.items() if value % unit == timedelta(0))
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(written, value))}]"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "none"
+    return str(value) or "the merchant's name"
+
+
+def comments_in(text: str, lines: Mapping[str, int]) -> dict[str, str]:
+    """The comment right above each key, by its path with stars for names and without indices."""
+    rows = text.splitlines()
+    comments: dict[str, str] = {}
+    for path, line in lines.items():
+        above = line - 1
+        while above and rows[above - 1].lstrip().startswith("# "):
+            above -= 1
+        comment = " ".join(row.strip().removeprefix("# ") for row in rows[above : line - 1])
+        path = re.sub(r"\[\d+\]\.", ".", path)
+        path = re.sub(r"^(merchants|callbacks|routes)\.[^.]+", r"\1.*", path)
+        path = re.sub(r"(\*\.(?:channels|routes)|keys)\.[^.]+", r"\1.*", path)
+        path = re.sub(r"(channels\.\*\.routes)\.[^.]+", r"\1.*", path)
+        comments[path] = max(comment, comments.get(path, ""), key=len)
+    return comments
+
+
+DESCRIBED = dict(described(ConfigFile, ""))
+
+
+def test_the_reference_is_a_valid_configuration() -> None:
+    config = load(REFERENCE, ENVIRON)
+
+    assert config.adapter.id == "jetshop_adapter"
+    assert set(config.routes) == {"export-payment", "swedish-orders-have-an-id"}
+
+
+def test_the_reference_tells_editors_where_its_schema_is() -> None:
+    assert REFERENCE.read_text().startswith("# yaml-language-server: $schema=./config.schema.json\n")
+
+
+def test_the_walk_over_the_types_finds_the_keys_deep_down() -> None:
+    assert {
+        "adapter.id",
+        "merchants.*.channels.*.routes.*.settings",
+        "senders.signed_urls.keys",
+        "senders.header_secrets.values",
+        "callbacks.*.deadline",
+        "routes.*.retry.schedule",
+    } <= set(DESCRIBED)
+
+
+@pytest.fixture(scope="module")
+def comments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    file = tmp_path_factory.mktemp("reference") / "config.yaml"
+    text = everything_commented_in(REFERENCE.read_text())
+    return comments_in(text, read(file, text).source.lines)
+
+
+@pytest.mark.parametrize("path", DESCRIBED)
+def test_the_reference_has_every_key_with_its_description_and_its_default(path: str, comments: dict[str, str]) -> None:
+    field = DESCRIBED[path]
+
+    assert path in comments, "the key does not stand in config.yaml, not even as a comment"
+    assert description_of(field) in comments[path]
+    assert (default_of(field) or "") in comments[path]
+
+
+@pytest.mark.parametrize("path", [path for path, field in DESCRIBED.items() if not field.required])
+def test_a_value_in_the_reference_is_the_default_unless_it_is_the_example(path: str) -> None:
+    examples = {"adapter.public_url", "merchants", "merchants.*.slug", "senders", "senders.signed_urls", "callbacks"}
+    examples |= {
+        "callbacks.*.target",
+        "callbacks.*.schema",
+        "routes",
+        "routes.*.when",
+        "routes.*.when.schema",
+        "routes.*.no_answer",
+    }
+    examples |= {"routes.*.settings", "merchants.*.routes", "merchants.*.channels.*.routes"}
+    config = load(REFERENCE, ENVIRON)
+
+    values: list[Any] = [config]
+    for step in path.split("."):
+        found = [(value.get(step) if isinstance(value, dict) else getattr(value, step, None)) for value in values]
+        found = [inner for value in values for inner in value.values()] if step == "*" else found
+        values = [value for value in found if value is not None]
+    field = DESCRIBED[path]
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    if path not in examples:
+        assert all(value == default for value in values)

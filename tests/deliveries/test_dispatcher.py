@@ -1,0 +1,1845 @@
+"""Claim, run, record: a real ledger and real plugin loops, with handlers and a Norce that remember what was asked."""
+
+import asyncio
+import io
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+
+import httpx
+import pytest
+import structlog
+from sqlalchemy import Connection
+
+from adapter import logs
+from adapter.conditions import Condition
+from adapter.deliveries import dispatcher as dispatcher_module
+from adapter.deliveries.attempt import Attempts, Queue
+from adapter.deliveries.dispatcher import POLL, SLACK, Dispatcher
+from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
+from adapter.ledger.clock import Clock
+from adapter.ledger.inbox import Inbox, Receipt, Wanted
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import LEASE_MS, Lease
+from adapter.ledger.queries import Desk
+from adapter.ledger.retry import rearm
+from adapter.ledger.settlement import Policy, Reason, Settlement
+from adapter.ledger.store import Store, StoreUnavailable
+from adapter.metrics import Metrics
+from adapter.norce.client import Account, Norce
+from adapter.plugin import (
+    Context,
+    Done,
+    Misconfigured,
+    NoSettings,
+    Notification,
+    NotificationHandler,
+    Outcome,
+    Reject,
+    Retry,
+    Secret,
+    Skip,
+    Unknown,
+)
+from adapter.routing.routes import Callback, Route
+from adapter.routing.runner import Runner
+from tests.databases import rows
+
+NOON = 1_770_120_000_000
+CANARY = "19811218-9876"
+SECOND = timedelta(seconds=1)
+NORCE_TIMEOUT = 5 * SECOND
+SHORTLY = SECOND / 2  # long enough for a handler to begin
+PATIENCE = 10  # seconds that a test waits for something that happens at once
+KEY = QueueKey(route="export", merchant="fjallboden", channel="1")
+
+Step = Done | Skip | BaseException | Callable[[Notification, Context[NoSettings]], Awaitable[Any]] | None
+
+
+class HandClock(Clock):
+    """Moves when the test moves it."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> int:
+        return self.now
+
+    def read(self, connection: Connection, *, alone: bool = False) -> int:
+        return self.now
+
+    def moment(self) -> datetime:
+        return datetime.fromtimestamp(self.now / 1000, UTC)
+
+
+class Plain(NotificationHandler[NoSettings]):
+    """Does what it is told, one step a call, and remembers the calls."""
+
+    def __init__(self, *steps: Step) -> None:
+        self.steps = list(steps)
+        self.calls: list[str] = []
+        self.seen: list[tuple[Notification, Context[NoSettings]]] = []
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        return await self._step("deliver", notification, context)  # type: ignore[no-any-return]
+
+    async def _step(self, kind: str, notification: Notification, context: Context[NoSettings]) -> Any:
+        self.calls.append(kind)
+        self.seen.append((notification, context))
+        step = self.steps.pop(0) if self.steps else Done()
+        if isinstance(step, BaseException):
+            raise step
+        return await step(notification, context) if callable(step) else step
+
+
+class Asking(Plain):
+    async def lookup(self, notification: Notification, context: Context[NoSettings]) -> Done | None:
+        return await self._step("lookup", notification, context)  # type: ignore[no-any-return]
+
+
+class Repeating(Plain):
+    repeatable = True
+
+
+class FakeNorce:
+    """Answers with the orders it has, or with what it was told to answer first."""
+
+    def __init__(self) -> None:
+        self.orders: dict[str, dict[str, Any]] = {}
+        self.answers: list[httpx.Response | Exception | Callable[[], Awaitable[None]]] = []
+        self.asked: list[str] = []
+        self.refuses: set[str] = set()  # merchants whose token it does not take
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        order_id = request.url.path.rpartition("/")[2]
+        self.asked.append(order_id)
+        answer = self.answers.pop(0) if self.answers else None
+        if request.url.path.split("/")[1] in self.refuses:
+            return httpx.Response(401)
+        if isinstance(answer, Exception):
+            raise answer
+        if isinstance(answer, httpx.Response):
+            return answer
+        if answer is not None:
+            await answer()
+        return httpx.Response(200, json=self.orders[order_id])
+
+
+class WatchedLanes(Lanes):
+    """Says what was claimed, settled and released, can keep a claim back, and can fail as a database does."""
+
+    def __init__(self, store: Store, lease: Lease, *, policy: Policy) -> None:
+        super().__init__(store, lease, policy=policy)
+        self.claimed: asyncio.Queue[list[Claim]] = asyncio.Queue()
+        self.settled: asyncio.Queue[tuple[Record, Settlement | None]] = asyncio.Queue()
+        self.released: asyncio.Queue[Claim] = asyncio.Queue()
+        self.lost: asyncio.Queue[str] = asyncio.Queue()
+        self.claims = 0
+        self.failures = {"claim": 0, "settle": 0}
+        self.mistakes: set[str] = set()  # orders whose record meets a mistake of ours
+        self.left_open = {"claim": 0, "settle": 0}  # it is on disk, but the answer to the commit is lost
+        self.keep_back: asyncio.Event | None = None
+        self.after_claim: Callable[[], None] = lambda: None
+
+    async def claim(self, asks: Sequence[Ask], most: int) -> Taken:
+        self._fail("claim")
+        taken = await super().claim(asks, most)
+        if taken.claims:
+            self._lose("claim")
+        self.claims += len(taken.claims)
+        self.claimed.put_nowait(taken.claims)
+        self.after_claim()
+        if self.keep_back is not None and taken.claims:
+            await self.keep_back.wait()
+        return taken
+
+    async def settle(self, record: Record) -> Settlement | None:
+        self._fail("settle")
+        if record.claim.order_id in self.mistakes:
+            raise ZeroDivisionError
+        settlement = await super().settle(record)
+        self._lose("settle")
+        self.settled.put_nowait((record, settlement))
+        return settlement
+
+    async def release(self, claim: Claim) -> None:
+        await super().release(claim)
+        self.released.put_nowait(claim)
+
+    def _fail(self, what: str) -> None:
+        if self.failures[what]:
+            self.failures[what] -= 1
+            raise StoreUnavailable("the disk is full")
+
+    def _lose(self, what: str) -> None:
+        if self.left_open[what]:
+            self.left_open[what] -= 1
+            self.lost.put_nowait(what)
+            raise StoreUnavailable("the connection broke at the commit")
+
+
+class WatchedLease(Lease):
+    """Says when it was renewed and entered, and can fail as a database does."""
+
+    def __init__(self, store: Store, *, version: str) -> None:
+        super().__init__(store, version=version)
+        self.renewed: asyncio.Queue[bool | StoreUnavailable] = asyncio.Queue()
+        self.entered: asyncio.Queue[int] = asyncio.Queue()
+        self.failing = False
+
+    async def enter(self) -> None:
+        await super().enter()
+        self.entered.put_nowait(self.process_id)
+
+    async def renew(self) -> bool:
+        if self.failing:
+            error = StoreUnavailable("the disk is full")
+            self.renewed.put_nowait(error)
+            raise error
+        renewed = await super().renew()
+        self.renewed.put_nowait(renewed)
+        return renewed
+
+    async def two_beats(self) -> None:
+        """Until two renewals have been tried that began after this call."""
+        while not self.renewed.empty():
+            self.renewed.get_nowait()
+        for _ in range(3):  # the first may have been under way
+            await asyncio.wait_for(self.renewed.get(), PATIENCE)
+
+
+@dataclass
+class Work:
+    """A dispatcher at work. Its queues are known by their route and merchant."""
+
+    url: str
+    store: Store
+    lease: WatchedLease
+    lanes: WatchedLanes
+    norce: FakeNorce
+    clock: HandClock
+    runner: Runner
+    dispatcher: Dispatcher
+    metrics: Metrics
+    queue_ids: dict[tuple[str, str], int]
+
+    async def owe(
+        self,
+        order_id: str = "order-1",
+        snapshot: int = 1,
+        *,
+        route: str = "export",
+        merchant: str = "fjallboden",
+        **now: Any,
+    ) -> None:
+        """Norce notifies of an order. `now`: what the order is by the time it is read again."""
+        order = {"id": order_id, "merchant": merchant, "channel": "1", "state": {"currentStatus": "completed"}}
+        self.norce.orders[order_id] = {**order, **now}
+        await Inbox(self.store).receive(
+            Receipt(
+                identity=f"{order_id}/{snapshot}/{route}/{merchant}".encode(),
+                merchant=merchant,
+                channel="1",
+                callback="order-status",
+                order_id=order_id,
+                snapshot_at=snapshot,
+                source="callback",
+                body=json.dumps(order).encode(),
+                wanted=(Wanted(queue_id=self.queue_ids[route, merchant], refetch=True),),
+            )
+        )
+        self.dispatcher.wake()
+
+    async def settled(self) -> dict[str, Any]:
+        """The next delivery that is settled, as the desk shows it."""
+        record, _ = await asyncio.wait_for(self.lanes.settled.get(), PATIENCE)
+        return self.shown(record.claim.delivery_id)
+
+    def shown(self, delivery_id: int = 1) -> dict[str, Any]:
+        with self.store.read_connection() as connection:
+            shown = Desk(connection).delivery(delivery_id)
+        assert shown is not None
+        return shown
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        return rows(self.url, sql)
+
+    def pauses(self) -> dict[tuple[str, str, str], str]:
+        with self.store.read_connection() as connection:
+            return dict(Desk(connection).overview(self.clock.now).paused)
+
+    def move_to(self, moment: str | int) -> None:
+        """The clock at a moment, and the dispatcher told to look."""
+        if isinstance(moment, str):
+            moment = int(datetime.fromisoformat(moment).timestamp() * 1000)
+        self.clock.now = moment
+        self.dispatcher.wake()
+
+    async def a_turn(self) -> list[Claim]:
+        """What a claim takes that began after this call."""
+        for _ in range(2):  # the first may have been under way
+            while not self.lanes.claimed.empty():
+                self.lanes.claimed.get_nowait()
+            self.dispatcher.wake()
+            claims = await asyncio.wait_for(self.lanes.claimed.get(), PATIENCE)
+        return claims
+
+    async def quiet(self) -> None:
+        """Until nothing is tried any more, and nothing is due that may be."""
+        while True:
+            idle, claims = not self.dispatcher.running, self.lanes.claims
+            await self.a_turn()
+            if idle and self.lanes.claims == claims:
+                return
+
+    def paused_until(self) -> int:
+        ((moment,),) = self.rows("SELECT paused_until FROM queues")
+        return int(moment)
+
+    def states(self, merchant: str = "fjallboden") -> Counter[tuple[str, str | None]]:
+        with self.store.read_connection() as connection:
+            shown = Desk(connection).deliveries()
+        return Counter((row["state"], row["reason"]) for row in shown if row["merchant"] == merchant)
+
+
+def route(handler: NotificationHandler[Any], **more: Any) -> Route:
+    given: dict[str, Any] = {
+        "name": "export",
+        "callback": Callback(name="order-status", kind="notification"),
+        "when": None,
+        "handler_name": "shop",
+        "handler": handler,
+        "settings": {("fjallboden", "1"): NoSettings(), ("annan", "1"): NoSettings()},
+        "refetch": True,
+        "no_answer": None,
+        "timeout": 30 * SECOND,
+        "schedule": (5 * SECOND, 60 * SECOND, 300 * SECOND),
+        "concurrency": 4,
+    }
+    return Route(**{**given, **more})
+
+
+@asynccontextmanager
+async def working(
+    url: str,
+    *routes: Route,
+    merchants: Sequence[str] = ("fjallboden",),
+    slots: int = 8,
+    policy: Policy = Policy(),  # noqa: B008 - a value
+    patience: timedelta = timedelta(seconds=PATIENCE),
+    before: Callable[[Store, int], Awaitable[None]] | None = None,
+) -> AsyncIterator[Work]:
+    """A dispatcher over an empty database. `before` is what went on there before its process began."""
+    clock, fake, metrics = HandClock(), FakeNorce(), Metrics("test")
+    store = Store.open(url, clock=clock)
+
+    def norce() -> Norce:
+        accounts = {
+            merchant: Account(base_url=f"https://norce.example/{merchant}", tokens=(Secret("token"),))
+            for merchant in merchants
+        }
+        return Norce(accounts, adapter_id="test", timeout=NORCE_TIMEOUT, transport=httpx.MockTransport(fake))
+
+    lease = WatchedLease(store, version="test")
+    lanes = WatchedLanes(store, lease, policy=policy)
+    of_route = {each.name: each for each in routes}
+    ids = await lanes.open_queues(
+        [QueueKey(route=name, merchant=m, channel="1") for name in of_route for m in merchants]
+    )
+    if before is not None:
+        await before(store, ids[KEY])
+    await lease.enter()
+    runner = Runner(make_norce=norce, clock=clock.moment, patience=patience, replaced=metrics.loop_replaced)
+    our_norce = norce()
+    dispatcher = Dispatcher(
+        {id_: Queue(id=id_, route=of_route[key.route], merchant=key.merchant, channel=key.channel)
+         for key, id_ in ids.items()},
+        lanes=lanes, lease=lease, attempts=Attempts(runner=runner, norce=our_norce, clock=clock),
+        before_handler=NORCE_TIMEOUT, metrics=metrics, clock=clock, slots=slots, random=lambda: 0.0,
+        shared=store.shared,
+    )  # fmt: skip
+    run = asyncio.create_task(dispatcher.run())
+    queue_ids = {(key.route, key.merchant): id_ for key, id_ in ids.items()}
+    try:
+        yield Work(url, store, lease, lanes, fake, clock, runner, dispatcher, metrics, queue_ids)
+    finally:
+        await dispatcher.stop(timedelta(0))
+        await run
+        await runner.stop(timedelta(seconds=PATIENCE))
+        await our_norce.aclose()
+        store.close()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(60):
+            await test()
+
+    asyncio.run(bounded())
+
+
+@pytest.fixture(autouse=True)
+def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """What has been logged, as it leaves the process."""
+    stream, root = io.StringIO(), logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    logs.configure(stream=stream)
+    yield lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+# --- outcomes become rows -------------------------------------------------------------------------------------------
+
+
+class OwnOutcome(Outcome):
+    """What a plugin must not invent."""
+
+
+@pytest.mark.parametrize(
+    ("step", "handler", "expected"),
+    [
+        pytest.param(Done("shop-7"), Plain, ("done", "delivered", False, None, "shop-7"), id="done"),
+        pytest.param(
+            Skip("nothing-changed"), Plain, ("done", "skipped", False, "nothing-changed", None), id="skip"
+        ),
+        pytest.param(Retry("busy"), Plain, ("waiting", None, False, "busy", None), id="retry"),
+        pytest.param(Reject("no-shop"), Plain, ("dead", "rejected", False, "no-shop", None), id="reject"),
+        pytest.param(Unknown("no-answer"), Plain, ("dead", "unknown", True, "no-answer", None), id="unknown"),
+        pytest.param(
+            Unknown("no-answer"), Asking, ("waiting", None, True, "no-answer", None), id="unknown, looks up"
+        ),
+        pytest.param(
+            Unknown("no-answer"), Repeating, ("waiting", None, False, "no-answer", None), id="unknown, repeatable"
+        ),
+        pytest.param(
+            Misconfigured("unauthorized"), Plain, ("waiting", None, False, "unauthorized", None), id="misconfigured"
+        ),
+        pytest.param(
+            RuntimeError("bug"), Asking, ("waiting", None, True, "handler-failed", None), id="bug, looks up"
+        ),
+        pytest.param(RuntimeError("bug"), Plain, ("dead", "unknown", True, "handler-failed", None), id="bug"),
+        pytest.param(None, Plain, ("dead", "unknown", True, "handler-failed", None), id="returns nothing"),
+        pytest.param(OwnOutcome("mine"), Plain, ("dead", "unknown", True, "handler-failed", None), id="own outcome"),
+        pytest.param(
+            SystemExit(1), Asking, ("waiting", None, True, "handler-failed", None), id="tries to end the process"
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_handler_says_is_what_the_row_says(
+    store_url: str, step: Step, handler: type[Plain], expected: tuple[Any, ...]
+) -> None:
+    async def test() -> None:
+        async with working(store_url, route(handler(step))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert tuple(row[name] for name in ("state", "reason", "in_doubt", "code", "reference")) == expected
+
+    run(test)
+
+
+def test_a_handler_is_given_the_order_as_norce_has_it_now_and_as_it_came(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            await work.owe(currency="SEK")
+            await work.settled()
+
+            ((notification, context),) = handler.seen
+            assert (notification.order.currency, notification.received.currency) == ("SEK", None)
+            assert notification.raw == notification.received.raw
+            assert (notification.merchant, notification.channel, notification.callback) == (
+                "fjallboden", "1", "order-status",
+            )  # fmt: skip
+            assert (context.attempt, context.route, context.previous) == (1, "export", None)
+            assert context.deadline == work.clock.moment() + 30 * SECOND
+
+    run(test)
+
+
+def test_a_route_that_does_not_refetch_acts_on_the_order_as_it_came(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler, refetch=False)) as work:
+            await work.owe(currency="SEK")
+            await work.settled()
+
+            assert handler.seen[0][0].order.currency is None
+            assert work.norce.asked == []
+
+    run(test)
+
+
+def test_a_retry_comes_at_its_moment_with_the_same_key_and_the_next_number(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain(Retry("busy", after=90 * SECOND), Done())
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            row = await work.settled()
+            assert row["next_at"] == "2026-02-03T12:01:30.000Z"
+
+            work.move_to(NOON + 89_999)
+            assert await work.a_turn() == []
+            work.move_to(NOON + 90_000)
+            row = await work.settled()
+
+            assert (row["state"], row["tries"]) == ("done", 2)
+            first, second = (context for _, context in handler.seen)
+            assert (first.attempt, second.attempt) == (1, 2)
+            assert first.first_attempt_at == second.first_attempt_at
+            assert first.key() == second.key()
+
+    run(test)
+
+
+def test_a_delivery_is_dead_when_its_schedule_is_used_up(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain(*(Retry("busy") for _ in range(10)))
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            row = await work.settled()
+            while row["state"] == "waiting":
+                work.move_to(row["next_at"])
+                row = await work.settled()
+
+            assert (row["state"], row["reason"], row["tries"]) == ("dead", "exhausted", 4)
+
+    run(test)
+
+
+def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain(Done("shop-7", {"digest": "abc"}))
+        async with working(store_url, route(handler)) as work:
+            await work.owe(snapshot=1)
+            await work.settled()
+            await work.owe(snapshot=2)
+            await work.settled()
+
+            previous = handler.seen[1][1].previous
+            assert previous is not None
+            assert (previous.reference, previous.facts) == ("shop-7", {"digest": "abc"})
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(Done("shop-7", {"amount": Decimal("1.50")}), id="facts that are no JSON"),  # type: ignore[dict-item]
+        pytest.param(Done({"id": 7}), id="a reference that is no text"),  # type: ignore[arg-type]
+        pytest.param(Done("\ud800"), id="a text that is no Unicode"),
+    ],
+)
+def test_a_done_that_cannot_be_written_as_it_is_is_done_all_the_same(store_url: str, said: Done) -> None:
+    async def test() -> None:
+        async with working(store_url, route(Plain(said))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["reason"], row["reference"]) == ("done", "delivered", None)
+            assert not work.store.failing
+
+    run(test)
+
+
+def test_an_exception_of_a_handler_is_logged_once_with_its_places_and_without_what_it_says(
+    store_url: str, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    async def test() -> None:
+        async def bug(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            number = CANARY
+            raise RuntimeError(f"cannot parse {number}")
+
+        async with working(store_url, route(Asking(bug))) as work:
+            await work.owe(customer={"billing": {"nationalIdentificationNumber": CANARY}})
+            row = await work.settled()
+
+        failed = [line for line in lines() if line["event"] == "handler_failed"]
+        assert len(failed) == 1
+        assert failed[0]["exception"][0]["type"] == "builtins.RuntimeError"
+        assert any(" in bug" in frame for frame in failed[0]["exception"][0]["frames"])
+        assert CANARY not in json.dumps(lines())
+        assert CANARY not in json.dumps(row)
+
+    run(test)
+
+
+def test_every_attempt_is_one_line_and_one_count(store_url: str, lines: Callable[[], list[dict[str, Any]]]) -> None:
+    async def test() -> None:
+        async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            await work.settled()
+
+        told = [(line["event"], line["attempt"]) for line in lines() if line["event"].startswith("delivery_")]
+        assert told == [("delivery_retried", 1), ("delivery_done", 2)]
+        counted = {
+            outcome: work.metrics.registry.get_sample_value(
+                "norce_adapter_delivery_attempts_total", {"route": "export", "outcome": outcome}
+            )
+            for outcome in ("retry", "done")
+        }
+        assert counted == {"retry": 1, "done": 1}
+
+    run(test)
+
+
+def test_what_becomes_due_just_after_a_claim_is_claimed_at_once(store_url: str) -> None:
+    async def test() -> None:
+        async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+            await work.owe()
+            due = int(datetime.fromisoformat((await work.settled())["next_at"]).timestamp() * 1000)
+
+            def later() -> None:
+                work.clock.now = max(work.clock.now, due)
+
+            work.lanes.after_claim = later  # the next claim finds nothing, and what is due is due by then
+            work.dispatcher.wake()
+
+            # Well before the dispatcher would have looked again by itself.
+            async with asyncio.timeout(POLL.total_seconds() / 2):
+                row = await work.settled()
+            assert row["state"] == "done"
+
+    run(test)
+
+
+class Busier(Retry):
+    """A plugin's own shade of an outcome."""
+
+
+def test_a_plugins_own_shade_of_an_outcome_is_counted_under_our_name(store_url: str) -> None:
+    async def test() -> None:
+        async with working(store_url, route(Plain(Busier("busy")))) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert [attempt["outcome"] for attempt in row["attempts"]] == ["retry"]
+
+    run(test)
+
+
+# --- doubt ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_in_doubt_is_looked_up_before_anything_is_sent_again(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), None, Done("shop-7"))
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            await work.settled()
+            row = await work.settled()
+
+            assert handler.calls == ["deliver", "lookup", "deliver"]
+            assert (row["state"], row["reason"]) == ("done", "delivered")
+            assert [each["outcome"] for each in row["attempts"]] == ["unknown", "not_there", "done"]
+
+    run(test)
+
+
+def test_what_a_lookup_finds_is_not_sent_again(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done("shop-7"))
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            row = await work.settled()
+
+            assert handler.calls == ["deliver", "lookup"]
+            assert (row["state"], row["in_doubt"], row["reference"]) == ("done", False, "shop-7")
+
+    run(test)
+
+
+def test_a_lookup_waits_until_the_request_in_doubt_has_had_its_time(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done())
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            await work.settled()
+            doubt_ends = NOON + int((30 * SECOND + NORCE_TIMEOUT + SLACK).total_seconds() * 1000)
+
+            work.move_to(doubt_ends - 1)
+            assert await work.a_turn() == []
+            assert handler.calls == ["deliver"]
+            work.move_to(doubt_ends)
+            await work.settled()
+
+            assert handler.calls == ["deliver", "lookup"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("step", [Reject("refused"), Retry("busy"), Unknown("no-answer"), RuntimeError()], ids=repr)
+def test_a_lookup_that_finds_nothing_out_leaves_the_doubt(store_url: str, step: Exception) -> None:
+    async def test() -> None:
+        async with working(store_url, route(Asking(Unknown("no-answer"), step))) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+
+            row = await work.settled()
+
+            assert (row["state"], row["in_doubt"]) == ("waiting", True)
+
+    run(test)
+
+
+async def died_in_hand(store: Store, queue_id: int) -> None:
+    """A process has claimed what is owed, and is gone; the doubt about it has ended."""
+    await Inbox(store).receive(
+        Receipt(
+            identity=b"in-hand", merchant="fjallboden", channel="1", callback="order-status", order_id="order-1",
+            snapshot_at=1, source="callback", body=b'{"id": "order-1"}',
+            wanted=(Wanted(queue_id=queue_id, refetch=True),),
+        )
+    )  # fmt: skip
+    lease = Lease(store, version="test")
+    await lease.enter()
+    ask = Ask(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1)
+    taken = await Lanes(store, lease, policy=Policy()).claim([ask], 1)
+    assert isinstance(store.clock, HandClock)
+    store.clock.now = taken.claims[0].doubt_ends_at
+
+
+@pytest.mark.parametrize(
+    ("handler", "calls", "expected"),
+    [
+        pytest.param(Asking, ["lookup"], ("done", "delivered"), id="looked up"),
+        pytest.param(Repeating, ["deliver"], ("done", "delivered"), id="repeated"),
+        pytest.param(Plain, [], ("dead", "unknown"), id="for a person"),
+    ],
+)
+def test_after_a_crash_nothing_is_sent_blindly(
+    store_url: str, handler: type[Plain], calls: list[str], expected: tuple[str, str]
+) -> None:
+    async def test() -> None:
+        shop = handler()
+        async with working(store_url, route(shop, refetch=False), before=died_in_hand) as work:
+            row = await work.settled()
+
+            assert shop.calls == calls
+            assert (row["state"], row["reason"]) == expected
+
+    run(test)
+
+
+def test_a_handler_that_is_repeated_gets_the_same_key(store_url: str) -> None:
+    async def test() -> None:
+        shop = Repeating(Unknown("no-answer"), Done())
+        async with working(store_url, route(shop)) as work:
+            await work.owe()
+            work.move_to((await work.settled())["next_at"])
+            await work.settled()
+
+            first, second = (context.key("order") for _, context in shop.seen)
+            assert first == second
+
+    run(test)
+
+
+# --- the order as norce has it now ----------------------------------------------------------------------------------
+
+COMPLETED = Condition("/state/currentStatus", {"const": "completed"}).compile()
+
+
+def test_what_no_longer_holds_on_the_order_as_it_is_now_is_done_as_moved_on(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
+            await work.owe(state={"currentStatus": "declined"})
+
+            row = await work.settled()
+
+            assert handler.calls == []
+            assert (row["state"], row["reason"]) == ("done", "moved_on")
+
+    run(test)
+
+
+def test_a_condition_that_cannot_be_decided_is_a_dead_letter(store_url: str) -> None:
+    async def test() -> None:
+        deep: Any = "completed"
+        for _ in range(100):
+            deep = [deep]
+        handler = Plain()
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
+            await work.owe(state={"currentStatus": deep})
+
+            row = await work.settled()
+
+            assert handler.calls == []
+            assert (row["state"], row["reason"]) == ("dead", "condition")
+
+    run(test)
+
+
+def test_a_lookup_asks_whatever_the_order_has_become(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done("shop-7"))
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
+            await work.owe()
+            row = await work.settled()
+            work.norce.orders["order-1"]["state"] = {"currentStatus": "declined"}
+            work.move_to(row["next_at"])
+
+            row = await work.settled()
+
+            assert handler.calls == ["deliver", "lookup"]
+            assert row["reason"] == "delivered"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        pytest.param(httpx.Response(429, headers={"retry-after": "120"}), ("waiting", None, 120), id="429"),
+        pytest.param(httpx.Response(503), ("waiting", None, 5), id="503"),
+        pytest.param(httpx.Response(500), ("waiting", None, 5), id="500"),
+        pytest.param(httpx.ConnectError("refused"), ("waiting", None, 5), id="no connection"),
+        pytest.param(httpx.ReadTimeout("slow"), ("waiting", None, 5), id="no answer"),
+        pytest.param(httpx.Response(200, text="<html>"), ("waiting", None, 5), id="a page in place of an order"),
+        pytest.param(httpx.Response(200, json={}), ("waiting", None, 5), id="an object that is no order"),
+        pytest.param(httpx.Response(200, json={"id": "order-2"}), ("waiting", None, 5), id="another order"),
+        pytest.param(httpx.Response(404), ("dead", "rejected", None), id="404"),
+    ],
+)
+def test_an_order_that_cannot_be_read_again_is_not_handled(
+    store_url: str, answer: httpx.Response | Exception, expected: tuple[str, str | None, int | None]
+) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler, when=COMPLETED)) as work:
+            work.norce.answers = [answer, answer]  # without an answer, it is asked once more
+            await work.owe()
+
+            row = await work.settled()
+
+            assert handler.calls == []
+            due = row["next_at"] and datetime.fromisoformat(row["next_at"]) - work.clock.moment()
+            assert (row["state"], row["reason"], due and due.total_seconds()) == expected
+
+    run(test)
+
+
+def test_what_a_channel_is_owed_waits_while_it_is_switched_off(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler), merchants=("fjallboden", "annan")) as work:
+            off = {("fjallboden", "1")}
+            work.dispatcher.switched_off = off
+            await work.owe()
+            await work.owe("order-2", merchant="annan")
+
+            assert (await work.settled())["order_id"] == "order-2"
+            await work.a_turn()
+            assert handler.calls == ["deliver"]
+            off.clear()
+            work.dispatcher.wake()
+
+            assert (await work.settled())["order_id"] == "order-1"
+
+    run(test)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(store_url: str, status: int) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            work.norce.answers = [httpx.Response(status)]
+            await work.owe()
+            row = await work.settled()
+            await work.owe("order-2")
+
+            assert await work.a_turn() == []
+            assert handler.calls == []
+            assert (row["state"], row["tries"]) == ("waiting", 0)
+            assert work.pauses() == {("export", "fjallboden", "1"): "norce-unauthorized"}
+
+    run(test)
+
+
+def test_where_too_little_time_is_left_the_handler_is_not_begun(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+
+            async def dawdle() -> None:
+                work.clock.now += int((NORCE_TIMEOUT + SLACK).total_seconds() * 1000) + 1
+
+            work.norce.answers = [dawdle]
+            await work.owe()
+            released, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            row = await work.settled()
+
+            assert (released.outcome, settlement and settlement.counts) == ("released", False)
+            assert handler.calls == ["deliver"]
+            assert (row["state"], row["tries"]) == ("done", 1)
+
+    run(test)
+
+
+# --- deadlines ------------------------------------------------------------------------------------------------------
+
+
+async def for_ever(_notification: Notification, _context: Context[NoSettings]) -> Done:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(store_url: str) -> None:
+    async def test() -> None:
+        async with working(store_url, route(Asking(for_ever), timeout=SHORTLY)) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "deadline-passed")
+
+    run(test)
+
+
+def test_what_a_handler_still_says_after_its_deadline_is_recorded(store_url: str) -> None:
+    async def test() -> None:
+        async def late(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                return Done("late")
+            raise AssertionError
+
+        async with working(store_url, route(Plain(late), timeout=SHORTLY)) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["reference"]) == ("done", "late")
+
+    run(test)
+
+
+def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(store_url: str) -> None:
+    async def test() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+        deadline_passed = asyncio.Event()
+
+        async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            entered.set()
+            go_on.wait(PATIENCE)
+            return Done("late")
+
+        def hear(_logger: Any, _level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+            if fields["event"] == "deadline_passed":
+                deadline_passed.set()
+            return fields
+
+        structlog.configure(processors=[hear, structlog.processors.JSONRenderer()])
+        async with working(store_url, route(Plain(blocks), timeout=SHORTLY)) as work:
+            await work.owe()
+            assert await asyncio.to_thread(entered.wait, PATIENCE)
+            await deadline_passed.wait()
+            work.move_to(NOON + 3_600_000)
+            assert await work.a_turn() == []
+            assert work.dispatcher.running == 1
+
+            go_on.set()
+            row = await work.settled()
+
+            assert (row["state"], row["reference"]) == ("done", "late")
+
+    try:
+        run(test)
+    finally:
+        structlog.reset_defaults()
+
+
+def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop(store_url: str) -> None:
+    threads: list[int] = []
+
+    class Synchronous(NotificationHandler[NoSettings]):
+        def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:  # type: ignore[override]
+            threads.append(threading.get_ident())
+            return Done()
+
+    async def test() -> None:
+        async with working(store_url, route(Synchronous())) as work:
+            await work.owe()
+
+            row = await work.settled()
+
+            assert (row["state"], row["code"]) == ("dead", "handler-failed")
+            assert threads != [threading.get_ident()]
+
+    run(test)
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+class Counting(NotificationHandler[NoSettings]):
+    """Holds every call until told to go on, and knows how many there were at once."""
+
+    def __init__(self) -> None:
+        self.running = self.peak = 0
+        self.entered = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        self.entered.release()
+        try:
+            await asyncio.to_thread(self.go_on.wait, PATIENCE)
+        finally:
+            self.running -= 1
+        return Done()
+
+    async def has_begun(self, times: int) -> None:
+        for _ in range(times):
+            assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE)
+
+
+def test_no_more_of_a_queue_are_tried_at_once_than_its_concurrency(store_url: str) -> None:
+    async def test() -> None:
+        handler = Counting()
+        async with working(store_url, route(handler, concurrency=2)) as work:
+            for number in range(5):
+                await work.owe(f"order-{number}")
+            await handler.has_begun(2)
+            assert work.dispatcher.running == 2
+
+            handler.go_on.set()
+            for _ in range(5):
+                assert (await work.settled())["state"] == "done"
+
+            assert handler.peak == 2
+
+    run(test)
+
+
+def test_no_more_are_tried_at_once_than_there_are_slots(store_url: str) -> None:
+    async def test() -> None:
+        handler = Counting()
+        routes = route(handler), route(handler, name="other")
+        async with working(store_url, *routes, slots=3) as work:
+            for number in range(4):
+                await work.owe(f"order-{number}")
+                await work.owe(f"order-{number}", route="other")
+            await handler.has_begun(3)
+
+            handler.go_on.set()
+            for _ in range(8):
+                await work.settled()
+
+            assert handler.peak == 3
+
+    run(test)
+
+
+def test_one_queue_that_is_full_does_not_hold_up_another(store_url: str) -> None:
+    async def test() -> None:
+        full, free = Counting(), Plain()
+        async with working(store_url, route(full, concurrency=1), route(free, name="other")) as work:
+            await work.owe("order-1")
+            await work.owe("order-2")
+            await full.has_begun(1)
+
+            await work.owe("order-3", route="other")
+            row = await work.settled()
+
+            assert (row["route"], row["state"]) == ("other", "done")
+            full.go_on.set()
+
+    run(test)
+
+
+# --- pauses ---------------------------------------------------------------------------------------------------------
+
+
+class Shop(NotificationHandler[NoSettings]):
+    """A destination with a memory. What it `says` to a merchant's orders, while it takes none of them."""
+
+    repeatable = True
+
+    def __init__(self) -> None:
+        self.says: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.calls = 0
+        self.taken: Counter[str] = Counter()
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        self.calls += 1
+        if notification.merchant in self.says:
+            await self.says[notification.merchant]()
+        self.taken[notification.order.id] += 1
+        return Done()
+
+
+def raising(outcome: Callable[[], Outcome]) -> Callable[[], Awaitable[None]]:
+    async def say() -> None:
+        raise outcome()
+
+    return say
+
+
+OUTAGES = {
+    "busy": raising(lambda: Retry("destination-busy")),
+    "busy, and says how long": raising(lambda: Retry("destination-busy", after=90 * SECOND)),
+    "without answer": raising(lambda: Unknown("no-answer")),
+}
+
+
+@pytest.mark.parametrize("says", OUTAGES.values(), ids=OUTAGES)
+def test_an_outage_costs_one_call_a_pause_and_ends_with_every_order_delivered(
+    store_url: str, says: Callable[[], Awaitable[None]]
+) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop)) as work:
+            shop.says["fjallboden"] = says
+            for number in range(20):
+                await work.owe(f"order-{number}")
+            await work.quiet()
+            at_first = shop.calls
+            assert at_first < 5 + 4  # the failures in a row that it takes, and what was under way then
+            assert work.pauses().keys() == {("export", "fjallboden", "1")}
+
+            for probe in range(6):
+                work.move_to(work.paused_until())
+                await work.quiet()
+                assert shop.calls == at_first + probe + 1
+            assert work.states() == {("waiting", None): 20}
+
+            shop.says.clear()
+            work.move_to(work.paused_until())
+            await work.quiet()
+            work.move_to(work.clock.now + 3_600_000)  # what its own schedule still kept
+            await work.quiet()
+
+            assert work.states() == {("done", "delivered"): 20}
+            assert shop.taken == {f"order-{number}": 1 for number in range(20)}
+            assert work.pauses() == {}
+
+    run(test)
+
+
+def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store_url: str) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop, schedule=(5 * SECOND,)), policy=Policy(after_failures=3)) as work:
+            shop.says["fjallboden"] = OUTAGES["busy"]
+            for number in range(3):
+                await work.owe(f"order-{number}")
+            await work.quiet()
+            for _ in range(9):  # each three times as a probe, where two attempts would be its last
+                work.move_to(max(work.paused_until(), work.clock.now + 60_000))  # one of them is due by then
+                await work.quiet()
+            calls = shop.calls
+
+            assert calls == 3 + 9
+            assert work.states() == {("waiting", None): 3}
+            assert [work.shown(number)["tries"] for number in (1, 2, 3)] == [1, 1, 1]
+
+    run(test)
+
+
+async def hang() -> None:
+    await asyncio.Event().wait()
+
+
+TROUBLES = {
+    **OUTAGES,
+    "refusing the credentials": raising(lambda: Misconfigured("destination-unauthorized")),
+    "hanging": hang,
+}
+
+
+@pytest.mark.parametrize("says", TROUBLES.values(), ids=TROUBLES)
+def test_the_trouble_of_one_merchant_is_not_anothers(store_url: str, says: Callable[[], Awaitable[None]]) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
+            shop.says["annan"] = says
+            for number in range(20):
+                await work.owe(f"his-{number}", merchant="annan")
+            for number in range(5):
+                await work.owe(f"hers-{number}")
+            while work.states("fjallboden") != {("done", "delivered"): 5}:
+                await work.settled()
+
+            assert work.states("annan") == {("waiting", None): 20}
+            assert work.pauses().keys() <= {("export", "annan", "1")}
+
+    run(test)
+
+
+def test_a_merchants_token_that_norce_refuses_pauses_that_merchants_queue_alone(store_url: str) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
+            work.norce.refuses.add("annan")
+            for number in range(5):
+                await work.owe(f"his-{number}", merchant="annan")
+                await work.owe(f"hers-{number}")
+            await work.quiet()
+
+            assert work.states("fjallboden") == {("done", "delivered"): 5}
+            assert work.states("annan") == {("waiting", None): 5}
+            assert work.pauses() == {("export", "annan", "1"): "norce-unauthorized"}
+
+    run(test)
+
+
+def test_broken_credentials_pause_until_the_service_starts_anew(store_url: str) -> None:
+    async def test() -> None:
+        shop = Shop()
+        async with working(store_url, route(shop)) as work:
+            shop.says["fjallboden"] = TROUBLES["refusing the credentials"]
+            await work.owe()
+            await work.quiet()
+            shop.says.clear()
+            work.move_to(NOON + 365 * 86_400_000)
+            assert await work.a_turn() == []
+            assert shop.calls == 1
+
+            await work.lanes.open_queues([KEY])
+            work.dispatcher.wake()
+            row = await work.settled()
+            while row["state"] == "waiting":
+                row = await work.settled()
+
+            assert (row["state"], row["tries"]) == ("done", 1)
+
+    run(test)
+
+
+def test_what_a_shutdown_cuts_short_pauses_nothing(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain(*[for_ever] * 6)
+        async with working(store_url, route(handler, concurrency=8)) as work:
+            for number in range(6):
+                await work.owe(f"order-{number}")
+            while len(handler.calls) < 6:
+                await work.a_turn()
+
+            await work.dispatcher.stop(timedelta(0))
+
+            assert work.states() == {("dead", "unknown"): 6}
+            assert work.rows("SELECT paused_until, failed_lanes FROM queues") == [(None, None)]
+
+    run(test)
+
+
+# --- a handler that never lets go of its thread ---------------------------------------------------------------------
+
+HELD = timedelta(milliseconds=200)
+
+
+class Holds:
+    """A step that holds its thread until it is told to let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    async def __call__(self, _notification: Notification, _context: Context[NoSettings]) -> Done:
+        self.threads.append(threading.current_thread())
+        self.entered.set()
+        self.let_go.wait(PATIENCE * 2)
+        return Done("late")
+
+    async def has_begun(self) -> None:
+        assert await asyncio.to_thread(self.entered.wait, PATIENCE)
+
+    async def ends(self) -> None:
+        """Lets go; when this returns, everything that was on its loop has ended."""
+        self.let_go.set()
+        for thread in self.threads:
+            await asyncio.to_thread(thread.join, PATIENCE)
+            assert not thread.is_alive()
+
+
+@asynccontextmanager
+async def watched(url: str, *routes: Route, **more: Any) -> AsyncIterator[Work]:
+    async with working(url, *routes, patience=HELD, **more) as work:
+        watching = asyncio.create_task(work.runner.watch(every=timedelta(milliseconds=10)))
+        try:
+            yield work
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+
+def test_a_handler_that_never_lets_go_is_a_dead_letter_whose_lane_stays_claimed_until_its_thread_does(
+    store_url: str, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    async def test() -> None:
+        holds = Holds()
+        async with watched(store_url, route(Plain(holds), timeout=SHORTLY, concurrency=2), slots=1) as work:
+            await work.owe("order-1")
+            row = await work.settled()
+            assert (row["state"], row["reason"], row["in_doubt"]) == ("dead", "unknown", True)
+            assert [each["outcome"] for each in row["attempts"]] == ["blocked"]
+            assert work.rows("SELECT holder, next_at FROM lanes") == [(work.lease.process_id, None)]
+
+            await work.owe("order-2")  # by the one slot, on the new loop
+            row = await work.settled()
+            assert (row["order_id"], row["state"], row["tries"]) == ("order-2", "done", 1)
+
+            await holds.ends()
+            await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
+            assert work.rows("SELECT holder, next_at, settled FROM lanes WHERE order_id = 'order-1'") == [
+                (None, None, 0)
+            ]
+            assert (work.shown(1)["state"], len(work.shown(1)["attempts"])) == ("dead", 1)
+
+        (line,) = [line for line in lines() if line["event"] == "plugins_loop_replaced"]
+        assert (line["route"], line["level"]) == ("export", "error")
+        labels = {"loop": "plugins-deliveries", "route": "export"}
+        assert work.metrics.registry.get_sample_value("norce_adapter_plugins_loops_replaced_total", labels) == 1
+
+    run(test)
+
+
+def test_a_lane_whose_thread_is_held_counts_among_those_of_its_queue(store_url: str) -> None:
+    async def test() -> None:
+        holds, other = Holds(), Plain()
+        routes = route(Plain(holds), timeout=SHORTLY, concurrency=1), route(other, name="other")
+        async with watched(store_url, *routes, slots=1) as work:
+            await work.owe("order-1")
+            await work.settled()
+            await work.owe("order-2")
+            await work.owe("order-3", route="other")
+            row = await work.settled()
+            assert row["order_id"] == "order-3"
+            assert await work.a_turn() == []
+
+            await holds.ends()
+            row = await work.settled()
+
+            assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+    run(test)
+
+
+def test_what_shared_the_loop_is_in_doubt_and_does_nothing_more(store_url: str) -> None:
+    async def test() -> None:
+        holds, began, effects = Holds(), asyncio.Event(), []
+        go_on = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        async def waits(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            loop.call_soon_threadsafe(began.set)
+            await go_on.wait()
+            effects.append("sent")
+            return Done()
+
+        async def wakes_it_and_holds(notification: Notification, context: Context[NoSettings]) -> Done:
+            go_on.set()
+            return await holds(notification, context)
+
+        neighbour = Asking(waits, Done("shop-7"))
+        holder = route(Plain(wakes_it_and_holds), name="holder", timeout=SHORTLY)
+        async with watched(store_url, route(neighbour), holder) as work:
+            await work.owe("order-1")
+            await began.wait()
+            await work.owe("order-2", route="holder")
+            rows_ = {row["order_id"]: row for row in [await work.settled(), await work.settled()]}
+            assert rows_["order-2"]["reason"] == "unknown"
+            beside = rows_["order-1"]
+            assert (beside["state"], beside["in_doubt"], beside["code"]) == ("waiting", True, "loop-abandoned")
+            await holds.ends()
+            assert effects == []
+
+            work.move_to(beside["next_at"])
+            row = await work.settled()
+
+            assert neighbour.calls == ["deliver", "lookup"]
+            assert (row["state"], row["reference"]) == ("done", "shop-7")
+            assert effects == []
+
+    run(test)
+
+
+def test_what_had_not_begun_on_a_loop_that_is_given_up_is_delivered_on_the_next(store_url: str) -> None:
+    async def test() -> None:
+        holds, waiting = Holds(), Plain()
+        routes = route(Plain(holds), name="holder", timeout=SHORTLY), route(waiting)
+        async with watched(store_url, *routes) as work:
+            await work.owe("order-1", route="holder")
+            await holds.has_begun()
+            await work.owe("order-2")
+            settled = [await work.settled() for _ in range(3)]
+
+            row = next(row for row in settled if row["state"] == "done")
+            assert [each["outcome"] for each in row["attempts"]] == ["released", "done"]
+            assert (row["order_id"], row["tries"], row["in_doubt"]) == ("order-2", 1, False)
+            await holds.ends()
+            assert waiting.calls == ["deliver"]
+
+    run(test)
+
+
+def test_a_stop_does_not_wait_for_a_thread_that_is_held(store_url: str) -> None:
+    async def test() -> None:
+        holds = Holds()
+        async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
+            await work.owe()
+            await work.settled()
+
+            async with asyncio.timeout(PATIENCE):
+                await work.dispatcher.stop(timedelta(seconds=PATIENCE * 5))
+
+            assert (work.shown()["state"], work.shown()["reason"]) == ("dead", "unknown")
+            assert work.rows("SELECT holder FROM lanes") == [(work.lease.process_id,)]
+        assert not holds.let_go.is_set()
+        await holds.ends()
+
+    run(test)
+
+
+def test_a_dead_letter_is_not_replayed_while_its_handler_still_runs(store_url: str) -> None:
+    def replay(connection: Connection, items: Sequence[None]) -> list[int]:
+        return [rearm(connection, [(1, 1)], NOON, reasons=Reason, nothing_happened=True) for _ in items]
+
+    async def test() -> None:
+        holds = Holds()
+        async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
+            await work.owe()
+            await work.settled()
+            assert await work.store.write(replay, None) == 0
+
+            await holds.ends()
+            await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
+            assert await work.store.write(replay, None) == 1
+            work.dispatcher.wake()
+            row = await work.settled()
+
+            assert (row["state"], row["tries"]) == ("done", 1)
+
+    run(test)
+
+
+# --- the lease ------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def leased(url: str, *routes: Route) -> AsyncIterator[Work]:
+    """With a heart that beats all the time."""
+    async with working(url, *routes) as work:
+        beating = asyncio.create_task(work.dispatcher.keep_lease())
+        try:
+            yield work
+        finally:
+            beating.cancel()
+            await asyncio.gather(beating, return_exceptions=True)
+
+
+BEAT_MS = 20
+
+
+@pytest.fixture
+def at_every_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "BEAT", timedelta(milliseconds=BEAT_MS))
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_the_lease_is_renewed_for_as_long_as_the_service_runs(store_url: str) -> None:
+    async def test() -> None:
+        async with leased(store_url, route(Plain())) as work:
+            await work.lease.two_beats()
+            work.clock.now += LEASE_MS - 1
+            await work.lease.two_beats()
+            work.clock.now += LEASE_MS - 1
+            await work.lease.two_beats()
+
+            held = work.rows("SELECT id, lease_until FROM processes")
+            assert held == [(work.lease.process_id, work.clock.now + LEASE_MS)]
+            assert work.lease.until == work.clock.now + LEASE_MS
+            assert work.lease.entered.qsize() == 1
+
+    run(test)
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_a_lease_that_is_lost_cancels_what_runs_and_the_work_goes_on_under_another(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(for_ever, Done("shop-2"), Done("shop-1"))
+        async with leased(store_url, route(handler)) as work:
+            await work.owe("order-1")
+            while not handler.calls:
+                await work.a_turn()
+            work.lease.entered.get_nowait()
+            work.rows("DELETE FROM processes")
+
+            record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            assert (record.code, settlement) == ("lease-lost", None)
+            await asyncio.wait_for(work.lease.entered.get(), PATIENCE)
+            assert work.rows("SELECT id FROM processes") == [(work.lease.process_id,)]
+            await work.owe("order-2")
+            row = await work.settled()
+            assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+            assert work.shown(1)["in_doubt"]
+            ((due,),) = work.rows("SELECT next_at FROM lanes WHERE order_id = 'order-1'")
+            work.move_to(due)
+            row = await work.settled()
+            assert handler.calls == ["deliver", "deliver", "lookup"]
+            assert (row["order_id"], row["state"], row["reference"]) == ("order-1", "done", "shop-1")
+
+    run(test)
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_where_the_store_fails_until_the_lease_is_nearly_over_only_one_that_others_share_cancels(
+    store_url: str,
+) -> None:
+    """Nobody else takes the lanes of a file."""
+
+    async def test() -> None:
+        handler = Counting()
+        async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
+            await work.owe()
+            await handler.has_begun(1)
+            await work.lease.two_beats()
+            work.lease.failing = True
+            work.clock.now = work.lease.until - BEAT_MS
+            await work.lease.two_beats()
+            assert work.dispatcher.running == 1
+            assert work.lanes.settled.empty()
+
+            work.clock.now = work.lease.until
+            await work.lease.two_beats()
+            if not work.store.shared:
+                handler.go_on.set()
+            row = await work.settled()
+
+            if work.store.shared:
+                assert (row["state"], row["in_doubt"], row["code"]) == ("dead", True, "lease-lost")
+            else:
+                assert (row["state"], row["in_doubt"]) == ("done", False)
+            handler.go_on.set()
+
+    run(test)
+
+
+@pytest.mark.usefixtures("at_every_moment")
+def test_a_store_that_is_well_again_in_time_cancels_nothing(store_url: str) -> None:
+    async def test() -> None:
+        handler = Counting()
+        async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
+            await work.owe()
+            await handler.has_begun(1)
+            work.lease.failing = True
+            await work.lease.two_beats()
+            work.clock.now = work.lease.until - BEAT_MS
+            work.lease.failing = False
+            await work.lease.two_beats()
+            work.clock.now += LEASE_MS - BEAT_MS
+            await work.lease.two_beats()
+
+            handler.go_on.set()
+
+            assert (await work.settled())["state"] == "done"
+            assert work.lease.entered.qsize() == 1
+
+    run(test)
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_waits_for_what_runs_and_takes_nothing_more(store_url: str) -> None:
+    async def test() -> None:
+        handler = Counting()
+        async with working(store_url, route(handler)) as work:
+            await work.owe("order-1")
+            await handler.has_begun(1)
+            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
+            await work.owe("order-2")
+
+            handler.go_on.set()
+            await stopping
+
+            assert (work.shown(1)["state"], work.shown(2)["state"]) == ("done", "waiting")
+            assert work.shown(2)["tries"] == 0
+
+    run(test)
+
+
+def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(store_url: str) -> None:
+    async def test() -> None:
+        begun = threading.Event()
+
+        async def hangs(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            begun.set()
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async with working(store_url, route(Asking(hangs))) as work:
+            await work.owe()
+            await asyncio.to_thread(begun.wait, PATIENCE)
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "shutdown")
+
+    run(test)
+
+
+def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "LAST_WORDS", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        entered, go_on = threading.Event(), threading.Event()
+
+        async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
+            entered.set()
+            go_on.wait(PATIENCE)
+            return Done()
+
+        async with working(store_url, route(Asking(blocks))) as work:
+            await work.owe()
+            await asyncio.to_thread(entered.wait, PATIENCE)
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert (row["state"], row["in_doubt"], row["attempts"]) == ("waiting", True, [])
+            go_on.set()
+
+    run(test)
+
+
+def test_what_is_claimed_while_the_service_stops_is_given_back(store_url: str) -> None:
+    """Otherwise an order of which nothing was ever sent would be in doubt, and perhaps wait for a person."""
+
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            work.lanes.keep_back = asyncio.Event()
+            await work.owe()
+            while not await asyncio.wait_for(work.lanes.claimed.get(), PATIENCE):
+                pass
+            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(0)))
+            await asyncio.sleep(0)
+            work.lanes.keep_back.set()
+
+            await stopping
+
+            assert work.dispatcher.running == 0
+            row = work.shown()
+            assert handler.calls == []
+            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+
+    run(test)
+
+
+def test_what_is_being_read_again_while_the_service_stops_is_given_back(store_url: str) -> None:
+    async def test() -> None:
+        handler, reading, go_on = Plain(), asyncio.Event(), asyncio.Event()
+
+        async def slowly() -> None:
+            reading.set()
+            await go_on.wait()
+
+        async with working(store_url, route(handler)) as work:
+            work.norce.answers = [slowly]
+            await work.owe()
+            await reading.wait()
+            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
+            await asyncio.sleep(0)
+            go_on.set()
+
+            await stopping
+
+            row = work.shown()
+            assert handler.calls == []
+            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+
+    run(test)
+
+
+# --- a store that fails ---------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_tried_until_the_store_takes_it(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        handler = Plain(Done("shop-7"))
+        async with working(store_url, route(handler)) as work:
+            work.lanes.failures["settle"] = 3
+            await work.owe()
+
+            row = await work.settled()
+
+            assert handler.calls == ["deliver"]
+            assert (row["state"], row["reference"]) == ("done", "shop-7")
+
+    run(test)
+
+
+def test_work_goes_on_when_the_store_takes_claims_again(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        async with working(store_url, route(Plain())) as work:
+            work.lanes.failures["claim"] = 3
+            await work.owe()
+
+            assert (await work.settled())["state"] == "done"
+
+    run(test)
+
+
+def test_a_record_that_no_store_takes_before_the_end_leaves_the_lane_in_doubt(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+    async def test() -> None:
+        handler = Counting()
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            await handler.has_begun(1)
+            work.lanes.failures["settle"] = 1_000_000
+            handler.go_on.set()
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert (row["state"], row["in_doubt"]) == ("waiting", True)
+
+    run(test)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
+
+
+@pytest.mark.usefixtures("impatient")
+def test_claims_that_are_on_disk_although_the_store_failed_are_run_once_and_without_doubt(store_url: str) -> None:
+    async def test() -> None:
+        busy, handler = Counting(), Asking()
+        async with working(store_url, route(busy), route(handler, name="other")) as work:
+            await work.owe("order-1")
+            await busy.has_begun(1)
+            work.lanes.left_open["claim"] = 1
+            await work.owe("order-2", route="other")
+            await work.owe("order-3", route="other")
+
+            rows_ = [await work.settled(), await work.settled()]
+
+            assert not work.lanes.lost.empty()
+            assert handler.calls == ["deliver", "deliver"]
+            assert [context.attempt for _, context in handler.seen] == [1, 1]
+            assert [(row["state"], row["tries"], len(row["attempts"])) for row in rows_] == [("done", 1, 1)] * 2
+            busy.go_on.set()  # what was running meanwhile has not been given back
+            row = await work.settled()
+            assert (row["order_id"], row["state"], row["tries"]) == ("order-1", "done", 1)
+            assert busy.peak == 1
+
+    run(test)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_what_was_in_doubt_before_such_a_claim_still_is(store_url: str) -> None:
+    async def test() -> None:
+        handler = Asking(Unknown("no-answer"), Done("shop-7"))
+        async with working(store_url, route(handler)) as work:
+            await work.owe()
+            row = await work.settled()
+            work.lanes.left_open["claim"] = 1
+            work.move_to(row["next_at"])
+            row = await work.settled()
+
+            assert not work.lanes.lost.empty()
+            assert handler.calls == ["deliver", "lookup"]
+            assert (row["state"], row["tries"]) == ("done", 2)
+
+    run(test)
+
+
+def test_a_stop_gives_back_claims_that_are_on_disk_although_the_store_failed(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            await work.a_turn()  # it looks again only when it is told to
+            work.lanes.left_open["claim"] = 1
+            await work.owe()
+            await asyncio.wait_for(work.lanes.lost.get(), PATIENCE)
+
+            await work.dispatcher.stop(timedelta(0))
+
+            row = work.shown()
+            assert handler.calls == []
+            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+            assert work.rows("SELECT holder FROM lanes") == [(None,)]
+
+    run(test)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_lane_whose_attempt_met_a_mistake_of_ours_is_never_taken_for_one_that_nobody_ran(store_url: str) -> None:
+    async def test() -> None:
+        handler = Plain()
+        async with working(store_url, route(handler)) as work:
+            work.lanes.mistakes.add("order-1")
+            await work.owe("order-1")
+            while not handler.calls or work.dispatcher.running:
+                await work.a_turn()
+            work.lanes.left_open["claim"] = 1
+            await work.owe("order-2")
+            row = await work.settled()
+            await work.quiet()
+
+            assert (row["order_id"], row["state"]) == ("order-2", "done")
+            assert not work.lanes.lost.empty()
+            assert handler.calls == ["deliver", "deliver"]
+            assert (work.shown(1)["state"], work.shown(1)["in_doubt"]) == ("waiting", True)
+
+    run(test)
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("step", [Done("shop-7"), Retry("busy"), Reject("no-shop")], ids=repr)
+def test_a_record_that_is_on_disk_although_the_store_failed_is_not_written_again(store_url: str, step: Step) -> None:
+    async def test() -> None:
+        handler = Plain(step)
+        async with working(store_url, route(handler)) as work:
+            work.lanes.left_open["settle"] = 1
+            await work.owe()
+
+            record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+            await work.quiet()
+
+            assert not work.lanes.lost.empty()
+            row = work.shown()
+            assert settlement is not None
+            assert settlement.state.value == row["state"]
+            assert (row["tries"], row["in_doubt"], len(row["attempts"])) == (1, False, 1)
+            labels = {"route": "export", "outcome": record.outcome}
+            assert work.metrics.registry.get_sample_value("norce_adapter_delivery_attempts_total", labels) == 1
+            assert handler.calls == ["deliver"]
+
+    run(test)

@@ -1,0 +1,1094 @@
+"""The export to Jetshop: the mapping as values, the network against the stand-in, and the stand-in itself."""
+
+import asyncio
+import copy
+import json
+import socket
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import ROUND_HALF_UP, Decimal
+from typing import Any
+
+import httpx
+import hypothesis
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonpointer import JsonPointer
+
+from adapter.handlers.jetshop import JetshopExport
+from adapter.handlers.jetshop.contract import contract, misses, schema
+from adapter.handlers.jetshop.mapping import canonical, order_key, payment_information, payment_path
+from adapter.handlers.jetshop.settings import JetshopSettings
+from adapter.orders import Order, read_order
+from adapter.outgoing import Outgoing
+from adapter.plugin import (
+    Context,
+    Done,
+    Misconfigured,
+    Notification,
+    Outcome,
+    Previous,
+    Reject,
+    Retry,
+    Skip,
+    Unknown,
+    Url,
+)
+from adapter.sandbox.jetshop_stand_in import (
+    BROKEN,
+    DROPPED_AFTER,
+    DROPPED_BEFORE,
+    MALFORMED,
+    Accepted,
+    Fault,
+    JetshopStandIn,
+)
+from tests import ORDERS
+
+COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
+NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
+ABSENT = object()
+CANARY = "CANARY"
+
+SETTINGS = {
+    "base_url": "http://localhost:8000",
+    "shop_id": "1",
+    "auth": {"type": "basic", "username": "stand-in", "password": "stand-in"},
+    "method_map": {
+        "awardit_adapter:Presentkort": {"code": "giftcard", "name": "Gift card"},
+        "klarna_checkout_adapter": {"code": "klarna"},
+    },
+}
+
+
+def settings(**changes: Any) -> JetshopSettings:
+    tree = {name: value for name, value in (SETTINGS | changes).items() if value is not ABSENT}
+    return msgspec.convert(tree, JetshopSettings, dec_hook=lambda type_, value: type_(value))
+
+
+def order(changes: Mapping[str, Any] | None = None, base: Any = COMPLETED) -> Order:
+    """The completed order, with other values at these pointers."""
+    tree = copy.deepcopy(base)
+    for pointer, value in (changes or {}).items():
+        parent, name = JsonPointer(pointer).to_last(tree)
+        if value is ABSENT:
+            del parent[name]
+        else:
+            parent[name] = value
+    return read_order(json.dumps(tree).encode())
+
+
+def refusal(changes: Mapping[str, Any], **changed_settings: Any) -> Reject:
+    with pytest.raises(Reject) as raised:
+        payment_information(order(changes), settings(**changed_settings))
+    return raised.value
+
+
+# --- the mapping ----------------------------------------------------------------------------------------------------
+
+ADDRESS = {
+    "firstName": "Tove",
+    "lastName": "Testsson",
+    "street": "Provgatan 12",
+    "street2": "Lgh 1203",
+    "postalCode": "411 23",
+    "city": "Göteborg",
+    "countryCode": "SE",
+}
+
+DOCUMENT = {
+    "schemaVersion": "1",
+    "source": {
+        "system": "norce-checkout",
+        "orderId": "oKvRmTzQwYbLsXnHdJcFgPeAu",
+        "merchant": "fjallboden",
+        "channel": "se-b2c",
+    },
+    "orderReference": "100245",
+    "cartReference": "56393",
+    "state": "completed",
+    "completedAt": "2026-02-03T08:16:35.870Z",
+    "currency": "SEK",
+    "country": "SE",
+    "culture": "sv-SE",
+    "payments": [
+        {
+            "id": "pVbNmQwErTyUiOpAsDfGhJkL",
+            "providerId": "awardit_adapter",
+            "type": "voucher",
+            "state": "confirmed",
+            "method": {"code": "giftcard", "name": "Gift card"},
+            "transactionId": "GC-7710-0042",
+            "amount": "200.00",
+            "currency": "SEK",
+        },
+        {
+            "id": "pKbXuYjvYxsezKCQAMuuSKGD",
+            "providerId": "klarna_checkout_adapter",
+            "type": "default",
+            "state": "reserved",
+            "method": {"code": "klarna"},
+            "transactionId": "7d31e2cf-2d46-4db0-b87d-d65dfaae298f",
+            "amount": "1678.10",
+            "currency": "SEK",
+        },
+    ],
+    "shippings": [
+        {
+            "id": "sWbKpXvRqLzTnHyMdGfJcEa",
+            "providerId": "ingrid_adapter",
+            "reference": "e8ed2091-c34c-4837-a3a8-bc827b0dc183",
+            "tmsReference": "a935a628-f70c-47a4-a9f6-98c6d08c2ba3",
+            "name": "PostNord MyPack Collect",
+            "carrier": "PostNord",
+            "productReference": "pn-mypack-collect",
+            "pickupLocationReference": "SE-1148",
+            "total": {"incVat": "59.00", "exVat": "47.20", "vat": "11.80"},
+            "vatRate": "0.25",
+        }
+    ],
+    "totals": {
+        "order": {"incVat": "1878.10", "exVat": "1532.88", "vat": "345.22"},
+        "cart": {"incVat": "1819.10", "exVat": "1485.68", "vat": "333.42"},
+        "shipping": {"incVat": "59.00", "exVat": "47.20", "vat": "11.80"},
+        "payments": "1878.10",
+    },
+    "customer": {
+        "type": "person",
+        "email": "tove.testsson@example.com",
+        "phone": "+46701740606",
+        "billing": ADDRESS,
+        "shipping": ADDRESS,
+    },
+}
+
+
+def test_a_completed_order_becomes_exactly_this_document():
+    assert payment_information(order(), settings()) == DOCUMENT
+
+
+def test_enumerations_country_and_currency_come_in_either_case():
+    changes = {
+        "/state/currentStatus": "Completed",
+        "/state/transitions/3/status": "Completed",
+        "/currency": "sek",
+        "/country": "se",
+        "/customer/type": "Person",
+        "/customer/billing/country": "se",
+        "/payments/0/type": "Voucher",
+        "/payments/0/state": "Confirmed",
+        "/payments/0/currency": "sek",
+        "/shippings/0/state": "Removed",
+    }
+
+    assert payment_information(order(changes), settings()) == DOCUMENT
+
+
+def test_the_last_completion_counts_and_is_told_in_utc():
+    transitions = [
+        {"status": "completed", "timeStamp": "2026-02-03T08:00:00Z"},
+        {"status": "accepted", "timeStamp": "2026-02-03T09:00:00Z"},
+        {"status": "completed", "timeStamp": "2026-02-03T10:00:00.1234567+01:00"},
+        {"status": "removed", "timeStamp": "2026-02-03T11:00:00Z"},
+    ]
+
+    document = payment_information(order({"/state/transitions": transitions}), settings())
+
+    assert document["completedAt"] == "2026-02-03T09:00:00.123Z"
+
+
+def test_an_order_that_costs_nothing_needs_no_payment():
+    free = {"includingVat": 0, "excludingVat": 0.0}
+    changes = {"/total": free, "/payments": [], "/shippings": [], "/cart/total": free}
+
+    document = payment_information(order(changes), settings())
+
+    assert document["payments"] == []
+    assert document["totals"] == {
+        "order": {"incVat": "0.00", "exVat": "0.00", "vat": "0.00"},
+        "cart": {"incVat": "0.00", "exVat": "0.00", "vat": "0.00"},
+        "payments": "0.00",
+    }
+
+
+def test_payments_in_other_states_are_left_out():
+    failed = COMPLETED["payments"][1] | {"state": "failed", "amount": 99}
+
+    document = payment_information(order({"/payments": [failed, *COMPLETED["payments"]]}), settings())
+
+    assert document["payments"] == DOCUMENT["payments"]
+
+
+def test_shippings_that_failed_are_left_out():
+    failed = COMPLETED["shippings"][1] | {"state": "failed"}
+
+    document = payment_information(order({"/shippings": [failed, *COMPLETED["shippings"]]}), settings())
+
+    assert document == DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("level", "members"),
+    [("full", {"type", "email", "phone", "billing", "shipping"}), ("contact", {"type", "email", "phone"})],
+)
+def test_as_much_of_the_customer_as_the_settings_allow(level, members):
+    assert set(payment_information(order(), settings(customer=level))["customer"]) == members
+
+
+def test_no_customer_at_all():
+    document = payment_information(order({"/customer/billing/country": "Sweden"}), settings(customer="none"))
+
+    assert "customer" not in document
+
+
+def test_identity_numbers_are_never_sent():
+    changes = {
+        f"/customer/{address}/{name}IdentificationNumber": CANARY
+        for address in ("billing", "shipping")
+        for name in ("national", "organization")
+    }
+
+    assert CANARY not in canonical(payment_information(order(changes), settings())).decode()
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["klarna_checkout_adapter:Klarna Checkout", "klarna_checkout_adapter", "Klarna Checkout", "*"], 0),
+        (["klarna_checkout_adapter", "Klarna Checkout", "*"], 0),
+        (["*", "Klarna Checkout"], 1),
+        (["something-else", "*"], 1),
+    ],
+    ids=["adapter-and-name", "adapter", "name", "star"],
+)
+def test_method_map_is_asked_from_the_most_exact_to_the_star(keys, expected):
+    method_map = {key: {"code": f"code-{index}"} for index, key in enumerate(keys)}
+
+    document = payment_information(order(), settings(method_map={"*": {"code": "other"}} | method_map))
+
+    assert document["payments"][1]["method"] == {"code": f"code-{expected}"}
+
+
+def test_passthrough_sends_the_method_as_norce_names_it():
+    document = payment_information(order(), settings(method_map={}, unmapped="passthrough"))
+
+    assert document["payments"][1]["method"] == {"code": "klarna_checkout_adapter", "name": "Klarna Checkout"}
+
+
+REFUSALS = {
+    "currency-missing": ({"/currency": None}, "order-validation", "currency is missing"),
+    "currency": ({"/currency": f"{CANARY}"}, "order-validation", "currency is not three letters (ISO 4217)"),
+    "country": ({"/country": CANARY}, "order-validation", "country is not two letters (ISO 3166-1)"),
+    "culture": ({"/culture": f"{CANARY}!"}, "order-validation", "culture is not a language and a country"),
+    "not-completed": ({"/state/currentStatus": CANARY}, "order-validation", "state.currentStatus is not completed"),
+    "never-completed": ({"/state/transitions": []}, "order-validation", "state.transitions: none is completed"),
+    "no-moment": ({"/state/transitions/3/timeStamp": CANARY}, "order-validation", "has no timeStamp"),
+    "order-id": ({"/id": None}, "order-validation", "id is missing"),
+    "merchant": ({"/merchant": " "}, "order-validation", "merchant is missing"),
+    "channel": ({"/channel": ABSENT}, "order-validation", "channel is missing"),
+    "total-missing": ({"/total": None}, "order-validation", "total.includingVat is missing"),
+    "total-negative": ({"/total/excludingVat": -1}, "order-validation", "total.excludingVat is negative"),
+    "total-infinite": (
+        {"/total/includingVat": "Infinity"},
+        "order-validation",
+        "total.includingVat holds a value of a wrong type",
+    ),
+    "total-nan": (
+        {"/total/excludingVat": "NaN"},
+        "order-validation",
+        "total.excludingVat holds a value of a wrong type",
+    ),
+    "total-text": ({"/total/includingVat": CANARY}, "order-validation", "total.includingVat holds a value of a wrong"),
+    "total-huge": ({"/total/includingVat": 10**12}, "order-validation", "total.includingVat has more than twelve"),
+    "total-vat": ({"/total/excludingVat": 1879}, "order-validation", "total is less with VAT than without"),
+    "cart-total": ({"/cart/total/excludingVat": None}, "order-validation", "cart.total.excludingVat is missing"),
+    "cart-total-type": ({"/cart/total": CANARY}, "order-validation", "cart.total holds a value of a wrong type"),
+    "cart-type": ({"/cart": CANARY}, "order-validation", "cart holds a value of a wrong type"),
+    "payment-id": ({"/payments/0/id": ""}, "order-validation", "payments[0].id is missing"),
+    "payment-adapter": ({"/payments/1/adapterId": None}, "order-validation", "payments[1].adapterId is missing"),
+    "payment-type": ({"/payments/1/type": CANARY}, "order-validation", "payments[1].type is not default, prepaid or"),
+    "payment-amount": ({"/payments/1/amount": None}, "order-validation", "payments[1].amount is missing"),
+    "payment-negative": ({"/payments/1/amount": -0.01}, "order-validation", "payments[1].amount is negative"),
+    "payment-nan": (
+        {"/payments/1/amount": "NaN"},
+        "order-validation",
+        "payments[1].amount holds a value of a wrong type",
+    ),
+    "payment-amount-type": ({"/payments/0/amount": CANARY}, "order-validation", "payments[0].amount holds a value"),
+    "payments-type": ({"/payments": CANARY}, "order-validation", "payments holds a value of a wrong type"),
+    "payment-method": ({"/payments/1/adapterId": CANARY}, "order-validation", "payments[1] has no entry in method_map"),
+    "payment-currency": ({"/payments/0/currency": "NOK"}, "payment-error", "payments[0].currency is not the order's"),
+    "no-payment": ({"/payments": []}, "payment-error", "payments: none is reserved, captured, confirmed or pending"),
+    "all-removed": (
+        {"/payments/0/state": "removed", "/payments/1/state": "removed"},
+        "payment-error",
+        "payments: none is reserved, captured, confirmed or pending",
+    ),
+    "sum": ({"/payments/1/amount": 1678.12}, "payment-error", "do not add up to total.includingVat within"),
+    "refunded": (
+        {"/payments/1/state": "Refunded"},
+        "payment-error",
+        "(left out by their state: payments[1] is refunded",
+    ),
+    "odd-state": ({"/payments/1/state": CANARY}, "payment-error", "(left out by their state: payments[1])"),
+    "shipping-id": ({"/shippings/1/id": None}, "order-validation", "shippings[1].id is missing"),
+    "shipping-total": ({"/shippings/1/total": {}}, "order-validation", "shippings[1].total.includingVat is missing"),
+    "shipping-vat": ({"/shippings/1/vatRate": 25}, "order-validation", "shippings[1].vatRate is not a fraction"),
+    "shipping-no-vat": ({"/shippings/1/vatRate": None}, "order-validation", "shippings[1].vatRate is missing"),
+    "shipping-type": ({"/shippings/1/vatRate": CANARY}, "order-validation", "shippings[1].vatRate holds a value of a"),
+    "customer-type": ({"/customer/type": CANARY}, "order-validation", "customer.type is not person or organization"),
+    "address-country": (
+        {"/customer/shipping/country": CANARY},
+        "order-validation",
+        "customer.shipping.country is not two letters",
+    ),
+}
+PERSONAL = {
+    f"/customer/{address}/{member}": f"{CANARY} {member}"
+    for address in ("billing", "shipping")
+    for member in ("givenName", "familyName", "streetAddress", "postalCode", "city", "phone", "email")
+}
+
+
+@pytest.mark.parametrize(("changes", "code", "text"), REFUSALS.values(), ids=REFUSALS.keys())
+def test_what_cannot_be_exported_is_refused_by_member_and_rule(changes, code, text):
+    reject = refusal(PERSONAL | changes)
+
+    assert reject.code == code
+    assert text in reject.message
+    assert CANARY.lower() not in str(reject).lower()
+
+
+def test_everything_that_stands_against_an_order_is_told_at_once():
+    """Also what is wrong with the payments, though the order is refused for other reasons too."""
+    reject = refusal({"/currency": "string", "/payments": [], "/shippings/1/id": None, "/country": "Sweden"})
+
+    assert str(reject) == (
+        "order-validation: currency is not three letters (ISO 4217); "
+        "payments: none is reserved, captured, confirmed or pending; "
+        "shippings[1].id is missing; "
+        "country is not two letters (ISO 3166-1)"
+    )
+
+
+def test_very_many_findings_are_counted():
+    reject = refusal({"/payments": [{"state": "captured"}] * 30})
+
+    assert reject.message.count(";") == 25
+    assert reject.message.endswith("more")
+
+
+def test_the_sample_of_the_api_reference_cannot_be_exported_and_says_why():
+    sample = json.loads((ORDERS / "order-api-request-sample.json").read_text())
+    sample |= {"id": "o_1", "merchant": "norce", "channel": "1", "lastModified": "2026-02-03T08:16:35.870Z"}
+    sample["state"]["currentStatus"] = "completed"
+
+    with pytest.raises(Reject) as raised:
+        payment_information(order(base=sample), settings())
+
+    assert str(raised.value) == (
+        "order-validation: currency is not three letters (ISO 4217); "
+        "payments: none is reserved, captured, confirmed or pending; "
+        "state.transitions: none is completed, so that there is no moment to export; "
+        "country is not two letters (ISO 3166-1); "
+        "culture is not a language and a country such as sv-SE"
+    )
+
+
+def test_what_the_mapping_lets_through_is_still_held_against_the_contract():
+    many = [COMPLETED["payments"][1] | {"amount": 999_999_999_999}] * 2
+
+    reject = refusal({"/payments": many}, amount_tolerance="10000000000000")
+
+    assert reject.message == "the document breaks the contract: /totals/payments breaks `pattern`"
+
+
+def test_members_that_are_no_money_may_be_odd():
+    document = payment_information(order({"/cart/items/0/quantity": "three", "/consents": 7}), settings())
+
+    assert document == DOCUMENT
+
+
+def test_a_difference_as_large_as_the_tolerance_is_still_tolerated():
+    payments = payment_information(order({"/payments/1/amount": 1678.11}), settings())["totals"]["payments"]
+
+    assert payments == "1878.11"
+
+
+ROUNDINGS = {
+    "half-up": ("0.005", 2, "0.01"),
+    "half-of-even": ("0.025", 2, "0.03"),
+    "below-half": ("0.0149999", 2, "0.01"),
+    "to-nothing": ("0.0049", 2, "0.00"),
+    "four-decimals": ("1.00005", 4, "1.0001"),
+    "integer": ("7", 3, "7.000"),
+    "exponent": ("1e2", 2, "100.00"),
+    "negative-zero": ("-0.0", 2, "0.00"),
+}
+
+
+@pytest.mark.parametrize(("amount", "scale", "text"), ROUNDINGS.values(), ids=ROUNDINGS.keys())
+def test_amounts_are_rounded_half_up_to_the_scale(amount, scale, text):
+    raw = json.dumps(COMPLETED | {"payments": [COMPLETED["payments"][1] | {"amount": "AMOUNT"}]})
+    paid = read_order(raw.replace('"AMOUNT"', amount).encode())
+
+    document = payment_information(paid, settings(money_scale=scale, amount_tolerance="2000"))
+
+    assert document["payments"][0]["amount"] == text
+
+
+@hypothesis.settings(deadline=None)  # the first example reads the contract
+@given(
+    amounts=st.lists(st.decimals(min_value=0, max_value=10**9, places=6), min_size=1, max_size=6),
+    vat=st.decimals(min_value=0, max_value=1, places=6),
+    scale=st.sampled_from([2, 3, 4]),
+)
+def test_money_adds_up_in_the_document_and_is_rounded_half_up(amounts, vat, scale):
+    total = sum(amounts)
+    raw = json.dumps(
+        COMPLETED | {"payments": "PAYMENTS", "total": {"includingVat": "INC", "excludingVat": "EX"}, "shippings": []}
+    )
+    payments = [
+        json.dumps(COMPLETED["payments"][1] | {"amount": "AMOUNT"}).replace('"AMOUNT"', str(amount))
+        for amount in amounts
+    ]
+    raw = raw.replace('"PAYMENTS"', f"[{','.join(payments)}]")
+    raw = raw.replace('"INC"', f"{total:f}").replace('"EX"', f"{total * (1 - vat):f}")
+
+    document = payment_information(read_order(raw.encode()), settings(money_scale=scale, amount_tolerance="0.03"))
+
+    sent = [Decimal(payment["amount"]) for payment in document["payments"]]
+    prices = document["totals"]["order"]
+    unit = Decimal(1).scaleb(-scale)
+    assert sent == [amount.quantize(unit, ROUND_HALF_UP) for amount in amounts]
+    assert sum(sent) == Decimal(document["totals"]["payments"])
+    assert Decimal(prices["exVat"]) + Decimal(prices["vat"]) == Decimal(prices["incVat"])
+    texts = [payment["amount"] for payment in document["payments"]] + [*prices.values(), document["totals"]["payments"]]
+    assert all(not misses("Money", text) and len(text.partition(".")[2]) == scale for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "key"),
+    [
+        (["reference", "cart.reference"], {}, "100245"),
+        (["reference", "cart.reference"], {"/reference": ""}, "56393"),
+        (["id"], {}, "oKvRmTzQwYbLsXnHdJcFgPeAu"),
+        (["/attributes/shopOrder", "id"], {"/attributes/shopOrder": 4711}, "4711"),
+        (["/cart/attributes/a~1b"], {"/cart/attributes/a~1b": "x"}, "x"),
+        (["/attributes/none", "cart.reference"], {}, "56393"),
+    ],
+    ids=["reference", "cart-reference", "id", "number", "escaped", "absent"],
+)
+def test_the_first_key_source_with_a_value_names_the_order(source, changes, key):
+    assert order_key(order(changes), settings(key_source=source)) == key
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"/reference": None, "/cart/reference": " "}, "none of reference, cart.reference has a value"),
+        ({"/reference": 100245}, "reference is not text"),
+        ({"/reference": None, "/cart/reference": 56393}, "cart.reference is not text"),
+        ({"/reference": None, "/cart": 7}, "cart.reference is not text"),
+        ({"/reference": ".."}, "reference cannot be part of an address"),
+    ],
+    ids=["none", "number", "cart-number", "odd-cart", "dots"],
+)
+def test_an_order_without_a_certain_key_is_refused(changes, text):
+    with pytest.raises(Reject) as raised:
+        order_key(order(changes), settings())
+
+    assert (raised.value.code, text in raised.value.message) == ("order-validation", True)
+
+
+def test_values_in_the_path_are_percent_encoded():
+    path = payment_path("a/b %?ö", settings(shop_id="se/1", path_payment_information="/x/{shopId}/{orderKey}"))
+
+    assert path == "/x/se%2F1/a%2Fb%20%25%3F%C3%B6"
+
+
+# --- the settings ---------------------------------------------------------------------------------------------------
+
+BAD_SETTINGS = {
+    "no-method-map": ({"method_map": {}}, "every paid order would be refused"),
+    "host-http": ({"base_url": "http://shop.example"}, "https://"),
+    "auth-type": ({"auth": {"type": "digest"}}, "digest"),
+    "user-colon": ({"auth": {"type": "basic", "username": "a:b", "password": "c"}}, "must not hold a colon"),
+    "bearer-lines": (
+        {"auth": {"type": "bearer", "token": f"{CANARY}\n"}},
+        "token must be plain ASCII text on one line",
+    ),
+    "auth-header": ({"auth": {"type": "header", "name": "Content-Type", "value": CANARY}}, "is set by this handler"),
+    "header-name": ({"headers": {"a b": "c"}}, "is not the name of a header"),
+    "header-reserved": ({"headers": {"Idempotency-Key": "c"}}, "Idempotency-Key is set by this handler"),
+    "header-value": ({"headers": {"x": f"{CANARY}\r\n"}}, "x must have a value of plain ASCII text"),
+    "header-twice": (
+        {"auth": {"type": "header", "name": "X-Key", "value": "v"}, "headers": {"x-key": "w"}},
+        "leave it out of headers",
+    ),
+    "path-key": ({"path_payment_information": "/shops/{shopId}"}, "needs {orderKey}"),
+    "path-name": ({"path_payment_information": "/{shop}/{orderKey}"}, "not {shop}"),
+    "path-query": ({"path_payment_information": "/{orderKey}?a=b"}, "must be a plain path"),
+    "path-relative": ({"path_payment_information": "{orderKey}"}, "must be a plain path"),
+    "path-dots": ({"path_payment_information": "/../{orderKey}"}, "must be a plain path"),
+    "key-source": ({"key_source": ["/customer/billing/email"]}, "key_source takes"),
+    "states": ({"include_states": ["refunded"]}, "Invalid enum value"),
+    "scale": ({"money_scale": 5}, "<= 4"),
+    "tolerance": ({"amount_tolerance": "-0.01"}, "amount_tolerance must be zero or more"),
+    "tolerance-nan": ({"amount_tolerance": "NaN"}, "amount_tolerance must be zero or more"),
+    "unknown": ({"transport": "soap12"}, "unknown field"),
+}
+
+
+@pytest.mark.parametrize(("changes", "text"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
+def test_settings_that_cannot_work_are_refused(changes, text):
+    with pytest.raises(msgspec.ValidationError) as raised:
+        settings(**changes)
+
+    assert text in str(raised.value)
+    assert CANARY not in str(raised.value)
+
+
+def test_defaults():
+    assert settings(method_map=ABSENT, unmapped="passthrough") == JetshopSettings(
+        base_url=Url("http://localhost:8000"),
+        shop_id="1",
+        auth=settings().auth,
+        headers={},
+        path_payment_information="/shops/{shopId}/orders/{orderKey}/payment-information",
+        key_source=("reference", "cart.reference"),
+        include_states=("reserved", "captured", "confirmed", "pending"),
+        method_map={},
+        unmapped="passthrough",
+        amount_tolerance=Decimal("0.01"),
+        money_scale=2,
+        customer="full",
+        not_found_grace_seconds=600,
+    )
+
+
+def test_every_setting_is_described():
+    pending: list[Any] = [JetshopSettings]
+    while pending:
+        struct = pending.pop()
+        for field in msgspec.json.schema_components([struct], ref_template="{name}")[1].values():
+            for name, declared in field.get("properties", {}).items():
+                assert declared.get("description") or name == "type", name
+                assert name != "transport"
+
+
+# --- the export -----------------------------------------------------------------------------------------------------
+
+
+class QuietLog:
+    def debug(self, event: str, **fields: Any) -> None: ...
+    def info(self, event: str, **fields: Any) -> None: ...
+    def warning(self, event: str, **fields: Any) -> None: ...
+    def error(self, event: str, **fields: Any) -> None: ...
+
+
+class NoOrders:
+    async def read(self, order_id: str) -> Order:
+        raise AssertionError("the export reads no order")
+
+
+def export(
+    shop: JetshopStandIn | None,
+    method: str = "deliver",
+    *,
+    of: Order | None = None,
+    with_settings: JetshopSettings | None = None,
+    previous: Previous | None = None,
+    first_attempt_at: datetime = NOW,
+    time_left: timedelta = timedelta(seconds=30),
+) -> Done | Skip | Outcome | None:
+    """One call of the handler, and what came of it. Without a shop at hand the request goes over TCP."""
+    chosen, the_order = with_settings or settings(), of or order()
+
+    async def call() -> Done | Skip | Outcome | None:
+        outgoing = Outgoing(None if shop is None else httpx.ASGITransport(app=shop))
+        context = Context(
+            settings=chosen,
+            log=QuietLog(),
+            http=outgoing.client(chosen, NOW + time_left, lambda: NOW),
+            orders=NoOrders(),
+            clock=lambda: NOW,
+            identity="the-event",
+            route="export-payment",
+            deadline=NOW + time_left,
+            first_attempt_at=first_attempt_at,
+            previous=previous,
+        )
+        notification = Notification(
+            id=1,
+            merchant="fjallboden",
+            channel="se-b2c",
+            callback="order-status",
+            order=the_order,
+            received=the_order,
+            raw=the_order.raw,
+            received_at=NOW,
+        )
+        try:
+            return await getattr(JetshopExport(), method)(notification, context)
+        except Outcome as outcome:
+            return outcome
+        finally:
+            await outgoing.aclose()
+
+    outcome = asyncio.run(call())
+    assert shop is None or shop.violations == []
+    return outcome
+
+
+def test_an_export_is_done_with_the_shops_number():
+    shop = JetshopStandIn()
+
+    outcome = export(shop)
+
+    assert isinstance(outcome, Done)
+    assert outcome.reference == shop.order_number("100245")
+    assert outcome.facts["result"] == "created"
+    assert [(entry.order_key, entry.document, entry.result) for entry in shop.journal] == [
+        ("100245", DOCUMENT, "created")
+    ]
+
+
+def test_an_export_of_the_same_document_is_skipped_without_a_request():
+    shop = JetshopStandIn()
+    first = export(shop)
+    assert isinstance(first, Done)
+    requests = shop.requests
+
+    outcome = export(shop, previous=Previous(reference=first.reference, facts=first.facts, at=NOW))
+
+    assert outcome == Skip("nothing-changed")
+    assert shop.requests == requests
+
+
+def test_an_export_of_another_document_replaces_the_first():
+    shop = JetshopStandIn()
+    first = export(shop)
+    assert isinstance(first, Done)
+
+    captured = order({"/payments/1/state": "captured"})
+    outcome = export(shop, of=captured, previous=Previous(reference=None, facts=first.facts, at=NOW))
+
+    assert isinstance(outcome, Done)
+    assert outcome.facts["result"] == "updated"
+    assert outcome.facts["payload"] != first.facts["payload"]
+    assert len({entry.idempotency_key for entry in shop.journal}) == 2
+
+
+def test_a_repeated_attempt_has_the_same_idempotency_key_and_no_second_effect():
+    shop = JetshopStandIn()
+
+    outcomes = [export(shop), export(shop)]
+
+    assert [outcome.facts["result"] for outcome in outcomes if isinstance(outcome, Done)] == ["created", "unchanged"]
+    assert len({entry.idempotency_key for entry in shop.journal}) == 1
+    assert shop.exports("100245") == 1
+
+
+ANSWERS = {
+    "202": (Fault(acts=True, status=202), Unknown, "jetshop-broken-answer", 1),
+    "202-with-a-result": (
+        Fault(acts=True, status=202, body=b'{"orderKey": "100245", "result": "created"}'),
+        Unknown,
+        "jetshop-broken-answer",
+        1,
+    ),
+    "broken-body": (BROKEN, Unknown, "jetshop-broken-answer", 1),
+    "malformed-body": (MALFORMED, Unknown, "jetshop-broken-answer", 1),
+    "another-key": (
+        Fault(acts=True, body=b'{"orderKey": "1", "result": "created"}'),
+        Unknown,
+        "jetshop-broken-answer",
+        1,
+    ),
+    "307": (Fault(status=307, location="https://elsewhere.example"), Misconfigured, "jetshop-redirected", 0),
+    "400": (Fault(status=400), Reject, "jetshop-bad-request", 0),
+    "401": (Fault(status=401), Misconfigured, "jetshop-unauthorized", 0),
+    "403": (Fault(status=403), Misconfigured, "jetshop-unauthorized", 0),
+    "404": (Fault(status=404), Retry, "jetshop-order-not-found", 0),
+    "408": (Fault(status=408), Retry, "destination-busy", 0),
+    "409": (Fault(status=409), Reject, "order-conflict", 0),
+    "418": (Fault(status=418), Reject, "destination-refused", 0),
+    "422": (Fault(status=422), Reject, "jetshop-validation", 0),
+    "429": (Fault(status=429), Retry, "destination-busy", 0),
+    "500": (Fault(status=500), Unknown, "destination-error", 0),
+    "500-after-acting": (Fault(acts=True, status=500), Unknown, "destination-error", 1),
+    "502": (Fault(status=502), Unknown, "destination-error", 0),
+    "503": (Fault(status=503), Retry, "destination-busy", 0),
+    "dropped-before": (DROPPED_BEFORE, Unknown, "destination-no-answer", 0),
+    "dropped-after": (DROPPED_AFTER, Unknown, "destination-no-answer", 1),
+}
+
+
+@pytest.mark.parametrize(("fault", "kind", "code", "effects"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_every_answer_has_its_outcome(fault, kind, code, effects):
+    shop = JetshopStandIn()
+    shop.script("100245", fault)
+
+    outcome = export(shop)
+
+    assert type(outcome) is kind
+    assert outcome.code == code
+    assert shop.exports("100245") == effects
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_busy_shop_is_not_asked_before_it_wants_to_be(status):
+    shop = JetshopStandIn()
+    shop.script("100245", Fault(status=status, retry_after="120"))
+
+    outcome = export(shop)
+
+    assert isinstance(outcome, Retry)
+    assert outcome.after == timedelta(seconds=120)
+
+
+@pytest.mark.parametrize(("seconds", "kind"), [(0, Retry), (599, Retry), (600, Reject)])
+def test_an_unknown_order_is_waited_for_as_long_as_the_grace(seconds, kind):
+    shop = JetshopStandIn()
+    shop.missing_until("100245", 1)
+
+    outcome = export(shop, first_attempt_at=NOW - timedelta(seconds=seconds))
+
+    assert type(outcome) is kind
+    assert outcome.code == "jetshop-order-not-found"
+
+
+def test_an_order_that_the_shop_gets_later_is_exported_then():
+    shop = JetshopStandIn()
+    shop.missing_until("100245", 2)
+
+    outcomes = [export(shop) for _ in range(3)]
+
+    assert [type(outcome) for outcome in outcomes] == [Retry, Retry, Done]
+
+
+def test_a_refusal_shows_its_code_and_places_of_our_document_and_nothing_else():
+    shop = JetshopStandIn()
+    paths = ("/payments/0/method/code", "/customer/CANARY", "CANARY", "")
+    shop.script("100245", Fault(status=422, code="method-unknown", details=paths))
+
+    outcome = export(shop)
+
+    assert str(outcome) == ("jetshop-validation: PUT was answered 422 (method-unknown) for /payments/0/method/code")
+
+
+def test_a_refusal_in_free_text_shows_its_status_alone():
+    shop = JetshopStandIn()
+    shop.script("100245", Fault(status=400, code="CANARY is no code"))
+
+    assert str(export(shop)) == "jetshop-bad-request: PUT was answered 400"
+
+
+def test_an_order_that_cannot_be_mapped_never_leaves():
+    shop = JetshopStandIn()
+
+    outcome = export(shop, of=order({"/payments": []}))
+
+    assert isinstance(outcome, Reject)
+    assert shop.requests == 0
+
+
+@pytest.mark.parametrize(
+    ("auth", "header", "value"),
+    [
+        ({"type": "basic", "username": "å", "password": "ö"}, "authorization", "Basic w6U6w7Y="),
+        ({"type": "bearer", "token": "t"}, "authorization", "Bearer t"),
+        ({"type": "header", "name": "x-api-key", "value": "v"}, "x-api-key", "v"),
+    ],
+    ids=["basic", "bearer", "header"],
+)
+def test_each_kind_of_credentials_is_sent(auth, header, value):
+    seen: list[httpx.Headers] = []
+
+    class Looking(JetshopStandIn):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            seen.append(httpx.Headers(scope["headers"]))
+            await super().__call__(scope, receive, send)
+
+    export(Looking(), with_settings=settings(auth=auth, headers={"channelid": "2"}))
+
+    assert seen[0][header] == value
+    assert seen[0]["channelid"] == "2"
+
+
+# --- in doubt -------------------------------------------------------------------------------------------------------
+
+
+def test_a_connection_that_breaks_after_the_effect_is_found_out():
+    shop = JetshopStandIn()
+    shop.script("100245", DROPPED_AFTER)
+
+    outcomes = [export(shop), export(shop, "lookup")]
+
+    assert isinstance(outcomes[0], Unknown)
+    assert isinstance(outcomes[1], Done)
+    assert outcomes[1].facts["result"] == "found"
+    assert shop.exports("100245") == 1
+
+
+def test_what_was_found_counts_as_exported():
+    shop = JetshopStandIn()
+    shop.script("100245", DROPPED_AFTER)
+    export(shop)
+    found = export(shop, "lookup")
+    assert isinstance(found, Done)
+
+    assert export(shop, previous=Previous(reference=found.reference, facts=found.facts, at=NOW)) == Skip(
+        "nothing-changed"
+    )
+
+
+def test_a_connection_that_breaks_before_the_effect_leads_to_another_try():
+    shop = JetshopStandIn()
+    shop.script("100245", DROPPED_BEFORE)
+
+    outcomes = [export(shop), export(shop, "lookup"), export(shop)]
+
+    assert isinstance(outcomes[0], Unknown)
+    assert outcomes[1] is None
+    assert isinstance(outcomes[2], Done)
+    assert shop.exports("100245") == 1
+
+
+def test_another_document_in_the_shop_means_that_ours_did_not_arrive():
+    shop = JetshopStandIn()
+    export(shop)
+
+    assert export(shop, "lookup", of=order({"/payments/1/state": "captured"})) is None
+
+
+LOOKUPS = {
+    "401": (Fault(status=401), Misconfigured, "jetshop-unauthorized"),
+    "429": (Fault(status=429), Retry, "destination-busy"),
+    "500": (Fault(status=500), Retry, "destination-error"),
+    "dropped": (DROPPED_BEFORE, Retry, "destination-no-answer"),
+    "malformed": (MALFORMED, Retry, "jetshop-broken-answer"),
+    "broken": (BROKEN, Retry, "jetshop-broken-answer"),
+}
+
+
+@pytest.mark.parametrize(("fault", "kind", "code"), LOOKUPS.values(), ids=LOOKUPS.keys())
+def test_a_lookup_that_tells_nothing_leaves_the_doubt(fault, kind, code):
+    shop = JetshopStandIn()
+    export(shop)
+    shop.script("100245", fault, method="GET")
+
+    outcome = export(shop, "lookup")
+
+    assert type(outcome) is kind
+    assert outcome.code == code
+
+
+# --- over TCP -------------------------------------------------------------------------------------------------------
+
+
+def test_over_tcp_broken_connections_and_late_answers_are_unknown_and_found_out():
+    shop = JetshopStandIn()
+    shop.script("100245", DROPPED_BEFORE, DROPPED_AFTER, Fault(acts=True, delay_seconds=60))
+    late = order({"/payments/1/state": "captured"})
+    with shop.serving() as url:
+        there = settings(base_url=url)
+
+        broken = [export(None, with_settings=there) for _ in range(2)]
+        found = export(None, "lookup", with_settings=there)
+        slow = export(None, of=late, with_settings=there, time_left=timedelta(milliseconds=300))
+        found_late = export(None, "lookup", of=late, with_settings=there)
+
+    assert [(type(outcome), outcome.code) for outcome in (*broken, slow)] == [(Unknown, "destination-no-answer")] * 3
+    assert isinstance(found, Done)
+    assert isinstance(found_late, Done)
+    assert [entry.result for entry in shop.journal] == ["created", "updated"]
+    assert shop.violations == []
+
+
+def test_without_a_connection_nothing_was_sent():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+
+    outcome = export(None, with_settings=settings(base_url=f"http://127.0.0.1:{port}"))
+
+    assert isinstance(outcome, Retry)
+    assert outcome.code == "destination-unreachable"
+
+
+def test_a_key_with_a_slash_stays_one_key_over_tcp():
+    shop = JetshopStandIn(shop_id="se 1")
+    key = "2026/100245 å%"
+    with shop.serving() as url:
+        outcome = export(None, of=order({"/reference": key}), with_settings=settings(base_url=url, shop_id="se 1"))
+
+    assert isinstance(outcome, Done)
+    assert shop.exports(key) == 1
+
+
+# --- the stand-in and the contract ----------------------------------------------------------------------------------
+
+PATH = "/shops/1/orders/7/payment-information"
+HEADERS = {"Idempotency-Key": "k" * 16}
+AUTH = httpx.BasicAuth("stand-in", "stand-in")
+
+
+def ask(shop: JetshopStandIn, method: str, path: str = PATH, **request: Any) -> httpx.Response:
+    async def call() -> httpx.Response:
+        transport = httpx.ASGITransport(app=shop)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop.example", auth=AUTH) as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(call())
+
+
+def put(shop: JetshopStandIn, document: Any = DOCUMENT, path: str = PATH, **request: Any) -> httpx.Response:
+    return ask(shop, "PUT", path, json=document, **({"headers": HEADERS} | request))
+
+
+VIOLATIONS: dict[str, tuple[Callable[[JetshopStandIn], httpx.Response], str]] = {
+    "unknown-path": (lambda shop: put(shop, path="/shops/1/orders/7"), "no such path and method"),
+    "unknown-method": (lambda shop: ask(shop, "DELETE"), "no such path and method"),
+    "query": (lambda shop: put(shop, path=f"{PATH}?a=b"), "the contract has no query"),
+    "no-key": (lambda shop: put(shop, headers={}), "the header Idempotency-Key is missing"),
+    "short-key": (lambda shop: put(shop, headers={"Idempotency-Key": "k"}), "the header Idempotency-Key is missing"),
+    "no-json": (lambda shop: ask(shop, "PUT", content=b"{", headers=HEADERS), "the body is not JSON"),
+    "undeclared": (lambda shop: ask(shop, "PUT", content=b"{}", headers=HEADERS), "not declared as application/json"),
+    "missing-member": (lambda shop: put(shop, {}), "/ breaks `required`"),
+    "unknown-member": (lambda shop: put(shop, DOCUMENT | {"note": CANARY}), "/ breaks `additionalProperties`"),
+    "money": (lambda shop: put(shop, DOCUMENT | {"totals": {"payments": CANARY}}), "/totals/payments breaks `pattern`"),
+    "body-of-get": (lambda shop: ask(shop, "GET", content=b"{}"), "this operation has no body"),
+}
+
+
+@pytest.mark.parametrize(("violate", "rule"), VIOLATIONS.values(), ids=VIOLATIONS.keys())
+def test_the_stand_in_refuses_and_remembers_what_breaks_the_contract(violate, rule):
+    shop = JetshopStandIn()
+
+    answer = violate(shop)
+
+    assert answer.status_code == 400
+    assert misses("Problem", answer.json()) == []
+    assert any(rule in broken for broken in shop.violations[0].rules)
+    assert CANARY not in repr(shop.violations)
+    assert shop.journal == []
+
+
+@pytest.mark.parametrize(
+    ("auth", "path", "status"),
+    [
+        (None, PATH, 401),
+        (httpx.BasicAuth("stand-in", "wrong"), PATH, 401),
+        (AUTH, "/shops/2/orders/7/payment-information", 403),
+    ],
+    ids=["none", "wrong", "other-shop"],
+)
+def test_the_stand_in_asks_who_is_calling(auth, path, status):
+    shop = JetshopStandIn()
+
+    answer = put(shop, path=path, auth=auth)
+
+    assert answer.status_code == status
+    assert (shop.journal, shop.violations) == ([], [])
+
+
+def test_the_stand_in_creates_keeps_and_updates():
+    shop, other = JetshopStandIn(), DOCUMENT | {"culture": "nb-NO"}
+
+    answers = [put(shop), put(shop), put(shop, other, headers={"Idempotency-Key": "l" * 16})]
+
+    assert [(answer.status_code, answer.json()["result"]) for answer in answers] == [
+        (201, "created"),
+        (200, "unchanged"),
+        (200, "updated"),
+    ]
+    assert len({answer.json()["orderNumber"] for answer in answers}) == 1
+    assert all(misses("ExportResult", answer.json()) == [] for answer in answers)
+    assert ask(shop, "GET").json() == other
+    assert shop.exports("7") == 2
+    assert shop.journal[0] == Accepted(order_key="7", idempotency_key="k" * 16, document=DOCUMENT, result="created")
+
+
+def test_the_stand_in_takes_one_key_for_one_document():
+    shop = JetshopStandIn()
+    put(shop)
+
+    assert put(shop, DOCUMENT | {"culture": "nb-NO"}).status_code == 409
+    assert shop.exports("7") == 1
+
+
+def test_the_stand_in_does_not_know_what_was_never_stored():
+    assert ask(JetshopStandIn(), "GET").status_code == 404
+
+
+def test_a_script_is_used_up_in_its_order_and_for_its_order_alone():
+    shop = JetshopStandIn()
+    shop.script("7", Fault(status=503, retry_after="3"), Fault(status=500))
+
+    other = put(shop, path=PATH.replace("7", "8"), headers={"Idempotency-Key": "l" * 16})
+    answers = [other, put(shop), put(shop), put(shop)]
+
+    assert [answer.status_code for answer in answers] == [201, 503, 500, 201]
+    assert answers[1].headers["retry-after"] == "3"
+
+
+def test_a_scripted_status_has_no_effect_unless_it_acts_whatever_its_body():
+    shop = JetshopStandIn()
+    shop.script("7", Fault(status=200, body=b"{}"))
+
+    answer = put(shop)
+
+    assert (answer.status_code, answer.content, shop.exports("7")) == (200, b"{}", 0)
+
+
+def test_the_stand_in_can_be_down_for_everything():
+    shop = JetshopStandIn()
+    shop.down = Fault(status=503)
+    assert [put(shop).status_code, ask(shop, "GET").status_code] == [503, 503]
+
+    shop.down = None
+
+    assert put(shop).status_code == 201
+
+
+@pytest.mark.parametrize(("fault", "effects"), [(DROPPED_BEFORE, 0), (DROPPED_AFTER, 1)], ids=["before", "after"])
+def test_a_dropped_connection_looks_the_same_without_tcp_and_over_it(fault, effects):
+    shop = JetshopStandIn()
+    shop.script("7", fault, fault)
+
+    with pytest.raises(httpx.RemoteProtocolError):
+        put(shop)
+    with shop.serving() as url, pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+        httpx.put(url + PATH, json=DOCUMENT, headers=HEADERS, auth=AUTH, trust_env=False)
+
+    assert shop.exports("7") == effects
+
+
+def test_the_stand_in_listens_on_the_loop_that_runs_and_stops_though_somebody_waits():
+    arrived = asyncio.Event()
+
+    class Announcing(JetshopStandIn):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            arrived.set()
+            await super().__call__(scope, receive, send)
+
+    async def walk() -> Any:
+        shop = Announcing()
+        shop.script("7", Fault(status=200, delay_seconds=3600))
+        async with httpx.AsyncClient(auth=AUTH, trust_env=False) as client:
+            async with shop.serve() as url:
+                waiting = asyncio.create_task(client.put(url + PATH, json=DOCUMENT, headers=HEADERS))
+                await arrived.wait()
+            return (await asyncio.gather(waiting, return_exceptions=True))[0]
+
+    assert isinstance(asyncio.run(walk()), httpx.TransportError)
+
+
+def test_the_contract_says_whose_it_is_and_compiles():
+    assert "project-defined, not published by Jetshop" in contract()["info"]["title"]
+    for name in contract()["components"]["schemas"]:
+        schema(name)
+    assert misses("PaymentInformation", DOCUMENT) == []

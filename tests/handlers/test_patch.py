@@ -1,0 +1,96 @@
+"""The handler `patch`: changes from the configuration, each where its condition holds."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.handlers.patch import PatchHandler, PatchSettings
+from adapter.orders import read_order
+from adapter.plugin import Context, Patch, Undecided
+from adapter.verdicts.patches import merge
+
+NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
+MEMBERS = {
+    "scope": "/customer/billing/type",
+    "schema": {"const": "organization"},
+    "path": "/cart/attributes/priceList",
+    "value": "business",
+}
+NO_NOTE = {"scope": "/cart/attributes/note", "op": "remove", "path": "/cart/attributes/note"}
+
+
+def settings(*changes: dict[str, Any]) -> PatchSettings:
+    return msgspec.convert({"changes": changes}, PatchSettings)
+
+
+def asked(order: dict[str, Any], *changes: dict[str, Any]) -> list[Patch]:
+    context = Context(
+        settings=settings(*changes),
+        log=None,  # type: ignore[arg-type]  # it computes, and reaches nobody
+        http=None,  # type: ignore[arg-type]
+        orders=None,  # type: ignore[arg-type]
+        clock=lambda: NOW,
+        identity="order-1",
+        route="price-list",
+        deadline=NOW,
+        first_attempt_at=NOW,
+    )
+    return asyncio.run(PatchHandler().change(read_order(msgspec.json.encode(order)), context))
+
+
+def order(type_: str = "organization", **attributes: Any) -> dict[str, Any]:
+    return {"id": "order-1", "customer": {"billing": {"type": type_}}, "cart": {"attributes": attributes}}
+
+
+def test_a_change_is_asked_for_where_its_condition_holds() -> None:
+    assert asked(order(), MEMBERS) == [Patch.add("/cart/attributes/priceList", "business")]
+    assert asked(order("person"), MEMBERS) == []
+
+
+def test_changes_are_asked_for_in_their_order() -> None:
+    assert asked(order(note="a"), NO_NOTE, MEMBERS) == [
+        Patch.remove("/cart/attributes/note"),
+        Patch.add("/cart/attributes/priceList", "business"),
+    ]
+
+
+def test_an_order_that_comes_back_changed_is_changed_no_further() -> None:
+    changed = order(priceList="business")
+
+    answer, refused = merge(changed, [asked(changed, MEMBERS, NO_NOTE)], "/cart")
+
+    assert (answer, refused) == ([], [None])
+
+
+def test_null_is_a_value_to_set() -> None:
+    assert asked(order(), {**MEMBERS, "value": None}) == [Patch.add("/cart/attributes/priceList", None)]
+
+
+def test_a_condition_that_cannot_be_decided_leaves_the_hook_without_an_answer() -> None:
+    deep: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#"}}
+    nested: Any = "end"
+    for _ in range(300):
+        nested = {"in": nested}
+
+    with pytest.raises(Undecided, match="condition at /cart/attributes/deep could not be decided"):
+        asked(order(deep=nested), {**MEMBERS, "scope": "/cart/attributes/deep", "schema": deep})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({**MEMBERS, "op": "remove"}, "remove has none"),
+        ({**NO_NOTE, "op": "replace"}, "add and replace have a value"),
+        ({**MEMBERS, "path": ""}, "JSON Pointer"),
+        ({**MEMBERS, "op": "move"}, "op"),
+        ({**MEMBERS, "scope": "cart"}, "scope"),
+        ({**MEMBERS, "schema": {"type": "money"}}, "schema at /type"),
+    ],
+    ids=["remove-with-a-value", "replace-without", "the-whole-order", "another-operation", "scope", "schema"],
+)
+def test_settings_that_make_no_sense_are_found_at_start(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=says):
+        settings(change)

@@ -1,0 +1,261 @@
+"""The two handlers that reach nobody: `rules`, which answers from conditions, and `log`, which writes one line."""
+
+import asyncio
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.handlers.log import LogHandler
+from adapter.handlers.rules import Rules, RulesSettings
+from adapter.orders import Order, read_order, unread
+from adapter.plugin import (
+    Context,
+    Done,
+    HookHandler,
+    NoSettings,
+    Notification,
+    Patch,
+    Problem,
+    Refuse,
+    Settings,
+    Undecided,
+    ValidationHandler,
+)
+from tests import ORDERS
+
+COMPLETED = (ORDERS / "order-completed.json").read_bytes()
+NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
+PERSON = {
+    "scope": "/customer/billing/nationalIdentificationNumber",
+    "schema": {"type": "string"},
+    "code": "national-id-missing",
+    "message": "We need your national identification number.",
+}
+SWEDISH = {"scope": "/country", "schema": {"const": "SE"}, "code": "not-swedish", "message": "We sell in Sweden only."}
+LOYAL = {"scope": "/customer/loyalty", "code": "not-a-member", "message": "This sale is for members."}
+
+
+def rules(*rules: dict[str, Any]) -> RulesSettings:
+    return msgspec.convert({"rules": rules}, RulesSettings)
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, dict[str, Any]]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.lines.append((event, fields))
+
+    debug = warning = error = info
+
+
+def context(settings: Settings, log: Lines | None = None) -> Context[Any]:
+    return Context(
+        settings=settings,
+        log=log or Lines(),
+        http=None,  # type: ignore[arg-type]  # neither handler reaches anybody
+        orders=None,  # type: ignore[arg-type]
+        clock=lambda: NOW,
+        identity="the-event",
+        route="a-route",
+        deadline=NOW,
+        first_attempt_at=NOW,
+    )
+
+
+def validate(order: Order, *given: dict[str, Any]) -> list[Problem]:
+    return asyncio.run(Rules().validate(order, context(rules(*given))))
+
+
+def change(order: Order, *given: dict[str, Any]) -> list[Patch]:
+    return asyncio.run(Rules().change(order, context(rules(*given))))
+
+
+def test_rules_that_hold_leave_nothing_against_the_purchase():
+    assert validate(read_order(COMPLETED), SWEDISH, LOYAL) == []
+
+
+def test_rules_that_do_not_hold_are_reported_in_their_order():
+    order = read_order(b'{"id": "o", "country": "NO", "customer": {"billing": {}}}')
+
+    problems = validate(order, PERSON, SWEDISH, LOYAL)
+
+    assert [problem.code for problem in problems] == ["national-id-missing", "not-swedish", "not-a-member"]
+    assert problems[0].message == "We need your national identification number."
+
+
+@pytest.mark.parametrize(
+    ("billing", "holds"),
+    [
+        ({}, False),
+        (None, False),
+        ({"nationalIdentificationNumber": None}, False),
+        ({"nationalIdentificationNumber": "1"}, True),
+    ],
+    ids=["absent", "no-address", "null", "there"],
+)
+def test_a_rule_with_a_type_demands_presence(billing, holds):
+    order = read_order(json.dumps({"id": "o", "customer": {"billing": billing}}).encode())
+
+    assert (validate(order, PERSON) == []) is holds
+
+
+def test_a_rule_without_a_schema_holds_for_null_and_not_for_nothing():
+    assert validate(read_order(b'{"customer": {"loyalty": null}}'), LOYAL) == []
+    assert len(validate(read_order(b'{"customer": {}}'), LOYAL)) == 1
+
+
+def test_a_rule_that_cannot_be_decided_is_no_answer():
+    """A scope that leads through an array has no answer, and so has the purchase."""
+    in_an_array = SWEDISH | {"scope": "/payments/0/state", "code": "unpaid"}
+
+    with pytest.raises(Undecided) as raised:
+        validate(read_order(COMPLETED), in_an_array)
+
+    assert str(raised.value) == "the condition at /payments/0/state could not be decided: scope_in_array"
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"scope": "country"}, "scope_syntax"),
+        ({"scope": ""}, "scope_empty"),
+        ({"schema": {"type": "text"}}, "schema_invalid"),
+        ({"schema": {"$ref": "https://example.com/schema"}}, "ref_remote"),
+        ({"code": "Not kebab"}, "kebab-case"),
+        ({"message": ""}, "length"),
+        ({"message": {}}, "add it as default"),
+        ({"message": {"sv-SE": "Bara i Sverige."}}, "add it as default"),
+        ({"message": {"default": "x", "sv-SE": ""}}, "length"),
+        ({"message": {"default": "x", "svenska": "y"}}, "culture such as sv-SE"),
+        ({"message": {"default": "x", "sv_SE": "y"}}, "culture such as sv-SE"),
+        ({"message": {"default": "x", "sv-SE": "y", "sv-se": "z"}}, "two texts for sv-se"),
+    ],
+    ids=[
+        "scope", "no-scope", "schema", "remote", "code", "message",
+        "no-messages", "no-default", "empty", "no-culture", "underscore", "twice",
+    ],
+)  # fmt: skip
+def test_a_rule_that_cannot_work_is_found_with_the_settings(change, text):
+    with pytest.raises(msgspec.ValidationError, match=r"\$\.rules\[1\]") as raised:
+        rules(PERSON, SWEDISH | change)
+
+    assert text in str(raised.value)
+
+
+TEXTS = {"sv-SE": "Sverige", "sv-FI": "Finland", "en": "English", "en-GB": "British", "default": "Other"}
+
+
+@pytest.mark.parametrize("culture", ['"sv-SE"', "7", "null"])
+def test_no_view_of_an_order_is_made_though_a_rule_does_not_hold(culture: str) -> None:
+    raw = b'{"id": "o", "culture": %s}' % culture.encode()
+    order = unread(raw, json.loads(raw))
+
+    assert [problem.code for problem in validate(order, SWEDISH)] == ["not-swedish"]
+    assert "view" not in order.__dict__
+
+
+@pytest.mark.parametrize(
+    ("culture", "text"),
+    [
+        ("sv-FI", "Finland"),
+        ("SV-fi", "Finland"),
+        ("sv", "Sverige"),
+        ("sv-NO", "Sverige"),
+        ("en-US", "English"),
+        ("en-GB", "British"),
+        ("de-DE", "Other"),
+        ("", "Other"),
+        (None, "Other"),
+        (7, "Other"),
+        ("default", "Other"),
+    ],
+)
+def test_the_culture_of_the_order_chooses_the_message(culture, text):
+    """Its own, then its language's (or that of the first culture with its language), then the default."""
+    order = read_order(json.dumps({"id": "o", "culture": culture}).encode())
+    spoken = SWEDISH | {"message": TEXTS}
+
+    assert validate(order, spoken) == [Problem("not-swedish", text)]
+    with pytest.raises(Refuse, match=f"not-swedish: {text}"):
+        change(order, spoken)
+
+
+def test_a_change_that_meets_the_rules_is_accepted_as_it_is():
+    assert change(read_order(COMPLETED), SWEDISH, LOYAL) == []
+
+
+def test_a_change_is_refused_with_the_first_rule_that_does_not_hold():
+    order = read_order(b'{"id": "o", "country": "NO", "customer": {"loyalty": 1}}')
+    undecided = SWEDISH | {"scope": "/payments/0/state", "code": "unpaid"}
+
+    with pytest.raises(Refuse) as refused:
+        change(order, LOYAL, SWEDISH, PERSON, undecided)
+
+    assert (refused.value.code, refused.value.message) == ("not-swedish", "We sell in Sweden only.")
+    assert refused.value.inner is None
+
+
+def test_a_change_that_a_rule_cannot_be_decided_on_has_no_answer():
+    with pytest.raises(Undecided):
+        change(read_order(COMPLETED), SWEDISH | {"scope": "/payments/0/state"}, LOYAL)
+
+
+def test_one_name_serves_validations_and_hooks():
+    assert issubclass(Rules, ValidationHandler)
+    assert issubclass(Rules, HookHandler)
+    assert Rules.computes
+    assert Rules.settings_type is RulesSettings
+
+
+def test_there_is_at_least_one_rule():
+    with pytest.raises(msgspec.ValidationError, match="length >= 1"):
+        rules()
+
+
+def test_conditions_are_compiled_once():
+    settings = rules(PERSON)
+
+    assert settings.rules[0].compiled is settings.rules[0].compiled
+
+
+def seen(order: Order) -> tuple[Done, list[tuple[str, dict[str, Any]]]]:
+    log = Lines()
+    notification = Notification(
+        id=1,
+        merchant="fjallboden",
+        channel="se-b2c",
+        callback="order-status",
+        order=order,
+        received=order,
+        raw=order.raw,
+        received_at=NOW,
+    )
+    return asyncio.run(LogHandler().deliver(notification, context(NoSettings(), log))), log.lines
+
+
+def test_log_writes_one_line_without_the_order():
+    outcome, lines = seen(read_order(COMPLETED))
+
+    assert outcome == Done()
+    assert lines == [
+        (
+            "order_seen",
+            {
+                "order_id": "oKvRmTzQwYbLsXnHdJcFgPeAu",
+                "merchant": "fjallboden",
+                "channel": "se-b2c",
+                "callback": "order-status",
+                "status": "completed",
+            },
+        )
+    ]
+
+
+def test_log_repeats_no_state_that_norce_does_not_have():
+    _, lines = seen(read_order(b'{"id": "o", "state": {"currentStatus": "19 Main Street"}}'))
+
+    assert lines[0][1]["status"] == "other"

@@ -1,0 +1,292 @@
+"""
+The ledger's clock, on real databases, with wall clocks that jump and monotonic ones that start anywhere.
+
+Whatever wall clocks do, time passes for the ledger: nothing that was due in 30 s is due at once, or tomorrow.
+"""
+
+import asyncio
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from sqlalchemy import Connection
+from structlog.testing import capture_logs
+
+from adapter.ledger.clock import BETWEEN_READINGS_MS, STEP_MS, Clock
+from adapter.ledger.databases import database_at
+from adapter.ledger.lease import Lease
+from adapter.ledger.store import Store
+from tests.databases import rows
+from tests.ledgers import NOON, Ledger, waiting
+
+SECOND = 1000
+DAY = 86_400_000
+BEAT = 5 * SECOND
+JUMPS = [pytest.param(jump, id=f"{jump // SECOND:+} s") for jump in (DAY, -DAY, 11 * SECOND, -11 * SECOND)]
+
+
+class World:
+    """The database's wall clock, and how long everything has been running."""
+
+    def __init__(self, url: str) -> None:
+        self.wall, self.passed = NOON, 0
+        self._engine = database_at(url).engine(read_only=False)
+        self.url = url
+
+    def goes_on(self, milliseconds: int) -> None:
+        self.wall += milliseconds
+        self.passed += milliseconds
+
+    def clock(self, *, boot: int = 0) -> Clock:
+        """Of a process on a machine that was booted so long ago."""
+        return Clock(lambda _connection: self.wall, lambda: boot + self.passed)
+
+    def read(self, clock: Clock, *, alone: bool = False) -> int:
+        with self._engine.begin() as connection:
+            return clock.read(connection, alone=alone)
+
+    def mark(self, name: str) -> int:
+        ((value,),) = rows(self.url, f"SELECT value FROM marks WHERE name = '{name}'")
+        return value
+
+
+@pytest.fixture
+def world(store_url: str) -> World:
+    return World(store_url)
+
+
+@pytest.fixture
+def shared(postgres_url: str) -> World:
+    return World(postgres_url)
+
+
+# --- one process ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_jump_of_the_wall_clock_is_not_followed_but_logged_and_written_down(world: World, jump: int) -> None:
+    clock = world.clock(boot=777)
+    assert world.read(clock, alone=True) == NOON
+    world.goes_on(BEAT)
+
+    world.wall += jump
+    assert clock() == NOON + BEAT
+    with capture_logs() as logs:
+        moment = world.read(clock)
+
+    assert moment == clock() == NOON + BEAT
+    assert [(each["event"], each["milliseconds"]) for each in logs] == [("wall_clock_jumped", jump)]
+    assert (world.mark("clock_away"), world.mark("clock_latest")) == (-jump, NOON + BEAT)
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_a_jump_is_made_good_by_half_a_second_a_reading_and_time_never_goes_back(world: World, jump: int) -> None:
+    clock = world.clock()
+    world.read(clock, alone=True)
+    world.wall += jump
+    moments = [world.read(clock)]
+    for _ in range(60):
+        for _ in range(5):
+            world.goes_on(SECOND)
+            moments.append(clock())
+        moments.append(world.read(clock))
+
+    healed = min(60 * STEP_MS, abs(jump))
+    assert world.mark("clock_away") == -jump + (healed if jump > 0 else -healed)
+    assert all(before <= after for before, after in pairwise(moments))
+    assert moments[-1] - moments[0] == pytest.approx(60 * BEAT, abs=healed)
+
+
+@pytest.mark.parametrize("off", [3 * SECOND, -3 * SECOND])
+def test_a_wall_clock_that_is_set_a_little_is_followed_and_time_does_not_go_back(world: World, off: int) -> None:
+    clock = world.clock()
+    world.read(clock, alone=True)
+    world.goes_on(BEAT)
+    before = clock()
+    world.wall += off
+
+    world.read(clock)
+
+    assert clock() == max(before, world.wall)
+    world.goes_on(BEAT)
+    assert clock() == world.wall
+
+
+def test_a_restart_after_a_backward_jump_is_not_before_the_last_recorded_moment(world: World) -> None:
+    clock = world.clock()
+    world.read(clock, alone=True)
+    world.goes_on(BEAT)
+    recorded = clock()
+
+    world.wall -= DAY
+    again = world.clock()
+    world.read(again, alone=True)
+
+    assert recorded <= again() <= recorded + BETWEEN_READINGS_MS
+    assert world.mark("clock_latest") == again()
+
+
+def test_a_restart_follows_a_wall_clock_that_is_ahead(world: World) -> None:
+    clock = world.clock()
+    world.read(clock, alone=True)
+    world.wall += DAY
+
+    again = world.clock()
+    world.read(again, alone=True)
+
+    assert again() == world.wall
+    assert world.mark("clock_away") == 0
+
+
+def test_a_restart_ends_what_was_left_of_an_earlier_jump(world: World) -> None:
+    clock = world.clock()
+    world.read(clock, alone=True)
+    world.wall += DAY
+    world.read(clock)
+    assert world.mark("clock_away") == -DAY
+
+    again = world.clock()
+
+    assert world.read(again, alone=True) == world.wall
+    assert world.mark("clock_away") == 0
+
+
+# --- several --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["seen first by the one", "seen first by the other"])
+@pytest.mark.parametrize("jump", JUMPS)
+def test_nodes_agree_within_a_second_through_a_jump(shared: World, jump: int, first: int) -> None:
+    nodes = [shared.clock(boot=5), shared.clock(boot=9_000_000)]
+    for node in nodes:
+        shared.read(node)
+    began = nodes[0]()
+    shared.goes_on(BEAT // 2)
+    shared.wall += jump
+    with capture_logs() as logs:
+        for turn in range(24):
+            shared.read(nodes[(turn + first) % 2])
+            for _ in range(5):
+                shared.goes_on(SECOND // 2)
+                one, other = (node() for node in nodes)
+                assert abs(one - other) <= SECOND
+
+    assert [each["event"] for each in logs] == ["wall_clock_jumped"]
+    assert nodes[0]() - began == pytest.approx(shared.passed, rel=0.11)
+
+
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_a_jump_is_made_good_no_faster_by_many_nodes_than_by_one(shared: World, number: int) -> None:
+    nodes = [shared.clock(boot=each) for each in range(number)]
+    for node in nodes:
+        shared.read(node)
+    shared.wall -= DAY
+    began = nodes[0]()
+    for _ in range(4):
+        for node in nodes:
+            shared.goes_on(BEAT // number)
+            shared.read(node)
+
+    passed = nodes[0]() - began
+    assert passed == pytest.approx(4 * BEAT, rel=0.11)
+
+
+@pytest.mark.parametrize("jump", [DAY, -DAY])
+def test_a_node_that_starts_just_after_a_jump_takes_the_time_from_those_that_live(shared: World, jump: int) -> None:
+    """Otherwise it would find their leases ended, and take lanes that they are working on."""
+    running = shared.clock()
+    shared.read(running)
+    shared.goes_on(BEAT - 1)
+    shared.wall += jump
+
+    starting = shared.clock(boot=3)
+    shared.read(starting)
+
+    assert abs(starting() - running()) <= BETWEEN_READINGS_MS
+    shared.read(running)
+    assert abs(starting() - running()) <= SECOND
+
+
+def test_a_node_that_stood_still_takes_the_time_from_the_others(shared: World) -> None:
+    """A virtual machine that is paused, say: it would take the wall clock to have jumped."""
+    stopped_for = 0
+    running = shared.clock()
+    paused = Clock(lambda _connection: shared.wall, lambda: shared.passed - stopped_for)
+    for node in (running, paused):
+        shared.read(node)
+    for _ in range(12):
+        shared.goes_on(BEAT)
+        shared.read(running)
+    stopped_for = 12 * BEAT
+
+    shared.read(paused)
+
+    assert paused() == running() == shared.wall
+    assert shared.read(running) == shared.wall
+
+
+def test_a_node_that_is_stopped_while_it_reads_the_clock_holds_nobody_up(shared: World) -> None:
+    running, starting = shared.clock(), shared.clock()
+    shared.read(running)
+    shared.goes_on(BEAT)
+    with database_at(shared.url).engine(read_only=False).begin() as stopped:
+        starting.read(stopped)
+
+        assert shared.read(running) == NOON + BEAT
+
+
+def test_whoever_enters_is_known_to_live_until_its_connection_ends(shared: World) -> None:
+    def opened() -> Store:
+        return Store.open(shared.url, clock=shared.clock())
+
+    with asyncio.Runner() as loop:
+        first = opened()
+        loop.run(Lease(first, version="test").enter())
+        shared.wall += DAY
+        second = opened()  # beside the first, that has not seen the jump
+        assert second.clock() == NOON + BETWEEN_READINGS_MS
+        first.close()
+        second.close()
+
+        alone = opened()
+        assert alone.clock() == shared.wall
+        alone.close()
+
+
+# --- what is due ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ledger(world: World) -> Iterator[Ledger]:
+    with asyncio.Runner() as loop:
+        ledger = Ledger(world.url, world.clock(), loop)
+        try:
+            yield ledger
+        finally:
+            ledger.store.close()
+
+
+@pytest.mark.parametrize("jump", JUMPS)
+def test_what_is_due_in_30_seconds_is_due_in_30_seconds(world: World, ledger: Ledger, jump: int) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(ledger.clock() + 30 * SECOND))
+    world.wall += jump
+    waited = 0
+    while not (claims := ledger.claim()):
+        world.goes_on(SECOND)
+        waited += 1
+        if waited % 5 == 0:
+            assert ledger.do(ledger.lease.renew())
+        assert waited < 60
+
+    assert len(claims) == 1
+    assert 27 <= waited <= 33
+
+
+def test_moments_are_read_on_the_database_s_own_clock(store_url: str) -> None:
+    def wall(connection: Connection) -> int:
+        return database_at(store_url).wall(connection)
+
+    with database_at(store_url).engine(read_only=True).connect() as connection:
+        before = wall(connection)
+        assert 1_700_000_000_000 < before <= wall(connection)

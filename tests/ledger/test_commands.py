@@ -1,0 +1,778 @@
+"""`adapter.ledger.commands`: what people do to the ledger, on both databases, and what is written down of it."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import pytest
+from sqlalchemy import Connection, event
+
+from adapter.ledger import commands as room
+from adapter.ledger.commands import Commands, NoSuchCommand, Pause, Step, Stepped
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.maintenance import faults
+from adapter.ledger.queries import By, Desk, Matching
+from adapter.ledger.settlement import FOR_EVER, Ending, Policy
+from adapter.ledger.store import Store
+from tests.databases import Server
+from tests.ledgers import (
+    CONDITION,
+    DELIVERED,
+    EXHAUSTED,
+    EXPORT,
+    HOUR,
+    LOOKS_UP,
+    MISCONFIGURED,
+    NOON,
+    NOT_THERE,
+    REJECTED,
+    UNKNOWN,
+    Ends,
+    HandClock,
+    Ledger,
+    in_doubt,
+    opened,
+    receipt,
+    waiting,
+)
+
+BY = By(who="anna@shop", why="the shop is mended")
+
+
+def replay(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
+    return run(ledger, "replay", *ids, **more)
+
+
+def discard(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
+    return run(ledger, "discard", *ids, **more)
+
+
+def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> Stepped:
+    """One step; what is not of a step is what must match."""
+    of_step = {each: more.pop(each) for each in ("by", "most", "after", "action", "unknown") if each in more}
+    step = Step(matching=Matching(**{"ids": ids, **more}), **{"by": BY, **of_step})
+    return ledger.do(getattr(Commands(ledger.store), name)(step))
+
+
+def pause(ledger: Ledger, name: str = "pause", **given: Any) -> int:
+    return ledger.do(getattr(Commands(ledger.store), name)(Pause(**{"route": "export", "by": BY, **given})))
+
+
+def dead(ledger: Ledger, *orders: str, ends: Ends = REJECTED, refetch: bool = True, **more: Any) -> None:
+    """A dead letter for each of these orders."""
+    for order in orders:
+        ledger.owed(1 if refetch else 2, order_id=order, refetch=refetch)
+        queue = ledger.export if refetch else ledger.history
+        (claim,) = [each for each in ledger.claim(queue) if each.order_id == order]
+        ledger.settle(claim, ends, passes=refetch, **more)
+
+
+def desk(ledger: Ledger, look: Callable[[Desk], Any]) -> Any:
+    with ledger.store.read_connection() as connection:
+        return look(Desk(connection))
+
+
+def counted(ledger: Ledger, **given: Any) -> int:
+    """What a dry run says."""
+    return sum(row["count"] for row in desk(ledger, lambda desk: desk.count(Matching(state="dead", **given))))
+
+
+def stands(ledger: Ledger) -> list[tuple[int, str, str | None]]:
+    return ledger.rows("SELECT id, state, reason FROM deliveries ORDER BY id")
+
+
+def written(ledger: Ledger) -> list[tuple[Any, ...]]:
+    rows = ledger.rows("SELECT command, who, why, matching, changed FROM actions ORDER BY id")
+    return [(*row[:3], json.loads(row[3]), row[4]) for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def no_faults(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test has done, the ledger is sound."""
+    ledger: Ledger | None = request.getfixturevalue("ledger") if "ledger" in request.fixturenames else None
+    yield
+    if ledger is not None:
+        with ledger.store.read_connection() as connection:
+            assert faults(connection) == []
+
+
+# --- replay ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_replayed_letter_is_due_at_once_with_its_whole_schedule(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
+    ledger.clock.now += HOUR
+    ledger.settle(ledger.claim_one(), EXHAUSTED)
+
+    stepped = replay(ledger, 1)
+
+    assert (stepped.changed, stepped.after) == (1, None)
+    assert ledger.rows("SELECT state, reason, attempts, first_attempt_at, ended_at FROM deliveries") == [
+        ("waiting", None, 0, None, None)
+    ]
+    claim = ledger.claim_one()
+    assert (claim.attempt, claim.in_doubt, claim.number) == (1, False, 3)
+
+
+def test_a_letter_is_replayed_once_however_often_it_is_asked_for(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+
+    assert [replay(ledger, 1).changed for _ in range(3)] == [1, 0, 0]
+    assert len(ledger.claim()) == 1
+    assert replay(ledger, 1).changed == 0  # it is being tried
+
+
+@pytest.mark.parametrize("name", ["replay", "discard"])
+def test_what_is_no_dead_letter_is_left_alone(ledger: Ledger, name: str) -> None:
+    ledger.owed(1, order_id="waits")
+    ledger.owed(1, order_id="is-tried")
+    ledger.owed(1, order_id="is-done")
+    by_order = {claim.order_id: claim for claim in ledger.claim()}
+    ledger.settle(by_order["is-done"])
+    ledger.settle(by_order["waits"], waiting(NOON + 5000))
+    before = ledger.rows("SELECT * FROM deliveries ORDER BY id"), ledger.rows("SELECT * FROM lanes ORDER BY id")
+
+    assert run(ledger, name, 1, 2, 3, 4711).changed == 0
+    assert run(ledger, name, route="export").changed == 0
+    assert before == (
+        ledger.rows("SELECT * FROM deliveries ORDER BY id"),
+        ledger.rows("SELECT * FROM lanes ORDER BY id"),
+    )
+    assert ledger.settle(by_order["is-tried"])
+
+
+FILTERS: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "id": ({"ids": (2, 5)}, [2, 5]),
+    "route": ({"route": "history"}, [3]),
+    "merchant": ({"merchant": "annan"}, [5]),
+    "channel": ({"channel": "1"}, [1, 2, 3, 4, 5]),
+    "no such channel": ({"channel": "2"}, []),
+    "order": ({"order_id": "order-2"}, [2, 3]),
+    "reason": ({"reason": "exhausted"}, [2, 4]),
+    "code": ({"code": "busy"}, [2]),
+    "since": ({"since": NOON + HOUR}, [4, 5]),
+    "until": ({"until": NOON + HOUR}, [1, 2, 3]),
+    "since and until": ({"since": NOON + 1, "until": NOON + 2 * HOUR}, [4]),
+    "notification": ({"notification_id": 1}, [1]),
+    "all at once": ({"route": "export", "order_id": "order-2", "reason": "exhausted", "code": "busy"}, [2]),
+    "ids and a filter": ({"ids": (1, 2), "reason": "rejected"}, [1]),
+}
+
+
+@pytest.mark.parametrize("given", FILTERS.values(), ids=FILTERS)
+@pytest.mark.parametrize("name", ["replay", "discard"])
+def test_what_is_meant_is_changed_and_a_dry_run_counts_just_that(
+    ledger: Ledger, name: str, given: tuple[dict[str, Any], list[int]]
+) -> None:
+    matching, expected = given
+    dead(ledger, "order-1", code="no-such-shop")
+    dead(ledger, "order-2", ends=EXHAUSTED, code="busy")
+    dead(ledger, "order-2", refetch=False)
+    ledger.clock.now += HOUR
+    dead(ledger, "order-4", ends=EXHAUSTED)
+    ledger.clock.now += HOUR
+    ledger.receive(receipt("order-5", wanted=[(ledger.other, True)]))
+    ledger.settle(ledger.claim_one(ledger.other), REJECTED)
+    before = stands(ledger)
+
+    number = counted(ledger, **matching)
+    untouched = stands(ledger)
+    changed = run(ledger, name, **matching).changed
+
+    assert (number, changed) == (len(expected), len(expected))
+    assert untouched == before
+    assert [row[0] for row, was in zip(stands(ledger), before, strict=True) if row != was] == expected
+
+
+def test_a_command_goes_in_steps_and_is_one_line_of_the_audit(ledger: Ledger) -> None:
+    dead(ledger, *(f"order-{number}" for number in range(5)))
+
+    first = replay(ledger, route="export", most=2)
+    second = replay(ledger, route="export", most=2, after=first.after, action=first.action)
+    third = replay(ledger, route="export", most=2, after=second.after, action=second.action)
+
+    assert [each.changed for each in (first, second, third)] == [2, 2, 1]
+    assert third.after is None
+    assert written(ledger) == [("replay", "anna@shop", "the shop is mended", {"route": "export"}, 5)]
+
+
+def test_a_command_that_was_broken_off_goes_on_where_it_stopped(ledger: Ledger) -> None:
+    dead(ledger, *(f"order-{number}" for number in range(5)))
+    replay(ledger, route="export", most=2)
+
+    again = replay(ledger, route="export")
+
+    assert again.changed == 3
+    assert [row[4] for row in written(ledger)] == [2, 3]
+    assert len(ledger.claim()) == 5
+    assert [row[0] for row in ledger.rows("SELECT max(claim) FROM lanes")] == [2]
+
+
+def test_what_dies_again_while_a_command_runs_is_not_replayed_by_it_twice(ledger: Ledger) -> None:
+    dead(ledger, "order-1", "order-2")
+    first = replay(ledger, route="export", most=1)
+    ledger.settle(ledger.claim_one(), REJECTED)
+
+    second = replay(ledger, route="export", most=1, after=first.after, action=first.action)
+    third = replay(ledger, route="export", most=1, after=second.after, action=first.action)
+
+    assert (second.changed, third.changed, third.after) == (1, 0, None)
+    assert stands(ledger) == [(1, "dead", "rejected"), (2, "waiting", None)]
+
+
+def test_nobody_can_hide_behind_somebody_elses_line_of_the_audit(ledger: Ledger) -> None:
+    dead(ledger, "order-1", "order-2")
+    hers = replay(ledger, 1)
+
+    other = replay(ledger, 2, action=hers.action, by=By(who="bertil", why="of no reason"))
+    unheard = replay(ledger, 2, action=4711)
+
+    assert len({hers.action, other.action, unheard.action}) == 3
+    assert [(row[1], row[4]) for row in written(ledger)] == [("anna@shop", 1), ("bertil", 1), ("anna@shop", 0)]
+
+
+def test_a_step_looks_at_so_many_letters_only_and_says_where_the_next_begins(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MOST_LOOKED_AT", 2)
+    dead(ledger, "order-1", "order-2", "order-3", "order-4", "order-5")
+
+    steps = [replay(ledger, order_id="order-5")]
+    while steps[-1].after is not None:
+        steps.append(replay(ledger, order_id="order-5", after=steps[-1].after, action=steps[-1].action))
+
+    assert [(each.changed, each.after) for each in steps] == [(0, 2), (0, 4), (1, None)]
+    assert [row[4] for row in written(ledger)] == [1]
+
+
+def test_the_statements_of_a_step_do_not_grow_with_what_is_changed(ledger: Ledger) -> None:
+    dead(ledger, *(f"order-{number}" for number in range(30)))
+    one, many = (statements(ledger, lambda most=most: replay(ledger, route="export", most=most)) for most in (1, 29))
+
+    assert one == many <= 8
+
+
+def statements(ledger: Ledger, do: Callable[[], Any]) -> int:
+    seen: list[str] = []
+
+    def hear(_connection: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        seen.append(statement)
+
+    event.listen(ledger.store.engine, "before_cursor_execute", hear)
+    try:
+        do()
+    finally:
+        event.remove(ledger.store.engine, "before_cursor_execute", hear)
+    return len(seen)
+
+
+# --- what nobody knows ----------------------------------------------------------------------------------------------
+
+
+def test_unknown_ones_are_left_out_unless_somebody_says_so(ledger: Ledger) -> None:
+    dead(ledger, "order-1", ends=UNKNOWN)
+    dead(ledger, "order-2", ends=CONDITION)
+
+    assert replay(ledger, 1, 2).changed == 1
+    assert stands(ledger) == [(1, "dead", "unknown"), (2, "waiting", None)]
+    assert [claim.order_id for claim in ledger.claim()] == ["order-2"]
+
+
+def test_look_up_keeps_the_doubt(ledger: Ledger) -> None:
+    dead(ledger, "order-1", ends=UNKNOWN)
+
+    replay(ledger, 1, unknown="look-up")
+
+    claim = ledger.claim_one()
+    assert claim.in_doubt
+    ledger.settle(claim, Ends(Ending.NOT_THERE, due=NOON, handling=LOOKS_UP))
+    assert not ledger.claim_one().in_doubt
+    assert written(ledger)[0][3] == {"ids": [1], "unknown": "look-up"}
+
+
+def test_send_ends_the_doubt_and_says_so_in_the_audit(ledger: Ledger) -> None:
+    dead(ledger, "order-1", ends=UNKNOWN)
+
+    replay(ledger, 1, unknown="send")
+
+    assert not ledger.claim_one().in_doubt
+    assert written(ledger)[0][3] == {"ids": [1], "unknown": "send"}
+
+
+def test_send_wants_to_know_what_was_looked_at(ledger: Ledger) -> None:
+    """A command that is started again must not send what its first run has sent and lost sight of."""
+    with pytest.raises(ValueError, match="their ids, or until when"):
+        replay(ledger, route="export", unknown="send")
+
+    dead(ledger, "order-1", ends=UNKNOWN)
+    looked_at = ledger.clock.now = NOON + HOUR
+    assert replay(ledger, route="export", until=looked_at, unknown="send").changed == 1
+    ledger.clock.now += HOUR
+    ledger.settle(ledger.claim_one(), UNKNOWN)
+    assert replay(ledger, route="export", until=looked_at, unknown="send").changed == 0
+
+
+@pytest.mark.parametrize("unknown", ["look-up", "send"])
+def test_a_letter_whose_handler_still_blocks_stays_dead_until_it_lets_go(ledger: Ledger, unknown: str) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps=True)
+
+    assert replay(ledger, 1, unknown=unknown).changed == 0
+    ledger.do(ledger.lanes.release(claim))
+    assert replay(ledger, 1, unknown=unknown).changed == 1
+
+    assert ledger.claim_one().in_doubt == (unknown == "look-up")
+
+
+# --- places in the lane ---------------------------------------------------------------------------------------------
+
+
+def test_a_letter_behind_another_waits_for_it(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one(), UNKNOWN)
+
+    assert replay(ledger, 1).changed == 1
+    assert ledger.claim() == []  # the unknown one stops the lane
+
+    assert discard(ledger, 2).changed == 1
+    assert ledger.claim_one().delivery_id == 1
+
+
+def test_a_letter_that_is_replayed_with_the_one_that_stops_its_lane_goes_after_it(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one(), UNKNOWN)
+
+    replay(ledger, 1, 2, unknown="send")
+
+    order = []
+    while claims := ledger.claim():
+        (claim,) = claims
+        order.append((claim.delivery_id, claim.in_doubt))
+        ledger.settle(claim)
+    assert order == [(2, False), (1, False)]
+
+
+def test_a_letter_in_a_held_lane_is_next(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    ledger.owed(2)
+    held = ledger.claim_one()
+
+    assert replay(ledger, 1).changed == 1
+    assert ledger.claim() == []
+    assert ledger.settle(held)
+
+    assert ledger.claim_one().delivery_id == 1
+
+
+def test_a_letter_in_a_lane_that_waits_for_a_retry_does_not_hurry_it(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one(), in_doubt(NOON + HOUR))
+
+    replay(ledger, 1)
+
+    assert ledger.claim() == []
+    ledger.clock.now += HOUR
+    claim = ledger.claim_one()
+    assert (claim.delivery_id, claim.in_doubt) == (2, True)
+    ledger.settle(claim, Ends(NOT_THERE.result, due=ledger.clock.now, handling=LOOKS_UP))
+    ledger.settle(ledger.claim_one())
+    assert ledger.claim_one().delivery_id == 1
+
+
+def test_without_refetch_a_letter_stops_its_lane_and_goes_before_what_came_later(ledger: Ledger) -> None:
+    dead(ledger, "order-1", refetch=False)
+    ledger.owed(3, 4, refetch=False)
+    assert ledger.claim(ledger.history) == []
+
+    replay(ledger, 1)
+
+    order = []
+    while claims := ledger.claim(ledger.history):
+        (claim,) = claims
+        order.append(claim.delivery_id)
+        ledger.settle(claim, passes=False)
+    assert order == [1, 2, 3]
+
+
+# --- discard --------------------------------------------------------------------------------------------------------
+
+
+def test_a_discarded_letter_is_done_and_its_lane_goes_on_without_doubt(ledger: Ledger) -> None:
+    dead(ledger, "order-1", ends=UNKNOWN)
+    ledger.owed(2)
+    assert ledger.claim() == []
+    ledger.clock.now += HOUR
+
+    discard(ledger, 1)
+
+    assert stands(ledger) == [(1, "done", "discarded"), (2, "waiting", None)]
+    assert ledger.rows("SELECT ended_at FROM deliveries WHERE id = 1") == [(ledger.clock.now,)]
+    claim = ledger.claim_one()
+    assert (claim.delivery_id, claim.in_doubt) == (2, False)
+    assert written(ledger) == [("discard", "anna@shop", "the shop is mended", {"ids": [1]}, 1)]
+
+
+def test_a_lane_with_nothing_left_takes_the_next_notification(ledger: Ledger) -> None:
+    dead(ledger, "order-1", ends=UNKNOWN)
+    discard(ledger, 1)
+    assert ledger.claim() == []
+
+    ledger.owed(2)
+
+    assert ledger.claim_one().delivery_id == 2
+
+
+def test_discarding_a_letter_that_had_been_passed_leaves_the_lane_as_it_is(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one(), UNKNOWN)
+    before = ledger.rows("SELECT * FROM lanes")
+
+    assert discard(ledger, 1).changed == 1
+    assert ledger.rows("SELECT * FROM lanes") == before
+
+
+def test_a_blocked_letter_is_discarded_once_its_handler_lets_go_and_the_lane_goes_on(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps=True)
+
+    assert discard(ledger, 1).changed == 0
+    ledger.owed(2)
+    ledger.do(ledger.lanes.release(claim))
+    assert ledger.claim() == []
+    assert discard(ledger, 1).changed == 1
+
+    after = ledger.claim_one()
+    assert (after.delivery_id, after.in_doubt) == (2, False)
+
+
+def test_a_discarded_letter_is_not_replayed_by_a_repeat(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    discard(ledger, 1)
+    ledger.clock.now += 2 * HOUR
+
+    ledger.owed(1)
+
+    assert stands(ledger) == [(1, "done", "discarded")]
+
+
+# --- queues ---------------------------------------------------------------------------------------------------------
+
+
+def queue_state(ledger: Ledger) -> list[tuple[Any, ...]]:
+    keys = ("route", "merchant", "state", "paused_by", "reason")
+    return [tuple(each[key] for key in keys) for each in desk(ledger, lambda desk: desk.queues(ledger.clock.now))]
+
+
+def test_a_paused_queue_hands_out_nothing_and_keeps_its_work(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    assert pause(ledger, merchant="fjallboden") == 1
+    assert ledger.claim(ledger.export) == []
+    ledger.owed(1, order_id="order-2")
+    assert pause(ledger, "resume", merchant="fjallboden") == 1
+
+    assert len(ledger.claim(ledger.export)) == 2
+    assert [row[:2] + row[3:] for row in written(ledger)] == [
+        ("pause", "anna@shop", {"route": "export", "merchant": "fjallboden"}, 1),
+        ("resume", "anna@shop", {"route": "export", "merchant": "fjallboden"}, 1),
+    ]
+
+
+def test_a_route_is_paused_for_every_merchant_where_none_is_named(ledger: Ledger) -> None:
+    assert pause(ledger) == 2
+    assert queue_state(ledger) == [
+        ("export", "annan", "paused", "person", "the shop is mended"),
+        ("export", "fjallboden", "paused", "person", "the shop is mended"),
+        ("history", "fjallboden", "running", None, None),
+    ]
+
+
+@pytest.mark.parametrize("given", [{"route": "nothing"}, {"merchant": "nobody"}, {"channel": "2"}], ids=str)
+def test_a_queue_that_is_not_there_is_none_and_the_try_is_written_down(ledger: Ledger, given: dict[str, str]) -> None:
+    assert pause(ledger, **given) == 0
+    assert [(row[0], row[4]) for row in written(ledger)] == [("pause", 0)]
+
+
+OUTCOMES = {
+    "done": DELIVERED,
+    "retry": waiting(NOON + 5000),
+    "unknown": in_doubt(NOON + 5000),
+    "rejected": REJECTED,
+    "misconfigured": MISCONFIGURED,
+}
+
+
+@pytest.mark.parametrize("ends", OUTCOMES.values(), ids=OUTCOMES)
+def test_a_persons_pause_survives_outcomes_and_restarts(ledger: Ledger, ends: Ends) -> None:
+    ledger.owed(1)
+    under_way = ledger.claim_one()
+    pause(ledger)
+
+    ledger.settle(under_way, ends)
+    after = ledger.reopened()
+    try:
+        assert after.rows(f"SELECT paused_until, paused_by FROM queues WHERE id = {after.export}") == [
+            (FOR_EVER, "person")
+        ]
+        assert pause(after, "resume") == 2
+        assert after.rows("SELECT paused_until, paused_by, pause_reason FROM queues") == [(None, None, None)] * 3
+    finally:
+        after.store.close()
+        ledger.store = Store.open(ledger.url, clock=ledger.clock)
+
+
+def test_a_person_resumes_whatever_paused_the_queue(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), MISCONFIGURED)
+    assert ledger.claim() == []
+
+    pause(ledger, "resume", route="export")
+
+    assert ledger.claim_one().delivery_id == 1
+
+
+# --- the audit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["replay", "discard", "pause", "resume"])
+def test_what_cannot_be_written_down_is_not_done(ledger: Ledger, name: str) -> None:
+    dead(ledger, "order-1", ends=UNKNOWN)
+    pause(ledger, route="history")
+    tables = ("deliveries", "lanes", "queues")
+    before = [ledger.rows(f"SELECT * FROM {table} ORDER BY id") for table in tables]
+    ledger.rows("ALTER TABLE actions RENAME TO elsewhere")
+
+    command: dict[str, Callable[[], Any]] = {
+        "replay": lambda: replay(ledger, 1, unknown="send"),
+        "discard": lambda: discard(ledger, 1),
+        "pause": lambda: pause(ledger, route="export"),
+        "resume": lambda: pause(ledger, "resume", route="history"),
+    }
+    with pytest.raises(Exception, match="actions"):
+        command[name]()
+    ledger.rows("ALTER TABLE elsewhere RENAME TO actions")
+
+    assert [ledger.rows(f"SELECT * FROM {table} ORDER BY id") for table in tables] == before
+
+
+def test_the_desk_shows_what_people_did(ledger: Ledger) -> None:
+    pause(ledger)
+    dead(ledger, "order-1", refetch=False)
+    ledger.clock.now += HOUR
+    replay(ledger, 1)
+
+    newest, oldest = desk(ledger, lambda desk: desk.actions())
+
+    assert (newest["command"], newest["changed"], newest["at"]) == ("replay", 1, "2026-02-03T13:00:00.000Z")
+    assert (oldest["command"], oldest["who"], oldest["why"]) == ("pause", "anna@shop", "the shop is mended")
+
+
+# --- as they come over the wire -------------------------------------------------------------------------------------
+
+GOOD = {"matching": {"ids": [1]}, "by": {"who": "anna", "why": "mended"}}
+BAD: dict[str, tuple[bytes, str]] = {
+    "nothing": (b"", "truncated"),
+    "no JSON": (b"{", "truncated"),
+    "no object": (b"[]", "Expected `object`"),
+    "not UTF-8": (b'{"matching": "\xff"}', ""),
+    "a lone surrogate": (json.dumps(GOOD | {"by": {"who": "\ud800", "why": "x"}}).encode(), ""),
+    "nested deeply": (b'{"unheard": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "unheard"),
+    "an unheard member": (json.dumps(GOOD | {"rate": 1}).encode(), "unknown field `rate`"),
+    "a filter that is a typo": (json.dumps(GOOD | {"matching": {"rout": "x"}}).encode(), "unknown field `rout`"),
+    "nobody": (json.dumps(GOOD | {"by": {"who": " ", "why": "x"}}).encode(), "written down"),
+    "no reason": (json.dumps(GOOD | {"by": {"who": "x", "why": ""}}).encode(), "$.by.why"),
+    "a NUL": (json.dumps(GOOD | {"by": {"who": "x", "why": "a\0b"}}).encode(), "$.by.why"),
+    "a NUL in a filter": (json.dumps(GOOD | {"matching": {"order_id": "a\0"}}).encode(), "$.matching.order_id"),
+    "a huge id": (json.dumps(GOOD | {"matching": {"ids": [10**30]}}).encode(), "$.matching.ids[0]"),
+    "an id beyond 64 bits": (json.dumps(GOOD | {"matching": {"ids": [2**63]}}).encode(), "$.matching.ids[0]"),
+    "a negative id": (json.dumps(GOOD | {"matching": {"ids": [-1]}}).encode(), "$.matching.ids[0]"),
+    "an id as a text": (json.dumps(GOOD | {"matching": {"ids": ["1"]}}).encode(), "$.matching.ids[0]"),
+    "too many ids": (json.dumps(GOOD | {"matching": {"ids": list(range(10_001))}}).encode(), "length <= 10000"),
+    "a moment far away": (json.dumps(GOOD | {"matching": {"since": 10**300}}).encode(), "$.matching.since"),
+    "a half moment": (json.dumps(GOOD | {"matching": {"since": 1.5}}).encode(), "$.matching.since"),
+    "no most": (json.dumps(GOOD | {"most": 0}).encode(), "$.most"),
+    "too many a step": (json.dumps(GOOD | {"most": 100_000}).encode(), "$.most"),
+    "before the beginning": (json.dumps(GOOD | {"after": -1}).encode(), "$.after"),
+    "another unknown": (json.dumps(GOOD | {"unknown": "guess"}).encode(), "$.unknown"),
+    "send all": (json.dumps(GOOD | {"matching": {}, "unknown": "send"}).encode(), "their ids, or until when"),
+}
+
+
+@pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)  # no database has a say in it
+@pytest.mark.parametrize("given", BAD.values(), ids=BAD)
+def test_what_is_no_command_is_refused_with_the_place(ledger: Ledger, given: tuple[bytes, str]) -> None:
+    dead(ledger, "order-1")
+
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - whatever it says, the port answers it
+        ledger.do(Commands(ledger.store).do("replay", given[0]))
+
+    assert given[1] in str(refused.value)
+    assert written(ledger) == []
+    assert not ledger.store.failing
+
+
+def test_of_repeated_members_the_last_counts(ledger: Ledger) -> None:
+    dead(ledger, "order-1", "order-2")
+    body = json.dumps(GOOD)[:-1] + ', "matching": {"ids": [2]}}'
+
+    assert ledger.do(Commands(ledger.store).do("replay", body.encode()))["changed"] == 1
+    assert stands(ledger) == [(1, "dead", "rejected"), (2, "waiting", None)]
+
+
+@pytest.mark.parametrize("name", ["", "erase", "do", "_replay", "replay "])
+def test_a_name_that_nobody_knows_is_answered_with_those_there_are(ledger: Ledger, name: str) -> None:
+    with pytest.raises(NoSuchCommand, match="replay, discard, pause, resume"):
+        ledger.do(Commands(ledger.store).do(name, b"{}"))
+
+
+def test_as_many_ids_as_may_be_given_are_taken(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+
+    assert replay(ledger, *range(1, 10_001)).changed == 1
+
+
+def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(*_arguments: Any) -> Any:
+        raise KeyError("queue")
+
+    monkeypatch.setattr(Commands, "_steps", breaks)
+
+    with pytest.raises(KeyError):
+        ledger.do(Commands(ledger.store).do("replay", msgspec.json.encode(GOOD)))
+
+
+# --- two at once, on PostgreSQL -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def several(postgres: Server, number: int) -> Iterator[tuple[Ledger, list[Ledger]]]:
+    """A ledger and that many nodes on it, each of which has an event loop of its own."""
+    url = postgres.fresh()
+    try:
+        with opened(url) as first:
+            runners = [asyncio.Runner() for _ in range(number)]
+            nodes = [Ledger(url, HandClock(), runner) for runner in runners]
+            try:
+                yield first, nodes
+            finally:
+                for node, runner in zip(nodes, runners, strict=True):
+                    node.store.close()
+                    runner.close()
+    finally:
+        postgres.drop(url)
+
+
+def at_once(*works: Callable[[], None]) -> None:
+    failed: list[BaseException] = []
+    barrier = threading.Barrier(len(works))
+
+    def begin(work: Callable[[], None]) -> None:
+        try:
+            barrier.wait(10)
+            work()
+        except BaseException as error:  # noqa: BLE001 - it is raised in the test's own thread
+            failed.append(error)
+
+    threads = [threading.Thread(target=begin, args=(work,)) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    if failed:
+        raise failed[0]
+
+
+def test_two_operators_at_once_do_each_letter_once(postgres: Server) -> None:
+    with several(postgres, 3) as (ledger, nodes):
+        dead(ledger, *(f"order-{number}" for number in range(60)))
+        done: dict[str, int] = {"replay": 0, "discard": 0}
+
+        def work(node: Ledger, name: str) -> Callable[[], None]:
+            def through() -> None:
+                step = run(node, name, route="export", most=7)
+                done[name] += step.changed
+                while step.after is not None:
+                    step = run(node, name, route="export", most=7, after=step.after, action=step.action)
+                    done[name] += step.changed
+
+            return through
+
+        at_once(work(nodes[0], "replay"), work(nodes[1], "discard"))
+
+        assert done["replay"] + done["discard"] == 60
+        by_reason = dict(ledger.rows("SELECT state, count(*) FROM deliveries GROUP BY state"))
+        assert by_reason == {
+            state: done[name] for state, name in (("waiting", "replay"), ("done", "discard")) if done[name]
+        }
+        assert sum(row[4] for row in written(ledger)) == 60
+
+
+def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Server) -> None:
+    with several(postgres, 3) as (ledger, nodes):
+        for node in (ledger, *nodes):
+            node.lanes = Lanes(node.store, node.lease, policy=Policy(after_failures=0))
+        orders = [f"order-{number}" for number in range(20)]
+        dead(ledger, *orders, ends=UNKNOWN)
+
+        def operator() -> None:
+            for _ in range(15):
+                run(nodes[0], "replay", route="export", unknown="send", until=NOON + 1, most=5)
+                run(nodes[0], "discard", reason="unknown", most=3)
+                pause(nodes[0])
+                pause(nodes[0], "resume")
+
+        def intake() -> None:
+            for snapshot in range(2, 12):
+                for order in orders:
+                    nodes[1].owed(snapshot, order_id=order)
+
+        def worker() -> None:
+            for number in range(60):
+                for claim in nodes[2].claim(most=5):
+                    nodes[2].settle(claim, (DELIVERED, UNKNOWN, REJECTED)[number % 3])
+
+        at_once(operator, intake, worker)
+        while ledger.rows("SELECT 1 FROM deliveries WHERE state = 'dead'"):
+            run(ledger, "discard", route="export")
+        while claims := ledger.claim():
+            for claim in claims:
+                ledger.settle(claim)
+
+        assert ledger.rows("SELECT 1 FROM deliveries WHERE state <> 'done'") == []
+        assert len(ledger.rows("SELECT 1 FROM deliveries")) == 220
+        with ledger.store.read_connection() as connection:
+            assert faults(connection) == []
+
+
+def test_a_letter_that_became_unknown_meanwhile_is_not_sent_by_who_left_those_out(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look and the lock another operator replayed it, and it was tried, and lost sight of."""
+    dead(ledger, "order-1")
+    letters = Commands._letters
+
+    def then_unknown(self: Commands, connection: Connection, *rest: Any) -> Any:
+        found = letters(self, connection, *rest)
+        connection.exec_driver_sql("UPDATE deliveries SET reason = 'unknown'")
+        return found
+
+    monkeypatch.setattr(Commands, "_letters", then_unknown)
+
+    assert replay(ledger, 1).changed == 0
+
+
+def test_a_queue_of_no_other_route_is_touched(ledger: Ledger) -> None:
+    pause(ledger, route=EXPORT.route, merchant="annan", channel="1")
+
+    assert [row[2] for row in queue_state(ledger)] == ["paused", "running", "running"]

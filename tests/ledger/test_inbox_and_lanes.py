@@ -1,0 +1,707 @@
+"""What the service remembers: intake, claims and records on real databases, with a clock that the test moves."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+import pytest
+
+from adapter.ledger.claims import LONGEST_MESSAGE, Ask
+from adapter.ledger.commands import Commands, Step
+from adapter.ledger.inbox import MOST_CONFLICTS, Received
+from adapter.ledger.queries import By, Desk, Matching
+from tests.ledgers import (
+    CONDITION,
+    DELIVERED,
+    DOUBT,
+    EXHAUSTED,
+    HOUR,
+    MISCONFIGURED,
+    MOVED_ON,
+    NOON,
+    NOT_THERE,
+    REJECTED,
+    RELEASED,
+    SKIPPED,
+    UNKNOWN,
+    Ends,
+    Ledger,
+    body_of,
+    in_doubt,
+    make_many,
+    receipt,
+    waiting,
+)
+from tests.plans import assert_no_scan, seen
+
+T = TypeVar("T")
+
+
+# --- intake ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_notification_is_on_disk_with_its_deliveries_when_receive_returns(ledger: Ledger) -> None:
+    received = ledger.receive(receipt(wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    assert received is Received.NEW
+    assert ledger.rows("SELECT order_id, merchant, callback, body FROM notifications") == [
+        ("order-1", "fjallboden", "order-status", body_of("order-1", 1))
+    ]
+    assert ledger.states() == [(1, "waiting", None), (1, "waiting", None)]
+    assert len(ledger.rows("SELECT 1 FROM lanes")) == 2
+
+
+def test_a_notification_that_nobody_wants_is_kept_all_the_same(ledger: Ledger) -> None:
+    ledger.receive(receipt())
+
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
+    assert ledger.states() == []
+
+
+ORDER = {"id": "order-1", "total": 100.0, "items": [{"quantity": 2, "sku": "A"}]}
+SPELLED_ANEW = b'{"items": [{"sku":"A", "quantity":2.0}], "total": 100, "id": "order-1"}'
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        pytest.param(json.dumps(ORDER).encode(), id="byte for byte"),
+        pytest.param(SPELLED_ANEW, id="other order of members and spelling of numbers"),
+        pytest.param(b'{"notification": {"id": "n-1"}, "order": ' + SPELLED_ANEW + b"}", id="in an envelope"),
+    ],
+)
+def test_the_same_event_again_does_nothing_more(ledger: Ledger, again: bytes) -> None:
+    wanted = [(ledger.export, True)]
+    ledger.receive(receipt(body=json.dumps(ORDER).encode(), wanted=wanted))
+
+    received = ledger.receive(receipt(body=again, wanted=wanted))
+
+    assert received is Received.REPEAT
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
+    assert len(ledger.states()) == 1
+
+
+def test_another_order_under_the_same_identity_is_kept_as_a_conflict_without_deliveries(ledger: Ledger) -> None:
+    wanted = [(ledger.export, True)]
+    ledger.receive(receipt(body=b'{"total": 1}', wanted=wanted))
+
+    received = ledger.receive(receipt(body=b'{"total": 2}', wanted=wanted))
+
+    assert received is Received.CONFLICT
+    assert ledger.rows("SELECT conflicts_with, identity IS NULL, body FROM notifications ORDER BY id") == [
+        (None, 0, b'{"total": 1}'),
+        (1, 1, b'{"total": 2}'),
+    ]
+    assert len(ledger.states()) == 1
+
+
+def test_the_repeat_of_a_conflict_is_not_stored_again(ledger: Ledger) -> None:
+    for body in (b'{"total": 1}', b'{"total": 2}'):
+        ledger.receive(receipt(body=body))
+
+    received = ledger.receive(receipt(body=b'{"total": 2.0}'))
+
+    assert received is Received.REPEAT
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 2
+
+
+def test_conflicts_of_one_identity_are_kept_up_to_a_bound_and_digested_once(ledger: Ledger) -> None:
+    bodies = [b'{"id": "order-1", "n": %d}' % number for number in range(MOST_CONFLICTS + 5)]
+
+    answers = [ledger.receive(receipt(body=body)) for body in bodies]
+
+    assert answers == [Received.NEW, *[Received.CONFLICT] * (MOST_CONFLICTS + 4)]
+    assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(1 + MOST_CONFLICTS,) * 2]
+
+
+def test_a_conflict_once_more_replays_nothing(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}', wanted=[(ledger.export, True)]))
+    ledger.receive(receipt(body=b'{"total": 2}'))
+    ledger.settle(ledger.claim_one(), REJECTED)
+
+    received = ledger.receive(receipt(body=b'{"total": 2}'))
+
+    assert received is Received.REPEAT
+    assert ledger.states() == [(1, "dead", "rejected")]
+
+
+def test_a_third_order_under_the_same_identity_is_a_conflict_of_its_own(ledger: Ledger) -> None:
+    received = [ledger.receive(receipt(body=b'{"total": %d}' % total)) for total in (1, 2, 3, 3)]
+
+    assert received == [Received.NEW, Received.CONFLICT, Received.CONFLICT, Received.REPEAT]
+
+
+def test_where_the_body_has_been_pruned_the_identity_has_the_word(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}'))
+    ledger.rows("UPDATE notifications SET body = NULL")
+
+    assert ledger.receive(receipt(body=b'{"total": 2}')) is Received.REPEAT
+
+
+def test_the_same_event_twice_in_one_group_is_stored_once(ledger: Ledger) -> None:
+    wanted = [(ledger.export, True)]
+
+    async def together() -> list[Received]:
+        each = [receipt(wanted=wanted), receipt(wanted=wanted), receipt(body=b'{"other": 1}', wanted=wanted)]
+        return await asyncio.gather(*(ledger.inbox.receive(one) for one in each))
+
+    assert ledger.do(together()) == [Received.NEW, Received.REPEAT, Received.CONFLICT]
+    assert len(ledger.states()) == 1
+
+
+def test_two_events_of_one_order_in_one_group_share_a_lane(ledger: Ledger) -> None:
+    async def together() -> None:
+        wanted = [(ledger.history, False)]
+        await asyncio.gather(*(ledger.inbox.receive(receipt(snapshot=each, wanted=wanted)) for each in (2, 1)))
+
+    ledger.do(together())
+
+    assert len(ledger.rows("SELECT 1 FROM lanes")) == 1
+    assert [state for _, state, _ in ledger.states()] == ["waiting", "waiting"]
+
+
+def test_without_a_moment_of_its_own_a_notification_takes_the_place_of_its_arrival(ledger: Ledger) -> None:
+    ledger.receive(receipt(snapshot=None, wanted=[(ledger.export, True)]))
+
+    assert ledger.states() == [(NOON, "waiting", None)]
+
+
+# --- stale snapshots ------------------------------------------------------------------------------------------------
+
+
+def test_a_newer_snapshot_supersedes_older_deliveries_that_were_never_tried(ledger: Ledger) -> None:
+    ledger.owed(1, 2, 3)
+
+    assert ledger.states() == [(1, "done", "superseded"), (2, "done", "superseded"), (3, "waiting", None)]
+    assert json.loads(ledger.claim_one().body or b"")["snapshot"] == 3
+
+
+def test_an_older_snapshot_that_arrives_late_is_superseded_on_arrival(ledger: Ledger) -> None:
+    ledger.owed(2, 1)
+
+    assert ledger.states() == [(2, "waiting", None), (1, "done", "superseded")]
+
+
+def test_a_late_snapshot_is_superseded_also_when_the_newer_one_is_done(ledger: Ledger) -> None:
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one())
+
+    ledger.owed(1)
+
+    assert ledger.states() == [(2, "done", "delivered"), (1, "done", "superseded")]
+    assert ledger.claim() == []
+
+
+def test_a_snapshot_of_the_same_moment_is_a_newer_trigger(ledger: Ledger) -> None:
+    for identity in (b"a", b"b"):
+        ledger.receive(receipt(identity=identity, wanted=[(ledger.export, True)]))
+
+    assert ledger.states() == [(1, "done", "superseded"), (1, "waiting", None)]
+
+
+def test_a_delivery_that_was_tried_is_not_superseded_and_goes_first(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
+
+    ledger.owed(2, 3)
+
+    assert ledger.states() == [(1, "waiting", None), (2, "done", "superseded"), (3, "waiting", None)]
+    assert ledger.claim() == []  # the newer one does not overtake the retry
+    ledger.clock.now += 5000
+    retry = ledger.claim_one()
+    assert (retry.delivery_id, retry.attempt) == (1, 2)
+    ledger.settle(retry)
+    assert ledger.claim_one().delivery_id == 3
+
+
+def test_a_delivery_in_hand_is_not_superseded(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    ledger.owed(2)
+
+    assert ledger.claim() == []
+    assert ledger.settle(claim)
+    assert ledger.states() == [(1, "done", "delivered"), (2, "waiting", None)]
+    assert ledger.claim_one().delivery_id == 2
+
+
+def test_a_route_that_does_not_refetch_gets_every_snapshot_in_order(ledger: Ledger) -> None:
+    ledger.owed(3, 1, 2, refetch=False)
+
+    seen = []
+    for _ in range(3):
+        claim = ledger.claim_one(ledger.history)
+        seen.append(json.loads(claim.body or b"")["snapshot"])
+        ledger.settle(claim, passes=False)
+
+    assert seen == [1, 2, 3]
+    assert ledger.claim(ledger.history) == []
+
+
+def test_nothing_is_put_before_a_delivery_that_was_tried(ledger: Ledger) -> None:
+    ledger.owed(2, refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), waiting(NOON), passes=False)
+
+    ledger.owed(1, refetch=False)
+
+    assert ledger.claim_one(ledger.history).delivery_id == 1  # snapshot 2, which came and was tried first
+
+
+# --- dead letters ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION], ids=lambda each: each.reason)
+def test_a_dead_letter_of_a_route_that_refetches_is_passed(ledger: Ledger, settlement: Ends) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    ledger.owed(2)
+
+    ledger.settle(claim, settlement)
+
+    assert ledger.states()[0] == (1, "dead", settlement.reason)
+    assert ledger.claim_one().delivery_id == 2
+
+
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION], ids=lambda each: each.reason)
+def test_a_dead_letter_of_a_route_that_does_not_refetch_holds_its_lane(ledger: Ledger, settlement: Ends) -> None:
+    ledger.owed(1, 2, refetch=False)
+
+    ledger.settle(ledger.claim_one(ledger.history), settlement, passes=False)
+    ledger.owed(3, refetch=False)
+    ledger.clock.now += 100 * HOUR
+
+    assert ledger.claim(ledger.history) == []
+    assert ledger.next_due_at() is None
+
+
+@pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
+def test_an_unknown_outcome_always_holds_its_lane(ledger: Ledger, refetch: bool) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(1, refetch=refetch)
+    claim = ledger.claim_one(queue)
+
+    ledger.settle(claim, UNKNOWN, passes=refetch)
+    ledger.owed(2, refetch=refetch)
+    ledger.clock.now += 100 * HOUR
+
+    assert ledger.claim(queue) == []
+    assert ledger.states() == [(1, "dead", "unknown"), (2, "waiting", None)]
+
+
+def test_a_dead_letter_holds_its_own_lane_only(ledger: Ledger) -> None:
+    ledger.owed(1, refetch=False, order_id="order-1")
+    ledger.owed(1, refetch=False, order_id="order-2")
+    first, second = ledger.claim(ledger.history)
+
+    ledger.settle(first, UNKNOWN, passes=False)
+    ledger.settle(second, waiting(NOON), passes=False)
+
+    assert [claim.order_id for claim in ledger.claim(ledger.history)] == ["order-2"]
+
+
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED], ids=["rejected", "exhausted"])
+@pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
+def test_a_repeat_replays_a_dead_letter_whose_outcome_is_known(ledger: Ledger, settlement: Ends, refetch: bool) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(1, refetch=refetch)
+    ledger.settle(ledger.claim_one(queue), settlement, passes=refetch)
+
+    received = ledger.receive(receipt(wanted=[(queue, refetch)]))
+
+    assert received is Received.REPLAYED
+    assert ledger.states() == [(1, "waiting", None)]
+    again = ledger.claim_one(queue)
+    assert (again.delivery_id, again.attempt, again.in_doubt) == (1, 1, False)
+
+
+def test_repeats_replay_at_most_once_an_hour(ledger: Ledger) -> None:
+    ledger.owed(1)
+    answers = []
+    for minutes in (0, 30, 59, 60, 119, 120):
+        ledger.clock.now = NOON + minutes * 60_000
+        for claim in ledger.claim():
+            ledger.settle(claim, REJECTED)
+        answers.append(ledger.receive(receipt()))
+
+    repeat, replayed = Received.REPEAT, Received.REPLAYED
+    assert answers == [replayed, repeat, repeat, replayed, repeat, replayed]
+
+
+@pytest.mark.parametrize(
+    "settlement",
+    [
+        UNKNOWN,
+        CONDITION,
+        DELIVERED,
+        SKIPPED,
+        MOVED_ON,
+    ],
+    ids=lambda each: each.reason,
+)
+def test_a_repeat_never_replays_anything_else(ledger: Ledger, settlement: Ends) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), settlement)
+    ledger.clock.now += 2 * HOUR
+
+    received = ledger.receive(receipt(wanted=[(ledger.export, True)]))
+
+    assert received is Received.REPEAT
+    assert ledger.claim() == []
+    assert ledger.states()[0][2] == settlement.reason
+
+
+def test_reconciliation_replays_nothing(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), REJECTED)
+
+    assert ledger.receive(receipt(source="reconciliation")) is Received.REPEAT
+    assert ledger.claim() == []
+
+
+def test_a_replay_does_not_pass_an_unknown_outcome_that_holds_the_lane(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), REJECTED)
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one(), UNKNOWN)
+
+    ledger.receive(receipt(snapshot=1))
+    ledger.clock.now += 2 * HOUR
+
+    assert ledger.claim() == []
+
+
+# --- claims ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_claim_says_all_that_an_attempt_needs(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.clock.now += 7
+
+    claim = ledger.claim_one()
+
+    assert (claim.order_id, claim.merchant, claim.channel, claim.callback) == (
+        "order-1", "fjallboden", "1", "order-status",
+    )  # fmt: skip
+    assert claim.body == body_of("order-1", 1)
+    assert claim.identity == b"order-1/1"
+    assert (claim.attempt, claim.in_doubt, claim.previous) == (1, False, None)
+    assert (claim.received_at, claim.claimed_at, claim.first_attempt_at) == (NOON, NOON + 7, NOON + 7)
+    assert claim.doubt_ends_at == NOON + 7 + DOUBT
+
+
+def test_a_lane_in_hand_is_not_handed_out_again(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.claim_one()
+    ledger.clock.now += 100 * HOUR
+
+    assert ledger.claim() == []
+    assert ledger.next_due_at() is None
+
+
+def test_an_attempt_is_written_with_its_outcome(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    ledger.clock.now += 250
+
+    ledger.settle(claim, REJECTED, outcome="reject", code="no-such-shop", message="x" * 5000)
+
+    assert ledger.rows(
+        "SELECT delivery_id, claim, kind, started_at, ended_at, outcome, code, length(message) FROM attempts"
+    ) == [(1, 1, "deliver", NOON, NOON + 250, "reject", "no-such-shop", LONGEST_MESSAGE)]
+
+
+def test_the_last_done_is_there_at_the_next_claim_of_the_lane(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), reference="shop-7", facts={"digest": "abc", "lines": 3})
+    ledger.clock.now += HOUR
+    ledger.owed(2)
+
+    previous = ledger.claim_one().previous
+
+    assert previous is not None
+    assert (previous.reference, previous.facts) == ("shop-7", {"digest": "abc", "lines": 3})
+    assert previous.at == datetime.fromtimestamp(NOON / 1000, UTC)
+
+
+def test_a_retry_is_not_due_before_its_moment(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
+    ledger.clock.now = NOON + 4999
+
+    assert ledger.claim() == []
+    assert ledger.next_due_at() == NOON + 5000
+    ledger.clock.now = NOON + 5000
+    assert ledger.claim_one().attempt == 2
+
+
+def test_an_attempt_that_does_not_count_is_taken_back(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    ledger.settle(ledger.claim_one(), RELEASED)
+
+    assert ledger.claim_one().attempt == 1
+
+
+def test_an_outcome_that_is_not_known_leaves_the_lane_in_doubt_until_one_is(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), in_doubt(NOON))
+    second = ledger.claim_one()
+    ledger.settle(second, in_doubt(NOON))
+    third = ledger.claim_one()
+    ledger.settle(third, NOT_THERE)
+
+    fourth = ledger.claim_one()
+
+    assert [claim.in_doubt for claim in (second, third, fourth)] == [True, True, False]
+
+
+def test_a_claim_is_settled_once_however_often_it_is_tried(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    assert ledger.settle(claim, waiting(NOON))
+    assert ledger.settle(claim, waiting(NOON))  # as after a connection that broke at the commit
+    assert ledger.states() == [(1, "waiting", None)]
+    assert len(ledger.rows("SELECT 1 FROM attempts")) == 1
+
+
+def test_a_claim_that_is_kept_is_settled_once_too(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    assert ledger.settle(claim, MISCONFIGURED, keeps=True)
+    assert ledger.settle(claim, MISCONFIGURED, keeps=True)
+
+    assert ledger.rows("SELECT count(*) FROM attempts") == [(1,)]
+    assert ledger.rows("SELECT attempts FROM deliveries") == [(0,)]
+
+
+@pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
+def test_a_dead_letter_is_not_discarded_while_its_handler_still_runs(ledger: Ledger, refetch: bool) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(1, refetch=refetch)
+    claim = ledger.claim_one(queue)
+    ledger.settle(claim, UNKNOWN, passes=refetch, keeps=True)
+    ledger.owed(2, refetch=refetch)
+    commands = Commands(ledger.store)
+    discard = Step(matching=Matching(), by=By(who="a person", why="it is there"))
+
+    assert ledger.do(commands.discard(discard)).changed == 0
+    ledger.do(ledger.lanes.release(claim))
+    assert ledger.do(commands.discard(discard)).changed == 1
+
+    assert ledger.claim_one(queue).delivery_id == 2
+
+
+def test_an_old_claim_records_nothing_after_the_lane_was_taken_over(ledger: Ledger) -> None:
+    ledger.owed(1)
+    old = ledger.claim_one()
+    after = ledger.reopened()
+    try:
+        after.clock.now += DOUBT
+        new = after.claim_one()
+
+        kept_old, kept_new = after.settle(old, REJECTED), after.settle(new)
+
+        assert (kept_old, kept_new) == (False, True)
+        assert after.states() == [(1, "done", "delivered")]
+    finally:
+        after.store.close()
+
+
+def test_what_a_dead_process_held_is_in_doubt_and_not_due_before_the_doubt_ends(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+    after = ledger.reopened()
+    try:
+        assert after.claim() == []
+        assert after.next_due_at() == claim.doubt_ends_at
+        after.clock.now = claim.doubt_ends_at - 1
+        assert after.claim() == []
+        after.clock.now = claim.doubt_ends_at
+        taken_over = after.claim_one()
+
+        assert (taken_over.delivery_id, taken_over.attempt, taken_over.in_doubt) == (1, 2, True)
+        assert taken_over.number > claim.number
+    finally:
+        after.store.close()
+
+
+def test_a_claim_is_on_disk_before_it_is_handed_out(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    ledger.claim_one()
+
+    assert ledger.rows("SELECT claim, settled, holder IS NOT NULL FROM lanes") == [(1, 0, 1)]
+
+
+def test_no_more_lanes_than_asked_are_taken(ledger: Ledger) -> None:
+    for number in range(5):
+        ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    asks = [
+        Ask(queue_id=ledger.export, concurrency=2, doubt_ms=DOUBT),
+        Ask(queue_id=ledger.history, concurrency=5, doubt_ms=DOUBT),
+    ]
+    claims = ledger.do(ledger.lanes.claim(asks, 4)).claims
+
+    taken = [claim.queue_id for claim in claims]
+    assert len(taken) == 4
+    assert taken.count(ledger.export) <= 2
+
+
+def test_queues_come_in_turn_so_that_no_backlog_starves_another(ledger: Ledger) -> None:
+    for number in range(6):
+        ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    taken = [ledger.claim(ledger.export, ledger.history, most=1)[0].queue_id for _ in range(4)]
+
+    assert sorted(taken) == sorted([ledger.export, ledger.history] * 2)
+
+
+def test_lanes_in_which_nothing_waits_do_not_hide_those_in_which_something_does(ledger: Ledger) -> None:
+    ledger.owed(2)
+    ledger.settle(ledger.claim_one())
+    ledger.owed(1)  # superseded when it arrives: the lane is due, and empty
+    ledger.clock.now += 1
+    ledger.owed(1, order_id="order-2")
+
+    taken = ledger.take(most=1)
+
+    assert (taken.claims, taken.next_due_at) == ([], ledger.clock.now)
+    assert ledger.claim_one().order_id == "order-2"
+
+
+def test_a_claim_and_its_settlement_find_their_rows_among_many_by_an_index(ledger: Ledger) -> None:
+    make_many(ledger, 20_000)
+    ledger.owed(NOON, order_id="order-1")
+
+    statements = seen(ledger.store.engine, lambda: ledger.settle(ledger.claim_one()))
+
+    assert [statement for statement, _ in statements if "JOIN notifications" in statement]
+    for statement, parameters in statements:
+        assert_no_scan(ledger, statement, parameters)
+
+
+def test_lanes_of_a_queue_come_in_the_order_in_which_they_are_due(ledger: Ledger) -> None:
+    for number in (3, 1, 2):
+        ledger.clock.now = NOON + number
+        ledger.owed(1, order_id=f"order-{number}")
+    ledger.clock.now = NOON + HOUR
+
+    assert [claim.order_id for claim in ledger.claim()] == ["order-1", "order-2", "order-3"]
+
+
+# --- pauses ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_misconfigured_queue_pauses_keeps_its_work_and_goes_on_at_the_next_start(ledger: Ledger) -> None:
+    ledger.owed(1, order_id="order-1")
+    ledger.owed(1, order_id="order-2")
+    first = ledger.claim(most=1)[0]
+    ledger.settle(first, MISCONFIGURED)
+    ledger.clock.now += 1000 * HOUR
+
+    assert ledger.claim() == []
+    assert ledger.next_due_at() is None
+    after = ledger.reopened()
+    try:
+        claims = after.claim()
+        assert sorted((claim.order_id, claim.attempt) for claim in claims) == [("order-1", 1), ("order-2", 1)]
+    finally:
+        after.store.close()
+
+
+def test_a_pause_is_for_one_route_of_one_merchant_and_channel(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.receive(receipt("elsewhere", wanted=[(ledger.other, True)]))
+    ledger.settle(ledger.claim_one(), MISCONFIGURED)
+
+    claims = ledger.claim(ledger.export, ledger.other)
+
+    assert [claim.order_id for claim in claims] == ["elsewhere"]
+
+
+def test_entering_again_finds_the_same_queues(ledger: Ledger) -> None:
+    before = ledger.queues
+    after = ledger.reopened()
+    after.store.close()
+
+    assert after.queues == before
+
+
+# --- the desk -------------------------------------------------------------------------------------------------------
+
+
+def desk(ledger: Ledger, look: Callable[[Desk], T]) -> T:
+    with ledger.store.read_connection() as connection:
+        return look(Desk(connection))
+
+
+def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> None:
+    ledger.owed(1, order_id="order-1")
+    ledger.owed(1, order_id="order-2", refetch=False)
+    ledger.settle(ledger.claim_one(), REJECTED, outcome="reject", code="no-such-shop", message="The shop is unknown.")
+
+    def ids(limit: int = 100, **asked: Any) -> list[int]:
+        return [each["id"] for each in desk(ledger, lambda desk: desk.deliveries(Matching(**asked), limit=limit))]
+
+    assert ids() == [2, 1]
+    assert ids(limit=1) == [2]
+    assert ids(state="dead") == [1]
+    assert ids(route="history") == [2]
+    assert ids(order_id="order-1", state="waiting") == []
+
+
+def test_the_desk_shows_a_delivery_with_its_attempts(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000), outcome="retry", code="destination-busy")
+    ledger.clock.now += 5000
+    ledger.settle(ledger.claim_one(), reference="shop-7")
+
+    shown = desk(ledger, lambda desk: desk.delivery(1))
+
+    assert shown is not None
+    assert (shown["state"], shown["reason"], shown["tries"], shown["reference"]) == ("done", "delivered", 2, "shop-7")
+    assert shown["first_attempt_at"] == "2026-02-03T12:00:00.000Z"
+    assert [(each["outcome"], each["code"]) for each in shown["attempts"]] == [
+        ("retry", "destination-busy"),
+        ("done", None),
+    ]
+
+
+def test_the_desk_knows_which_delivery_is_in_doubt_and_when_it_is_due(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), in_doubt(NOON + 5000))
+    ledger.owed(2)
+
+    first, second = (desk(ledger, lambda desk: desk.delivery(number)) for number in (1, 2))  # noqa: B023
+
+    assert first is not None
+    assert second is not None
+    assert first["in_doubt"] is True
+    assert first["next_at"] == "2026-02-03T12:00:05.000Z"
+    assert (second["in_doubt"], second["next_at"]) == (False, None)
+
+
+def test_the_desk_has_nothing_to_show_for_a_delivery_that_is_not_there(ledger: Ledger) -> None:
+    assert desk(ledger, lambda desk: desk.delivery(1)) is None
+
+
+def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None:
+    for number in (1, 2, 3):
+        ledger.owed(1, order_id=f"order-{number}")
+    ledger.clock.now += 90_000
+    dead, done, paused = ledger.claim()
+    ledger.settle(dead, REJECTED)
+    ledger.settle(done)
+    ledger.settle(paused, MISCONFIGURED)
+
+    overview = desk(ledger, lambda desk: desk.overview(ledger.clock.now))
+
+    assert overview.by_route == {("export", "waiting"): 1, ("export", "dead"): 1}
+    assert overview.oldest_waiting_seconds == {"export": 90.0}
+    assert overview.paused == {("export", "fjallboden", "1"): "destination-unauthorized"}

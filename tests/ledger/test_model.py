@@ -1,0 +1,650 @@
+"""
+The ledger beside a model of it that a reader can hold in the head: whatever happens in whatever order, nothing that was
+acknowledged is lost, and nothing is in two hands. On a SQLite file, and with two processes on one PostgreSQL.
+
+A lane (one order on one route), as the model has it: `current` was attempted and not passed; `held` by a process.
+
+| what happens | to a lane that is idle | due, or waiting | held | stopped by a dead letter |
+|---|---|---|---|---|
+| an event, newer | due | as before, older ones superseded | the same | the same, and the event waits |
+| an event, older | superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
+| a claim | - | when due and its queue has room: held, attempts + 1 | - | - |
+| a known outcome | - | - | done or dead: due if more waits, else idle; retry: waiting | - |
+| an unknown one | - | - | waiting, in doubt; or stopped | - |
+| a claim nobody got | - | - | due at once, attempts - 1, no new doubt | - |
+| a release | - | - | what the settlement said | - |
+| its process dies | - | - | held until its lease ends and another beats; due when doubt ends | - |
+| a late settlement | nothing | nothing | nothing, unless it is this claim's | nothing |
+| a replay of a letter | due | in its place | not while it is tried | due, in doubt as before |
+| a discard of a letter | - | as before | not while it is tried | due if more waits, else idle; no doubt |
+
+Its queue (one route) runs, is paused until a moment, or tries one lane as a probe: what `pauses` makes of each outcome,
+and what a person says. What becomes of a delivery is what `deliveries` says; both are pure and have tests of their own.
+
+The model knows nothing of tables. It says what is due from the facts about a lane, so that work which the ledger would
+forget (a lane that is never due again) shows at the next claim.
+
+`LEDGER_MODEL_EXAMPLES=1000 pytest tests/test_ledger_model.py --timeout 0` tries longer: so many histories on each
+database, in place of 20.
+"""
+
+import asyncio
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from sqlalchemy import text
+
+from adapter.ledger.claims import Ask, Claim, QueueKey, Record
+from adapter.ledger.commands import Commands, Pause, Step
+from adapter.ledger.databases import database_at
+from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import LEASE_MS, Lease
+from adapter.ledger.maintenance import faults
+from adapter.ledger.queries import By, Matching
+from adapter.ledger.settlement import (
+    FOR_EVER,
+    RUNNING,
+    Attempt,
+    Ending,
+    Handling,
+    PausedBy,
+    Pausing,
+    Policy,
+    Reason,
+    Result,
+    State,
+    after_attempt,
+    settle,
+)
+from adapter.ledger.store import Store
+from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
+from tests.databases import clear
+from tests.ledgers import DOUBT, HOUR, NOON, HandClock
+
+EXAMPLES = int(os.environ.get("LEDGER_MODEL_EXAMPLES", "20"))
+CONCURRENCY = 2
+POLICY = Policy(after_failures=2, first=timedelta(seconds=30), longest=timedelta(minutes=2))
+SCHEDULE = (timedelta(seconds=5), timedelta(minutes=5))
+HANDLING = {
+    "looks up": Handling(looks_up=True, repeatable=False),
+    "repeatable": Handling(looks_up=False, repeatable=True),
+    "neither": Handling(looks_up=False, repeatable=False),
+}
+RESULTS: dict[str, Result] = {
+    "done": Done(),
+    "skip": Skip("nothing-changed"),
+    "retry": Retry("busy"),
+    "retry much later": Retry("busy", after=timedelta(hours=2)),
+    "reject": Reject("no-such-shop"),
+    "unknown": Unknown("no-answer"),
+    "misconfigured": Misconfigured("unauthorized"),
+    "not there": Ending.NOT_THERE,
+    "moved on": Ending.MOVED_ON,
+    "condition": Ending.CONDITION,
+    "released": Ending.RELEASED,
+    "blocked": Ending.BLOCKED,
+}
+ROUTES = {"export": True, "history": False}  # and whether they re-read the order
+REPLAYABLE = (Reason.REJECTED, Reason.EXHAUSTED)
+BY = By(who="a person", why="to see")
+PERSON = replace(RUNNING, paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=BY.why)
+NODES = st.integers(0, 1)
+
+
+@dataclass(eq=False)
+class Owed:
+    """A delivery as the model sees it; `number` is its place in the order of arrival."""
+
+    number: int
+    snapshot: int
+    identity: bytes
+    state: State = State.WAITING
+    reason: Reason | None = None
+    attempts: int = 0
+    replayed_at: int = -HOUR * 1000
+
+
+@dataclass(eq=False)
+class Line:
+    """A lane."""
+
+    order_id: str
+    route: str
+    owed: list[Owed] = field(default_factory=list)
+    newest: int = -1
+    current: Owed | None = None  # attempted, and not passed
+    due_at: int = 0  # of `current`
+    held: int | None = None  # by which process
+    claims: int = 0
+    settled: int = 0
+
+    @property
+    def refetch(self) -> bool:
+        return ROUTES[self.route]
+
+    def waiting(self) -> list[Owed]:
+        return sorted((o for o in self.owed if o.state is State.WAITING), key=lambda o: (o.snapshot, o.number))
+
+    def still_tries(self, owed: Owed) -> bool:
+        """It is settled, and its handler has not ended: a person must wait for that."""
+        return self.held is not None and self.current is owed
+
+    def next(self) -> tuple[int, Owed] | None:
+        """What will be tried, and when; what was never attempted is due since it came."""
+        if self.held is not None:
+            return None
+        if self.current is not None:
+            return (self.due_at, self.current) if self.current.state is State.WAITING else None
+        return next(((0, owed) for owed in self.waiting()), None)
+
+
+@dataclass(eq=False)
+class Event:
+    """Something that Norce told us: which event, and the bodies under its identity that we acknowledged."""
+
+    order_id: str
+    snapshot: int
+    identity: bytes
+    body: bytes
+    bodies: set[bytes] = field(default_factory=set)
+    owed: list[tuple[Line, Owed]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Held:
+    line: Line
+    owed: Owed
+    claim: Claim
+
+
+class Node:
+    """A process with the ledger open."""
+
+    def __init__(self, url: str, clock: HandClock) -> None:
+        database = database_at(url)
+        database.take()
+        self.store = Store(database, clock=clock)
+        self.lease = Lease(self.store, version="test")
+        self.inbox, self.commands = Inbox(self.store), Commands(self.store)
+        self.lanes = Lanes(self.store, self.lease, policy=POLICY)
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    events = Bundle("events")
+    hands = Bundle("hands")  # claims of processes that live, and of dead ones
+    kept = Bundle("kept")  # settled, and held until their handler has really ended
+    fresh_url: Callable[[], str]  # an empty database
+    processes: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.url = type(self).fresh_url()
+        self.loop = asyncio.Runner()
+        self.clock = HandClock(NOON)
+        self.lines: dict[tuple[str, str], Line] = {}
+        self.known: list[Event] = []
+        self.conflicts = 0
+        self.arrived = 0
+        self.pausing = dict.fromkeys(ROUTES, RUNNING)
+        self.handling = HANDLING["looks up"]
+        self.lives: dict[int, int] = {}  # processes, and until when their lease lasts
+        self.nodes: list[Node] = []
+        for _ in range(self.processes):
+            self.nodes.append(self.entered())
+        self.looking = database_at(self.url).engine(read_only=True).connect()
+
+    def entered(self) -> Node:
+        node = Node(self.url, self.clock)
+        self.loop.run(node.lease.enter())
+        if self.processes == 1:
+            self.lives.clear()
+        self.model_buries()
+        self.lives[node.lease.process_id] = self.now + LEASE_MS
+        keys = {route: QueueKey(route=route, merchant="m", channel="1") for route in ROUTES}
+        queues = self.loop.run(node.lanes.open_queues(list(keys.values())))
+        self.queues = {route: queues[key] for route, key in keys.items()}
+        for route, pausing in self.pausing.items():
+            if pausing.paused_by is PausedBy.MISCONFIGURED:
+                self.pausing[route] = RUNNING
+        return node
+
+    @property
+    def now(self) -> int:
+        return self.clock.now
+
+    def node(self, number: int) -> Node:
+        return self.nodes[number % len(self.nodes)]
+
+    def teardown(self) -> None:
+        self.looking.close()
+        for node in self.nodes:
+            node.store.close()
+        self.loop.close()
+
+    @initialize(handling=st.sampled_from(sorted(HANDLING)))
+    def choose(self, handling: str) -> None:
+        self.handling = HANDLING[handling]
+
+    # --- events ---
+
+    @rule(
+        target=events,
+        told=st.lists(
+            st.tuples(st.sampled_from("AAABC"), st.integers(0, 5), st.integers(0, 1)), min_size=1, max_size=4
+        ),
+        node=NODES,
+    )
+    def notified(self, told: list[tuple[str, int, int]], node: int) -> Any:
+        """Events, newer or older than what has been seen, in one group; some perhaps twice."""
+        events: list[Event] = []
+        expected: list[Received] = []
+        receipts = []
+        for order, snapshot, value in told:
+            identity = f"{order}/{snapshot}/{value}".encode()
+            if any(event.identity == identity for event in self.known):
+                continue
+            is_new = all(event.identity != identity for event in events)
+            body = json.dumps({"id": order, "at": snapshot, "value": value}).encode()
+            event = Event(order, snapshot, identity, body, {body})
+            receipts.append(self.receipt(event, body))
+            expected.append(Received.NEW if is_new else Received.REPEAT)
+            if is_new:
+                events.append(event)
+
+        async def together() -> list[Received]:
+            return await asyncio.gather(*map(self.node(node).inbox.receive, receipts))
+
+        assert self.loop.run(together()) == expected
+        for event in events:
+            self.known.append(event)
+            for route in ROUTES:
+                self.model_owes(self.lines.setdefault((event.order_id, route), Line(event.order_id, route)), event)
+        return multiple(*events)
+
+    def model_owes(self, line: Line, event: Event) -> None:
+        self.arrived += 1
+        owed = Owed(self.arrived, event.snapshot, event.identity)
+        if event.snapshot >= line.newest:
+            line.newest = event.snapshot
+            for older in line.waiting() if line.refetch else ():
+                if older is not line.current:
+                    older.state, older.reason = State.DONE, Reason.SUPERSEDED
+        elif line.refetch:
+            owed.state, owed.reason = State.DONE, Reason.SUPERSEDED
+        line.owed.append(owed)
+        event.owed.append((line, owed))
+
+    @rule(
+        event=events,
+        in_envelope=st.booleans(),
+        source=st.sampled_from(["callback"] * 3 + ["reconciliation"]),
+        node=NODES,
+    )
+    def repeated(self, event: Event, in_envelope: bool, source: str, node: int) -> None:
+        body = b'{"notification": {}, "order": %s}' % event.body if in_envelope else event.body
+        replayed = [] if source == "reconciliation" else self.replayable(event)
+
+        received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body, source)))
+
+        assert received is (Received.REPLAYED if replayed else Received.REPEAT)
+        self.model_rearms(replayed)
+
+    @rule(event=events, other=st.integers(0, 2), node=NODES)
+    def contradicted(self, event: Event, other: int, node: int) -> None:
+        body = json.dumps({"id": event.order_id, "another": other}).encode()
+
+        received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body)))
+
+        assert received is (Received.REPEAT if body in event.bodies else Received.CONFLICT)
+        self.conflicts += body not in event.bodies
+        event.bodies.add(body)
+
+    def replayable(self, event: Event) -> list[tuple[Line, Owed]]:
+        return [
+            (line, owed)
+            for line, owed in event.owed
+            if owed.reason in REPLAYABLE and owed.replayed_at <= self.now - HOUR and not line.still_tries(owed)
+        ]
+
+    # --- work ---
+
+    @rule(target=hands, most=st.integers(1, 10), node=NODES)
+    def claimed(self, most: int, node: int) -> Any:
+        return multiple(*self.claim(self.node(node), most))
+
+    @rule(hand=consumes(hands), result=st.sampled_from(sorted(RESULTS)), node=NODES)
+    def settled(self, hand: Held, result: str, node: int) -> None:
+        self.settle(self.node(node), hand, result)
+
+    @rule(target=kept, hand=consumes(hands), result=st.sampled_from(sorted(RESULTS)), node=NODES)
+    def settled_and_kept(self, hand: Held, result: str, node: int) -> Any:
+        """A handler that cannot be stopped: what it did is known, and it still runs."""
+        return hand if self.settle(self.node(node), hand, result, keeps=True) else multiple()
+
+    @rule(hand=consumes(kept), node=NODES)
+    def released(self, hand: Held, node: int) -> None:
+        self.loop.run(self.node(node).lanes.release(hand.claim))
+        if hand.line.held == hand.claim.holder and hand.line.claims == hand.claim.number:
+            hand.line.held = None
+
+    @rule(
+        result=st.sampled_from([*sorted(RESULTS), "done", "reject"]),
+        after=st.sampled_from([0, DOUBT, HOUR]),
+        node=NODES,
+    )
+    def worked(self, result: str, after: int, node: int) -> None:
+        """A dispatcher's turn: all that is due and has room is tried, and ends in the same way."""
+        self.clock.now += after
+        self.beaten(node)
+        for hand in self.claim(self.node(node), 100):
+            self.settle(self.node(node), hand, result)
+
+    @rule(most=st.integers(1, 3), node=NODES)
+    def claimed_without_an_answer(self, most: int, node: int) -> None:
+        """The connection broke at the commit: what is held and not in hand is given back."""
+        it = self.node(node)
+        before = [line for line in self.lines.values() if line.held == it.lease.process_id]
+        hands = self.claim(it, most)
+        held = [(self.ids[line.order_id, line.route], line.claims) for line in before]
+
+        assert self.loop.run(it.lanes.give_back(held)) == len(hands)
+
+        for hand in hands:
+            line = hand.line
+            line.held, line.due_at = None, self.now
+            hand.owed.attempts -= 1
+            if line.settled == line.claims - 1:
+                line.settled = line.claims
+
+    def claim(self, node: Node, most: int) -> list[Held]:
+        room = self.model_room()
+        due: dict[tuple[str, str], Owed] = {
+            key: coming[1]
+            for key, line in self.lines.items()
+            if room[line.route] and (coming := line.next()) is not None and coming[0] <= self.now
+        }
+        expected = sum(min(room[route], count) for route, count in Counter(route for _, route in due).items())
+        asks = [Ask(queue_id=each, concurrency=CONCURRENCY, doubt_ms=DOUBT) for each in self.queues.values()]
+        hands: list[Held] = []
+        taken = self.loop.run(node.lanes.claim(asks, most))
+        while taken.claims or (taken.next_due_at or FOR_EVER) <= self.now:  # as a dispatcher does
+            hands += [self.model_claims(node, claim, due) for claim in taken.claims]
+            if len(hands) == most:
+                break
+            taken = self.loop.run(node.lanes.claim(asks, most - len(hands)))
+        assert len(hands) == min(most, expected), "something was due and was not handed out, or too much was"
+        later = self.model_next_due()
+        assert len(hands) == most or later is None or (taken.next_due_at is not None and taken.next_due_at <= later)
+        return hands
+
+    def model_room(self) -> dict[str, int]:
+        held = Counter(line.route for line in self.lines.values() if line.held is not None)
+        return {
+            route: max(pausing.room(CONCURRENCY, self.now) - held[route], 0) for route, pausing in self.pausing.items()
+        }
+
+    def model_next_due(self) -> int | None:
+        """When a queue will have a lane to try; None where nothing waits, or nobody knows."""
+        moments = []
+        for route, pausing in self.pausing.items():
+            coming = [each[0] for line in self.lines.values() if line.route == route and (each := line.next())]
+            if coming and pausing.paused_until != FOR_EVER:
+                moments.append(max(min(coming), pausing.paused_until or 0))
+        return min((moment for moment in moments if moment > self.now), default=None)
+
+    def model_claims(self, node: Node, claim: Claim, due: dict[tuple[str, str], Owed]) -> Held:
+        (route,) = (route for route, queue in self.queues.items() if queue == claim.queue_id)
+        key = (claim.order_id, route)
+        line, owed = self.lines[key], due.pop(key)  # due, and handed out once
+        assert claim.identity == owed.identity
+        assert claim.in_doubt == (line.claims > line.settled)
+        assert (claim.holder, claim.doubt_ends_at) == (node.lease.process_id, self.now + DOUBT)
+        line.claims += 1
+        owed.attempts += 1
+        assert (claim.number, claim.attempt) == (line.claims, owed.attempts)
+        line.held, line.current, line.due_at = claim.holder, owed, claim.doubt_ends_at
+        return Held(line, owed, claim)
+
+    def settle(self, node: Node, hand: Held, result: str, *, keeps: bool = False) -> bool:
+        line, claim = hand.line, hand.claim
+        attempt = Attempt(
+            number=claim.attempt,
+            in_doubt=claim.in_doubt,
+            ended_at=datetime.fromtimestamp(self.now / 1000, UTC),
+            doubt_ends_at=datetime.fromtimestamp(claim.doubt_ends_at / 1000, UTC),
+            handling=self.handling,
+            schedule=SCHEDULE,
+            jitter=0.5,
+        )
+        record = Record(
+            claim=claim, result=RESULTS[result], attempt=attempt, kind="deliver", outcome=result, reference=result,
+            passes=line.refetch, keeps=keeps,
+        )  # fmt: skip
+
+        settlement = self.loop.run(node.lanes.settle(record))
+
+        is_held = line.held == claim.holder and line.claims == claim.number
+        assert (settlement is not None) == is_held
+        if is_held:
+            was = self.pausing[line.route]
+            self.pausing[line.route] = after_attempt(was, record.result, claim.lane_id, self.now, POLICY)
+            expected = settle(record.result, replace(attempt, paused=not was.is_running()))
+            assert settlement == expected
+            self.model_settles(hand, expected, keeps=keeps)
+            assert self.loop.run(node.lanes.settle(record)) is not None  # once more: it stands there
+        return is_held
+
+    def model_settles(self, hand: Held, settlement: Any, *, keeps: bool) -> None:
+        line, owed = hand.line, hand.owed
+        line.held = hand.claim.holder if keeps else None
+        owed.state, owed.reason = settlement.state, settlement.reason
+        if settlement.known:
+            line.settled = hand.claim.number
+        if not settlement.counts:
+            owed.attempts -= 1
+        if settlement.state is State.WAITING:
+            assert settlement.due_at is not None
+            line.due_at = int(settlement.due_at.timestamp() * 1000)
+        elif settlement.state is State.DONE or (line.refetch and settlement.reason is not Reason.UNKNOWN):
+            line.current = None
+
+    # --- processes ---
+
+    @rule(node=NODES)
+    def crashed(self, node: int) -> None:
+        """A process dies with what it has in hand, and another one starts."""
+        number = node % len(self.nodes)
+        self.nodes[number].store.close()
+        self.nodes[number] = self.entered()
+
+    @rule(node=NODES)
+    def beaten(self, node: int) -> None:
+        """A heartbeat: whose lease has ended is buried, and what it held is free."""
+        it = self.node(node)
+        process_id = it.lease.process_id
+
+        renewed = self.loop.run(it.lease.renew())
+
+        assert renewed == (process_id in self.lives)
+        if renewed:
+            self.lives[process_id] = self.now + LEASE_MS
+        self.model_buries()
+        if not renewed:
+            self.loop.run(it.lease.enter())
+            self.lives[it.lease.process_id] = self.now + LEASE_MS
+
+    def model_buries(self) -> None:
+        self.lives = {process: until for process, until in self.lives.items() if until >= self.now}
+        for line in self.lines.values():
+            if line.held not in self.lives:
+                line.held = None
+
+    @rule(by=st.sampled_from([1000, LEASE_MS, LEASE_MS + 1, DOUBT - 1, DOUBT, HOUR, 3 * HOUR]))
+    def time_passed(self, by: int) -> None:
+        self.clock.now += by
+
+    # --- people ---
+
+    @rule(route=st.sampled_from(sorted(ROUTES)), resumes=st.booleans(), node=NODES)
+    def paused_or_resumed(self, route: str, resumes: bool, node: int) -> None:
+        commands = self.node(node).commands
+        pause = Pause(route=route, by=BY)
+
+        assert self.loop.run(commands.resume(pause) if resumes else commands.pause(pause)) == 1
+
+        was = self.pausing[route]
+        self.pausing[route] = RUNNING if resumes else replace(PERSON, **kept_of(was))
+
+    @precondition(lambda self: any(owed.state is State.DEAD for line in self.lines.values() for owed in line.owed))
+    @rule(unknown=st.sampled_from(["leave", "look-up", "send"]), node=NODES)
+    def replayed(self, unknown: Literal["leave", "look-up", "send"], node: int) -> None:
+        meant = [(line, owed) for line, owed in self.dead() if unknown != "leave" or owed.reason is not Reason.UNKNOWN]
+
+        step = Step(matching=Matching(until=self.clock.now + 1), by=BY, unknown=unknown)
+        assert self.loop.run(self.node(node).commands.replay(step)).changed == len(meant)
+
+        self.model_rearms(meant, nothing_happened=unknown == "send")
+
+    @precondition(lambda self: any(owed.state is State.DEAD for line in self.lines.values() for owed in line.owed))
+    @rule(node=NODES)
+    def discarded(self, node: int) -> None:
+        meant = self.dead()
+
+        assert self.loop.run(self.node(node).commands.discard(Step(matching=Matching(), by=BY))).changed == len(meant)
+
+        for line, owed in meant:
+            owed.state, owed.reason = State.DONE, Reason.DISCARDED
+            if line.current is owed:
+                line.current, line.settled = None, line.claims
+
+    def dead(self) -> list[tuple[Line, Owed]]:
+        return [
+            (line, owed)
+            for line in self.lines.values()
+            for owed in line.owed
+            if owed.state is State.DEAD and not line.still_tries(owed)
+        ]
+
+    def model_rearms(self, letters: list[tuple[Line, Owed]], *, nothing_happened: bool = False) -> None:
+        for line, owed in letters:
+            owed.state, owed.reason, owed.attempts, owed.replayed_at = State.WAITING, None, 0, self.now
+            if line.current is owed:
+                line.due_at = self.now
+                if nothing_happened:
+                    line.settled = line.claims
+
+    def receipt(self, event: Event, body: bytes, source: str = "callback") -> Receipt:
+        return Receipt(
+            identity=event.identity,
+            merchant="m",
+            channel="1",
+            callback="order-status",
+            order_id=event.order_id,
+            snapshot_at=event.snapshot,
+            source=source,
+            body=body,
+            wanted=tuple(Wanted(queue_id=self.queues[route], refetch=ROUTES[route]) for route in ROUTES),
+        )
+
+    # --- what always holds ---
+
+    @property
+    def ids(self) -> dict[tuple[str, str], int]:
+        asked = "SELECT l.id, order_id, route FROM lanes l JOIN queues q ON q.id = queue_id"
+        with self.looking.begin():
+            return {(row.order_id, row.route): row.id for row in self.looking.execute(text(asked))}
+
+    @invariant()
+    def nothing_is_lost_and_every_row_is_as_the_model_says(self) -> None:
+        with self.looking.begin():
+            rows = self.looking.execute(text(EVERYTHING)).all()
+            stored = self.looking.execute(text("SELECT count(*) FROM notifications")).scalar_one()
+            queues = {row.route: row for row in self.looking.execute(text("SELECT * FROM queues"))}
+            wrong = [each for each in faults(self.looking) if "process that is not there" not in each]
+        assert wrong == []
+        assert stored == len(self.known) + self.conflicts
+        owed_of = {(owed.identity, line.route): (line, owed) for line in self.lines.values() for owed in line.owed}
+        assert sorted((bytes(row.identity), row.route) for row in rows) == sorted(owed_of)
+        for row in rows:
+            line, owed = owed_of[bytes(row.identity), row.route]
+            assert (State(row.state), row.reason and Reason(row.reason)) == (owed.state, owed.reason)
+            assert (row.reason is None) == (row.ended_at is None) == (row.state == "waiting")
+            assert row.attempts == owed.attempts
+            assert (row.claim, row.settled) == (line.claims, line.settled)
+            assert bool(row.is_current) == (line.current is owed)
+            assert row.holder == line.held
+            if line.held is None and line.current is owed:
+                assert row.next_at == (line.due_at if owed.state is State.WAITING else None)
+        for route, pausing in self.pausing.items():
+            assert queues[route].paused_until == pausing.paused_until
+            assert queues[route].paused_by == (pausing.paused_by and pausing.paused_by.value)
+            assert json.loads(queues[route].failed_lanes or "[]") == list(pausing.failed_lanes)
+
+    @invariant()
+    def a_lane_that_nobody_holds_stops_only_for_a_dead_letter(self) -> None:
+        for line in self.lines.values():
+            assert line.held is not None or line.current is None or line.current.state is not State.DONE
+
+    @invariant()
+    def a_route_that_refetches_has_at_most_one_more_trigger_than_it_tries(self) -> None:
+        for line in self.lines.values():
+            if line.refetch:
+                fresh = [owed for owed in line.waiting() if owed is not line.current and owed.replayed_at < 0]
+                assert len(fresh) <= 1
+
+
+EVERYTHING = """
+SELECT n.identity, q.route, d.state, d.reason, d.ended_at, d.attempts, l.claim, l.settled, l.holder, l.next_at,
+       coalesce(l.current_delivery_id = d.id, false) AS is_current
+FROM deliveries d JOIN notifications n ON n.id = d.notification_id JOIN lanes l ON l.id = d.lane_id
+JOIN queues q ON q.id = l.queue_id
+"""
+
+
+def kept_of(pausing: Pausing) -> dict[str, Any]:
+    return {"failed_lanes": pausing.failed_lanes, "pauses_in_row": pausing.pauses_in_row}
+
+
+# Each step is a commit to disk, and a busy disk takes its time over each.
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_the_ledger_does_what_its_model_does(kind: str, request: pytest.FixtureRequest) -> None:
+    if kind == "sqlite":
+        fresh = request.getfixturevalue("files").fresh
+        processes = 1
+    else:
+        url = request.getfixturevalue("postgres_url")
+        processes = 2
+
+        def fresh() -> str:
+            clear(url)
+            return url
+
+    machine = type("Machine", (LedgerMachine,), {"fresh_url": staticmethod(fresh), "processes": processes})
+
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )

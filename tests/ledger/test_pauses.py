@@ -1,0 +1,260 @@
+"""When a queue pauses and goes on: every way a queue can stand, and every way an attempt can end."""
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapter.ledger.settlement import (
+    FOR_EVER,
+    LONGEST_DEFERRAL,
+    RUNNING,
+    Ending,
+    Interrupted,
+    PausedBy,
+    Pausing,
+    Policy,
+    Result,
+    after_attempt,
+)
+from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
+
+NOON = 1_770_120_000_000
+SECOND = 1_000
+POLICY = Policy(after_failures=3, first=timedelta(seconds=30), longest=timedelta(seconds=100))
+
+DONE = Done()
+RETRY = Retry("destination-busy")
+LATER = Retry("destination-busy", after=timedelta(seconds=90))
+UNKNOWN = Unknown("no-answer")
+MISCONFIGURED = Misconfigured("destination-unauthorized")
+ANSWERS = [DONE, Skip("nothing-changed"), Reject("no-such-shop"), Ending.NOT_THERE]
+FAILURES = [RETRY, UNKNOWN]
+# The far side was not asked, or it is we who did not let it answer.
+SAY_NOTHING = [
+    Ending.MOVED_ON, Ending.CONDITION, Ending.RELEASED, Ending.BLOCKED,
+    Interrupted("shutdown"), Interrupted("in-doubt"),
+]  # fmt: skip
+
+FAILING = replace(RUNNING, failed_lanes=(1, 2))
+PAUSED = Pausing(
+    paused_until=NOON + SECOND, paused_by=PausedBy.FAILURES, reason="destination-busy", pauses_in_row=1
+)  # fmt: skip
+PROBING = replace(PAUSED, paused_until=NOON)
+BROKEN = Pausing(paused_until=FOR_EVER, paused_by=PausedBy.MISCONFIGURED, reason="destination-unauthorized")
+STOPPED = Pausing(paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason="the shop moves house")
+PAUSES = {"failures": PAUSED, "misconfigured": BROKEN, "person": STOPPED}
+
+
+def after(queue: Pausing, *ends: tuple[int, Result], policy: Policy = POLICY) -> Pausing:
+    """How it stands after these attempts, each with its lane, all of them ending at noon."""
+    for lane_id, result in ends:
+        queue = after_attempt(queue, result, lane_id, NOON, policy)
+    return queue
+
+
+def called(value: object) -> str:
+    return value.value if isinstance(value, Ending) else repr(value)
+
+
+# --- failures in a row ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=called)
+def test_failures_in_a_row_over_different_orders_pause_the_queue(failure: Result) -> None:
+    queue = after(RUNNING, (1, failure), (2, failure))
+    assert queue.is_running()
+
+    assert after(queue, (3, failure)) == Pausing(
+        paused_until=NOON + 30 * SECOND,
+        paused_by=PausedBy.FAILURES,
+        reason=failure.code,  # type: ignore[union-attr]
+        pauses_in_row=1,
+    )
+
+
+def test_one_order_may_fail_as_often_as_it_likes() -> None:
+    queue = after(RUNNING, *[(1, RETRY)] * 50)
+
+    assert queue == replace(RUNNING, failed_lanes=(1,))
+
+
+def test_an_order_that_fails_again_changes_nothing() -> None:
+    assert after_attempt(FAILING, RETRY, 1, NOON, POLICY) is FAILING
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=called)
+def test_any_answer_of_the_far_side_ends_the_row(answer: Result) -> None:
+    assert after(FAILING, (3, answer)) == RUNNING
+
+
+@pytest.mark.parametrize("nothing", SAY_NOTHING, ids=called)
+@pytest.mark.parametrize("queue", [RUNNING, FAILING, PROBING, *PAUSES.values()])
+def test_what_ended_without_the_far_side_says_nothing_about_it(queue: Pausing, nothing: Result) -> None:
+    assert after_attempt(queue, nothing, 9, NOON, POLICY) is queue
+
+
+def test_a_queue_that_runs_well_is_not_written_again() -> None:
+    assert after_attempt(RUNNING, DONE, 1, NOON, POLICY) is RUNNING
+
+
+def test_without_a_number_of_failures_no_queue_pauses_by_itself() -> None:
+    never = replace(POLICY, after_failures=0)
+
+    assert after(RUNNING, *((lane, RETRY) for lane in range(100)), policy=never) is RUNNING
+
+
+# --- what the far side asks for, and what only a person can mend ----------------------------------------------------
+
+
+def test_a_destination_that_asks_for_time_gets_it_at_once_and_for_the_whole_queue() -> None:
+    assert after(RUNNING, (1, LATER)) == Pausing(
+        paused_until=NOON + 90 * SECOND, paused_by=PausedBy.RETRY_AFTER, reason="destination-busy"
+    )
+
+
+def test_a_destination_that_asks_for_a_month_gets_a_day() -> None:
+    queue = after(RUNNING, (1, Retry("destination-busy", after=timedelta(days=30))))
+
+    assert queue.paused_until == NOON + LONGEST_DEFERRAL // timedelta(milliseconds=1)
+
+
+@pytest.mark.parametrize("seconds", [0, -5])
+def test_a_destination_that_asks_for_no_time_is_one_that_fails(seconds: int) -> None:
+    queue = after(RUNNING, (1, Retry("destination-busy", after=timedelta(seconds=seconds))))
+
+    assert queue == replace(RUNNING, failed_lanes=(1,))
+
+
+@pytest.mark.parametrize("queue", [RUNNING, FAILING, PROBING, PAUSED])
+def test_broken_credentials_pause_the_queue_until_somebody_resumes(queue: Pausing) -> None:
+    broken = after(queue, (1, MISCONFIGURED))
+
+    assert (broken.paused_until, broken.paused_by, broken.reason) == (
+        FOR_EVER, PausedBy.MISCONFIGURED, "destination-unauthorized",
+    )  # fmt: skip
+
+
+# --- while it is paused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("result", [*ANSWERS, *FAILURES, LATER, *SAY_NOTHING], ids=called)
+@pytest.mark.parametrize("queue", PAUSES.values(), ids=PAUSES)
+def test_what_was_under_way_when_the_pause_began_neither_resumes_nor_lengthens_it(
+    queue: Pausing, result: Result
+) -> None:
+    assert after_attempt(queue, result, 9, NOON, POLICY) is queue
+
+
+@pytest.mark.parametrize("result", [*ANSWERS, *FAILURES, LATER, MISCONFIGURED, *SAY_NOTHING], ids=called)
+def test_a_persons_pause_is_never_overwritten(result: Result) -> None:
+    assert after_attempt(STOPPED, result, 9, NOON, POLICY) is STOPPED
+
+
+# --- when it ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("queue", "room"),
+    [
+        pytest.param(RUNNING, 8, id="running: all"),
+        pytest.param(FAILING, 8, id="with failures in a row: all"),
+        pytest.param(PAUSED, 0, id="paused: none"),
+        pytest.param(BROKEN, 0, id="misconfigured: none"),
+        pytest.param(STOPPED, 0, id="by a person: none"),
+        pytest.param(PROBING, 1, id="at the end of the pause: one"),
+        pytest.param(replace(PAUSED, paused_until=NOON - 3600 * SECOND), 1, id="long after it: still one"),
+    ],
+)
+def test_how_many_may_be_tried_at_once(queue: Pausing, room: int) -> None:
+    assert queue.room(8, NOON) == room
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=called)
+def test_a_probe_that_is_answered_lets_the_queue_run(answer: Result) -> None:
+    assert after(PROBING, (1, answer)) == RUNNING
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=called)
+def test_a_probe_that_fails_doubles_the_pause_up_to_the_longest(failure: Result) -> None:
+    queue, pauses = PROBING, []
+    for probe in range(4):
+        queue = after(replace(queue, paused_until=NOON), (probe, failure))
+        pauses.append(((queue.paused_until or 0) - NOON) // SECOND)
+
+    assert pauses == [60, 100, 100, 100]
+    assert queue.paused_by is PausedBy.FAILURES
+
+
+def test_the_same_order_may_be_the_probe_that_fails() -> None:
+    queue = after(FAILING, (3, RETRY))
+
+    again = after(replace(queue, paused_until=NOON), (3, RETRY))
+
+    assert again.paused_until == NOON + 60 * SECOND
+
+
+def test_a_probe_that_is_asked_for_time_waits_as_long_as_that() -> None:
+    queue = after(PROBING, (1, LATER))
+
+    assert (queue.paused_until, queue.paused_by) == (NOON + 90 * SECOND, PausedBy.RETRY_AFTER)
+
+
+def test_after_an_answer_the_next_pause_is_as_short_as_the_first() -> None:
+    queue = after(replace(PROBING, pauses_in_row=7), (1, DONE), (1, RETRY), (2, RETRY), (3, RETRY))
+
+    assert queue.paused_until == NOON + 30 * SECOND
+
+
+def test_a_destination_that_asks_for_time_pauses_also_where_failures_never_do() -> None:
+    never = replace(POLICY, after_failures=0)
+
+    paused = after(RUNNING, (1, LATER), policy=never)
+    again = after(replace(paused, paused_until=NOON), (1, RETRY), policy=never)
+
+    assert paused.is_paused(NOON)
+    assert again.is_paused(NOON)  # a probe that fails is no queue that runs
+
+
+# --- whatever happens -----------------------------------------------------------------------------------------------
+
+results = st.sampled_from([*ANSWERS, *FAILURES, LATER, MISCONFIGURED, *SAY_NOTHING])
+policies = st.builds(
+    Policy,
+    after_failures=st.integers(0, 5),
+    first=st.timedeltas(timedelta(milliseconds=100), timedelta(days=1)),
+    longest=st.timedeltas(timedelta(milliseconds=100), timedelta(days=1)),
+)
+attempts = st.lists(st.tuples(st.integers(1, 6), results, st.integers(0, 200 * SECOND)), max_size=40)
+
+
+@given(policy=policies, attempts=attempts)
+def test_no_pause_by_failures_is_longer_than_the_longest_and_every_one_has_a_reason(
+    policy: Policy, attempts: list[tuple[int, Result, int]]
+) -> None:
+    queue, now = RUNNING, NOON
+    for lane_id, result, later in attempts:
+        now += later
+        queue = after_attempt(queue, result, lane_id, now, policy)
+
+        assert (queue.paused_until is None) == (queue.paused_by is None) == (queue.reason is None)
+        if queue.paused_until is not None and queue.paused_by is PausedBy.FAILURES:
+            assert queue.paused_until <= now + policy.longest // timedelta(milliseconds=1)
+        if queue.is_running() and policy.after_failures:
+            assert len(queue.failed_lanes) < policy.after_failures
+
+
+@given(policy=policies, attempts=attempts)
+def test_whatever_has_happened_a_pause_that_ends_needs_one_answer_and_no_more(
+    policy: Policy, attempts: list[tuple[int, Result, int]]
+) -> None:
+    queue, now = RUNNING, NOON
+    for lane_id, result, later in attempts:
+        now += later
+        queue = after_attempt(queue, result, lane_id, now, policy)
+
+    ended = max(now, queue.paused_until or 0)
+    assert queue.is_running() or queue.room(8, ended) == 1
+    assert after_attempt(queue, DONE, 1, ended, policy) == RUNNING

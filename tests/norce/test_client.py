@@ -1,0 +1,660 @@
+"""What is asked of Norce, with which token, what is tried again, and what every answer means."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from adapter.norce.api import OPERATIONS, Operation, schema
+from adapter.norce.client import (
+    LARGEST_ORDER_BYTES,
+    MOST_READS_AT_ONCE,
+    Account,
+    HandlerOrders,
+    Norce,
+    NorceRefused,
+    NorceRejected,
+    NorceUnavailable,
+    NorceUnclear,
+    OrderNotFound,
+    base_url,
+)
+from adapter.orders import Order
+from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
+
+T = TypeVar("T")
+
+ORDER = {"id": "order-1", "total": {"includingVat": 1499.0}}
+
+
+class FakeNorce(httpx.AsyncBaseTransport):
+    """
+    Answers in turn, and remembers the requests; an answer may be a reason to wait for ever, and an error happens to
+    every request from then on.
+    """
+
+    def __init__(self, *answers: httpx.Response | Exception | None) -> None:
+        self._answers = list(answers)
+        self.requests: list[httpx.Request] = []
+        self.closed = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        answer = self._answers[0] if isinstance(self._answers[0], Exception) else self._answers.pop(0)
+        if answer is None:
+            await asyncio.Event().wait()
+        if isinstance(answer, Exception):
+            raise answer
+        assert answer is not None
+        return answer
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+def read(
+    transport: FakeNorce,
+    order_id: str = "order-1",
+    *,
+    tokens: tuple[str, ...] = ("token-1",),
+    timeout: timedelta = timedelta(seconds=5),
+    within: timedelta | None = None,
+    as_handler: bool = False,
+) -> Order:
+    async def work() -> Order:
+        account = Account(
+            base_url="https://shop.api-se.norce.tech/checkout", tokens=tuple(Secret(token) for token in tokens)
+        )
+        norce = Norce({"fjallboden": account}, adapter_id="our_adapter", timeout=timeout, transport=transport)
+        try:
+            if as_handler:
+                return await norce.for_handlers("fjallboden", "se-b2c").read(order_id)
+            return await norce.order("fjallboden", "se-b2c", order_id, within=within)
+        finally:
+            await norce.aclose()
+
+    return asyncio.run(work())
+
+
+def test_the_order_is_asked_for_at_its_address_as_its_merchant_and_channel() -> None:
+    norce = FakeNorce(httpx.Response(200, json=ORDER))
+
+    order = read(norce)
+
+    (request,) = norce.requests
+    assert str(request.url) == "https://shop.api-se.norce.tech/checkout/order/api/v0/checkout/orders/order-1"
+    assert request.method == "GET"
+    expected = {
+        "authorization": "Bearer token-1",
+        "x-merchant": "fjallboden",
+        "x-channel": "se-b2c",
+        "x-adapterid": "our_adapter",
+    }
+    assert {name: request.headers[name] for name in expected} == expected
+    assert (order.id, order.data) == ("order-1", ORDER)
+    assert norce.closed
+
+
+def test_of_an_order_no_view_is_made_until_somebody_looks_at_it() -> None:
+    """It takes up to two seconds for one of 4 MiB, and this loop answers every merchant's shoppers."""
+
+    async def seen(norce: Norce) -> bool:
+        return "view" in (await norce.order("fjallboden", "1", "order-1")).__dict__
+
+    assert not ask(FakeNorce(httpx.Response(200, json=ORDER)), seen)
+    assert read(FakeNorce(httpx.Response(200, json=ORDER))).total.including_vat == Decimal("1499.0")
+
+
+@pytest.mark.parametrize(
+    ("order_id", "path"), [("a/../b", b"a%2F..%2Fb"), ("a?b#c", b"a%3Fb%23c"), ("å", b"%C3%A5"), ("a b", b"a%20b")]
+)
+def test_an_order_id_stays_one_segment_of_the_address(order_id: str, path: bytes) -> None:
+    norce = FakeNorce(httpx.Response(200, json={"id": order_id}))
+
+    read(norce, order_id)
+
+    assert norce.requests[0].url.raw_path == b"/checkout/order/api/v0/checkout/orders/" + path
+
+
+@pytest.mark.parametrize("step", ["..", ".", ""])
+def test_no_id_leads_to_another_operation(step: str) -> None:
+    """`DELETE …/orders/order-1/hooks/..` is how an order is deleted."""
+    norce = FakeNorce(httpx.Response(204))
+
+    with pytest.raises(OrderNotFound):
+        ask(
+            norce,
+            lambda norce: norce.call("fjallboden", "1", "remove_hook", path={"order_id": "order-1", "hook_id": step}),
+        )
+
+    assert norce.requests == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ("production", "https://shop.api-se.norce.tech/checkout"),
+        ("playground", "https://shop.api-se.playground.norce.tech/checkout"),
+        ("stage", "https://shop.api-se.stage.norce.tech/checkout"),
+    ],
+)
+def test_production_has_no_environment_in_its_address(environment: str, expected: str) -> None:
+    assert base_url(environment, "shop") == expected
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_second_token_is_tried_where_the_first_is_refused(status: int) -> None:
+    norce = FakeNorce(httpx.Response(status), httpx.Response(200, json=ORDER))
+
+    order = read(norce, tokens=("old", "new"))
+
+    assert order.id == "order-1"
+    assert [request.headers["authorization"] for request in norce.requests] == ["Bearer old", "Bearer new"]
+
+
+def test_a_second_token_is_not_tried_for_any_other_answer() -> None:
+    norce = FakeNorce(httpx.Response(500))
+
+    with pytest.raises(NorceUnavailable):
+        read(norce, tokens=("old", "new"))
+
+    assert len(norce.requests) == 1
+
+
+def test_what_norce_sets_for_one_merchant_is_not_shown_for_another() -> None:
+    """A cookie may be a session; and one for each order's address would be looked through at every request."""
+    transport = FakeNorce(*(httpx.Response(200, json=ORDER, headers={"set-cookie": "session=canary"}) for _ in "12"))
+
+    async def work() -> None:
+        account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token-1"),))
+        norce = Norce(
+            {"fjallboden": account, "annan": account},
+            adapter_id="our_adapter",
+            timeout=timedelta(seconds=5),
+            transport=transport,
+        )
+        await norce.order("fjallboden", "1", "order-1")
+        await norce.order("annan", "1", "order-1")
+        await norce.aclose()
+
+    asyncio.run(work())
+
+    assert ["cookie" in request.headers for request in transport.requests] == [False, False]
+
+
+def test_an_answer_is_not_asked_for_packed() -> None:
+    """60 kB of gzip are 60 MB of order, which are unpacked before anybody can count them."""
+    transport = FakeNorce(httpx.Response(200, json=ORDER))
+
+    read(transport)
+
+    assert transport.requests[0].headers["accept-encoding"] == "identity"
+
+
+def test_a_token_is_in_no_error() -> None:
+    with pytest.raises(NorceRefused) as raised:
+        read(FakeNorce(httpx.Response(401)), tokens=("canary-token",))
+
+    assert "canary-token" not in repr(raised.value)
+
+
+LARGE = b'{"id": "order-1", "filler": "' + b"x" * LARGEST_ORDER_BYTES + b'"}'
+DEEP = b'{"id": "order-1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"  # beyond the decoder of every Python
+ANSWERS: list[Any] = [
+    pytest.param(httpx.Response(404), OrderNotFound, Reject, id="404"),
+    pytest.param(httpx.Response(404, json={"code": "order-not-found"}), OrderNotFound, Reject, id="404 of v0"),
+    pytest.param(httpx.Response(404, json={"type": "about:blank", "status": 404}), OrderNotFound, Reject, id="of v1"),
+    pytest.param(httpx.Response(404, html="<html>"), NorceUnavailable, Retry, id="404, a page of a proxy's"),
+    pytest.param(httpx.Response(404, text="default backend"), NorceUnavailable, Retry, id="404, a text of a proxy's"),
+    pytest.param(httpx.Response(404, json={"statusCode": 404}), NorceUnavailable, Retry, id="404 of a gateway"),
+    pytest.param(httpx.Response(401), NorceRefused, Misconfigured, id="401"),
+    pytest.param(httpx.Response(403), NorceRefused, Misconfigured, id="403"),
+    pytest.param(httpx.Response(429), NorceUnavailable, Retry, id="429"),
+    pytest.param(httpx.Response(400), NorceUnavailable, Retry, id="400"),
+    pytest.param(httpx.Response(500), NorceUnavailable, Retry, id="500"),
+    pytest.param(httpx.Response(503), NorceUnavailable, Retry, id="503"),
+    pytest.param(httpx.Response(204), NorceUnavailable, Retry, id="204"),
+    pytest.param(httpx.Response(302, headers={"location": "https://x"}), NorceUnavailable, Retry, id="a redirect"),
+    pytest.param(httpx.Response(200, text="<html>"), NorceUnavailable, Retry, id="a page"),
+    pytest.param(httpx.Response(200, json=[ORDER]), NorceUnavailable, Retry, id="a list"),
+    pytest.param(httpx.Response(200, json={}), NorceUnavailable, Retry, id="an empty object"),
+    pytest.param(httpx.Response(200, json={"id": "order-2"}), NorceUnavailable, Retry, id="another order"),
+    pytest.param(httpx.Response(200, content=LARGE), NorceUnavailable, Retry, id="too large"),
+    pytest.param(httpx.Response(200, content=DEEP), NorceUnavailable, Retry, id="nested too deeply"),
+    pytest.param(httpx.ConnectError("canary"), NorceUnavailable, Retry, id="no connection"),
+    pytest.param(httpx.ReadError("canary"), NorceUnavailable, Retry, id="broken off"),
+    pytest.param(httpx.ReadTimeout("canary"), NorceUnavailable, Retry, id="no answer"),
+]
+
+
+@pytest.mark.parametrize(("answer", "error", "_outcome"), ANSWERS)
+def test_an_answer_that_is_not_the_order_is_one_of_three_facts(
+    answer: httpx.Response | Exception, error: type[Exception], _outcome: type[Outcome]
+) -> None:
+    with pytest.raises(error) as raised:
+        read(FakeNorce(answer))
+
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("answer", "_error", "outcome"), ANSWERS)
+def test_a_handler_sees_the_facts_as_outcomes(
+    answer: httpx.Response | Exception, _error: type[Exception], outcome: type[Outcome]
+) -> None:
+    with pytest.raises(outcome) as raised:
+        read(FakeNorce(answer), as_handler=True)
+
+    assert type(raised.value) is outcome
+
+
+def test_a_handler_reads_the_order_itself() -> None:
+    order = read(FakeNorce(httpx.Response(200, json=ORDER)), as_handler=True)
+
+    assert order.id == "order-1"
+    assert msgspec.to_builtins(order)["id"] == "order-1"  # it may be encoded, and not only looked at
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_norce_says_when_to_come_again(status: int) -> None:
+    with pytest.raises(Retry) as raised:
+        read(FakeNorce(httpx.Response(status, headers={"retry-after": "120"})), as_handler=True)
+
+    assert raised.value.after == timedelta(seconds=120)
+
+
+NOW = timedelta(milliseconds=10)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "within"),
+    [(NOW, None), (timedelta(hours=1), NOW), (NOW, timedelta(hours=1))],
+    ids=["configured", "shorter than configured", "never longer than configured"],
+)
+def test_an_order_that_does_not_come_in_time_is_given_up(timeout: timedelta, within: timedelta | None) -> None:
+    with pytest.raises(NorceUnavailable):
+        read(FakeNorce(None), timeout=timeout, within=within)
+
+
+def test_the_time_is_for_both_tokens_together() -> None:
+    norce = FakeNorce(httpx.Response(401), None)
+
+    with pytest.raises(NorceUnavailable):
+        read(norce, tokens=("old", "new"), timeout=timedelta(milliseconds=50))
+
+    assert len(norce.requests) == 2
+
+
+def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_beside_them() -> None:
+    async def work() -> tuple[int, Order]:
+        silent = [None] * MOST_READS_AT_ONCE
+        transport = FakeNorce(*silent, httpx.Response(200, json=ORDER))
+        account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"),))
+        accounts = {"fjallboden": account, "annan": account}
+        norce = Norce(accounts, adapter_id="our_adapter", timeout=timedelta(seconds=5), transport=transport)
+        reads = [
+            asyncio.create_task(norce.order("fjallboden", "se-b2c", f"order-{number}"))
+            for number in range(3 * MOST_READS_AT_ONCE)
+        ]
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+        beside = await norce.order("annan", "1", "order-1")
+
+        asked = len(transport.requests)
+        for each in reads:
+            each.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
+        await norce.aclose()
+        return asked, beside
+
+    asked, beside = asyncio.run(work())
+
+    assert asked == MOST_READS_AT_ONCE + 1
+    assert beside.id == "order-1"
+
+
+def ask(transport: httpx.AsyncBaseTransport, work: Callable[[Norce], Awaitable[T]], **given: Any) -> T:
+    async def asked() -> T:
+        account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"), Secret("t-2")))
+        norce = Norce(
+            {"fjallboden": account},
+            adapter_id="our_adapter",
+            timeout=timedelta(seconds=5),
+            transport=transport,
+            **given,
+        )
+        try:
+            return await work(norce)
+        finally:
+            await norce.aclose()
+
+    return asyncio.run(asked())
+
+
+def change(norce: Norce) -> Awaitable[bytes]:
+    return norce.call("fjallboden", "1", "add_hook", body={"adapterId": "our_adapter"}, path={"order_id": "o"})
+
+
+class Once(FakeNorce):
+    """Fails once, and then answers."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            return await super().handle_async_request(request)
+        except httpx.TransportError:
+            self._answers.pop(0)
+            raise
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.RemoteProtocolError(""), httpx.ConnectError("")])
+def test_a_read_without_an_answer_is_tried_once_more(error: httpx.TransportError) -> None:
+    transport = Once(error, httpx.Response(200, json=ORDER))
+
+    assert ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1")).id == "order-1"
+    assert len(transport.requests) == 2
+
+
+@pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.ReadTimeout(""), httpx.RemoteProtocolError("")])
+def test_a_change_that_went_out_without_an_answer_is_not_sent_again(error: httpx.TransportError) -> None:
+    transport = FakeNorce(error)
+
+    with pytest.raises(NorceUnclear):
+        ask(transport, change)
+
+    assert len(transport.requests) == 1
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError(""), httpx.ConnectTimeout(""), httpx.PoolTimeout("")])
+def test_a_change_that_never_went_out_is_sent_again_and_is_no_doubt(error: httpx.TransportError) -> None:
+    transport = FakeNorce(error)
+
+    with pytest.raises(NorceUnavailable) as raised:
+        ask(transport, change)
+
+    assert len(transport.requests) == 2
+    assert type(raised.value) is NorceUnavailable
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(500, NorceUnclear), (502, NorceUnclear), (503, NorceUnavailable), (429, NorceUnavailable)]
+)
+def test_a_change_that_failed_at_norce_may_have_been_made_unless_norce_was_busy(
+    status: int, kind: type[NorceUnavailable]
+) -> None:
+    with pytest.raises(NorceUnavailable) as raised:
+        ask(FakeNorce(httpx.Response(status)), change)
+
+    assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ({"code": "order-validation", "message": "canary"}, "order-validation"),
+        ([{"adapterId": "x", "code": "item-out-of-stock"}], "item-out-of-stock"),
+        ({"type": "https://norce.example/problems/order-conflict", "title": "canary"}, "order-conflict"),
+        ({"type": "about:blank", "title": "canary"}, None),
+        ({"type": "https://tools.ietf.org/html/rfc7231#section-6.5.1"}, None),
+        ({"code": "Tove canary Testsson"}, None),
+        ({"code": 7}, None),
+        ([], None),
+        ("canary", None),
+    ],
+)
+def test_of_an_error_the_code_alone_is_told(body: Any, code: str | None) -> None:
+    with pytest.raises(NorceRejected) as raised:
+        ask(FakeNorce(httpx.Response(400, json=body)), change)
+
+    assert raised.value.code == code
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("body", "order_id"), [({"id": "o-1"}, "o-1"), ("o-1", "o-1")])
+def test_both_answers_of_a_create_are_understood(body: Any, order_id: str) -> None:
+    transport = FakeNorce(httpx.Response(201, json=body))
+
+    assert ask(transport, lambda norce: norce.create_order("fjallboden", "1", {})) == order_id
+
+
+@pytest.mark.parametrize("body", [{}, [], 7, None])
+def test_an_order_without_an_id_may_have_been_created(body: Any) -> None:
+    with pytest.raises(NorceUnclear):
+        ask(FakeNorce(httpx.Response(201, json=body)), lambda norce: norce.create_order("fjallboden", "1", {}))
+
+
+class Listing(httpx.AsyncBaseTransport):
+    """A list of so many, whose `size` is a lie and whose total may be left out."""
+
+    def __init__(self, count: int, *, total: bool, most: int) -> None:
+        self._count, self._total, self._most = count, total, most
+        self.asked: list[tuple[str, str]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        query = request.url.params
+        self.asked.append((query["offset"], query["limit"]))
+        offset = int(query["offset"])
+        data = [{"id": f"o-{number}"} for number in range(offset, min(offset + self._most, self._count))]
+        pagination = {"offset": 0, "limit": 1, "size": 1} | ({"totalSize": self._count} if self._total else {})
+        return httpx.Response(200, json={"data": data, "pagination": pagination})
+
+
+@given(
+    count=st.integers(min_value=0, max_value=40),
+    total=st.booleans(),
+    most=st.integers(min_value=1, max_value=10),
+    limit=st.integers(min_value=1, max_value=10),
+)
+def test_a_list_is_read_to_its_end_whatever_the_size_of_its_pages(
+    count: int, *, total: bool, most: int, limit: int
+) -> None:
+    async def work(norce: Norce) -> list[str]:
+        pages = norce.pages("fjallboden", "1", limit=limit)
+        return [order["id"] async for page in pages for order in page.items]
+
+    transport = Listing(count, total=total, most=most)
+
+    assert ask(transport, work) == [f"o-{number}" for number in range(count)]
+    assert len(transport.asked) <= count + 1
+
+
+def test_which_token_was_taken_is_told() -> None:
+    told: list[tuple[str, int, int]] = []
+    transport = FakeNorce(httpx.Response(401), httpx.Response(200, json=ORDER))
+
+    ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"), used=lambda *each: told.append(each))
+
+    assert told == [("fjallboden", 1, 401), ("fjallboden", 2, 200)]
+
+
+@pytest.mark.parametrize(("version", "expected"), [("v0", "/order/api/v0/"), ("v1", "/order/api/v1/")])
+def test_the_version_of_the_order_api_is_a_setting(version: str, expected: str) -> None:
+    transport = FakeNorce(httpx.Response(200, json=ORDER))
+
+    ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"), version=version)
+
+    assert expected in str(transport.requests[0].url)
+
+
+BODIES: dict[str, Any] = {
+    "order-create": {"cart": {"items": []}, "customer": {"type": "person"}},
+    "cart": {"items": [], "total": {"includingVat": 0.0, "excludingVat": 0.0}},
+    "address": {"city": "Provstad"},
+    "attributes": {"our_adapter": "1"},
+    "reference": "100245",
+    "state": {"currentStatus": "processing"},
+    "consent": {"id": "terms", "checked": True},
+    "consents": [{"id": "terms", "checked": True}],
+    "validation": {"adapterId": "our_adapter", "url": "https://adapter.example/x"},
+    "hook": {"adapterId": "our_adapter", "subscribeTo": "/cart", "invoke": "https://adapter.example/x"},
+    "notification": {"adapterId": "our_adapter", "scope": "/cart", "invoke": "https://adapter.example/x"},
+    "payment": {"adapterId": "our_adapter", "amount": 1.0, "state": "intent"},
+    "actions": [{"adapterId": "our_adapter", "type": "capture", "url": "https://adapter.example/x"}],
+    "transaction": {"event": "open", "amount": 1.0, "isSuccess": True},
+    "shipping": {"adapterId": "our_adapter", "total": {"includingVat": 1.0, "excludingVat": 0.8}, "vatRate": 0.25},
+    "configurations": [{"$schema": "https://adapter.example/s.json", "id": "our_adapter"}],
+    "adapter-configuration": {"$schema": "https://adapter.example/s.json", "id": "our_adapter"},
+    "basket": {"cartReference": 7, "culture": "sv-SE"},
+    "quantity": {"quantity": 2},
+    "discount": {"code": "SUMMER"},
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
+def test_every_operation_is_asked_for_as_the_table_says(operation: Operation) -> None:
+    ids = set(re.findall(r"{(\w+)}", operation.path)) - {"version", "merchant", "channel"}
+    path = {name: f"{name} å/1" for name in ids}
+    body = None if operation.body is None else BODIES[operation.body]
+    transport = FakeNorce(httpx.Response(200, json={}))
+
+    ask(transport, lambda norce: norce.call("fjallboden", "1", operation.name, body=body, path=path))
+
+    (request,) = transport.requests
+    assert request.method == operation.method
+    given = {"merchant": "fjallboden", "channel": "1", "version": operation.versions[0], **path}
+    expected = operation.path.format_map({name: quote(value, safe="") for name, value in given.items()})
+    assert request.url.raw_path.decode() == f"/checkout/{operation.service}{expected}"
+    for header in operation.headers:
+        assert request.headers[header]
+    assert ("x-adapterid" in request.headers) == ("x-adapterid" in operation.optional_headers)
+    if operation.body is None:
+        assert request.content == b""
+    else:
+        assert request.headers["content-type"] == "application/json"
+        Draft202012Validator(schema(operation.body)).validate(json.loads(request.content))
+
+
+def as_handler(transport: FakeNorce, work: Callable[[HandlerOrders], Awaitable[Any]]) -> Any:
+    return ask(transport, lambda norce: work(norce.for_handlers("fjallboden", "1")))
+
+
+def test_a_handler_writes_its_number_on_the_order() -> None:
+    transport = FakeNorce(httpx.Response(200), httpx.Response(200))
+
+    as_handler(transport, lambda orders: orders.set_reference("o", "100245"))
+    as_handler(transport, lambda orders: orders.set_attributes("o", {"jetshop": "7"}))
+
+    assert [json.loads(request.content) for request in transport.requests] == ["100245", {"jetshop": "7"}]
+
+
+def test_a_change_that_answers_nothing_is_done_whatever_is_said_to_it() -> None:
+    assert (
+        as_handler(FakeNorce(httpx.Response(200, text="OK")), lambda orders: orders.call("add_hook", "o", {})) is None
+    )
+
+
+def test_a_handler_has_every_operation_on_the_order() -> None:
+    transport = FakeNorce(httpx.Response(200, json=[{"id": "p"}]))
+
+    assert as_handler(transport, lambda orders: orders.call("list_payments", "o")) == [{"id": "p"}]
+
+
+CHANGES: list[Any] = [
+    pytest.param("put_payment", httpx.ReadError(""), Retry, id="a PUT without answer may be made again"),
+    pytest.param("add_payment", httpx.ReadError(""), Unknown, id="a POST without answer is in doubt"),
+    pytest.param("add_payment", httpx.ConnectError(""), Retry, id="a POST that never went out"),
+    pytest.param("add_payment", httpx.Response(500), Unknown, id="a POST that failed at Norce"),
+    pytest.param("add_payment", httpx.Response(201, text="p-1"), Unknown, id="a POST that was made, and what of it"),
+    pytest.param("put_payment", httpx.Response(200, text="p-1"), Retry, id="a PUT that was made may be made again"),
+    pytest.param("add_payment", httpx.Response(409, json={"code": "order-conflict"}), Reject, id="a conflict"),
+    pytest.param("put_payment", httpx.Response(400), Reject, id="refused by a hook"),
+    pytest.param("put_payment", httpx.Response(404, json={"code": "payment-not-found"}), Reject, id="no payment"),
+]
+
+
+@pytest.mark.parametrize(("operation", "answer", "outcome"), CHANGES)
+def test_of_a_change_a_handler_sees_the_outcome(
+    operation: str, answer: httpx.Response | Exception, outcome: type[Outcome]
+) -> None:
+    path = {"payment_id": "p"} if operation == "put_payment" else {}
+
+    with pytest.raises(outcome) as raised:
+        as_handler(FakeNorce(answer), lambda orders: orders.call(operation, "o", {}, **path))
+
+    assert type(raised.value) is outcome
+
+
+def event(number: int, **given: Any) -> dict[str, Any]:
+    return {
+        "id": f"event-{number}",
+        "createdAt": "2026-02-03T10:00:00.1234567Z",
+        "merchant": "fjallboden",
+        "channel": "se-b2c",
+        "orderId": "order-1",
+        "payload": {"notification": {}, "order": {"id": "order-1", "total": 12.10}},
+        **given,
+    }
+
+
+def test_events_are_those_of_our_adapter_with_their_payload_untouched() -> None:
+    raw = json.dumps({"data": [event(1, reference=None, attempts=[])], "pagination": {"totalSize": 9}})
+    transport = FakeNorce(httpx.Response(200, text=raw))
+
+    page = ask(transport, lambda norce: norce.events("fjallboden", offset=20, limit=10))
+
+    (request,) = transport.requests
+    assert dict(request.url.params) == {"adapter_id": "our_adapter", "offset": "20", "limit": "10"}
+    assert "x-channel" not in request.headers
+    assert (page.offset, page.total) == (20, 9)
+    assert bytes(page.items[0].payload) == json.dumps(event(1)["payload"]).encode()
+
+
+class Endless(httpx.AsyncBaseTransport):
+    """Answers, and never stops."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        async def body() -> AsyncIterator[bytes]:
+            while True:
+                self.sent += 1024 * 1024
+                yield b" " * 1024 * 1024
+
+        return httpx.Response(200, content=body())
+
+
+def test_an_answer_that_never_ends_is_broken_off() -> None:
+    transport = Endless()
+
+    with pytest.raises(NorceUnavailable):
+        ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"))
+
+    assert transport.sent <= 2 * LARGEST_ORDER_BYTES
+
+
+def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
+    data = [event(1), {"id": "event-2"}, event(3)]
+    transport = FakeNorce(httpx.Response(200, json={"data": data, "pagination": {"totalSize": 3}}))
+
+    page = ask(transport, lambda norce: norce.events("fjallboden"))
+
+    assert ([each.id for each in page.items], page.count) == (["event-1", "event-3"], 3)
+
+
+@given(st.lists(st.sampled_from([r"\\", r"\ud83d", r"\uDE00", r"\n", r"\u0041", r"\"", "u", "d83d"]), max_size=8))
+def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]) -> None:
+    text = "".join(parts)
+    halved = json.dumps({"data": [event(1, description="@"), event(2, description="#")]})
+    content = halved.replace('"#"', r'"\ud83d"').replace('"@"', f'"{text}"')
+
+    page = ask(FakeNorce(httpx.Response(200, text=content)), lambda norce: norce.pages("fjallboden", "1").__anext__())
+
+    expected = "".join("\ufffd" if "\ud800" <= each <= "\udfff" else each for each in json.loads(f'"{text}"'))
+    assert [each["description"] for each in page.items] == [expected, "\ufffd"]
+
+
+@pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [], "pagination": {"totalSize": "x"}}, []])
+def test_a_page_that_is_none_is_no_answer(body: Any) -> None:
+    with pytest.raises(NorceUnavailable):
+        ask(FakeNorce(httpx.Response(200, json=body)), lambda norce: norce.events("fjallboden"))

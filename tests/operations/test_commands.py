@@ -1,0 +1,254 @@
+"""Commands on the operations port, over real HTTP: who may give them, what is refused, what is told and what not."""
+
+import http.client
+import io
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anyio.from_thread import start_blocking_portal
+
+from adapter import logs
+from adapter.callbacks.server import listen, served
+from adapter.ledger.inbox import Inbox
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
+from adapter.ledger.settlement import Policy
+from adapter.ledger.store import Store
+from adapter.metrics import Metrics
+from adapter.operations import application as room
+from adapter.operations.application import Health, console
+from adapter.plugin import Secret
+from tests.ledgers import EXPORT, receipt
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
+
+TOKEN = "canary-token-å"
+BY = {"who": "anna", "why": "the shop is mended"}
+PAUSE = {"route": "export", "by": BY}
+REPLAY = {"matching": {"route": "export"}, "by": BY}
+
+
+class Port:
+    """The operations port on a socket, and a ledger with one dead letter, in a thread of their own."""
+
+    def __init__(self, folder: Path, token: str | None) -> None:
+        self.woken = 0
+        self.log = io.StringIO()
+        logs.configure(stream=self.log)
+        self._folder, self._token = folder, token
+        with ExitStack() as stack:
+            portal = stack.enter_context(start_blocking_portal())
+            stack.enter_context(portal.wrap_async_context_manager(self._serving()))
+            self._stack = stack.pop_all()
+
+    @asynccontextmanager
+    async def _serving(self) -> AsyncIterator[None]:
+        self.store = Store.open(f"sqlite:///{self._folder}/ledger.db")
+        lease = Lease(self.store, version="test")
+        await lease.enter()
+        queues = await Lanes(self.store, lease, policy=Policy()).open_queues([EXPORT])
+        await Inbox(self.store).receive(receipt("canary-order", 1, wanted=[(queues[EXPORT], True)]))
+        token = None if self._token is None else Secret(self._token)
+        app = console(Health(started=True), Metrics("0"), self.store, token, wake=self._wake)
+        listening = listen("127.0.0.1", 0)
+        self.port = listening.getsockname()[1]
+        async with served(app, listening):
+            yield
+        self.store.close()
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def sends(
+        self, path: str, body: Any = PAUSE, *, method: str = "POST", authorization: bytes | None = None
+    ) -> tuple[int, Any, dict[str, str]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        given = f"Bearer {TOKEN}".encode() if authorization is None else authorization
+        headers = {"Authorization": given} if given else {}
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        try:
+            connection.request(method, path, content, headers)
+            answer = connection.getresponse()
+            raw = answer.read()
+        finally:
+            connection.close()
+        try:
+            said = json.loads(raw)
+        except ValueError:
+            said = raw.decode()
+        return answer.status, said, {name.lower(): value for name, value in answer.getheaders()}
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> Iterator[Port]:
+    made = Port(tmp_path, TOKEN)
+    yield made
+    made.close()
+
+
+def test_a_command_is_done_answered_logged_and_tells_the_dispatcher(port: Port) -> None:
+    status, said, _ = port.sends("/commands/pause")
+
+    assert (status, said) == (200, 1)
+    assert port.woken == 1
+    [line] = port.lines()
+    assert (line["event"], line["command"], line["count"]) == ("command_done", "pause", 1)
+
+
+def test_the_answer_of_a_step_holds_nothing_of_an_order(port: Port) -> None:
+    status, said, _ = port.sends("/commands/replay", REPLAY)
+
+    assert (status, said) == (200, {"changed": 0, "after": None, "action": 1})
+    assert "canary" not in port.log.getvalue()
+
+
+WRONG = {
+    "none": b"",
+    "another": b"Bearer other",
+    "a prefix": f"Bearer {TOKEN}".encode()[:-1],
+    "one more": f"Bearer {TOKEN}x".encode(),
+    "no scheme": TOKEN.encode(),
+    "another scheme": f"Basic {TOKEN}".encode(),
+    "other case": f"bearer {TOKEN}".encode(),
+    "other bytes": f"Bearer {TOKEN}".encode("latin-1"),
+    "no text": b"Bearer \xff\xfe",
+}
+
+
+@pytest.mark.parametrize("authorization", WRONG.values(), ids=WRONG)
+def test_without_the_token_nothing_is_done(port: Port, authorization: bytes) -> None:
+    status, said, headers = port.sends("/commands/pause", authorization=authorization)
+
+    assert (status, said["code"], headers["www-authenticate"]) == (401, "unauthorized", "Bearer")
+    assert "operations.token" in said["message"]
+    assert "canary" not in json.dumps(said) + port.log.getvalue()
+    assert port.woken == 0
+    assert [line["event"] for line in port.lines()] == ["command_refused"]
+
+
+def test_who_has_no_token_is_not_told_which_commands_there_are(port: Port) -> None:
+    assert port.sends("/commands/nothing", authorization=b"")[0] == 401
+
+
+@pytest.mark.parametrize("authorization", [b"", b"Bearer ", b"Bearer None", b"Bearer"])
+def test_where_no_token_is_configured_every_command_is_refused(tmp_path: Path, authorization: bytes) -> None:
+    with closing(Port(tmp_path, None)) as port:
+        status, said, _ = port.sends("/commands/pause", authorization=authorization)
+
+    assert (status, said["code"]) == (403, "forbidden")
+    assert "operations.token" in said["message"]
+
+
+def test_an_unheard_command_is_answered_with_those_there_are(port: Port) -> None:
+    status, said, _ = port.sends("/commands/erase")
+
+    assert (status, said["code"]) == (404, "command-not-found")
+    assert "replay, discard, pause, resume" in said["message"]
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
+def test_commands_are_posted(port: Port, method: str) -> None:
+    assert port.sends("/commands/pause", b"", method=method)[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        (b"", ""),
+        (b"\xff\x00", ""),
+        (b"null", "object"),
+        ({"by": BY}, "route"),
+        (PAUSE | {"route": 5}, "$.route"),
+        (PAUSE | {"route": None}, "$.route"),
+        (PAUSE | {"until": 1e308}, "until"),
+        (PAUSE | {"by": {"who": "anna"}}, "why"),
+        (PAUSE | {"by": {"who": "anna", "why": " "}}, "written down"),
+        (PAUSE | {"by": {"who": "anna", "why": "x" * 1001}}, "$.by.why"),
+        (b'{"route": "export", "route": 7, "by": {"who": "a", "why": "b"}}', "$.route"),
+        (b"[" * 200_000, "object"),
+        (b'{"route": ' + b"9" * 5000 + b"}", "$.route"),
+    ],
+    ids=["nothing", "no text", "null", "no route", "a number", "no value", "unheard", "no reason", "blank", "long",
+         "twice", "deep", "a huge number"],
+)  # fmt: skip
+def test_a_body_that_is_no_command_is_a_400_with_the_place(port: Port, body: Any, place: str) -> None:
+    status, said, _ = port.sends("/commands/pause", body)
+
+    assert (status, said["code"]) == (400, "bad-request")
+    assert place in said["message"]
+    assert port.woken == 0
+    assert [line["event"] for line in port.lines()] == ["command_refused"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"most": 10**40}, {"most": -1}, {"after": 1.5}, {"after": 2**64}, {"action": "1"}, {"matching": {"ids": [2**63]}},
+     {"matching": {"since": -(10**400)}}, {"matching": {"code": "\0"}}, {"matching": {"ids": {}}}],
+    ids=str,
+)  # fmt: skip
+def test_numbers_and_texts_that_no_database_takes_are_a_400(port: Port, wrong: dict[str, Any]) -> None:
+    status, said, _ = port.sends("/commands/replay", REPLAY | wrong)
+
+    assert (status, said["code"]) == (400, "bad-request")
+    assert "$." in said["message"]
+    assert not port.store.failing
+
+
+def test_a_body_beyond_all_measure_is_a_413(port: Port) -> None:
+    status, said, _ = port.sends("/commands/pause", b" " * (room.LARGEST_COMMAND_BYTES + 1))
+
+    assert (status, said["code"]) == (413, "too-large")
+
+
+def test_a_store_that_fails_is_a_503_and_nothing_was_done(port: Port) -> None:
+    connection = port.store.engine.connect()
+    connection.exec_driver_sql("PRAGMA busy_timeout = 0")
+    connection.exec_driver_sql("ALTER TABLE actions RENAME TO elsewhere")
+    connection.commit()
+    try:
+        status, said, _ = port.sends("/commands/pause")
+    finally:
+        connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO actions")
+        connection.commit()
+        connection.close()
+
+    assert (status, said["code"]) == (503, "store-unavailable")
+    assert port.sends("/commands/pause")[:2] == (200, 1)
+
+
+def test_the_token_is_compared_in_constant_time(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    real = room.hmac.compare_digest
+
+    def compare(given: bytes, known: bytes) -> bool:
+        compared.append((given, known))
+        return real(given, known)
+
+    monkeypatch.setattr(room.hmac, "compare_digest", compare)
+
+    port.sends("/commands/pause", authorization=b"Bearer guess")
+
+    assert compared == [(b"Bearer guess", f"Bearer {TOKEN}".encode())]
+
+
+def test_who_hangs_up_in_the_middle_troubles_nobody(port: Port) -> None:
+    import socket
+
+    with socket.create_connection(("127.0.0.1", port.port)) as raw:
+        raw.sendall(
+            b"POST /commands/pause HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nAuthorization: Bearer "
+            + TOKEN.encode()
+            + b'\r\n\r\n{"ro'
+        )
+    assert port.sends("/commands/pause")[0] == 200
+    assert {line["event"] for line in port.lines()} <= {"command_done"}

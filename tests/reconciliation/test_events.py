@@ -1,0 +1,682 @@
+"""What Norce's event log shows is brought where it never came, once, however the log and its clock are."""
+
+import asyncio
+import gc
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import Connection, delete
+from starlette.routing import Route, Router
+from structlog.testing import capture_logs
+
+from adapter import config as configuration
+from adapter.app import channels, client, queue_keys, reconciliation
+from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.intake import Intake
+from adapter.callbacks.parsing import ReceivedNotification
+from adapter.callbacks.senders import Senders
+from adapter.callbacks.server import CALLBACK_PATH
+from adapter.ledger.inbox import Inbox
+from adapter.ledger.key_values import Marks
+from adapter.ledger.lanes import Lanes
+from adapter.ledger.lease import Lease
+from adapter.ledger.schema import deliveries, lanes, notifications
+from adapter.ledger.settlement import Policy
+from adapter.ledger.store import Store
+from adapter.metrics import Metrics
+from adapter.norce.client import LARGEST_ANSWER_BYTES, Norce, NorceError
+from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
+from adapter.reconciliation.events import A_PAGE, Reconciled
+from adapter.registrations.on_orders import Registrar
+from adapter.routing.routes import build
+from adapter.sandbox.caller import Caller
+from adapter.sandbox.norce import Simulator
+from tests.databases import rows
+from tests.simulators import Ticking
+
+TOKEN = "a token"
+MINUTES = timedelta(minutes=1)
+TREE: dict[str, Any] = {
+    "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
+    "norce": {"base_url": "http://127.0.0.1:1/checkout"},
+    "merchants": {"norce": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}, "2": {}}}},
+    "senders": {"signed_urls": {"keys": {"k1": "${env:KEY}"}}},
+    "callbacks": {"order-status": {"kind": "notification", "scope": "/state/currentStatus"}},
+    "routes": {"export": {"callback": "order-status", "handler": "remember", "refetch": False}},
+}
+
+
+class Remember(NotificationHandler[Settings]):
+    async def deliver(self, _notification: Notification, _context: Context[Settings]) -> Done:
+        return Done()
+
+
+class Point:
+    name = "remember"
+
+    def load(self) -> Any:
+        return Remember
+
+
+class Flaky(httpx.AsyncBaseTransport):
+    """On to Norce, unless it is down from the so-manieth request for events on."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
+        self._inner = inner
+        self.down_after: int | None = None
+        self.asked = 0
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith("/events"):
+            self.asked += 1
+            if self.down_after is not None and self.asked > self.down_after:
+                raise httpx.ConnectError("down")
+        return await self._inner.handle_async_request(request)
+
+
+class House:
+    """A ledger whose callbacks an offline Norce calls, in one process."""
+
+    def __init__(self, folder: Path, store_url: str, **changed: Any) -> None:
+        self.loop = asyncio.Runner()
+        self.url = store_url
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(TREE | {"store": {"url": store_url}} | changed))
+        self.config = configuration.load(path, {"TOKEN": TOKEN, "KEY": "a key for signing, long enough"})
+        self.routes = build(self.config, [Point()])  # type: ignore[list-item]
+        self.metrics = Metrics("0")
+        self.loop.run(self._open())
+
+    async def _open(self) -> None:
+        self.store = Store.open(self.url)
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
+        queues = await lanes.open_queues(queue_keys(self.config, self.routes))
+        ids = {(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()}
+        self.intake = Intake(self.routes, Inbox(self.store), queue_ids=ids, metrics=self.metrics)
+        self.endpoint = CallbackEndpoint(
+            routes=self.routes,
+            senders=Senders(self.config.senders),
+            merchants=channels(self.config),
+            intake=self.intake,
+            verdicts=None,  # type: ignore[arg-type]
+            metrics=self.metrics,
+            adapter_id="our_adapter",
+            max_body_bytes=1024 * 1024,
+            receive_timeout_seconds=10,
+            clock=self.store.clock,
+        )
+        app = Router(routes=[Route(CALLBACK_PATH, self.endpoint)])
+        self.simulator = Simulator(token=TOKEN, transport=httpx.ASGITransport(app), clock=Ticking(), seed=7)
+        await self.simulator.__aenter__()
+        self.caller = Caller(self.simulator, TOKEN, ("norce", "1"))
+        self.line = Flaky(httpx.ASGITransport(self.simulator.app))
+        self.norce: Norce = client(self.config, self.metrics, transport=self.line)
+        self.healing = reconciliation(self.config, self.norce, self.intake, self.store, self.metrics)
+        self.marks = Marks(self.store)
+
+    def close(self) -> None:
+        async def end() -> None:
+            await self.caller.__aexit__()
+            await self.norce.aclose()
+            await self.simulator.__aexit__(None, None, None)
+
+        self.loop.run(end())
+        self.loop.close()
+        self.store.close()
+
+    def orders(self, count: int, *, shop: tuple[str, str] = ("norce", "1"), moves: int = 1) -> list[str]:
+        """So many orders, each registered on and moved: a notification for each move."""
+        states = ("processing", "checkout")
+
+        async def bought() -> list[str]:
+            made = []
+            for _ in range(count):
+                order_id = await self.caller.create({"currency": "SEK"}, shop=shop)
+                await Registrar(self.config, self.norce).register(*shop, order_id)
+                await self.caller.move(order_id, *(states[number % 2] for number in range(moves)))
+                made.append(order_id)
+                await self.simulator.settled()
+            return made
+
+        return self.loop.run(bought())
+
+    def reconciled(self, **given: Any) -> Reconciled:
+        async def run() -> Reconciled:
+            return [each async for each in self.healing.run(**given)][-1]  # of the last merchant
+
+        return self.loop.run(run())
+
+    def in_turn(self, every: timedelta = timedelta(minutes=10)) -> None:
+        self.loop.run(self.healing.in_turn(every))
+
+    def missed(self) -> float:
+        """What an operator is alerted by."""
+        return float(self.metrics.missed.labels("order-status", "norce")._value.get())
+
+    def stored(self) -> list[tuple[str, str, int]]:
+        """Order, source and how many deliveries, of each notification."""
+        return rows(
+            self.url,
+            "SELECT n.order_id, n.source, count(d.id) FROM notifications n"
+            " LEFT JOIN deliveries d ON d.notification_id = n.id GROUP BY n.id, n.order_id, n.source ORDER BY n.id",
+        )
+
+
+@pytest.fixture
+def house(store_url: str, tmp_path: Path) -> Iterator[House]:
+    with opened(store_url, tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def opened(store_url: str, folder: Path, **changed: Any) -> Iterator[House]:
+    made = House(folder, store_url, **changed)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_what_never_came_is_brought_once_and_what_came_is_known(house: House) -> None:
+    came = house.orders(2)
+    house.simulator.throw(notifications_lost=1.0)
+    lost = house.orders(3)
+
+    first, again = house.reconciled(), house.reconciled()
+
+    assert (first.events, first.received, first.missed, first.others, first.done) == (5, 2, 3, 0, True)
+    assert (again.events, again.received, again.missed) == (5, 5, 0)
+    assert house.stored() == [(each, "callback", 1) for each in came] + [(each, "reconciliation", 1) for each in lost]
+
+
+def test_a_callback_that_comes_after_all_is_a_repeat(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1)
+    house.reconciled()
+
+    async def retry() -> None:
+        await house.caller.ask("retry_event", event_id=house.simulator.events()[-1]["id"])
+        await house.simulator.settled()
+
+    house.loop.run(retry())
+
+    assert [source for _, source, _ in house.stored()] == ["reconciliation"]
+
+
+def test_a_dry_run_says_what_is_missing_and_changes_nothing(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(2)
+
+    assert house.reconciled(dry_run=True).missed == 2
+    assert house.stored() == []
+    assert house.missed() == 0
+    assert house.reconciled().missed == 2
+    assert house.missed() == 2
+
+
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+@pytest.mark.parametrize("skew", [-600.0, 600.0])
+def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
+    tmp_path: Path, store_url: str, order: str, skew: float
+) -> None:
+    with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
+        house.simulator.throw(events_order=order, clock_skew_seconds=skew)
+        house.orders(6 * A_PAGE // 5, moves=5)
+        assert house.reconciled().missed == 0
+        house.simulator.throw(notifications_lost=1.0)
+        house.orders(A_PAGE // 5 + 3, moves=5)
+        house.line.asked = 0
+
+        found = house.reconciled()
+        pages = house.line.asked
+
+        assert found.missed == A_PAGE + 15
+        assert house.reconciled().missed == 0
+        # Where Norce's clock is ahead, it begins where ours was: more is read again.
+        assert pages <= (9 if skew > 0 else 5)
+        assert len({order_id for order_id, _, _ in house.stored()}) == 7 * A_PAGE // 5 + 3
+
+
+def test_of_a_log_in_no_order_all_is_read(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(50, moves=6)
+    events = house.simulator.records.events
+    mixed = sorted(events, key=lambda each: each[::-1])
+    for number, event_id in enumerate(mixed):  # of three days, in an order of their own
+        event = events.pop(event_id)
+        at = datetime.now(UTC) - timedelta(hours=(number * 37) % 72)
+        events[event_id] = event | {"createdAt": at.isoformat()}
+
+    assert house.reconciled(since=datetime.now(UTC) - timedelta(hours=71)).missed > 290
+
+
+def test_since_goes_back_further_than_the_last_time(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
+    house.orders(1)
+    house.simulator.throw(clock_skew_seconds=0)
+    house.in_turn()  # which begins now
+
+    assert house.reconciled().missed == 0
+    assert house.reconciled(since=datetime.now(UTC) - timedelta(days=4)).missed == 1
+
+
+def test_the_first_turn_begins_where_it_is_and_brings_nothing_of_before(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-120)
+    house.orders(2)
+
+    house.in_turn()
+
+    assert house.stored() == []
+
+
+def test_one_of_several_nodes_has_the_turn(house: House) -> None:
+    house.in_turn()
+    asked = house.line.asked
+
+    house.in_turn()
+
+    assert house.line.asked == asked > 0
+    house.loop.run(house.marks.put("reconciliation", 0))
+    house.in_turn()
+    assert house.line.asked > asked
+
+
+def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
+    house.in_turn()
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1)
+    house.loop.run(house.marks.put("reconciliation", 0))
+
+    house.in_turn()
+
+    assert house.stored() == []
+    assert house.reconciled().missed == 1
+
+
+def test_a_norce_that_is_down_is_read_the_next_time_from_where_it_was(house: House) -> None:
+    house.reconciled()
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(50, moves=5)
+    house.line.asked, house.line.down_after = 0, 2
+
+    with pytest.raises(NorceError, match="norce: no answer"):
+        house.reconciled()
+    halfway = len(house.stored())
+    house.line.down_after = None
+    house.reconciled()
+
+    assert 0 < halfway < 250
+    assert len(house.stored()) == 250
+    assert {deliveries for *_, deliveries in house.stored()} == {1}
+
+
+def test_a_merchant_whose_log_cannot_be_read_is_in_nobodys_way(tmp_path: Path, store_url: str) -> None:
+    merchants = {"broken": {"tokens": ["${env:KEY}"], "channels": {"1": {}}}} | TREE["merchants"]
+    with opened(store_url, tmp_path, merchants=merchants) as house:
+        house.simulator.throw(notifications_lost=1.0)
+        house.orders(1)
+
+        with pytest.raises(NorceError, match=r"^broken: Norce answered 401.*tokens[^;]*$"):
+            house.reconciled()
+
+        assert len(house.stored()) == 1
+
+
+def test_every_merchant_whose_log_cannot_be_read_is_named(tmp_path: Path, store_url: str) -> None:
+    merchants = {name: {"tokens": ["${env:KEY}"], "channels": {"1": {}}} for name in ("first", "second")}
+    with opened(store_url, tmp_path, merchants=merchants) as house:
+        told: list[Reconciled] = []
+
+        async def run() -> None:
+            async for each in house.healing.run():
+                told.append(each)
+
+        with pytest.raises(NorceError, match=r"^first: .*; second: "):
+            house.loop.run(run())
+
+        assert [(each.merchant, bool(each.error), each.done) for each in told] == [
+            ("first", True, False),
+            ("second", True, False),
+        ]
+
+
+def test_a_later_since_leaves_what_lies_before_it_for_the_next_time(tmp_path: Path, store_url: str) -> None:
+    with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
+        a_week_ago = datetime.now(UTC) - timedelta(days=7)
+        house.loop.run(house.marks.put("reconciled norce", int(a_week_ago.timestamp() * 1000)))
+        house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
+        house.orders(1)
+        house.simulator.throw(clock_skew_seconds=0)
+        house.orders(1)
+
+        assert house.reconciled(since=datetime.now(UTC) - timedelta(days=1)).missed == 1
+        assert house.reconciled().missed == 1
+        assert house.reconciled(since=datetime.min.replace(tzinfo=UTC)).missed == 0
+
+
+def test_what_the_ledger_has_forgotten_is_not_brought_anew(tmp_path: Path, store_url: str) -> None:
+    store = {"url": store_url, "retention": {"rows": "2d"}}
+    with opened(store_url, tmp_path, store=store, reconciliation={"overlap": "30d"}) as house:
+        house.loop.run(house.marks.put("reconciled norce", house.store.clock()))
+        house.simulator.throw(clock_skew_seconds=-3 * 86400)
+        house.orders(1)  # it came
+        house.loop.run(_forget(house.store))
+
+        assert house.reconciled().missed == 0
+        assert house.reconciled(since=datetime.now(UTC) - timedelta(days=30)).missed == 0
+
+
+async def _forget(store: Store) -> None:
+    def all_of_it(connection: Connection, items: Sequence[None]) -> list[None]:
+        for table in (deliveries, lanes, notifications):
+            connection.execute(delete(table))
+        return [None for _ in items]
+
+    await store.write(all_of_it, None)
+
+
+def test_a_new_merchants_log_begins_at_the_start_and_not_when_the_next_turn_is_due(
+    tmp_path: Path, store_url: str
+) -> None:
+    with opened(store_url, tmp_path) as house:
+        house.in_turn()
+    merchants = TREE["merchants"] | {"another": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}}
+    with opened(store_url, tmp_path, merchants=merchants) as house:
+        house.in_turn()
+
+        assert house.line.asked == 0  # it is not due
+        assert house.loop.run(house.marks.value("reconciled since another")) is not None
+
+
+def test_a_shorter_time_between_turns_counts_at_once(house: House) -> None:
+    house.in_turn(timedelta(days=7))
+    asked = house.line.asked
+
+    house.in_turn(timedelta(0))
+
+    assert house.line.asked > asked
+
+
+class Capped(httpx.AsyncBaseTransport):
+    """A Norce that gives fewer events at a time than it is asked for, or too many bytes."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, most: int, *, too_large: bool, total: bool) -> None:
+        self._inner, self._most, self._too_large, self._total = inner, most, too_large, total
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        limit = int(request.url.params.get("limit", "0"))
+        if limit > self._most and self._too_large:
+            return httpx.Response(200, content=b" " * (LARGEST_ANSWER_BYTES + 1))
+        url = request.url.copy_merge_params({"limit": str(min(limit, self._most))})
+        answer = await self._inner.handle_async_request(httpx.Request("GET", url, headers=request.headers))
+        said = json.loads(await answer.aread())
+        if not self._total:
+            del said["pagination"]
+        return httpx.Response(answer.status_code, json=said)
+
+
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+@pytest.mark.parametrize(
+    ("most", "too_large", "total"), [(7, False, True), (7, True, True), (50, False, False)],
+    ids=["fewer", "too large", "no total"],
+)  # fmt: skip
+def test_a_log_whose_pages_are_small_is_read_whole(
+    tmp_path: Path, store_url: str, order: str, most: int, too_large: bool, total: bool
+) -> None:
+    with opened(store_url, tmp_path, reconciliation={"overlap": "1h"}) as house:
+        house.simulator.throw(events_order=order, notifications_lost=1.0, clock_skew_seconds=-9 * 3600)
+        house.orders(20, moves=5)
+        house.simulator.throw(clock_skew_seconds=-3 * 3600)
+        house.orders(1)
+        house.reconciled()
+        house.simulator.throw(clock_skew_seconds=0)
+        house.orders(11, moves=5)
+        house.line._inner = Capped(house.line._inner, most, too_large=too_large, total=total)
+
+        assert house.reconciled().missed == 55
+
+
+class Windowed(httpx.AsyncBaseTransport):
+    """A Norce that counts all its events, and gives none beyond the first so many, as search engines do."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, window: int) -> None:
+        self._inner, self._window = inner, window
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await self._inner.handle_async_request(request)
+        said = json.loads(await answer.aread())
+        offset = int(request.url.params.get("offset", "0"))
+        said["data"] = said["data"][: max(self._window - offset, 0)]
+        return httpx.Response(answer.status_code, json=said)
+
+
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+def test_a_log_that_ends_before_its_total_was_not_read_to_its_end(house: House, order: str) -> None:
+    house.simulator.throw(events_order=order, notifications_lost=1.0)
+    house.orders(50, moves=5)
+    house.line._inner = Windowed(house.line._inner, 150)
+
+    with pytest.raises(NorceError):
+        house.reconciled()
+
+
+def test_an_old_page_that_is_a_little_out_of_order_is_not_the_end_of_a_log_without_a_total(
+    tmp_path: Path, store_url: str
+) -> None:
+    """Oldest first, of a crowd a while ago that two machines wrote down: newest first it is not."""
+    with opened(store_url, tmp_path, reconciliation={"overlap": "1h"}) as house:
+        house.simulator.throw(events_order="oldest", clock_skew_seconds=-9 * 3600)
+        house.orders(20, moves=5)
+        house.simulator.throw(clock_skew_seconds=-3 * 3600)
+        house.orders(1)
+        house.reconciled()
+        events = house.simulator.records.events
+        first, *_, last = list(events)[:A_PAGE]
+        at = datetime.fromisoformat(events[last]["createdAt"]) + timedelta(seconds=1)
+        events[first] = {**events[first], "createdAt": at.isoformat()}
+        house.simulator.throw(clock_skew_seconds=0, notifications_lost=1.0)
+        house.orders(2)
+        house.line._inner = Capped(house.line._inner, A_PAGE, too_large=False, total=False)
+
+        assert house.reconciled().missed == 2
+
+
+def test_an_event_that_is_no_text_is_in_nobodys_way(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(2)
+    house.line._inner = Liar(house.line._inner, b'"invoke":"http', b'"invoke":"\xff')
+
+    found = house.reconciled()
+
+    assert (found.others, found.done) == (2, True)
+
+
+def test_half_an_emoji_in_one_event_hides_no_other(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(2)
+    cut_off = b'"currency":"SEK\\\\\\ud83d"'  # after an escaped backslash
+    house.line._inner = Liar(house.line._inner, b'"currency":"SEK"', cut_off)
+
+    assert house.reconciled().missed == 2
+
+
+def test_of_a_log_that_never_ends_nothing_is_taken_for_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapter.reconciliation.events.MOST_PAGES", 2)
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(5, moves=5)
+    house.line._inner = Capped(house.line._inner, 7, too_large=False, total=False)
+
+    with pytest.raises(NorceError, match="no end"):
+        house.reconciled()
+
+    assert house.loop.run(house.marks.value("reconciled norce")) is None
+
+
+def test_others_are_answered_between_two_events(house: House) -> None:
+    """A page is up to 64 MiB of orders: parsed at one go, 62 MB held the event loop for 4.5 s at each turn."""
+    house.orders(10, moves=5)
+    loop_turn = 0
+    looked_at: list[int] = []  # in which turn of the event loop each event was
+
+    def clock() -> int:
+        looked_at.append(loop_turn)
+        return house.store.clock()
+
+    house.healing._clock = clock
+
+    async def beside() -> None:
+        nonlocal loop_turn
+        while True:
+            await asyncio.sleep(0)
+            loop_turn += 1
+
+    async def run() -> Reconciled:
+        others = asyncio.create_task(beside())
+        found = [each async for each in house.healing.run()][-1]
+        others.cancel()
+        return found
+
+    found = house.loop.run(run())
+
+    assert found.received == 50
+    assert max(map(looked_at.count, looked_at)) < 10
+
+
+def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
+    """A tree is ten times as large as its text: a page of 61 MB took 690 MB, each turn, and freeing it 0.9 s."""
+    house.orders(20)
+    trees: list[int] = []  # at each look
+
+    def clock() -> int:
+        trees.append(sum(isinstance(each, ReceivedNotification) for each in gc.get_objects()))
+        return house.store.clock()
+
+    house.healing._clock = clock
+
+    assert house.reconciled().received == 20
+    assert max(trees) - trees[0] < 5
+
+
+def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1, shop=("norce", "2"))
+    house.orders(1)
+    events = house.simulator.records.events
+    known = list(events.values())
+    changes: list[dict[str, Any]] = [
+        {"channel": "3"},
+        {"payload": {"notification": {"reference": "another", "invoke": "http://x/y"}, "order": {"id": "o"}}},
+        {"payload": {"notification": {"reference": "order-status"}, "order": {"id": "another"}}},
+        {"payload": {}},
+    ]
+    for number, change in enumerate(changes):
+        event = {**known[0], **change, "id": f"bad-{number}"}
+        if "payload" in change:
+            event["reference"] = None
+        events[event["id"]] = event
+
+    found = house.reconciled()
+
+    assert (found.missed, found.others) == (2, 4)
+
+
+def test_of_a_channel_that_is_not_configured_here_nobody_is_warned(house: House) -> None:
+    """It may be another deployment's, with thousands of orders an hour: a line for each of them, at each turn."""
+    house.orders(2)
+    events = house.simulator.records.events
+    for event_id, event in list(events.items()):
+        events[event_id] = {**event, "channel": "3"}
+
+    with capture_logs() as lines:
+        found = house.reconciled()
+
+    assert found.others == 2
+    assert [each["event"] for each in lines if each["log_level"] == "warning"] == []
+
+
+def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(3)
+    events = house.simulator.records.events
+    spoiled = list(events)[1]
+    events[spoiled] = {name: value for name, value in events[spoiled].items() if name != "createdAt"}
+
+    found = house.reconciled()
+
+    assert (found.events, found.missed, found.others, found.done) == (3, 2, 1, True)
+
+
+class Liar(httpx.AsyncBaseTransport):
+    """A Norce whose log says something else than it was told."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, said: bytes, says: bytes) -> None:
+        self._inner, self.said, self.says = inner, said, says
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        answer = await self._inner.handle_async_request(request)
+        content = (await answer.aread()).replace(self.said, self.says)
+        return httpx.Response(answer.status_code, content=content)
+
+
+@pytest.mark.parametrize(
+    ("said", "says"),
+    [
+        (b'"merchant":"norce"', b'"merchant":"another"'),
+        (b'"adapterId":"our_adapter"', b'"adapterId":"another_adapter"'),
+    ],
+    ids=["another merchant", "another adapter"],
+)
+def test_a_log_says_nothing_for_others(tmp_path: Path, store_url: str, said: bytes, says: bytes) -> None:
+    merchants = TREE["merchants"] | {"another": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}}
+    with opened(store_url, tmp_path, merchants=merchants) as house:
+        house.simulator.throw(notifications_lost=1.0)
+        house.orders(1)
+        house.line._inner = Liar(house.line._inner, said, says)
+
+        house.reconciled()
+
+        assert house.stored() == []
+
+
+def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(house: House) -> None:
+    house.simulator.throw(notifications_lost=1.0)
+    house.orders(1)
+    for event_id, event in house.simulator.records.events.items():
+        del event["payload"]["notification"]["reference"]
+        house.simulator.records.events[event_id] = {**event, "reference": None}
+
+    assert house.reconciled().missed == 1
+
+
+def test_an_order_from_far_ahead_is_the_same_when_it_is_not_ahead_any_more(house: House) -> None:
+    """It came when its lastModified was too far ahead to count; now, that much later, it counts."""
+    house.simulator.throw(clock_skew_seconds=11 * 60)
+    house.orders(1)
+    now = house.store.clock()
+    clock = lambda: now + 5 * 60_000  # noqa: E731
+    house.healing._clock = clock
+
+    assert house.reconciled().received == 1
+    assert len(house.stored()) == 1
+
+
+def test_five_thousand_of_which_one_in_a_hundred_is_lost(house: House) -> None:
+    house.simulator.throw(notifications_lost=0.01, clock_skew_seconds=600)
+    house.orders(200, moves=25)
+    assert len(house.simulator.events()) == 5000
+    came = len(house.stored())
+
+    found = house.reconciled()
+
+    assert 4900 < came < 5000
+    assert found.missed == 5000 - came
+    stored = house.stored()
+    assert len(stored) == 5000  # gap 0
+    assert {deliveries for *_, deliveries in stored} == {1}  # doubled 0
+    assert house.reconciled().missed == 0

@@ -1,0 +1,594 @@
+"""What Norce's configuration says about our channels is taken where it is right; otherwise the last good one holds."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter import config as configuration
+from adapter.app import client, published_schema
+from adapter.ledger.key_values import TakenDocuments
+from adapter.ledger.store import Store, StoreUnavailable
+from adapter.metrics import Metrics
+from adapter.norce.client import NorceError
+from adapter.orders import Order
+from adapter.plugin import Context, Problem, Secret, Settings, Url, ValidationHandler
+from adapter.registrations.on_channels import STATIC, standing
+from adapter.routing.norce_settings import Documents
+from adapter.routing.routes import build
+from adapter.sandbox.norce import Simulator
+from adapter.sandbox.norce.records import document_key
+from tests.simulators import TOKEN
+
+SHOP = ("norce", "1")
+TREE: dict[str, Any] = {
+    "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
+    "norce": {"base_url": "http://127.0.0.1:1/checkout"},
+    "store": {"url": "sqlite:///unused.db"},
+    "merchants": {
+        "norce": {
+            "tokens": ["${env:TOKEN}"],
+            "channels": {"1": {"routes": {"limit": {"settings": {"most": 5}}}}, "2": {}},
+        }
+    },
+    "senders": {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]},
+    "callbacks": {
+        "order-status": {"kind": "notification", "scope": "/state/currentStatus", "schema": {"const": "completed"}},
+        "order-rules": {"kind": "validation"},
+    },
+    "routes": {
+        "limit": {
+            "callback": "order-rules",
+            "handler": "limit",
+            "no_answer": "approve",
+            "settings": {"most": 10, "url": "https://limits.example", "password": "${env:STATIC}"},
+        }
+    },
+}
+
+
+BEGUN, GO_ON = threading.Event(), threading.Event()
+
+
+class Limits(Settings, frozen=True, kw_only=True):
+    url: Url
+    password: Secret
+    most: Annotated[int, msgspec.Meta(ge=1)]
+    names: dict[str, str] = {}  # noqa: RUF012 - a struct copies it
+
+    def __post_init__(self) -> None:
+        if self.most == 13:
+            raise ValueError("canary-13 brings bad luck")
+        if self.most == 14:
+            raise KeyError("canary: a mistake of the handler's author")
+        if self.most == 15:
+            BEGUN.set()
+            GO_ON.wait(timeout=10)
+
+
+class Limit(ValidationHandler[Limits]):
+    async def validate(self, _order: Order, _context: Context[Limits]) -> list[Problem]:
+        return []
+
+
+class Point:
+    name = "limit"
+
+    def load(self) -> Any:
+        return Limit
+
+
+class Line(httpx.AsyncBaseTransport):
+    """On to Norce, or to nobody."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._inner = httpx.ASGITransport(simulator.app)
+        self.instead: httpx.Response | Exception | None = None
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if isinstance(self.instead, Exception):
+            raise self.instead
+        return self.instead or await self._inner.handle_async_request(request)
+
+
+class SilentFor(httpx.AsyncBaseTransport):
+    """On to Norce, which never answers one merchant."""
+
+    def __init__(self, merchant: str, inner: httpx.AsyncBaseTransport) -> None:
+        self._merchant, self._inner = merchant, inner
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.headers["x-merchant"] == self._merchant:
+            await asyncio.Event().wait()
+        return await self._inner.handle_async_request(request)
+
+
+class House:
+    """A Norce, and the process that reads its documents: another one can begin on the same ledger."""
+
+    def __init__(self, folder: Path, **changed: Any) -> None:
+        self.store = Store.open(f"sqlite:///{folder / 'ledger.db'}")
+        self.loop = asyncio.Runner()
+        path = folder / "config.yaml"
+        path.write_text(json.dumps(TREE | changed))
+        self.config = configuration.load(path, {"TOKEN": TOKEN, "STATIC": "a secret & more"})
+        self.routes = build(self.config, [Point()])  # type: ignore[list-item]
+        self.metrics = Metrics("0")
+        self.changed = 0
+        self.loop.run(self._open())
+
+    async def _open(self) -> None:
+        self.simulator = Simulator(token=TOKEN, transport=httpx.MockTransport(self._ours))
+        self.line = Line(self.simulator)
+        self.norce = client(self.config, self.metrics, transport=self.line)
+        self.schema = published_schema(self.config, self.routes)
+        self.documents = self.reader(TakenDocuments(self.store))
+
+    def reader(self, taken: TakenDocuments) -> Documents:
+        return Documents(
+            self.config, self.routes, self.norce, self.schema, taken=taken, metrics=self.metrics, changed=self._count
+        )
+
+    def restart(self) -> None:
+        """A new process, which has heard nothing of Norce yet."""
+        self.routes = build(self.config, [Point()])  # type: ignore[list-item]
+        self.documents = self.reader(TakenDocuments(self.store))
+        self.loop.run(self.documents.recall())
+
+    def _ours(self, request: httpx.Request) -> httpx.Response:
+        """What Norce finds at our address."""
+        assert request.url.path == "/openapi/v1/schemas/our_adapter.json"
+        return httpx.Response(200, json=self.schema)
+
+    def _count(self) -> None:
+        self.changed += 1
+
+    def put(self, document: Any, *, channel: str = "1", name: str = "our_adapter") -> None:
+        """As an integrator does in the admin UI, past the simulator's checks where it is wrong."""
+        self.simulator.records.keep("documents", document_key("norce", channel, name), document)
+
+    def refresh(self) -> None:
+        self.loop.run(self.documents.refresh())
+
+    def limits(self, channel: str = "1") -> Any:
+        return self.routes.all[0].settings["norce", channel]
+
+    def value(self, name: str, *labels: str) -> float | None:
+        metric: Any = getattr(self.metrics, name)
+        return float(metric.labels(*labels)._value.get())
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[House]:
+    with opened(tmp_path) as made:
+        yield made
+
+
+@contextmanager
+def opened(folder: Path, **changed: Any) -> Iterator[House]:
+    made = House(folder, **changed)
+    try:
+        yield made
+    finally:
+        made.loop.run(made.norce.aclose())
+        made.loop.run(made.simulator.__aexit__(None, None, None))
+        made.loop.close()
+        made.store.close()
+
+
+def document(settings: Any = None, **members: Any) -> dict[str, Any]:
+    routes = {} if settings is None else {"routes": {"limit": {"settings": settings}}}
+    return (
+        {"$schema": "http://127.0.0.1:8080/openapi/v1/schemas/our_adapter.json", "id": "our_adapter"} | routes | members
+    )
+
+
+def test_without_a_document_the_file_says_it_all(house: House) -> None:
+    house.refresh()
+
+    assert (house.limits("1").most, house.limits("2").most) == (5, 10)
+    assert house.documents.switched_off == set()
+    assert house.value("configuration_valid", *SHOP) == 1
+
+
+def test_a_document_is_the_strongest_and_for_its_channel_alone(house: House) -> None:
+    house.put(document({"most": 3, "names": {"a": "b"}}))
+
+    house.refresh()
+
+    assert (house.limits("1").most, house.limits("1").names) == (3, {"a": "b"})
+    assert house.limits("1").url == "https://limits.example"
+    assert house.limits("2").most == 10
+
+
+def test_a_merchant_whose_norce_is_silent_is_in_no_other_merchants_way(tmp_path: Path) -> None:
+    """At the start there are five seconds, and then deliveries leave."""
+    silent = {"tokens": ["${env:TOKEN}"], "channels": {f"c{number}": {} for number in range(20)}}
+    merchants = {"silent": silent} | TREE["merchants"]
+    with opened(tmp_path, merchants=merchants, norce=TREE["norce"] | {"timeout": "1m"}) as house:
+        house.put(document(active=False))
+        house.norce._client._transport = SilentFor("silent", house.line)
+
+        async def begin() -> None:
+            reading = asyncio.create_task(house.documents.refresh())
+            await asyncio.wait([reading], timeout=1)
+            reading.cancel()
+            await asyncio.wait([reading])
+
+        house.loop.run(begin())
+
+        assert house.documents.switched_off == {SHOP}
+
+
+def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -> None:
+    house.put(document({"most": 3}))
+    house.refresh()
+
+    house.put(document())
+    house.refresh()
+
+    assert house.limits().most == 5
+
+
+def test_a_document_that_is_deleted_is_none(house: House) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    house.refresh()
+
+    assert house.limits().most == 5
+    assert house.documents.switched_off == set()
+
+
+WRONG: dict[str, tuple[Any, str]] = {
+    "a host": (document({"url": "https://canary.example"}), "$.routes.limit.settings"),
+    "a credential": (document({"password": "canary"}), "$.routes.limit.settings"),
+    "another kind": (document({"most": "canary"}), "$.routes.limit.settings.most"),
+    "out of bounds": (document({"most": 0}), "$.routes.limit.settings.most"),
+    "not together": (document({"most": 13}), "$.routes.limit.settings"),
+    "an unknown route": (document(routes={"canary": {}}), "$.routes"),
+    "of somebody else": (document() | {"id": "canary"}, "$.id"),
+    "no object": (["canary"], "$"),
+    "too large": (document(filler="canary" * 200_000), "$"),
+}
+
+
+@pytest.mark.parametrize(("wrong", "place"), WRONG.values(), ids=WRONG)
+def test_a_document_that_is_wrong_keeps_the_last_good_one_and_its_places_are_told(
+    house: House, wrong: Any, place: str
+) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.put(wrong)
+    with capture_logs() as told:
+        house.refresh()
+        house.refresh()
+
+    assert house.limits().most == 3
+    assert house.documents.switched_off == {SHOP}
+    [line] = told
+    assert (line["event"], line["log_level"], line["places"]) == ("configuration_refused", "error", [place])
+    assert "canary" not in json.dumps(told)
+    assert house.value("configuration_valid", *SHOP) == 0
+    house.put(document({"most": 4}))
+    house.refresh()
+    assert house.limits().most == 4
+    assert house.value("configuration_valid", *SHOP) == 1
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [httpx.ConnectError("down"), httpx.Response(500), httpx.Response(401), httpx.Response(429)],
+    ids=["down", "500", "401", "429"],
+)
+def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
+    house: House, instead: httpx.Response | Exception
+) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.line.instead = instead
+    with capture_logs() as told:
+        house.refresh()
+        house.refresh()
+
+    assert house.limits().most == 3
+    assert house.documents.switched_off == {SHOP}
+    assert [(line["event"], line["channel"]) for line in told] == [
+        ("configuration_unreadable", "1"),
+        ("configuration_unreadable", "2"),
+    ]
+
+
+def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_then(house: House) -> None:
+    house.put(document({"most": 3}, active=False, callbacks={"secret": "canary"}))
+    house.refresh()
+    house.put(document({"most": 0}, active=True))
+
+    house.restart()
+    assert house.documents.switched_off == {SHOP}
+    house.line.instead = httpx.ConnectError("down")
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    house.line.instead = None
+    house.refresh()
+
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    assert b"canary" not in house.loop.run(TakenDocuments(house.store).all())[SHOP]
+
+
+def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_checked(house: House) -> None:
+    """To check one takes up to three seconds, ten took 26 s of a start: no lease is renewed, and no signal heard."""
+    taken = TakenDocuments(house.store)
+    BEGUN.clear()
+    GO_ON.clear()
+
+    async def begin() -> set[tuple[str, str]]:
+        await taken.keep(*SHOP, json.dumps(document({"most": 15})).encode())
+        await taken.keep("norce", "2", json.dumps(document(active=False)).encode())
+        reader = house.reader(taken)
+        await reader.recall()
+        known = set(reader.switched_off)
+        house.line.instead = httpx.ConnectError("down")
+        checking = asyncio.create_task(reader.refresh())
+        await asyncio.to_thread(BEGUN.wait, 10)
+        checking.cancel()  # the time for a first look is over
+        GO_ON.set()
+        await asyncio.wait([checking])
+        assert house.limits().most == 5
+        await reader.refresh()
+        return known
+
+    assert house.loop.run(begin()) == {("norce", "2")}
+    assert house.limits().most == 15
+
+
+def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+    house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    house.refresh()
+
+    house.restart()
+
+    assert (house.limits().most, house.documents.switched_off) == (5, set())
+
+
+def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_not_the_switch(house: House) -> None:
+    taken = TakenDocuments(house.store)
+    house.loop.run(taken.keep(*SHOP, json.dumps(document({"fewest": 3}, active=False)).encode()))
+    house.loop.run(taken.keep("gone", "1", b"{}"))
+
+    house.restart()
+    house.line.instead = httpx.ConnectError("down")
+    house.refresh()
+
+    assert (house.limits().most, house.documents.switched_off) == (5, {SHOP})
+    assert house.value("configuration_valid", *SHOP) == 0
+
+
+def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> None:
+    store = Store.open(empty_url)
+    taken = TakenDocuments(store)
+
+    async def work() -> dict[tuple[str, str], bytes]:
+        for merchant, channel, content in (
+            ("a", "1", b"{}"),
+            ("a", "2", b"{}"),
+            ("b", "1", b"{}"),
+            ("a", "1", b'{"active":true}'),
+            ("a", "2", None),
+            ("c", "1", None),
+        ):
+            await taken.keep(merchant, channel, content)
+        return await taken.all()
+
+    try:
+        assert asyncio.run(work()) == {("a", "1"): b'{"active":true}', ("b", "1"): b"{}"}
+    finally:
+        store.close()
+
+
+class Stumbling(TakenDocuments):
+    """A ledger that is away once."""
+
+    away = True
+
+    async def keep(self, merchant: str, channel: str, content: bytes | None) -> None:
+        if self.away:
+            self.away = False
+            raise StoreUnavailable("away")
+        await super().keep(merchant, channel, content)
+
+
+@pytest.mark.parametrize("last", [document({"most": 3}), None], ids=["another", "none"])
+def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_time(house: House, last: Any) -> None:
+    house.put(document({"most": 4}))
+    house.refresh()
+    house.documents = house.reader(Stumbling(house.store))
+    house.loop.run(house.documents.recall())
+    if last is None:
+        house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    else:
+        house.put(last)
+
+    house.refresh()
+    holds = house.limits().most
+    assert holds == (5 if last is None else 3)
+    house.refresh()
+
+    house.restart()
+    house.line.instead = httpx.ConnectError("down")
+    house.refresh()
+    assert house.limits().most == holds
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        httpx.Response(404, text="<h1>Not Found</h1>"),
+        httpx.Response(404),
+        httpx.Response(404, json={"type": "https://tools.ietf.org/html/rfc9110#section-15.5.5", "title": "Not Found"}),
+    ],
+    ids=["a page", "nothing", "a problem without a code"],
+)
+def test_a_404_without_a_code_of_norces_takes_no_document_away(house: House, instead: httpx.Response) -> None:
+    house.put(document({"most": 3}, active=False))
+    house.refresh()
+
+    house.line.instead = instead
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    house.restart()
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+
+    house.line.instead = httpx.Response(404, json={"code": "configuration-not-found", "message": "none"})
+    house.refresh()
+    assert (house.limits().most, house.documents.switched_off) == (5, set())
+
+
+def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothing(house: House) -> None:
+    house.put(document({"most": 14}))
+    house.put(document({"most": 4}), channel="2")
+
+    with capture_logs() as told:
+        house.refresh()
+
+    assert (house.limits().most, house.limits("2").most) == (5, 4)
+    assert house.value("configuration_valid", *SHOP) == 0
+    assert "canary" not in json.dumps(told)
+
+
+def test_of_a_document_with_many_mistakes_a_few_are_told(house: House) -> None:
+    house.put(document({"names": {"k" * 1000 + str(number): 1 for number in range(100)}}))
+
+    with capture_logs() as told:
+        house.refresh()
+
+    [line] = told
+    assert len(json.dumps(line)) < 3000
+
+
+def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_end_is_checked_again(
+    house: House,
+) -> None:
+    house.put(document({"most": 15}))
+
+    async def broken_off() -> None:
+        checking = asyncio.create_task(house.documents.refresh())
+        await asyncio.to_thread(BEGUN.wait)  # the loop is free meanwhile
+        checking.cancel()
+        GO_ON.set()
+        await asyncio.wait([checking])
+
+    house.loop.run(broken_off())
+    assert house.limits().most == 5
+
+    house.refresh()
+
+    assert house.limits().most == 15
+
+
+@pytest.mark.parametrize("static", [[], {"order": {"notifications": {"a": {}}}}], ids=["no object", "no list"])
+def test_a_document_of_the_channel_that_is_not_understood_is_not_overwritten(house: House, static: Any) -> None:
+    house.put(static, name=STATIC)
+
+    with pytest.raises(NorceError):
+        put_in_place(house)
+
+    assert found(house, STATIC) == static
+
+
+def test_what_is_no_json_is_wrong(house: House) -> None:
+    house.line.instead = httpx.Response(200, content=b"<html>")
+
+    house.refresh()
+
+    assert house.value("configuration_valid", *SHOP) == 0
+    assert house.limits().most == 5
+
+
+def test_a_channel_is_switched_off_and_on_again(house: House) -> None:
+    house.put(document(active=False))
+    house.refresh()
+
+    assert house.documents.switched_off == {SHOP}
+    assert house.value("channel_active", *SHOP) == 0
+    house.put(document(active=True))
+    house.refresh()
+    assert house.documents.switched_off == set()
+    assert house.value("channel_active", *SHOP) == 1
+
+
+def test_a_document_that_stays_as_it_is_is_not_taken_again(house: House) -> None:
+    house.put(document({"most": 3}))
+    house.refresh()
+    changed = house.changed
+
+    house.refresh()
+
+    assert house.changed == changed
+
+
+# --- what we put there ------------------------------------------------------------------------------------------------
+
+
+def put_in_place(house: House) -> None:
+    async def work() -> None:
+        for name, each in (await standing(house.config, house.norce, *SHOP)).items():
+            await house.norce.call(*SHOP, "put_configuration", body=each, path={"name": name})
+
+    house.loop.run(work())
+
+
+def found(house: House, name: str) -> Any:
+    return house.simulator.records.documents[document_key(*SHOP, name)]
+
+
+def test_a_channel_notifies_us_of_every_new_order(house: House) -> None:
+    put_in_place(house)
+
+    ours, static = found(house, "our_adapter"), found(house, STATIC)
+    assert ours == {
+        "active": True,
+        "$schema": "http://127.0.0.1:8080/openapi/v1/schemas/our_adapter.json",
+        "id": "our_adapter",
+        "adapter": {"publicUrl": "http://127.0.0.1:8080", "internalUrl": "http://127.0.0.1:8080"},
+        "callbacks": {"secret": "a%20secret%20%26%20more"},
+    }
+    [notification] = static["order"]["notifications"]
+    assert notification["adapterId"] == "our_adapter"
+    assert notification["reference"] == "order-status"
+    assert notification["invoke"].endswith("/order-status?secret={configuration.callbacks.secret}")
+    house.refresh()
+    assert house.value("configuration_valid", *SHOP) == 1
+
+
+def test_what_else_is_in_the_documents_stays_and_a_second_time_changes_nothing(house: House) -> None:
+    others = {"adapterId": "another", "scope": "/cart", "invoke": "http://127.0.0.1:9/x"}
+    stale = {"adapterId": "our_adapter", "scope": "/cart", "invoke": "http://127.0.0.1:9/old"}
+    house.put(document({"most": 3}, active=False, more=1))
+    house.put(
+        {"id": STATIC, "$schema": "x", "own": 1, "order": {"notifications": [stale, others], "b": 2}}, name=STATIC
+    )
+
+    put_in_place(house)
+    first = (found(house, "our_adapter"), found(house, STATIC))
+    put_in_place(house)
+
+    ours, static = first
+    assert (found(house, "our_adapter"), found(house, STATIC)) == first
+    assert (ours["active"], ours["more"], ours["routes"]["limit"]["settings"]) == (False, 1, {"most": 3})
+    assert (static["own"], static["order"]["b"]) == (1, 2)
+    assert [each["adapterId"] for each in static["order"]["notifications"]] == ["another", "our_adapter"]

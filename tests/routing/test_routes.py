@@ -1,0 +1,521 @@
+"""`adapter.routing.routes`: selecting routes, and everything that can be wrong at start."""
+
+import asyncio
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import msgspec
+import pytest
+
+from adapter import config as configuration
+from adapter.conditions import Result
+from adapter.config import ConfigurationInvalid
+from adapter.orders import Order, unread
+from adapter.plugin import (
+    Context,
+    Done,
+    HookHandler,
+    Notification,
+    NotificationHandler,
+    Patch,
+    Problem,
+    Secret,
+    Settings,
+    Url,
+    ValidationHandler,
+)
+from adapter.routing.routes import Routes, build, installed, wants
+
+HEAD = """\
+adapter: {id: an_adapter}
+merchants:
+  norce:
+    tokens: ["${env:SECRET}"]
+    channels:
+      "1": {}
+      "2": {routes: {export: {settings: {shop: two}}}}
+  other:
+    tokens: ["${env:SECRET}"]
+    routes: {export: {settings: {shop: other}}}
+    channels: {"1": {routes: {export: {settings: {shop: other-one}}}}}
+senders: {header_secrets: [{header: authorization, values: ["${env:SECRET}"]}]}
+"""
+CALLBACKS = """\
+callbacks:
+  order-status: {kind: notification, scope: /state/currentStatus, schema: {enum: [accepted, completed]}}
+  order-rules: {kind: validation}
+"""
+SECRET = "canary-secret-value"
+
+
+class Shop(Settings, frozen=True, kw_only=True):
+    shop: Annotated[str, msgspec.Meta(description="Which shop.", max_length=20)] = "one"
+    url: Url | None = None
+    password: Secret | None = None
+
+    def __post_init__(self) -> None:
+        if self.shop == "closed":
+            raise ValueError("this shop is closed")
+
+
+class Export(NotificationHandler[Shop]):
+    async def deliver(self, notification: Notification, context: Context[Shop]) -> Done:
+        return Done()
+
+
+class Repeatable(NotificationHandler[Settings]):
+    repeatable = True
+
+    async def deliver(self, notification: Notification, context: Context[Settings]) -> Done:
+        return Done()
+
+
+class Check(ValidationHandler[Shop]):
+    async def validate(self, order: Order, context: Context[Shop]) -> list[Problem]:
+        return []
+
+
+class Change(HookHandler[Shop]):
+    async def change(self, order: Order, context: Context[Shop]) -> list[Patch]:
+        return []
+
+
+class Abstract(NotificationHandler[Settings]):
+    """Lacks what it must have."""
+
+
+class Demanding(Export):
+    def __init__(self, shop: str) -> None:
+        self.shop = shop
+
+
+class Exploding(Export):
+    def __init__(self) -> None:
+        raise RuntimeError("no licence")
+
+
+class Point:
+    def __init__(self, name: str, class_: Any) -> None:
+        self.name = name
+        self._class = class_
+
+    def load(self) -> Any:
+        if isinstance(self._class, BaseException):
+            raise self._class
+        return self._class
+
+
+HANDLERS: dict[str, Any] = {
+    "export": Export,
+    "repeatable": Repeatable,
+    "check": Check,
+    "change": Change,
+    "abstract": Abstract,
+    "demanding": Demanding,
+    "exploding": Exploding,
+    "a-function": Export.deliver,
+    "an-instance": Export(),
+    "no-handler": dict,
+    "not-there": ModuleNotFoundError("No module named 'erp'"),
+    "broken": SyntaxError("invalid syntax"),
+    "a-script": SystemExit(0),
+}
+
+
+def made(folder: Path, text: str, handlers: dict[str, Any] = HANDLERS) -> Routes:
+    path = folder / "config.yaml"
+    path.write_text(HEAD + text)
+    points: Any = [Point(name, class_) for name, class_ in handlers.items()]
+    return build(configuration.load(path, {"SECRET": SECRET}), points)
+
+
+def problems(folder: Path, text: str) -> list[str]:
+    """Line, path and message of each problem, the line counted from the first after the common part."""
+    with pytest.raises(ConfigurationInvalid) as raised:
+        made(folder, text)
+    first = HEAD.count("\n")
+    return [f"{(each.line or 0) - first} {each.path}: {each.message}" for each in raised.value.problems]
+
+
+def one_problem(folder: Path, text: str) -> str:
+    [problem] = problems(folder, text)
+    return problem
+
+
+# --- what is made -----------------------------------------------------------------------------------------------------
+
+
+def test_routes_belong_to_their_callback_in_the_order_of_the_file(tmp_path: Path) -> None:
+    routes = made(
+        tmp_path,
+        CALLBACKS + "routes:\n"
+        "  zeta: {callback: order-status, handler: export}\n"
+        "  check: {callback: order-rules, handler: check, no_answer: approve}\n"
+        "  export: {callback: order-status, handler: export}\n",
+    )
+
+    assert [route.name for route in routes.of("order-status")] == ["zeta", "export"]
+    assert [route.name for route in routes.of("order-rules")] == ["check"]
+    assert [route.name for route in routes.all] == ["zeta", "check", "export"]
+
+
+def test_a_callback_without_routes_is_known(tmp_path: Path) -> None:
+    assert made(tmp_path, export()).of("order-rules") == ()
+
+
+def test_settings_are_read_for_every_merchant_and_channel_the_strongest_last(tmp_path: Path) -> None:
+    routes = made(tmp_path, CALLBACKS + "routes: {export: {callback: order-status, handler: export}}\n")
+
+    [route] = routes.all
+    assert {whose: settings.shop for whose, settings in route.settings.items()} == {  # type: ignore[attr-defined]
+        ("norce", "1"): "one",
+        ("norce", "2"): "two",
+        ("other", "1"): "other-one",
+    }
+
+
+def test_what_a_handler_can_do_about_doubt_is_known(tmp_path: Path) -> None:
+    routes = made(
+        tmp_path,
+        CALLBACKS + "routes: {export: {callback: order-status, handler: export},"
+        " again: {callback: order-status, handler: repeatable}}\n",
+    )
+
+    assert [(route.handling.looks_up, route.handling.repeatable) for route in routes.all] == [
+        (False, False),
+        (False, True),
+    ]
+
+
+class Forwards(ValidationHandler[Shop], HookHandler[Shop]):
+    """Sends the order elsewhere, in its own words."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+
+    async def validate(self, order: Order, context: Context[Shop]) -> list[Problem]:
+        self.sent.append(msgspec.to_builtins(order))
+        return []
+
+    async def change(self, order: Order, context: Context[Shop]) -> list[Patch]:
+        self.sent.append(msgspec.to_builtins(order))
+        return []
+
+
+def test_an_order_that_a_hook_handler_encodes_unread_is_no_empty_one_but_a_mistake_that_says_what_to_do(
+    tmp_path: Path,
+) -> None:
+    text = export().replace("routes:", "  cart: {kind: hook, watch: /cart}\nroutes:")
+    text += "  change: {callback: cart, handler: change, no_answer: approve}\n"
+    (route,) = made(tmp_path, text, HANDLERS | {"change": Forwards}).of("cart")
+    order = unread(b'{"id": "order-1"}', {"id": "order-1"})
+
+    with pytest.raises(TypeError, match="SendOrderDataInstead"):
+        asyncio.run(route.ask(order, cast("Any", None)))
+
+    assert (order.id, msgspec.to_builtins(order.data)) == ("order-1", {"id": "order-1"})
+
+
+def test_an_order_that_a_validation_handler_encodes_is_not_empty(tmp_path: Path) -> None:
+    """It was read from Norce, and nobody has looked at it yet."""
+    text = export() + "  check: {callback: order-rules, handler: check, no_answer: approve}\n"
+    (route,) = made(tmp_path, text, HANDLERS | {"check": Forwards}).of("order-rules")
+    raw = b'{"id": "order-1"}'
+
+    asyncio.run(route.ask(unread(raw, {"id": "order-1"}), cast("Any", None)))
+
+    assert cast("Any", route.handler).sent[0]["id"] == "order-1"
+
+
+def test_the_bundled_handlers_are_installed() -> None:
+    assert {"rules", "log", "jetshop"} <= set(installed())
+
+
+# --- who wants --------------------------------------------------------------------------------------------------------
+
+ROUTES = """\
+routes:
+  export: {callback: order-status, handler: export}
+  completed: {callback: order-status, handler: repeatable, when: {scope: /state/currentStatus, schema: {const: completed}}}
+  first-item: {callback: order-status, handler: repeatable, when: {scope: /items/0}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("order", "callback", "wanted"),
+    [
+        ({"state": {"currentStatus": "completed"}}, "matched", {"export": "matched", "completed": "matched"}),
+        ({"state": {"currentStatus": "accepted"}}, "matched", {"export": "matched"}),
+        ({"state": {"currentStatus": "declined"}}, "not_matched", {}),
+        ({}, "not_matched", {}),
+        ({"state": {"currentStatus": None}}, "not_matched", {}),
+        ({"state": "completed"}, "not_matched", {}),
+        (
+            {"state": {"currentStatus": "accepted"}, "items": [1]},
+            "matched",
+            {"export": "matched", "first-item": "error"},
+        ),
+        ({"state": [{"currentStatus": "x"}]}, "error", {"export": "error", "completed": "error"}),
+    ],
+    ids=["both", "the callback's alone", "neither", "nothing there", "null", "another shape", "an error in when",
+         "an error in the callback's"],
+)  # fmt: skip
+def test_a_route_wants_what_the_callback_and_its_own_condition_want(
+    tmp_path: Path, order: Any, callback: str, wanted: dict[str, str]
+) -> None:
+    routes = made(tmp_path, CALLBACKS + ROUTES)
+
+    wanting = routes.wanting(routes.callbacks["order-status"], order)
+
+    assert wanting.callback.value == callback
+    assert {route.name: result.value for route, result in wanting.routes} == wanted
+
+
+@pytest.mark.parametrize(
+    ("order", "results"),
+    [
+        ({"state": {"currentStatus": "completed"}}, ["matched", "matched", "not_matched"]),
+        ({"state": {"currentStatus": "accepted"}}, ["matched", "not_matched", "not_matched"]),
+        ({"state": {"currentStatus": "accepted"}, "items": [1]}, ["matched", "not_matched", "error"]),
+        ({"state": {"currentStatus": "declined"}, "items": [1]}, ["not_matched"] * 3),
+    ],
+)
+def test_deciding_again_asks_both_conditions(tmp_path: Path, order: Any, results: list[str]) -> None:
+    routes = made(tmp_path, CALLBACKS + ROUTES)
+
+    assert [wants(route, order) for route in routes.all] == [Result(result) for result in results]
+
+
+@pytest.mark.parametrize("order", [None, 1, "x", [], [[]], {"state": {}}], ids=repr)
+def test_no_order_makes_wanting_raise(tmp_path: Path, order: Any) -> None:
+    routes = made(tmp_path, CALLBACKS + ROUTES)
+
+    for route in routes.all:
+        assert isinstance(wants(route, order), Result)
+    assert isinstance(routes.wanting(routes.callbacks["order-status"], order).callback, Result)
+
+
+# --- what can be wrong ------------------------------------------------------------------------------------------------
+
+
+def export(**members: str) -> str:
+    """A valid route `export`, with other members."""
+    said = {"callback": "order-status", "handler": "export"} | members
+    return CALLBACKS + "routes:\n  export:\n" + "".join(f"    {name}: {value}\n" for name, value in said.items())
+
+
+def test_a_handler_that_is_not_installed_is_a_problem_that_names_those_that_are(tmp_path: Path) -> None:
+    assert one_problem(tmp_path, export(handler="shopify")) == (
+        "7 routes.export.handler: no installed handler has this name; installed: " + ", ".join(sorted(HANDLERS))
+    )
+
+
+def test_a_hook_has_a_deadline_a_soft_limit_and_a_target(tmp_path: Path) -> None:
+    routes = made(
+        tmp_path,
+        "callbacks:\n"
+        "  bare: {kind: hook, watch: /cart}\n"
+        "  set: {kind: hook, watch: /cart, target: /cart/items, deadline: 500ms, soft_limit: 100ms}\n"
+        "routes:\n"
+        "  export: {callback: set, handler: change, no_answer: reject}\n"
+        "  beside: {callback: set, handler: change, no_answer: approve, mode: shadow}\n",
+    )
+
+    bare, own = routes.callbacks["bare"], routes.callbacks["set"]
+    assert (bare.kind, bare.condition, bare.deadline, bare.soft_limit, bare.target) == (
+        "hook", None, timedelta(seconds=2), timedelta(seconds=1), None,
+    )  # fmt: skip
+    assert (own.deadline, own.soft_limit) == (timedelta(milliseconds=500), timedelta(milliseconds=100))
+    assert own.target == "/cart/items"
+    assert [(route.no_answer, route.shadow) for route in routes.of("set")] == [("reject", False), ("approve", True)]
+
+
+@pytest.mark.parametrize("handler", ["check", "export"])
+def test_only_a_hook_handler_answers_a_hook(tmp_path: Path, handler: str) -> None:
+    text = f"callbacks: {{set: {{kind: hook, watch: /cart}}}}\nroutes:\n  export: {{callback: set, handler: {handler},"
+
+    assert one_problem(tmp_path, f"{text} no_answer: approve}}\n") == (
+        "3 routes.export.handler: is no HookHandler; callback set is a hook"
+    )
+
+
+@pytest.mark.parametrize("handler", ["check", "a-function", "an-instance", "no-handler"])
+def test_a_handler_of_another_kind_is_a_problem(tmp_path: Path, handler: str) -> None:
+    assert one_problem(tmp_path, export(handler=handler)) == (
+        "7 routes.export.handler: is no NotificationHandler; callback order-status is a notification"
+    )
+
+
+def test_a_notification_handler_answers_no_validation(tmp_path: Path) -> None:
+    text = export(callback="order-rules", no_answer="approve")
+
+    assert one_problem(tmp_path, text) == (
+        "7 routes.export.handler: is no ValidationHandler; callback order-rules is a validation"
+    )
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        ("not-there", "the handler cannot be imported: ModuleNotFoundError: No module named 'erp'"),
+        ("broken", "the handler cannot be imported: SyntaxError: invalid syntax"),
+        ("a-script", "the handler cannot be imported: SystemExit: 0"),
+        ("exploding", "the handler cannot be made: RuntimeError: no licence"),
+    ],
+)
+def test_a_handler_that_fails_at_its_import_or_making_is_a_problem(tmp_path: Path, handler: str, message: str) -> None:
+    assert one_problem(tmp_path, export(handler=handler)) == f"7 routes.export.handler: {message}"
+
+
+@pytest.mark.parametrize("handler", ["abstract", "demanding"])
+def test_a_class_that_cannot_be_made_is_a_problem(tmp_path: Path, handler: str) -> None:
+    assert one_problem(tmp_path, export(handler=handler)).startswith(
+        "7 routes.export.handler: the handler cannot be made: TypeError"
+    )
+
+
+@pytest.mark.parametrize(
+    ("when", "at"),
+    [
+        ("{scope: state}", "scope"),
+        ('{scope: ""}', "scope"),
+        ("{scope: /state, schema: {type: nonsense}}", "schema"),
+        ('{scope: /state, schema: {$ref: "http://127.0.0.1:9/x.json"}}', "schema"),
+        ('{scope: /state, schema: {pattern: "(?=x)"}}', "schema"),
+        ('{scope: /state, schema: {$schema: "http://json-schema.org/draft-07/schema#"}}', "schema"),
+    ],
+    ids=["no pointer", "empty", "no schema", "another document", "look-ahead", "another dialect"],
+)
+def test_a_condition_that_cannot_be_decided_safely_is_a_problem_at_its_line(tmp_path: Path, when: str, at: str) -> None:
+    assert one_problem(tmp_path, export(when=when)).startswith(f"8 routes.export.when.{at}: ")
+
+
+def test_a_callbacks_condition_is_checked_though_no_route_has_it(tmp_path: Path) -> None:
+    text = export().replace("routes:\n", "  unused: {kind: notification, scope: nowhere}\nroutes:\n")
+
+    assert one_problem(tmp_path, text).startswith("4 callbacks.unused.scope: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{shop: 1}", "settings.shop: "),
+        ("{shop: a-name-of-more-than-20-characters}", "settings.shop: "),
+        ("{shap: one}", "settings.shap: "),
+        ("{url: http://shop.example}", "settings.url: "),
+        (f"{{password: {SECRET}}}", "settings.password: "),
+    ],
+)
+def test_settings_that_the_handler_does_not_take_are_a_problem_at_their_line(
+    tmp_path: Path, settings: str, message: str
+) -> None:
+    problem = problems(tmp_path, export(settings=settings))[0]
+
+    assert problem.startswith(f"8 routes.export.{message}")
+    assert SECRET not in problem
+
+
+def test_a_setting_of_one_merchant_or_channel_is_a_problem_at_its_own_place(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text((HEAD + export()).replace("shop: two", "shop: 2").replace("shop: other}", "shop: other, x: 1}"))
+    points: Any = [Point("export", Export)]
+
+    with pytest.raises(ConfigurationInvalid) as raised:
+        build(configuration.load(path, {"SECRET": SECRET}), points)
+
+    assert [(each.line, each.path) for each in raised.value.problems] == [
+        (7, "merchants.norce.channels.2.routes.export.settings.shop"),
+        (10, "merchants.other.routes.export.settings.x"),
+    ]
+
+
+def test_a_problem_that_all_merchants_share_is_told_once(tmp_path: Path) -> None:
+    assert len(problems(tmp_path, export(settings="{url: nowhere}"))) == 1
+
+
+def test_settings_that_do_not_fit_together_are_told_in_the_handlers_words(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text((HEAD + export()).replace("shop: two", "shop: closed"))
+    points: Any = [Point("export", Export)]
+
+    with pytest.raises(ConfigurationInvalid, match="this shop is closed") as raised:
+        build(configuration.load(path, {"SECRET": SECRET}), points)
+
+    assert raised.value.problems[0].line == 7
+
+
+def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = (
+        "callbacks:\n"
+        "  bad-scope: {kind: notification, scope: nowhere}\n"
+        "  order-status: {kind: notification, scope: /state/currentStatus}\n"
+        "  order-rules: {kind: validation}\n"
+        "routes:\n"
+        "  export: {callback: order-status, handler: export, settings: {unknown: 1}}\n"
+        "  absent: {callback: order-status, handler: shopify}\n"
+        "  wrong-kind: {callback: order-rules, handler: export, no_answer: approve}\n"
+        "  fails: {callback: order-status, handler: not-there, when: {scope: /a, schema: {type: x}}}\n"
+        "  cannot: {callback: order-status, handler: abstract}\n"
+    )
+
+    told = problems(tmp_path, text)
+
+    assert [problem.partition(": ")[0] for problem in told] == [
+        "2 callbacks.bad-scope.scope",
+        "6 routes.export.settings.unknown",
+        "7 routes.absent.handler",
+        "8 routes.wrong-kind.handler",
+        "9 routes.fails.when.schema",
+        "9 routes.fails.handler",
+        "10 routes.cannot.handler",
+    ]
+
+
+# --- conditions on passing states -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", ["checkout", "processing", "accepted"])
+def test_a_condition_on_a_passing_state_is_warned_of_at_its_line(tmp_path: Path, state: str) -> None:
+    text = export(when=f"{{scope: /state/currentStatus, schema: {{const: {state}}}}}")
+
+    [warning] = made(tmp_path, text).warnings
+
+    assert (warning.line, warning.path) == (HEAD.count("\n") + 8, "routes.export.when.schema")
+    assert state in warning.message
+    assert "enum" in warning.message
+
+
+def test_a_callback_on_a_passing_state_is_warned_of_too(tmp_path: Path) -> None:
+    text = export().replace("enum: [accepted, completed]", "const: accepted")
+
+    assert [warning.path for warning in made(tmp_path, text).warnings] == ["callbacks.order-status.schema"]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {},
+        {"when": "{scope: /state/currentStatus, schema: {const: completed}}"},
+        {"when": "{scope: /state/currentStatus, schema: {enum: [processing, accepted]}}"},
+        {"when": "{scope: /other, schema: {const: accepted}}"},
+        {"when": "{scope: /state/currentStatus, schema: true}"},
+        {"when": "{scope: /state/currentStatus, schema: {const: accepted}}", "refetch": "false"},
+    ],
+    ids=["none", "a last state", "an enum", "another scope", "any", "the order as it came"],
+)
+def test_other_conditions_are_not_warned_of(tmp_path: Path, members: dict[str, str]) -> None:
+    assert made(tmp_path, export(**members)).warnings == ()
+
+
+@pytest.mark.parametrize("scope", ["/payments/0/state", "/cart/items/0", "/shippings/state"])
+def test_a_scope_inside_an_array_is_warned_of(tmp_path: Path, scope: str) -> None:
+    [warning] = made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings
+
+    assert warning.path == "routes.export.when.scope"
+    assert "contains" in warning.message
+
+
+@pytest.mark.parametrize("scope", ["/payments", "/cart/items", "/paymentsOfOthers/0"])
+def test_an_array_itself_is_not(tmp_path: Path, scope: str) -> None:
+    assert made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings == ()

@@ -1,0 +1,702 @@
+"""Handlers under a deadline, on the plugins' own event loops: what a caller hears, and when it really ended."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.norce.client import Account, Norce
+from adapter.orders import Order, read_order
+from adapter.outgoing import Outgoing
+from adapter.plugin import (
+    Context,
+    Done,
+    Misconfigured,
+    NoSettings,
+    Notification,
+    NotificationHandler,
+    Problem,
+    Secret,
+    Settings,
+    Skip,
+    Url,
+    ValidationHandler,
+)
+from adapter.routing.runner import Call, DeadlinePassed, HandlerWaits, LoopAbandoned, Runner
+
+NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
+AT_ONCE = timedelta(0)
+SHORTLY = timedelta(milliseconds=50)
+PATIENCE = 10
+HELD = timedelta(milliseconds=200)  # how long a handler may hold its loop past its deadline, where loops are watched
+OFTEN = timedelta(milliseconds=10)
+ORDER = read_order(b'{"id": "order-1"}')
+
+
+class ShopSettings(Settings, frozen=True, kw_only=True):
+    base_url: Url = Url("https://shop.example")
+
+
+CALL = Call(
+    route="export",
+    settings=ShopSettings(),
+    merchant="fjallboden",
+    channel="1",
+    order_id="order-1",
+    identity="ab",
+    deadline=NOON + timedelta(minutes=1),
+    first_attempt_at=NOON,
+)
+NOTIFICATION = Notification(
+    id=1,
+    merchant="fjallboden",
+    channel="1",
+    callback="order-status",
+    order=ORDER,
+    received=ORDER,
+    raw=ORDER.raw,
+    received_at=NOON,
+)
+
+
+class Does(NotificationHandler[ShopSettings]):
+    """Runs what it is given."""
+
+    def __init__(self, deliver: Callable[[Context[ShopSettings]], Coroutine[Any, Any, Done]]) -> None:
+        self._deliver = deliver
+
+    async def deliver(self, notification: Notification, context: Context[ShopSettings]) -> Done | Skip:
+        return await self._deliver(context)
+
+    async def lookup(self, notification: Notification, context: Context[ShopSettings]) -> Done | None:
+        return None
+
+
+class Blocks:
+    """A handler that holds its thread until it is told to let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.let_go = threading.Event(), threading.Event()
+
+    async def __call__(self, _context: Context[ShopSettings]) -> Done:
+        self.entered.set()
+        self.let_go.wait(PATIENCE)
+        return Done("late")
+
+    async def has_begun(self) -> None:
+        assert await asyncio.to_thread(self.entered.wait, PATIENCE)
+
+
+class Approves(ValidationHandler[ShopSettings]):
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+        self.threads.append(threading.get_ident())
+        return []
+
+
+def norce() -> Norce:
+    account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"id": request.url.path.split("/")[-1]}))
+    return Norce({"fjallboden": account}, adapter_id="test", timeout=timedelta(seconds=5), transport=transport)
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[Runner]:
+    def outgoing() -> Outgoing:
+        return Outgoing(httpx.MockTransport(lambda request: httpx.Response(200, text=request.url.host)))
+
+    runner = Runner(make_norce=norce, make_outgoing=outgoing, clock=lambda: NOON)
+    try:
+        yield runner
+    finally:
+        await runner.stop(timedelta(seconds=PATIENCE))
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+@dataclass
+class Watched:
+    """A runner whose loops are looked after all the time. `replaced`: which loop, and the route that held it."""
+
+    runner: Runner
+    replaced: "asyncio.Queue[tuple[str, str]]"
+    thread: threading.Thread  # the first of the deliveries' threads
+
+    async def has_replaced(self) -> tuple[str, str]:
+        return await asyncio.wait_for(self.replaced.get(), PATIENCE)
+
+    async def has_ended(self) -> None:
+        """The first thread has let go, and everything that was on its loop has ended."""
+        await asyncio.to_thread(self.thread.join, PATIENCE)
+        assert not self.thread.is_alive()
+
+
+@asynccontextmanager
+async def watched() -> AsyncIterator[Watched]:
+    told: asyncio.Queue[tuple[str, str]] = asyncio.Queue()
+    runner = Runner(make_norce=norce, clock=lambda: NOON, patience=HELD, replaced=lambda *which: told.put_nowait(which))
+    watching = asyncio.create_task(runner.watch(OFTEN))
+    try:
+        yield Watched(runner, told, runner._loops["deliveries"]._thread)
+    finally:
+        watching.cancel()
+        await asyncio.gather(watching, return_exceptions=True)
+        await runner.stop(timedelta(seconds=PATIENCE))
+
+
+async def for_ever(_context: Context[ShopSettings]) -> Done:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+# --- results --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_handler_returns_is_the_result() -> None:
+    async def test() -> None:
+        async def done(_context: Context[ShopSettings]) -> Done:
+            return Done("shop-7")
+
+        async with running() as runner:
+            run = runner.deliver(Does(done), NOTIFICATION, CALL)
+
+            assert await run.result(timedelta(seconds=PATIENCE)) == Done("shop-7")
+            assert await run.ended() == Done("shop-7")
+            assert await runner.lookup(Does(done), NOTIFICATION, CALL).ended() is None
+
+    run(test)
+
+
+def test_what_a_handler_raises_is_raised_to_the_caller() -> None:
+    async def test() -> None:
+        async def raises(_context: Context[ShopSettings]) -> Done:
+            raise Misconfigured("wrong-shop-id")
+
+        async with running() as runner:
+            run = runner.deliver(Does(raises), NOTIFICATION, CALL)
+
+            with pytest.raises(Misconfigured, match="wrong-shop-id"):
+                await run.result(timedelta(seconds=PATIENCE))
+
+    run(test)
+
+
+def test_handlers_run_on_a_thread_of_their_own_one_for_deliveries_and_one_for_answers() -> None:
+    async def test() -> None:
+        threads = [threading.get_ident()]
+
+        async def note(_context: Context[ShopSettings]) -> Done:
+            threads.append(threading.get_ident())
+            return Done()
+
+        async with running() as runner:
+            await runner.deliver(Does(note), NOTIFICATION, CALL).ended()
+            validation = Approves()
+            await runner.ask(validation.validate, ORDER, CALL).ended()
+
+            assert len({*threads, *validation.threads}) == 3
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
+def test_a_handler_that_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
+    async def test() -> None:
+        async def ends(_context: Context[ShopSettings]) -> Done:
+            raise end
+
+        async def done(_context: Context[ShopSettings]) -> Done:
+            return Done()
+
+        async with running() as runner:
+            with pytest.raises(RuntimeError):
+                await runner.deliver(Does(ends), NOTIFICATION, CALL).result(timedelta(seconds=PATIENCE))
+
+            after = runner.deliver(Does(done), NOTIFICATION, CALL)
+            assert await after.result(timedelta(seconds=PATIENCE)) == Done()
+
+    run(test)
+
+
+def test_a_handler_that_is_no_coroutine_fails_and_not_on_the_callers_thread() -> None:
+    threads: list[int] = []
+
+    class Synchronous(Approves):
+        def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:  # type: ignore[override]
+            threads.append(threading.get_ident())
+            return []
+
+    async def test() -> None:
+        async with running() as runner:
+            with pytest.raises(TypeError):
+                await runner.ask(Synchronous().validate, ORDER, CALL).ended()
+
+            assert threads != [threading.get_ident()]
+
+    run(test)
+
+
+# --- deadlines ------------------------------------------------------------------------------------------------------
+
+
+def test_a_caller_gives_up_at_the_deadline_although_the_handler_blocks_its_thread() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with running() as runner:
+            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            await blocks.has_begun()
+
+            with pytest.raises(DeadlinePassed):
+                await run.result(SHORTLY)
+            blocks.let_go.set()
+
+    run(test)
+
+
+def test_ended_waits_for_a_handler_that_is_late_and_tells_what_it_did() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with running() as runner:
+            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            await blocks.has_begun()
+            with pytest.raises(DeadlinePassed):
+                await run.result(AT_ONCE)
+            ended = asyncio.create_task(run.ended())
+            await asyncio.sleep(0)
+            assert not ended.done()
+
+            blocks.let_go.set()
+
+            assert await ended == Done("late")
+
+    run(test)
+
+
+def test_a_handler_that_awaits_is_cancelled_when_it_is_told() -> None:
+    async def test() -> None:
+        async with running() as runner:
+            run = runner.deliver(Does(for_ever), NOTIFICATION, CALL)
+
+            run.cancel()
+
+            with pytest.raises(asyncio.CancelledError):
+                await run.ended()
+
+    run(test)
+
+
+def test_a_handler_that_blocks_hears_of_its_cancellation_when_it_lets_go() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+
+        async def blocks_and_awaits(context: Context[ShopSettings]) -> Done:
+            await blocks(context)
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async with running() as runner:
+            run = runner.deliver(Does(blocks_and_awaits), NOTIFICATION, CALL)
+            await blocks.has_begun()
+            run.cancel()
+            with pytest.raises(DeadlinePassed):
+                await run.result(AT_ONCE)
+
+            blocks.let_go.set()
+
+            with pytest.raises(asyncio.CancelledError):
+                await run.ended()
+
+    run(test)
+
+
+def test_answers_go_out_while_a_delivery_blocks_its_loop() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with running() as runner:
+            delivery = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            await blocks.has_begun()
+
+            assert await asyncio.wait_for(runner.ask(Approves().validate, ORDER, CALL).ended(), PATIENCE) == []
+            blocks.let_go.set()
+            await delivery.ended()
+
+    run(test)
+
+
+# --- a loop that is held far past a deadline ------------------------------------------------------------------------
+
+SOON_OVER = msgspec.structs.replace(CALL, deadline=NOON + SHORTLY)
+
+
+async def done(_context: Context[ShopSettings]) -> Done:
+    return Done(str(threading.get_ident()))
+
+
+def test_a_loop_that_a_handler_holds_is_replaced_and_the_next_deliveries_run_on_the_new_one() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with watched() as watch:
+            with capture_logs() as logged:
+                held = watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+
+                assert await watch.has_replaced() == ("plugins-deliveries", "export")
+            told = {"loop": "plugins-deliveries", "route": "export"}
+            assert logged == [{"event": "plugins_loop_replaced", "log_level": "error", **told}]
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await held.ended()
+            assert abandoned.value.blocked_by is held
+            after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            assert after.reference not in ("", str(watch.thread.ident))
+            assert watch.thread.is_alive()
+
+            blocks.let_go.set()
+            await watch.has_ended()
+            assert watch.replaced.empty()
+
+    run(test)
+
+
+def test_a_run_is_over_only_when_its_thread_has_let_go() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with watched() as watch:
+            held = watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+            over = asyncio.create_task(held.over())
+            await asyncio.wait((over,), timeout=SHORTLY.total_seconds())
+            assert not over.done()
+
+            blocks.let_go.set()
+
+            await asyncio.wait_for(over, PATIENCE)
+            await watch.has_ended()
+
+    run(test)
+
+
+class Neighbour:
+    """A handler that shares the loop with one that blocks it: it waits, and then would do something."""
+
+    def __init__(self, wait: Callable[[asyncio.Event], Coroutine[Any, Any, Any]]) -> None:
+        self._wait = wait
+        self.go_on = asyncio.Event()
+        self.began = threading.Event()
+        self.effects: list[str] = []
+
+    async def __call__(self, _context: Context[ShopSettings]) -> Done:
+        try:
+            self.began.set()
+            await self._wait(self.go_on)
+            self.effects.append("sent")
+        except asyncio.CancelledError:
+            self.effects.append("cancelled")
+            raise
+        return Done()
+
+
+async def _woken_by_the_one_that_blocks(go_on: asyncio.Event) -> None:
+    await go_on.wait()
+
+
+async def _woken_at_every_turn(go_on: asyncio.Event) -> None:
+    while not go_on.is_set():  # noqa: ASYNC110 - to be ready at any moment is the point
+        await asyncio.sleep(0)
+
+
+async def _a_timer_that_passes(go_on: asyncio.Event) -> None:
+    await go_on.wait()
+    await asyncio.sleep(0.001)
+
+
+async def _a_thread_that_ends(go_on: asyncio.Event) -> None:
+    await asyncio.to_thread(lambda: None)
+    await asyncio.gather(go_on.wait(), asyncio.to_thread(lambda: None))
+
+
+@pytest.mark.parametrize(
+    "wait", [_woken_by_the_one_that_blocks, _woken_at_every_turn, _a_timer_that_passes, _a_thread_that_ends]
+)
+def test_its_neighbours_are_cancelled_before_they_do_anything_more(
+    wait: Callable[[asyncio.Event], Coroutine[Any, Any, Any]],
+) -> None:
+    async def test() -> None:
+        blocks, neighbour = Blocks(), Neighbour(wait)
+
+        async def wakes_it_and_blocks(context: Context[ShopSettings]) -> Done:
+            neighbour.go_on.set()  # it is ready to go on from here, and goes on when this one lets go
+            return await blocks(context)
+
+        async with watched() as watch:
+            beside = watch.runner.deliver(Does(neighbour), NOTIFICATION, CALL)
+            assert await asyncio.to_thread(neighbour.began.wait, PATIENCE)
+            held = watch.runner.deliver(Does(wakes_it_and_blocks), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await beside.ended()
+            assert (abandoned.value.blocked_by, abandoned.value.begun) == (held, True)
+            assert neighbour.effects == []
+            blocks.let_go.set()
+            await watch.has_ended()
+            assert neighbour.effects == ["cancelled"]
+
+    run(test)
+
+
+def test_a_handler_that_had_not_begun_when_its_loop_was_given_up_never_does() -> None:
+    async def test() -> None:
+        blocks, neighbour = Blocks(), Neighbour(_woken_at_every_turn)
+        async with watched() as watch:
+            watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            await blocks.has_begun()
+            waits = watch.runner.deliver(Does(neighbour), NOTIFICATION, CALL)
+            await watch.has_replaced()
+
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await waits.ended()
+            assert not abandoned.value.begun
+            blocks.let_go.set()
+            await watch.has_ended()
+            assert not neighbour.began.is_set()
+
+    run(test)
+
+
+def test_a_handler_that_blocks_and_then_awaits_is_cancelled_there() -> None:
+    async def test() -> None:
+        blocks, effects = Blocks(), []
+
+        async def blocks_and_sends(context: Context[ShopSettings]) -> Done:
+            await blocks(context)
+            await asyncio.sleep(0)
+            effects.append("sent")
+            return Done()
+
+        async with watched() as watch:
+            watch.runner.deliver(Does(blocks_and_sends), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+
+            blocks.let_go.set()
+            await watch.has_ended()
+
+            assert effects == []
+
+    run(test)
+
+
+def test_a_task_of_a_plugins_own_that_holds_the_loop_is_found_out_too() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+
+        async def leaves_a_task(context: Context[ShopSettings]) -> Done:
+            await asyncio.create_task(blocks(context))
+            return Done()
+
+        async with watched() as watch:
+            held = watch.runner.deliver(Does(leaves_a_task), NOTIFICATION, SOON_OVER)
+
+            assert await watch.has_replaced() == ("plugins-deliveries", "unknown")
+            with pytest.raises(LoopAbandoned) as abandoned:
+                await held.ended()
+            assert abandoned.value.blocked_by is None
+            blocks.let_go.set()
+            await watch.has_ended()
+
+    run(test)
+
+
+def test_an_answer_that_holds_its_loop_is_given_up_and_deliveries_go_on() -> None:
+    class Dwells(Approves):
+        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+            await blocks(context)
+            return []
+
+    blocks = Blocks()
+
+    async def test() -> None:
+        async with watched() as watch:
+            thread = watch.runner._loops["answers"]._thread
+            with pytest.raises(LoopAbandoned):
+                await watch.runner.ask(Dwells().validate, ORDER, SOON_OVER).ended()
+
+            assert await watch.has_replaced() == ("plugins-answers", "export")
+            assert await watch.runner.ask(Approves().validate, ORDER, CALL).ended() == []
+            after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            assert after.reference == str(watch.thread.ident)
+            blocks.let_go.set()
+            await asyncio.to_thread(thread.join, PATIENCE)
+
+    run(test)
+
+
+def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with running() as runner:
+            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            await blocks.has_begun()
+            runner._loops["deliveries"].is_held(AT_ONCE)  # asks for the sign of life that does not come
+
+            assert not runner._loops["deliveries"].is_held(AT_ONCE)
+            blocks.let_go.set()
+            await run.ended()
+
+    run(test)
+
+
+def test_a_loop_that_gives_a_sign_of_life_is_not_held_however_late_its_handlers_are() -> None:
+    async def test() -> None:
+        async with running() as runner:
+            late = runner.deliver(
+                Does(for_ever), NOTIFICATION, msgspec.structs.replace(CALL, deadline=NOON - timedelta(minutes=1))
+            )
+            await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            for _ in range(3):
+                assert not runner._loops["deliveries"].is_held(AT_ONCE)
+                await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+
+            late.cancel()
+
+    run(test)
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_returns_although_a_handler_blocks_its_thread() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        runner = Runner(make_norce=norce, clock=lambda: NOON)
+        delivery = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+        await blocks.has_begun()
+
+        await asyncio.wait_for(runner.stop(SHORTLY), PATIENCE)
+
+        assert not blocks.let_go.is_set()
+        blocks.let_go.set()
+        assert await delivery.ended() == Done("late")
+        await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
+
+    run(test)
+
+
+def test_stopping_does_not_wait_for_a_thread_that_was_given_up() -> None:
+    async def test() -> None:
+        blocks = Blocks()
+        async with watched() as watch:
+            watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            await watch.has_replaced()
+
+        assert watch.thread.is_alive()
+        blocks.let_go.set()
+        await watch.has_ended()
+
+    run(test)
+
+
+# --- the context ----------------------------------------------------------------------------------------------------
+
+
+def test_a_handler_reaches_its_own_hosts_and_norce_through_its_context() -> None:
+    async def test() -> None:
+        seen: list[Any] = []
+
+        async def looks_around(context: Context[ShopSettings]) -> Done:
+            answer = await context.http.get(f"{context.settings.base_url}/orders")
+            order = await context.orders.read("order-9")
+            seen.extend([answer.text, order.id, context.clock(), context.route, context.identity])
+            return Done()
+
+        async with running() as runner:
+            await runner.deliver(Does(looks_around), NOTIFICATION, CALL).ended()
+
+            assert seen == ["shop.example", "order-9", NOON, "export", "ab"]
+
+    run(test)
+
+
+class Computes(Approves):
+    computes = True
+
+
+def test_a_handler_that_computes_runs_in_place() -> None:
+    async def test() -> None:
+        async with running() as runner:
+            handler = Computes()
+            assert runner.compute(handler.validate, ORDER, CALL) == []
+
+            assert handler.threads == [threading.get_ident()]
+
+    run(test)
+
+
+def test_a_handler_that_says_it_computes_and_waits_is_not_waited_for() -> None:
+    closed: list[bool] = []
+
+    class Waits(Computes):
+        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+            try:
+                await asyncio.sleep(0)
+            finally:
+                closed.append(True)
+            return []
+
+    async def test() -> None:
+        async with running() as runner:
+            with pytest.raises(HandlerWaits):
+                runner.compute(Waits().validate, ORDER, CALL)
+
+            assert closed == [True]
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
+def test_a_handler_that_computes_and_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
+    class Ends(Computes):
+        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
+            raise end
+
+    async def test() -> None:
+        async with running() as runner:
+            with pytest.raises(RuntimeError, match="tried to end the process"):
+                runner.compute(Ends().validate, ORDER, CALL)
+
+    run(test)
+
+
+async def _calls_out(context: Context[Any]) -> None:
+    await context.http.get("https://shop.example/")
+
+
+async def _reads_an_order(context: Context[Any]) -> None:
+    await context.orders.read("order-1")
+
+
+@pytest.mark.parametrize("calls", [_calls_out, _reads_an_order], ids=["http", "orders"])
+def test_a_handler_that_computes_may_call_nobody(calls: Callable[[Context[Any]], Coroutine[Any, Any, None]]) -> None:
+    class Calls(ValidationHandler[NoSettings]):
+        computes = True
+
+        async def validate(self, order: Order, context: Context[NoSettings]) -> list[Problem]:
+            await calls(context)
+            return []
+
+    async def test() -> None:
+        async with running() as runner:
+            with pytest.raises(Misconfigured, match="computes-only"):
+                runner.compute(Calls().validate, ORDER, CALL)
+
+    run(test)

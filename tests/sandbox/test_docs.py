@@ -1,0 +1,84 @@
+"""The tables of `docs/simulator.md` are made from the code: `python tests/sandbox/test_docs.py` writes them anew."""
+
+import re
+from collections.abc import Iterable
+from typing import get_args, get_type_hints
+
+from adapter.norce.api import OPERATIONS, Operation
+from adapter.sandbox.norce import Switches
+from adapter.sandbox.norce.switches import questions
+from adapter.sandbox.scenarios import SCENARIOS, promise
+from tests import ROOT
+
+PAGE = ROOT / "docs" / "simulator.md"
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
+
+
+def operations() -> str:
+    return table(
+        ("name", "versions", "operation", "body", "answers", "declared errors"),
+        ((f"`{each.name}`", ", ".join(each.versions), address(each), each.body or "", answers(each), errors(each))
+         for each in OPERATIONS),
+    )  # fmt: skip
+
+
+def address(operation: Operation) -> str:
+    queries = "; ".join(
+        f"{version}: {', '.join(f'`{name}`' for name in names)}" for version, names in operation.query.items() if names
+    )
+    return f"`{operation.method} /{operation.service}{operation.path}`{queries and f' ({queries})'}"
+
+
+def answers(operation: Operation) -> str:
+    return ", ".join(f"{status} {body or ''}".strip() for status, body in operation.answers.items())
+
+
+def errors(operation: Operation) -> str:
+    declared = {version: " ".join(map(str, statuses)) for version, statuses in operation.errors.items()}
+    if len(declared) == 1:
+        return next(iter(declared.values()))
+    return "; ".join(f"{version}: {statuses}" for version, statuses in declared.items())
+
+
+def switches() -> str:
+    hints = get_type_hints(Switches)
+    return table(
+        ("switch", "question", "default", "values"),
+        (
+            (f"`{name}`", question, f"`{written(default)}`", ", ".join(f"`{each}`" for each in values(hints[name])))
+            for name, (question, default) in questions().items()
+        ),
+    )
+
+
+def written(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or " "
+
+
+def values(hint: type) -> tuple[str, ...]:
+    return get_args(hint) or (("true", "false") if hint is bool else ())
+
+
+def scenarios() -> str:
+    return table(("scenario", "what it promises"), ((f"`{name}`", promise(name)) for name in SCENARIOS))
+
+
+def page(text: str) -> str:
+    for name, made in (("scenarios", scenarios()), ("switches", switches()), ("operations", operations())):
+        text = re.sub(f"<!-- {name} -->.*?<!-- end -->", lambda _, name=name, made=made: (
+            f"<!-- {name} -->\n{made}\n<!-- end -->"), text, flags=re.S)  # fmt: skip
+    return text
+
+
+def test_the_page_has_every_scenario_switch_and_operation_as_the_code_has_them() -> None:
+    text = PAGE.read_text("utf-8")
+
+    assert all(f"`{each.name}`" in operations() for each in OPERATIONS)
+    assert page(text) == text, "python tests/sandbox/test_docs.py writes the tables anew"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(PAGE.read_text("utf-8")), "utf-8")

@@ -1,0 +1,1217 @@
+"""`adapter.verdicts.verdicts`: an answer inside the deadline, whatever the handlers and Norce do."""
+
+import asyncio
+import contextlib
+import dataclasses
+import io
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+import structlog
+from structlog.testing import capture_logs
+
+from adapter import config as configuration
+from adapter import logs
+from adapter.app import accounts
+from adapter.ledger.verdict_log import Judged
+from adapter.metrics import Metrics
+from adapter.norce.client import Norce, OrderNotFound
+from adapter.orders import Order, read_order
+from adapter.plugin import Context, HookHandler, Patch, Problem, Refuse, Settings, ValidationHandler
+from adapter.routing.routes import Routes, build
+from adapter.routing.runner import Runner
+from adapter.verdicts.verdicts import MOST_UNFINISHED, Answer, Misses, Verdict, Verdicts
+
+DEADLINE = timedelta(milliseconds=400)
+FAR_TOO_LATE = 15.0  # seconds: a machine may be slow, a verdict that waits for its handler never comes
+CART: dict[str, Any] = {
+    "id": "o1", "merchant": "norce", "channel": "1", "country": "SE",
+    "cart": {"items": [{"sku": "SOCK-3P", "quantity": 2}], "attributes": {"priceList": "ordinarie"}},
+    "customer": {"type": "person"},
+}  # fmt: skip
+ORDER: dict[str, Any] = {"id": "o1", "merchant": "norce", "channel": "1", "country": "SE", "items": [1]}
+CONFIG = """\
+adapter: {id: an_adapter, public_url: https://adapter.example}
+norce: {base_url: "http://127.0.0.1:1", timeout: 10s}
+merchants: {norce: {tokens: ["${env:ONE}", "${env:TWO}"], channels: {"1": {}, "2": {}}}}
+senders: {header_secrets: [{header: authorization, values: ["${env:ONE}"]}]}
+callbacks:
+  order-rules: {kind: validation, deadline: 400ms}
+  cart-changed: {kind: hook, watch: /cart, target: /cart, deadline: 400ms}
+  watched: {kind: hook, watch: /cart, deadline: 400ms}
+routes:
+"""
+
+
+class Code(Settings, frozen=True, kw_only=True):
+    code: str = "a-code"
+
+
+class Deny(ValidationHandler[Code]):
+    async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
+        return [Problem(context.settings.code, f"No, {order.id}.")]
+
+
+class Approve(ValidationHandler[Settings]):
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        return []
+
+
+class InPlace(Deny):
+    computes = True
+
+
+class Contexts(ValidationHandler[Settings]):
+    """Remembers the contexts that it was given."""
+
+    given: ClassVar[list[Context[Settings]]] = []
+
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        self.given.append(context)
+        return []
+
+
+class Forever(ValidationHandler[Settings]):
+    """Never returns; remembers whether it was told to stop."""
+
+    cancelled: ClassVar[threading.Event] = threading.Event()
+
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.cancelled.set()
+        return []
+
+
+class ForeverInPlace(Forever):
+    computes = True
+
+
+class Stubborn(ValidationHandler[Settings]):
+    """Does not stop when it is told to."""
+
+    released: ClassVar[threading.Event] = threading.Event()
+
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        while not self.released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+        return []
+
+
+class Block(ValidationHandler[Settings]):
+    """Blocks its thread, as a synchronous client would."""
+
+    released: ClassVar[threading.Event] = threading.Event()
+
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        self.released.wait(FAR_TOO_LATE * 2)
+        return [Problem("too-late", "Nobody waits for this.")]
+
+
+class Networker(ValidationHandler[Settings]):
+    """Declares that it computes, and calls somebody."""
+
+    computes = True
+
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        await context.http.get("https://elsewhere.example")
+        return []
+
+
+def raising(error: Callable[[], BaseException]) -> type[ValidationHandler[Settings]]:
+    class Raises(ValidationHandler[Settings]):
+        async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+            raise error()
+
+    return Raises
+
+
+def returning(value: Any) -> type[ValidationHandler[Settings]]:
+    class Returns(ValidationHandler[Settings]):
+        async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+            return value  # type: ignore[no-any-return]
+
+    return Returns
+
+
+class NotACoroutine(ValidationHandler[Settings]):
+    def validate(self, order: Order, context: Context[Settings]) -> Any:  # type: ignore[override]
+        return []
+
+
+class RaisesAtTheCall(ValidationHandler[Settings]):
+    def validate(self, order: Order, context: Context[Settings]) -> Any:  # type: ignore[override]
+        raise ValueError("before there was a coroutine")
+
+
+class Point:
+    def __init__(self, name: str, class_: Any) -> None:
+        self.name = name
+        self._class = class_
+
+    def load(self) -> Any:
+        return self._class
+
+
+def route(name: str, handler: str, *, callback: str = "order-rules", no_answer: str = "reject", more: str = "") -> str:
+    return f"  {name}: {{callback: {callback}, handler: {handler}, no_answer: {no_answer}{more}}}\n"
+
+
+def built(folder: Path, routes: str, handlers: dict[str, Any], soft_limit: str) -> tuple[configuration.Config, Routes]:
+    path = folder / "config.yaml"
+    path.write_text(CONFIG.replace("validation, ", f"validation, soft_limit: {soft_limit}, ") + (routes or "  {}\n"))
+    config = configuration.load(path, {"ONE": "the-first-token", "TWO": "the-second-token"})
+    points: Any = [Point(name, class_) for name, class_ in handlers.items()]
+    return config, build(config, points)
+
+
+def is_there(request: httpx.Request) -> httpx.Response:
+    return httpx.Response(200, json=ORDER | {"id": request.url.path.rpartition("/")[2]})
+
+
+async def stays() -> bool:
+    """A caller that waits for its answer."""
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+class Asking:
+    """Verdicts with their routes, and a memory of what was recorded and counted."""
+
+    def __init__(self, verdicts: Verdicts, routes: Routes, metrics: Metrics, judged: "asyncio.Queue[Judged]") -> None:
+        self.verdicts = verdicts
+        self.routes = routes
+        self.metrics = metrics
+        self.judged = judged
+
+    async def validate(self, order_id: str = "o1", channel: str = "1", gone: Callable[[], Any] = stays) -> Answer:
+        # The handlers that hang are released after this: whoever waits for one does not come back.
+        async with asyncio.timeout(FAR_TOO_LATE):
+            return await self.verdicts.validate(self.routes.callbacks["order-rules"], "norce", channel, order_id, gone)
+
+    async def change(self, callback: str = "cart-changed", gone: Callable[[], Any] = stays) -> Answer:
+        order = read_order(json.dumps(CART).encode())
+        async with asyncio.timeout(FAR_TOO_LATE):
+            return await self.verdicts.change(self.routes.callbacks[callback], "norce", "1", "o1", order, gone)
+
+    async def recorded(self) -> Judged:
+        return await asyncio.wait_for(self.judged.get(), FAR_TOO_LATE)
+
+    def counted(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"norce_adapter_{name}", labels) or 0.0
+
+
+@contextlib.asynccontextmanager
+async def asking(
+    folder: Path,
+    routes: str,
+    handlers: dict[str, Any],
+    norce: Callable[[httpx.Request], Any] = is_there,
+    *,
+    misses: Misses | None = None,
+    soft_limit: str = "200ms",
+) -> AsyncIterator[Asking]:
+    config, made = built(folder, routes, handlers, soft_limit)
+
+    def make_norce() -> Norce:
+        transport = httpx.MockTransport(norce)
+        return Norce(accounts(config), adapter_id="an_adapter", timeout=config.norce.timeout, transport=transport)
+
+    runner = Runner(make_norce=make_norce, clock=lambda: datetime.now(UTC))
+    client, metrics = make_norce(), Metrics("0")
+    judged: asyncio.Queue[Judged] = asyncio.Queue()
+    verdicts = Verdicts(
+        made,
+        runner=runner,
+        norce=client,
+        metrics=metrics,
+        clock=lambda: time.time_ns() // 1_000_000,
+        misses=misses or Misses(most=0, bypass=timedelta(0)),
+        record=judged.put_nowait,
+    )
+    try:
+        yield Asking(verdicts, made, metrics, judged)
+    finally:
+        for handler in (Block, Stubborn):
+            handler.released.set()
+        await client.aclose()
+        await runner.stop(timedelta(seconds=10))
+        for handler in (Block, Stubborn):
+            handler.released.clear()
+
+
+def asked(
+    folder: Path,
+    routes: str,
+    handlers: dict[str, Any],
+    norce: Callable[[httpx.Request], Any] = is_there,
+    *,
+    channel: str = "1",
+) -> list[Verdict]:
+    async def ask() -> list[Verdict]:
+        async with asking(folder, routes, handlers, norce) as at:
+            return list((await at.validate(channel=channel)).verdicts)
+
+    return asyncio.run(ask())
+
+
+def codes(verdicts: list[Verdict]) -> list[str]:
+    return [problem.code for verdict in verdicts for problem in verdict.problems]
+
+
+# --- what was decided -------------------------------------------------------------------------------------------------
+
+
+def test_problems_come_in_the_order_of_the_configuration_not_of_the_answers(tmp_path: Path) -> None:
+    class Slow(Deny):
+        async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            return await super().validate(order, context)
+
+    routes = (
+        route("zeta", "slow", more=", settings: {code: first}")
+        + route("alpha", "deny", more=", settings: {code: second}")
+        + route("beta", "in-place", more=", settings: {code: third}")
+    )
+
+    verdicts = asked(tmp_path, routes, {"slow": Slow, "deny": Deny, "in-place": InPlace})
+
+    assert codes(verdicts) == ["first", "second", "third"]
+    assert [verdict.route.name for verdict in verdicts] == ["zeta", "alpha", "beta"]
+    assert all(verdict.missing is None for verdict in verdicts)
+
+
+def test_only_routes_whose_condition_holds_are_asked(tmp_path: Path) -> None:
+    routes = route("here", "deny", more=", when: {scope: /country, schema: {const: SE}}, settings: {code: here}")
+    routes += route("there", "deny", more=", when: {scope: /country, schema: {const: NO}}, settings: {code: there}")
+    routes += route("nowhere", "deny", more=", when: {scope: /county}, settings: {code: nowhere}")
+
+    assert codes(asked(tmp_path, routes, {"deny": Deny})) == ["here"]
+
+
+def test_no_route_is_no_verdict_and_norce_is_not_asked(tmp_path: Path) -> None:
+    assert asked(tmp_path, "", {}, lambda _request: pytest.fail("nobody needs the order")) == []
+
+
+def test_a_handler_gets_its_own_settings_and_a_deadline_before_the_answers(tmp_path: Path) -> None:
+    Contexts.given.clear()
+    before = datetime.now(UTC)
+
+    asked(tmp_path, route("one", "contexts"), {"contexts": Contexts}, channel="2")
+
+    [context] = Contexts.given
+    assert before < context.deadline < datetime.now(UTC) + DEADLINE
+    assert (context.route, context.attempt) == ("one", 1)
+
+
+# --- no answer --------------------------------------------------------------------------------------------------------
+
+BROKEN: dict[str, Any] = {
+    "an exception": raising(lambda: ValueError("no")),
+    "an exception group": raising(lambda: ExceptionGroup("many", [ValueError("no")])),
+    "a cancellation of its own": raising(asyncio.CancelledError),
+    "a timeout of its own": raising(TimeoutError),
+    "the end of the process": raising(SystemExit),
+    "an interrupt": raising(KeyboardInterrupt),
+    "nothing": returning(None),
+    "true": returning(True),
+    "a text": returning("no"),
+    "a tuple": returning((Problem("a-code", "No."),)),
+    "a list of texts": returning(["a-code"]),
+    "a list with a hole": returning([Problem("a-code", "No."), None]),
+    "a class": returning(Problem),
+    "a problem without words": returning([Problem("a-code", None)]),  # type: ignore[arg-type]
+    "a problem with an object for words": returning([Problem("a-code", object())]),  # type: ignore[arg-type]
+    "a problem that is no text": returning([Problem("a-code", "\ud800")]),
+    "no coroutine": NotACoroutine,
+    "an exception at the call": RaisesAtTheCall,
+    "a call that it may not make": Networker,
+}
+
+
+@pytest.mark.parametrize("no_answer", ["approve", "reject"])
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_answer_counts_as_the_routes_no_answer(tmp_path: Path, broken: Any, no_answer: str) -> None:
+    routes = route("one", "broken", no_answer=no_answer) + route("two", "deny")
+
+    first, second = asked(tmp_path, routes, {"broken": broken, "deny": Deny})
+
+    assert first.missing == "failed"
+    assert [problem.code for problem in first.problems] == {"approve": [], "reject": ["not-answered"]}[no_answer]
+    assert (second.missing, codes([second])) == (None, ["a-code"])
+
+
+@pytest.mark.parametrize("broken", ["a problem without words", "a problem that is no text", "the end of the process"])
+def test_a_broken_answer_computed_in_place_counts_the_same(tmp_path: Path, broken: str) -> None:
+    in_place = type("InPlace", (BROKEN[broken],), {"computes": True})
+
+    assert asked(tmp_path, route("one", "broken"), {"broken": in_place})[0].missing == "failed"
+
+
+@pytest.mark.parametrize("no_answer", ["approve", "reject"])
+@pytest.mark.parametrize(
+    ("late", "why"), [(Forever, "late"), (Stubborn, "late"), (Block, "blocks")], ids=["awaits", "is stubborn", "blocks"]
+)
+def test_a_late_answer_counts_as_the_routes_no_answer(tmp_path: Path, late: Any, why: str, no_answer: str) -> None:
+    routes = route("one", "late", no_answer=no_answer) + route("two", "in-place")
+
+    first, second = asked(tmp_path, routes, {"late": late, "in-place": InPlace})
+
+    assert first.missing == why
+    assert [problem.code for problem in first.problems] == {"approve": [], "reject": ["not-answered"]}[no_answer]
+    assert (second.missing, codes([second])) == (None, ["a-code"])
+
+
+def test_a_handler_that_says_it_computes_and_waits_has_no_answer_and_is_not_waited_for(tmp_path: Path) -> None:
+    Forever.cancelled.clear()
+
+    (verdict,) = asked(tmp_path, route("one", "waits"), {"waits": ForeverInPlace})
+
+    assert verdict.missing == "failed"
+    assert verdict.ended - verdict.began < DEADLINE.total_seconds()
+    assert Forever.cancelled.is_set()
+
+
+def test_the_deadline_holds_while_every_handler_blocks(tmp_path: Path) -> None:
+    """Validation upon validation: what blocks the plugins' thread never reaches the answers, and is named."""
+
+    async def ask() -> list[Answer]:
+        routes = route("one", "block") + route("two", "in-place") + route("three", "deny")
+        async with asking(tmp_path, routes, {"block": Block, "in-place": InPlace, "deny": Deny}) as at:
+            return await asyncio.gather(*(at.validate(f"o{number}") for number in range(20)))
+
+    missing = {tuple(verdict.missing for verdict in answer.verdicts) for answer in asyncio.run(ask())}
+    assert missing == {("blocks", None, "held-up")}
+
+
+def test_a_condition_in_error_counts_as_no_answer(tmp_path: Path) -> None:
+    when = ", when: {scope: /items/0, schema: {const: 1}}"
+    routes = route("one", "deny", no_answer="approve", more=when) + route("two", "deny", more=when)
+
+    one, two = asked(tmp_path, routes, {"deny": Deny})
+
+    assert [one.missing, two.missing] == ["condition", "condition"]
+    assert codes([one, two]) == ["not-answered"]
+
+
+# --- Norce fails ------------------------------------------------------------------------------------------------------
+
+
+async def never(_request: httpx.Request) -> httpx.Response:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def broken_connection(request: httpx.Request) -> httpx.Response:
+    raise httpx.ReadError("reset", request=request)
+
+
+def refused_connection(request: httpx.Request) -> httpx.Response:
+    raise httpx.ConnectError("refused", request=request)
+
+
+DEEP = b'{"cart":' + b'{"items":[' * 400 + b"]}" * 400 + b"}"
+UNREADABLE: dict[str, Callable[[httpx.Request], Any]] = {
+    "no answer": never,
+    "a broken connection": broken_connection,
+    "a refused connection": refused_connection,
+    "401": lambda _request: httpx.Response(401),
+    "403": lambda _request: httpx.Response(403),
+    "429": lambda _request: httpx.Response(429, headers={"retry-after": "5"}),
+    "500": lambda _request: httpx.Response(500),
+    "a redirect": lambda _request: httpx.Response(302, headers={"location": "http://127.0.0.1:1/"}),
+    "204": lambda _request: httpx.Response(204),
+    "no JSON": lambda _request: httpx.Response(200, content=b"<html>"),
+    "a list": lambda _request: httpx.Response(200, json=[ORDER]),
+    "a JSON bomb": lambda _request: httpx.Response(200, content=b"[" * 100_000),
+    "deep nesting": lambda _request: httpx.Response(200, content=DEEP),
+    "a wrong encoding": lambda _request: httpx.Response(200, headers={"content-encoding": "gzip"}, content=b"x"),
+    "too much": lambda _request: httpx.Response(200, content=b" " * (4 * 1024 * 1024) + json.dumps(ORDER).encode()),
+}
+
+
+@pytest.mark.parametrize("norce", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_an_order_that_cannot_be_read_is_every_routes_no_answer(
+    tmp_path: Path, norce: Callable[[httpx.Request], Any]
+) -> None:
+    routes = route("one", "deny", no_answer="approve") + route("two", "deny", no_answer="reject")
+
+    one, two = asked(tmp_path, routes, {"deny": Deny}, norce)
+
+    assert (one.missing, two.missing) == ("order-unreadable", "order-unreadable")
+    assert codes([one, two]) == ["not-answered"]
+
+
+def test_an_order_that_norce_does_not_have_is_no_verdict(tmp_path: Path) -> None:
+    with pytest.raises(OrderNotFound):
+        asked(tmp_path, route("one", "deny"), {"deny": Deny}, lambda _request: httpx.Response(404))
+
+
+def test_the_second_token_is_tried_where_the_first_is_refused(tmp_path: Path) -> None:
+    shown: list[str] = []
+
+    def norce(request: httpx.Request) -> httpx.Response:
+        shown.append(request.headers["authorization"])
+        return is_there(request) if "second" in shown[-1] else httpx.Response(401)
+
+    verdicts = asked(tmp_path, route("one", "deny"), {"deny": Deny}, norce)
+
+    assert codes(verdicts) == ["a-code"]
+    assert shown == ["Bearer the-first-token", "Bearer the-second-token"]
+
+
+# --- a hook -----------------------------------------------------------------------------------------------------------
+
+
+class Wishes(Settings, frozen=True, kw_only=True):
+    path: str = "/cart/attributes/priceList"
+    value: str = "medlem"
+    op: str = "add"
+
+
+class Patches(HookHandler[Wishes]):
+    """Wants a member to have a value."""
+
+    async def change(self, order: Order, context: Context[Wishes]) -> list[Patch]:
+        wish = context.settings
+        return [Patch(wish.op, wish.path, None if wish.op == "remove" else wish.value)]  # type: ignore[arg-type]
+
+
+class PatchesInPlace(Patches):
+    computes = True
+
+
+class Accepts(HookHandler[Settings]):
+    async def change(self, order: Order, context: Context[Settings]) -> list[Patch]:
+        return []
+
+
+class Refuses(HookHandler[Code]):
+    async def change(self, order: Order, context: Context[Code]) -> list[Patch]:
+        raise Refuse(context.settings.code, f"Not {order.id}.", inner="E-17")
+
+
+class RefusesInPlace(Refuses):
+    computes = True
+
+
+class NeverChanges(HookHandler[Settings]):
+    async def change(self, order: Order, context: Context[Settings]) -> list[Patch]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+HOOKS = {
+    "patch": Patches, "patch-in-place": PatchesInPlace, "accept": Accepts, "refuse": Refuses,
+    "refuse-in-place": RefusesInPlace, "never": NeverChanges,
+}  # fmt: skip
+
+
+def hook(name: str, handler: str, *, no_answer: str = "approve", more: str = "", callback: str = "cart-changed") -> str:
+    return route(name, handler, callback=callback, no_answer=no_answer, more=more)
+
+
+def wishing(**wish: str) -> str:
+    return f", settings: {json.dumps(wish)}"
+
+
+def changed(folder: Path, routes: str, handlers: dict[str, Any] = HOOKS, callback: str = "cart-changed") -> Answer:
+    async def ask() -> Answer:
+        async with asking(folder, routes, handlers) as at:
+            return await at.change(callback)
+
+    return asyncio.run(ask())
+
+
+def decided(answer: Answer) -> list[tuple[str, str | None]]:
+    return [(verdict.decided, verdict.missing) for verdict in answer.verdicts]
+
+
+def test_a_hook_that_nobody_answers_is_accepted(tmp_path: Path) -> None:
+    answer = changed(tmp_path, "")
+
+    assert (answer.stops, answer.patches, answer.document, answer.verdicts) == (False, (), b"[]", [])
+
+
+@pytest.mark.parametrize("handler", ["patch", "patch-in-place"])
+def test_the_patches_of_all_routes_are_answered_in_the_order_of_the_configuration(tmp_path: Path, handler: str) -> None:
+    routes = hook("zeta", handler, more=wishing(path="/cart/attributes/zeta"))
+    routes += hook("mu", "accept") + hook("alpha", "patch", more=wishing(path="/cart/attributes/alpha"))
+
+    answer = changed(tmp_path, routes)
+
+    assert json.loads(answer.document) == [
+        {"op": "add", "path": "/cart/attributes/zeta", "value": "medlem"},
+        {"op": "add", "path": "/cart/attributes/alpha", "value": "medlem"},
+    ]
+    assert decided(answer) == [("patch", None), ("accept", None), ("patch", None)]
+
+
+def test_the_first_refusal_in_the_order_of_the_configuration_is_the_answer(tmp_path: Path) -> None:
+    class Slow(Refuses):
+        async def change(self, order: Order, context: Context[Code]) -> list[Patch]:
+            for _ in range(50):
+                await asyncio.sleep(0)
+            return await super().change(order, context)
+
+    routes = hook("zeta", "patch") + hook("mu", "slow", more=", settings: {code: first}")
+    routes += hook("alpha", "refuse-in-place", more=", settings: {code: second}")
+
+    answer = changed(tmp_path, routes, HOOKS | {"slow": Slow})
+
+    assert answer.refusal is not None
+    assert (answer.refusal.code, answer.refusal.message, answer.refusal.inner) == ("first", "Not o1.", "E-17")
+    assert decided(answer) == [("patch", None), ("refuse", None), ("refuse", None)]
+
+
+def test_only_hooks_whose_condition_holds_are_asked(tmp_path: Path) -> None:
+    answer = changed(tmp_path, hook("there", "refuse", more=", when: {scope: /country, schema: {const: NO}}"))
+
+    assert (answer.stops, answer.verdicts) == (False, [])
+
+
+def test_what_is_already_as_wanted_is_not_answered_so_that_a_patch_that_comes_back_ends(tmp_path: Path) -> None:
+    answer = changed(tmp_path, hook("one", "patch", more=wishing(value="ordinarie")))
+
+    assert (answer.document, decided(answer)) == (b"[]", [("accept", None)])
+
+
+UNANSWERABLE = {
+    "outside-target": {"path": "/customer/type", "value": "organization"},
+    "does-not-apply": {"path": "/cart/nowhere/x"},
+    "contradicts": {"path": "/cart/attributes/priceList", "value": "another"},
+}
+
+
+@pytest.mark.parametrize(("reason", "wish"), UNANSWERABLE.items(), ids=UNANSWERABLE.keys())
+@pytest.mark.parametrize("no_answer", ["approve", "reject"])
+def test_patches_that_cannot_be_answered_are_the_routes_no_answer(
+    tmp_path: Path, reason: str, wish: dict[str, str], no_answer: str
+) -> None:
+    routes = hook("one", "patch") + hook("two", "patch", no_answer=no_answer, more=wishing(**wish))
+
+    answer = changed(tmp_path, routes)
+
+    assert answer.verdicts[1].missing == reason
+    assert answer.verdicts[0].missing is None
+    if no_answer == "approve":
+        assert [patch.path for patch in answer.patches] == ["/cart/attributes/priceList"]
+    else:
+        assert answer.refusal is not None
+        assert answer.refusal.code == "not-answered"
+
+
+def test_a_hook_without_a_target_never_patches(tmp_path: Path) -> None:
+    answer = changed(tmp_path, hook("one", "patch", callback="watched"), callback="watched")
+
+    assert (answer.document, decided(answer)) == (b"[]", [("accept", "outside-target")])
+
+
+def test_a_no_answer_that_rejects_comes_before_the_refusals_of_later_routes(tmp_path: Path) -> None:
+    routes = hook("one", "patch", no_answer="reject", more=wishing(path="/customer/type"))
+    routes += hook("two", "refuse", more=", settings: {code: second}")
+
+    answer = changed(tmp_path, routes)
+
+    assert answer.refusal is not None
+    assert answer.refusal.code == "not-answered"
+
+
+def changing(change: Callable[[], Any]) -> type[HookHandler[Settings]]:
+    class Changes(HookHandler[Settings]):
+        async def change(self, order: Order, context: Context[Settings]) -> list[Patch]:
+            return change()  # type: ignore[no-any-return]
+
+    return Changes
+
+
+def refusing(message: Any, inner: Any = None) -> Any:
+    raise Refuse("a-code", message, inner=inner)
+
+
+BROKEN_HOOKS: dict[str, Callable[[], Any]] = {
+    "an exception": lambda: 1 / 0,
+    "nothing": lambda: None,
+    "a tuple": lambda: (Patch.remove("/cart/items"),),
+    "plain operations": lambda: [{"op": "remove", "path": "/cart/items"}],
+    "problems": lambda: [Problem("a-code", "No.")],
+    "a refusal that was not raised": lambda: Refuse("a-code", "No."),
+    "a refusal without words": lambda: refusing(None),
+    "a refusal that is no text": lambda: refusing("\ud800"),
+    "a refusal with an object for its cause": lambda: refusing("No.", object()),
+}
+
+
+@pytest.mark.parametrize("computes", [False, True], ids=["on its loop", "in place"])
+@pytest.mark.parametrize("broken", BROKEN_HOOKS.values(), ids=BROKEN_HOOKS.keys())
+def test_a_broken_hook_counts_as_its_no_answer(tmp_path: Path, broken: Callable[[], Any], computes: bool) -> None:
+    handler = type("Handler", (changing(broken),), {"computes": computes})
+
+    answer = changed(tmp_path, hook("one", "broken", no_answer="reject"), {"broken": handler})
+
+    assert decided(answer) == [("refuse", "failed")]
+
+
+def test_a_refusal_of_a_validation_is_a_mistake_of_its_handler(tmp_path: Path) -> None:
+    (verdict,) = asked(tmp_path, route("one", "refuse"), {"refuse": raising(lambda: Refuse("a-code", "No."))})
+
+    assert verdict.missing == "failed"
+
+
+@pytest.mark.parametrize(("no_answer", "counts"), [("approve", "accept"), ("reject", "refuse")])
+def test_a_late_hook_counts_as_its_no_answer(tmp_path: Path, no_answer: str, counts: str) -> None:
+    answer = changed(tmp_path, hook("one", "never", no_answer=no_answer) + hook("two", "patch"))
+
+    assert decided(answer) == [(counts, "late"), ("patch", None)]
+
+
+@pytest.mark.parametrize(("no_answer", "stops"), [("approve", False), ("reject", True)])
+def test_a_mistake_of_ours_counts_as_every_routes_no_answer(tmp_path: Path, no_answer: str, stops: bool) -> None:
+    async def ask() -> tuple[Answer, Answer]:
+        routes = hook("one", "patch-in-place", no_answer=no_answer) + route("two", "deny", no_answer=no_answer)
+        async with asking(tmp_path, routes, HOOKS | {"deny": Deny}) as at:
+            at.verdicts._call = None  # type: ignore[assignment,method-assign]
+            return await at.change(), await at.validate()
+
+    for answer in asyncio.run(ask()):
+        assert answer.stops == stops
+        assert [verdict.missing for verdict in answer.verdicts] == ["failed"]
+
+
+# --- what is counted and logged ---------------------------------------------------------------------------------------
+
+
+def test_verdicts_are_counted_by_route_and_outcome(tmp_path: Path) -> None:
+    async def ask() -> Asking:
+        routes = route("yes", "approve") + route("no", "deny") + route("late", "forever", no_answer="approve")
+        routes += hook("patches", "patch") + hook("refuses", "refuse") + hook("accepts", "accept")
+        handlers = HOOKS | {"approve": Approve, "deny": Deny, "forever": Forever}
+        async with asking(tmp_path, routes, handlers) as at:
+            await at.validate()
+            await at.change()
+        return at
+
+    at = asyncio.run(ask())
+    for callback, name, verdict in [
+        ("order-rules", "yes", "approve"), ("order-rules", "no", "reject"), ("order-rules", "late", "no_answer"),
+        ("cart-changed", "patches", "patch"), ("cart-changed", "refuses", "refuse"),
+        ("cart-changed", "accepts", "accept"),
+    ]:  # fmt: skip
+        labels = {"callback": callback, "route": name}
+        assert at.counted("verdict_duration_seconds_count", **labels, verdict=verdict) == 1
+        assert at.counted("verdicts_missing_total", **labels, reason="late") == (name == "late")
+        assert at.counted("verdicts_slow_total", **labels) == (name == "late")
+    assert at.counted("callback_deadline_seconds", callback="order-rules") == DEADLINE.total_seconds()
+
+
+class Dawdles(Approve):
+    """Takes longer than its callback's soft limit of a millisecond."""
+
+    computes = True
+
+    async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+        begun = time.monotonic()
+        while time.monotonic() < begun + 0.002:
+            pass
+        return []
+
+
+def test_a_verdict_past_the_soft_limit_counts_and_is_counted_and_logged(tmp_path: Path) -> None:
+    async def ask() -> Asking:
+        async with asking(tmp_path, route("one", "dawdles"), {"dawdles": Dawdles}, soft_limit="1ms") as at:
+            assert not (await at.validate()).stops
+        return at
+
+    with capture_logs() as logged:
+        at = asyncio.run(ask())
+
+    assert at.counted("verdicts_slow_total", callback="order-rules", route="one") == 1
+    assert [(line["log_level"], line["outcome"]) for line in logged if line["event"] == "verdict"] == [
+        ("warning", "approve")
+    ]
+
+
+def test_every_verdict_is_one_line(tmp_path: Path) -> None:
+    with capture_logs() as logged:
+        changed(tmp_path, hook("zeta", "patch") + hook("mu", "refuse") + hook("alpha", "accept"))
+
+    assert {line["event"] for line in logged} == {"verdict"}
+    assert [(line["route"], line["outcome"], line["log_level"]) for line in logged] == [
+        ("zeta", "patch", "info"), ("mu", "refuse", "info"), ("alpha", "accept", "info")
+    ]  # fmt: skip
+    assert all(
+        (line["callback"], line["merchant"], line["channel"], line["order_id"]) == ("cart-changed", "norce", "1", "o1")
+        for line in logged
+    )
+
+
+def test_an_answer_that_did_not_come_is_logged_with_its_reason(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    root_handlers = logs.logging.getLogger().handlers
+    logs.configure(stream=stream)
+    try:
+        asked(tmp_path, route("one", "broken"), {"broken": raising(lambda: ValueError("canary"))})
+    finally:
+        structlog.reset_defaults()
+        logs.logging.getLogger().handlers = root_handlers
+
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]  # a loop of another test may say something
+    verdict, failed = (line for line in lines if line["event"] in ("verdict", "handler_failed"))
+    assert (failed["event"], failed["exception"][0]["type"]) == ("handler_failed", "builtins.ValueError")
+    told = {name: verdict[name] for name in ("event", "level", "outcome", "reason", "result", "error_type", "handler")}
+    assert told == {
+        "event": "verdict", "level": "warning", "outcome": "no_answer", "reason": "failed", "result": "reject",
+        "error_type": "ValueError", "handler": "broken",
+    }  # fmt: skip
+    assert "canary" not in stream.getvalue()
+
+
+def test_patches_that_cannot_be_answered_are_logged_with_their_place(tmp_path: Path) -> None:
+    with capture_logs() as logged:
+        changed(tmp_path, hook("one", "patch", more=wishing(path="/customer/type", value="canary")))
+
+    [line] = logged
+    assert (line["reason"], line["where"], line["result"]) == ("outside-target", "/customer/type", "approve")
+    assert "canary" not in str(logged)
+
+
+def test_nothing_is_logged_before_the_answer_is_there(tmp_path: Path) -> None:
+    """To write is to let go of the interpreter, at the very moment when the deadline is a margin away."""
+
+    async def ask() -> None:
+        async with asking(tmp_path, route("one", "forever"), {"forever": Forever}) as at:
+            with capture_logs() as logged:
+                await at.validate()
+                assert logged == []
+                await asyncio.sleep(0)
+                assert [line["reason"] for line in logged] == ["late"]
+
+    asyncio.run(ask())
+
+
+# --- what comes late --------------------------------------------------------------------------------------------------
+
+
+class Held(ValidationHandler[Code]):
+    """Says what it has to say when it is let go."""
+
+    let_go: ClassVar[threading.Event] = threading.Event()
+
+    async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
+        await asyncio.to_thread(self.let_go.wait, FAR_TOO_LATE)
+        if context.settings.code == "breaks":
+            raise ValueError("late, and broken")
+        return [] if context.settings.code == "approves" else [Problem(context.settings.code, "No.")]
+
+
+class HeldHook(HookHandler[Wishes]):
+    async def change(self, order: Order, context: Context[Wishes]) -> list[Patch]:
+        await asyncio.to_thread(Held.let_go.wait, FAR_TOO_LATE)
+        if context.settings.op == "refuse":
+            raise Refuse("a-code", "No.")
+        return [Patch.add(context.settings.path, context.settings.value)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_let_go() -> Iterator[None]:
+    yield
+    Held.let_go.clear()
+
+
+LATE: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+    "approves": (", settings: {code: approves}", "approve", (), "differs"),
+    "rejects": (", settings: {code: no-stock}", "reject", ("no-stock",), "same"),
+    "breaks": (", settings: {code: breaks}", "failed", (), "same"),
+}
+
+
+@pytest.mark.parametrize(("more", "says", "codes_", "result"), LATE.values(), ids=LATE.keys())
+def test_what_a_late_route_says_is_recorded_with_what_counted_in_its_stead(
+    tmp_path: Path, more: str, says: str, codes_: tuple[str, ...], result: str
+) -> None:
+    async def ask() -> tuple[Asking, Judged]:
+        async with asking(tmp_path, route("one", "held", more=more), {"held": Held}) as at:
+            answer = await at.validate()
+            assert [verdict.missing for verdict in answer.verdicts] == ["late"]
+            assert at.judged.empty()
+            Held.let_go.set()
+            return at, await at.recorded()
+
+    at, judged = asyncio.run(ask())
+
+    assert dataclasses.replace(judged, took_ms=0) == Judged(
+        kind="late", callback="order-rules", route="one", merchant="norce", channel="1", order_id="o1", decided=says,
+        codes=codes_, answered="reject", took_ms=0,
+    )  # fmt: skip
+    assert judged.took_ms > DEADLINE.total_seconds() * 1000 * 0.8
+    labels = {"callback": "order-rules", "route": "one", "kind": "late", "verdict": says, "result": result}
+    assert at.counted("verdicts_unheard_total", **labels) == 1
+
+
+LATE_HOOKS: dict[str, tuple[dict[str, str], str, tuple[str, ...], str]] = {
+    "patches": ({}, "patch", ("/cart/attributes/priceList",), "differs"),
+    "patches what is there": ({"value": "ordinarie"}, "accept", (), "same"),
+    "patches beside the target": ({"path": "/customer/type"}, "failed", (), "same"),
+    "refuses": ({"op": "refuse"}, "refuse", ("a-code",), "differs"),
+}
+
+
+@pytest.mark.parametrize(("wish", "says", "codes_", "result"), LATE_HOOKS.values(), ids=LATE_HOOKS.keys())
+def test_what_a_late_hook_says_is_recorded_as_it_would_have_counted(
+    tmp_path: Path, wish: dict[str, str], says: str, codes_: tuple[str, ...], result: str
+) -> None:
+    async def ask() -> tuple[Asking, Judged]:
+        async with asking(tmp_path, hook("one", "held", more=wishing(**wish)), {"held": HeldHook}) as at:
+            await at.change()
+            Held.let_go.set()
+            return at, await at.recorded()
+
+    at, judged = asyncio.run(ask())
+
+    assert (judged.kind, judged.decided, judged.codes, judged.answered) == ("late", says, codes_, "approve")
+    labels = {"callback": "cart-changed", "route": "one", "kind": "late", "verdict": says, "result": result}
+    assert at.counted("verdicts_unheard_total", **labels) == 1
+
+
+def test_so_many_may_be_late_and_the_oldest_are_given_up_and_counted(tmp_path: Path) -> None:
+    Forever.cancelled.clear()
+
+    async def ask() -> float:
+        async with asking(tmp_path, route("one", "forever"), {"forever": Forever}) as at:
+            await asyncio.gather(*(at.validate(f"o{number}") for number in range(MOST_UNFINISHED)))
+            assert not Forever.cancelled.is_set()
+            await at.validate("one-more")
+            assert await asyncio.to_thread(Forever.cancelled.wait, FAR_TOO_LATE)
+            return at.counted("verdicts_dropped_total")
+
+    assert asyncio.run(ask()) == 1
+
+
+# --- a caller that hangs up -------------------------------------------------------------------------------------------
+
+
+class Caller:
+    """Hangs up when it is told to."""
+
+    def __init__(self) -> None:
+        self.hangs_up = asyncio.Event()
+
+    async def __call__(self) -> bool:
+        await self.hangs_up.wait()
+        return True
+
+
+def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_counted(tmp_path: Path) -> None:
+    """The first is heard no more though it is in time, the second is late as well, and the third had been there."""
+
+    class Waits(Deny):
+        async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
+            waiting.set()
+            await asyncio.to_thread(hung_up.wait, FAR_TOO_LATE)
+            return await super().validate(order, context)
+
+    waiting, hung_up = threading.Event(), threading.Event()
+
+    async def ask() -> tuple[Asking, list[Judged]]:
+        routes = route("one", "waits") + route("two", "held") + route("three", "in-place")
+        handlers = {"waits": Waits, "held": Held, "in-place": InPlace}
+        async with asking(tmp_path, routes, handlers) as at:
+            caller = Caller()
+            answering = asyncio.create_task(at.validate(gone=caller))
+            await asyncio.to_thread(waiting.wait, FAR_TOO_LATE)
+            caller.hangs_up.set()
+            while not at.counted("caller_patience_seconds_count", callback="order-rules"):  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            hung_up.set()
+            await answering
+            Held.let_go.set()
+            return at, [await at.recorded(), await at.recorded()]
+
+    at, judged = asyncio.run(ask())
+
+    assert [(each.route, each.kind, each.decided, each.answered) for each in judged] == [
+        ("one", "hung-up", "reject", None), ("two", "hung-up", "reject", None)
+    ]  # fmt: skip
+    assert judged[0].took_ms == judged[1].took_ms < DEADLINE.total_seconds() * 1000
+    assert at.judged.empty()
+    for name in ("one", "two"):
+        labels = {"callback": "order-rules", "route": name, "kind": "hung-up", "verdict": "reject"}
+        assert at.counted("verdicts_unheard_total", **labels, result="unanswered") == 1
+
+
+def test_a_caller_that_hangs_up_while_the_order_is_read_is_noted_once(tmp_path: Path) -> None:
+    async def ask() -> tuple[float, list[str]]:
+        with capture_logs() as logged:
+            async with asking(tmp_path, route("one", "approve"), {"approve": Approve}, never) as at:
+                caller = Caller()
+                caller.hangs_up.set()
+                await at.validate(gone=caller)
+                return (
+                    at.counted("caller_patience_seconds_count", callback="order-rules"),
+                    [line["event"] for line in logged],
+                )
+
+    counted, said = asyncio.run(ask())
+
+    assert counted == 1
+    assert said.count("caller_hung_up") == 1
+
+
+def test_a_caller_that_sends_more_is_still_there(tmp_path: Path) -> None:
+    async def sends() -> bool:
+        return False
+
+    async def ask() -> float:
+        async with asking(tmp_path, route("one", "approve"), {"approve": Approve}) as at:
+            await at.validate(gone=sends)
+            return at.counted("caller_patience_seconds_count", callback="order-rules")
+
+    assert asyncio.run(ask()) == 0
+
+
+# --- one miss after another -------------------------------------------------------------------------------------------
+
+
+class HandClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+KEY = ("one", "norce", "1")
+
+
+def misses(most: int = 3) -> tuple[Misses, HandClock]:
+    clock = HandClock()
+    return Misses(most=most, bypass=timedelta(seconds=30), clock=clock), clock
+
+
+def test_a_route_is_bypassed_after_so_many_misses_in_a_row() -> None:
+    noted, _ = misses()
+    for _ in range(2):
+        noted.note(KEY, missed=True)
+        assert not noted.bypassed(KEY)
+
+    noted.note(KEY, missed=True)
+
+    assert noted.bypassed(KEY)
+    assert not noted.bypassed(("one", "norce", "2"))
+
+
+def test_an_answer_in_between_begins_the_count_anew() -> None:
+    noted, _ = misses()
+    for missed in (True, True, False, True, True):
+        noted.note(KEY, missed=missed)
+
+    assert not noted.bypassed(KEY)
+
+
+def test_when_the_time_is_up_one_tries_and_the_others_are_bypassed_until_it_is_known() -> None:
+    noted, clock = misses(1)
+    noted.note(KEY, missed=True)
+    clock.now += 29.9
+    assert noted.bypassed(KEY)
+    clock.now += 0.1
+
+    assert [noted.bypassed(KEY) for _ in range(3)] == [False, True, True]
+    noted.note(KEY, missed=False)
+    assert not noted.bypassed(KEY)
+
+
+def test_a_try_that_misses_bypasses_for_as_long_again_and_one_that_is_lost_too() -> None:
+    noted, clock = misses(3)
+    for _ in range(3):
+        noted.note(KEY, missed=True)
+    clock.now += 30
+    assert not noted.bypassed(KEY)
+    clock.now += 20
+    noted.note(KEY, missed=True)
+    clock.now += 29
+
+    assert noted.bypassed(KEY)
+    clock.now += 1
+    assert not noted.bypassed(KEY)  # and nothing is ever heard of this one
+    clock.now += 30
+    assert not noted.bypassed(KEY)
+
+
+def test_none_is_never_bypassed_where_the_number_is_0() -> None:
+    noted, _ = misses(0)
+    for _ in range(100):
+        noted.note(KEY, missed=True)
+
+    assert not noted.bypassed(KEY)
+
+
+def test_a_route_that_misses_again_and_again_is_answered_for_at_once_and_then_asked_once(tmp_path: Path) -> None:
+    noted, clock = misses(2)
+
+    async def ask() -> tuple[list[str | None], Asking]:
+        said = []
+        async with asking(tmp_path, route("one", "held"), {"held": Held}, misses=noted) as at:
+            for seconds in (0, 0, 0, 29, 1, 0):
+                clock.now += seconds
+                if seconds == 1:
+                    Held.let_go.set()
+                (verdict,) = (await at.validate()).verdicts
+                said.append(verdict.missing)
+                await asyncio.sleep(0)
+            return said, at
+
+    said, at = asyncio.run(ask())
+
+    assert said == ["late", "late", "bypassed", "bypassed", None, None]
+    assert at.counted("verdicts_missing_total", callback="order-rules", route="one", reason="bypassed") == 2
+
+
+def test_what_fails_at_once_is_no_miss(tmp_path: Path) -> None:
+    """It holds up nobody; and an order that a rule cannot be decided on must not switch the rule off for the others."""
+    noted, _ = misses(1)
+
+    async def ask() -> list[str | None]:
+        async with asking(tmp_path, route("one", "fails"), {"fails": raising(ValueError)}, misses=noted) as at:
+            answers: list[Verdict] = []
+            for _ in range(3):
+                answers += (await at.validate()).verdicts
+                await asyncio.sleep(0)
+            return [verdict.missing for verdict in answers]
+
+    assert asyncio.run(ask()) == ["failed"] * 3
+
+
+def test_what_fails_past_the_soft_limit_is_a_miss(tmp_path: Path) -> None:
+    """A destination that does not answer: its client gives up a little before the deadline."""
+
+    class GivesUp(Dawdles):
+        async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
+            await super().validate(order, context)
+            raise TimeoutError
+
+    noted, _ = misses(1)
+
+    async def ask() -> list[str | None]:
+        handlers = {"gives-up": GivesUp}
+        async with asking(tmp_path, route("one", "gives-up"), handlers, misses=noted, soft_limit="1ms") as at:
+            answers: list[Verdict] = []
+            for _ in range(2):
+                answers += (await at.validate()).verdicts
+                await asyncio.sleep(0)
+            return [verdict.missing for verdict in answers]
+
+    assert asyncio.run(ask()) == ["failed", "bypassed"]
+
+
+def test_who_was_held_up_by_another_is_not_bypassed_for_it(tmp_path: Path) -> None:
+    noted, _ = misses(1)
+
+    async def ask() -> list[tuple[str | None, ...]]:
+        routes = route("one", "block") + route("two", "deny")
+        async with asking(tmp_path, routes, {"block": Block, "deny": Deny}, misses=noted) as at:
+            answers: list[Answer] = []
+            for _ in range(2):
+                answers.append(await at.validate())
+                await asyncio.sleep(0)
+                Block.released.set()
+            return [tuple(verdict.missing for verdict in answer.verdicts) for answer in answers]
+
+    assert asyncio.run(ask()) == [("blocks", "held-up"), ("bypassed", None)]
+
+
+# --- in the shadow ----------------------------------------------------------------------------------------------------
+
+SHADOW = ", mode: shadow"
+
+
+def shadowed(folder: Path, enforced: str, shadow: str, handlers: dict[str, Any] = HOOKS) -> tuple[Answer, Judged, str]:
+    """The answer, what the shadow said, and whether it would have been the same answer with it."""
+
+    async def ask() -> tuple[Answer, Judged, str]:
+        async with asking(folder, enforced + shadow, handlers | {"deny": Deny, "approve": Approve}) as at:
+            answer = await (at.validate() if "order-rules" in shadow else at.change())
+            judged = await at.recorded()
+            labels = {"callback": judged.callback, "route": judged.route, "kind": "shadow", "verdict": judged.decided}
+            (result,) = (
+                each for each in ("same", "differs") if at.counted("verdicts_unheard_total", **labels, result=each)
+            )
+            return answer, judged, result
+
+    return asyncio.run(ask())
+
+
+SHADOWS: dict[str, tuple[str, str, str, str]] = {
+    "approves": (route("a", "approve"), route("s", "approve", more=SHADOW), "approve", "same"),
+    "rejects": (route("a", "approve"), route("s", "deny", more=SHADOW), "reject", "differs"),
+    "rejects what is rejected": (route("a", "deny"), route("s", "deny", more=SHADOW), "reject", "same"),
+    "is alone": ("", route("s", "deny", more=SHADOW), "reject", "differs"),
+    "accepts": (hook("a", "patch"), hook("s", "accept", more=SHADOW), "accept", "same"),
+    "refuses": (hook("a", "patch"), hook("s", "refuse", more=SHADOW), "refuse", "differs"),
+    "refuses what is refused": (hook("a", "refuse"), hook("s", "refuse", more=SHADOW), "refuse", "same"),
+    "patches": (hook("a", "accept"), hook("s", "patch", more=SHADOW), "patch", "differs"),
+    "patches alike": (hook("a", "patch"), hook("s", "patch", more=SHADOW), "patch", "same"),
+    "contradicts": (
+        hook("a", "patch"), hook("s", "patch", more=SHADOW + wishing(value="another")), "failed", "same",
+    ),
+    "patches what is refused": (hook("a", "refuse"), hook("s", "patch", more=SHADOW), "patch", "same"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("enforced", "shadow", "says", "result"), SHADOWS.values(), ids=SHADOWS.keys())
+def test_what_a_shadow_says_is_recorded_and_compared_and_never_acted_on(
+    tmp_path: Path, enforced: str, shadow: str, says: str, result: str
+) -> None:
+    answer, judged, compared = shadowed(tmp_path, enforced, shadow)
+
+    assert [verdict.route.name for verdict in answer.verdicts] == ["a"] * bool(enforced)
+    assert (judged.route, judged.kind, judged.decided, judged.answered) == ("s", "shadow", says, None)
+    assert compared == result
+
+
+def test_the_order_is_read_for_a_shadow_alone(tmp_path: Path) -> None:
+    answer, judged, _ = shadowed(tmp_path, "", route("s", "deny", more=SHADOW))
+
+    assert not answer.stops
+    assert judged.codes == ("a-code",)
+
+
+@pytest.mark.parametrize("computes", [False, True])
+def test_a_shadow_that_blocks_its_thread_holds_up_neither_the_answer_nor_other_handlers(
+    tmp_path: Path, computes: bool
+) -> None:
+    block = type("Shadow", (Block,), {"computes": computes})
+
+    async def ask() -> tuple[list[Answer], Judged]:
+        routes = route("s", "block", more=SHADOW) + route("a", "deny") + route("b", "in-place")
+        async with asking(tmp_path, routes, {"block": block, "deny": Deny, "in-place": InPlace}) as at:
+            answers = [await at.validate() for _ in range(3)]
+            assert at.judged.empty()
+            Block.released.set()
+            return answers, await at.recorded()
+
+    answers, judged = asyncio.run(ask())
+
+    for answer in answers:
+        assert [verdict.missing for verdict in answer.verdicts] == [None, None]
+    assert (judged.decided, judged.codes) == ("reject", ("too-late",))
+
+
+def test_a_shadow_that_does_not_want_the_order_is_not_asked(tmp_path: Path) -> None:
+    async def ask() -> bool:
+        when = ", when: {scope: /country, schema: {const: NO}}"
+        async with asking(tmp_path, route("s", "deny", more=SHADOW + when), {"deny": Deny}) as at:
+            await at.validate()
+            await asyncio.sleep(0)
+            return at.judged.empty()
+
+    assert asyncio.run(ask())
