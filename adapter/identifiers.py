@@ -1,0 +1,10 @@
+"""Identifiers that belong together or could be swapped."""
+
+from typing import NamedTuple
+
+
+class Channel(NamedTuple):
+    """A sales channel of a merchant. Channel names are unique only within their merchant."""
+
+    merchant: str
+    name: str
