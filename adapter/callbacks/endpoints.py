@@ -34,7 +34,6 @@ from adapter.callbacks.parsing import (
     parse_validation,
 )
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated
-from adapter.callbacks.turns import Turns
 from adapter.ledger.inbox import Receipt
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
@@ -126,8 +125,6 @@ class CallbackEndpoint:
         self.receive_timeout_seconds = receive_timeout_seconds
         self.clock = clock
         self.switched_off = switched_off
-        answers = any(callback.kind != "notification" for callback in routes.callbacks.values())
-        self._turns = Turns() if answers else None  # where no shopper waits, nobody has to be let through
         for scheme, key in senders.known:  # seen to be 0 where one is not used any more
             metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
@@ -170,12 +167,8 @@ class CallbackEndpoint:
     async def receive_notification(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
         """Something happened: on disk, once, before the 200."""
         _only(raw, "POST")
-        if self._turns is not None:
-            await self._turns.taken()
         receipt = self._receipt(raw, sender, callback)
         received = await self.intake.remember(receipt)
-        if self._turns is not None:  # those of one commit come back all at once
-            await self._turns.taken()
         facts = {
             "merchant": receipt.merchant,
             "channel": receipt.channel,
