@@ -60,6 +60,15 @@ def open_loop(port: int, requests: list[bytes], *, per_second: float, connection
     return _quietly(lambda: _Open(port, requests, per_second, connections).run())
 
 
+def open_loops(port: int, *loads: tuple[list[bytes], float], connections: int) -> list[Load]:
+    """Several open loads at the same time, each given as its requests and how many of them are due a second."""
+
+    async def together() -> list[Load]:
+        return await asyncio.gather(*(_Open(port, requests, rate, connections).run() for requests, rate in loads))
+
+    return _quietly(together)
+
+
 def beside(
     port: int,
     requests: list[bytes],

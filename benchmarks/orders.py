@@ -6,7 +6,7 @@ A body is prepared by putting an id and a moment into the same bytes: that is ch
 
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.resources import files
 
@@ -39,10 +39,19 @@ def body(order_id: str) -> bytes:
     return b"".join((_HEAD, order_id.encode(), _MIDDLE, modified.encode(), _TAIL))
 
 
-def request(callback: str = CALLBACK) -> bytes:
+def large(order_id: str, size: int = 1020 * 1024) -> bytes:
+    """The same order with as many lines in its cart as `size` bytes have room for."""
+    order = json.loads(body(order_id))
+    line = order["cart"]["items"][0]
+    room = size - len(json.dumps(order))
+    order["cart"]["items"] = [line] * (room // (len(json.dumps(line)) + 2))
+    return json.dumps(order).encode()
+
+
+def request(callback: str = CALLBACK, make: Callable[[str], bytes] = body) -> bytes:
     """One callback as Norce sends it to a signed URL, head and body."""
     order_id = new_id()
-    sent = body(order_id)
+    sent = make(order_id)
     sig = signature(KEY.encode(), MERCHANT, CHANNEL, order_id, callback)
     path = f"/api/v1/callbacks/orders/{order_id}/{callback}?merchant={MERCHANT}&channel={CHANNEL}&key=k&sig={sig}"
     head = (

@@ -295,11 +295,11 @@ def latency(bench: Bench) -> Iterator[Round]:
         for _ in range(bench.rounds):
             row: Round = {}
             for kind, database in found.items():
-                _wait_until_delivered(database)
+                wait_until_delivered(database)
                 before = database.number("SELECT max(id) FROM deliveries")
                 requests = orders.prepared(int(200 * max(10 * min(bench.scale, 1), 2)))
                 receivers[kind].open_loop(requests, per_second=200)
-                _wait_until_delivered(database)
+                wait_until_delivered(database)
                 times = _delivery_times(database, before)
                 row[f"accepted_to_delivered_p50_ms_{kind}"] = load.percentile(times, 50)
                 row[f"accepted_to_delivered_p95_ms_{kind}"] = load.percentile(times, 95)
@@ -452,7 +452,7 @@ def _dispatched(bench: Bench, database: Database) -> float:
     return counted * 1000 / (end - begin)
 
 
-def _wait_until_delivered(database: Database) -> None:
+def wait_until_delivered(database: Database) -> None:
     for _ in range(150):
         if not database.number("SELECT count(*) FROM deliveries WHERE state = 'waiting'"):
             return

@@ -35,6 +35,7 @@ GROUPS: dict[str, tuple[Callable[[Bench], Iterator[Round]], int]] = {
     "hooks": (verdicts.hooks, 3),
     "stalls": (verdicts.stalls, 3),
     "flood": (verdicts.flood, 3),
+    "pause": (verdicts.pause, 3),
 }
 
 BARS: dict[str, tuple[str, float]] = {
@@ -60,7 +61,8 @@ BARS: dict[str, tuple[str, float]] = {
     "hook_large_rule_over_echo": (">=", 0.30),
     "hook_plugin_over_echo": (">=", 0.18),
     "verdict_p999_over_deadline": ("<=", 1),
-    "verdict_p99_under_notification_flood_over_quiet": ("<=", 3),
+    "verdict_p99_under_notification_flood_over_deadline": ("<=", 0.02),
+    "loop_pause_4mib_ms": ("<=", 100),
 }
 
 

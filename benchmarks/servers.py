@@ -54,6 +54,14 @@ class Delivers(NotificationHandler[NoSettings]):
         return Done()
 
 
+class Compares(NotificationHandler[NoSettings]):
+    """Looks at a typed member of both orders, as they were received and as Norce has them."""
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:
+        assert notification.order.cart.items != notification.received.cart.items
+        return Done()
+
+
 class Accepts(HookHandler[NoSettings]):
     """Nothing against it: what is left is the way to the plugins' loop and back."""
 
@@ -119,7 +127,7 @@ class CommitEach(Store):
         super().close()
 
 
-HANDLERS = (Holds, Delivers, Rules, Accepts, Approves, Sleeps, Blocks, Spins)
+HANDLERS = (Holds, Delivers, Compares, Rules, Accepts, Approves, Sleeps, Blocks, Spins)
 
 
 class _Installed:

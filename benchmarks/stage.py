@@ -85,9 +85,12 @@ class Stage:
             os.sched_setaffinity(0, {self.load_core})
 
     @contextlib.contextmanager
-    def running(self, *command: str, port: int, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    def running(
+        self, *command: str, port: int, environment: Mapping[str, str] | None = None, on_load_core: bool = False
+    ) -> Iterator[Server]:
         path = self.folder / "servers.log"
-        with path.open("ab") as log, self.on_server_core():
+        core = contextlib.nullcontext() if on_load_core else self.on_server_core()
+        with path.open("ab") as log, core:
             process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **(environment or {})}
             )
@@ -102,6 +105,14 @@ class Stage:
     def echo(self) -> Iterator[Server]:
         port = free_port()
         with self.running(sys.executable, str(HERE / "echo.py"), str(port), port=port) as server:
+            yield server
+
+    @contextlib.contextmanager
+    def norce(self) -> Iterator[Server]:
+        """A Norce that has every order, of 3.9 MiB. It runs beside the load."""
+        port = free_port()
+        command = (sys.executable, str(HERE / "large_orders.py"), str(port))
+        with self.running(*command, port=port, on_load_core=True) as server:
             yield server
 
     @contextlib.contextmanager
@@ -141,7 +152,7 @@ class Stage:
             "callback": CALLBACK,
             "when": {"scope": "/state/currentStatus", "schema": {"const": "completed"}},
             "handler": handler,
-            "refetch": False,
+            "refetch": handler == "compares",
             "timeout": "10m" if handler == "holds" else "15s",
             "concurrency": 1 if handler == "holds" else 32,
         }

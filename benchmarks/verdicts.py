@@ -1,6 +1,4 @@
-"""
-What verdicts are measured by: hooks beside the echo, the deadline while routes stall, and a flood beside it.
-"""
+"""Measurements of verdicts: hooks beside the echo, stalled routes, a flood of notifications, and large deliveries."""
 
 import contextlib
 import itertools
@@ -11,7 +9,7 @@ from typing import Any
 
 import load
 import orders
-from rows import CONNECTIONS, Bench, Round, ratios
+from rows import CONNECTIONS, Bench, Round, ratios, wait_until_delivered
 from stage import Server, settle
 
 DEADLINE_MS = 2000
@@ -37,8 +35,7 @@ def hooks(bench: Bench) -> Iterator[Round]:
             for name, port in [("hook_echo", echo.port), *((name, server.port) for name in routes)]:
                 requests = itertools.cycle(sent.get(name, sent["hook_small_rule"]))
                 met = load.closed(port, requests, connections=CONNECTIONS, seconds=bench.seconds)
-                if set(met.statuses) != {200}:
-                    sys.exit(f"{name} was answered {dict(met.statuses)}")
+                _all_answered(name, met)
                 row |= {f"{name}_per_second": met.per_second, f"{name}_p99_ms": met.percentile_ms(99)}
                 settle()
             yield row | ratios(
@@ -60,10 +57,10 @@ def stalls(bench: Bench) -> Iterator[Round]:
 
 
 def flood(bench: Bench) -> Iterator[Round]:
-    """The 99th of a hundred hooks a second, with 64 connections of notifications beside it and without, on one core."""
+    """The 99th of a hundred hooks a second beside 64 connections of notifications, on one core, over the deadline."""
     database = bench.databases.new("sqlite")
     callbacks = {"quiet": ("rules", {"rules": [_rule("small", _small())]})}
-    with _serving(bench, database.url, callbacks, deadline="2s") as server:
+    with _serving(bench, database.url, callbacks, deadline=f"{DEADLINE_MS}ms") as server:
         for _ in range(bench.rounds):
             asked = [orders.prepared(int(100 * max(10 * min(bench.scale, 1), 2)), "quiet") for _ in range(2)]
             quiet = load.open_loop(server.port, asked[0], per_second=100, connections=CONNECTIONS)
@@ -72,17 +69,35 @@ def flood(bench: Bench) -> Iterator[Round]:
                 beside=orders.endless(), beside_connections=CONNECTIONS,
             )  # fmt: skip
             for met in (quiet, flooded, noise):
-                if set(met.statuses) != {200}:
-                    sys.exit(f"answered {dict(met.statuses)}")
-            row = {
+                _all_answered("flood", met)
+            yield {
                 "verdict_quiet_p99_ms": quiet.percentile_ms(99),
                 "verdict_flooded_p99_ms": flooded.percentile_ms(99),
                 "verdict_flood_notifications_per_second": noise.per_second,
+                "verdict_p99_under_notification_flood_over_deadline": flooded.percentile_ms(99) / DEADLINE_MS,
             }
-            yield row | ratios(
-                row,
-                verdict_p99_under_notification_flood_over_quiet=("verdict_flooded_p99_ms", "verdict_quiet_p99_ms"),
-            )
+    database.remove()
+
+
+def pause(bench: Bench) -> Iterator[Round]:
+    """The slowest of 200 hooks a second while orders of 1 MiB arrive, are read again with 3.9 MiB and delivered."""
+    database = bench.databases.new("sqlite")
+    callbacks = {"quiet": ("rules", {"rules": [_rule("small", _small())]})}
+    with (
+        bench.stage.norce() as norce,
+        _serving(bench, database.url, callbacks, deadline="2s", norce_port=norce.port, handler="compares") as server,
+    ):
+        for _ in range(bench.rounds):
+            seconds = max(bench.seconds * 2, 2)
+            quiet = orders.prepared(int(200 * seconds), "quiet")
+            large = [orders.request(make=orders.large) for _ in range(int(seconds))]
+            hooks, notifications = load.open_loops(
+                server.port, (quiet, 200), (large, 1), connections=CONNECTIONS
+            )  # fmt: skip
+            _all_answered("pause", notifications)
+            _all_answered("pause", hooks)
+            wait_until_delivered(database)
+            yield {"loop_pause_4mib_ms": hooks.percentile_ms(100), "loop_pause_4mib_p99_ms": hooks.percentile_ms(99)}
     database.remove()
 
 
@@ -105,9 +120,13 @@ def _slowest(bench: Bench, stall: str, share: int, mute: socket.socket) -> float
         requests = [orders.request(name) for name in itertools.islice(itertools.cycle(called), count)]
         met = load.open_loop(server.port, requests, per_second=per_second, connections=1024)
     database.remove()
-    if set(met.statuses) != {200}:
-        sys.exit(f"{stall} {share}: answered {dict(met.statuses)}")
+    _all_answered(f"{stall} {share}", met)
     return met.percentile_ms(99.9) / DEADLINE_MS
+
+
+def _all_answered(name: str, met: load.Load) -> None:
+    if set(met.statuses) != {200}:
+        sys.exit(f"{name} was answered {dict(met.statuses)}")
 
 
 @contextlib.contextmanager
@@ -119,8 +138,9 @@ def _serving(
     deadline: str,
     kind: str = "hook",
     norce_port: int | None = None,
+    handler: str = "holds",
 ) -> Iterator[Server]:
-    """The service with a callback of this kind for each handler and its settings."""
+    """The service with a callback of this kind for each handler and its settings; `handler` takes notifications."""
     watched = {"watch": "/cart", "target": "/cart"} if kind == "hook" else {}
     parts = {
         "callbacks": {name: {"kind": kind, "deadline": deadline, **watched} for name in callbacks},
@@ -131,7 +151,7 @@ def _serving(
     }
     if norce_port is not None:
         parts["norce"] = {"base_url": f"http://127.0.0.1:{norce_port}"}
-    with bench.stage.service(url, "holds", more=parts) as server:
+    with bench.stage.service(url, handler, more=parts) as server:
         yield server
 
 
