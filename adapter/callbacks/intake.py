@@ -33,7 +33,7 @@ class Intake:
         """What became of it; on disk, once, when this returns. Raises `StoreUnavailable` where nothing was stored."""
         received = await self.inbox.receive(receipt)
         self._metrics.stored.labels(received.value).inc()
-        if received in (Received.NEW, Received.REPLAYED) and receipt.wanted:
+        if received in (Received.NEW, Received.RETRIED) and receipt.wanted:
             self._wake()
         return received
 

@@ -134,7 +134,7 @@ def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     _show(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
 
 
-@deliveries_group.command("replay")
+@deliveries_group.command("retry")
 @step_options
 @click.option(
     "--unknown",
@@ -143,9 +143,9 @@ def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     show_default=True,
     help="Dead letters whose effect nobody knows: left out; looked up first; or sent again, for you have looked.",
 )
-def deliveries_replay(**given: Any) -> None:
+def deliveries_retry(**given: Any) -> None:
     """Owe dead letters again, by their IDS or by what matches, with their whole schedule."""
-    _step_through("replay", **given)
+    _step_through("retry", **given)
 
 
 @deliveries_group.command("discard")
@@ -178,7 +178,7 @@ def _step_through(
     config = loaded(config_path)
     with reading(config) as connection:
         counted = Desk(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
-    if name == "replay" and unknown == "leave":
+    if name == "retry" and unknown == "leave":
         left_out = sum(row["count"] for row in counted if row["reason"] == Reason.UNKNOWN.value)
         counted = [row for row in counted if row["reason"] != Reason.UNKNOWN.value]
         if left_out:
@@ -193,7 +193,7 @@ def _step_through(
             for number in steps(lambda step: _ask(config, name, step), step, rate):
                 changed += number
                 progress.update(shown, completed=changed)
-    said = {"replay": "replayed", "discard": "discarded"}[name]
+    said = {"retry": "retried", "discard": "discarded"}[name]
     click.echo(json.dumps({said: changed}) if output == "json" else f"{changed} {said}")
     if not total:
         end(NOTHING_MATCHED, "there is no such dead letter; `norce-adapter deliveries list --state dead` shows them")

@@ -1,5 +1,5 @@
 """
-What people do to the ledger: replay, discard, pause, resume. Each is written down with who and why.
+What people do to the ledger: retry, discard, pause, resume. Each is written down with who and why.
 
 A command over many deliveries goes in steps, each its own transaction and none of them long, so that it holds nobody up
 and may be broken off anywhere: whoever starts it again goes on where it stopped, for what is done no longer matches.
@@ -15,7 +15,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from adapter.ledger.claims import pausing_of, queue_columns
 from adapter.ledger.queries import By, Id, Matching, Text, joined
-from adapter.ledger.retry import locked_lanes, rearm
+from adapter.ledger.retry import locked_lanes, retry_dead_letters
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
@@ -30,7 +30,7 @@ class NoSuchCommand(Exception):
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
-    A part of a replay or a discard: at most `most` deliveries after the one called `after`. `action` is the number
+    A part of a retry or a discard: at most `most` deliveries after the one called `after`. `action` is the number
     under which the first step wrote it down.
 
     `unknown` says what becomes of dead letters whose effect nobody knows: they are left out; looked up first, where the
@@ -80,15 +80,15 @@ class Commands:
 
         Raises `NoSuchCommand`, and `ValueError` where the body is not what the command needs.
         """
-        kinds = {"replay": Step, "discard": Step, "pause": Pause, "resume": Pause}
+        kinds = {"retry": Step, "discard": Step, "pause": Pause, "resume": Pause}
         if name not in kinds:
             raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(kinds)}.")
         asked = msgspec.json.decode(body, type=kinds[name])
         return msgspec.to_builtins(await getattr(self, name)(asked))
 
-    async def replay(self, step: Step) -> Stepped:
+    async def retry(self, step: Step) -> Stepped:
         """Dead letters are owed again, with their whole schedule."""
-        return await self._store.write(self._steps, ("replay", step))
+        return await self._store.write(self._steps, ("retry", step))
 
     async def discard(self, step: Step) -> Stepped:
         """Dead letters are done with, whatever became of them, and their lanes go on."""
@@ -108,18 +108,18 @@ class Commands:
         return [self._step(connection, command, step) for command, step in items]
 
     def _step(self, connection: Connection, command: str, step: Step) -> Stepped:
-        leaves = command == "replay" and step.unknown == "leave"
+        leaves = command == "retry" and step.unknown == "leave"
         reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves]
         letters, after = self._letters(connection, step, reasons)
         changed = 0
-        if letters and command == "replay":
+        if letters and command == "retry":
             sends = step.unknown == "send"
-            changed = rearm(connection, letters, self._clock(), reasons=reasons, nothing_happened=sends)
+            changed = retry_dead_letters(connection, letters, self._clock(), reasons=reasons, nothing_happened=sends)
         elif letters:
             changed = self._let_go(connection, letters)
         if changed:
             self._store.database.tell(connection.connection.cursor())
-        asked = step.matching.given() | ({"unknown": step.unknown} if command == "replay" and not leaves else {})
+        asked = step.matching.given() | ({"unknown": step.unknown} if command == "retry" and not leaves else {})
         return Stepped(
             changed=changed,
             after=after,

@@ -2,7 +2,7 @@
 Remember before we say 200: notification, deliveries, lanes and identity in one transaction.
 
 The same event again does nothing more, for as long as its row lives; the same identity with another order inside is
-kept without deliveries. A repeat whose delivery is dead because it was rejected or its schedule ran out replays it, at
+kept without deliveries. A repeat whose delivery is dead because it was rejected or its schedule ran out retries it, at
 most once an hour: that is what a person who presses retry at Norce means.
 """
 
@@ -15,14 +15,14 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, func, select, update
 
-from adapter.ledger.retry import locked_lanes, rearm
+from adapter.ledger.retry import locked_lanes, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
 from adapter.orders import NotAnOrder, order_digest
 
-REPLAY_AT_MOST_EVERY_MS = 3_600_000
-REPLAYED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
+RETRY_AT_MOST_EVERY_MS = 3_600_000
+RETRIED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
 MOST_CONFLICTS = 8  # kept of one identity; more are answered and counted, and tell nobody anything new
 
 
@@ -34,7 +34,7 @@ class Received(Enum):
 
     NEW = "new"
     REPEAT = "repeat"  # the same event again
-    REPLAYED = "replayed"  # the same event again, whose dead delivery is tried anew
+    RETRIED = "retried"  # the same event again, whose dead delivery is tried anew
     CONFLICT = "conflict"  # the same identity with another order inside: kept, not delivered
 
 
@@ -104,8 +104,8 @@ class Inbox:
         received = await self._store.write(self._remember, receipt, len(receipt.body))
         if isinstance(received, Received):
             return received
-        # On its own: lanes are locked in one order, and after those of a batch a replay's would not be.
-        return await self._store.write(self._replay, received)
+        # On its own: lanes are locked in one order, and after those of a batch a retry's would not be.
+        return await self._store.write(self._retry, received)
 
     async def known(self, identities: Sequence[bytes]) -> set[bytes]:
         """Which of these are here already, whatever became of them. Raises `StoreUnavailable`."""
@@ -209,19 +209,19 @@ class Inbox:
             select(d.id, d.lane_id).where(
                 d.notification_id == notification_id,
                 d.state == State.DEAD.value,
-                d.reason.in_([reason.value for reason in REPLAYED_BY_A_REPEAT]),
-                func.coalesce(d.replayed_at, 0) <= now - REPLAY_AT_MOST_EVERY_MS,
+                d.reason.in_([reason.value for reason in RETRIED_BY_A_REPEAT]),
+                func.coalesce(d.retried_at, 0) <= now - RETRY_AT_MOST_EVERY_MS,
             )
         )
         return [(row.id, row.lane_id) for row in dead]
 
-    def _replay(self, connection: Connection, items: Sequence[Dead]) -> list[Received]:
+    def _retry(self, connection: Connection, items: Sequence[Dead]) -> list[Received]:
         now = self._clock()
         locked_lanes(connection, {lane_id for letters in items for _, lane_id in letters})
-        changed = [rearm(connection, letters, now, reasons=REPLAYED_BY_A_REPEAT) for letters in items]
+        changed = [retry_dead_letters(connection, letters, now, reasons=RETRIED_BY_A_REPEAT) for letters in items]
         if any(changed):
             self._store.database.tell(connection.connection.cursor())
-        return [Received.REPLAYED if each else Received.REPEAT for each in changed]
+        return [Received.RETRIED if each else Received.REPEAT for each in changed]
 
 
 def _row(

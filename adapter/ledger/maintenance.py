@@ -122,7 +122,7 @@ class Upkeep:
 
 
 def _lock_lanes_of(connection: Connection, ids: Iterable[int]) -> set[int]:
-    """So that nothing owed for these notifications is replayed, or waits anew, before they are gone."""
+    """So that nothing owed for these notifications is retried, or waits anew, before they are gone."""
     d = deliveries.c
     of_lanes = set(connection.execute(select(d.lane_id).where(d.notification_id.in_(ids))).scalars())
     locked_lanes(connection, of_lanes)

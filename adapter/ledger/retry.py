@@ -16,7 +16,7 @@ from adapter.ledger.settlement import Reason, State
 LOCKED = select(lanes).where(among(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
 
 
-def rearm(
+def retry_dead_letters(
     connection: Connection,
     letters: Collection[tuple[int, int]],
     now: int,
@@ -39,7 +39,7 @@ def rearm(
         d.reason.in_([reason.value for reason in reasons]),
     )
     again = {"state": State.WAITING.value, "reason": None, "ended_at": None, "attempts": 0}
-    again |= {"first_attempt_at": None, "replayed_at": now}
+    again |= {"first_attempt_at": None, "retried_at": now}
     changed = connection.execute(update(deliveries).where(*dead).values(again).returning(d.id, d.lane_id)).all()
     of_lanes, first = {row.lane_id for row in changed}, {None, *(row.id for row in changed)}
     due = [

@@ -115,7 +115,7 @@ deliveries = Table(
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("first_attempt_at", BigInteger),
     Column("ended_at", BigInteger),
-    Column("replayed_at", BigInteger),
+    Column("retried_at", BigInteger),
     Index("ix_deliveries_notification_id", "notification_id"),
     Index("ix_deliveries_lane_id", "lane_id"),
     _partial("ix_deliveries_waiting", "lane_id", "snapshot_at", "id", where="state = 'waiting'"),

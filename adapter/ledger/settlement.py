@@ -41,7 +41,7 @@ LONGEST_DEFERRAL = timedelta(hours=24)
 class State(Enum):
     WAITING = "waiting"  # owed: due now, later, or being tried (then its lane has a holder)
     DONE = "done"  # nothing more will happen; the reason says why that is right
-    DEAD = "dead"  # will not be tried again unless somebody replays it
+    DEAD = "dead"  # will not be tried again unless somebody retries it
 
 
 class Reason(Enum):

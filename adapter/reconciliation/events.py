@@ -2,7 +2,7 @@
 Finds the notifications that never came: reads Norce's event log, and brings what we have not received.
 
 Norce documents no retry policy, so a notification may have been tried once. What is missing goes through the same
-intake as a callback, where its identity makes it once, whoever is first. Nothing is replayed that way.
+intake as a callback, where its identity makes it once, whoever is first. Nothing is retried that way.
 
 What one would get wrong: the log cannot be asked for a time, its order is documented nowhere, and its clock is not
 ours. So it is read from its newest end, whichever that turns out to be, until a whole page is older than what was seen

@@ -125,9 +125,9 @@ def test_what_is_in_the_ledger_is_listed_for_people_and_programs(
     "arguments",
     [["deliveries", "list", "--order", "nobody's"], ["notifications", "list", "--callback", "cart"],
      ["deliveries", "list", "--until", "2026-02-03T12:00:00Z"], ["store", "actions"], ["deliveries", "show", "4711"],
-     ["notifications", "show", "4711"], ["deliveries", "replay", "4711", *BY],
-     ["deliveries", "discard", "4", *BY], ["deliveries", "replay", "3", *BY],
-     ["deliveries", "replay", "4711", "--dry-run", *BY], ["queues", "pause", "nothing", *BY],
+     ["notifications", "show", "4711"], ["deliveries", "retry", "4711", *BY],
+     ["deliveries", "discard", "4", *BY], ["deliveries", "retry", "3", *BY],
+     ["deliveries", "retry", "4711", "--dry-run", *BY], ["queues", "pause", "nothing", *BY],
      ["queues", "resume", "export", "--channel", "9", *BY]],
     ids=" ".join,
 )  # fmt: skip
@@ -169,13 +169,13 @@ def test_lists_work_where_a_handler_is_broken(config: Path) -> None:
     assert command("deliveries", "list", config=config).exit_code == OK
 
 
-# --- replay and discard, without a service --------------------------------------------------------------------------
+# --- retry and discard, without a service --------------------------------------------------------------------------
 
 
 def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
     before = sql(config, "SELECT * FROM deliveries"), sql(config, "SELECT * FROM lanes")
 
-    result = command("deliveries", "replay", "--all", "--dry-run", "--output", "json", *BY, config=config)
+    result = command("deliveries", "retry", "--all", "--dry-run", "--output", "json", *BY, config=config)
 
     assert result.exit_code == OK
     assert sum(row["count"] for row in json.loads(result.stdout)) == 2
@@ -187,17 +187,17 @@ def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said", "after"),
     [
-        (["replay", "1", "2"], "2 replayed", ["waiting", "waiting", "dead", "waiting"]),
-        (["replay", "--reason", "rejected"], "1 replayed", ["waiting", "dead", "dead", "waiting"]),
-        (["replay", "--all", "--rate", "100000"], "2 replayed", ["waiting", "waiting", "dead", "waiting"]),
-        (["replay", "--all", "--unknown", "look-up"], "3 replayed", ["waiting"] * 4),
-        (["replay", "3", "--unknown", "send"], "1 replayed", ["dead", "dead", "waiting", "waiting"]),
+        (["retry", "1", "2"], "2 retried", ["waiting", "waiting", "dead", "waiting"]),
+        (["retry", "--reason", "rejected"], "1 retried", ["waiting", "dead", "dead", "waiting"]),
+        (["retry", "--all", "--rate", "100000"], "2 retried", ["waiting", "waiting", "dead", "waiting"]),
+        (["retry", "--all", "--unknown", "look-up"], "3 retried", ["waiting"] * 4),
+        (["retry", "3", "--unknown", "send"], "1 retried", ["dead", "dead", "waiting", "waiting"]),
         (["discard", "--order", "order-3"], "1 discarded", ["dead", "dead", "done", "waiting"]),
         (["discard", "--all"], "3 discarded", ["done", "done", "done", "waiting"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_dead_letters_are_replayed_and_discarded(
+def test_dead_letters_are_retried_and_discarded(
     config: Path, arguments: list[str], said: str, after: list[str]
 ) -> None:
     result = command("deliveries", *arguments, *BY, config=config)
@@ -210,25 +210,25 @@ def test_dead_letters_are_replayed_and_discarded(
 
 
 def test_programs_are_told_how_many(config: Path) -> None:
-    result = command("deliveries", "replay", "1", "--output", "json", *BY, config=config)
-    again = command("deliveries", "replay", "1", "--output", "json", *BY, config=config)
+    result = command("deliveries", "retry", "1", "--output", "json", *BY, config=config)
+    again = command("deliveries", "retry", "1", "--output", "json", *BY, config=config)
 
-    assert (result.exit_code, json.loads(result.stdout)) == (OK, {"replayed": 1})
-    assert (again.exit_code, json.loads(again.stdout)) == (NOTHING_MATCHED, {"replayed": 0})
+    assert (result.exit_code, json.loads(result.stdout)) == (OK, {"retried": 1})
+    assert (again.exit_code, json.loads(again.stdout)) == (NOTHING_MATCHED, {"retried": 0})
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["deliveries", "replay", *BY], "--all"),
+        (["deliveries", "retry", *BY], "--all"),
         (["deliveries", "discard", *BY], "--all"),
-        (["deliveries", "replay", "--all"], "--why"),
-        (["deliveries", "replay", "--all", "--why", " "], "written down"),
-        (["deliveries", "replay", "--all", "--why", ""], "$.by.why"),
-        (["deliveries", "replay", "1", "--why", "x", "--who", ""], "$.by.who"),
-        (["deliveries", "replay", "--all", "--unknown", "send", *BY], "their ids, or until when"),
-        (["deliveries", "replay", "--all", "--rate", "0", *BY], "--rate"),
-        (["deliveries", "replay", "99999999999999999999", *BY], "IDS"),
+        (["deliveries", "retry", "--all"], "--why"),
+        (["deliveries", "retry", "--all", "--why", " "], "written down"),
+        (["deliveries", "retry", "--all", "--why", ""], "$.by.why"),
+        (["deliveries", "retry", "1", "--why", "x", "--who", ""], "$.by.who"),
+        (["deliveries", "retry", "--all", "--unknown", "send", *BY], "their ids, or until when"),
+        (["deliveries", "retry", "--all", "--rate", "0", *BY], "--rate"),
+        (["deliveries", "retry", "99999999999999999999", *BY], "IDS"),
         (["deliveries", "show", "99999999999999999999"], "DELIVERY_ID"),
         (["deliveries", "list", "--reason", "rejcted"], "rejected"),
         (["deliveries", "list", "--since", "yesterday"], "2026-02-03"),
@@ -304,7 +304,7 @@ def test_who_is_slow_does_not_sleep(rate: int | None, slept: list[float]) -> Non
 def test_a_rate_below_the_size_of_a_step_makes_the_steps_smaller(config: Path) -> None:
     with stub(lambda _path, body: (200, {"changed": 1, "after": None, "action": 1})) as (port, asked):
         path = make(config.parent, port=port)
-        command("deliveries", "replay", "--all", "--rate", "3", *BY, config=path)
+        command("deliveries", "retry", "--all", "--rate", "3", *BY, config=path)
 
     assert [body["most"] for _, body, _ in asked] == [3]
 
@@ -379,12 +379,12 @@ def test_a_running_service_does_it(config: Path) -> None:
 def test_the_token_and_the_steps_go_to_the_service(config: Path) -> None:
     answers = iter([{"changed": 2, "after": 9, "action": 5}, {"changed": 1, "after": None, "action": 5}])
     with stub(lambda _path, _body: (200, next(answers))) as (port, asked):
-        result = command("deliveries", "replay", "--all", *BY, config=make(config.parent, port=port))
+        result = command("deliveries", "retry", "--all", *BY, config=make(config.parent, port=port))
 
-    assert (result.exit_code, result.stdout) == (OK, "3 replayed\n")
+    assert (result.exit_code, result.stdout) == (OK, "3 retried\n")
     assert [(path, body["after"], body["action"], token) for path, body, token in asked] == [
-        ("/commands/replay", 0, None, f"Bearer {TOKEN}"),
-        ("/commands/replay", 9, 5, f"Bearer {TOKEN}"),
+        ("/commands/retry", 0, None, f"Bearer {TOKEN}"),
+        ("/commands/retry", 9, 5, f"Bearer {TOKEN}"),
     ]
 
 
@@ -414,7 +414,7 @@ def test_what_a_service_answers_is_told_with_the_remedy(
     assert "canary" not in result.output
 
 
-@pytest.mark.parametrize("arguments", [["deliveries", "replay", "1"], ["queues", "pause", "export"]], ids=" ".join)
+@pytest.mark.parametrize("arguments", [["deliveries", "retry", "1"], ["queues", "pause", "export"]], ids=" ".join)
 def test_a_store_that_another_has_and_does_not_answer_is_5_and_says_so(config: Path, arguments: list[str]) -> None:
     with closing(Store.open(f"sqlite:///{config.parent}/ledger.db")):
         result = command(*arguments, *BY, config=config)
@@ -460,7 +460,7 @@ def test_a_backup_overwrites_nothing(config: Path) -> None:
 
 
 NEED_A_STORE = [
-    ["deliveries", "list"], ["deliveries", "show", "1"], ["deliveries", "replay", "1", *BY],
+    ["deliveries", "list"], ["deliveries", "show", "1"], ["deliveries", "retry", "1", *BY],
     ["notifications", "list"], ["queues", "list"], ["queues", "pause", "export", *BY], ["store", "check"],
     ["store", "stats"], ["store", "actions"], ["store", "backup", "/tmp/never-written.db"],
 ]  # fmt: skip
@@ -550,13 +550,13 @@ def test_commands_work_on_either_store(store_url: str, tmp_path: Path) -> None:
         fill(ledger)
     path = make(tmp_path, url=store_url)
 
-    done = command("deliveries", "replay", "--all", *BY, config=path)
+    done = command("deliveries", "retry", "--all", *BY, config=path)
     listed = command("deliveries", "list", "--state", "waiting", "--output", "json", config=path)
     checked = command("store", "check", config=path)
     stats = command("store", "stats", config=path)
     copied = command("store", "backup", tmp_path / "copy.db", config=path)
 
-    assert (done.exit_code, done.stdout) == (OK, "2 replayed\n")
+    assert (done.exit_code, done.stdout) == (OK, "2 retried\n")
     assert [row["id"] for row in json.loads(listed.stdout)] == [4, 2, 1]
     assert (checked.exit_code, stats.exit_code) == (OK, OK)
     assert copied.exit_code == (OK if store_url.startswith("sqlite") else USAGE)

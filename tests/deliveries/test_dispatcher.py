@@ -29,7 +29,7 @@ from adapter.ledger.inbox import Inbox, Receipt, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.queries import Desk
-from adapter.ledger.retry import rearm
+from adapter.ledger.retry import retry_dead_letters
 from adapter.ledger.settlement import Policy, Reason, Settlement
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
@@ -1412,20 +1412,20 @@ def test_a_stop_does_not_wait_for_a_thread_that_is_held(store_url: str) -> None:
     run(test)
 
 
-def test_a_dead_letter_is_not_replayed_while_its_handler_still_runs(store_url: str) -> None:
-    def replay(connection: Connection, items: Sequence[None]) -> list[int]:
-        return [rearm(connection, [(1, 1)], NOON, reasons=Reason, nothing_happened=True) for _ in items]
+def test_a_dead_letter_is_not_retried_while_its_handler_still_runs(store_url: str) -> None:
+    def retry(connection: Connection, items: Sequence[None]) -> list[int]:
+        return [retry_dead_letters(connection, [(1, 1)], NOON, reasons=Reason, nothing_happened=True) for _ in items]
 
     async def test() -> None:
         holds = Holds()
         async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
             await work.owe()
             await work.settled()
-            assert await work.store.write(replay, None) == 0
+            assert await work.store.write(retry, None) == 0
 
             await holds.ends()
             await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
-            assert await work.store.write(replay, None) == 1
+            assert await work.store.write(retry, None) == 1
             work.dispatcher.wake()
             row = await work.settled()
 

@@ -78,7 +78,7 @@ def test_a_newer_snapshot_of_an_unchanged_order_is_a_new_event_and_changes_nothi
     assert stage.shop.methods("touched") == ["PUT"]
 
 
-def test_a_repeat_replays_a_rejected_delivery(shared: tuple[Stage, Service]) -> None:
+def test_a_repeat_retries_a_rejected_delivery(shared: tuple[Stage, Service]) -> None:
     stage, service = shared
     stage.shop.script("mended", REFUSED)
     stage.notify(service, order("mended"))
@@ -91,7 +91,7 @@ def test_a_repeat_replays_a_rejected_delivery(shared: tuple[Stage, Service]) -> 
 
 
 @pytest.mark.usefixtures("store_url")
-def test_a_repeat_replays_at_most_once_an_hour_across_restarts(stage: Stage) -> None:
+def test_a_repeat_retries_at_most_once_an_hour_across_restarts(stage: Stage) -> None:
     service = stage.start()
     stage.shop.script("hopeless", *[REFUSED] * 9)
     stage.notify(service, order("hopeless"))
@@ -101,7 +101,7 @@ def test_a_repeat_replays_at_most_once_an_hour_across_restarts(stage: Stage) -> 
     assert len(stage.shop.met("hopeless")) == 2
 
     assert stage.notify(service, order("hopeless")) == 200
-    assert stage.delivery("hopeless")["state"] == "dead"  # a replay is in the transaction that the 200 stands for
+    assert stage.delivery("hopeless")["state"] == "dead"  # a retry is in the transaction that the 200 stands for
     assert service.stop() == 0
     assert stage.notify(stage.start(), order("hopeless")) == 200
 

@@ -43,8 +43,8 @@ from tests.ledgers import (
 BY = By(who="anna@shop", why="the shop is mended")
 
 
-def replay(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
-    return run(ledger, "replay", *ids, **more)
+def retry(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
+    return run(ledger, "retry", *ids, **more)
 
 
 def discard(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
@@ -100,16 +100,16 @@ def no_faults(request: pytest.FixtureRequest) -> Iterator[None]:
             assert faults(connection) == []
 
 
-# --- replay ---------------------------------------------------------------------------------------------------------
+# --- retry ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_replayed_letter_is_due_at_once_with_its_whole_schedule(ledger: Ledger) -> None:
+def test_a_retried_letter_is_due_at_once_with_its_whole_schedule(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
     ledger.clock.now += HOUR
     ledger.settle(ledger.claim_one(), EXHAUSTED)
 
-    stepped = replay(ledger, 1)
+    stepped = retry(ledger, 1)
 
     assert (stepped.changed, stepped.after) == (1, None)
     assert ledger.rows("SELECT state, reason, attempts, first_attempt_at, ended_at FROM deliveries") == [
@@ -119,15 +119,15 @@ def test_a_replayed_letter_is_due_at_once_with_its_whole_schedule(ledger: Ledger
     assert (claim.attempt, claim.in_doubt, claim.number) == (1, False, 3)
 
 
-def test_a_letter_is_replayed_once_however_often_it_is_asked_for(ledger: Ledger) -> None:
+def test_a_letter_is_retried_once_however_often_it_is_asked_for(ledger: Ledger) -> None:
     dead(ledger, "order-1")
 
-    assert [replay(ledger, 1).changed for _ in range(3)] == [1, 0, 0]
+    assert [retry(ledger, 1).changed for _ in range(3)] == [1, 0, 0]
     assert len(ledger.claim()) == 1
-    assert replay(ledger, 1).changed == 0  # it is being tried
+    assert retry(ledger, 1).changed == 0  # it is being tried
 
 
-@pytest.mark.parametrize("name", ["replay", "discard"])
+@pytest.mark.parametrize("name", ["retry", "discard"])
 def test_what_is_no_dead_letter_is_left_alone(ledger: Ledger, name: str) -> None:
     ledger.owed(1, order_id="waits")
     ledger.owed(1, order_id="is-tried")
@@ -165,7 +165,7 @@ FILTERS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("given", FILTERS.values(), ids=FILTERS)
-@pytest.mark.parametrize("name", ["replay", "discard"])
+@pytest.mark.parametrize("name", ["retry", "discard"])
 def test_what_is_meant_is_changed_and_a_dry_run_counts_just_that(
     ledger: Ledger, name: str, given: tuple[dict[str, Any], list[int]]
 ) -> None:
@@ -192,20 +192,20 @@ def test_what_is_meant_is_changed_and_a_dry_run_counts_just_that(
 def test_a_command_goes_in_steps_and_is_one_line_of_the_audit(ledger: Ledger) -> None:
     dead(ledger, *(f"order-{number}" for number in range(5)))
 
-    first = replay(ledger, route="export", most=2)
-    second = replay(ledger, route="export", most=2, after=first.after, action=first.action)
-    third = replay(ledger, route="export", most=2, after=second.after, action=second.action)
+    first = retry(ledger, route="export", most=2)
+    second = retry(ledger, route="export", most=2, after=first.after, action=first.action)
+    third = retry(ledger, route="export", most=2, after=second.after, action=second.action)
 
     assert [each.changed for each in (first, second, third)] == [2, 2, 1]
     assert third.after is None
-    assert written(ledger) == [("replay", "anna@shop", "the shop is mended", {"route": "export"}, 5)]
+    assert written(ledger) == [("retry", "anna@shop", "the shop is mended", {"route": "export"}, 5)]
 
 
 def test_a_command_that_was_broken_off_goes_on_where_it_stopped(ledger: Ledger) -> None:
     dead(ledger, *(f"order-{number}" for number in range(5)))
-    replay(ledger, route="export", most=2)
+    retry(ledger, route="export", most=2)
 
-    again = replay(ledger, route="export")
+    again = retry(ledger, route="export")
 
     assert again.changed == 3
     assert [row[4] for row in written(ledger)] == [2, 3]
@@ -213,13 +213,13 @@ def test_a_command_that_was_broken_off_goes_on_where_it_stopped(ledger: Ledger) 
     assert [row[0] for row in ledger.rows("SELECT max(claim) FROM lanes")] == [2]
 
 
-def test_what_dies_again_while_a_command_runs_is_not_replayed_by_it_twice(ledger: Ledger) -> None:
+def test_what_dies_again_while_a_command_runs_is_not_retried_by_it_twice(ledger: Ledger) -> None:
     dead(ledger, "order-1", "order-2")
-    first = replay(ledger, route="export", most=1)
+    first = retry(ledger, route="export", most=1)
     ledger.settle(ledger.claim_one(), REJECTED)
 
-    second = replay(ledger, route="export", most=1, after=first.after, action=first.action)
-    third = replay(ledger, route="export", most=1, after=second.after, action=first.action)
+    second = retry(ledger, route="export", most=1, after=first.after, action=first.action)
+    third = retry(ledger, route="export", most=1, after=second.after, action=first.action)
 
     assert (second.changed, third.changed, third.after) == (1, 0, None)
     assert stands(ledger) == [(1, "dead", "rejected"), (2, "waiting", None)]
@@ -227,10 +227,10 @@ def test_what_dies_again_while_a_command_runs_is_not_replayed_by_it_twice(ledger
 
 def test_nobody_can_hide_behind_somebody_elses_line_of_the_audit(ledger: Ledger) -> None:
     dead(ledger, "order-1", "order-2")
-    hers = replay(ledger, 1)
+    hers = retry(ledger, 1)
 
-    other = replay(ledger, 2, action=hers.action, by=By(who="bertil", why="of no reason"))
-    unheard = replay(ledger, 2, action=4711)
+    other = retry(ledger, 2, action=hers.action, by=By(who="bertil", why="of no reason"))
+    unheard = retry(ledger, 2, action=4711)
 
     assert len({hers.action, other.action, unheard.action}) == 3
     assert [(row[1], row[4]) for row in written(ledger)] == [("anna@shop", 1), ("bertil", 1), ("anna@shop", 0)]
@@ -242,9 +242,9 @@ def test_a_step_looks_at_so_many_letters_only_and_says_where_the_next_begins(
     monkeypatch.setattr(room, "MOST_LOOKED_AT", 2)
     dead(ledger, "order-1", "order-2", "order-3", "order-4", "order-5")
 
-    steps = [replay(ledger, order_id="order-5")]
+    steps = [retry(ledger, order_id="order-5")]
     while steps[-1].after is not None:
-        steps.append(replay(ledger, order_id="order-5", after=steps[-1].after, action=steps[-1].action))
+        steps.append(retry(ledger, order_id="order-5", after=steps[-1].after, action=steps[-1].action))
 
     assert [(each.changed, each.after) for each in steps] == [(0, 2), (0, 4), (1, None)]
     assert [row[4] for row in written(ledger)] == [1]
@@ -252,7 +252,7 @@ def test_a_step_looks_at_so_many_letters_only_and_says_where_the_next_begins(
 
 def test_the_statements_of_a_step_do_not_grow_with_what_is_changed(ledger: Ledger) -> None:
     dead(ledger, *(f"order-{number}" for number in range(30)))
-    one, many = (statements(ledger, lambda most=most: replay(ledger, route="export", most=most)) for most in (1, 29))
+    one, many = (statements(ledger, lambda most=most: retry(ledger, route="export", most=most)) for most in (1, 29))
 
     assert one == many <= 8
 
@@ -278,7 +278,7 @@ def test_unknown_ones_are_left_out_unless_somebody_says_so(ledger: Ledger) -> No
     dead(ledger, "order-1", ends=UNKNOWN)
     dead(ledger, "order-2", ends=CONDITION)
 
-    assert replay(ledger, 1, 2).changed == 1
+    assert retry(ledger, 1, 2).changed == 1
     assert stands(ledger) == [(1, "dead", "unknown"), (2, "waiting", None)]
     assert [claim.order_id for claim in ledger.claim()] == ["order-2"]
 
@@ -286,7 +286,7 @@ def test_unknown_ones_are_left_out_unless_somebody_says_so(ledger: Ledger) -> No
 def test_look_up_keeps_the_doubt(ledger: Ledger) -> None:
     dead(ledger, "order-1", ends=UNKNOWN)
 
-    replay(ledger, 1, unknown="look-up")
+    retry(ledger, 1, unknown="look-up")
 
     claim = ledger.claim_one()
     assert claim.in_doubt
@@ -298,7 +298,7 @@ def test_look_up_keeps_the_doubt(ledger: Ledger) -> None:
 def test_send_ends_the_doubt_and_says_so_in_the_audit(ledger: Ledger) -> None:
     dead(ledger, "order-1", ends=UNKNOWN)
 
-    replay(ledger, 1, unknown="send")
+    retry(ledger, 1, unknown="send")
 
     assert not ledger.claim_one().in_doubt
     assert written(ledger)[0][3] == {"ids": [1], "unknown": "send"}
@@ -307,14 +307,14 @@ def test_send_ends_the_doubt_and_says_so_in_the_audit(ledger: Ledger) -> None:
 def test_send_wants_to_know_what_was_looked_at(ledger: Ledger) -> None:
     """A command that is started again must not send what its first run has sent and lost sight of."""
     with pytest.raises(ValueError, match="their ids, or until when"):
-        replay(ledger, route="export", unknown="send")
+        retry(ledger, route="export", unknown="send")
 
     dead(ledger, "order-1", ends=UNKNOWN)
     looked_at = ledger.clock.now = NOON + HOUR
-    assert replay(ledger, route="export", until=looked_at, unknown="send").changed == 1
+    assert retry(ledger, route="export", until=looked_at, unknown="send").changed == 1
     ledger.clock.now += HOUR
     ledger.settle(ledger.claim_one(), UNKNOWN)
-    assert replay(ledger, route="export", until=looked_at, unknown="send").changed == 0
+    assert retry(ledger, route="export", until=looked_at, unknown="send").changed == 0
 
 
 @pytest.mark.parametrize("unknown", ["look-up", "send"])
@@ -323,9 +323,9 @@ def test_a_letter_whose_handler_still_blocks_stays_dead_until_it_lets_go(ledger:
     claim = ledger.claim_one()
     ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps=True)
 
-    assert replay(ledger, 1, unknown=unknown).changed == 0
+    assert retry(ledger, 1, unknown=unknown).changed == 0
     ledger.do(ledger.lanes.release(claim))
-    assert replay(ledger, 1, unknown=unknown).changed == 1
+    assert retry(ledger, 1, unknown=unknown).changed == 1
 
     assert ledger.claim_one().in_doubt == (unknown == "look-up")
 
@@ -338,19 +338,19 @@ def test_a_letter_behind_another_waits_for_it(ledger: Ledger) -> None:
     ledger.owed(2)
     ledger.settle(ledger.claim_one(), UNKNOWN)
 
-    assert replay(ledger, 1).changed == 1
+    assert retry(ledger, 1).changed == 1
     assert ledger.claim() == []  # the unknown one stops the lane
 
     assert discard(ledger, 2).changed == 1
     assert ledger.claim_one().delivery_id == 1
 
 
-def test_a_letter_that_is_replayed_with_the_one_that_stops_its_lane_goes_after_it(ledger: Ledger) -> None:
+def test_a_letter_that_is_retried_with_the_one_that_stops_its_lane_goes_after_it(ledger: Ledger) -> None:
     dead(ledger, "order-1")
     ledger.owed(2)
     ledger.settle(ledger.claim_one(), UNKNOWN)
 
-    replay(ledger, 1, 2, unknown="send")
+    retry(ledger, 1, 2, unknown="send")
 
     order = []
     while claims := ledger.claim():
@@ -365,7 +365,7 @@ def test_a_letter_in_a_held_lane_is_next(ledger: Ledger) -> None:
     ledger.owed(2)
     held = ledger.claim_one()
 
-    assert replay(ledger, 1).changed == 1
+    assert retry(ledger, 1).changed == 1
     assert ledger.claim() == []
     assert ledger.settle(held)
 
@@ -377,7 +377,7 @@ def test_a_letter_in_a_lane_that_waits_for_a_retry_does_not_hurry_it(ledger: Led
     ledger.owed(2)
     ledger.settle(ledger.claim_one(), in_doubt(NOON + HOUR))
 
-    replay(ledger, 1)
+    retry(ledger, 1)
 
     assert ledger.claim() == []
     ledger.clock.now += HOUR
@@ -393,7 +393,7 @@ def test_without_refetch_a_letter_stops_its_lane_and_goes_before_what_came_later
     ledger.owed(3, 4, refetch=False)
     assert ledger.claim(ledger.history) == []
 
-    replay(ledger, 1)
+    retry(ledger, 1)
 
     order = []
     while claims := ledger.claim(ledger.history):
@@ -456,7 +456,7 @@ def test_a_blocked_letter_is_discarded_once_its_handler_lets_go_and_the_lane_goe
     assert (after.delivery_id, after.in_doubt) == (2, False)
 
 
-def test_a_discarded_letter_is_not_replayed_by_a_repeat(ledger: Ledger) -> None:
+def test_a_discarded_letter_is_not_retried_by_a_repeat(ledger: Ledger) -> None:
     dead(ledger, "order-1")
     discard(ledger, 1)
     ledger.clock.now += 2 * HOUR
@@ -545,7 +545,7 @@ def test_a_person_resumes_whatever_paused_the_queue(ledger: Ledger) -> None:
 # --- the audit ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["replay", "discard", "pause", "resume"])
+@pytest.mark.parametrize("name", ["retry", "discard", "pause", "resume"])
 def test_what_cannot_be_written_down_is_not_done(ledger: Ledger, name: str) -> None:
     dead(ledger, "order-1", ends=UNKNOWN)
     pause(ledger, route="history")
@@ -554,7 +554,7 @@ def test_what_cannot_be_written_down_is_not_done(ledger: Ledger, name: str) -> N
     ledger.rows("ALTER TABLE actions RENAME TO elsewhere")
 
     command: dict[str, Callable[[], Any]] = {
-        "replay": lambda: replay(ledger, 1, unknown="send"),
+        "retry": lambda: retry(ledger, 1, unknown="send"),
         "discard": lambda: discard(ledger, 1),
         "pause": lambda: pause(ledger, route="export"),
         "resume": lambda: pause(ledger, "resume", route="history"),
@@ -570,11 +570,11 @@ def test_the_desk_shows_what_people_did(ledger: Ledger) -> None:
     pause(ledger)
     dead(ledger, "order-1", refetch=False)
     ledger.clock.now += HOUR
-    replay(ledger, 1)
+    retry(ledger, 1)
 
     newest, oldest = desk(ledger, lambda desk: desk.actions())
 
-    assert (newest["command"], newest["changed"], newest["at"]) == ("replay", 1, "2026-02-03T13:00:00.000Z")
+    assert (newest["command"], newest["changed"], newest["at"]) == ("retry", 1, "2026-02-03T13:00:00.000Z")
     assert (oldest["command"], oldest["who"], oldest["why"]) == ("pause", "anna@shop", "the shop is mended")
 
 
@@ -615,7 +615,7 @@ def test_what_is_no_command_is_refused_with_the_place(ledger: Ledger, given: tup
     dead(ledger, "order-1")
 
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - whatever it says, the port answers it
-        ledger.do(Commands(ledger.store).do("replay", given[0]))
+        ledger.do(Commands(ledger.store).do("retry", given[0]))
 
     assert given[1] in str(refused.value)
     assert written(ledger) == []
@@ -626,20 +626,20 @@ def test_of_repeated_members_the_last_counts(ledger: Ledger) -> None:
     dead(ledger, "order-1", "order-2")
     body = json.dumps(GOOD)[:-1] + ', "matching": {"ids": [2]}}'
 
-    assert ledger.do(Commands(ledger.store).do("replay", body.encode()))["changed"] == 1
+    assert ledger.do(Commands(ledger.store).do("retry", body.encode()))["changed"] == 1
     assert stands(ledger) == [(1, "dead", "rejected"), (2, "waiting", None)]
 
 
-@pytest.mark.parametrize("name", ["", "erase", "do", "_replay", "replay "])
+@pytest.mark.parametrize("name", ["", "erase", "do", "_retry", "retry "])
 def test_a_name_that_nobody_knows_is_answered_with_those_there_are(ledger: Ledger, name: str) -> None:
-    with pytest.raises(NoSuchCommand, match="replay, discard, pause, resume"):
+    with pytest.raises(NoSuchCommand, match="retry, discard, pause, resume"):
         ledger.do(Commands(ledger.store).do(name, b"{}"))
 
 
 def test_as_many_ids_as_may_be_given_are_taken(ledger: Ledger) -> None:
     dead(ledger, "order-1")
 
-    assert replay(ledger, *range(1, 10_001)).changed == 1
+    assert retry(ledger, *range(1, 10_001)).changed == 1
 
 
 def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -649,7 +649,7 @@ def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monk
     monkeypatch.setattr(Commands, "_steps", breaks)
 
     with pytest.raises(KeyError):
-        ledger.do(Commands(ledger.store).do("replay", msgspec.json.encode(GOOD)))
+        ledger.do(Commands(ledger.store).do("retry", msgspec.json.encode(GOOD)))
 
 
 # --- two at once, on PostgreSQL -------------------------------------------------------------------------------------
@@ -696,7 +696,7 @@ def at_once(*works: Callable[[], None]) -> None:
 def test_two_operators_at_once_do_each_letter_once(postgres: Server) -> None:
     with several(postgres, 3) as (ledger, nodes):
         dead(ledger, *(f"order-{number}" for number in range(60)))
-        done: dict[str, int] = {"replay": 0, "discard": 0}
+        done: dict[str, int] = {"retry": 0, "discard": 0}
 
         def work(node: Ledger, name: str) -> Callable[[], None]:
             def through() -> None:
@@ -708,12 +708,12 @@ def test_two_operators_at_once_do_each_letter_once(postgres: Server) -> None:
 
             return through
 
-        at_once(work(nodes[0], "replay"), work(nodes[1], "discard"))
+        at_once(work(nodes[0], "retry"), work(nodes[1], "discard"))
 
-        assert done["replay"] + done["discard"] == 60
+        assert done["retry"] + done["discard"] == 60
         by_reason = dict(ledger.rows("SELECT state, count(*) FROM deliveries GROUP BY state"))
         assert by_reason == {
-            state: done[name] for state, name in (("waiting", "replay"), ("done", "discard")) if done[name]
+            state: done[name] for state, name in (("waiting", "retry"), ("done", "discard")) if done[name]
         }
         assert sum(row[4] for row in written(ledger)) == 60
 
@@ -727,7 +727,7 @@ def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Se
 
         def operator() -> None:
             for _ in range(15):
-                run(nodes[0], "replay", route="export", unknown="send", until=NOON + 1, most=5)
+                run(nodes[0], "retry", route="export", unknown="send", until=NOON + 1, most=5)
                 run(nodes[0], "discard", reason="unknown", most=3)
                 pause(nodes[0])
                 pause(nodes[0], "resume")
@@ -758,7 +758,7 @@ def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Se
 def test_a_letter_that_became_unknown_meanwhile_is_not_sent_by_who_left_those_out(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look and the lock another operator replayed it, and it was tried, and lost sight of."""
+    """Between the look and the lock another operator retried it, and it was tried, and lost sight of."""
     dead(ledger, "order-1")
     letters = Commands._letters
 
@@ -769,7 +769,7 @@ def test_a_letter_that_became_unknown_meanwhile_is_not_sent_by_who_left_those_ou
 
     monkeypatch.setattr(Commands, "_letters", then_unknown)
 
-    assert replay(ledger, 1).changed == 0
+    assert retry(ledger, 1).changed == 0
 
 
 def test_a_queue_of_no_other_route_is_touched(ledger: Ledger) -> None:

@@ -116,7 +116,7 @@ def test_conflicts_of_one_identity_are_kept_up_to_a_bound_and_digested_once(ledg
     assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(1 + MOST_CONFLICTS,) * 2]
 
 
-def test_a_conflict_once_more_replays_nothing(ledger: Ledger) -> None:
+def test_a_conflict_once_more_retries_nothing(ledger: Ledger) -> None:
     ledger.receive(receipt(body=b'{"total": 1}', wanted=[(ledger.export, True)]))
     ledger.receive(receipt(body=b'{"total": 2}'))
     ledger.settle(ledger.claim_one(), REJECTED)
@@ -304,20 +304,20 @@ def test_a_dead_letter_holds_its_own_lane_only(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED], ids=["rejected", "exhausted"])
 @pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
-def test_a_repeat_replays_a_dead_letter_whose_outcome_is_known(ledger: Ledger, settlement: Ends, refetch: bool) -> None:
+def test_a_repeat_retries_a_dead_letter_whose_outcome_is_known(ledger: Ledger, settlement: Ends, refetch: bool) -> None:
     queue = ledger.export if refetch else ledger.history
     ledger.owed(1, refetch=refetch)
     ledger.settle(ledger.claim_one(queue), settlement, passes=refetch)
 
     received = ledger.receive(receipt(wanted=[(queue, refetch)]))
 
-    assert received is Received.REPLAYED
+    assert received is Received.RETRIED
     assert ledger.states() == [(1, "waiting", None)]
     again = ledger.claim_one(queue)
     assert (again.delivery_id, again.attempt, again.in_doubt) == (1, 1, False)
 
 
-def test_repeats_replay_at_most_once_an_hour(ledger: Ledger) -> None:
+def test_repeats_retry_at_most_once_an_hour(ledger: Ledger) -> None:
     ledger.owed(1)
     answers = []
     for minutes in (0, 30, 59, 60, 119, 120):
@@ -326,8 +326,8 @@ def test_repeats_replay_at_most_once_an_hour(ledger: Ledger) -> None:
             ledger.settle(claim, REJECTED)
         answers.append(ledger.receive(receipt()))
 
-    repeat, replayed = Received.REPEAT, Received.REPLAYED
-    assert answers == [replayed, repeat, repeat, replayed, repeat, replayed]
+    repeat, retried = Received.REPEAT, Received.RETRIED
+    assert answers == [retried, repeat, repeat, retried, repeat, retried]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +341,7 @@ def test_repeats_replay_at_most_once_an_hour(ledger: Ledger) -> None:
     ],
     ids=lambda each: each.reason,
 )
-def test_a_repeat_never_replays_anything_else(ledger: Ledger, settlement: Ends) -> None:
+def test_a_repeat_never_retries_anything_else(ledger: Ledger, settlement: Ends) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), settlement)
     ledger.clock.now += 2 * HOUR
@@ -353,7 +353,7 @@ def test_a_repeat_never_replays_anything_else(ledger: Ledger, settlement: Ends) 
     assert ledger.states()[0][2] == settlement.reason
 
 
-def test_reconciliation_replays_nothing(ledger: Ledger) -> None:
+def test_reconciliation_retries_nothing(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), REJECTED)
 
@@ -361,7 +361,7 @@ def test_reconciliation_replays_nothing(ledger: Ledger) -> None:
     assert ledger.claim() == []
 
 
-def test_a_replay_does_not_pass_an_unknown_outcome_that_holds_the_lane(ledger: Ledger) -> None:
+def test_a_retry_does_not_pass_an_unknown_outcome_that_holds_the_lane(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), REJECTED)
     ledger.owed(2)

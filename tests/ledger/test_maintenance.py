@@ -149,10 +149,10 @@ def test_one_route_that_waits_keeps_the_body_for_itself(ledger: Ledger) -> None:
     assert after(ledger, 100).bodies == 1
 
 
-def test_the_body_of_a_replayed_letter_stays(ledger: Ledger) -> None:
+def test_the_body_of_a_retried_letter_stays(ledger: Ledger) -> None:
     one_of_each(ledger)
     ledger.clock.now = NOON + 89 * DAY
-    command(ledger, "replay", 2)
+    command(ledger, "retry", 2)
 
     after(ledger, 95)
 
@@ -459,7 +459,7 @@ def test_a_lane_into_which_something_is_accepted_meanwhile_is_not_deleted(postgr
         assert found(ledger) == []
 
 
-def test_a_letter_that_is_replayed_meanwhile_is_not_deleted(postgres: Server) -> None:
+def test_a_letter_that_is_retried_meanwhile_is_not_deleted(postgres: Server) -> None:
     with on_postgres(postgres) as ledger:
         ledger.owed(1)
         ledger.settle(ledger.claim_one(), REJECTED)
@@ -468,7 +468,7 @@ def test_a_letter_that_is_replayed_meanwhile_is_not_deleted(postgres: Server) ->
 
         pruned = beside(
             ledger,
-            lambda connection: Commands(ledger.store)._steps(connection, [("replay", step)]),
+            lambda connection: Commands(ledger.store)._steps(connection, [("retry", step)]),
             prune,
         )
 

@@ -15,7 +15,7 @@ A lane (one order on one route), as the model has it: `current` was attempted an
 | a release | - | - | what the settlement said | - |
 | its process dies | - | - | held until its lease ends and another beats; due when doubt ends | - |
 | a late settlement | nothing | nothing | nothing, unless it is this claim's | nothing |
-| a replay of a letter | due | in its place | not while it is tried | due, in doubt as before |
+| a retry of a letter | due | in its place | not while it is tried | due, in doubt as before |
 | a discard of a letter | - | as before | not while it is tried | due if more waits, else idle; no doubt |
 
 Its queue (one route) runs, is paused until a moment, or tries one lane as a probe: what `pauses` makes of each outcome,
@@ -105,7 +105,7 @@ RESULTS: dict[str, Result] = {
     "blocked": Ending.BLOCKED,
 }
 ROUTES = {"export": True, "history": False}  # and whether they re-read the order
-REPLAYABLE = (Reason.REJECTED, Reason.EXHAUSTED)
+RETRYABLE = (Reason.REJECTED, Reason.EXHAUSTED)
 BY = By(who="a person", why="to see")
 PERSON = replace(RUNNING, paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=BY.why)
 NODES = st.integers(0, 1)
@@ -121,7 +121,7 @@ class Owed:
     state: State = State.WAITING
     reason: Reason | None = None
     attempts: int = 0
-    replayed_at: int = -HOUR * 1000
+    retried_at: int = -HOUR * 1000
 
 
 @dataclass(eq=False)
@@ -302,12 +302,12 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def repeated(self, event: Event, in_envelope: bool, source: str, node: int) -> None:
         body = b'{"notification": {}, "order": %s}' % event.body if in_envelope else event.body
-        replayed = [] if source == "reconciliation" else self.replayable(event)
+        retried = [] if source == "reconciliation" else self.retryable(event)
 
         received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body, source)))
 
-        assert received is (Received.REPLAYED if replayed else Received.REPEAT)
-        self.model_rearms(replayed)
+        assert received is (Received.RETRIED if retried else Received.REPEAT)
+        self.model_retries(retried)
 
     @rule(event=events, other=st.integers(0, 2), node=NODES)
     def contradicted(self, event: Event, other: int, node: int) -> None:
@@ -319,11 +319,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.conflicts += body not in event.bodies
         event.bodies.add(body)
 
-    def replayable(self, event: Event) -> list[tuple[Line, Owed]]:
+    def retryable(self, event: Event) -> list[tuple[Line, Owed]]:
         return [
             (line, owed)
             for line, owed in event.owed
-            if owed.reason in REPLAYABLE and owed.replayed_at <= self.now - HOUR and not line.still_tries(owed)
+            if owed.reason in RETRYABLE and owed.retried_at <= self.now - HOUR and not line.still_tries(owed)
         ]
 
     # --- work ---
@@ -517,13 +517,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: any(owed.state is State.DEAD for line in self.lines.values() for owed in line.owed))
     @rule(unknown=st.sampled_from(["leave", "look-up", "send"]), node=NODES)
-    def replayed(self, unknown: Literal["leave", "look-up", "send"], node: int) -> None:
+    def retried(self, unknown: Literal["leave", "look-up", "send"], node: int) -> None:
         meant = [(line, owed) for line, owed in self.dead() if unknown != "leave" or owed.reason is not Reason.UNKNOWN]
 
         step = Step(matching=Matching(until=self.clock.now + 1), by=BY, unknown=unknown)
-        assert self.loop.run(self.node(node).commands.replay(step)).changed == len(meant)
+        assert self.loop.run(self.node(node).commands.retry(step)).changed == len(meant)
 
-        self.model_rearms(meant, nothing_happened=unknown == "send")
+        self.model_retries(meant, nothing_happened=unknown == "send")
 
     @precondition(lambda self: any(owed.state is State.DEAD for line in self.lines.values() for owed in line.owed))
     @rule(node=NODES)
@@ -545,9 +545,9 @@ class LedgerMachine(RuleBasedStateMachine):
             if owed.state is State.DEAD and not line.still_tries(owed)
         ]
 
-    def model_rearms(self, letters: list[tuple[Line, Owed]], *, nothing_happened: bool = False) -> None:
+    def model_retries(self, letters: list[tuple[Line, Owed]], *, nothing_happened: bool = False) -> None:
         for line, owed in letters:
-            owed.state, owed.reason, owed.attempts, owed.replayed_at = State.WAITING, None, 0, self.now
+            owed.state, owed.reason, owed.attempts, owed.retried_at = State.WAITING, None, 0, self.now
             if line.current is owed:
                 line.due_at = self.now
                 if nothing_happened:
@@ -609,7 +609,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def a_route_that_refetches_has_at_most_one_more_trigger_than_it_tries(self) -> None:
         for line in self.lines.values():
             if line.refetch:
-                fresh = [owed for owed in line.waiting() if owed is not line.current and owed.replayed_at < 0]
+                fresh = [owed for owed in line.waiting() if owed is not line.current and owed.retried_at < 0]
                 assert len(fresh) <= 1
 
 

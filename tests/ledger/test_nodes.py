@@ -294,7 +294,7 @@ def test_a_node_that_renews_is_never_buried_by_another(nodes: Nodes) -> None:
 
 def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: Nodes) -> None:
     """
-    Two orders in three come late or are repeated, a fifth of the attempts is rejected (and replayed by a repeat), one
+    Two orders in three come late or are repeated, a fifth of the attempts is rejected (and retried by a repeat), one
     node after the other loses its lease. In the end everything owed is done, dead or superseded.
     """
     three = nodes.start(3)
@@ -354,7 +354,7 @@ def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: No
     assert rows(nodes.url, "SELECT count(*) FROM deliveries") == [(2 * len(accepted),)]
     assert rows(nodes.url, "SELECT count(*) FROM lanes WHERE holder IS NOT NULL") == [(0,)]
     late = "SELECT count(*) FROM attempts a JOIN deliveries d ON d.id = delivery_id WHERE reason = 'superseded'"
-    assert rows(nodes.url, f"{late} AND replayed_at IS NULL") == [(0,)]
+    assert rows(nodes.url, f"{late} AND retried_at IS NULL") == [(0,)]
 
 
 # --- a node that is stopped -----------------------------------------------------------------------------------------
@@ -482,7 +482,7 @@ def test_what_one_node_accepts_wakes_the_others(nodes: Nodes, listener: Listener
     assert listener.hears()
 
     node.settle(node.claim_one(), REJECTED)
-    node.receive(receipt())  # a repeat, which replays
+    node.receive(receipt())  # a repeat, which retries
     assert listener.hears()
 
 

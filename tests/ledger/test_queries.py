@@ -209,7 +209,7 @@ QUERIES: dict[str, Callable[[Desk], Any]] = {
     "a delivery": lambda desk: desk.delivery(77),
     "notifications of an order": lambda desk: desk.notifications(order_id="waiting-77"),
     "a notification": lambda desk: desk.notification(77),
-    "what a replay would mean": lambda desk: desk.count(Matching(state="dead", reason="rejected")),
+    "what a retry would mean": lambda desk: desk.count(Matching(state="dead", reason="rejected")),
     "what it would mean of an order": lambda desk: desk.count(Matching(state="dead", order_id="dead-77")),
     "the metrics": lambda desk: desk.overview(NOON),
     "queues": lambda desk: desk.queues(NOON),

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("logging_as_before")
 TOKEN = "canary-token-å"
 BY = {"who": "anna", "why": "the shop is mended"}
 PAUSE = {"route": "export", "by": BY}
-REPLAY = {"matching": {"route": "export"}, "by": BY}
+RETRY = {"matching": {"route": "export"}, "by": BY}
 
 
 class Port:
@@ -106,7 +106,7 @@ def test_a_command_is_done_answered_logged_and_tells_the_dispatcher(port: Port) 
 
 
 def test_the_answer_of_a_step_holds_nothing_of_an_order(port: Port) -> None:
-    status, said, _ = port.sends("/commands/replay", REPLAY)
+    status, said, _ = port.sends("/commands/retry", RETRY)
 
     assert (status, said) == (200, {"changed": 0, "after": None, "action": 1})
     assert "canary" not in port.log.getvalue()
@@ -153,7 +153,7 @@ def test_an_unheard_command_is_answered_with_those_there_are(port: Port) -> None
     status, said, _ = port.sends("/commands/erase")
 
     assert (status, said["code"]) == (404, "command-not-found")
-    assert "replay, discard, pause, resume" in said["message"]
+    assert "retry, discard, pause, resume" in said["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
@@ -197,7 +197,7 @@ def test_a_body_that_is_no_command_is_a_400_with_the_place(port: Port, body: Any
     ids=str,
 )  # fmt: skip
 def test_numbers_and_texts_that_no_database_takes_are_a_400(port: Port, wrong: dict[str, Any]) -> None:
-    status, said, _ = port.sends("/commands/replay", REPLAY | wrong)
+    status, said, _ = port.sends("/commands/retry", RETRY | wrong)
 
     assert (status, said["code"]) == (400, "bad-request")
     assert "$." in said["message"]

@@ -101,7 +101,7 @@ def upgrade() -> None:
         sa.Column("attempts", sa.Integer(), server_default=sa.text("0"), nullable=False),
         sa.Column("first_attempt_at", sa.BigInteger(), nullable=True),
         sa.Column("ended_at", sa.BigInteger(), nullable=True),
-        sa.Column("replayed_at", sa.BigInteger(), nullable=True),
+        sa.Column("retried_at", sa.BigInteger(), nullable=True),
         sa.ForeignKeyConstraint(["lane_id"], ["lanes.id"], name=op.f("fk_deliveries_lane_id")),
         sa.ForeignKeyConstraint(["notification_id"], ["notifications.id"], name=op.f("fk_deliveries_notification_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_deliveries")),
