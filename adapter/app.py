@@ -11,7 +11,7 @@ import contextlib
 import random
 import signal
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from importlib.metadata import version
 from typing import Any
 
@@ -44,6 +44,7 @@ from adapter.ledger.settlement import Policy
 from adapter.ledger.store import Store
 from adapter.ledger.verdict_log import Docket
 from adapter.metrics import Metrics
+from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce, base_url
 from adapter.operations.application import Health, console
 from adapter.reconciliation.events import Reconciliation, keep_reconciled
@@ -87,9 +88,6 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         docket = Docket(store, dropped=metrics.verdicts_dropped.inc)
         stack.push_async_callback(docket.flush)
 
-        def moment() -> datetime:
-            return datetime.fromtimestamp(store.clock() / 1000, UTC)
-
         def make_norce() -> Norce:
             return client(config, metrics)
 
@@ -97,7 +95,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             stack.enter_context(short_thread_slices())
         norce = make_norce()
         stack.push_async_callback(norce.aclose)
-        runner = Runner(make_norce=make_norce, clock=moment, replaced=metrics.loop_replaced)
+        runner = Runner(make_norce=make_norce, clock=lambda: to_datetime(store.clock()), replaced=metrics.loop_replaced)
         stack.push_async_callback(runner.stop, PLUGINS_STOP_WITHIN)
         lease = Lease(store, version=VERSION)
         await lease.enter()

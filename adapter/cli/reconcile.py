@@ -5,7 +5,6 @@ The command that looks for notifications that never came. The running service do
 import json
 import sys
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -31,6 +30,7 @@ from adapter.cli.shared import (
 )
 from adapter.config import Config
 from adapter.metrics import Metrics
+from adapter.moments import to_datetime
 from adapter.norce.client import NorceError
 from adapter.operations.application import Reconciling
 from adapter.reconciliation.events import Reconciled
@@ -59,7 +59,7 @@ def reconcile(since: int | None, *, dry_run: bool, output: str, config_path: Pat
     Without --since it begins where it ended the last time.
     """
     config, routes = configured(config_path)
-    asked = Reconciling(since=None if since is None else datetime.fromtimestamp(since / 1000, UTC), dry_run=dry_run)
+    asked = Reconciling(since=None if since is None else to_datetime(since), dry_run=dry_run)
     told = _Told(json_output=output == "json")
     with told.progress:
         try:

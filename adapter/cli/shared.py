@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +20,8 @@ from adapter import logs
 from adapter.config import Config, ConfigurationInvalid
 from adapter.ledger.databases import database_at
 from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
+from adapter.moments import to_milliseconds
+from adapter.orders import instant
 from adapter.routing import routes
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
@@ -79,11 +80,10 @@ list_options = options(limit_option, look_options)
 def as_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
-    try:
-        given = datetime.fromisoformat(value)
-    except ValueError as error:
-        raise click.BadParameter("must be a date or a moment, such as 2026-02-03 or 2026-02-03T12:00:00Z") from error
-    return int((given if given.tzinfo else given.replace(tzinfo=UTC)).timestamp() * 1000)
+    moment = instant(value)
+    if moment is None:
+        raise click.BadParameter("must be a date or a moment, such as 2026-02-03 or 2026-02-03T12:00:00Z")
+    return to_milliseconds(moment)
 
 
 def configured(path: Path) -> tuple[Config, routes.Routes]:

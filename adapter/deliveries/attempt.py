@@ -9,7 +9,6 @@ a crash then asks the destination, and finds what this process did.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, get_args
 
 import structlog
@@ -17,6 +16,7 @@ import structlog
 from adapter.conditions import Result as Held
 from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Ending, Interrupted, Result
+from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import NotAnOrder, Order, read_order
 from adapter.plugin import Done, Notification, NotificationHandler, Outcome, Reject, Skip, Unknown
@@ -88,8 +88,8 @@ class Attempts:
             held = wants(route, notification.order.data)
             if held is not Held.MATCHED:
                 return Ended(result=Ending.MOVED_ON if held is Held.NOT_MATCHED else Ending.CONDITION)
-        now = moment(self._clock())
-        if self.stopping or now + route.timeout > moment(claim.doubt_ends_at):
+        now = to_datetime(self._clock())
+        if self.stopping or now + route.timeout > to_datetime(claim.doubt_ends_at):
             return Ended(result=Ending.RELEASED, kind=kind)
         call = Call(
             route=route.name,
@@ -99,7 +99,7 @@ class Attempts:
             order_id=claim.order_id,
             identity=claim.identity.hex(),
             deadline=now + route.timeout,
-            first_attempt_at=moment(claim.first_attempt_at),
+            first_attempt_at=to_datetime(claim.first_attempt_at),
             attempt=claim.attempt,
             previous=claim.previous,
         )
@@ -133,7 +133,7 @@ class Attempts:
             order=order,
             received=received,
             raw=claim.body,
-            received_at=moment(claim.received_at),
+            received_at=to_datetime(claim.received_at),
         )
 
     async def _result(self, run: Run[Any], route: Route, claim: Claim, *, looking_up: bool) -> Result:
@@ -176,7 +176,3 @@ def _known(outcome: Outcome) -> Result:
     if isinstance(outcome, Result):
         return outcome
     return Unknown("handler-failed", f"{type(outcome).__name__} is no outcome of adapter.plugin")
-
-
-def moment(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)

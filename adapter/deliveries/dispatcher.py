@@ -15,13 +15,14 @@ from typing import Any
 
 import structlog
 
-from adapter.deliveries.attempt import Attempts, Ended, Queue, moment
+from adapter.deliveries.attempt import Attempts, Ended, Queue
 from adapter.ledger.claims import Ask, Claim, Record
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import Attempt, Settlement, State
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.moments import in_milliseconds, to_datetime
 from adapter.plugin import Done, Outcome, Skip
 from adapter.routing.runner import Run
 
@@ -57,7 +58,11 @@ class Dispatcher:
         self._queues = queues
         around = before_handler + SLACK
         self._asks = [
-            Ask(queue_id=key, concurrency=queue.route.concurrency, doubt_ms=_ms(around + queue.route.timeout))
+            Ask(
+                queue_id=key,
+                concurrency=queue.route.concurrency,
+                doubt_ms=in_milliseconds(around + queue.route.timeout),
+            )
             for key, queue in queues.items()
         ]
         self._lanes = lanes
@@ -117,7 +122,7 @@ class Dispatcher:
                         await self._lease.enter()
                 self._news.set()  # the beat may have freed a dead process's lanes
             except (StoreUnavailable, TimeoutError):  # the store has said so itself
-                if self._shared and self._clock() > self._lease.until - _ms(BEAT):
+                if self._shared and self._clock() > self._lease.until - in_milliseconds(BEAT):
                     self._attempts.cancel("lease-lost")
             await asyncio.sleep(BEAT.total_seconds())
 
@@ -213,8 +218,8 @@ class Dispatcher:
         attempt = Attempt(
             number=claim.attempt,
             in_doubt=claim.in_doubt,
-            ended_at=moment(self._clock()),
-            doubt_ends_at=moment(claim.doubt_ends_at),
+            ended_at=to_datetime(self._clock()),
+            doubt_ends_at=to_datetime(claim.doubt_ends_at),
             handling=queue.route.handling,
             schedule=queue.route.schedule,
             jitter=self._random(),
@@ -281,7 +286,3 @@ class Dispatcher:
         self._metrics.attempt_duration.labels(queue.route.name).observe(max(now - claim.claimed_at, 0) / 1000)
         if settlement is not None and settlement.state is State.DONE:
             self._metrics.end_to_end.labels(queue.route.name).observe(max(now - claim.received_at, 0) / 1000)
-
-
-def _ms(duration: timedelta) -> int:
-    return int(duration.total_seconds() * 1000)

@@ -5,10 +5,10 @@ What passes between the lanes and those who work them, and the rows that it is m
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from adapter.ledger.settlement import Attempt, PausedBy, Pausing, Reason, Result, Settlement, State
+from adapter.moments import to_datetime, to_milliseconds
 from adapter.plugin import Previous
 
 LONGEST_MESSAGE = 1000
@@ -138,7 +138,7 @@ def lane_after(record: Record, settlement: Settlement, more: Collection[int], no
     going_on = goes_on(record, settlement)
     due = None
     if settlement.state is State.WAITING:
-        due = _milliseconds(settlement.due_at, now)
+        due = now if settlement.due_at is None else to_milliseconds(settlement.due_at)
     elif going_on and claim.lane_id in more:
         due = now
     done = None
@@ -194,10 +194,4 @@ def _previous(text: str | None) -> Previous | None:
     if text is None:
         return None
     value = json.loads(text)
-    return Previous(
-        reference=value["reference"], facts=value["facts"], at=datetime.fromtimestamp(value["at"] / 1000, UTC)
-    )
-
-
-def _milliseconds(moment: datetime | None, now: int) -> int:
-    return now if moment is None else int(moment.timestamp() * 1000)
+    return Previous(reference=value["reference"], facts=value["facts"], at=to_datetime(value["at"]))

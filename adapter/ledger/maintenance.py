@@ -24,6 +24,7 @@ from adapter.ledger.retry import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.settlement import State
 from adapter.ledger.store import Store, StoreUnavailable
+from adapter.moments import in_milliseconds
 
 log = structlog.get_logger(__name__)
 
@@ -118,7 +119,7 @@ class Upkeep:
         return old, rows[-1].id if len(old) == NOTIFICATIONS_A_STEP else 0
 
     def _before(self, kept: timedelta) -> int:
-        return self._store.clock() - int(kept.total_seconds() * 1000)
+        return self._store.clock() - in_milliseconds(kept)
 
 
 def _lock_lanes_of(connection: Connection, ids: Iterable[int]) -> set[int]:

@@ -7,7 +7,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from statistics import median_low
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Select, case, func, select
 
 from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.settlement import State
+from adapter.moments import to_text
 
 MOST_IDS = 10_000
 
@@ -287,16 +287,13 @@ class Desk:
         return int(self.connection.execute(received).scalar_one())
 
 
-def moment(milliseconds: int | None) -> str | None:
-    """As people and programs read it: `2026-02-03T12:00:00.000Z`."""
-    if milliseconds is None:
-        return None
-    return datetime.fromtimestamp(milliseconds / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def _text(milliseconds: int | None) -> str | None:
+    return None if milliseconds is None else to_text(milliseconds)
 
 
 def _plain(row: Any) -> dict[str, Any]:
     """A row by its columns, with moments as people read them."""
-    return {name: moment(value) if name.rpartition("_")[2] == "at" else value for name, value in row._mapping.items()}
+    return {name: _text(value) if name.rpartition("_")[2] == "at" else value for name, value in row._mapping.items()}
 
 
 def _deliveries() -> Any:
@@ -313,4 +310,4 @@ def _deliveries() -> Any:
 
 def _until(milliseconds: int | None) -> str | None:
     far = milliseconds is not None and milliseconds >= 253_000_000_000_000
-    return "a person resumes it" if far else moment(milliseconds)
+    return "a person resumes it" if far else _text(milliseconds)

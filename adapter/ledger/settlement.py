@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
 
+from adapter.moments import in_milliseconds
 from adapter.plugin import Done, Misconfigured, NotificationHandler, Reject, Retry, Skip, Unknown, can_look_up
 
 DEFAULT_SCHEDULE: tuple[timedelta, ...] = tuple(
@@ -263,7 +264,7 @@ def after_attempt(queue: Pausing, result: Result, lane_id: int, now: int, policy
         case Interrupted():
             return queue
         case Retry() if result.after is not None and result.after > timedelta(0):
-            until = now + _ms(min(result.after, LONGEST_DEFERRAL))
+            until = now + in_milliseconds(min(result.after, LONGEST_DEFERRAL))
             return replace(queue, paused_until=until, paused_by=PausedBy.RETRY_AFTER, reason=result.code)
         case Retry() | Unknown():
             if queue.is_running() and policy.after_failures == 0:
@@ -273,13 +274,9 @@ def after_attempt(queue: Pausing, result: Result, lane_id: int, now: int, policy
                 return queue if failed == queue.failed_lanes else replace(queue, failed_lanes=failed)
             pause = min(policy.first * 2 ** min(queue.pauses_in_row, 20), policy.longest)
             return Pausing(
-                paused_until=now + _ms(pause),
+                paused_until=now + in_milliseconds(pause),
                 paused_by=PausedBy.FAILURES,
                 reason=result.code,
                 pauses_in_row=queue.pauses_in_row + 1,
             )
     return queue  # it ended before the far side was asked: that says nothing about it
-
-
-def _ms(duration: timedelta) -> int:
-    return int(duration.total_seconds() * 1000)

@@ -29,6 +29,7 @@ from adapter.ledger.inbox import Received
 from adapter.ledger.key_values import Marks
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
 from adapter.norce.client import Event, Norce, NorceError, NorceTooLarge, NorceUnavailable, Page
 from adapter.routing.routes import Callback
 
@@ -132,7 +133,7 @@ class Reconciliation:
                 if await self._marks.value(f"{FLOOR} {merchant}") is None:
                     await self._marks.put(f"{FLOOR} {merchant}", self._clock())
             self._has_begun = True
-        if not await self._marks.has_turn(TURN, int(every.total_seconds() * 1000)):
+        if not await self._marks.has_turn(TURN, in_milliseconds(every)):
             return
         with contextlib.suppress(NorceError):  # it has been told
             async for _ in self.run(spared=STILL_ON_ITS_WAY):
@@ -144,14 +145,14 @@ class Reconciliation:
         found = Reconciled(merchant=merchant)
         read_to = await self._marks.value(f"{WATERMARK} {merchant}")
         floor = await self._marks.value(f"{FLOOR} {merchant}")
-        oldest = _moment(self._clock()) - self._remembered
+        oldest = to_datetime(self._clock()) - self._remembered
         if since is not None:
             begins = max(since, oldest + self._overlap) - self._overlap
         else:
-            known = [_moment(read_to) - self._overlap] if read_to is not None else []
-            begins = max([*known, _moment(floor or 0), oldest])
+            known = [to_datetime(read_to) - self._overlap] if read_to is not None else []
+            begins = max([*known, to_datetime(floor or 0), oldest])
         reached = floor if read_to is None else read_to
-        before = _moment(self._clock()) - spared
+        before = to_datetime(self._clock()) - spared
         newest = read_to or 0
         async for page in self._newest_first(merchant, begins):
             events = [event for event in page.items if event.created_at >= begins]
@@ -163,11 +164,11 @@ class Reconciliation:
             found.events, found.total = found.events + len(events) + spoiled, page.total
             found.others += spoiled
             found.young += len(events) - len(old)
-            newest = max([newest, *(_milliseconds(event.created_at) for event in events)])
+            newest = max([newest, *(to_milliseconds(event.created_at) for event in events)])
             yield found
-        if newest and not dry_run and (reached is None or begins <= max(_moment(reached), oldest)):
+        if newest and not dry_run and (reached is None or begins <= max(to_datetime(reached), oldest)):
             # Not past a gap that a late `since` leaves, nor past what is left for the next time, nor our own clock.
-            await self._marks.put(f"{WATERMARK} {merchant}", min(newest, _milliseconds(before)))
+            await self._marks.put(f"{WATERMARK} {merchant}", min(newest, to_milliseconds(before)))
         found.done = True
         log.info("reconciled", merchant=merchant, events=found.events, missed=found.missed, others=found.others)
         yield found
@@ -356,14 +357,6 @@ def _last_step(address: str) -> str:
 
 def _newest(page: Page[Event]) -> datetime:
     return max((event.created_at for event in page.items), default=datetime.min.replace(tzinfo=UTC))
-
-
-def _moment(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
-
-
-def _milliseconds(moment: datetime) -> int:
-    return int(moment.timestamp() * 1000)
 
 
 async def keep_reconciled(reconciliation: Reconciliation, every: timedelta) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ import structlog
 from adapter.conditions import Result
 from adapter.ledger.verdict_log import Judged
 from adapter.metrics import Metrics
+from adapter.moments import to_datetime
 from adapter.norce.client import Norce, NorceRefused, NorceUnavailable
 from adapter.orders import Order
 from adapter.plugin import Patch, Problem, Refuse
@@ -249,7 +250,7 @@ class Verdicts:
         return held
 
     def _call(self, asked: _Asked, route: Route, seconds: float) -> Call:
-        now = datetime.fromtimestamp(self._clock() / 1000, UTC)
+        now = to_datetime(self._clock())
         return Call(
             route=route.name,
             settings=route.settings[asked.merchant, asked.channel],

@@ -36,7 +36,6 @@ from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH, listen, served
-from adapter.deliveries.attempt import moment
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -45,6 +44,7 @@ from adapter.ledger.settlement import Policy
 from adapter.ledger.store import Store, StoreBusy, StoreUnavailable
 from adapter.ledger.verdict_log import Judged
 from adapter.metrics import Metrics
+from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import Order
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Problem, Settings, ValidationHandler
@@ -206,7 +206,7 @@ class House:
 
         self.store = Store.open(self.config.store.url)
         self.metrics = Metrics("0")
-        self._handlers = Runner(make_norce=make_norce, clock=lambda: moment(self.store.clock()))
+        self._handlers = Runner(make_norce=make_norce, clock=lambda: to_datetime(self.store.clock()))
         self._reader = make_norce()
         lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))

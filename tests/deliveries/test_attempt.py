@@ -11,9 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
-from adapter.deliveries.attempt import Attempts, Ended, Queue, moment
+from adapter.deliveries.attempt import Attempts, Ended, Queue
 from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Ending, Interrupted
+from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
 from adapter.plugin import (
     Context,
@@ -122,7 +123,7 @@ async def trying(patience: timedelta = PATIENCE * SECOND) -> AsyncIterator[Tryin
     def clock() -> int:
         return made.now
 
-    runner = Runner(make_norce=norce, clock=lambda: moment(clock()), patience=patience)
+    runner = Runner(make_norce=norce, clock=lambda: to_datetime(clock()), patience=patience)
     reader = norce()
     made = Trying(Attempts(runner=runner, norce=reader, clock=clock), runner)
     watching = asyncio.create_task(runner.watch(every=timedelta(milliseconds=10)))

@@ -23,6 +23,7 @@ import httpx
 import msgspec
 
 from adapter.conditions import Result
+from adapter.moments import to_milliseconds
 from adapter.sandbox.norce.orders import (
     WATCHED,
     Call,
@@ -423,5 +424,5 @@ def _is_loopback(host: str) -> bool:
 
 def _uuid7(now: datetime, chance: random.Random) -> uuid.UUID:
     """As Norce's bus gives them: they begin with the time."""
-    milliseconds = int(now.timestamp() * 1000)
+    milliseconds = to_milliseconds(now)
     return uuid.UUID(int=milliseconds << 80 | 7 << 76 | chance.getrandbits(12) << 64 | 2 << 62 | chance.getrandbits(62))
