@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
+from urllib.parse import urljoin
 
 import jsonschema_rs
 import msgspec
@@ -81,6 +82,19 @@ class Evaluation:
     result: Result
     code: str | None  # None where it matched
     where: str | None  # JSON Pointer into the tree: the scope, or as much of it as there is
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailingKeyword:
+    """
+    The reason why a condition does not hold: a keyword and two places. It holds no value, so it may be logged.
+
+    A search that reached its bound names the deepest keyword that it found.
+    """
+
+    keyword: str | None  # None: the schema at this place is `false`
+    schema: str  # JSON Pointer into the schema; a step through a reference is written /$ref
+    where: str  # JSON Pointer into the tree; for `required`, of the member that is missing
 
 
 class Missing(Enum):
@@ -190,6 +204,15 @@ class CompiledCondition:
         except BaseException:  # noqa: BLE001 -- a panic in the engine is no Exception, and must not stop the intake
             return Evaluation(result=Result.ERROR, code="engine", where=self._scope)
 
+    def reason(self, tree: object) -> FailingKeyword | None:
+        """
+        Find the keyword that fails, in bounded time. None if the condition matches, cannot be decided or has nothing at
+        its scope, and if the bound was reached before any keyword was found.
+        """
+        if self.evaluate(tree) != self._not_matched:
+            return None
+        return _Search(self.schema, self._cost).find(self.value(tree), self._scope)
+
     def _why_missing(self, tree: object) -> Evaluation:
         for depth, token in enumerate(self._tokens):
             if isinstance(tree, list):
@@ -203,7 +226,9 @@ class CompiledCondition:
         return f"<CompiledCondition {self._scope}>"
 
 
-def _engine(schema: Any, size_limit: int = max(PATTERN_SIZES)) -> jsonschema_rs.Draft202012Validator:
+def _engine(
+    schema: Any, size_limit: int = max(PATTERN_SIZES), registry: jsonschema_rs.Registry | None = None
+) -> jsonschema_rs.Draft202012Validator:
     """
     What decides. `offline` and the empty registry of `_Cost` are two locks on one door: either keeps us from fetching.
 
@@ -214,6 +239,7 @@ def _engine(schema: Any, size_limit: int = max(PATTERN_SIZES)) -> jsonschema_rs.
             schema,
             offline=True,
             validate_formats=False,
+            registry=registry,
             pattern_options=jsonschema_rs.RegexOptions(size_limit=size_limit, dfa_size_limit=1024 * 1024),
         )
     except jsonschema_rs.ValidationError as error:
@@ -256,7 +282,7 @@ class _Cost:
             (uri, METASCHEMAS[uri]) for uri in METASCHEMAS if uri.startswith(DIALECT_FAMILY)
         )
         self._checked = {id(METASCHEMAS[uri].contents) for uri in METASCHEMAS}
-        self._pattern_weights: dict[str, int] = {}
+        self.pattern_weights: dict[str, int] = {}
         self._following: dict[object, int] = {}  # the schemas on the way here, and how far into the value each was
         self._nodes = 0
         self._returns: list[object] = []
@@ -270,7 +296,7 @@ class _Cost:
             ask, _ = self._count(schema, resolver, "", into=0, depth=0)
         except ValueError as error:
             raise ConditionInvalid("ref_unresolvable", "", "an $id or $ref is not a URI") from error
-        self.patterns = bool(self._pattern_weights)
+        self.patterns = bool(self.pattern_weights)
         # Each remembered schema is asked from every way back. Within the limit, a value of 100 parts is always decided.
         self.weight = ask * max(1, len(set(self._returns)) * len(self._returns))
         if self.weight > MOST_NODES:
@@ -423,17 +449,197 @@ class _Cost:
     def _pattern_weight(self, pattern: str, where: str) -> int:
         if len(pattern) > LONGEST_PATTERN:
             raise ConditionInvalid("pattern_too_long", where)
-        if pattern not in self._pattern_weights:
+        if pattern not in self.pattern_weights:
             for size, weight in PATTERN_SIZES.items():
                 try:
                     _engine({"pattern": pattern}, size_limit=size)
                 except ConditionInvalid:
                     continue
-                self._pattern_weights[pattern] = weight
+                self.pattern_weights[pattern] = weight
                 break
             else:
                 raise ConditionInvalid("pattern_unsupported", where)
-        return self._pattern_weights[pattern]
+        return self.pattern_weights[pattern]
+
+
+# Keywords that are decided together with those beside them.
+_TOGETHER = {
+    "if": ("then", "else"),
+    "additionalProperties": ("properties", "patternProperties"),
+    "items": ("prefixItems",),
+    "contains": ("minContains", "maxContains"),
+}
+# Keywords in the order in which they are tried; the others come first. A keyword follows those that it depends on, and
+# those that tell less come late.
+_TRIED_LAST = (
+    *("$ref", "allOf", "if", "dependentSchemas", "dependencies"),
+    *("properties", "patternProperties", "propertyNames", "additionalProperties", "prefixItems", "items", "contains"),
+    *("not", "anyOf", "oneOf", "$dynamicRef", *_UNEVALUATED),
+)
+_BASE = "https://schema.invalid/"  # what references are relative to where no $id says otherwise
+# A step is one node of a schema on one character of a value; a compilation counts as this many characters. Measured,
+# a search takes at most a second.
+_STEPS_OF_A_SEARCH, _COMPILING = 20_000_000, 50
+_LONGEST_WAY = 400  # names in the place in the schema
+
+
+class _SearchEnded(Exception):
+    """The bound was reached."""
+
+
+class _Step(NamedTuple):
+    """A subschema and the part of the value that it applies to, with the steps to both."""
+
+    subschema: Any
+    schema: tuple[str, ...]
+    part: Any
+    where: tuple[str, ...] = ()
+
+
+class _Search:
+    """
+    The search for the keyword that fails: each keyword by itself is put to the engine, then what is below it.
+
+    Its bound counts work, not time, so that the answer is always the same.
+    """
+
+    def __init__(self, schema: Any, cost: _Cost) -> None:
+        uri = urljoin(_BASE, schema.get("$id", "")) if isinstance(schema, dict) else _BASE
+        self._schema = _absolute(schema, _BASE)
+        self._weight = cost.weight
+        self._pattern_weight = max(cost.pattern_weights.values(), default=1)
+        self._registry = jsonschema_rs.Registry([(uri, self._schema)])
+        self._resolver = Registry().with_resource(uri, DRAFT202012.create_resource(self._schema)).resolver()
+        self._engines: dict[int, tuple[Any, int, jsonschema_rs.Draft202012Validator]] = {}
+        self._steps_left = _STEPS_OF_A_SEARCH
+
+    def find(self, value: Any, scope: str) -> FailingKeyword | None:
+        return self._find(self._schema, value, "", scope)
+
+    def _find(self, schema: Any, value: Any, at: str, where: str) -> FailingKeyword | None:
+        """Find the failing keyword of a schema that does not hold."""
+        found = None
+        with suppress(_SearchEnded, ConditionInvalid, Unresolvable, ValueError):
+            while at.count("/") < _LONGEST_WAY:
+                if schema is False:
+                    return FailingKeyword(keyword=None, schema=at, where=where)
+                failing = (each for each in _in_order(schema) if self._fails(_alone(schema, each), value))
+                keyword = next(failing, None)
+                if keyword is None:  # such as a `$dynamicRef`, which leads elsewhere without the schemas around it
+                    break
+                missing = [name for name in schema[keyword] if name not in value] if keyword == "required" else []
+                place = where + _pointer(missing[:1])
+                found = FailingKeyword(keyword=keyword, schema=at + _pointer([keyword]), where=place)
+                steps = self._steps(schema, keyword, value)
+                if keyword in ("anyOf", "oneOf"):
+                    return self._deepest(list(steps), at, where) or found
+                step = next((step for step in steps if self._fails(step.subschema, step.part)), None)
+                if step is None:
+                    break
+                schema, value = step.subschema, step.part
+                at, where = at + _pointer(step.schema), where + _pointer(step.where)
+        return found
+
+    def _deepest(self, branches: list[_Step], at: str, where: str) -> FailingKeyword | None:
+        """Find the one failure that is deepest in the value: most likely its branch is the one that was meant."""
+        if not all(self._fails(branch.subschema, branch.part) for branch in branches):  # `oneOf`: more than one holds
+            return None
+        failures = [
+            self._find(branch.subschema, branch.part, at + _pointer(branch.schema), where) for branch in branches
+        ]
+        depths = [failure.where.count("/") if failure else 0 for failure in failures]
+        return failures[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
+
+    def _steps(self, schema: dict[str, Any], keyword: str, value: Any) -> Iterator[_Step]:
+        """What is below a failing keyword; nothing where its subschemas do not tell why it fails."""
+        below = schema[keyword]
+        match keyword:
+            case "$ref":
+                yield _Step(self._resolver.lookup(below).contents, (keyword,), value)
+            case "allOf" | "anyOf" | "oneOf":
+                for index, branch in enumerate(below):
+                    yield _Step(branch, (keyword, str(index)), value)
+            case "if":
+                for branch in ("then", "else"):
+                    if branch in schema and self._fails(below, value) is (branch == "else"):
+                        yield _Step(schema[branch], (branch,), value)
+            case "dependentSchemas" | "dependencies":
+                for name, branch in below.items():
+                    if name in value and isinstance(branch, (dict, bool)):
+                        yield _Step(branch, (keyword, name), value)
+            case "properties":
+                for name, branch in below.items():
+                    if name in value:
+                        yield _Step(branch, (keyword, name), value[name], (name,))
+            case "patternProperties":
+                for pattern, branch in below.items():
+                    matching = {"pattern": pattern}
+                    for name, part in value.items():
+                        if not self._fails(matching, name):
+                            yield _Step(branch, (keyword, pattern), part, (name,))
+            case "propertyNames":
+                for name in value:
+                    yield _Step(below, (keyword,), name, (name,))
+            case "additionalProperties":
+                alone = _alone(schema, keyword)
+                for name, part in value.items():
+                    if self._fails(alone, {name: part}):
+                        yield _Step(below, (keyword,), part, (name,))
+            case "prefixItems":
+                for index, (branch, part) in enumerate(zip(below, value, strict=False)):
+                    yield _Step(branch, (keyword, str(index)), part, (str(index),))
+            case "items":
+                for index in range(len(schema.get("prefixItems", ())), len(value)):
+                    yield _Step(below, (keyword,), value[index], (str(index),))
+
+    def _fails(self, schema: Any, value: Any) -> bool:
+        if id(schema) not in self._engines:
+            text = msgspec.json.encode(schema)
+            weight = self._weight
+            if not any(word in text for word in (b'"$ref"', b'"$dynamicRef"', b'"unevaluated')):
+                weight = min(weight, _size(schema) * (self._pattern_weight if b'"pattern' in text else 1))
+            self._spend(weight * _COMPILING)
+            self._engines[id(schema)] = schema, weight, _engine(schema, registry=self._registry)
+        _, weight, engine = self._engines[id(schema)]
+        self._spend(weight * len(json.dumps(value)))
+        return not engine.is_valid(value)
+
+    def _spend(self, steps: int) -> None:
+        self._steps_left -= 1000 + steps
+        if self._steps_left < 0:
+            raise _SearchEnded
+
+
+def _in_order(schema: Any) -> list[str]:
+    known = [keyword for keyword in schema if not keyword.startswith("$") or keyword in _TRIED_LAST]
+    return sorted(known, key=lambda keyword: _TRIED_LAST.index(keyword) if keyword in _TRIED_LAST else -1)
+
+
+def _alone(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
+    """What decides a keyword by itself. It is asked after those that it depends on, which hold."""
+    if keyword in _UNEVALUATED:
+        return schema
+    return {each: schema[each] for each in (keyword, *_TOGETHER.get(keyword, ())) if each in schema}
+
+
+def _absolute(schema: Any, base: str) -> Any:
+    """A copy whose references mean the same wherever a part of it stands."""
+    if not isinstance(schema, dict):
+        return schema
+    base = urljoin(base, schema.get("$id", ""))
+    copy = dict(schema)
+    for keyword in copy.keys() & {"$ref", "$dynamicRef"}:
+        ref = copy[keyword]
+        copy[keyword] = base.partition("#")[0] + ref if ref.startswith("#") else urljoin(base, ref)
+    for keyword in copy.keys() & _WITH_SUBSCHEMAS:
+        below = copy[keyword]
+        if keyword in _BY_NAME:
+            copy[keyword] = {name: _absolute(part, base) for name, part in below.items()}
+        else:
+            copy[keyword] = (
+                [_absolute(part, base) for part in below] if isinstance(below, list) else _absolute(below, base)
+            )
+    return copy
 
 
 def _plain_copy(schema: Any) -> Any:

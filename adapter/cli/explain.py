@@ -1,12 +1,12 @@
 """
-`explain`: who wants this event, and why. The decisions are the service's own; `reasons` only tells what is behind them.
+`explain`: who wants this event, and why. Decisions and reasons are the service's own.
 
 It reads what the service reads, an order with people in it, and shows of it names, places and kinds: never a value.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from jsonpointer import JsonPointer
 from sqlalchemy import select
 
 from adapter.cli.ledger import ID
-from adapter.cli.reasons import DIFFERENCES, Answer, Library, Question, reasons
 from adapter.cli.shared import NOTHING_MATCHED, USAGE, config_option, configured, end, output_option, printable, reading
 from adapter.conditions import MISSING, CompiledCondition, Result
 from adapter.config import Config
@@ -24,20 +23,12 @@ from adapter.ledger.schema import notifications
 from adapter.orders import NotAnOrder, decode, order_in
 from adapter.routing.routes import Callback, Routes, wants
 
-Ask = Callable[[Sequence[Question]], Sequence[Answer]]
-Asked = list[tuple[dict[str, Any], Question]]  # what is told of a condition, and the question that completes it
-
 _RESULTS = {"matched": "wants it", "not_matched": "does not want it", "error": "cannot tell"}
 _ERRORS = {
     "scope_in_array": "the scope leads through an array, which no condition can",
     "too_deep": "it is nested too deeply to be decided",
     "too_costly": "it is too large for this schema; a smaller scope helps",
     "number_too_large": "it has a number beyond 64 bits, and the schema asks about numbers",
-}
-_LIBRARY = {
-    Library.DIFFERS.value: "the library jsonschema by itself decides otherwise",
-    Library.CANNOT_TELL.value: "the library jsonschema by itself cannot decide this",
-    Library.TOO_SLOW.value: "the library jsonschema by itself came to no end",
 }
 
 
@@ -74,18 +65,15 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
             click.echo(printable(line))
 
 
-def explained(
-    built: Routes, callback: Callback, order: dict[str, Any], place: tuple[str, str], ask: Ask = reasons
-) -> dict[str, Any]:
+def explained(built: Routes, callback: Callback, order: dict[str, Any], place: tuple[str, str]) -> dict[str, Any]:
     """
     Everything about one event, as plain values. `place` is its merchant and channel: the rules of the handler `rules`
     are settings, which they may have for themselves.
     """
-    asked: Asked = []
     told: dict[str, Any] = {
         "callback": callback.name,
         "kind": callback.kind,
-        "condition": _told(callback.condition, order, asked),
+        "condition": _told(callback.condition, order),
         "routes": [],
     }
     for route in built.of(callback.name):
@@ -98,15 +86,10 @@ def explained(
                 "handler": route.handler_name,
                 "result": result.value,
                 "no_answer": route.no_answer,
-                "when": _told(route.when, order, asked),
-                "rules": [{"code": rule.code, "rule": _told(rule.compiled, order, asked)} for rule in rules],
+                "when": _told(route.when, order),
+                "rules": [{"code": rule.code, "rule": _told(rule.compiled, order)} for rule in rules],
             }
         )
-    for (seen, _), answer in zip(asked, ask([question for _, question in asked]), strict=True):
-        seen |= {"library": answer.library.value, "differs_by": list(answer.differs_by)}
-        if answer.reason is not None:
-            seen |= {"keyword": answer.reason.keyword, "schema_at": answer.reason.schema}
-            seen |= _found(order, seen["scope"] + answer.reason.value)
     return told
 
 
@@ -121,23 +104,23 @@ def kind(value: Any) -> str:
     return "string" if isinstance(value, str) else "number"
 
 
-def _told(condition: CompiledCondition | None, order: dict[str, Any], asked: Asked) -> Any:
+def _told(condition: CompiledCondition | None, order: dict[str, Any]) -> Any:
     """What became of a condition; None where there is none."""
     if condition is None:
         return None
-    evaluation, value = condition.evaluate(order), condition.value(order)
+    evaluation, reason = condition.evaluate(order), condition.reason(order)
     scope = str(condition.condition.scope)
-    seen = {"scope": scope, "kind": kind(value), "result": evaluation.result.value, "code": evaluation.code}
-    seen |= _found(order, evaluation.where or scope)
-    seen |= dict.fromkeys(("keyword", "schema_at", "library", "differs_by"))
-    if evaluation.code in (None, "schema"):
-        holds = evaluation.result is Result.MATCHED
-        asked.append((seen, Question(schema=condition.schema, value=value, holds=holds)))
-    return seen
-
-
-def _found(order: dict[str, Any], at: str) -> dict[str, str]:
-    return {"at": at, "kind_at": kind(JsonPointer(at).resolve(order, MISSING))}
+    at = reason.where if reason else evaluation.where or scope
+    return {
+        "scope": scope,
+        "kind": kind(condition.value(order)),
+        "result": evaluation.result.value,
+        "code": evaluation.code,
+        "at": at,
+        "kind_at": kind(JsonPointer(at).resolve(order, MISSING)),
+        "keyword": reason and reason.keyword,
+        "schema_at": reason and reason.schema,
+    }
 
 
 def in_words(told: dict[str, Any]) -> Iterator[str]:
@@ -168,13 +151,12 @@ def _sentence(seen: dict[str, Any]) -> str:
         why = f"cannot be decided: {_ERRORS.get(seen['code'], seen['code'])}, at {at}"
     elif seen["schema_at"] is None:
         why = "does not hold; no reason was found in the schema"
+    elif seen["schema_at"] is None:
+        why = "does not hold; the schema is too large to find the keyword"
+    elif seen["keyword"] is None:
+        why = f"does not hold: the schema at {seen['schema_at'] or 'its root'} is false, for {at}"
     else:
-        within = "at" if seen["keyword"] else "at or inside"
-        fails = f"{seen['keyword'] or 'false'} fails {within} {at}"
-        why = f"does not hold: {fails}; in the schema {within} {seen['schema_at'] or 'its root'}"
-    if seen["library"] in _LIBRARY:
-        known = "; ".join(dict.fromkeys(DIFFERENCES[keyword] for keyword in seen["differs_by"]))
-        why += f" ({_LIBRARY[seen['library']]}{known and f': {known}'})"
+        why = f"does not hold: {seen['keyword']} fails at {at}; in the schema at {seen['schema_at']}"
     return f"{seen['scope']} ({seen['kind']}) {why}"
 
 

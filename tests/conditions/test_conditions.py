@@ -429,7 +429,7 @@ SCHEMAS: list[Any] = [
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(value=parsed_values, deep=st.integers(min_value=0, max_value=90), wide=st.sampled_from([0, 1000, 60_000]))
 def test_what_our_parser_made_is_decided_the_same_without_being_looked_at(
     schema: Any, value: Any, deep: int, wide: int
