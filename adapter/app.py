@@ -36,13 +36,13 @@ from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox
-from adapter.ledger.key_values import Marks, TakenDocuments
+from adapter.ledger.key_values import StoredDocuments, Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.maintenance import Retention, Upkeep, keep_pruned
-from adapter.ledger.settlement import Policy
+from adapter.ledger.maintenance import Maintenance, Retention, keep_pruned
+from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
-from adapter.ledger.verdict_log import Docket
+from adapter.ledger.verdict_log import VerdictLog
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce, base_url
@@ -85,8 +85,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         stack.callback(store.close)
         health, metrics = Health(), Metrics(VERSION)
         health.checks["store"] = lambda: not store.failing
-        docket = Docket(store, dropped=metrics.verdicts_dropped.inc)
-        stack.push_async_callback(docket.flush)
+        verdict_log = VerdictLog(store, dropped=metrics.verdicts_dropped.inc)
+        stack.push_async_callback(verdict_log.flush)
 
         def make_norce() -> Norce:
             return client(config, metrics)
@@ -119,7 +119,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         )
         documents = Documents(
             config, routes, norce, published_schema(config, routes),
-            taken=TakenDocuments(store), metrics=metrics, changed=dispatcher.wake,
+            taken=StoredDocuments(store), metrics=metrics, changed=dispatcher.wake,
         )  # fmt: skip
         if config.norce.refresh:
             await documents.recall()
@@ -143,7 +143,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
                 metrics=metrics,
                 clock=store.clock,
                 misses=Misses(most=config.verdicts.misses, bypass=config.verdicts.bypass),
-                record=docket.record,
+                record=verdict_log.record,
             ),
             metrics=metrics,
             adapter_id=config.adapter.id,
@@ -165,8 +165,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         for name, coroutine in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
-            ("docket", docket.keep()),
-            ("retention", keep_pruned(Upkeep(store, retention(config)))),
+            ("verdict_log", verdict_log.keep()),
+            ("retention", keep_pruned(Maintenance(store, retention(config)))),
             ("configuration", documents.keep(config.norce.refresh)),
             ("reconciliation", keep_reconciled(healing, config.reconciliation.every)),
         ):
@@ -254,10 +254,10 @@ def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
     ]
 
 
-def pause_policy(config: Config) -> Policy:
+def pause_policy(config: Config) -> PausePolicy:
     """When a queue pauses by itself."""
     given = config.dispatcher
-    return Policy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
+    return PausePolicy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
 
 
 def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> Norce:
@@ -297,7 +297,7 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
     return Reconciliation(
         norce,
         intake,
-        Marks(store),
+        Watermarks(store),
         merchants=channels(config),
         adapter_id=config.adapter.id,
         overlap=config.reconciliation.overlap,

@@ -53,7 +53,7 @@ class Server:
         if self._migrated is None:
             self._migrated = self.empty()
             Store.open(self._migrated).close()
-            rows(self._migrated, "UPDATE marks SET value = 0")
+            rows(self._migrated, "UPDATE watermarks SET value = 0")
         url = self._make(f"{database_of(self._migrated)} STRATEGY FILE_COPY")
         self._copies.add(url)
         return url
@@ -121,8 +121,8 @@ def clear(url: str) -> None:
             rows(url, f"DELETE FROM {table}")
     else:
         rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY")
-    rows(url, "UPDATE marks SET value = 0")
-    rows(url, "DELETE FROM marks WHERE name NOT LIKE 'clock%'")
+    rows(url, "UPDATE watermarks SET value = 0")
+    rows(url, "DELETE FROM watermarks WHERE name NOT LIKE 'clock%'")
     rows(url, f"UPDATE alembic_version SET version_num = '{head()}'")
 
 

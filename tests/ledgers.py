@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
-from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
+from adapter.ledger.claims import Claim, Claimed, QueueKey, QueueLimits, Record
 from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import Attempt, Ending, Handling, Policy, Result
+from adapter.ledger.settlement import Attempt, Ending, Handling, PausePolicy, Result
 from adapter.ledger.store import Store
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 from tests.databases import rows
@@ -84,7 +84,7 @@ class Ledger:
         self.store = Store.open(url, clock=clock)
         self.lease = Lease(self.store, version="test")
         self.do(self.lease.enter())
-        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=Policy())
+        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=PausePolicy())
         self.queues = self.do(self.lanes.open_queues([EXPORT, HISTORY, OTHER]))
         self.export, self.history, self.other = (self.queues[key] for key in (EXPORT, HISTORY, OTHER))
 
@@ -94,11 +94,13 @@ class Ledger:
     def receive(self, receipt: Receipt) -> Received:
         return self.do(self.inbox.receive(receipt))
 
-    def asks(self, *queues: int, concurrency: int = 100) -> list[Ask]:
-        return [Ask(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)]
+    def limits(self, *queues: int, concurrency: int = 100) -> list[QueueLimits]:
+        return [
+            QueueLimits(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)
+        ]
 
-    def take(self, *queues: int, most: int = 100, concurrency: int = 100) -> Taken:
-        return self.do(self.lanes.claim(self.asks(*queues, concurrency=concurrency), most))
+    def take(self, *queues: int, most: int = 100, concurrency: int = 100) -> Claimed:
+        return self.do(self.lanes.claim(self.limits(*queues, concurrency=concurrency), most))
 
     def claim(self, *queues: int, most: int = 100) -> list[Claim]:
         return self.take(*queues, most=most).claims

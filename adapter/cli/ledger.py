@@ -51,7 +51,7 @@ from adapter.ledger.clock import seen_from_outside
 from adapter.ledger.commands import MOST_A_STEP, Commands, Pause, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
-from adapter.ledger.queries import Desk, Matching
+from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
 
@@ -59,7 +59,7 @@ DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
 ID = click.IntRange(0, 2**63 - 1)
-Asked = TypeVar("Asked", Matching, Step, Pause)
+Asked = TypeVar("Asked", DeliveryFilter, Step, Pause)
 
 
 def _who() -> str:
@@ -118,9 +118,9 @@ def deliveries_group() -> None:
 @list_options
 def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List deliveries, the newest first."""
-    matching = _asked(given, Matching)
+    matching = _asked(given, DeliveryFilter)
     with reading(loaded(config_path)) as connection:
-        rows = Desk(connection).deliveries(matching, limit=limit)
+        rows = Queries(connection).deliveries(matching, limit=limit)
     print_rows(rows, output, DELIVERY_COLUMNS)
 
 
@@ -130,7 +130,7 @@ def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) ->
 def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     """Show one delivery with its attempts."""
     with reading(loaded(config_path)) as connection:
-        delivery = Desk(connection).delivery(delivery_id)
+        delivery = Queries(connection).delivery(delivery_id)
     _show(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
 
 
@@ -177,7 +177,7 @@ def _step_through(
     step = _asked({"matching": {"ids": ids, **given}, "by": by, "most": most, "unknown": unknown}, Step)
     config = loaded(config_path)
     with reading(config) as connection:
-        counted = Desk(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
+        counted = Queries(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
     if name == "retry" and unknown == "leave":
         left_out = sum(row["count"] for row in counted if row["reason"] == Reason.UNKNOWN.value)
         counted = [row for row in counted if row["reason"] != Reason.UNKNOWN.value]
@@ -235,7 +235,7 @@ def notifications_group() -> None:
 def notifications_list(limit: int, output: str, config_path: Path, **given: str | None) -> None:
     """List notifications, the newest first."""
     with reading(loaded(config_path)) as connection:
-        rows = Desk(connection).notifications(limit=limit, **given)
+        rows = Queries(connection).notifications(limit=limit, **given)
     print_rows(
         rows, output, ("id", "received_at", "order_id", "callback", "merchant", "channel", "source", "conflicts_with")
     )
@@ -247,7 +247,7 @@ def notifications_list(limit: int, output: str, config_path: Path, **given: str 
 def notifications_show(notification_id: int, output: str, config_path: Path) -> None:
     """Show one notification with its deliveries; never its body."""
     with reading(loaded(config_path)) as connection:
-        notification = Desk(connection).notification(notification_id)
+        notification = Queries(connection).notification(notification_id)
     missing = f"there is no notification {notification_id}"
     _show(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
 
@@ -274,7 +274,7 @@ def queues_list(output: str, config_path: Path) -> None:
     """List the queues: which run, which are paused by what, and what waits in them."""
     config = loaded(config_path)
     with reading(config) as connection:
-        rows = Desk(connection).queues(seen_from_outside(database_at(config.store.url), connection))
+        rows = Queries(connection).queues(seen_from_outside(database_at(config.store.url), connection))
     columns = ("route", "merchant", "channel", "state", "paused_by", "reason", "paused_until", "waiting", "running")
     print_rows(rows, output, columns)
 
@@ -330,7 +330,7 @@ def store_stats(output: str, config_path: Path) -> None:
     config = loaded(config_path)
     with reading(config) as connection:
         now = seen_from_outside(database_at(config.store.url), connection)
-        counted = figures(connection) | {"processes": Desk(connection).processes(now)}
+        counted = figures(connection) | {"processes": Queries(connection).processes(now)}
     _show(counted, "processes", output)
 
 
@@ -339,7 +339,7 @@ def store_stats(output: str, config_path: Path) -> None:
 def store_actions(limit: int, output: str, config_path: Path) -> None:
     """List what people did to queues and deliveries: who, when and why."""
     with reading(loaded(config_path)) as connection:
-        rows = Desk(connection).actions(limit)
+        rows = Queries(connection).actions(limit)
     print_rows(rows, output, ("id", "at", "command", "who", "why", "matching", "changed"))
 
 

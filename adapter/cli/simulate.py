@@ -20,7 +20,7 @@ from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import PortInUse, listen, served
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading
 from adapter.config import Config
-from adapter.ledger.queries import Desk, Matching
+from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.norce.api import V0
 from adapter.registrations.on_orders import registrations
 from adapter.sandbox.norce import Simulator, StoreUnusable, Switches, SwitchInvalid
@@ -129,7 +129,7 @@ def adapter_at(address: str, config: Config) -> Adapter:
 
     def deliveries(state: str | None) -> list[dict[str, Any]]:
         with reading(config) as connection:
-            return Desk(connection).deliveries(Matching(state=state), limit=MOST_DELIVERIES)
+            return Queries(connection).deliveries(DeliveryFilter(state=state), limit=MOST_DELIVERIES)
 
     shops = tuple((merchant, channel) for merchant, its in config.merchants.items() for channel in its.channels)
     return Adapter(shops=shops, registrations=wanted, deliveries=deliveries)

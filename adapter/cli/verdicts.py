@@ -15,7 +15,7 @@ from adapter.cli.shared import (
     reading,
     route_option,
 )
-from adapter.ledger.queries import Desk
+from adapter.ledger.queries import Queries
 
 COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
 since_option = click.option("--since", callback=as_moment, help="Only what was known then or later; UTC, if not said.")
@@ -35,7 +35,7 @@ def verdicts_group() -> None:
 def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
     """List verdicts, the newest first, with what counted in their stead."""
     with reading(loaded(config_path)) as connection:
-        rows = Desk(connection).verdicts(**given)
+        rows = Queries(connection).verdicts(**given)
     if output == "table":
         rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
     print_rows(rows, output, COLUMNS)
@@ -49,5 +49,5 @@ def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
     Count them by route: how many differ from what was answered, and how long the caller had waited when it hung up.
     """
     with reading(loaded(config_path)) as connection:
-        rows = Desk(connection).count_verdicts(since=since)
+        rows = Queries(connection).count_verdicts(since=since)
     print_rows(rows, output)

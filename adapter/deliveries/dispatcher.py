@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 
 from adapter.deliveries.attempt import Attempts, Ended, Queue
-from adapter.ledger.claims import Ask, Claim, Record
+from adapter.ledger.claims import Claim, QueueLimits, Record
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import Attempt, Settlement, State
@@ -57,8 +57,8 @@ class Dispatcher:
     ) -> None:
         self._queues = queues
         around = before_handler + SLACK
-        self._asks = [
-            Ask(
+        self._limits = [
+            QueueLimits(
                 queue_id=key,
                 concurrency=queue.route.concurrency,
                 doubt_ms=in_milliseconds(around + queue.route.timeout),
@@ -152,7 +152,7 @@ class Dispatcher:
         """Claims what there is room for, and starts it; how long to wait for more, or None for not at all."""
         await self._give_back()
         free = self._slots - len(self._tasks)
-        asks = [ask for ask in self._asks if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
+        asks = [ask for ask in self._limits if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
         self._has_room = bool(asks)
         asks = [ask for ask in asks if not self._is_off(self._queues[ask.queue_id])]
         if not asks:  # a slot that is given back will wake us, or who switches a channel on

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adapter.ledger.settlement import Attempt, PausedBy, Pausing, Reason, Result, Settlement, State
+from adapter.ledger.settlement import Attempt, PausedBy, QueueState, Reason, Result, Settlement, State
 from adapter.moments import to_datetime, to_milliseconds
 from adapter.plugin import Previous
 
@@ -24,7 +24,7 @@ class QueueKey:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class QueueLimits:
     """A queue to take work from: how many of its lanes all nodes may hold at once, how long a claim is in doubt."""
 
     queue_id: int
@@ -63,7 +63,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taken:
+class Claimed:
     """What a claim brought, and when the next queue will have a lane that is not due yet; None where nothing waits."""
 
     claims: list[Claim]
@@ -169,8 +169,8 @@ def attempt_row(record: Record, now: int) -> tuple[Any, ...]:
     )
 
 
-def pausing_of(row: Any) -> Pausing:
-    return Pausing(
+def pausing_of(row: Any) -> QueueState:
+    return QueueState(
         paused_until=row.paused_until,
         paused_by=None if row.paused_by is None else PausedBy(row.paused_by),
         reason=row.pause_reason,
@@ -179,7 +179,7 @@ def pausing_of(row: Any) -> Pausing:
     )
 
 
-def queue_columns(pausing: Pausing) -> dict[str, Any]:
+def queue_columns(pausing: QueueState) -> dict[str, Any]:
     return {
         "paused_until": pausing.paused_until,
         "paused_by": pausing.paused_by and pausing.paused_by.value,

@@ -13,7 +13,7 @@ import structlog
 from sqlalchemy import Connection, Select, select
 
 from adapter.ledger.databases import Database
-from adapter.ledger.schema import marks
+from adapter.ledger.schema import watermarks
 
 log = structlog.get_logger(__name__)
 
@@ -98,8 +98,8 @@ def seen_from_outside(database: Database, connection: Connection) -> int:
 
 
 def _read(name: str) -> Select[int]:
-    return select(marks.c.value).where(marks.c.name == name)
+    return select(watermarks.c.value).where(watermarks.c.name == name)
 
 
 def _write(connection: Connection, name: str, value: int) -> None:
-    connection.execute(marks.update().where(marks.c.name == name).values(value=value))
+    connection.execute(watermarks.update().where(watermarks.c.name == name).values(value=value))

@@ -14,7 +14,7 @@ from msgspec import Meta
 from sqlalchemy import Connection, insert, select, update
 
 from adapter.ledger.claims import pausing_of, queue_columns
-from adapter.ledger.queries import By, Id, Matching, Text, joined
+from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
 from adapter.ledger.retry import locked_lanes, retry_dead_letters
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
@@ -38,8 +38,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     that, so `send` wants to know which they are, or until when.
     """
 
-    matching: Matching
-    by: By
+    matching: DeliveryFilter
+    by: Author
     most: Annotated[int, Meta(ge=1, le=MOST_A_STEP)] = MOST_A_STEP
     after: Id = 0
     action: Id | None = None
@@ -62,7 +62,7 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """Queues to pause or resume: all of a route, or of one merchant or channel. At least the route must be given."""
 
     route: Text
-    by: By
+    by: Author
     merchant: Text | None = None
     channel: Text | None = None
 
@@ -182,7 +182,7 @@ class Commands:
         self,
         connection: Connection,
         command: str,
-        by: By,
+        by: Author,
         asked: Mapping[str, Any],
         changed: int,
         action: int | None = None,

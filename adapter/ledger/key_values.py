@@ -9,19 +9,19 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, bindparam, delete, select, text
 
-from adapter.ledger.schema import documents, marks
+from adapter.ledger.schema import documents, watermarks
 from adapter.ledger.store import Store
 
 SET = text(
-    "INSERT INTO marks (name, value) VALUES (:name, :value)"
-    " ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE marks.value <= :until RETURNING name"
+    "INSERT INTO watermarks (name, value) VALUES (:name, :value)"
+    " ON CONFLICT (name) DO UPDATE SET value = excluded.value WHERE watermarks.value <= :until RETURNING name"
 )
-READ = select(marks.c.value).where(marks.c.name == bindparam("name"))
+READ = select(watermarks.c.value).where(watermarks.c.name == bindparam("name"))
 LARGEST = 2**63 - 1
 
 
-class Marks:
-    """Marks by their names; values are milliseconds. Raises `StoreUnavailable`."""
+class Watermarks:
+    """Watermarks by their names; values are milliseconds. Raises `StoreUnavailable`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -60,7 +60,7 @@ FORGET_DOCUMENT = delete(documents).where(
 )
 
 
-class TakenDocuments:
+class StoredDocuments:
     """One document of each merchant and channel, as bytes. Raises `StoreUnavailable`."""
 
     def __init__(self, store: Store) -> None:

@@ -26,11 +26,11 @@ import structlog
 from sqlalchemy import Connection, bindparam, func, literal_column, select, update
 
 from adapter.ledger.claims import (
-    Ask,
     Claim,
+    Claimed,
     QueueKey,
+    QueueLimits,
     Record,
-    Taken,
     attempt_row,
     claim_of,
     delivery_after,
@@ -43,7 +43,16 @@ from adapter.ledger.databases import among
 from adapter.ledger.lease import Lease
 from adapter.ledger.retry import locked_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
-from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Pausing, Policy, Settlement, after_attempt, settle
+from adapter.ledger.settlement import (
+    FOR_EVER,
+    RUNNING,
+    PausedBy,
+    PausePolicy,
+    QueueState,
+    Settlement,
+    after_attempt,
+    settle,
+)
 from adapter.ledger.store import Store
 
 log = structlog.get_logger(__name__)
@@ -108,7 +117,7 @@ WITH_MORE = select(lanes.c.id).where(among(lanes.c.id), _turn.is_not(None))
 class Lanes:
     """Work for one process, under its lease. `policy` says when a queue pauses."""
 
-    def __init__(self, store: Store, lease: Lease, *, policy: Policy) -> None:
+    def __init__(self, store: Store, lease: Lease, *, policy: PausePolicy) -> None:
         self._store = store
         self._clock = store.clock
         self._lease = lease
@@ -140,13 +149,13 @@ class Lanes:
         """
         return await self._store.write(self._open_queues, tuple(keys))
 
-    async def claim(self, asks: Sequence[Ask], most: int) -> Taken:
+    async def claim(self, limits: Sequence[QueueLimits], most: int) -> Claimed:
         """
         Takes at most `most` due lanes, queue by queue in turn, never more of a queue than asked. Then it is on disk.
 
         Raises `StoreUnavailable`; the claims may be on disk all the same, and `give_back` undoes them.
         """
-        return await self._store.write(self._claim, (tuple(asks), most))
+        return await self._store.write(self._claim, (tuple(limits), most))
 
     async def give_back(self, held: Collection[tuple[int, int]]) -> int:
         """Undoes the claims of this process whose fences are not among `held`: nobody has run them. How many."""
@@ -175,37 +184,37 @@ class Lanes:
         }
         return [{key: known[key] for key in keys} for keys in items]
 
-    def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[Ask], int]]) -> list[Taken]:
-        return [self._take(connection, {ask.queue_id: ask for ask in asks}, most) for asks, most in items]
+    def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[QueueLimits], int]]) -> list[Claimed]:
+        return [self._take(connection, {ask.queue_id: ask for ask in limits}, most) for limits, most in items]
 
-    def _take(self, connection: Connection, asks: Mapping[int, Ask], most: int) -> Taken:
+    def _take(self, connection: Connection, limits: Mapping[int, QueueLimits], most: int) -> Claimed:
         now = self._clock()
         due = {
             row.id: max(row.due, row.paused_until or 0)
-            for row in connection.execute(STANDS, {"ids": list(asks)})
+            for row in connection.execute(STANDS, {"ids": list(limits)})
             if row.due is not None and row.paused_until != FOR_EVER
         }
         later = min((moment for moment in due.values() if moment > now), default=None)
         ready = sorted(queue_id for queue_id, moment in due.items() if moment <= now)
         if not ready or most < 1:
-            return Taken(claims=[], next_due_at=later)
+            return Claimed(claims=[], next_due_at=later)
         # One node at a time counts what is held of a queue; the intake does not wait for it.
         locked = connection.execute(LOCKED_QUEUES, {"ids": ready}).all()
         held = Counter(connection.execute(HELD).scalars())
         self._turn += 1
         first = self._turn % len(locked)
-        taken: list[tuple[Any, Ask]] = []
+        taken: list[tuple[Any, QueueLimits]] = []
         for queue in (*locked[first:], *locked[:first]):
-            ask = asks[queue.id]
+            ask = limits[queue.id]
             room = min(pausing_of(queue).room(ask.concurrency, now) - held[queue.id], most - len(taken))
             if room > 0:
                 some = connection.execute(DUE, {"queue": queue.id, "now": now, "room": room})
                 taken += [(lane, ask) for lane in some]
         claims = self._hold(connection, taken, now)
         # Where nothing waited in a lane that was due, another one may still be.
-        return Taken(claims=claims, next_due_at=later if len(claims) == len(taken) else now)
+        return Claimed(claims=claims, next_due_at=later if len(claims) == len(taken) else now)
 
-    def _hold(self, connection: Connection, taken: Sequence[tuple[Any, Ask]], now: int) -> list[Claim]:
+    def _hold(self, connection: Connection, taken: Sequence[tuple[Any, QueueLimits]], now: int) -> list[Claim]:
         if not taken:
             return []
         turns = {row.id: row.delivery_id for row in connection.execute(TURNS, {"ids": [lane.id for lane, _ in taken]})}
@@ -271,7 +280,7 @@ class Lanes:
         settlements |= {record.claim.fence: settle(record.result, record.attempt) for record in written}
         return [settlements.get(record.claim.fence) for record in records]
 
-    def _queues(self, connection: Connection, records: Sequence[Record]) -> dict[int, Pausing]:
+    def _queues(self, connection: Connection, records: Sequence[Record]) -> dict[int, QueueState]:
         """How the queues of these records stand; locked only where that may change, for they are everybody's."""
         ids = {record.claim.queue_id for record in records}
         stand = {row.id: pausing_of(row) for row in connection.execute(QUEUES, {"ids": list(ids)})}
@@ -300,7 +309,7 @@ class Lanes:
         return [None for _ in claims]
 
 
-def _tell(claim: Claim, was: Pausing, now: Pausing) -> None:
+def _tell(claim: Claim, was: QueueState, now: QueueState) -> None:
     """One line where a queue begins to pause, or runs again."""
     queue = {"queue_id": claim.queue_id, "merchant": claim.merchant, "channel": claim.channel}
     if now.paused_until != was.paused_until and now.paused_by is not None:

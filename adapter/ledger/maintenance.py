@@ -54,7 +54,7 @@ class Pruned:
     more: bool = False
 
 
-class Upkeep:
+class Maintenance:
     """Prunes in steps; call `step` until there is no more. Raises `StoreUnavailable`."""
 
     def __init__(self, store: Store, retention: Retention) -> None:
@@ -66,9 +66,9 @@ class Upkeep:
         """One step of each kind."""
         bodies, self._bodies_after = await self._store.write(self._bodies, self._bodies_after)
         rows, self._rows_after = await self._store.write(self._rows, self._rows_after)
-        judged = await self._store.write(self._verdicts, None)
-        more = self._bodies_after or self._rows_after or judged == VERDICTS_A_STEP
-        return Pruned(bodies=bodies, notifications=rows, verdicts=judged, more=bool(more))
+        logged = await self._store.write(self._verdicts, None)
+        more = self._bodies_after or self._rows_after or logged == VERDICTS_A_STEP
+        return Pruned(bodies=bodies, notifications=rows, verdicts=logged, more=bool(more))
 
     # --- in the writer's thread, inside its transaction: how many, and after which one the next step begins ---
 
@@ -212,11 +212,11 @@ def _take_your_time(connection: Connection) -> None:
         connection.execute(text("SET LOCAL statement_timeout = 0"))
 
 
-async def keep_pruned(upkeep: Upkeep) -> None:
+async def keep_pruned(maintenance: Maintenance) -> None:
     """Every hour, in steps with room between them for everybody else."""
     while True:
         try:
-            pruned = await upkeep.step()
+            pruned = await maintenance.step()
             if pruned.bodies or pruned.notifications or pruned.verdicts:
                 log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications, verdicts=pruned.verdicts)
         except StoreUnavailable:  # the store has said so itself

@@ -25,7 +25,7 @@ Moment = Annotated[int, Meta(ge=-(2**53), le=2**53)]
 Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")]
 
 
-class Matching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class DeliveryFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All that is given must hold. `since` and `until` are milliseconds, of the end; `code` is the last attempt's."""
 
     ids: Annotated[tuple[Id, ...], Meta(max_length=MOST_IDS)] = ()
@@ -69,7 +69,7 @@ class Matching(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return conditions
 
 
-class By(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Author(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Who does something, and why: it is written down."""
 
     who: Text
@@ -109,13 +109,13 @@ class Overview:
     paused: Mapping[tuple[str, str, str], str]
 
 
-class Desk:
+class Queries:
     """Lists and shows, on a connection that only reads."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def deliveries(self, matching: Matching = Matching(), *, limit: int = 100) -> list[dict[str, Any]]:  # noqa: B008 - frozen
+    def deliveries(self, matching: DeliveryFilter = DeliveryFilter(), *, limit: int = 100) -> list[dict[str, Any]]:  # noqa: B008 - frozen
         """The newest deliveries first, as plain values."""
         statement = _deliveries().where(*matching.conditions()).order_by(deliveries.c.id.desc()).limit(limit)
         return [_plain(row) for row in self.connection.execute(statement)]
@@ -130,7 +130,7 @@ class Desk:
         tries = self.connection.execute(its.order_by(attempts.c.id))
         return _plain(row) | {"attempts": [_plain(attempt) for attempt in tries]}
 
-    def count(self, matching: Matching) -> list[dict[str, Any]]:
+    def count(self, matching: DeliveryFilter) -> list[dict[str, Any]]:
         """How many deliveries match, by route, merchant, channel, state and reason."""
         by = (queues.c.route, queues.c.merchant, queues.c.channel, deliveries.c.state, deliveries.c.reason)
         statement = joined(*by, func.count().label("count")).where(*matching.conditions()).group_by(*by).order_by(*by)
@@ -155,7 +155,7 @@ class Desk:
             if value is not None:
                 statement = statement.where(column == value)
         if order_id is not None:
-            owed = joined(deliveries.c.notification_id).where(*Matching(order_id=order_id).conditions())
+            owed = joined(deliveries.c.notification_id).where(*DeliveryFilter(order_id=order_id).conditions())
             newest = select(func.coalesce(func.max(n.id), 0)).scalar_subquery()
             recent = select(n.id).where(n.id > newest - NEWEST_LOOKED_THROUGH, n.order_id == order_id)
             ids = {*self.connection.execute(owed).scalars(), *self.connection.execute(recent).scalars()}
@@ -172,7 +172,7 @@ class Desk:
         conflicts = self.connection.execute(select(n.id).where(n.conflicts_with == notification_id)).scalars()
         return _plain(row) | {
             "conflicts": list(conflicts),
-            "deliveries": self.deliveries(Matching(notification_id=notification_id)),
+            "deliveries": self.deliveries(DeliveryFilter(notification_id=notification_id)),
         }
 
     def queues(self, now: int) -> list[dict[str, Any]]:

@@ -137,8 +137,8 @@ attempts = Table(
     Column("reference", Text, doc="the destination's name for the effect"),
 )
 
-marks = Table(
-    "marks",
+watermarks = Table(
+    "watermarks",
     metadata,
     Column("name", Text, primary_key=True),
     Column("value", BigInteger, nullable=False, doc="how far something has come: the clock, the pruning"),

@@ -216,7 +216,7 @@ class PausedBy(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class PausePolicy:
     """After how many orders that failed in a row a queue pauses (0: never), how long at first, and at the longest."""
 
     after_failures: int = 5
@@ -225,7 +225,7 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pausing:
+class QueueState:
     """How a queue stands. `reason` is a code, or a person's words; moments are milliseconds."""
 
     paused_until: int | None = None
@@ -247,10 +247,10 @@ class Pausing:
         return 0 if self.is_paused(now) else 1
 
 
-RUNNING = Pausing()
+RUNNING = QueueState()
 
 
-def after_attempt(queue: Pausing, result: Result, lane_id: int, now: int, policy: Policy) -> Pausing:
+def after_attempt(queue: QueueState, result: Result, lane_id: int, now: int, policy: PausePolicy) -> QueueState:
     """How the queue stands after an attempt on this lane; the same object where nothing has changed."""
     match result:
         case Misconfigured():
@@ -273,7 +273,7 @@ def after_attempt(queue: Pausing, result: Result, lane_id: int, now: int, policy
             if queue.is_running() and len(failed) < policy.after_failures:
                 return queue if failed == queue.failed_lanes else replace(queue, failed_lanes=failed)
             pause = min(policy.first * 2 ** min(queue.pauses_in_row, 20), policy.longest)
-            return Pausing(
+            return QueueState(
                 paused_until=now + in_milliseconds(pause),
                 paused_by=PausedBy.FAILURES,
                 reason=result.code,

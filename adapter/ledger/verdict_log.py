@@ -31,7 +31,7 @@ COLUMNS = [column.name for column in verdicts.c if column.name != "id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class LoggedVerdict:
     """What one route decided about one callback. Codes and places only, never a value of the order's."""
 
     kind: str  # late, hung-up or shadow
@@ -46,7 +46,7 @@ class Judged:
     took_ms: int  # until it was known; where the caller hung up, until then
 
 
-class Docket:
+class VerdictLog:
     """
     Where that is written down: `record` it, while `keep` runs, and `flush` at the end.
 
@@ -58,17 +58,17 @@ class Docket:
         self._clock = store.clock
         self._dropped = dropped
         self._gathered_for = gathered_for
-        self._waiting: list[tuple[int, Judged]] = []
+        self._waiting: list[tuple[int, LoggedVerdict]] = []
         self._news = asyncio.Event()
         self._writing = asyncio.Lock()
         self._add = store.database.insert(verdicts, COLUMNS)
 
-    def record(self, judged: Judged) -> None:
+    def record(self, logged: LoggedVerdict) -> None:
         """Takes it and returns at once; what there is no room for is dropped. To be called on the event loop."""
         if len(self._waiting) >= MOST_WAITING:
             self._dropped(1)
             return
-        self._waiting.append((self._clock(), judged))
+        self._waiting.append((self._clock(), logged))
         self._news.set()
 
     async def keep(self) -> None:
@@ -109,14 +109,14 @@ class Docket:
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _insert(self, connection: Connection, items: Sequence[Sequence[tuple[int, Judged]]]) -> list[None]:
-        rows = [_row(at, judged) for some in items for at, judged in some]
+    def _insert(self, connection: Connection, items: Sequence[Sequence[tuple[int, LoggedVerdict]]]) -> list[None]:
+        rows = [_row(at, logged) for some in items for at, logged in some]
         self._add.rows(connection.connection.cursor(), rows)
         return [None for _ in items]
 
 
-def _row(at: int, judged: Judged) -> tuple[int | str | None, ...]:
+def _row(at: int, logged: LoggedVerdict) -> tuple[int | str | None, ...]:
     # Only the codes are a handler's own words: escaped and cut off, a database takes them whatever they are.
-    codes = json.dumps([code[:LONGEST_CODE] for code in judged.codes[:MOST_CODES]])
-    facts = asdict(judged) | {"at": at, "codes": codes}
+    codes = json.dumps([code[:LONGEST_CODE] for code in logged.codes[:MOST_CODES]])
+    facts = asdict(logged) | {"at": at, "codes": codes}
     return tuple(facts[name] for name in COLUMNS)

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from adapter.ledger.commands import Commands, NoSuchCommand
-from adapter.ledger.queries import Desk, Overview
+from adapter.ledger.queries import Overview, Queries
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
@@ -88,7 +88,7 @@ def console(
     def read() -> None:
         try:
             with store.read_connection() as connection:
-                overview = Desk(connection).overview(store.clock())
+                overview = Queries(connection).overview(store.clock())
         except DBAPIError as error:  # a failing store is when all other metrics are needed most
             log.warning("ledger_unreadable", error_type=type(error).__name__)
             overview = Overview(by_route={}, oldest_waiting_seconds={}, paused={})

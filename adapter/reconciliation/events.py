@@ -26,7 +26,7 @@ from adapter.callbacks.intake import Intake
 from adapter.callbacks.parsing import CallbackInvalid, Merchants, ReceivedNotification, parse_notification
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.ledger.inbox import Received
-from adapter.ledger.key_values import Marks
+from adapter.ledger.key_values import Watermarks
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
@@ -75,7 +75,7 @@ class Reconciliation:
         self,
         norce: Norce,
         intake: Intake,
-        marks: Marks,
+        watermarks: Watermarks,
         *,
         merchants: Merchants,
         adapter_id: str,
@@ -86,7 +86,7 @@ class Reconciliation:
     ) -> None:
         self._norce = norce
         self._intake = intake
-        self._marks = marks
+        self._watermarks = watermarks
         self._merchants = merchants
         self._adapter_id = adapter_id
         self._overlap = overlap
@@ -130,21 +130,21 @@ class Reconciliation:
         """
         if not self._has_begun:
             for merchant in self._merchants:
-                if await self._marks.value(f"{FLOOR} {merchant}") is None:
-                    await self._marks.put(f"{FLOOR} {merchant}", self._clock())
+                if await self._watermarks.value(f"{FLOOR} {merchant}") is None:
+                    await self._watermarks.put(f"{FLOOR} {merchant}", self._clock())
             self._has_begun = True
-        if not await self._marks.has_turn(TURN, in_milliseconds(every)):
+        if not await self._watermarks.has_turn(TURN, in_milliseconds(every)):
             return
         with contextlib.suppress(NorceError):  # it has been told
             async for _ in self.run(spared=STILL_ON_ITS_WAY):
-                await self._marks.put(TURN, self._clock())  # still at it
+                await self._watermarks.put(TURN, self._clock())  # still at it
 
     async def _of(
         self, merchant: str, since: datetime | None, *, dry_run: bool, spared: timedelta
     ) -> AsyncIterator[Reconciled]:
         found = Reconciled(merchant=merchant)
-        read_to = await self._marks.value(f"{WATERMARK} {merchant}")
-        floor = await self._marks.value(f"{FLOOR} {merchant}")
+        read_to = await self._watermarks.value(f"{WATERMARK} {merchant}")
+        floor = await self._watermarks.value(f"{FLOOR} {merchant}")
         oldest = to_datetime(self._clock()) - self._remembered
         if since is not None:
             begins = max(since, oldest + self._overlap) - self._overlap
@@ -168,7 +168,7 @@ class Reconciliation:
             yield found
         if newest and not dry_run and (reached is None or begins <= max(to_datetime(reached), oldest)):
             # Not past a gap that a late `since` leaves, nor past what is left for the next time, nor our own clock.
-            await self._marks.put(f"{WATERMARK} {merchant}", min(newest, to_milliseconds(before)))
+            await self._watermarks.put(f"{WATERMARK} {merchant}", min(newest, to_milliseconds(before)))
         found.done = True
         log.info("reconciled", merchant=merchant, events=found.events, missed=found.missed, others=found.others)
         yield found

@@ -20,7 +20,7 @@ import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from adapter.config import Config, merged, read_settings
-from adapter.ledger.key_values import TakenDocuments
+from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, NorceError, NotFound
@@ -52,7 +52,7 @@ class Documents:
         norce: Norce,
         schema: Mapping[str, Any],
         *,
-        taken: TakenDocuments,
+        taken: StoredDocuments,
         metrics: Metrics,
         changed: Callable[[], None] = lambda: None,
     ) -> None:

@@ -23,7 +23,7 @@ import msgspec
 import structlog
 
 from adapter.conditions import Result
-from adapter.ledger.verdict_log import Judged
+from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce, NorceRefused, NorceUnavailable
@@ -154,7 +154,7 @@ class Verdicts:
         metrics: Metrics,
         clock: Callable[[], int],
         misses: Misses,
-        record: Callable[[Judged], None],
+        record: Callable[[LoggedVerdict], None],
     ) -> None:
         self._runner = runner
         self._norce = norce
@@ -408,7 +408,7 @@ class Verdicts:
         until = verdict.ended if asked.hung_up_at is None or kind == "shadow" else asked.hung_up_at
         since = verdict.began if kind == "shadow" else asked.began
         self._record(
-            Judged(
+            LoggedVerdict(
                 kind=kind,
                 callback=asked.callback.name,
                 route=verdict.route.name,

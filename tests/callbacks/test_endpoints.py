@@ -40,9 +40,9 @@ from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.schema import deliveries, notifications
-from adapter.ledger.settlement import Policy
+from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store, StoreBusy, StoreUnavailable
-from adapter.ledger.verdict_log import Judged
+from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce
@@ -192,7 +192,7 @@ class House:
         self.woken = 0
         self.norce: dict[str, Any] = {}  # order id -> what Norce answers
         self.read: list[str] = []
-        self.judged: list[Judged] = []
+        self.logged: list[LoggedVerdict] = []
         self.runner.run(self._open())
 
     async def _open(self) -> None:
@@ -208,7 +208,7 @@ class House:
         self.metrics = Metrics("0")
         self._handlers = Runner(make_norce=make_norce, clock=lambda: to_datetime(self.store.clock()))
         self._reader = make_norce()
-        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=PausePolicy())
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
@@ -228,7 +228,7 @@ class House:
                 metrics=self.metrics,
                 clock=self.store.clock,
                 misses=Misses(most=5, bypass=timedelta(seconds=30)),
-                record=self.judged.append,
+                record=self.logged.append,
             ),
             metrics=self.metrics,
             adapter_id="an_adapter",

@@ -16,7 +16,7 @@ import pytest
 from adapter.cli.ledger import steps
 from adapter.cli.shared import printable
 from adapter.ledger.commands import Step
-from adapter.ledger.queries import By, Matching
+from adapter.ledger.queries import Author, DeliveryFilter
 from adapter.ledger.store import Store
 from tests.cli.test_cli import (
     CONFIG,
@@ -280,7 +280,7 @@ class Paced:
         self.now += seconds
 
     def run(self, rate: int | None) -> list[int]:
-        first = Step(matching=Matching(), by=By(who="anna", why="x"))
+        first = Step(matching=DeliveryFilter(), by=Author(who="anna", why="x"))
         return list(steps(self.ask, first, rate, clock=lambda: self.now, sleep=self.sleep))
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from sqlalchemy.exc import DBAPIError
 
 from adapter.ledger.maintenance import faults
-from adapter.ledger.queries import Desk, Matching
+from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.store import open_for_reading
 from tests import ROOT
 from tests.crash import points
@@ -292,7 +292,7 @@ class Round:
         self.counts.faults += found
 
     def _deliveries(self, state: str | None = None) -> list[dict[str, Any]]:
-        return self._read(lambda connection: Desk(connection).deliveries(Matching(state=state), limit=100_000))
+        return self._read(lambda connection: Queries(connection).deliveries(DeliveryFilter(state=state), limit=100_000))
 
     def _read(self, ask: Callable[[Any], Any]) -> Any:
         if not self.url.startswith("postgresql") and not (self._folder / "ledger.db").exists():

@@ -18,7 +18,7 @@ from adapter.ledger import lanes, store
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.maintenance import Upkeep
+from adapter.ledger.maintenance import Maintenance
 from adapter.ledger.store import Store
 from adapter.plugin import Done
 from adapter.routing.runner import Runner
@@ -129,7 +129,7 @@ def install(turn: Turn) -> None:
     awaited(Lease, "enter", "start-leased")
     after(Lanes, "_open_queues", "start-queues-before-commit")
     for step in ("_bodies", "_rows"):
-        after(Upkeep, step, "prune-before-commit")
+        after(Maintenance, step, "prune-before-commit")
 
     # While it works.
     after(Inbox, "_remember", "accept-before-commit")

@@ -23,14 +23,14 @@ from adapter.conditions import Condition
 from adapter.deliveries import dispatcher as dispatcher_module
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import POLL, SLACK, Dispatcher
-from adapter.ledger.claims import Ask, Claim, QueueKey, Record, Taken
+from adapter.ledger.claims import Claim, Claimed, QueueKey, QueueLimits, Record
 from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, Receipt, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
-from adapter.ledger.queries import Desk
+from adapter.ledger.queries import Queries
 from adapter.ledger.retry import retry_dead_letters
-from adapter.ledger.settlement import Policy, Reason, Settlement
+from adapter.ledger.settlement import PausePolicy, Reason, Settlement
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce
@@ -135,7 +135,7 @@ class FakeNorce:
 class WatchedLanes(Lanes):
     """Says what was claimed, settled and released, can keep a claim back, and can fail as a database does."""
 
-    def __init__(self, store: Store, lease: Lease, *, policy: Policy) -> None:
+    def __init__(self, store: Store, lease: Lease, *, policy: PausePolicy) -> None:
         super().__init__(store, lease, policy=policy)
         self.claimed: asyncio.Queue[list[Claim]] = asyncio.Queue()
         self.settled: asyncio.Queue[tuple[Record, Settlement | None]] = asyncio.Queue()
@@ -148,7 +148,7 @@ class WatchedLanes(Lanes):
         self.keep_back: asyncio.Event | None = None
         self.after_claim: Callable[[], None] = lambda: None
 
-    async def claim(self, asks: Sequence[Ask], most: int) -> Taken:
+    async def claim(self, asks: Sequence[QueueLimits], most: int) -> Claimed:
         self._fail("claim")
         taken = await super().claim(asks, most)
         if taken.claims:
@@ -258,13 +258,13 @@ class Work:
         self.dispatcher.wake()
 
     async def settled(self) -> dict[str, Any]:
-        """The next delivery that is settled, as the desk shows it."""
+        """The next delivery that is settled, as people see it."""
         record, _ = await asyncio.wait_for(self.lanes.settled.get(), PATIENCE)
         return self.shown(record.claim.delivery_id)
 
     def shown(self, delivery_id: int = 1) -> dict[str, Any]:
         with self.store.read_connection() as connection:
-            shown = Desk(connection).delivery(delivery_id)
+            shown = Queries(connection).delivery(delivery_id)
         assert shown is not None
         return shown
 
@@ -273,7 +273,7 @@ class Work:
 
     def pauses(self) -> dict[tuple[str, str, str], str]:
         with self.store.read_connection() as connection:
-            return dict(Desk(connection).overview(self.clock.now).paused)
+            return dict(Queries(connection).overview(self.clock.now).paused)
 
     def move_to(self, moment: str | int) -> None:
         """The clock at a moment, and the dispatcher told to look."""
@@ -305,7 +305,7 @@ class Work:
 
     def states(self, merchant: str = "fjallboden") -> Counter[tuple[str, str | None]]:
         with self.store.read_connection() as connection:
-            shown = Desk(connection).deliveries()
+            shown = Queries(connection).deliveries()
         return Counter((row["state"], row["reason"]) for row in shown if row["merchant"] == merchant)
 
 
@@ -332,7 +332,7 @@ async def working(
     *routes: Route,
     merchants: Sequence[str] = ("fjallboden",),
     slots: int = 8,
-    policy: Policy = Policy(),  # noqa: B008 - a value
+    policy: PausePolicy = PausePolicy(),  # noqa: B008 - a value
     patience: timedelta = timedelta(seconds=PATIENCE),
     before: Callable[[Store, int], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Work]:
@@ -709,8 +709,8 @@ async def died_in_hand(store: Store, queue_id: int) -> None:
     )  # fmt: skip
     lease = Lease(store, version="test")
     await lease.enter()
-    ask = Ask(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1)
-    taken = await Lanes(store, lease, policy=Policy()).claim([ask], 1)
+    ask = QueueLimits(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1)
+    taken = await Lanes(store, lease, policy=PausePolicy()).claim([ask], 1)
     assert isinstance(store.clock, HandClock)
     store.clock.now = taken.claims[0].doubt_ends_at
 
@@ -1140,7 +1140,9 @@ def test_an_outage_costs_one_call_a_pause_and_ends_with_every_order_delivered(
 def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store_url: str) -> None:
     async def test() -> None:
         shop = Shop()
-        async with working(store_url, route(shop, schedule=(5 * SECOND,)), policy=Policy(after_failures=3)) as work:
+        async with working(
+            store_url, route(shop, schedule=(5 * SECOND,)), policy=PausePolicy(after_failures=3)
+        ) as work:
             shop.says["fjallboden"] = OUTAGES["busy"]
             for number in range(3):
                 await work.owe(f"order-{number}")

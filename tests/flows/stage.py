@@ -29,7 +29,7 @@ import httpx
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapter.ledger.queries import Desk, Matching, Overview
+from adapter.ledger.queries import DeliveryFilter, Overview, Queries
 from adapter.ledger.store import open_for_reading
 from adapter.sandbox.jetshop_stand_in import JetshopStandIn
 from tests import ORDERS, ROOT
@@ -364,17 +364,19 @@ class Stage:
 
     # --- what the ledger says ---
 
-    def desk(self, ask: Callable[[Desk], T]) -> T:
+    def query(self, ask: Callable[[Queries], T]) -> T:
         with open_for_reading(self.config["store"]["url"]).connect() as connection:
-            return ask(Desk(connection))
+            return ask(Queries(connection))
 
     def deliveries(self, order_id: str | None = None, *, state: str | None = None) -> list[dict[str, Any]]:
-        return self.desk(lambda desk: desk.deliveries(Matching(order_id=order_id, state=state), limit=100_000))
+        return self.query(
+            lambda queries: queries.deliveries(DeliveryFilter(order_id=order_id, state=state), limit=100_000)
+        )
 
     def delivery(self, order_id: str) -> dict[str, Any]:
         """The one delivery of an order, with its attempts."""
         (only,) = self.deliveries(order_id)
-        return self.desk(lambda desk: desk.delivery(only["id"])) or {}
+        return self.query(lambda queries: queries.delivery(only["id"])) or {}
 
     def ended(self, order_id: str, *, within: float = 60.0) -> dict[str, Any]:
         """The one delivery of an order, once it waits no more."""
@@ -383,7 +385,7 @@ class Stage:
         return self.delivery(order_id)
 
     def overview(self) -> Overview:
-        return self.desk(lambda desk: desk.overview(time.time_ns() // 1_000_000))
+        return self.query(lambda queries: queries.overview(time.time_ns() // 1_000_000))
 
 
 Story = Callable[[Stage], None]

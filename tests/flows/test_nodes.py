@@ -122,7 +122,7 @@ def test_a_node_that_was_stopped_past_its_lease_doubles_nothing_and_works_on(tol
 
 
 def attempts(stage: Stage, name: str) -> list[dict[str, object]]:
-    found = [stage.desk(lambda desk, each=each: desk.delivery(each["id"])) for each in stage.deliveries(name)]
+    found = [stage.query(lambda queries, each=each: queries.delivery(each["id"])) for each in stage.deliveries(name)]
     return [attempt for delivery in found for attempt in delivery["attempts"]]
 
 

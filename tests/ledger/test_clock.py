@@ -46,7 +46,7 @@ class World:
             return clock.read(connection, alone=alone)
 
     def mark(self, name: str) -> int:
-        ((value,),) = rows(self.url, f"SELECT value FROM marks WHERE name = '{name}'")
+        ((value,),) = rows(self.url, f"SELECT value FROM watermarks WHERE name = '{name}'")
         return value
 
 

@@ -15,8 +15,8 @@ from adapter.ledger import commands as room
 from adapter.ledger.commands import Commands, NoSuchCommand, Pause, Step, Stepped
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.maintenance import faults
-from adapter.ledger.queries import By, Desk, Matching
-from adapter.ledger.settlement import FOR_EVER, Ending, Policy
+from adapter.ledger.queries import Author, DeliveryFilter, Queries
+from adapter.ledger.settlement import FOR_EVER, Ending, PausePolicy
 from adapter.ledger.store import Store
 from tests.databases import Server
 from tests.ledgers import (
@@ -40,7 +40,7 @@ from tests.ledgers import (
     waiting,
 )
 
-BY = By(who="anna@shop", why="the shop is mended")
+BY = Author(who="anna@shop", why="the shop is mended")
 
 
 def retry(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
@@ -54,7 +54,7 @@ def discard(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
 def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> Stepped:
     """One step; what is not of a step is what must match."""
     of_step = {each: more.pop(each) for each in ("by", "most", "after", "action", "unknown") if each in more}
-    step = Step(matching=Matching(**{"ids": ids, **more}), **{"by": BY, **of_step})
+    step = Step(matching=DeliveryFilter(**{"ids": ids, **more}), **{"by": BY, **of_step})
     return ledger.do(getattr(Commands(ledger.store), name)(step))
 
 
@@ -71,14 +71,16 @@ def dead(ledger: Ledger, *orders: str, ends: Ends = REJECTED, refetch: bool = Tr
         ledger.settle(claim, ends, passes=refetch, **more)
 
 
-def desk(ledger: Ledger, look: Callable[[Desk], Any]) -> Any:
+def query(ledger: Ledger, look: Callable[[Queries], Any]) -> Any:
     with ledger.store.read_connection() as connection:
-        return look(Desk(connection))
+        return look(Queries(connection))
 
 
 def counted(ledger: Ledger, **given: Any) -> int:
     """What a dry run says."""
-    return sum(row["count"] for row in desk(ledger, lambda desk: desk.count(Matching(state="dead", **given))))
+    return sum(
+        row["count"] for row in query(ledger, lambda queries: queries.count(DeliveryFilter(state="dead", **given)))
+    )
 
 
 def stands(ledger: Ledger) -> list[tuple[int, str, str | None]]:
@@ -229,7 +231,7 @@ def test_nobody_can_hide_behind_somebody_elses_line_of_the_audit(ledger: Ledger)
     dead(ledger, "order-1", "order-2")
     hers = retry(ledger, 1)
 
-    other = retry(ledger, 2, action=hers.action, by=By(who="bertil", why="of no reason"))
+    other = retry(ledger, 2, action=hers.action, by=Author(who="bertil", why="of no reason"))
     unheard = retry(ledger, 2, action=4711)
 
     assert len({hers.action, other.action, unheard.action}) == 3
@@ -471,7 +473,9 @@ def test_a_discarded_letter_is_not_retried_by_a_repeat(ledger: Ledger) -> None:
 
 def queue_state(ledger: Ledger) -> list[tuple[Any, ...]]:
     keys = ("route", "merchant", "state", "paused_by", "reason")
-    return [tuple(each[key] for key in keys) for each in desk(ledger, lambda desk: desk.queues(ledger.clock.now))]
+    return [
+        tuple(each[key] for key in keys) for each in query(ledger, lambda queries: queries.queues(ledger.clock.now))
+    ]
 
 
 def test_a_paused_queue_hands_out_nothing_and_keeps_its_work(ledger: Ledger) -> None:
@@ -572,7 +576,7 @@ def test_the_desk_shows_what_people_did(ledger: Ledger) -> None:
     ledger.clock.now += HOUR
     retry(ledger, 1)
 
-    newest, oldest = desk(ledger, lambda desk: desk.actions())
+    newest, oldest = query(ledger, lambda queries: queries.actions())
 
     assert (newest["command"], newest["changed"], newest["at"]) == ("retry", 1, "2026-02-03T13:00:00.000Z")
     assert (oldest["command"], oldest["who"], oldest["why"]) == ("pause", "anna@shop", "the shop is mended")
@@ -721,7 +725,7 @@ def test_two_operators_at_once_do_each_letter_once(postgres: Server) -> None:
 def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Server) -> None:
     with several(postgres, 3) as (ledger, nodes):
         for node in (ledger, *nodes):
-            node.lanes = Lanes(node.store, node.lease, policy=Policy(after_failures=0))
+            node.lanes = Lanes(node.store, node.lease, policy=PausePolicy(after_failures=0))
         orders = [f"order-{number}" for number in range(20)]
         dead(ledger, *orders, ends=UNKNOWN)
 

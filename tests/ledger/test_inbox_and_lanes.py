@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import pytest
 
-from adapter.ledger.claims import LONGEST_MESSAGE, Ask
+from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import MOST_CONFLICTS, Received
-from adapter.ledger.queries import By, Desk, Matching
+from adapter.ledger.queries import Author, DeliveryFilter, Queries
 from tests.ledgers import (
     CONDITION,
     DELIVERED,
@@ -487,7 +487,7 @@ def test_a_dead_letter_is_not_discarded_while_its_handler_still_runs(ledger: Led
     ledger.settle(claim, UNKNOWN, passes=refetch, keeps=True)
     ledger.owed(2, refetch=refetch)
     commands = Commands(ledger.store)
-    discard = Step(matching=Matching(), by=By(who="a person", why="it is there"))
+    discard = Step(matching=DeliveryFilter(), by=Author(who="a person", why="it is there"))
 
     assert ledger.do(commands.discard(discard)).changed == 0
     ledger.do(ledger.lanes.release(claim))
@@ -542,11 +542,11 @@ def test_no_more_lanes_than_asked_are_taken(ledger: Ledger) -> None:
     for number in range(5):
         ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
 
-    asks = [
-        Ask(queue_id=ledger.export, concurrency=2, doubt_ms=DOUBT),
-        Ask(queue_id=ledger.history, concurrency=5, doubt_ms=DOUBT),
+    limits = [
+        QueueLimits(queue_id=ledger.export, concurrency=2, doubt_ms=DOUBT),
+        QueueLimits(queue_id=ledger.history, concurrency=5, doubt_ms=DOUBT),
     ]
-    claims = ledger.do(ledger.lanes.claim(asks, 4)).claims
+    claims = ledger.do(ledger.lanes.claim(limits, 4)).claims
 
     taken = [claim.queue_id for claim in claims]
     assert len(taken) == 4
@@ -633,12 +633,12 @@ def test_entering_again_finds_the_same_queues(ledger: Ledger) -> None:
     assert after.queues == before
 
 
-# --- the desk -------------------------------------------------------------------------------------------------------
+# --- queries -------------------------------------------------------------------------------------------------------
 
 
-def desk(ledger: Ledger, look: Callable[[Desk], T]) -> T:
+def query(ledger: Ledger, look: Callable[[Queries], T]) -> T:
     with ledger.store.read_connection() as connection:
-        return look(Desk(connection))
+        return look(Queries(connection))
 
 
 def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> None:
@@ -647,7 +647,10 @@ def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> N
     ledger.settle(ledger.claim_one(), REJECTED, outcome="reject", code="no-such-shop", message="The shop is unknown.")
 
     def ids(limit: int = 100, **asked: Any) -> list[int]:
-        return [each["id"] for each in desk(ledger, lambda desk: desk.deliveries(Matching(**asked), limit=limit))]
+        return [
+            each["id"]
+            for each in query(ledger, lambda queries: queries.deliveries(DeliveryFilter(**asked), limit=limit))
+        ]
 
     assert ids() == [2, 1]
     assert ids(limit=1) == [2]
@@ -662,7 +665,7 @@ def test_the_desk_shows_a_delivery_with_its_attempts(ledger: Ledger) -> None:
     ledger.clock.now += 5000
     ledger.settle(ledger.claim_one(), reference="shop-7")
 
-    shown = desk(ledger, lambda desk: desk.delivery(1))
+    shown = query(ledger, lambda queries: queries.delivery(1))
 
     assert shown is not None
     assert (shown["state"], shown["reason"], shown["tries"], shown["reference"]) == ("done", "delivered", 2, "shop-7")
@@ -678,7 +681,7 @@ def test_the_desk_knows_which_delivery_is_in_doubt_and_when_it_is_due(ledger: Le
     ledger.settle(ledger.claim_one(), in_doubt(NOON + 5000))
     ledger.owed(2)
 
-    first, second = (desk(ledger, lambda desk: desk.delivery(number)) for number in (1, 2))  # noqa: B023
+    first, second = (query(ledger, lambda queries: queries.delivery(number)) for number in (1, 2))  # noqa: B023
 
     assert first is not None
     assert second is not None
@@ -688,7 +691,7 @@ def test_the_desk_knows_which_delivery_is_in_doubt_and_when_it_is_due(ledger: Le
 
 
 def test_the_desk_has_nothing_to_show_for_a_delivery_that_is_not_there(ledger: Ledger) -> None:
-    assert desk(ledger, lambda desk: desk.delivery(1)) is None
+    assert query(ledger, lambda queries: queries.delivery(1)) is None
 
 
 def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None:
@@ -700,7 +703,7 @@ def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None
     ledger.settle(done)
     ledger.settle(paused, MISCONFIGURED)
 
-    overview = desk(ledger, lambda desk: desk.overview(ledger.clock.now))
+    overview = query(ledger, lambda queries: queries.overview(ledger.clock.now))
 
     assert overview.by_route == {("export", "waiting"): 1, ("export", "dead"): 1}
     assert overview.oldest_waiting_seconds == {"export": 90.0}

@@ -15,10 +15,10 @@ from sqlalchemy import Connection, event
 from adapter.ledger import maintenance as room
 from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import Received
-from adapter.ledger.maintenance import Pruned, Retention, Upkeep, back_up, faults, figures
-from adapter.ledger.queries import By, Matching
+from adapter.ledger.maintenance import Maintenance, Pruned, Retention, back_up, faults, figures
+from adapter.ledger.queries import Author, DeliveryFilter
 from adapter.ledger.store import Store, StoreUnavailable, open_for_reading
-from adapter.ledger.verdict_log import Docket
+from adapter.ledger.verdict_log import VerdictLog
 from tests.databases import Server, rows
 from tests.ledger.test_verdict_log import LATE
 from tests.ledgers import (
@@ -45,15 +45,15 @@ KEPT = Retention(
     rows=timedelta(days=400),
     verdicts=timedelta(days=30),
 )
-BY = By(who="anna", why="mended")
+BY = Author(who="anna", why="mended")
 
 
-def prune(ledger: Ledger, upkeep: Upkeep | None = None) -> Pruned:
+def prune(ledger: Ledger, maintenance: Maintenance | None = None) -> Pruned:
     """One whole round."""
-    upkeep = upkeep or Upkeep(ledger.store, KEPT)
+    maintenance = maintenance or Maintenance(ledger.store, KEPT)
     total = Pruned()
     while True:
-        step = ledger.do(upkeep.step())
+        step = ledger.do(maintenance.step())
         total = Pruned(
             bodies=total.bodies + step.bodies,
             notifications=total.notifications + step.notifications,
@@ -84,7 +84,7 @@ def found(ledger: Ledger) -> list[str]:
 
 
 def command(ledger: Ledger, name: str, *ids: int, **more: Any) -> int:
-    step = Step(matching=Matching(ids=ids), by=BY, **more)
+    step = Step(matching=DeliveryFilter(ids=ids), by=BY, **more)
     return ledger.do(getattr(Commands(ledger.store), name)(step)).changed
 
 
@@ -119,13 +119,13 @@ def test_bodies_go_after_a_month_where_all_is_done_and_after_three_where_it_is_n
 
 def test_a_body_that_had_to_stay_goes_once_nothing_waits_for_it(ledger: Ledger) -> None:
     one_of_each(ledger)
-    upkeep = Upkeep(ledger.store, KEPT)
+    maintenance = Maintenance(ledger.store, KEPT)
     ledger.clock.now = NOON + 100 * DAY
-    prune(ledger, upkeep)
+    prune(ledger, maintenance)
     assert bodies(ledger) == ["waits", "held"]
 
     ledger.settle(ledger.claim_one())
-    prune(ledger, upkeep)
+    prune(ledger, maintenance)
 
     assert bodies(ledger) == ["held"]
 
@@ -199,13 +199,13 @@ def test_after_400_days_everything_goes_but_what_waits_or_stops_its_lane(ledger:
 
 def test_what_had_to_stay_is_looked_at_again(ledger: Ledger) -> None:
     one_of_each(ledger)
-    upkeep = Upkeep(ledger.store, KEPT)
+    maintenance = Maintenance(ledger.store, KEPT)
     ledger.clock.now = NOON + 401 * DAY
-    prune(ledger, upkeep)
+    prune(ledger, maintenance)
 
     ledger.settle(ledger.claim_one())
     command(ledger, "discard", 4)
-    assert prune(ledger, upkeep).notifications == 2
+    assert prune(ledger, maintenance).notifications == 2
 
     assert remembered(ledger) == ["held"]
     assert found(ledger) == []
@@ -263,10 +263,10 @@ def test_a_repeat_does_not_keep_an_old_row_alive_nor_does_a_younger_notification
 
 
 def judge(ledger: Ledger, *orders: str) -> None:
-    docket = Docket(ledger.store, dropped=lambda number: pytest.fail(f"{number} dropped"))
+    verdict_log = VerdictLog(ledger.store, dropped=lambda number: pytest.fail(f"{number} dropped"))
     for order in orders:
-        docket.record(replace(LATE, order_id=order))
-    ledger.do(docket.flush())
+        verdict_log.record(replace(LATE, order_id=order))
+    ledger.do(verdict_log.flush())
 
 
 def test_a_verdict_goes_after_a_month(ledger: Ledger) -> None:
@@ -282,13 +282,13 @@ def test_a_verdict_goes_after_a_month(ledger: Ledger) -> None:
 def test_of_many_verdicts_a_step_takes_a_few_and_scans_no_table(ledger: Ledger) -> None:
     judge_many(ledger, 50_000)
     ledger.clock.now += 30 * DAY - 1000 * (50_000 - room.VERDICTS_A_STEP - 2)  # so many are old
-    upkeep = Upkeep(ledger.store, KEPT)
+    maintenance = Maintenance(ledger.store, KEPT)
 
     first: list[Pruned] = []
-    statements = seen(ledger.store.engine, lambda: first.append(ledger.do(upkeep.step())))
+    statements = seen(ledger.store.engine, lambda: first.append(ledger.do(maintenance.step())))
 
     assert first == [Pruned(verdicts=room.VERDICTS_A_STEP, more=True)]
-    assert prune(ledger, upkeep).verdicts == 1
+    assert prune(ledger, maintenance).verdicts == 1
     assert ledger.rows("SELECT count(*) FROM verdicts") == [(50_000 - room.VERDICTS_A_STEP - 1,)]
     for statement, parameters in statements:
         assert_no_scan(ledger, statement, parameters, ("verdicts",))
@@ -316,10 +316,10 @@ def touched(ledger: Ledger, do: Callable[[], Any]) -> list[int]:
 def test_of_a_hundred_thousand_a_step_touches_a_few_and_scans_no_table(ledger: Ledger) -> None:
     make_many(ledger, 100_000)
     ledger.clock.now = NOON + 401 * DAY
-    upkeep = Upkeep(ledger.store, KEPT)
-    statements = seen(ledger.store.engine, lambda: ledger.do(upkeep.step()))
+    maintenance = Maintenance(ledger.store, KEPT)
+    statements = seen(ledger.store.engine, lambda: ledger.do(maintenance.step()))
 
-    counts = touched(ledger, lambda: ledger.do(upkeep.step()))
+    counts = touched(ledger, lambda: ledger.do(maintenance.step()))
 
     assert max(counts) == room.NOTIFICATIONS_A_STEP
     assert sum(counts) <= 4 * room.NOTIFICATIONS_A_STEP
@@ -334,7 +334,7 @@ def test_the_intake_goes_on_between_the_steps(ledger: Ledger) -> None:
     ledger.clock.now = NOON + 401 * DAY
 
     async def both() -> tuple[list[Pruned], list[Received]]:
-        upkeep = Upkeep(ledger.store, KEPT)
+        maintenance = Maintenance(ledger.store, KEPT)
         pruned: list[Pruned] = []
         received: list[Received] = []
 
@@ -346,7 +346,7 @@ def test_the_intake_goes_on_between_the_steps(ledger: Ledger) -> None:
 
         taking = asyncio.create_task(take_in())
         while not pruned or pruned[-1].more:
-            pruned.append(await upkeep.step())
+            pruned.append(await maintenance.step())
         await taking
         return pruned, received
 
@@ -361,22 +361,22 @@ def test_the_intake_goes_on_between_the_steps(ledger: Ledger) -> None:
 def test_progress_survives_a_restart_because_none_is_kept(ledger: Ledger) -> None:
     make_many(ledger, 500)
     ledger.clock.now = NOON + 401 * DAY
-    ledger.do(Upkeep(ledger.store, KEPT).step())
+    ledger.do(Maintenance(ledger.store, KEPT).step())
 
-    assert prune(ledger, Upkeep(ledger.store, KEPT)).notifications == 300
+    assert prune(ledger, Maintenance(ledger.store, KEPT)).notifications == 300
     assert remembered(ledger) == []
 
 
 def test_a_step_that_fails_is_done_again(ledger: Ledger) -> None:
     make_many(ledger, 250)
     ledger.clock.now = NOON + 401 * DAY
-    upkeep = Upkeep(ledger.store, KEPT)
+    maintenance = Maintenance(ledger.store, KEPT)
     ledger.rows("ALTER TABLE attempts RENAME TO elsewhere")
     with pytest.raises(Exception, match="attempts"):
-        ledger.do(upkeep.step())
+        ledger.do(maintenance.step())
     ledger.rows("ALTER TABLE elsewhere RENAME TO attempts")
 
-    assert prune(ledger, upkeep).notifications == 250
+    assert prune(ledger, maintenance).notifications == 250
 
 
 @contextlib.contextmanager
@@ -427,11 +427,11 @@ def test_an_accept_into_a_lane_that_is_being_deleted_loses_nothing(postgres: Ser
         ledger.owed(1)
         ledger.settle(ledger.claim_one())
         ledger.clock.now = NOON + 401 * DAY
-        upkeep = Upkeep(ledger.store, KEPT)
+        maintenance = Maintenance(ledger.store, KEPT)
 
         received = beside(
             ledger,
-            lambda connection: upkeep._rows(connection, [0]),
+            lambda connection: maintenance._rows(connection, [0]),
             lambda node: node.receive(receipt("order-1", 2, wanted=[(node.export, True)])),
         )
 
@@ -464,7 +464,7 @@ def test_a_letter_that_is_retried_meanwhile_is_not_deleted(postgres: Server) -> 
         ledger.owed(1)
         ledger.settle(ledger.claim_one(), REJECTED)
         ledger.clock.now = NOON + 401 * DAY
-        step = Step(matching=Matching(ids=(1,)), by=BY)
+        step = Step(matching=DeliveryFilter(ids=(1,)), by=BY)
 
         pruned = beside(
             ledger,
@@ -662,7 +662,7 @@ def test_a_backup_of_a_live_store_opens_and_is_equal(in_a_file: Ledger, tmp_path
     assert [path.name for path in tmp_path.iterdir() if "partial" in path.name] == []
     assert target.stat().st_mode & 0o077 == 0
     copied = f"sqlite:///{target}"
-    for table in ("notifications", "deliveries", "lanes", "queues", "marks"):
+    for table in ("notifications", "deliveries", "lanes", "queues", "watermarks"):
         assert rows(copied, f"SELECT * FROM {table}") == in_a_file.rows(f"SELECT * FROM {table}")
     assert rows(copied, "SELECT count(*) FROM attempts") == [(4,)]
     with asyncio.Runner() as runner:

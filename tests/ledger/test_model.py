@@ -53,14 +53,14 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import text
 
-from adapter.ledger.claims import Ask, Claim, QueueKey, Record
+from adapter.ledger.claims import Claim, QueueKey, QueueLimits, Record
 from adapter.ledger.commands import Commands, Pause, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.maintenance import faults
-from adapter.ledger.queries import By, Matching
+from adapter.ledger.queries import Author, DeliveryFilter
 from adapter.ledger.settlement import (
     FOR_EVER,
     RUNNING,
@@ -68,8 +68,8 @@ from adapter.ledger.settlement import (
     Ending,
     Handling,
     PausedBy,
-    Pausing,
-    Policy,
+    PausePolicy,
+    QueueState,
     Reason,
     Result,
     State,
@@ -83,7 +83,7 @@ from tests.ledgers import DOUBT, HOUR, NOON, HandClock
 
 EXAMPLES = int(os.environ.get("LEDGER_MODEL_EXAMPLES", "20"))
 CONCURRENCY = 2
-POLICY = Policy(after_failures=2, first=timedelta(seconds=30), longest=timedelta(minutes=2))
+POLICY = PausePolicy(after_failures=2, first=timedelta(seconds=30), longest=timedelta(minutes=2))
 SCHEDULE = (timedelta(seconds=5), timedelta(minutes=5))
 HANDLING = {
     "looks up": Handling(looks_up=True, repeatable=False),
@@ -106,7 +106,7 @@ RESULTS: dict[str, Result] = {
 }
 ROUTES = {"export": True, "history": False}  # and whether they re-read the order
 RETRYABLE = (Reason.REJECTED, Reason.EXHAUSTED)
-BY = By(who="a person", why="to see")
+BY = Author(who="a person", why="to see")
 PERSON = replace(RUNNING, paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=BY.why)
 NODES = st.integers(0, 1)
 
@@ -384,14 +384,14 @@ class LedgerMachine(RuleBasedStateMachine):
             if room[line.route] and (coming := line.next()) is not None and coming[0] <= self.now
         }
         expected = sum(min(room[route], count) for route, count in Counter(route for _, route in due).items())
-        asks = [Ask(queue_id=each, concurrency=CONCURRENCY, doubt_ms=DOUBT) for each in self.queues.values()]
+        limits = [QueueLimits(queue_id=each, concurrency=CONCURRENCY, doubt_ms=DOUBT) for each in self.queues.values()]
         hands: list[Held] = []
-        taken = self.loop.run(node.lanes.claim(asks, most))
+        taken = self.loop.run(node.lanes.claim(limits, most))
         while taken.claims or (taken.next_due_at or FOR_EVER) <= self.now:  # as a dispatcher does
             hands += [self.model_claims(node, claim, due) for claim in taken.claims]
             if len(hands) == most:
                 break
-            taken = self.loop.run(node.lanes.claim(asks, most - len(hands)))
+            taken = self.loop.run(node.lanes.claim(limits, most - len(hands)))
         assert len(hands) == min(most, expected), "something was due and was not handed out, or too much was"
         later = self.model_next_due()
         assert len(hands) == most or later is None or (taken.next_due_at is not None and taken.next_due_at <= later)
@@ -520,7 +520,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def retried(self, unknown: Literal["leave", "look-up", "send"], node: int) -> None:
         meant = [(line, owed) for line, owed in self.dead() if unknown != "leave" or owed.reason is not Reason.UNKNOWN]
 
-        step = Step(matching=Matching(until=self.clock.now + 1), by=BY, unknown=unknown)
+        step = Step(matching=DeliveryFilter(until=self.clock.now + 1), by=BY, unknown=unknown)
         assert self.loop.run(self.node(node).commands.retry(step)).changed == len(meant)
 
         self.model_retries(meant, nothing_happened=unknown == "send")
@@ -530,7 +530,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def discarded(self, node: int) -> None:
         meant = self.dead()
 
-        assert self.loop.run(self.node(node).commands.discard(Step(matching=Matching(), by=BY))).changed == len(meant)
+        assert self.loop.run(self.node(node).commands.discard(Step(matching=DeliveryFilter(), by=BY))).changed == len(
+            meant
+        )
 
         for line, owed in meant:
             owed.state, owed.reason = State.DONE, Reason.DISCARDED
@@ -621,7 +623,7 @@ JOIN queues q ON q.id = l.queue_id
 """
 
 
-def kept_of(pausing: Pausing) -> dict[str, Any]:
+def kept_of(pausing: QueueState) -> dict[str, Any]:
     return {"failed_lanes": pausing.failed_lanes, "pauses_in_row": pausing.pauses_in_row}
 
 

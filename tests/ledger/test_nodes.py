@@ -168,7 +168,7 @@ def test_what_is_held_of_a_queue_on_all_nodes_together_never_exceeds_its_concurr
     async def work(node: Ledger) -> int:
         done = idle = 0
         while idle < 3:
-            claims = (await node.lanes.claim(node.asks(node.export, node.history, concurrency=5), 4)).claims
+            claims = (await node.lanes.claim(node.limits(node.export, node.history, concurrency=5), 4)).claims
             for claim in claims:
                 assert claim.lane_id not in held, "two nodes hold a lane"
                 held[claim.lane_id] = claim
@@ -216,7 +216,7 @@ def test_a_queue_that_probes_is_probed_by_one_node(nodes: Nodes) -> None:
         three[0].owed(1, order_id=f"order-{number}")
     rows(nodes.url, f"UPDATE queues SET paused_until = {nodes.clock.now - 1}, paused_by = 'failures'")
 
-    taken = nodes.together(*(node.lanes.claim(node.asks(), 10) for node in three))
+    taken = nodes.together(*(node.lanes.claim(node.limits(), 10) for node in three))
 
     assert sorted(len(each.claims) for each in taken) == [0, 0, 1]
 
@@ -313,7 +313,7 @@ def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: No
 
     async def work(node: Ledger, until: Callable[[], bool]) -> None:
         while not until():
-            claims = (await node.lanes.claim(node.asks(node.export, node.history), 6)).claims
+            claims = (await node.lanes.claim(node.limits(node.export, node.history), 6)).claims
             assert not held & {claim.lane_id for claim in claims}
             held.update(claim.lane_id for claim in claims)
             endings = [
@@ -427,7 +427,7 @@ def test_a_beat_waits_neither_for_the_clock_nor_for_lanes_nor_for_the_dead(nodes
     dead.claim()
     nodes.clock.now += LEASE_MS + 1
     with database_at(nodes.url).engine(read_only=False).begin() as stopped:
-        stopped.exec_driver_sql("SELECT * FROM marks FOR UPDATE")
+        stopped.exec_driver_sql("SELECT * FROM watermarks FOR UPDATE")
         stopped.exec_driver_sql("SELECT * FROM lanes WHERE order_id = 'order-1' FOR UPDATE")
         assert alive.do(alive.lease.renew())
         assert rows(nodes.url, "SELECT order_id FROM lanes WHERE holder IS NULL") == [("order-2",)]
@@ -582,7 +582,7 @@ def test_a_claim_sees_what_an_accept_has_added_while_it_looked(nodes: Nodes, wai
         nodes.all.append(visitor)
 
         async def meet() -> list[Claim]:
-            claiming = asyncio.create_task(visitor.lanes.claim(visitor.asks(), 1))
+            claiming = asyncio.create_task(visitor.lanes.claim(visitor.limits(), 1))
             await somebody_waits(nodes)
             await node.inbox.receive(receipt(snapshot=3, wanted=[(node.export, True)]))
             open_gate()

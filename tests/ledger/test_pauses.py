@@ -14,8 +14,8 @@ from adapter.ledger.settlement import (
     Ending,
     Interrupted,
     PausedBy,
-    Pausing,
-    Policy,
+    PausePolicy,
+    QueueState,
     Result,
     after_attempt,
 )
@@ -23,7 +23,7 @@ from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 
 NOON = 1_770_120_000_000
 SECOND = 1_000
-POLICY = Policy(after_failures=3, first=timedelta(seconds=30), longest=timedelta(seconds=100))
+POLICY = PausePolicy(after_failures=3, first=timedelta(seconds=30), longest=timedelta(seconds=100))
 
 DONE = Done()
 RETRY = Retry("destination-busy")
@@ -39,16 +39,16 @@ SAY_NOTHING = [
 ]  # fmt: skip
 
 FAILING = replace(RUNNING, failed_lanes=(1, 2))
-PAUSED = Pausing(
+PAUSED = QueueState(
     paused_until=NOON + SECOND, paused_by=PausedBy.FAILURES, reason="destination-busy", pauses_in_row=1
 )  # fmt: skip
 PROBING = replace(PAUSED, paused_until=NOON)
-BROKEN = Pausing(paused_until=FOR_EVER, paused_by=PausedBy.MISCONFIGURED, reason="destination-unauthorized")
-STOPPED = Pausing(paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason="the shop moves house")
+BROKEN = QueueState(paused_until=FOR_EVER, paused_by=PausedBy.MISCONFIGURED, reason="destination-unauthorized")
+STOPPED = QueueState(paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason="the shop moves house")
 PAUSES = {"failures": PAUSED, "misconfigured": BROKEN, "person": STOPPED}
 
 
-def after(queue: Pausing, *ends: tuple[int, Result], policy: Policy = POLICY) -> Pausing:
+def after(queue: QueueState, *ends: tuple[int, Result], policy: PausePolicy = POLICY) -> QueueState:
     """How it stands after these attempts, each with its lane, all of them ending at noon."""
     for lane_id, result in ends:
         queue = after_attempt(queue, result, lane_id, NOON, policy)
@@ -67,7 +67,7 @@ def test_failures_in_a_row_over_different_orders_pause_the_queue(failure: Result
     queue = after(RUNNING, (1, failure), (2, failure))
     assert queue.is_running()
 
-    assert after(queue, (3, failure)) == Pausing(
+    assert after(queue, (3, failure)) == QueueState(
         paused_until=NOON + 30 * SECOND,
         paused_by=PausedBy.FAILURES,
         reason=failure.code,  # type: ignore[union-attr]
@@ -92,7 +92,7 @@ def test_any_answer_of_the_far_side_ends_the_row(answer: Result) -> None:
 
 @pytest.mark.parametrize("nothing", SAY_NOTHING, ids=called)
 @pytest.mark.parametrize("queue", [RUNNING, FAILING, PROBING, *PAUSES.values()])
-def test_what_ended_without_the_far_side_says_nothing_about_it(queue: Pausing, nothing: Result) -> None:
+def test_what_ended_without_the_far_side_says_nothing_about_it(queue: QueueState, nothing: Result) -> None:
     assert after_attempt(queue, nothing, 9, NOON, POLICY) is queue
 
 
@@ -110,7 +110,7 @@ def test_without_a_number_of_failures_no_queue_pauses_by_itself() -> None:
 
 
 def test_a_destination_that_asks_for_time_gets_it_at_once_and_for_the_whole_queue() -> None:
-    assert after(RUNNING, (1, LATER)) == Pausing(
+    assert after(RUNNING, (1, LATER)) == QueueState(
         paused_until=NOON + 90 * SECOND, paused_by=PausedBy.RETRY_AFTER, reason="destination-busy"
     )
 
@@ -129,7 +129,7 @@ def test_a_destination_that_asks_for_no_time_is_one_that_fails(seconds: int) -> 
 
 
 @pytest.mark.parametrize("queue", [RUNNING, FAILING, PROBING, PAUSED])
-def test_broken_credentials_pause_the_queue_until_somebody_resumes(queue: Pausing) -> None:
+def test_broken_credentials_pause_the_queue_until_somebody_resumes(queue: QueueState) -> None:
     broken = after(queue, (1, MISCONFIGURED))
 
     assert (broken.paused_until, broken.paused_by, broken.reason) == (
@@ -143,7 +143,7 @@ def test_broken_credentials_pause_the_queue_until_somebody_resumes(queue: Pausin
 @pytest.mark.parametrize("result", [*ANSWERS, *FAILURES, LATER, *SAY_NOTHING], ids=called)
 @pytest.mark.parametrize("queue", PAUSES.values(), ids=PAUSES)
 def test_what_was_under_way_when_the_pause_began_neither_resumes_nor_lengthens_it(
-    queue: Pausing, result: Result
+    queue: QueueState, result: Result
 ) -> None:
     assert after_attempt(queue, result, 9, NOON, POLICY) is queue
 
@@ -168,7 +168,7 @@ def test_a_persons_pause_is_never_overwritten(result: Result) -> None:
         pytest.param(replace(PAUSED, paused_until=NOON - 3600 * SECOND), 1, id="long after it: still one"),
     ],
 )
-def test_how_many_may_be_tried_at_once(queue: Pausing, room: int) -> None:
+def test_how_many_may_be_tried_at_once(queue: QueueState, room: int) -> None:
     assert queue.room(8, NOON) == room
 
 
@@ -222,7 +222,7 @@ def test_a_destination_that_asks_for_time_pauses_also_where_failures_never_do() 
 
 results = st.sampled_from([*ANSWERS, *FAILURES, LATER, MISCONFIGURED, *SAY_NOTHING])
 policies = st.builds(
-    Policy,
+    PausePolicy,
     after_failures=st.integers(0, 5),
     first=st.timedeltas(timedelta(milliseconds=100), timedelta(days=1)),
     longest=st.timedeltas(timedelta(milliseconds=100), timedelta(days=1)),
@@ -232,7 +232,7 @@ attempts = st.lists(st.tuples(st.integers(1, 6), results, st.integers(0, 200 * S
 
 @given(policy=policies, attempts=attempts)
 def test_no_pause_by_failures_is_longer_than_the_longest_and_every_one_has_a_reason(
-    policy: Policy, attempts: list[tuple[int, Result, int]]
+    policy: PausePolicy, attempts: list[tuple[int, Result, int]]
 ) -> None:
     queue, now = RUNNING, NOON
     for lane_id, result, later in attempts:
@@ -248,7 +248,7 @@ def test_no_pause_by_failures_is_longer_than_the_longest_and_every_one_has_a_rea
 
 @given(policy=policies, attempts=attempts)
 def test_whatever_has_happened_a_pause_that_ends_needs_one_answer_and_no_more(
-    policy: Policy, attempts: list[tuple[int, Result, int]]
+    policy: PausePolicy, attempts: list[tuple[int, Result, int]]
 ) -> None:
     queue, now = RUNNING, NOON
     for lane_id, result, later in attempts:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from adapter.ledger.queries import Desk, Matching
+from adapter.ledger.queries import DeliveryFilter, Queries
 from tests.databases import KINDS, Server
 from tests.ledger import test_verdict_log as judged
 from tests.ledger.test_verdict_log import SHADOW
@@ -17,9 +17,9 @@ T = TypeVar("T")
 MANY = 100_000
 
 
-def desk(ledger: Ledger, look: Callable[[Desk], T]) -> T:
+def query(ledger: Ledger, look: Callable[[Queries], T]) -> T:
     with ledger.store.read_connection() as connection:
-        return look(Desk(connection))
+        return look(Queries(connection))
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ def test_notifications_are_listed_newest_first_by_what_is_asked(ledger: Ledger) 
     ledger.owed(1, order_id="order-2")
 
     def ids(**asked: Any) -> list[int]:
-        return [row["id"] for row in desk(ledger, lambda desk: desk.notifications(**asked))]
+        return [row["id"] for row in query(ledger, lambda queries: queries.notifications(**asked))]
 
     assert ids() == [3, 2, 1]
     assert ids(limit=1) == [3]
@@ -47,14 +47,14 @@ def test_a_notification_is_shown_with_its_deliveries_and_conflicts_and_never_its
     ledger.receive(receipt(body=b'{"canary": 2}'))
 
     [(conflict,)] = ledger.rows("SELECT id FROM notifications WHERE conflicts_with = 1")
-    shown = desk(ledger, lambda desk: desk.notification(1))
+    shown = query(ledger, lambda queries: queries.notification(1))
 
     assert (shown["order_id"], shown["body_bytes"], shown["conflicts"]) == ("order-1", 13, [conflict])
     assert [each["route"] for each in shown["deliveries"]] == ["history", "export"]
     assert shown["received_at"] == "2026-02-03T12:00:00.000Z"
     assert "canary" not in str(shown)
-    assert desk(ledger, lambda desk: desk.notification(conflict))["conflicts_with"] == 1
-    assert desk(ledger, lambda desk: desk.notification(4711)) is None
+    assert query(ledger, lambda queries: queries.notification(conflict))["conflicts_with"] == 1
+    assert query(ledger, lambda queries: queries.notification(4711)) is None
 
 
 def test_queues_tell_what_waits_and_what_is_tried(ledger: Ledger) -> None:
@@ -63,7 +63,7 @@ def test_queues_tell_what_waits_and_what_is_tried(ledger: Ledger) -> None:
     ledger.settle(ledger.claim(most=1)[0], waiting(NOON + HOUR))
     ledger.claim(most=1)
 
-    rows = desk(ledger, lambda desk: desk.queues(ledger.clock.now))
+    rows = query(ledger, lambda queries: queries.queues(ledger.clock.now))
 
     shown = {(row["route"], row["merchant"]): (row["state"], row["waiting"], row["running"]) for row in rows}
     assert shown == {
@@ -77,7 +77,7 @@ def test_a_queue_whose_pause_is_over_is_probing(ledger: Ledger) -> None:
     ledger.rows(f"UPDATE queues SET paused_until = {NOON + HOUR}, paused_by = 'failures' WHERE id = {ledger.export}")
 
     def state(now: int) -> tuple[str, str | None]:
-        (row,) = [each for each in desk(ledger, lambda desk: desk.queues(now)) if each["id"] == ledger.export]
+        (row,) = [each for each in query(ledger, lambda queries: queries.queues(now)) if each["id"] == ledger.export]
         return row["state"], row["paused_until"]
 
     assert state(NOON) == ("paused", "2026-02-03T13:00:00.000Z")
@@ -90,15 +90,15 @@ def test_the_overview_adds_up_the_queues_of_a_route_and_takes_the_oldest(ledger:
     ledger.owed(1, order_id="order-2")
     ledger.clock.now += HOUR
 
-    overview = desk(ledger, lambda desk: desk.overview(ledger.clock.now))
+    overview = query(ledger, lambda queries: queries.overview(ledger.clock.now))
 
     assert overview.by_route == {("export", "waiting"): 2}
     assert overview.oldest_waiting_seconds == {"export": 7200.0}
 
 
 def test_processes_are_told_alive_or_not(ledger: Ledger) -> None:
-    (process,) = desk(ledger, lambda desk: desk.processes(NOON))
-    (later,) = desk(ledger, lambda desk: desk.processes(NOON + HOUR))
+    (process,) = query(ledger, lambda queries: queries.processes(NOON))
+    (later,) = query(ledger, lambda queries: queries.processes(NOON + HOUR))
 
     assert (process["alive"], later["alive"], process["version"]) == (True, False, "test")
 
@@ -107,14 +107,14 @@ LATE = replace(judged.LATE, route="limits")
 
 
 def test_verdicts_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> None:
-    docket = judged.Writing(ledger)
+    verdict_log = judged.Writing(ledger)
     for number, each in enumerate((LATE, SHADOW, replace(LATE, kind="hung-up", order_id="order-2"))):
         ledger.clock.now = NOON + number
-        docket.record(each)
-    docket.flush()
+        verdict_log.record(each)
+    verdict_log.flush()
 
     def kinds(**asked: Any) -> list[str]:
-        return [row["kind"] for row in desk(ledger, lambda desk: desk.verdicts(**asked))]
+        return [row["kind"] for row in query(ledger, lambda queries: queries.verdicts(**asked))]
 
     assert kinds() == ["hung-up", "shadow", "late"]
     assert kinds(limit=2) == ["hung-up", "shadow"]
@@ -123,7 +123,7 @@ def test_verdicts_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> No
     assert kinds(order_id="order-1") == ["shadow", "late"]
     assert kinds(since=NOON + 1) == ["hung-up", "shadow"]
     assert kinds(route="limits", order_id="order-1", since=NOON + 1) == []
-    assert desk(ledger, lambda desk: desk.verdicts(kind="late")) == [
+    assert query(ledger, lambda queries: queries.verdicts(kind="late")) == [
         {
             "id": 1, "at": "2026-02-03T12:00:00.000Z", "kind": "late", "callback": "order-rules", "route": "limits",
             "merchant": "fjallboden", "channel": "1", "order_id": "order-1", "decided": "reject",
@@ -145,23 +145,25 @@ DIFFERS = {
 def test_a_verdict_differs_where_it_would_have_made_another_answer(
     ledger: Ledger, pair: tuple[str, str | None], differs: int
 ) -> None:
-    docket = judged.Writing(ledger)
-    docket.record(replace(LATE, decided=pair[0], answered=pair[1]))
-    docket.flush()
+    verdict_log = judged.Writing(ledger)
+    verdict_log.record(replace(LATE, decided=pair[0], answered=pair[1]))
+    verdict_log.flush()
 
-    assert [row["differs"] for row in desk(ledger, lambda desk: desk.count_verdicts())] == [differs]
+    assert [row["differs"] for row in query(ledger, lambda queries: queries.count_verdicts())] == [differs]
 
 
 def test_verdicts_are_counted_by_route_with_the_caller_s_patience(ledger: Ledger) -> None:
-    docket = judged.Writing(ledger)
-    docket.record(LATE, replace(LATE, decided="failed", took_ms=1), SHADOW, replace(SHADOW, decided="refuse"))
-    docket.record(*(replace(LATE, kind="hung-up", decided="approve", took_ms=ms) for ms in (5000, 3010, 9000, 5001)))
+    verdict_log = judged.Writing(ledger)
+    verdict_log.record(LATE, replace(LATE, decided="failed", took_ms=1), SHADOW, replace(SHADOW, decided="refuse"))
+    verdict_log.record(
+        *(replace(LATE, kind="hung-up", decided="approve", took_ms=ms) for ms in (5000, 3010, 9000, 5001))
+    )
     ledger.clock.now = NOON + DAY
-    docket.record(replace(LATE, kind="hung-up", took_ms=8000))
-    docket.flush()
+    verdict_log.record(replace(LATE, kind="hung-up", took_ms=8000))
+    verdict_log.flush()
 
     nothing = {"late": 0, "hung_up": 0, "shadow": 0, "rejects": 0, "failed": 0, "differs": 0}
-    assert desk(ledger, lambda desk: desk.count_verdicts()) == [
+    assert query(ledger, lambda queries: queries.count_verdicts()) == [
         nothing | {
             "route": "limits", "late": 2, "hung_up": 5, "rejects": 2, "failed": 1, "differs": 2,
             "patience_min_ms": 3010, "patience_median_ms": 5001,
@@ -170,7 +172,7 @@ def test_verdicts_are_counted_by_route_with_the_caller_s_patience(ledger: Ledger
             "route": SHADOW.route, "shadow": 2, "rejects": 1, "patience_min_ms": None, "patience_median_ms": None,
         },
     ]  # fmt: skip
-    assert desk(ledger, lambda desk: desk.count_verdicts(since=NOON + DAY)) == [
+    assert query(ledger, lambda queries: queries.count_verdicts(since=NOON + DAY)) == [
         nothing | {
             "route": "limits", "hung_up": 1, "rejects": 1, "differs": 1,
             "patience_min_ms": 8000, "patience_median_ms": 8000,
@@ -200,30 +202,30 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 # The newest of all are read from the end of the table, and left off after a hundred.
-QUERIES: dict[str, Callable[[Desk], Any]] = {
-    "dead letters": lambda desk: desk.deliveries(Matching(state="dead")),
-    "dead letters of a reason": lambda desk: desk.deliveries(Matching(state="dead", reason="rejected")),
-    "deliveries of an order": lambda desk: desk.deliveries(Matching(order_id="waiting-77")),
-    "deliveries of a notification": lambda desk: desk.deliveries(Matching(notification_id=77)),
-    "deliveries by id": lambda desk: desk.deliveries(Matching(ids=(7, 77))),
-    "a delivery": lambda desk: desk.delivery(77),
-    "notifications of an order": lambda desk: desk.notifications(order_id="waiting-77"),
-    "a notification": lambda desk: desk.notification(77),
-    "what a retry would mean": lambda desk: desk.count(Matching(state="dead", reason="rejected")),
-    "what it would mean of an order": lambda desk: desk.count(Matching(state="dead", order_id="dead-77")),
-    "the metrics": lambda desk: desk.overview(NOON),
-    "queues": lambda desk: desk.queues(NOON),
-    "actions": lambda desk: desk.actions(),
-    "verdicts": lambda desk: desk.verdicts(),
-    "verdicts of a day": lambda desk: desk.verdicts(since=NOON - DAY),
-    "verdicts about an order": lambda desk: desk.verdicts(order_id="order-77"),
-    "verdicts of an hour, counted": lambda desk: desk.count_verdicts(since=NOON - HOUR),
+QUERIES: dict[str, Callable[[Queries], Any]] = {
+    "dead letters": lambda queries: queries.deliveries(DeliveryFilter(state="dead")),
+    "dead letters of a reason": lambda queries: queries.deliveries(DeliveryFilter(state="dead", reason="rejected")),
+    "deliveries of an order": lambda queries: queries.deliveries(DeliveryFilter(order_id="waiting-77")),
+    "deliveries of a notification": lambda queries: queries.deliveries(DeliveryFilter(notification_id=77)),
+    "deliveries by id": lambda queries: queries.deliveries(DeliveryFilter(ids=(7, 77))),
+    "a delivery": lambda queries: queries.delivery(77),
+    "notifications of an order": lambda queries: queries.notifications(order_id="waiting-77"),
+    "a notification": lambda queries: queries.notification(77),
+    "what a retry would mean": lambda queries: queries.count(DeliveryFilter(state="dead", reason="rejected")),
+    "what it would mean of an order": lambda queries: queries.count(DeliveryFilter(state="dead", order_id="dead-77")),
+    "the metrics": lambda queries: queries.overview(NOON),
+    "queues": lambda queries: queries.queues(NOON),
+    "actions": lambda queries: queries.actions(),
+    "verdicts": lambda queries: queries.verdicts(),
+    "verdicts of a day": lambda queries: queries.verdicts(since=NOON - DAY),
+    "verdicts about an order": lambda queries: queries.verdicts(order_id="order-77"),
+    "verdicts of an hour, counted": lambda queries: queries.count_verdicts(since=NOON - HOUR),
 }
 
 
 @pytest.mark.parametrize("look", QUERIES.values(), ids=QUERIES)
-def test_nobody_waits_for_a_table_to_be_scanned(crowded: Ledger, look: Callable[[Desk], Any]) -> None:
-    statements = seen(crowded.store._reader, lambda: desk(crowded, look))
+def test_nobody_waits_for_a_table_to_be_scanned(crowded: Ledger, look: Callable[[Queries], Any]) -> None:
+    statements = seen(crowded.store._reader, lambda: query(crowded, look))
 
     assert statements
     for statement, parameters in statements:
@@ -231,14 +233,14 @@ def test_nobody_waits_for_a_table_to_be_scanned(crowded: Ledger, look: Callable[
 
 
 def test_what_is_asked_of_many_is_answered(crowded: Ledger) -> None:
-    overview = desk(crowded, lambda desk: desk.overview(NOON + DAY))
+    overview = query(crowded, lambda queries: queries.overview(NOON + DAY))
 
     waits = 200 if crowded.url.startswith("postgresql") else MANY
     assert overview.by_route == {("export", "waiting"): waits, ("export", "dead"): 200}
     assert overview.oldest_waiting_seconds == {"export": 86400.0}
-    assert [row["order_id"] for row in desk(crowded, lambda desk: desk.notifications(order_id="waiting-77"))] == [
-        "waiting-77"
-    ]
+    assert [
+        row["order_id"] for row in query(crowded, lambda queries: queries.notifications(order_id="waiting-77"))
+    ] == ["waiting-77"]
 
 
 def test_done_and_dead_are_told_apart(ledger: Ledger) -> None:
@@ -247,7 +249,7 @@ def test_done_and_dead_are_told_apart(ledger: Ledger) -> None:
     for claim, ends in zip(ledger.claim(), (DELIVERED, REJECTED), strict=True):
         ledger.settle(claim, ends)
 
-    counted = desk(ledger, lambda desk: desk.count(Matching(route="export")))
+    counted = query(ledger, lambda queries: queries.count(DeliveryFilter(route="export")))
 
     assert [(row["state"], row["reason"], row["count"]) for row in counted] == [
         ("dead", "rejected", 1),

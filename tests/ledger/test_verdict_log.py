@@ -11,10 +11,17 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
-from adapter.ledger.verdict_log import LONGEST_CODE, MOST_A_STATEMENT, MOST_CODES, MOST_WAITING, Docket, Judged
+from adapter.ledger.verdict_log import (
+    LONGEST_CODE,
+    MOST_A_STATEMENT,
+    MOST_CODES,
+    MOST_WAITING,
+    LoggedVerdict,
+    VerdictLog,
+)
 from tests.ledgers import NOON, Ledger, opened
 
-LATE = Judged(
+LATE = LoggedVerdict(
     kind="late",
     callback="order-rules",
     route="swedish-orders-have-an-id",
@@ -30,19 +37,19 @@ SHADOW = replace(LATE, kind="shadow", decided="approve", codes=(), answered=None
 
 
 class Writing:
-    """A docket of a ledger's, with what it has dropped."""
+    """A verdict_log of a ledger's, with what it has dropped."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.dropped = 0
-        self.docket = Docket(ledger.store, dropped=self._drop, gathered_for=timedelta(0))
+        self.verdict_log = VerdictLog(ledger.store, dropped=self._drop, gathered_for=timedelta(0))
 
-    def record(self, *judged: Judged) -> None:
-        for each in judged:
-            self.docket.record(each)
+    def record(self, *logged: LoggedVerdict) -> None:
+        for each in logged:
+            self.verdict_log.record(each)
 
     def flush(self) -> None:
-        self.ledger.do(self.docket.flush())
+        self.ledger.do(self.verdict_log.flush())
 
     def written(self, columns: str = "order_id") -> list[Any]:
         rows = self.ledger.rows(f"SELECT {columns} FROM verdicts ORDER BY id")
@@ -91,14 +98,14 @@ def test_it_is_written_as_it_was_judged_at_the_moment_when_it_was_recorded(writi
 
 def test_it_is_kept_up_with_until_the_end(writing: Writing) -> None:
     async def service() -> None:
-        keeping = asyncio.create_task(writing.docket.keep())
+        keeping = asyncio.create_task(writing.verdict_log.keep())
         for number in range(3):
             writing.record(replace(LATE, order_id=f"order-{number}"))
             await until(lambda number=number: len(writing.written()) == number + 1)  # type: ignore[misc]
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
         writing.record(replace(LATE, order_id="order-3"))
-        await writing.docket.flush()
+        await writing.verdict_log.flush()
 
     writing.ledger.do(service())
 
@@ -130,7 +137,7 @@ def test_while_the_store_is_away_it_is_kept(writing: Writing) -> None:
     ledger.rows("ALTER TABLE verdicts RENAME TO elsewhere")
 
     async def service() -> None:
-        keeping = asyncio.create_task(writing.docket.keep())
+        keeping = asyncio.create_task(writing.verdict_log.keep())
         writing.record(LATE)
         await until(lambda: ledger.store.failing)
         ledger.rows("ALTER TABLE elsewhere RENAME TO verdicts")
@@ -161,7 +168,7 @@ def test_the_end_does_not_wait_long_for_a_writer_that_hangs(writing: Writing) ->
     async def shutdown() -> None:
         held = asyncio.create_task(writing.ledger.store.write(hold(let_go), None))
         writing.record(LATE)
-        await writing.docket.flush(within=timedelta(milliseconds=1))
+        await writing.verdict_log.flush(within=timedelta(milliseconds=1))
         let_go.set()
         await held
 
@@ -193,13 +200,13 @@ def test_a_shutdown_in_the_middle_of_a_group_neither_loses_nor_doubles_it(writin
 
     async def service() -> None:
         held = asyncio.create_task(writing.ledger.store.write(hold(let_go), None))
-        keeping = asyncio.create_task(writing.docket.keep())
+        keeping = asyncio.create_task(writing.verdict_log.keep())
         writing.record(LATE)
-        await until(writing.docket._writing.locked)
+        await until(writing.verdict_log._writing.locked)
         keeping.cancel()
         await asyncio.gather(keeping, return_exceptions=True)
         let_go.set()
-        await writing.docket.flush()
+        await writing.verdict_log.flush()
         await held
 
     writing.ledger.do(service())

@@ -16,7 +16,7 @@ from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox, Receipt, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import FOR_EVER, Policy
+from adapter.ledger.settlement import FOR_EVER, PausePolicy
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.operations.application import Health, console
@@ -162,7 +162,7 @@ def test_the_metrics_are_prometheus_text_with_every_name(stage: Stage) -> None:
 
 def test_the_metrics_tell_what_waits_in_the_ledger(each_stage: Stage) -> None:
     async def walk() -> str:
-        lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=Policy())
+        lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=PausePolicy())
         queues = await lanes.open_queues([QueueKey(route="export", merchant="norce", channel="1")])
         for number in range(3):
             receipt = Receipt(
@@ -183,7 +183,7 @@ def test_the_metrics_tell_what_waits_in_the_ledger(each_stage: Stage) -> None:
 
 
 def test_the_metrics_tell_which_queues_are_paused(each_stage: Stage) -> None:
-    lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=Policy())
+    lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=PausePolicy())
     keys = [QueueKey(route="export", merchant=merchant, channel="1") for merchant in ("norce", "other")]
 
     async def walk() -> str:

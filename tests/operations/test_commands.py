@@ -16,7 +16,7 @@ from adapter.callbacks.server import listen, served
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import Policy
+from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.operations import application as room
@@ -50,7 +50,7 @@ class Port:
         self.store = Store.open(f"sqlite:///{self._folder}/ledger.db")
         lease = Lease(self.store, version="test")
         await lease.enter()
-        queues = await Lanes(self.store, lease, policy=Policy()).open_queues([EXPORT])
+        queues = await Lanes(self.store, lease, policy=PausePolicy()).open_queues([EXPORT])
         await Inbox(self.store).receive(receipt("canary-order", 1, wanted=[(queues[EXPORT], True)]))
         token = None if self._token is None else Secret(self._token)
         app = console(Health(started=True), Metrics("0"), self.store, token, wake=self._wake)

@@ -23,11 +23,11 @@ from adapter.callbacks.parsing import ReceivedNotification
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
 from adapter.ledger.inbox import Inbox
-from adapter.ledger.key_values import Marks
+from adapter.ledger.key_values import Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.schema import deliveries, lanes, notifications
-from adapter.ledger.settlement import Policy
+from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.norce.client import LARGEST_ANSWER_BYTES, Norce, NorceError
@@ -95,7 +95,7 @@ class House:
 
     async def _open(self) -> None:
         self.store = Store.open(self.url)
-        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=Policy())
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=PausePolicy())
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
         ids = {(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()}
         self.intake = Intake(self.routes, Inbox(self.store), queue_ids=ids, metrics=self.metrics)
@@ -118,7 +118,7 @@ class House:
         self.line = Flaky(httpx.ASGITransport(self.simulator.app))
         self.norce: Norce = client(self.config, self.metrics, transport=self.line)
         self.healing = reconciliation(self.config, self.norce, self.intake, self.store, self.metrics)
-        self.marks = Marks(self.store)
+        self.watermarks = Watermarks(self.store)
 
     def close(self) -> None:
         async def end() -> None:
@@ -282,7 +282,7 @@ def test_one_of_several_nodes_has_the_turn(house: House) -> None:
     house.in_turn()
 
     assert house.line.asked == asked > 0
-    house.loop.run(house.marks.put("reconciliation", 0))
+    house.loop.run(house.watermarks.put("reconciliation", 0))
     house.in_turn()
     assert house.line.asked > asked
 
@@ -291,7 +291,7 @@ def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
     house.in_turn()
     house.simulator.throw(notifications_lost=1.0)
     house.orders(1)
-    house.loop.run(house.marks.put("reconciliation", 0))
+    house.loop.run(house.watermarks.put("reconciliation", 0))
 
     house.in_turn()
 
@@ -349,7 +349,7 @@ def test_every_merchant_whose_log_cannot_be_read_is_named(tmp_path: Path, store_
 def test_a_later_since_leaves_what_lies_before_it_for_the_next_time(tmp_path: Path, store_url: str) -> None:
     with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
         a_week_ago = datetime.now(UTC) - timedelta(days=7)
-        house.loop.run(house.marks.put("reconciled norce", int(a_week_ago.timestamp() * 1000)))
+        house.loop.run(house.watermarks.put("reconciled norce", int(a_week_ago.timestamp() * 1000)))
         house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
         house.orders(1)
         house.simulator.throw(clock_skew_seconds=0)
@@ -363,7 +363,7 @@ def test_a_later_since_leaves_what_lies_before_it_for_the_next_time(tmp_path: Pa
 def test_what_the_ledger_has_forgotten_is_not_brought_anew(tmp_path: Path, store_url: str) -> None:
     store = {"url": store_url, "retention": {"rows": "2d"}}
     with opened(store_url, tmp_path, store=store, reconciliation={"overlap": "30d"}) as house:
-        house.loop.run(house.marks.put("reconciled norce", house.store.clock()))
+        house.loop.run(house.watermarks.put("reconciled norce", house.store.clock()))
         house.simulator.throw(clock_skew_seconds=-3 * 86400)
         house.orders(1)  # it came
         house.loop.run(_forget(house.store))
@@ -391,7 +391,7 @@ def test_a_new_merchants_log_begins_at_the_start_and_not_when_the_next_turn_is_d
         house.in_turn()
 
         assert house.line.asked == 0  # it is not due
-        assert house.loop.run(house.marks.value("reconciled since another")) is not None
+        assert house.loop.run(house.watermarks.value("reconciled since another")) is not None
 
 
 def test_a_shorter_time_between_turns_counts_at_once(house: House) -> None:
@@ -515,7 +515,7 @@ def test_of_a_log_that_never_ends_nothing_is_taken_for_read(house: House, monkey
     with pytest.raises(NorceError, match="no end"):
         house.reconciled()
 
-    assert house.loop.run(house.marks.value("reconciled norce")) is None
+    assert house.loop.run(house.watermarks.value("reconciled norce")) is None
 
 
 def test_others_are_answered_between_two_events(house: House) -> None:

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter.app import client, published_schema
-from adapter.ledger.key_values import TakenDocuments
+from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
@@ -130,9 +130,9 @@ class House:
         self.line = Line(self.simulator)
         self.norce = client(self.config, self.metrics, transport=self.line)
         self.schema = published_schema(self.config, self.routes)
-        self.documents = self.reader(TakenDocuments(self.store))
+        self.documents = self.reader(StoredDocuments(self.store))
 
-    def reader(self, taken: TakenDocuments) -> Documents:
+    def reader(self, taken: StoredDocuments) -> Documents:
         return Documents(
             self.config, self.routes, self.norce, self.schema, taken=taken, metrics=self.metrics, changed=self._count
         )
@@ -140,7 +140,7 @@ class House:
     def restart(self) -> None:
         """A new process, which has heard nothing of Norce yet."""
         self.routes = build(self.config, [Point()])  # type: ignore[list-item]
-        self.documents = self.reader(TakenDocuments(self.store))
+        self.documents = self.reader(StoredDocuments(self.store))
         self.loop.run(self.documents.recall())
 
     def _ours(self, request: httpx.Request) -> httpx.Response:
@@ -324,12 +324,12 @@ def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_t
     house.refresh()
 
     assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
-    assert b"canary" not in house.loop.run(TakenDocuments(house.store).all())[SHOP]
+    assert b"canary" not in house.loop.run(StoredDocuments(house.store).all())[SHOP]
 
 
 def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_checked(house: House) -> None:
     """To check one takes up to three seconds, ten took 26 s of a start: no lease is renewed, and no signal heard."""
-    taken = TakenDocuments(house.store)
+    taken = StoredDocuments(house.store)
     BEGUN.clear()
     GO_ON.clear()
 
@@ -365,7 +365,7 @@ def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -
 
 
 def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_not_the_switch(house: House) -> None:
-    taken = TakenDocuments(house.store)
+    taken = StoredDocuments(house.store)
     house.loop.run(taken.keep(*SHOP, json.dumps(document({"fewest": 3}, active=False)).encode()))
     house.loop.run(taken.keep("gone", "1", b"{}"))
 
@@ -379,7 +379,7 @@ def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_no
 
 def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> None:
     store = Store.open(empty_url)
-    taken = TakenDocuments(store)
+    taken = StoredDocuments(store)
 
     async def work() -> dict[tuple[str, str], bytes]:
         for merchant, channel, content in (
@@ -399,7 +399,7 @@ def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> 
         store.close()
 
 
-class Stumbling(TakenDocuments):
+class Stumbling(StoredDocuments):
     """A ledger that is away once."""
 
     away = True

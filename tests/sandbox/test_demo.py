@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from adapter.callbacks.senders import Senders
-from adapter.ledger.queries import Desk
+from adapter.ledger.queries import Queries
 from adapter.ledger.store import open_for_reading
 from adapter.sandbox.demo import Demo, DemoFailed, demo, walk
 from adapter.sandbox.jetshop_stand_in import Accepted
@@ -37,7 +37,7 @@ def url(running: Demo, order: dict[str, Any], callback: str) -> str:
 
 def deliveries(running: Demo) -> list[dict[str, Any]]:
     with open_for_reading(running.config.store.url).connect() as connection:
-        return Desk(connection).deliveries()
+        return Queries(connection).deliveries()
 
 
 def completed(running: Demo) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from adapter import config as configuration
 from adapter.app import running
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import listen, served
-from adapter.ledger.queries import Desk
+from adapter.ledger.queries import Queries
 from adapter.ledger.store import open_for_reading
 from adapter.norce.api import BY_NAME
 from adapter.routing.routes import build
@@ -88,7 +88,7 @@ def test_the_sample_order_goes_from_creation_to_a_delivery(tmp_path: Path) -> No
             assert norce.order(its["order_id"])["state"]["currentStatus"] == "completed"
             assert [each["status"] for each in norce.events()[0]["attempts"]] == [200]
             with open_for_reading(config.store.url).connect() as connection:
-                [delivery] = Desk(connection).deliveries()
+                [delivery] = Queries(connection).deliveries()
             assert delivery["order_id"] == its["order_id"]
 
     asyncio.run(walk())

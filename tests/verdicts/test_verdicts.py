@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from adapter import config as configuration
 from adapter import logs
 from adapter.app import accounts
-from adapter.ledger.verdict_log import Judged
+from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, OrderNotFound
 from adapter.orders import Order, read_order
@@ -187,11 +187,13 @@ async def stays() -> bool:
 class Asking:
     """Verdicts with their routes, and a memory of what was recorded and counted."""
 
-    def __init__(self, verdicts: Verdicts, routes: Routes, metrics: Metrics, judged: "asyncio.Queue[Judged]") -> None:
+    def __init__(
+        self, verdicts: Verdicts, routes: Routes, metrics: Metrics, logged: "asyncio.Queue[LoggedVerdict]"
+    ) -> None:
         self.verdicts = verdicts
         self.routes = routes
         self.metrics = metrics
-        self.judged = judged
+        self.logged = logged
 
     async def validate(self, order_id: str = "o1", channel: str = "1", gone: Callable[[], Any] = stays) -> Answer:
         # The handlers that hang are released after this: whoever waits for one does not come back.
@@ -203,8 +205,8 @@ class Asking:
         async with asyncio.timeout(FAR_TOO_LATE):
             return await self.verdicts.change(self.routes.callbacks[callback], "norce", "1", "o1", order, gone)
 
-    async def recorded(self) -> Judged:
-        return await asyncio.wait_for(self.judged.get(), FAR_TOO_LATE)
+    async def recorded(self) -> LoggedVerdict:
+        return await asyncio.wait_for(self.logged.get(), FAR_TOO_LATE)
 
     def counted(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"norce_adapter_{name}", labels) or 0.0
@@ -228,7 +230,7 @@ async def asking(
 
     runner = Runner(make_norce=make_norce, clock=lambda: datetime.now(UTC))
     client, metrics = make_norce(), Metrics("0")
-    judged: asyncio.Queue[Judged] = asyncio.Queue()
+    logged: asyncio.Queue[LoggedVerdict] = asyncio.Queue()
     verdicts = Verdicts(
         made,
         runner=runner,
@@ -236,10 +238,10 @@ async def asking(
         metrics=metrics,
         clock=lambda: time.time_ns() // 1_000_000,
         misses=misses or Misses(most=0, bypass=timedelta(0)),
-        record=judged.put_nowait,
+        record=logged.put_nowait,
     )
     try:
-        yield Asking(verdicts, made, metrics, judged)
+        yield Asking(verdicts, made, metrics, logged)
     finally:
         for handler in (Block, Stubborn):
             handler.released.set()
@@ -839,21 +841,21 @@ LATE: dict[str, tuple[str, str, tuple[str, ...], str]] = {
 def test_what_a_late_route_says_is_recorded_with_what_counted_in_its_stead(
     tmp_path: Path, more: str, says: str, codes_: tuple[str, ...], result: str
 ) -> None:
-    async def ask() -> tuple[Asking, Judged]:
+    async def ask() -> tuple[Asking, LoggedVerdict]:
         async with asking(tmp_path, route("one", "held", more=more), {"held": Held}) as at:
             answer = await at.validate()
             assert [verdict.missing for verdict in answer.verdicts] == ["late"]
-            assert at.judged.empty()
+            assert at.logged.empty()
             Held.let_go.set()
             return at, await at.recorded()
 
-    at, judged = asyncio.run(ask())
+    at, logged = asyncio.run(ask())
 
-    assert dataclasses.replace(judged, took_ms=0) == Judged(
+    assert dataclasses.replace(logged, took_ms=0) == LoggedVerdict(
         kind="late", callback="order-rules", route="one", merchant="norce", channel="1", order_id="o1", decided=says,
         codes=codes_, answered="reject", took_ms=0,
     )  # fmt: skip
-    assert judged.took_ms > DEADLINE.total_seconds() * 1000 * 0.8
+    assert logged.took_ms > DEADLINE.total_seconds() * 1000 * 0.8
     labels = {"callback": "order-rules", "route": "one", "kind": "late", "verdict": says, "result": result}
     assert at.counted("verdicts_unheard_total", **labels) == 1
 
@@ -870,15 +872,15 @@ LATE_HOOKS: dict[str, tuple[dict[str, str], str, tuple[str, ...], str]] = {
 def test_what_a_late_hook_says_is_recorded_as_it_would_have_counted(
     tmp_path: Path, wish: dict[str, str], says: str, codes_: tuple[str, ...], result: str
 ) -> None:
-    async def ask() -> tuple[Asking, Judged]:
+    async def ask() -> tuple[Asking, LoggedVerdict]:
         async with asking(tmp_path, hook("one", "held", more=wishing(**wish)), {"held": HeldHook}) as at:
             await at.change()
             Held.let_go.set()
             return at, await at.recorded()
 
-    at, judged = asyncio.run(ask())
+    at, logged = asyncio.run(ask())
 
-    assert (judged.kind, judged.decided, judged.codes, judged.answered) == ("late", says, codes_, "approve")
+    assert (logged.kind, logged.decided, logged.codes, logged.answered) == ("late", says, codes_, "approve")
     labels = {"callback": "cart-changed", "route": "one", "kind": "late", "verdict": says, "result": result}
     assert at.counted("verdicts_unheard_total", **labels) == 1
 
@@ -922,7 +924,7 @@ def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_c
 
     waiting, hung_up = threading.Event(), threading.Event()
 
-    async def ask() -> tuple[Asking, list[Judged]]:
+    async def ask() -> tuple[Asking, list[LoggedVerdict]]:
         routes = route("one", "waits") + route("two", "held") + route("three", "in-place")
         handlers = {"waits": Waits, "held": Held, "in-place": InPlace}
         async with asking(tmp_path, routes, handlers) as at:
@@ -937,13 +939,13 @@ def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_c
             Held.let_go.set()
             return at, [await at.recorded(), await at.recorded()]
 
-    at, judged = asyncio.run(ask())
+    at, logged = asyncio.run(ask())
 
-    assert [(each.route, each.kind, each.decided, each.answered) for each in judged] == [
+    assert [(each.route, each.kind, each.decided, each.answered) for each in logged] == [
         ("one", "hung-up", "reject", None), ("two", "hung-up", "reject", None)
     ]  # fmt: skip
-    assert judged[0].took_ms == judged[1].took_ms < DEADLINE.total_seconds() * 1000
-    assert at.judged.empty()
+    assert logged[0].took_ms == logged[1].took_ms < DEADLINE.total_seconds() * 1000
+    assert at.logged.empty()
     for name in ("one", "two"):
         labels = {"callback": "order-rules", "route": name, "kind": "hung-up", "verdict": "reject"}
         assert at.counted("verdicts_unheard_total", **labels, result="unanswered") == 1
@@ -1134,18 +1136,20 @@ def test_who_was_held_up_by_another_is_not_bypassed_for_it(tmp_path: Path) -> No
 SHADOW = ", mode: shadow"
 
 
-def shadowed(folder: Path, enforced: str, shadow: str, handlers: dict[str, Any] = HOOKS) -> tuple[Answer, Judged, str]:
+def shadowed(
+    folder: Path, enforced: str, shadow: str, handlers: dict[str, Any] = HOOKS
+) -> tuple[Answer, LoggedVerdict, str]:
     """The answer, what the shadow said, and whether it would have been the same answer with it."""
 
-    async def ask() -> tuple[Answer, Judged, str]:
+    async def ask() -> tuple[Answer, LoggedVerdict, str]:
         async with asking(folder, enforced + shadow, handlers | {"deny": Deny, "approve": Approve}) as at:
             answer = await (at.validate() if "order-rules" in shadow else at.change())
-            judged = await at.recorded()
-            labels = {"callback": judged.callback, "route": judged.route, "kind": "shadow", "verdict": judged.decided}
+            logged = await at.recorded()
+            labels = {"callback": logged.callback, "route": logged.route, "kind": "shadow", "verdict": logged.decided}
             (result,) = (
                 each for each in ("same", "differs") if at.counted("verdicts_unheard_total", **labels, result=each)
             )
-            return answer, judged, result
+            return answer, logged, result
 
     return asyncio.run(ask())
 
@@ -1171,18 +1175,18 @@ SHADOWS: dict[str, tuple[str, str, str, str]] = {
 def test_what_a_shadow_says_is_recorded_and_compared_and_never_acted_on(
     tmp_path: Path, enforced: str, shadow: str, says: str, result: str
 ) -> None:
-    answer, judged, compared = shadowed(tmp_path, enforced, shadow)
+    answer, logged, compared = shadowed(tmp_path, enforced, shadow)
 
     assert [verdict.route.name for verdict in answer.verdicts] == ["a"] * bool(enforced)
-    assert (judged.route, judged.kind, judged.decided, judged.answered) == ("s", "shadow", says, None)
+    assert (logged.route, logged.kind, logged.decided, logged.answered) == ("s", "shadow", says, None)
     assert compared == result
 
 
 def test_the_order_is_read_for_a_shadow_alone(tmp_path: Path) -> None:
-    answer, judged, _ = shadowed(tmp_path, "", route("s", "deny", more=SHADOW))
+    answer, logged, _ = shadowed(tmp_path, "", route("s", "deny", more=SHADOW))
 
     assert not answer.stops
-    assert judged.codes == ("a-code",)
+    assert logged.codes == ("a-code",)
 
 
 @pytest.mark.parametrize("computes", [False, True])
@@ -1191,19 +1195,19 @@ def test_a_shadow_that_blocks_its_thread_holds_up_neither_the_answer_nor_other_h
 ) -> None:
     block = type("Shadow", (Block,), {"computes": computes})
 
-    async def ask() -> tuple[list[Answer], Judged]:
+    async def ask() -> tuple[list[Answer], LoggedVerdict]:
         routes = route("s", "block", more=SHADOW) + route("a", "deny") + route("b", "in-place")
         async with asking(tmp_path, routes, {"block": block, "deny": Deny, "in-place": InPlace}) as at:
             answers = [await at.validate() for _ in range(3)]
-            assert at.judged.empty()
+            assert at.logged.empty()
             Block.released.set()
             return answers, await at.recorded()
 
-    answers, judged = asyncio.run(ask())
+    answers, logged = asyncio.run(ask())
 
     for answer in answers:
         assert [verdict.missing for verdict in answer.verdicts] == [None, None]
-    assert (judged.decided, judged.codes) == ("reject", ("too-late",))
+    assert (logged.decided, logged.codes) == ("reject", ("too-late",))
 
 
 def test_a_shadow_that_does_not_want_the_order_is_not_asked(tmp_path: Path) -> None:
@@ -1212,6 +1216,6 @@ def test_a_shadow_that_does_not_want_the_order_is_not_asked(tmp_path: Path) -> N
         async with asking(tmp_path, route("s", "deny", more=SHADOW + when), {"deny": Deny}) as at:
             await at.validate()
             await asyncio.sleep(0)
-            return at.judged.empty()
+            return at.logged.empty()
 
     assert asyncio.run(ask())

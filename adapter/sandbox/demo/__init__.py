@@ -24,7 +24,7 @@ from adapter import config as configuration
 from adapter.app import Service, running
 from adapter.callbacks.server import PortInUse, listen, served
 from adapter.config import Config
-from adapter.ledger.queries import Desk, Matching
+from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.store import open_for_reading
 from adapter.routing.routes import build
 from adapter.sandbox.caller import Caller, Unmet
@@ -291,7 +291,7 @@ async def _ended(demo: Demo, order_id: str) -> dict[str, Any]:
 def _deliveries(demo: Demo, **filters: str) -> list[dict[str, Any]]:
     engine = open_for_reading(demo.config.store.url)
     with engine.connect() as connection:
-        return Desk(connection).deliveries(Matching(**filters))  # type: ignore[arg-type]
+        return Queries(connection).deliveries(DeliveryFilter(**filters))  # type: ignore[arg-type]
 
 
 def _told(delivery: dict[str, Any]) -> str:

@@ -15,13 +15,13 @@ def upgrade() -> None:
     op.add_column("queues", sa.Column("failed_lanes", sa.Text(), nullable=True))
     op.add_column("queues", sa.Column("pauses_in_row", sa.Integer(), server_default=sa.text("0"), nullable=False))
     op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id"])
-    marks = op.create_table(
-        "marks",
+    watermarks = op.create_table(
+        "watermarks",
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("value", sa.BigInteger(), nullable=False),
-        sa.PrimaryKeyConstraint("name", name=op.f("pk_marks")),
+        sa.PrimaryKeyConstraint("name", name=op.f("pk_watermarks")),
     )
-    op.bulk_insert(marks, [{"name": name, "value": 0} for name in ("clock_latest", "clock_away")])
+    op.bulk_insert(watermarks, [{"name": name, "value": 0} for name in ("clock_latest", "clock_away")])
     op.create_table(
         "actions",
         sa.Column("id", KEY, nullable=False),
