@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
+from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim, Claimed, QueueKey, QueueLimits, Record
 from adapter.ledger.clock import Clock
-from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import Attempt, Ending, Handling, PausePolicy, Result
@@ -91,7 +92,7 @@ class Ledger:
     def do(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run(work)
 
-    def receive(self, receipt: Receipt) -> Received:
+    def receive(self, receipt: ReceivedNotification) -> Received:
         return self.do(self.inbox.receive(receipt))
 
     def limits(self, *queues: int, concurrency: int = 100) -> list[QueueLimits]:
@@ -165,11 +166,10 @@ def receipt(
     body: bytes | None = None,
     identity: bytes | None = None,
     source: str = "callback",
-) -> Receipt:
-    return Receipt(
+) -> ReceivedNotification:
+    return ReceivedNotification(
         identity=identity if identity is not None else f"{order_id}/{snapshot}".encode(),
-        merchant="fjallboden",
-        channel="1",
+        channel=Channel("fjallboden", "1"),
         callback="order-status",
         order_id=order_id,
         snapshot_at=snapshot,

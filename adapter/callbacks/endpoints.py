@@ -23,23 +23,21 @@ from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
     ConfigurationNotFound,
-    HookRequest,
     Merchants,
     NotJson,
     Unresolved,
-    ValidationRequest,
     check_order_id,
     parse_hook,
     parse_notification,
     parse_validation,
 )
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated
-from adapter.ledger.inbox import Receipt
+from adapter.identifiers import Channel
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import OrderNotFound
 from adapter.routing.routes import Callback, Routes
-from adapter.verdicts.verdicts import Answer, Verdicts
+from adapter.verdicts.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -167,19 +165,12 @@ class CallbackEndpoint:
     async def receive_notification(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
         """Something happened: on disk, once, before the 200."""
         _only(raw, "POST")
-        receipt = self._receipt(raw, sender, callback)
-        received = await self.intake.remember(receipt)
-        facts = {
-            "merchant": receipt.merchant,
-            "channel": receipt.channel,
-            "result": received.value,
-            "routes": len(receipt.wanted),
-            **_who(sender),
-        }
+        notification, order = parse_notification(raw, sender, callback, self.merchants, self.clock())
+        notification = self.intake.routed(notification, order)
+        del order  # hundreds of objects, which are not kept for the disk
+        received = await self.intake.store(notification)
+        facts = _facts(sender, notification.channel, received.value, len(notification.wanted))
         return Answered(response=ACCEPTED, facts=facts)
-
-    def _receipt(self, raw: RawCallback, sender: Sender, callback: Callback) -> Receipt:
-        return self.intake.receipt(parse_notification(raw, sender, callback, self.merchants, self.clock()), "callback")
 
     async def answer_validation(
         self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive
@@ -187,13 +178,11 @@ class CallbackEndpoint:
         """May this order proceed? 200, empty, or 400 with every problem of every route."""
         _only(raw, "POST", "GET")  # POST in the Order API's text, GET in one adapter's description: both are answered
         asked = parse_validation(raw, sender, callback, self.merchants)
-        if (asked.merchant, asked.channel) in self.switched_off:
-            return Answered(response=ACCEPTED, facts=_answer_facts(asked, Answer(verdicts=()), "switched-off"))
-        answer = await self.verdicts.validate(
-            callback, asked.merchant, asked.channel, asked.order_id, lambda: _gone(receive)
-        )
+        if asked.channel in self.switched_off:
+            return Answered(response=ACCEPTED, facts=_facts(sender, asked.channel, "switched-off", 0))
+        answer = await self.verdicts.validate(callback, *asked.channel, asked.order_id, lambda: _gone(receive))
         problems = answer.problems
-        facts = _answer_facts(asked, answer, "rejected" if problems else "approved")
+        facts = _facts(sender, asked.channel, "rejected" if problems else "approved", len(answer.verdicts))
         if not problems:
             return Answered(response=ACCEPTED, facts=facts)
         body = [{"adapterId": self.adapter_id, "code": each.code, "message": each.message} for each in problems]
@@ -203,18 +192,20 @@ class CallbackEndpoint:
         """May this change be stored? 200 with what else is to change, or 400 with the first refusal."""
         _only(raw, "POST")
         asked = parse_hook(raw, sender, callback, self.merchants)
-        if (asked.merchant, asked.channel) in self.switched_off:
-            return Answered(response=UNCHANGED, facts=_answer_facts(asked, Answer(verdicts=()), "switched-off"))
+        if asked.channel in self.switched_off:
+            return Answered(response=UNCHANGED, facts=_facts(sender, asked.channel, "switched-off", 0))
         answer = await self.verdicts.change(
-            callback, asked.merchant, asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
+            callback, *asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
         )
         if (refusal := answer.refusal) is not None:
             body = {"code": refusal.code, "message": refusal.message, "innerErrorCode": refusal.inner}
-            return Answered(response=_json(400, body), facts=_answer_facts(asked, answer, "refused"))
+            return Answered(
+                response=_json(400, body), facts=_facts(sender, asked.channel, "refused", len(answer.verdicts))
+            )
         if not answer.patches:
-            return Answered(response=UNCHANGED, facts=_answer_facts(asked, answer, "accepted"))
+            return Answered(response=UNCHANGED, facts=_facts(sender, asked.channel, "accepted", len(answer.verdicts)))
         response = Response(answer.document, media_type="application/json")
-        return Answered(response=response, facts=_answer_facts(asked, answer, "patched"))
+        return Answered(response=response, facts=_facts(sender, asked.channel, "patched", len(answer.verdicts)))
 
     async def read_raw(self, scope: Scope, receive: Receive) -> RawCallback:
         """The request as it came. Raises `BodyTooLarge` (on bytes read, chunked too), `BodyTooSlow`."""
@@ -282,17 +273,14 @@ def _only(raw: RawCallback, *methods: str) -> None:
         raise MethodNotAllowed(", ".join(methods))
 
 
-def _who(sender: Sender) -> dict[str, str]:
-    return {"scheme": sender.scheme, "key": sender.key}
-
-
-def _answer_facts(asked: ValidationRequest | HookRequest, answer: Answer, result: str) -> dict[str, Any]:
+def _facts(sender: Sender, channel: Channel, result: str, routes: int) -> dict[str, Any]:
     return {
-        "merchant": asked.merchant,
-        "channel": asked.channel,
+        "merchant": channel.merchant,
+        "channel": channel.name,
         "result": result,
-        "routes": len(answer.verdicts),
-        **_who(asked.sender),
+        "routes": routes,
+        "scheme": sender.scheme,
+        "key": sender.key,
     }
 
 

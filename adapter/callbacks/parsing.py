@@ -15,6 +15,8 @@ import msgspec
 
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
+from adapter.identifiers import Channel
+from adapter.ledger.inbox import ReceivedNotification
 from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in, unread
 from adapter.routing.routes import Callback
 
@@ -47,27 +49,11 @@ class Unresolved(CallbackInvalid):
     """The URL holds literal braces: a placeholder that the caller did not fill in."""
 
 
-class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
-    """A notification whose sender is known and whose form is right. `order` is the plain tree, `raw` the whole body."""
-
-    sender: Sender
-    callback: Callback
-    merchant: str
-    channel: str
-    order_id: str
-    order: dict[str, Any]
-    raw: bytes
-    identity: bytes
-    snapshot_at: int | None
-
-
 class HookRequest(msgspec.Struct, frozen=True, kw_only=True):
     """A hook to answer, with the order as it would become."""
 
-    sender: Sender
     callback: Callback
-    merchant: str
-    channel: str
+    channel: Channel
     order_id: str
     order: Order
 
@@ -76,10 +62,8 @@ class HookRequest(msgspec.Struct, frozen=True, kw_only=True):
 class ValidationRequest:
     """A validation to answer. A body is no part of it: the order is read from Norce."""
 
-    sender: Sender
     callback: Callback
-    merchant: str
-    channel: str
+    channel: Channel
     order_id: str
 
 
@@ -99,26 +83,26 @@ def check_order_id(order_id: str) -> None:
 
 def parse_notification(
     raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants, now: int
-) -> ReceivedNotification:
+) -> tuple[ReceivedNotification, dict[str, Any]]:
     """
-    The notification in a request: a bare order, or `{"notification": …, "order": …}`. `now` in milliseconds.
+    The notification in a request, a bare order or `{"notification": …, "order": …}`, and the order as a plain tree.
+    `now` in milliseconds.
 
     Raises `NotJson`, `BadRequest`, `ConfigurationNotFound`, `Unauthenticated` (a secret that is not good for this
     merchant), `Unresolved`.
     """
-    order, merchant, channel = _order_in(raw, sender, merchants)
+    order, channel = _order_in(raw, sender, merchants)
     modified = _micros(order.get("lastModified"), now)
-    return ReceivedNotification(
-        sender=sender,
-        callback=callback,
-        merchant=merchant,
+    notification = ReceivedNotification(
+        identity=_identity(callback, channel, raw, order, modified),
         channel=channel,
+        callback=callback.name,
         order_id=raw.order_id,
-        order=order,
-        raw=raw.body,
-        identity=_identity(callback, merchant, channel, raw, order, modified),
         snapshot_at=None if modified is None else modified // 1000,
+        source=sender.source,
+        body=raw.body,
     )
+    return notification, order
 
 
 def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> HookRequest:
@@ -127,15 +111,8 @@ def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, merchants: 
 
     Raises what `parse_notification` raises.
     """
-    order, merchant, channel = _order_in(raw, sender, merchants)
-    return HookRequest(
-        sender=sender,
-        callback=callback,
-        merchant=merchant,
-        channel=channel,
-        order_id=raw.order_id,
-        order=unread(raw.body, order),
-    )
+    order, channel = _order_in(raw, sender, merchants)
+    return HookRequest(callback=callback, channel=channel, order_id=raw.order_id, order=unread(raw.body, order))
 
 
 def parse_validation(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> ValidationRequest:
@@ -145,13 +122,10 @@ def parse_validation(raw: RawCallback, sender: Sender, callback: Callback, merch
     Raises `BadRequest`, `ConfigurationNotFound`, `Unauthenticated`, `Unresolved`.
     """
     check_order_id(raw.order_id)
-    merchant, channel = _whose(raw, sender, merchants, {})
-    return ValidationRequest(
-        sender=sender, callback=callback, merchant=merchant, channel=channel, order_id=raw.order_id
-    )
+    return ValidationRequest(callback=callback, channel=_whose(raw, sender, merchants, {}), order_id=raw.order_id)
 
 
-def _order_in(raw: RawCallback, sender: Sender, merchants: Merchants) -> tuple[dict[str, Any], str, str]:
+def _order_in(raw: RawCallback, sender: Sender, merchants: Merchants) -> tuple[dict[str, Any], Channel]:
     """The order in a body, and whose it is."""
     check_order_id(raw.order_id)
     media_type = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -166,17 +140,17 @@ def _order_in(raw: RawCallback, sender: Sender, merchants: Merchants) -> tuple[d
     order_id = order.get("id")
     if order_id is not None and order_id != raw.order_id:
         raise BadRequest("order-id-differs", "The order id in the path and the one in the body differ.")
-    return order, *_whose(raw, sender, merchants, order)
+    return order, _whose(raw, sender, merchants, order)
 
 
-def _whose(raw: RawCallback, sender: Sender, merchants: Merchants, order: Mapping[str, Any]) -> tuple[str, str]:
+def _whose(raw: RawCallback, sender: Sender, merchants: Merchants, order: Mapping[str, Any]) -> Channel:
     merchant = _one_of("merchant", sender.merchant, raw.headers.get("x-merchant"), order.get("merchant"))
     channel = _one_of("channel", sender.channel, raw.headers.get("x-channel"), order.get("channel"))
     if merchant not in merchants or channel not in merchants[merchant]:
         raise ConfigurationNotFound("merchant-or-channel", "This merchant and channel are not configured here.")
     if not sender.may_speak_for(merchant):
         raise Unauthenticated("the secret is not good for this merchant")
-    return merchant, channel
+    return Channel(merchant, channel)
 
 
 def _one_of(what: str, *values: Any) -> str:
@@ -202,13 +176,13 @@ def _micros(value: Any, now: int) -> int | None:
 
 
 def _identity(
-    callback: Callback, merchant: str, channel: str, raw: RawCallback, order: dict[str, Any], modified: int | None
+    callback: Callback, channel: Channel, raw: RawCallback, order: dict[str, Any], modified: int | None
 ) -> bytes:
     """
     Which event it is: merchant, channel, callback, order, when it was modified and the value at the scope; without a
     moment the whole order. It begins with the moment, so that the ledger's index grows at its end.
     """
-    named: list[Any] = ["v1", merchant, channel, callback.name, raw.order_id, modified]
+    named: list[Any] = ["v1", *channel, callback.name, raw.order_id, modified]
     try:
         if modified is None:
             named.append(order_digest(raw.body).hex())

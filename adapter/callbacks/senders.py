@@ -16,6 +16,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from adapter.config import Senders as SendersConfig
+from adapter.identifiers import Channel
 
 
 class Unauthenticated(Exception):
@@ -57,9 +58,17 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True):
     merchant: str | None = None
     channel: str | None = None
     merchants: frozenset[str] | None = None
+    source: str = "callback"
 
     def may_speak_for(self, merchant: str) -> bool:
         return self.merchants is None or merchant in self.merchants
+
+
+def reconciled(channel: Channel) -> Sender:
+    """The sender of what reconciliation reads from Norce."""
+    return Sender(
+        scheme="reconciliation", key="", merchant=channel.merchant, channel=channel.name, source="reconciliation"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, func, select, update
 
+from adapter.identifiers import Channel
 from adapter.ledger.retry import locked_lanes, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
@@ -45,21 +46,17 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     refetch: bool
 
 
-class Receipt(msgspec.Struct, frozen=True, kw_only=True):
-    """
-    A notification to remember. `identity` says which event it is; `snapshot_at` is its place in the order's history, in
-    milliseconds, or None where the order does not say when it was last modified.
-    """
+class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
+    """A notification whose sender is known and whose form is right, and the queues that want it."""
 
-    identity: bytes
-    merchant: str
-    channel: str
+    identity: bytes  # equal for the same event
+    channel: Channel
     callback: str
     order_id: str
-    snapshot_at: int | None
-    source: str
+    snapshot_at: int | None  # its place in the order's history, in milliseconds; None without a `lastModified`
+    source: str  # callback or reconciliation
     body: bytes
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[Wanted, ...] = ()
 
 
 class Inbox:
@@ -95,13 +92,13 @@ class Inbox:
             " AND lanes.id = deliveries.lane_id AND deliveries.id <> coalesce(lanes.current_delivery_id, 0)"
         )
 
-    async def receive(self, receipt: Receipt) -> Received:
+    async def receive(self, notification: ReceivedNotification) -> Received:
         """
         Stores a notification with what is owed for it, once. On disk when this returns.
 
         Raises `StoreUnavailable` where nothing was stored.
         """
-        received = await self._store.write(self._remember, receipt, len(receipt.body))
+        received = await self._store.write(self._remember, notification, len(notification.body))
         if isinstance(received, Received):
             return received
         # On its own: lanes are locked in one order, and after those of a batch a retry's would not be.
@@ -120,35 +117,37 @@ class Inbox:
             for identities in asked
         ]
 
-    def _remember(self, connection: Connection, receipts: Sequence[Receipt]) -> list[Received | Dead]:
+    def _remember(self, connection: Connection, received: Sequence[ReceivedNotification]) -> list[Received | Dead]:
         # Through the driver, a statement a table: that is most of what an accept costs.
         cursor = connection.connection.cursor()
         now = self._clock()
-        first: dict[bytes, Receipt] = {}
-        for receipt in receipts:
-            first.setdefault(receipt.identity, receipt)
+        first: dict[bytes, ReceivedNotification] = {}
+        for notification in received:
+            first.setdefault(notification.identity, notification)
         # In the order of their identities, here and on every other node: two batches never wait for each other.
         rows = [_row(first[identity], now) for identity in sorted(first)]
         ids = {identity: key for key, identity in self._add_notifications.rows(cursor, rows)}
-        new = [receipt for receipt in first.values() if receipt.identity in ids]
+        new = [notification for notification in first.values() if notification.identity in ids]
         if self._owe(cursor, new, ids, now):
             self._store.database.tell(cursor)
         return [
             Received.NEW
-            if receipt.identity in ids and first[receipt.identity] is receipt
-            else self._again(connection, receipt, now)
-            for receipt in receipts
+            if notification.identity in ids and first[notification.identity] is notification
+            else self._again(connection, notification, now)
+            for notification in received
         ]
 
-    def _owe(self, cursor: Any, new: Sequence[Receipt], ids: dict[bytes, int], now: int) -> bool:
+    def _owe(self, cursor: Any, new: Sequence[ReceivedNotification], ids: dict[bytes, int], now: int) -> bool:
         """Puts what each route is owed into its lane; a batch is folded per lane. Whether anything is owed."""
         owed: dict[tuple[int, str], list[tuple[int, int]]] = {}
         refetches: dict[int, bool] = {}
-        for receipt in new:
-            snapshot_at = now if receipt.snapshot_at is None else receipt.snapshot_at
-            for wanted in receipt.wanted:
+        for notification in new:
+            snapshot_at = now if notification.snapshot_at is None else notification.snapshot_at
+            for wanted in notification.wanted:
                 refetches[wanted.queue_id] = wanted.refetch
-                owed.setdefault((wanted.queue_id, receipt.order_id), []).append((snapshot_at, ids[receipt.identity]))
+                owed.setdefault((wanted.queue_id, notification.order_id), []).append(
+                    (snapshot_at, ids[notification.identity])
+                )
         if not owed:
             return False
         rows = [(*lane, now, max(owed[lane])[0]) for lane in sorted(owed)]
@@ -173,26 +172,26 @@ class Inbox:
         self._add_deliveries.rows(cursor, added)
         return True
 
-    def _again(self, connection: Connection, receipt: Receipt, now: int) -> Received | Dead:
+    def _again(self, connection: Connection, notification: ReceivedNotification, now: int) -> Received | Dead:
         n = notifications.c
-        known = connection.execute(select(n.id).where(n.identity == receipt.identity)).scalar()
+        known = connection.execute(select(n.id).where(n.identity == notification.identity)).scalar()
         if known is None:  # pruned by another node, after it was in our way
-            return self._remember(connection, [receipt])[0]
+            return self._remember(connection, [notification])[0]
         # A pruned body cannot be compared any more; the identity then has the word.
         one_of_them = (n.id == known) | (n.conflicts_with == known)
         rows = connection.execute(select(n.id, n.digest, n.body).where(one_of_them).order_by(n.id)).all()
-        same = next((row.id for row in rows if row.body is None or row.body == receipt.body), None)
+        same = next((row.id for row in rows if row.body is None or row.body == notification.body), None)
         if same is None:
-            digest = _digest(receipt.body)
+            digest = _digest(notification.body)
             same = next((row.id for row in rows if self._digest_of(connection, row) == digest), None)
             if same is None:
                 if len(rows) <= MOST_CONFLICTS:
-                    row = _row(receipt, now, conflicts_with=known, digest=digest)
+                    row = _row(notification, now, conflicts_with=known, digest=digest)
                     self._add_notifications.rows(connection.connection.cursor(), [row])
                 return Received.CONFLICT
         if same != known:  # a conflict once more, which has no deliveries
             return Received.REPEAT
-        dead = [] if receipt.source == "reconciliation" else self._dead(connection, known, now)
+        dead = [] if notification.source == "reconciliation" else self._dead(connection, known, now)
         return dead or Received.REPEAT
 
     def _digest_of(self, connection: Connection, row: Any) -> bytes:
@@ -225,21 +224,20 @@ class Inbox:
 
 
 def _row(
-    receipt: Receipt, now: int, *, conflicts_with: int | None = None, digest: bytes | None = None
+    notification: ReceivedNotification, now: int, *, conflicts_with: int | None = None, digest: bytes | None = None
 ) -> tuple[Any, ...]:
     """The columns of the table after its key, in their order."""
     return (
-        receipt.identity if conflicts_with is None else None,
+        notification.identity if conflicts_with is None else None,
         conflicts_with,
-        receipt.merchant,
-        receipt.channel,
-        receipt.callback,
-        receipt.order_id,
-        now if receipt.snapshot_at is None else receipt.snapshot_at,
+        *notification.channel,
+        notification.callback,
+        notification.order_id,
+        now if notification.snapshot_at is None else notification.snapshot_at,
         now,
-        receipt.source,
+        notification.source,
         digest,
-        receipt.body,
+        notification.body,
     )
 
 

@@ -17,15 +17,17 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import msgspec
 import structlog
 
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.parsing import CallbackInvalid, Merchants, ReceivedNotification, parse_notification
-from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
-from adapter.ledger.inbox import Received
+from adapter.callbacks.parsing import CallbackInvalid, Merchants, parse_notification
+from adapter.callbacks.senders import RawCallback, Unauthenticated, reconciled
+from adapter.identifiers import Channel
+from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.key_values import Watermarks
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
@@ -237,10 +239,11 @@ class Reconciliation:
                 continue
             if not dry_run:
                 # Taken apart again: a page of parsed orders is ten times as large as its text.
-                if (notification := self._notification(event, self._clock())) is None:
+                if (parsed := self._parsed(event, self._clock())) is None:
                     raise AssertionError("an event that was read is not any more")
-                receipt = self._intake.receipt(notification, "reconciliation")
-                if await self._intake.remember(receipt) is not Received.NEW:  # it has come meanwhile
+                notification = self._intake.routed(*parsed)
+                del parsed
+                if await self._intake.store(notification) is not Received.NEW:  # it has come meanwhile
                     found.received += 1
                     continue
                 self._tell(notification)
@@ -248,9 +251,9 @@ class Reconciliation:
             found.missed += 1
 
     def _tell(self, notification: ReceivedNotification) -> None:
-        callback, merchant = notification.callback.name, notification.merchant
-        self._metrics.missed.labels(callback, merchant).inc()
-        log.warning("notification_missed", callback=callback, merchant=merchant, channel=notification.channel,
+        merchant, channel = notification.channel
+        self._metrics.missed.labels(notification.callback, merchant).inc()
+        log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=channel,
                     order_id=notification.order_id)  # fmt: skip
 
     def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
@@ -258,11 +261,11 @@ class Reconciliation:
         Under which a callback may have been remembered: whether lastModified was too far ahead to count was seen by the
         clock of the moment when it came. None where there is no such callback.
         """
-        now = self._notification(event, self._clock())
-        ahead = None if now is None else self._notification(event, LONG_AGO)
-        return None if now is None or ahead is None else (now.identity, ahead.identity)
+        now = self._parsed(event, self._clock())
+        ahead = None if now is None else self._parsed(event, LONG_AGO)
+        return None if now is None or ahead is None else (now[0].identity, ahead[0].identity)
 
-    def _notification(self, event: Event, now: int) -> ReceivedNotification | None:
+    def _parsed(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
         """The notification that a callback would have brought; None where there is none."""
         callback = self._callback(event)
         if callback is None or event.channel not in self._merchants[event.merchant]:
@@ -275,7 +278,7 @@ class Reconciliation:
             headers={"content-type": "application/json"},
             body=bytes(event.payload),
         )
-        sender = Sender(scheme="reconciliation", key="", merchant=event.merchant, channel=event.channel)
+        sender = reconciled(Channel(event.merchant, event.channel))
         try:
             return parse_notification(raw, sender, callback, self._merchants, now)
         except (CallbackInvalid, Unauthenticated) as error:

@@ -17,7 +17,7 @@ from typing import Any
 import adapter.deliveries.dispatcher
 import adapter.ledger.lease
 from adapter.cli import main
-from adapter.ledger.inbox import Inbox, Receipt, Received
+from adapter.ledger.inbox import Inbox, Received, ReceivedNotification
 from tests.crash.points import Turn, install
 from tests.crash.warehouse import WarehouseExport
 
@@ -42,8 +42,8 @@ def answers_before_it_stores() -> None:
     receive = Inbox.receive
     pending: set[asyncio.Task[Any]] = set()
 
-    async def soon(inbox: Inbox, receipt: Receipt) -> Received:
-        task = asyncio.create_task(receive(inbox, receipt))
+    async def soon(inbox: Inbox, notification: ReceivedNotification) -> Received:
+        task = asyncio.create_task(receive(inbox, notification))
         pending.add(task)
         task.add_done_callback(pending.discard)
         return Received.NEW

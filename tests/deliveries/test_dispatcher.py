@@ -23,9 +23,10 @@ from adapter.conditions import Condition
 from adapter.deliveries import dispatcher as dispatcher_module
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import POLL, SLACK, Dispatcher
+from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim, Claimed, QueueKey, QueueLimits, Record
 from adapter.ledger.clock import Clock
-from adapter.ledger.inbox import Inbox, Receipt, Wanted
+from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.queries import Queries
@@ -243,10 +244,9 @@ class Work:
         order = {"id": order_id, "merchant": merchant, "channel": "1", "state": {"currentStatus": "completed"}}
         self.norce.orders[order_id] = {**order, **now}
         await Inbox(self.store).receive(
-            Receipt(
+            ReceivedNotification(
                 identity=f"{order_id}/{snapshot}/{route}/{merchant}".encode(),
-                merchant=merchant,
-                channel="1",
+                channel=Channel(merchant, "1"),
                 callback="order-status",
                 order_id=order_id,
                 snapshot_at=snapshot,
@@ -701,8 +701,8 @@ def test_a_lookup_that_finds_nothing_out_leaves_the_doubt(store_url: str, step: 
 async def died_in_hand(store: Store, queue_id: int) -> None:
     """A process has claimed what is owed, and is gone; the doubt about it has ended."""
     await Inbox(store).receive(
-        Receipt(
-            identity=b"in-hand", merchant="fjallboden", channel="1", callback="order-status", order_id="order-1",
+        ReceivedNotification(
+            identity=b"in-hand", channel=Channel("fjallboden", "1"), callback="order-status", order_id="order-1",
             snapshot_at=1, source="callback", body=b'{"id": "order-1"}',
             wanted=(Wanted(queue_id=queue_id, refetch=True),),
         )

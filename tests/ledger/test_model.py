@@ -53,10 +53,11 @@ from hypothesis.stateful import (
 )
 from sqlalchemy import text
 
+from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim, QueueKey, QueueLimits, Record
 from adapter.ledger.commands import Commands, Pause, Step
 from adapter.ledger.databases import database_at
-from adapter.ledger.inbox import Inbox, Receipt, Received, Wanted
+from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.maintenance import faults
@@ -555,11 +556,10 @@ class LedgerMachine(RuleBasedStateMachine):
                 if nothing_happened:
                     line.settled = line.claims
 
-    def receipt(self, event: Event, body: bytes, source: str = "callback") -> Receipt:
-        return Receipt(
+    def receipt(self, event: Event, body: bytes, source: str = "callback") -> ReceivedNotification:
+        return ReceivedNotification(
             identity=event.identity,
-            merchant="m",
-            channel="1",
+            channel=Channel("m", "1"),
             callback="order-status",
             order_id=event.order_id,
             snapshot_at=event.snapshot,

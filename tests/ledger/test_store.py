@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, event, make_url, text
 
 from adapter.ledger.databases import Postgres
-from adapter.ledger.inbox import Receipt, Received
+from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.store import (
     Store,
     StoreBusy,
@@ -255,7 +255,7 @@ def connections(ledger: Ledger) -> int:
     return int(ledger.rows(f"SELECT count(*) FROM pg_stat_activity WHERE {own}")[0][0])
 
 
-def in_a_group(ledger: Ledger, *receipts: Receipt) -> list[Received | BaseException]:
+def in_a_group(ledger: Ledger, *receipts: ReceivedNotification) -> list[Received | BaseException]:
     async def together() -> list[Received | BaseException]:
         return await asyncio.gather(*map(ledger.inbox.receive, receipts), return_exceptions=True)
 

@@ -12,8 +12,9 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapter.identifiers import Channel
 from adapter.ledger.claims import QueueKey
-from adapter.ledger.inbox import Inbox, Receipt, Wanted
+from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import FOR_EVER, PausePolicy
@@ -165,8 +166,8 @@ def test_the_metrics_tell_what_waits_in_the_ledger(each_stage: Stage) -> None:
         lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=PausePolicy())
         queues = await lanes.open_queues([QueueKey(route="export", merchant="norce", channel="1")])
         for number in range(3):
-            receipt = Receipt(
-                identity=bytes([number] * 24), merchant="norce", channel="1", callback="order-status",
+            receipt = ReceivedNotification(
+                identity=bytes([number] * 24), channel=Channel("norce", "1"), callback="order-status",
                 order_id=f"canary-{number}", snapshot_at=1, source="callback", body=b"{}",
                 wanted=tuple(Wanted(queue_id=queue, refetch=True) for queue in queues.values()),
             )  # fmt: skip

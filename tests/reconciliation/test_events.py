@@ -19,7 +19,6 @@ from adapter import config as configuration
 from adapter.app import channels, client, queue_keys, reconciliation
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.parsing import ReceivedNotification
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
 from adapter.ledger.inbox import Inbox
@@ -554,7 +553,7 @@ def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
     trees: list[int] = []  # at each look
 
     def clock() -> int:
-        trees.append(sum(isinstance(each, ReceivedNotification) for each in gc.get_objects()))
+        trees.append(sum(isinstance(each, dict) and "lastModified" in each for each in gc.get_objects()))
         return house.store.clock()
 
     house.healing._clock = clock
