@@ -185,7 +185,6 @@ def queue_columns(pausing: QueueState) -> dict[str, Any]:
         "paused_by": pausing.paused_by and pausing.paused_by.value,
         "pause_reason": pausing.reason,
         "failed_lanes": json.dumps(pausing.failed_lanes) if pausing.failed_lanes else None,
-        "failures_in_row": len(pausing.failed_lanes),
         "pauses_in_row": pausing.pauses_in_row,
     }
 

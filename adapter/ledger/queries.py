@@ -191,7 +191,7 @@ class Queries:
                 "paused_by": row.paused_by,
                 "reason": row.pause_reason,
                 "paused_until": _until(row.paused_until),
-                "failures_in_row": row.failures_in_row,
+                "failures_in_row": len(json.loads(row.failed_lanes or "[]")),
                 "waiting": waiting.get(row.id, 0),
                 "running": running[row.id],
             }

@@ -56,7 +56,6 @@ queues = Table(
     Column("channel", Text, nullable=False),
     Column("paused_until", BigInteger, doc="null: running; in the past: one lane is tried, until one succeeds"),
     Column("pause_reason", Text, doc="the code that paused it, or a person's words"),
-    Column("failures_in_row", Integer, nullable=False, server_default=text("0")),
     Column("paused_by", Text, doc="failures, retry_after, misconfigured or person"),
     Column("failed_lanes", Text, doc="the lanes of the failures in a row, as JSON: one order counts once"),
     Column("pauses_in_row", Integer, nullable=False, server_default=text("0")),

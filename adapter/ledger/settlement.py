@@ -29,12 +29,6 @@ from enum import Enum
 from adapter.moments import in_milliseconds
 from adapter.plugin import Done, Misconfigured, NotificationHandler, Reject, Retry, Skip, Unknown, can_look_up
 
-DEFAULT_SCHEDULE: tuple[timedelta, ...] = tuple(
-    timedelta(seconds=seconds)
-    for seconds in (5, 30, 300, 1800, 2 * 3600, 5 * 3600, 10 * 3600, 14 * 3600, 20 * 3600, 24 * 3600)
-)
-"""Ten retries over about three days, the rhythm of the Standard Webhooks specification."""
-
 LARGEST_JITTER = 0.2
 LONGEST_DEFERRAL = timedelta(hours=24)
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.ledger.settlement import (
-    DEFAULT_SCHEDULE,
     LONGEST_DEFERRAL,
     Attempt,
     Ending,
@@ -236,11 +235,6 @@ def test_only_an_unknown_outcome_holds_the_lane_of_a_route_that_refetches() -> N
 
 def test_the_pause_is_named_by_the_code_of_the_outcome() -> None:
     assert settle(Misconfigured("wrong-shop-id"), FIRST).pauses == "wrong-shop-id"
-
-
-def test_the_default_schedule_is_ten_retries_over_about_three_days() -> None:
-    assert len(DEFAULT_SCHEDULE) == 10
-    assert timedelta(days=3) < sum(DEFAULT_SCHEDULE, timedelta()) < timedelta(days=4)
 
 
 class Plain(NotificationHandler[Settings]):
