@@ -20,7 +20,7 @@ from adapter.callbacks.server import listen, served
 from adapter.norce.api import BY_NAME, CHANNEL, MERCHANT, schema
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
-from tests import ORDERS
+from tests import ORDERS, PATIENCE
 
 SAMPLE = json.loads((ORDERS / "order-api-request-sample.json").read_text("utf-8"))
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text("utf-8"))
@@ -191,7 +191,7 @@ class Served:
             await self.simulator.settled()
             return answer
 
-        return self._portal.start_task_soon(asked).result(30)
+        return self._portal.start_task_soon(asked).result(PATIENCE)
 
     def close(self) -> None:
         self._stack.close()

@@ -14,6 +14,7 @@ import structlog
 
 from adapter import logs
 from adapter.plugin import Secret, Url
+from tests import PATIENCE
 
 CANARY = "19811218-9876"
 
@@ -223,7 +224,9 @@ async def main():
 logs.configure()
 asyncio.run(main())
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
 
     told = [json.loads(line)["count"] for line in ended.stderr.splitlines() if line.startswith("{")]
     assert (ended.returncode, told) == (code, list(range(1000)))
@@ -245,7 +248,7 @@ def test_a_frequent_line_is_written_soon_and_no_later_than_the_next_other() -> N
         lines.warning("three")
         assert stream.getvalue() == "one\ntwo\nthree\n"
         lines.info("four", frequent=True)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE):
             written.clear()
             while not stream.getvalue().endswith("four\n"):  # the first time that runs out finds nothing new
                 await written.wait()

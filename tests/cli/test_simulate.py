@@ -12,6 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests import PATIENCE
+
 COMMAND = Path(sys.executable).with_name("norce-adapter")
 HEADERS = {"authorization": "Bearer secret", "x-merchant": "norce", "x-channel": "1"}
 
@@ -60,7 +62,9 @@ def test_what_it_cannot_start_with_ends_it_in_one_line(
     (tmp_path / "notes.txt").write_text("mine")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         filled = [each.format(mine=tmp_path / "notes.txt", taken=taken.getsockname()[1]) for each in words]
-        result = subprocess.run([COMMAND, "simulate", *filled], capture_output=True, text=True, timeout=60, check=False)
+        result = subprocess.run(
+            [COMMAND, "simulate", *filled], capture_output=True, text=True, timeout=PATIENCE, check=False
+        )
 
     assert result.returncode == status
     assert says in result.stderr

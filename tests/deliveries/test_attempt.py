@@ -29,11 +29,11 @@ from adapter.plugin import (
 )
 from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
+from tests import PATIENCE
 
 NOON = 1_770_120_000_000
 SECOND = timedelta(seconds=1)
-SHORTLY = timedelta(milliseconds=200)  # long enough for a handler to begin
-PATIENCE = 10
+SHORTLY = timedelta(milliseconds=500)  # long enough for a handler to begin
 
 CLAIM = Claim(
     lane_id=1, holder=1, number=1, in_doubt=False, doubt_ends_at=NOON + 60_000, queue_id=1, delivery_id=1, attempt=1,
@@ -118,7 +118,7 @@ async def trying(patience: timedelta = PATIENCE * SECOND) -> AsyncIterator[Tryin
     def norce() -> Norce:
         account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
         transport = httpx.MockTransport(lambda _request: httpx.Response(404))
-        return Norce({"fjallboden": account}, adapter_id="test", timeout=5 * SECOND, transport=transport)
+        return Norce({"fjallboden": account}, adapter_id="test", timeout=60 * SECOND, transport=transport)
 
     def clock() -> int:
         return made.now

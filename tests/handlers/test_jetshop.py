@@ -899,7 +899,7 @@ def test_over_tcp_broken_connections_and_late_answers_are_unknown_and_found_out(
 
         broken = [export(None, with_settings=there) for _ in range(2)]
         found = export(None, "lookup", with_settings=there)
-        slow = export(None, of=late, with_settings=there, time_left=timedelta(milliseconds=300))
+        slow = export(None, of=late, with_settings=there, time_left=timedelta(seconds=2))
         found_late = export(None, "lookup", of=late, with_settings=there)
 
     assert [(type(outcome), outcome.code) for outcome in (*broken, slow)] == [(Unknown, "destination-no-answer")] * 3

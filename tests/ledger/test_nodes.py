@@ -22,6 +22,7 @@ from adapter.ledger.databases import Postgres, database_at
 from adapter.ledger.inbox import Inbox, Received
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.store import Store, StoreUnavailable
+from tests import PATIENCE
 from tests.databases import Server, database_of, rows
 from tests.ledgers import DOUBT, REJECTED, HandClock, Ledger, body_of, receipt, waiting
 
@@ -399,7 +400,7 @@ def test_a_node_that_is_stopped_in_a_transaction_holds_the_others_up_no_longer_t
             except StoreUnavailable:
                 failed += 1
 
-    answers = nodes.loop.run(asyncio.wait_for(meanwhile(), 10 * PATIENCE_MS / 1000))
+    answers = nodes.loop.run(asyncio.wait_for(meanwhile(), PATIENCE))
 
     assert set(answers) == {Received.NEW}
     assert len(answers) <= 3
@@ -597,6 +598,6 @@ def test_a_claim_sees_what_an_accept_has_added_while_it_looked(nodes: Nodes, wai
 
 async def somebody_waits(nodes: Nodes) -> None:
     with nodes.server.connect(database_of(nodes.url)) as connection:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE):
             while not connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0)

@@ -19,6 +19,7 @@ from adapter.ledger.verdict_log import (
     LoggedVerdict,
     VerdictLog,
 )
+from tests import PATIENCE
 from tests.ledgers import NOON, Ledger, opened
 
 LATE = LoggedVerdict(
@@ -65,7 +66,7 @@ def writing(ledger: Ledger) -> Writing:
 
 
 async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not holds():  # noqa: ASYNC110 - what it waits for is in a database
             await asyncio.sleep(0)
 
@@ -74,7 +75,7 @@ def hold(writer: threading.Event) -> Callable[[Connection, Any], list[None]]:
     """Work that keeps the writer of a ledger until the event is set."""
 
     def work(_connection: Connection, items: Any) -> list[None]:
-        assert writer.wait(10)
+        assert writer.wait(PATIENCE)
         return [None for _ in items]
 
     return work

@@ -68,7 +68,7 @@ def read(
     order_id: str = "order-1",
     *,
     tokens: tuple[str, ...] = ("token-1",),
-    timeout: timedelta = timedelta(seconds=5),
+    timeout: timedelta = timedelta(minutes=1),
     within: timedelta | None = None,
     as_handler: bool = False,
 ) -> Order:
@@ -181,7 +181,7 @@ def test_what_norce_sets_for_one_merchant_is_not_shown_for_another() -> None:
         norce = Norce(
             {"fjallboden": account, "annan": account},
             adapter_id="our_adapter",
-            timeout=timedelta(seconds=5),
+            timeout=timedelta(minutes=1),
             transport=transport,
         )
         await norce.order("fjallboden", "1", "order-1")
@@ -290,7 +290,7 @@ def test_the_time_is_for_both_tokens_together() -> None:
     norce = FakeNorce(httpx.Response(401), None)
 
     with pytest.raises(NorceUnavailable):
-        read(norce, tokens=("old", "new"), timeout=timedelta(milliseconds=50))
+        read(norce, tokens=("old", "new"), timeout=timedelta(milliseconds=500))
 
     assert len(norce.requests) == 2
 
@@ -301,7 +301,7 @@ def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_besid
         transport = FakeNorce(*silent, httpx.Response(200, json=ORDER))
         account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"),))
         accounts = {"fjallboden": account, "annan": account}
-        norce = Norce(accounts, adapter_id="our_adapter", timeout=timedelta(seconds=5), transport=transport)
+        norce = Norce(accounts, adapter_id="our_adapter", timeout=timedelta(minutes=1), transport=transport)
         reads = [
             asyncio.create_task(norce.order("fjallboden", "se-b2c", f"order-{number}"))
             for number in range(3 * MOST_READS_AT_ONCE)
@@ -330,7 +330,7 @@ def ask(transport: httpx.AsyncBaseTransport, work: Callable[[Norce], Awaitable[T
         norce = Norce(
             {"fjallboden": account},
             adapter_id="our_adapter",
-            timeout=timedelta(seconds=5),
+            timeout=timedelta(minutes=1),
             transport=transport,
             **given,
         )

@@ -22,6 +22,7 @@ from adapter.metrics import Metrics
 from adapter.operations import application as room
 from adapter.operations.application import Health, console
 from adapter.plugin import Secret
+from tests import PATIENCE
 from tests.ledgers import EXPORT, receipt
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -69,7 +70,7 @@ class Port:
     def sends(
         self, path: str, body: Any = PAUSE, *, method: str = "POST", authorization: bytes | None = None
     ) -> tuple[int, Any, dict[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         given = f"Bearer {TOKEN}".encode() if authorization is None else authorization
         headers = {"Authorization": given} if given else {}
         content = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -89,7 +89,7 @@ def opened(norce: Shop, version: str = "v0", transport: httpx.AsyncBaseTransport
     client = Norce(
         {"norce": account},
         adapter_id="our_adapter",
-        timeout=timedelta(seconds=5),
+        timeout=timedelta(minutes=1),
         version=version,
         transport=transport or Valid(norce.simulator),
     )

@@ -26,6 +26,7 @@ from adapter.routing.norce_settings import Documents
 from adapter.routing.routes import build
 from adapter.sandbox.norce import Simulator
 from adapter.sandbox.norce.records import document_key
+from tests import PATIENCE
 from tests.simulators import TOKEN
 
 SHOP = ("norce", "1")
@@ -71,7 +72,7 @@ class Limits(Settings, frozen=True, kw_only=True):
             raise KeyError("canary: a mistake of the handler's author")
         if self.most == 15:
             BEGUN.set()
-            GO_ON.wait(timeout=10)
+            GO_ON.wait(timeout=PATIENCE)
 
 
 class Limit(ValidationHandler[Limits]):

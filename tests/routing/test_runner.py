@@ -31,12 +31,12 @@ from adapter.plugin import (
     ValidationHandler,
 )
 from adapter.routing.runner import Call, DeadlinePassed, HandlerWaits, LoopAbandoned, Runner
+from tests import PATIENCE
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 AT_ONCE = timedelta(0)
-SHORTLY = timedelta(milliseconds=50)
-PATIENCE = 10
-HELD = timedelta(milliseconds=200)  # how long a handler may hold its loop past its deadline, where loops are watched
+SHORTLY = timedelta(milliseconds=200)
+HELD = timedelta(seconds=1)  # how long a handler may hold its loop past its deadline, where loops are watched
 OFTEN = timedelta(milliseconds=10)
 ORDER = read_order(b'{"id": "order-1"}')
 
@@ -107,7 +107,7 @@ class Approves(ValidationHandler[ShopSettings]):
 def norce() -> Norce:
     account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"id": request.url.path.split("/")[-1]}))
-    return Norce({"fjallboden": account}, adapter_id="test", timeout=timedelta(seconds=5), transport=transport)
+    return Norce({"fjallboden": account}, adapter_id="test", timeout=timedelta(seconds=60), transport=transport)
 
 
 @asynccontextmanager

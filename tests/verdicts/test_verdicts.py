@@ -28,9 +28,10 @@ from adapter.plugin import Context, HookHandler, Patch, Problem, Refuse, Setting
 from adapter.routing.routes import Routes, build
 from adapter.routing.runner import Runner
 from adapter.verdicts.verdicts import MOST_UNFINISHED, Answer, Misses, Verdict, Verdicts
+from tests import PATIENCE
 
-DEADLINE = timedelta(milliseconds=400)
-FAR_TOO_LATE = 15.0  # seconds: a machine may be slow, a verdict that waits for its handler never comes
+DEADLINE = timedelta(seconds=1)  # where a handler never answers
+FAR = timedelta(seconds=10)  # where every handler answers; the longest deadline that a configuration may have
 CART: dict[str, Any] = {
     "id": "o1", "merchant": "norce", "channel": "1", "country": "SE",
     "cart": {"items": [{"sku": "SOCK-3P", "quantity": 2}], "attributes": {"priceList": "ordinarie"}},
@@ -43,9 +44,9 @@ norce: {base_url: "http://127.0.0.1:1", timeout: 10s}
 merchants: {norce: {tokens: ["${env:ONE}", "${env:TWO}"], channels: {"1": {}, "2": {}}}}
 senders: {header_secrets: [{header: authorization, values: ["${env:ONE}"]}]}
 callbacks:
-  order-rules: {kind: validation, deadline: 400ms}
-  cart-changed: {kind: hook, watch: /cart, target: /cart, deadline: 400ms}
-  watched: {kind: hook, watch: /cart, deadline: 400ms}
+  order-rules: {kind: validation, deadline: DEADLINE}
+  cart-changed: {kind: hook, watch: /cart, target: /cart, deadline: DEADLINE}
+  watched: {kind: hook, watch: /cart, deadline: DEADLINE}
 routes:
 """
 
@@ -113,7 +114,7 @@ class Block(ValidationHandler[Settings]):
     released: ClassVar[threading.Event] = threading.Event()
 
     async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
-        self.released.wait(FAR_TOO_LATE * 2)
+        self.released.wait(PATIENCE * 2)
         return [Problem("too-late", "Nobody waits for this.")]
 
 
@@ -166,9 +167,12 @@ def route(name: str, handler: str, *, callback: str = "order-rules", no_answer: 
     return f"  {name}: {{callback: {callback}, handler: {handler}, no_answer: {no_answer}{more}}}\n"
 
 
-def built(folder: Path, routes: str, handlers: dict[str, Any], soft_limit: str) -> tuple[configuration.Config, Routes]:
+def built(
+    folder: Path, routes: str, handlers: dict[str, Any], deadline: timedelta, soft_limit: str
+) -> tuple[configuration.Config, Routes]:
     path = folder / "config.yaml"
-    path.write_text(CONFIG.replace("validation, ", f"validation, soft_limit: {soft_limit}, ") + (routes or "  {}\n"))
+    callbacks = CONFIG.replace("DEADLINE", f"{deadline / timedelta(milliseconds=1):.0f}ms")
+    path.write_text(callbacks.replace("validation, ", f"validation, soft_limit: {soft_limit}, ") + (routes or "  {}\n"))
     config = configuration.load(path, {"ONE": "the-first-token", "TWO": "the-second-token"})
     points: Any = [Point(name, class_) for name, class_ in handlers.items()]
     return config, build(config, points)
@@ -197,16 +201,16 @@ class Asking:
 
     async def validate(self, order_id: str = "o1", channel: str = "1", gone: Callable[[], Any] = stays) -> Answer:
         # The handlers that hang are released after this: whoever waits for one does not come back.
-        async with asyncio.timeout(FAR_TOO_LATE):
+        async with asyncio.timeout(PATIENCE):
             return await self.verdicts.validate(self.routes.callbacks["order-rules"], "norce", channel, order_id, gone)
 
     async def change(self, callback: str = "cart-changed", gone: Callable[[], Any] = stays) -> Answer:
         order = read_order(json.dumps(CART).encode())
-        async with asyncio.timeout(FAR_TOO_LATE):
+        async with asyncio.timeout(PATIENCE):
             return await self.verdicts.change(self.routes.callbacks[callback], "norce", "1", "o1", order, gone)
 
     async def recorded(self) -> LoggedVerdict:
-        return await asyncio.wait_for(self.logged.get(), FAR_TOO_LATE)
+        return await asyncio.wait_for(self.logged.get(), PATIENCE)
 
     def counted(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"norce_adapter_{name}", labels) or 0.0
@@ -220,9 +224,11 @@ async def asking(
     norce: Callable[[httpx.Request], Any] = is_there,
     *,
     misses: Misses | None = None,
-    soft_limit: str = "200ms",
+    deadline: timedelta = FAR,
+    soft_limit: str = "",
 ) -> AsyncIterator[Asking]:
-    config, made = built(folder, routes, handlers, soft_limit)
+    half = f"{deadline / timedelta(milliseconds=2):.0f}ms"
+    config, made = built(folder, routes, handlers, deadline, soft_limit or half)
 
     def make_norce() -> Norce:
         transport = httpx.MockTransport(norce)
@@ -246,7 +252,7 @@ async def asking(
         for handler in (Block, Stubborn):
             handler.released.set()
         await client.aclose()
-        await runner.stop(timedelta(seconds=10))
+        await runner.stop(timedelta(seconds=PATIENCE))
         for handler in (Block, Stubborn):
             handler.released.clear()
 
@@ -258,9 +264,10 @@ def asked(
     norce: Callable[[httpx.Request], Any] = is_there,
     *,
     channel: str = "1",
+    deadline: timedelta = FAR,
 ) -> list[Verdict]:
     async def ask() -> list[Verdict]:
-        async with asking(folder, routes, handlers, norce) as at:
+        async with asking(folder, routes, handlers, norce, deadline=deadline) as at:
             return list((await at.validate(channel=channel)).verdicts)
 
     return asyncio.run(ask())
@@ -312,7 +319,7 @@ def test_a_handler_gets_its_own_settings_and_a_deadline_before_the_answers(tmp_p
     asked(tmp_path, route("one", "contexts"), {"contexts": Contexts}, channel="2")
 
     [context] = Contexts.given
-    assert before < context.deadline < datetime.now(UTC) + DEADLINE
+    assert before < context.deadline < datetime.now(UTC) + FAR
     assert (context.route, context.attempt) == ("one", 1)
 
 
@@ -367,7 +374,7 @@ def test_a_broken_answer_computed_in_place_counts_the_same(tmp_path: Path, broke
 def test_a_late_answer_counts_as_the_routes_no_answer(tmp_path: Path, late: Any, why: str, no_answer: str) -> None:
     routes = route("one", "late", no_answer=no_answer) + route("two", "in-place")
 
-    first, second = asked(tmp_path, routes, {"late": late, "in-place": InPlace})
+    first, second = asked(tmp_path, routes, {"late": late, "in-place": InPlace}, deadline=DEADLINE)
 
     assert first.missing == why
     assert [problem.code for problem in first.problems] == {"approve": [], "reject": ["not-answered"]}[no_answer]
@@ -380,7 +387,7 @@ def test_a_handler_that_says_it_computes_and_waits_has_no_answer_and_is_not_wait
     (verdict,) = asked(tmp_path, route("one", "waits"), {"waits": ForeverInPlace})
 
     assert verdict.missing == "failed"
-    assert verdict.ended - verdict.began < DEADLINE.total_seconds()
+    assert verdict.ended - verdict.began < FAR.total_seconds()
     assert Forever.cancelled.is_set()
 
 
@@ -389,7 +396,9 @@ def test_the_deadline_holds_while_every_handler_blocks(tmp_path: Path) -> None:
 
     async def ask() -> list[Answer]:
         routes = route("one", "block") + route("two", "in-place") + route("three", "deny")
-        async with asking(tmp_path, routes, {"block": Block, "in-place": InPlace, "deny": Deny}) as at:
+        async with asking(
+            tmp_path, routes, {"block": Block, "in-place": InPlace, "deny": Deny}, deadline=DEADLINE
+        ) as at:
             return await asyncio.gather(*(at.validate(f"o{number}") for number in range(20)))
 
     missing = {tuple(verdict.missing for verdict in answer.verdicts) for answer in asyncio.run(ask())}
@@ -448,7 +457,7 @@ def test_an_order_that_cannot_be_read_is_every_routes_no_answer(
 ) -> None:
     routes = route("one", "deny", no_answer="approve") + route("two", "deny", no_answer="reject")
 
-    one, two = asked(tmp_path, routes, {"deny": Deny}, norce)
+    one, two = asked(tmp_path, routes, {"deny": Deny}, norce, deadline=DEADLINE if norce is never else FAR)
 
     assert (one.missing, two.missing) == ("order-unreadable", "order-unreadable")
     assert codes([one, two]) == ["not-answered"]
@@ -527,9 +536,16 @@ def wishing(**wish: str) -> str:
     return f", settings: {json.dumps(wish)}"
 
 
-def changed(folder: Path, routes: str, handlers: dict[str, Any] = HOOKS, callback: str = "cart-changed") -> Answer:
+def changed(
+    folder: Path,
+    routes: str,
+    handlers: dict[str, Any] = HOOKS,
+    callback: str = "cart-changed",
+    *,
+    deadline: timedelta = FAR,
+) -> Answer:
     async def ask() -> Answer:
-        async with asking(folder, routes, handlers) as at:
+        async with asking(folder, routes, handlers, deadline=deadline) as at:
             return await at.change(callback)
 
     return asyncio.run(ask())
@@ -672,7 +688,7 @@ def test_a_refusal_of_a_validation_is_a_mistake_of_its_handler(tmp_path: Path) -
 
 @pytest.mark.parametrize(("no_answer", "counts"), [("approve", "accept"), ("reject", "refuse")])
 def test_a_late_hook_counts_as_its_no_answer(tmp_path: Path, no_answer: str, counts: str) -> None:
-    answer = changed(tmp_path, hook("one", "never", no_answer=no_answer) + hook("two", "patch"))
+    answer = changed(tmp_path, hook("one", "never", no_answer=no_answer) + hook("two", "patch"), deadline=DEADLINE)
 
     assert decided(answer) == [(counts, "late"), ("patch", None)]
 
@@ -698,7 +714,7 @@ def test_verdicts_are_counted_by_route_and_outcome(tmp_path: Path) -> None:
         routes = route("yes", "approve") + route("no", "deny") + route("late", "forever", no_answer="approve")
         routes += hook("patches", "patch") + hook("refuses", "refuse") + hook("accepts", "accept")
         handlers = HOOKS | {"approve": Approve, "deny": Deny, "forever": Forever}
-        async with asking(tmp_path, routes, handlers) as at:
+        async with asking(tmp_path, routes, handlers, deadline=DEADLINE) as at:
             await at.validate()
             await at.change()
         return at
@@ -791,7 +807,7 @@ def test_nothing_is_logged_before_the_answer_is_there(tmp_path: Path) -> None:
     """To write is to let go of the interpreter, at the very moment when the deadline is a margin away."""
 
     async def ask() -> None:
-        async with asking(tmp_path, route("one", "forever"), {"forever": Forever}) as at:
+        async with asking(tmp_path, route("one", "forever"), {"forever": Forever}, deadline=DEADLINE) as at:
             with capture_logs() as logged:
                 await at.validate()
                 assert logged == []
@@ -810,7 +826,7 @@ class Held(ValidationHandler[Code]):
     let_go: ClassVar[threading.Event] = threading.Event()
 
     async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
-        await asyncio.to_thread(self.let_go.wait, FAR_TOO_LATE)
+        await asyncio.to_thread(self.let_go.wait, PATIENCE)
         if context.settings.code == "breaks":
             raise ValueError("late, and broken")
         return [] if context.settings.code == "approves" else [Problem(context.settings.code, "No.")]
@@ -818,7 +834,7 @@ class Held(ValidationHandler[Code]):
 
 class HeldHook(HookHandler[Wishes]):
     async def change(self, order: Order, context: Context[Wishes]) -> list[Patch]:
-        await asyncio.to_thread(Held.let_go.wait, FAR_TOO_LATE)
+        await asyncio.to_thread(Held.let_go.wait, PATIENCE)
         if context.settings.op == "refuse":
             raise Refuse("a-code", "No.")
         return [Patch.add(context.settings.path, context.settings.value)]
@@ -842,7 +858,7 @@ def test_what_a_late_route_says_is_recorded_with_what_counted_in_its_stead(
     tmp_path: Path, more: str, says: str, codes_: tuple[str, ...], result: str
 ) -> None:
     async def ask() -> tuple[Asking, LoggedVerdict]:
-        async with asking(tmp_path, route("one", "held", more=more), {"held": Held}) as at:
+        async with asking(tmp_path, route("one", "held", more=more), {"held": Held}, deadline=DEADLINE) as at:
             answer = await at.validate()
             assert [verdict.missing for verdict in answer.verdicts] == ["late"]
             assert at.logged.empty()
@@ -873,7 +889,9 @@ def test_what_a_late_hook_says_is_recorded_as_it_would_have_counted(
     tmp_path: Path, wish: dict[str, str], says: str, codes_: tuple[str, ...], result: str
 ) -> None:
     async def ask() -> tuple[Asking, LoggedVerdict]:
-        async with asking(tmp_path, hook("one", "held", more=wishing(**wish)), {"held": HeldHook}) as at:
+        async with asking(
+            tmp_path, hook("one", "held", more=wishing(**wish)), {"held": HeldHook}, deadline=DEADLINE
+        ) as at:
             await at.change()
             Held.let_go.set()
             return at, await at.recorded()
@@ -889,11 +907,11 @@ def test_so_many_may_be_late_and_the_oldest_are_given_up_and_counted(tmp_path: P
     Forever.cancelled.clear()
 
     async def ask() -> float:
-        async with asking(tmp_path, route("one", "forever"), {"forever": Forever}) as at:
+        async with asking(tmp_path, route("one", "forever"), {"forever": Forever}, deadline=DEADLINE) as at:
             await asyncio.gather(*(at.validate(f"o{number}") for number in range(MOST_UNFINISHED)))
             assert not Forever.cancelled.is_set()
             await at.validate("one-more")
-            assert await asyncio.to_thread(Forever.cancelled.wait, FAR_TOO_LATE)
+            assert await asyncio.to_thread(Forever.cancelled.wait, PATIENCE)
             return at.counted("verdicts_dropped_total")
 
     assert asyncio.run(ask()) == 1
@@ -919,7 +937,7 @@ def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_c
     class Waits(Deny):
         async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
             waiting.set()
-            await asyncio.to_thread(hung_up.wait, FAR_TOO_LATE)
+            await asyncio.to_thread(hung_up.wait, PATIENCE)
             return await super().validate(order, context)
 
     waiting, hung_up = threading.Event(), threading.Event()
@@ -927,10 +945,10 @@ def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_c
     async def ask() -> tuple[Asking, list[LoggedVerdict]]:
         routes = route("one", "waits") + route("two", "held") + route("three", "in-place")
         handlers = {"waits": Waits, "held": Held, "in-place": InPlace}
-        async with asking(tmp_path, routes, handlers) as at:
+        async with asking(tmp_path, routes, handlers, deadline=3 * DEADLINE) as at:
             caller = Caller()
             answering = asyncio.create_task(at.validate(gone=caller))
-            await asyncio.to_thread(waiting.wait, FAR_TOO_LATE)
+            await asyncio.to_thread(waiting.wait, PATIENCE)
             caller.hangs_up.set()
             while not at.counted("caller_patience_seconds_count", callback="order-rules"):  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
@@ -944,7 +962,7 @@ def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_c
     assert [(each.route, each.kind, each.decided, each.answered) for each in logged] == [
         ("one", "hung-up", "reject", None), ("two", "hung-up", "reject", None)
     ]  # fmt: skip
-    assert logged[0].took_ms == logged[1].took_ms < DEADLINE.total_seconds() * 1000
+    assert logged[0].took_ms == logged[1].took_ms < 3 * DEADLINE.total_seconds() * 1000
     assert at.logged.empty()
     for name in ("one", "two"):
         labels = {"callback": "order-rules", "route": name, "kind": "hung-up", "verdict": "reject"}
@@ -954,7 +972,7 @@ def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_c
 def test_a_caller_that_hangs_up_while_the_order_is_read_is_noted_once(tmp_path: Path) -> None:
     async def ask() -> tuple[float, list[str]]:
         with capture_logs() as logged:
-            async with asking(tmp_path, route("one", "approve"), {"approve": Approve}, never) as at:
+            async with asking(tmp_path, route("one", "approve"), {"approve": Approve}, never, deadline=DEADLINE) as at:
                 caller = Caller()
                 caller.hangs_up.set()
                 await at.validate(gone=caller)
@@ -1062,7 +1080,7 @@ def test_a_route_that_misses_again_and_again_is_answered_for_at_once_and_then_as
 
     async def ask() -> tuple[list[str | None], Asking]:
         said = []
-        async with asking(tmp_path, route("one", "held"), {"held": Held}, misses=noted) as at:
+        async with asking(tmp_path, route("one", "held"), {"held": Held}, misses=noted, deadline=DEADLINE) as at:
             for seconds in (0, 0, 0, 29, 1, 0):
                 clock.now += seconds
                 if seconds == 1:
@@ -1120,7 +1138,7 @@ def test_who_was_held_up_by_another_is_not_bypassed_for_it(tmp_path: Path) -> No
 
     async def ask() -> list[tuple[str | None, ...]]:
         routes = route("one", "block") + route("two", "deny")
-        async with asking(tmp_path, routes, {"block": Block, "deny": Deny}, misses=noted) as at:
+        async with asking(tmp_path, routes, {"block": Block, "deny": Deny}, misses=noted, deadline=DEADLINE) as at:
             answers: list[Answer] = []
             for _ in range(2):
                 answers.append(await at.validate())
