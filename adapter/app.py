@@ -34,6 +34,7 @@ from adapter.config import Config
 from adapter.config.json_schema import document_schema
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import Dispatcher
+from adapter.identifiers import Channel
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import StoredDocuments, Watermarks
@@ -134,7 +135,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         endpoint = CallbackEndpoint(
             routes=routes,
             senders=Senders(config.senders),
-            merchants=channels(config),
+            channels=frozenset(config.channels),
             intake=intake,
             verdicts=Verdicts(
                 routes,
@@ -246,11 +247,10 @@ def accounts(config: Config) -> dict[str, Account]:
 def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
     """A queue for every notification route, merchant and channel."""
     return [
-        QueueKey(route=route.name, merchant=merchant, channel=channel)
+        QueueKey(route=route.name, merchant=channel.merchant, channel=channel.name)
         for route in routes.all
         if route.callback.kind == "notification"
-        for merchant, of_merchant in config.merchants.items()
-        for channel in of_merchant.channels
+        for channel in config.channels
     ]
 
 
@@ -298,7 +298,7 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
         norce,
         intake,
         Watermarks(store),
-        merchants=channels(config),
+        channels=frozenset(config.channels),
         adapter_id=config.adapter.id,
         overlap=config.reconciliation.overlap,
         remembered=config.store.retention.rows,
@@ -328,13 +328,8 @@ def intake_of(
     metrics: Metrics,
     wake: Callable[[], None] = lambda: None,
 ) -> Intake:
-    ids = {(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()}
+    ids = {(key.route, Channel(key.merchant, key.channel)): queue_id for key, queue_id in queues.items()}
     return Intake(routes, Inbox(store), queue_ids=ids, metrics=metrics, wake=wake)
-
-
-def channels(config: Config) -> dict[str, frozenset[str]]:
-    """The channels of every merchant."""
-    return {name: frozenset(merchant.channels) for name, merchant in config.merchants.items()}
 
 
 def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from importlib.resources import files
 
 from adapter.callbacks.senders import signature
+from adapter.identifiers import Channel
 
 KEY = "benchmark-key-of-enough-bytes"
 MERCHANT, CHANNEL, CALLBACK = "bench", "1", "order-status"
@@ -52,7 +53,7 @@ def request(callback: str = CALLBACK, make: Callable[[str], bytes] = body) -> by
     """One callback as Norce sends it to a signed URL, head and body."""
     order_id = new_id()
     sent = make(order_id)
-    sig = signature(KEY.encode(), MERCHANT, CHANNEL, order_id, callback)
+    sig = signature(KEY.encode(), Channel(MERCHANT, CHANNEL), order_id, callback)
     path = f"/api/v1/callbacks/orders/{order_id}/{callback}?merchant={MERCHANT}&channel={CHANNEL}&key=k&sig={sig}"
     head = (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"

@@ -25,6 +25,7 @@ from adapter.callbacks import endpoints
 from adapter.callbacks import server as protocol
 from adapter.callbacks.senders import signature
 from adapter.callbacks.server import CALLBACK_PATH, public_port
+from adapter.identifiers import Channel
 from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.registrations.endpoint import (
     DESCRIPTION_PATH,
@@ -130,7 +131,7 @@ class Broken:
     def __init__(self, error: Exception | None) -> None:
         self._error = error
 
-    async def register(self, *_: str) -> Any:
+    async def register(self, *_: Any) -> Any:
         if self._error:
             raise self._error
         return Registered()
@@ -244,8 +245,8 @@ def answered(case: Any, service: Service) -> Any:
 
 
 def signed(case: Any) -> None:
-    whose = ("norce", "1", str(case.path_parameters["order_id"]), str(case.path_parameters["callback"]))
-    sig = signature(ENVIRON["URL_KEY"].encode(), *whose)
+    order_id, callback = (str(case.path_parameters[name]) for name in ("order_id", "callback"))
+    sig = signature(ENVIRON["URL_KEY"].encode(), Channel("norce", "1"), order_id, callback)
     case.query = {"merchant": "norce", "channel": "1", "key": "k1", "sig": sig}
 
 

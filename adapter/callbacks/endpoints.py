@@ -23,7 +23,6 @@ from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
     ConfigurationNotFound,
-    Merchants,
     NotJson,
     Unresolved,
     check_order_id,
@@ -102,7 +101,7 @@ class CallbackEndpoint:
         *,
         routes: Routes,
         senders: Senders,
-        merchants: Merchants,
+        channels: Container[Channel],
         intake: Intake,
         verdicts: Verdicts,
         metrics: Metrics,
@@ -110,11 +109,11 @@ class CallbackEndpoint:
         max_body_bytes: int,
         receive_timeout_seconds: float,
         clock: Callable[[], int],
-        switched_off: Container[tuple[str, str]] = (),
+        switched_off: Container[Channel] = (),
     ) -> None:
         self.routes = routes
         self.senders = senders
-        self.merchants = merchants
+        self.channels = channels
         self.intake = intake
         self.verdicts = verdicts
         self.metrics = metrics
@@ -165,7 +164,7 @@ class CallbackEndpoint:
     async def receive_notification(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
         """Something happened: on disk, once, before the 200."""
         _only(raw, "POST")
-        notification, order = parse_notification(raw, sender, callback, self.merchants, self.clock())
+        notification, order = parse_notification(raw, sender, callback, self.channels, self.clock())
         notification = self.intake.routed(notification, order)
         del order  # hundreds of objects, which are not kept for the disk
         received = await self.intake.store(notification)
@@ -177,10 +176,10 @@ class CallbackEndpoint:
     ) -> Answered:
         """May this order proceed? 200, empty, or 400 with every problem of every route."""
         _only(raw, "POST", "GET")  # POST in the Order API's text, GET in one adapter's description: both are answered
-        asked = parse_validation(raw, sender, callback, self.merchants)
+        asked = parse_validation(raw, sender, callback, self.channels)
         if asked.channel in self.switched_off:
             return Answered(response=ACCEPTED, facts=_facts(sender, asked.channel, "switched-off", 0))
-        answer = await self.verdicts.validate(callback, *asked.channel, asked.order_id, lambda: _gone(receive))
+        answer = await self.verdicts.validate(callback, asked.channel, asked.order_id, lambda: _gone(receive))
         problems = answer.problems
         facts = _facts(sender, asked.channel, "rejected" if problems else "approved", len(answer.verdicts))
         if not problems:
@@ -191,11 +190,11 @@ class CallbackEndpoint:
     async def answer_hook(self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive) -> Answered:
         """May this change be stored? 200 with what else is to change, or 400 with the first refusal."""
         _only(raw, "POST")
-        asked = parse_hook(raw, sender, callback, self.merchants)
+        asked = parse_hook(raw, sender, callback, self.channels)
         if asked.channel in self.switched_off:
             return Answered(response=UNCHANGED, facts=_facts(sender, asked.channel, "switched-off", 0))
         answer = await self.verdicts.change(
-            callback, *asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
+            callback, asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
         )
         if (refusal := answer.refusal) is not None:
             body = {"code": refusal.code, "message": refusal.message, "innerErrorCode": refusal.inner}

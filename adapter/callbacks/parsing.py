@@ -67,9 +67,6 @@ class ValidationRequest:
     order_id: str
 
 
-Merchants = Mapping[str, Container[str]]
-
-
 def check_order_id(order_id: str) -> None:
     """
     Raises `Unresolved` on literal braces, `BadRequest` on an id that is empty, over 64 characters, holds a control
@@ -82,7 +79,7 @@ def check_order_id(order_id: str) -> None:
 
 
 def parse_notification(
-    raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants, now: int
+    raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel], now: int
 ) -> tuple[ReceivedNotification, dict[str, Any]]:
     """
     The notification in a request, a bare order or `{"notification": …, "order": …}`, and the order as a plain tree.
@@ -91,7 +88,7 @@ def parse_notification(
     Raises `NotJson`, `BadRequest`, `ConfigurationNotFound`, `Unauthenticated` (a secret that is not good for this
     merchant), `Unresolved`.
     """
-    order, channel = _order_in(raw, sender, merchants)
+    order, channel = _order_in(raw, sender, channels)
     modified = _micros(order.get("lastModified"), now)
     notification = ReceivedNotification(
         identity=_identity(callback, channel, raw, order, modified),
@@ -105,27 +102,29 @@ def parse_notification(
     return notification, order
 
 
-def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> HookRequest:
+def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]) -> HookRequest:
     """
     The hook in a request: the order with the proposed change in it, of either version.
 
     Raises what `parse_notification` raises.
     """
-    order, channel = _order_in(raw, sender, merchants)
+    order, channel = _order_in(raw, sender, channels)
     return HookRequest(callback=callback, channel=channel, order_id=raw.order_id, order=unread(raw.body, order))
 
 
-def parse_validation(raw: RawCallback, sender: Sender, callback: Callback, merchants: Merchants) -> ValidationRequest:
+def parse_validation(
+    raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]
+) -> ValidationRequest:
     """
     The validation in a request; its body is not looked at.
 
     Raises `BadRequest`, `ConfigurationNotFound`, `Unauthenticated`, `Unresolved`.
     """
     check_order_id(raw.order_id)
-    return ValidationRequest(callback=callback, channel=_whose(raw, sender, merchants, {}), order_id=raw.order_id)
+    return ValidationRequest(callback=callback, channel=_whose(raw, sender, channels, {}), order_id=raw.order_id)
 
 
-def _order_in(raw: RawCallback, sender: Sender, merchants: Merchants) -> tuple[dict[str, Any], Channel]:
+def _order_in(raw: RawCallback, sender: Sender, channels: Container[Channel]) -> tuple[dict[str, Any], Channel]:
     """The order in a body, and whose it is."""
     check_order_id(raw.order_id)
     media_type = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -140,17 +139,19 @@ def _order_in(raw: RawCallback, sender: Sender, merchants: Merchants) -> tuple[d
     order_id = order.get("id")
     if order_id is not None and order_id != raw.order_id:
         raise BadRequest("order-id-differs", "The order id in the path and the one in the body differ.")
-    return order, _whose(raw, sender, merchants, order)
+    return order, _whose(raw, sender, channels, order)
 
 
-def _whose(raw: RawCallback, sender: Sender, merchants: Merchants, order: Mapping[str, Any]) -> Channel:
-    merchant = _one_of("merchant", sender.merchant, raw.headers.get("x-merchant"), order.get("merchant"))
-    channel = _one_of("channel", sender.channel, raw.headers.get("x-channel"), order.get("channel"))
-    if merchant not in merchants or channel not in merchants[merchant]:
+def _whose(raw: RawCallback, sender: Sender, channels: Container[Channel], order: Mapping[str, Any]) -> Channel:
+    signed = sender.channel or (None, None)
+    merchant = _one_of("merchant", signed[0], raw.headers.get("x-merchant"), order.get("merchant"))
+    name = _one_of("channel", signed[1], raw.headers.get("x-channel"), order.get("channel"))
+    channel = Channel(merchant, name)
+    if channel not in channels:
         raise ConfigurationNotFound("merchant-or-channel", "This merchant and channel are not configured here.")
     if not sender.may_speak_for(merchant):
         raise Unauthenticated("the secret is not good for this merchant")
-    return Channel(merchant, channel)
+    return channel
 
 
 def _one_of(what: str, *values: Any) -> str:

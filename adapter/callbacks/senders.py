@@ -49,14 +49,13 @@ class RawCallback(msgspec.Struct, frozen=True, kw_only=True):
 
 class Sender(msgspec.Struct, frozen=True, kw_only=True):
     """
-    Somebody who may call. `merchant` and `channel` are set where the signature covers them; `merchants` are those that
+    Somebody who may call. `channel` is set where the signature covers it; `merchants` are those that
     the secret is good for, None for all.
     """
 
     scheme: str
     key: str
-    merchant: str | None = None
-    channel: str | None = None
+    channel: Channel | None = None
     merchants: frozenset[str] | None = None
     source: str = "callback"
 
@@ -66,9 +65,7 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True):
 
 def reconciled(channel: Channel) -> Sender:
     """The sender of what reconciliation reads from Norce."""
-    return Sender(
-        scheme="reconciliation", key="", merchant=channel.merchant, channel=channel.name, source="reconciliation"
-    )
+    return Sender(scheme="reconciliation", key="", channel=channel, source="reconciliation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,17 +76,17 @@ class _Secrets:
     merchants: frozenset[str] | None
 
 
-def signature(key: bytes, merchant: str, channel: str, order_id: str, callback: str) -> str:
+def signature(key: bytes, channel: Channel, order_id: str, callback: str) -> str:
     """
-    The `sig` of a callback URL: unpadded base64url of HMAC-SHA256 over `["v1", merchant, channel, order_id, callback]`
+    The `sig` of a callback URL: unpadded base64url of HMAC-SHA256 over `["v1", *channel, order_id, callback]`
     as compact UTF-8 JSON.
     """
-    return _signature(hmac.new(key, digestmod="sha256"), merchant, channel, order_id, callback)
+    return _signature(hmac.new(key, digestmod="sha256"), channel, order_id, callback)
 
 
-def _signature(keyed: hmac.HMAC, merchant: str, channel: str, order_id: str, callback: str) -> str:
+def _signature(keyed: hmac.HMAC, channel: Channel, order_id: str, callback: str) -> str:
     keyed = keyed.copy()
-    keyed.update(msgspec.json.encode(["v1", merchant, channel, order_id, callback]))
+    keyed.update(msgspec.json.encode(["v1", *channel, order_id, callback]))
     return urlsafe_b64encode(keyed.digest()).rstrip(b"=").decode()
 
 
@@ -139,31 +136,32 @@ class Senders:
             raise Unauthenticated("no valid secret")
         return found
 
-    def signed_url(self, public_url: str, merchant: str, channel: str, order_id: str, callback: str) -> str:
+    def signed_url(self, public_url: str, channel: Channel, order_id: str, callback: str) -> str:
         """A callback URL signed with the first key. Raises `LookupError` where no key is configured."""
-        return self.signed_urls(public_url, merchant, channel, order_id, callback)[0]
+        return self.signed_urls(public_url, channel, order_id, callback)[0]
 
-    def signed_urls(self, public_url: str, merchant: str, channel: str, order_id: str, callback: str) -> list[str]:
+    def signed_urls(self, public_url: str, channel: Channel, order_id: str, callback: str) -> list[str]:
         """The same by every key that is good: the first to be registered, the others as they may be still."""
         if not self._keys:
             raise LookupError("senders.signed_urls.keys names no key to sign with")
         path = f"{public_url.rstrip('/')}/api/v1/callbacks/orders/{quote(order_id, safe='')}/{quote(callback, safe='')}"
-        whose = {"merchant": merchant, "channel": channel}
+        whose = {"merchant": channel.merchant, "channel": channel.name}
         return [
-            f"{path}?{urlencode({**whose, 'key': name, 'sig': _signature(key, merchant, channel, order_id, callback)})}"
+            f"{path}?{urlencode({**whose, 'key': name, 'sig': _signature(key, channel, order_id, callback)})}"
             for name, key in self._keys.items()
         ]
 
     def _signed(self, raw: RawCallback) -> Sender:
         shown, name = raw.once("sig"), raw.once("key")
-        merchant, channel = raw.once("merchant"), raw.once("channel")
+        merchant, name_of_channel = raw.once("merchant"), raw.once("channel")
         key = self._keys.get(name or "")
-        if shown is None or merchant is None or channel is None or key is None:
+        if shown is None or merchant is None or name_of_channel is None or key is None:
             raise Unauthenticated("incomplete signature, or unknown key")
-        expected = _signature(key, merchant, channel, raw.order_id, raw.callback)
+        channel = Channel(merchant, name_of_channel)
+        expected = _signature(key, channel, raw.order_id, raw.callback)
         if not hmac.compare_digest(shown.encode(), expected.encode()):
             raise Unauthenticated("wrong signature")
-        return Sender(scheme="signed_url", key=name or "", merchant=merchant, channel=channel)
+        return Sender(scheme="signed_url", key=name or "", channel=channel)
 
 
 def _secrets(scheme: str, name: str, values: Iterable[str], merchants: Iterable[str] | None) -> _Secrets:

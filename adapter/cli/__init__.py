@@ -30,6 +30,7 @@ from adapter.cli.shared import FAILED, STORE, USAGE, config_option, configured, 
 from adapter.cli.simulate import simulate
 from adapter.cli.verdicts import verdicts_group
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.ledger.store import StoreInUse, StoreUnavailable
 from adapter.routing import routes
 from adapter.sandbox.demo import DemoFailed, demo, walk
@@ -115,7 +116,7 @@ def send(
     if not named or not (isinstance(merchant, str) and isinstance(channel, str) and isinstance(order_id, str)):
         end(USAGE, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
     to = address or f"http://127.0.0.1:{config.server.port}"
-    url, headers = _authenticated(config, to, merchant, channel, order_id, callback)
+    url, headers = _authenticated(config, to, Channel(merchant, channel), order_id, callback)
     try:
         statuses = _post(url, headers, body, repeat)
     except httpx.HTTPError as error:
@@ -190,20 +191,20 @@ def _body(file: Path, instead: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
 
 
 def _authenticated(
-    config: Config, to: str, merchant: str, channel: str, order_id: str, callback: str
+    config: Config, to: str, channel: Channel, order_id: str, callback: str
 ) -> tuple[str, dict[str, str]]:
-    headers = {"content-type": "application/json", "x-merchant": merchant, "x-channel": channel}
+    headers = {"content-type": "application/json", "x-merchant": channel.merchant, "x-channel": channel.name}
     if config.senders.signed_urls is not None:
-        return Senders(config.senders).signed_url(to, merchant, channel, order_id, callback), headers
+        return Senders(config.senders).signed_url(to, channel, order_id, callback), headers
     path = CALLBACK_PATH.replace("{callback}", callback).replace("{order_id}", quote(order_id, safe=""))
     url = f"{to.rstrip('/')}{path}"
     for in_header in config.senders.header_secrets:
-        if in_header.merchants is None or merchant in in_header.merchants:
+        if in_header.merchants is None or channel.merchant in in_header.merchants:
             return url, headers | {in_header.header: in_header.values[0].reveal()}
     for in_url in config.senders.url_secrets:
-        if in_url.merchants is None or merchant in in_url.merchants:
+        if in_url.merchants is None or channel.merchant in in_url.merchants:
             return f"{url}?{urlencode({in_url.parameter: in_url.values[0].reveal()})}", headers
-    return end(USAGE, f"no secret in senders is good for merchant {merchant}")
+    return end(USAGE, f"no secret in senders is good for merchant {channel.merchant}")
 
 
 def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:

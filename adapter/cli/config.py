@@ -12,6 +12,7 @@ import click
 from adapter.cli.orders import asked
 from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, loaded, printable
 from adapter.config.json_schema import file_schema
+from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceError
 from adapter.registrations.on_channels import STATIC, standing
 from adapter.routing.routes import settings_types
@@ -56,32 +57,27 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
     What else is in them is kept. The service must be running: Norce reads our schema from it.
     """
     config = loaded(config_path)
-    shops = [
-        (name, each)
-        for name, of_merchant in config.merchants.items()
-        for each in of_merchant.channels
-        if merchant in (None, name) and channel in (None, each)
-    ]
-    if not shops:
+    channels = [each for each in config.channels if merchant in (None, each.merchant) and channel in (None, each.name)]
+    if not channels:
         end(USAGE, "no such merchant and channel is configured")
 
     async def work(norce: Norce) -> list[tuple[int, str]]:
         failed = []
-        for shop in shops:
+        for each in channels:
             try:
-                await one(norce, *shop)
+                await one(norce, each)
             except NorceError as error:  # of one merchant, say, whose token is old: the others go on
-                failed.append((FAILED, f"{shop[0]}, channel {shop[1]}: {error}"))
+                failed.append((FAILED, f"{each.merchant}, channel {each.name}: {error}"))
             except LookupError as error:  # of one that is not to register by itself, and has no secret for it
-                failed.append((USAGE, f"{shop[0]}, channel {shop[1]}: {error}"))
+                failed.append((USAGE, f"{each.merchant}, channel {each.name}: {error}"))
         return failed
 
-    async def one(norce: Norce, merchant: str, channel: str) -> None:
-        documents = await standing(config, norce, merchant, channel)
+    async def one(norce: Norce, channel: Channel) -> None:
+        documents = await standing(config, norce, channel)
         for name, document in documents.items():
             if write:
-                await norce.call(merchant, channel, "put_configuration", body=document, path={"name": name})
-                click.echo(printable(f"{merchant}, channel {channel}: {name} is in place"))
+                await norce.call(channel, "put_configuration", body=document, path={"name": name})
+                click.echo(printable(f"{channel.merchant}, channel {channel.name}: {name} is in place"))
             else:
                 click.echo(
                     json.dumps(_without_secrets(name, document, config.adapter.id), indent=2, ensure_ascii=False)

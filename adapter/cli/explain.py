@@ -19,6 +19,7 @@ from adapter.cli.shared import NOTHING_MATCHED, USAGE, config_option, configured
 from adapter.conditions import MISSING, CompiledCondition, Result
 from adapter.config import Config
 from adapter.handlers.rules import RulesSettings
+from adapter.identifiers import Channel
 from adapter.ledger.schema import notifications
 from adapter.orders import NotAnOrder, decode, order_in
 from adapter.routing.routes import Callback, Routes, wants
@@ -47,17 +48,18 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
     config, built = configured(config_path)
     if what.isascii() and what.isdecimal():
         kept = _notification(config, ID(what))
-        order, place, callback = _order_in(kept.body, what), (kept.merchant, kept.channel), callback or kept.callback
+        order, channel = _order_in(kept.body, what), Channel(kept.merchant, kept.channel)
+        callback = callback or kept.callback
     else:
         order = _order_in(_bytes_of(what), what)
-        place = (str(order.get("merchant")), str(order.get("channel")))
+        channel = Channel(str(order.get("merchant")), str(order.get("channel")))
     if callback is None:
         end(USAGE, "a file needs --callback: the name of a configured callback")
     if callback not in built.callbacks:
         end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(built.callbacks))}")
-    if place not in [(name, channel) for name, merchant in config.merchants.items() for channel in merchant.channels]:
+    if channel not in config.channels:
         click.echo("the order's merchant and channel are not configured, so no rules are shown", err=True)
-    told = explained(built, built.callbacks[callback], order, place)
+    told = explained(built, built.callbacks[callback], order, channel)
     if output == "json":
         click.echo(json.dumps(told, ensure_ascii=False))
     else:
@@ -65,10 +67,10 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
             click.echo(printable(line))
 
 
-def explained(built: Routes, callback: Callback, order: dict[str, Any], place: tuple[str, str]) -> dict[str, Any]:
+def explained(built: Routes, callback: Callback, order: dict[str, Any], channel: Channel) -> dict[str, Any]:
     """
-    Everything about one event, as plain values. `place` is its merchant and channel: the rules of the handler `rules`
-    are settings, which they may have for themselves.
+    Everything about one event, as plain values. The rules of the handler `rules` are settings, which a
+    channel may have for itself.
     """
     told: dict[str, Any] = {
         "callback": callback.name,
@@ -78,7 +80,7 @@ def explained(built: Routes, callback: Callback, order: dict[str, Any], place: t
     }
     for route in built.of(callback.name):
         result = wants(route, order)
-        settings = route.settings.get(place) if result is Result.MATCHED else None
+        settings = route.settings.get(channel) if result is Result.MATCHED else None
         rules = settings.rules if isinstance(settings, RulesSettings) else ()
         told["routes"].append(
             {

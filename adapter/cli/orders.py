@@ -33,6 +33,7 @@ from adapter.cli.shared import (
     printable,
 )
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.metrics import Metrics
 from adapter.norce.api import V0
 from adapter.norce.client import Norce, NorceError, OrderNotFound
@@ -64,7 +65,7 @@ def orders_group() -> None:
 def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List the orders of a channel, the newest first. Nothing of a customer is shown."""
     config = loaded(config_path)
-    merchant, channel = _shop(config, given.pop("merchant"), given.pop("channel"))
+    channel = _channel(config, given.pop("merchant"), given.pop("channel"))
     statuses = {each.lower() for each in given.pop("status")}
     filters = {name: value for name, value in given.items() if value is not None}
     if "search" in filters and config.norce.version != V0:
@@ -75,7 +76,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
         rows: list[dict[str, Any]] = []
         with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
             task = progress.add_task("reading", total=None)
-            async for page in norce.pages(merchant, channel, limit=min(limit, A_PAGE), **query):
+            async for page in norce.pages(channel, limit=min(limit, A_PAGE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
                 total = None if page.total is None else min(page.total, limit)
                 progress.update(task, completed=page.offset + page.count, total=total)
@@ -93,8 +94,8 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
 def orders_show(order_id: str, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
     """Show an order with its callbacks; as JSON the whole of it, customer and all."""
     config = loaded(config_path)
-    shop = _shop(config, merchant, channel)
-    read = asked(config, lambda norce: norce.order(*shop, order_id))
+    its_channel = _channel(config, merchant, channel)
+    read = asked(config, lambda norce: norce.order(its_channel, order_id))
     if output == "json":
         click.echo(read.raw)
         return
@@ -116,10 +117,14 @@ def orders_show(order_id: str, merchant: str | None, channel: str | None, output
 def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, yes: bool, config_path: Path) -> None:
     """Delete an order at Norce. It cannot be undone."""
     config = loaded(config_path)
-    shop = _shop(config, merchant, channel)
+    its_channel = _channel(config, merchant, channel)
     if not yes:
-        click.confirm(f"Delete order {printable(order_id)} of {shop[0]}, channel {shop[1]}?", abort=True, err=True)
-    asked(config, lambda norce: norce.call(*shop, "delete_order", path={"order_id": order_id}))
+        click.confirm(
+            f"Delete order {printable(order_id)} of {its_channel.merchant}, channel {its_channel.name}?",
+            abort=True,
+            err=True,
+        )
+    asked(config, lambda norce: norce.call(its_channel, "delete_order", path={"order_id": order_id}))
     click.echo("deleted")
 
 
@@ -134,11 +139,11 @@ def register(
 ) -> None:
     """Put the configured callbacks on an order: add what is missing, take away what is stale. It may be repeated."""
     config = loaded(config_path)
-    shop = _shop(config, merchant, channel)
+    its_channel = _channel(config, merchant, channel)
 
     def work(norce: Norce) -> Coroutine[Any, Any, Any]:
         registrar = Registrar(config, norce)
-        return (registrar.deregister if remove else registrar.register)(*shop, order_id)
+        return (registrar.deregister if remove else registrar.register)(its_channel, order_id)
 
     try:
         done = msgspec.to_builtins(asked(config, work))
@@ -157,7 +162,7 @@ def _row(order: dict[str, Any]) -> dict[str, Any]:
     return shown | {"status": str(state.get("currentStatus", "")).lower(), "total": total.get("includingVat")}
 
 
-def _shop(config: Config, merchant: str | None, channel: str | None) -> tuple[str, str]:
+def _channel(config: Config, merchant: str | None, channel: str | None) -> Channel:
     merchant = merchant or _only(config.merchants, "--merchant")
     if merchant not in config.merchants:
         end(USAGE, f"no merchant {printable(merchant)} is configured; there are: {', '.join(config.merchants)}")
@@ -165,7 +170,7 @@ def _shop(config: Config, merchant: str | None, channel: str | None) -> tuple[st
     channel = channel or _only(channels, "--channel")
     if channel not in channels:
         end(USAGE, f"{merchant} has no channel {printable(channel)}; there are: {', '.join(channels)}")
-    return merchant, channel
+    return Channel(merchant, channel)
 
 
 def _only(names: Any, option: str) -> str:

@@ -20,6 +20,7 @@ from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import PortInUse, listen, served
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.norce.api import V0
 from adapter.registrations.on_orders import registrations
@@ -124,15 +125,14 @@ def adapter_at(address: str, config: Config) -> Adapter:
     config = msgspec.structs.replace(config, norce=msgspec.structs.replace(config.norce, version=V0))  # as a shop asks
 
     def wanted(merchant: str, channel: str, order_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for each in registrations(config, senders, merchant, channel, order_id, public_url=address):
+        for each in registrations(config, senders, Channel(merchant, channel), order_id, public_url=address):
             yield each.operation, dict(each.body)
 
     def deliveries(state: str | None) -> list[dict[str, Any]]:
         with reading(config) as connection:
             return Queries(connection).deliveries(DeliveryFilter(state=state), limit=MOST_DELIVERIES)
 
-    shops = tuple((merchant, channel) for merchant, its in config.merchants.items() for channel in its.channels)
-    return Adapter(shops=shops, registrations=wanted, deliveries=deliveries)
+    return Adapter(shops=config.channels, registrations=wanted, deliveries=deliveries)
 
 
 def _print(entry: Entry) -> None:

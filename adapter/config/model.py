@@ -11,6 +11,7 @@ from msgspec import Meta
 
 from adapter.config.convert import Within
 from adapter.config.problems import Problem, Source, under
+from adapter.identifiers import Channel
 from adapter.plugin import Secret, Url
 
 
@@ -187,7 +188,7 @@ class Override(_Part, frozen=True, kw_only=True):
     ] = {}
 
 
-class Channel(_Part, frozen=True, kw_only=True):
+class ChannelConfig(_Part, frozen=True, kw_only=True):
     routes: Annotated[
         Mapping[str, Override],
         says("What is different on this channel, by route; stronger than the route and the merchant."),
@@ -210,7 +211,7 @@ class Merchant(_Part, frozen=True, kw_only=True):
         Mapping[str, Override], says("What is different for this merchant, by route; stronger than the route.")
     ] = {}
     channels: Annotated[
-        Mapping[NorceName, Channel],
+        Mapping[NorceName, ChannelConfig],
         says("The merchant's channels by their names at Norce.", min_length=1),
     ]
 
@@ -421,12 +422,17 @@ class Config(ConfigFile, frozen=True, kw_only=True):
         """Something that turned out later, at the line of `path` ("routes.export-payment.handler")."""
         return self.source.problem(path, message)
 
-    def settings(self, route: str, merchant: str, channel: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    @property
+    def channels(self) -> tuple[Channel, ...]:
+        """The channels of all merchants."""
+        return tuple(Channel(merchant, name) for merchant, its in self.merchants.items() for name in its.channels)
+
+    def settings(self, route: str, channel: Channel) -> tuple[dict[str, Any], tuple[str, ...]]:
         """A route's settings for one merchant and channel, merged, and where they came from: for `read_settings`."""
-        of_merchant = self.merchants[merchant]
-        of_channel = of_merchant.channels[channel]
-        at_merchant = under("merchants", merchant)
-        at_channel = under(f"{at_merchant}.channels", channel)
+        of_merchant = self.merchants[channel.merchant]
+        of_channel = of_merchant.channels[channel.name]
+        at_merchant = under("merchants", channel.merchant)
+        at_channel = under(f"{at_merchant}.channels", channel.name)
         tree = merged(
             self.routes[route].settings,
             of_merchant.routes.get(route, Override()).settings,

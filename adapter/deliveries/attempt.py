@@ -14,6 +14,7 @@ from typing import Any, get_args
 import structlog
 
 from adapter.conditions import Result as Held
+from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Ending, Interrupted, Result
 from adapter.moments import to_datetime
@@ -93,7 +94,7 @@ class Attempts:
             return Ended(result=Ending.RELEASED, kind=kind)
         call = Call(
             route=route.name,
-            settings=route.settings[queue.merchant, queue.channel],
+            settings=route.settings[Channel(queue.merchant, queue.channel)],
             merchant=queue.merchant,
             channel=queue.channel,
             order_id=claim.order_id,
@@ -124,7 +125,7 @@ class Attempts:
             raise Reject("order-bad-request", "the stored body holds no order") from error
         order: Order = received
         if queue.route.refetch:
-            order = await self._norce.for_handlers(queue.merchant, queue.channel).read(claim.order_id)
+            order = await self._norce.for_handlers(Channel(queue.merchant, queue.channel)).read(claim.order_id)
         return Notification(
             id=claim.notification_id,
             merchant=claim.merchant,

@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from adapter.deliveries.attempt import Attempts, Ended, Queue
+from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim, QueueLimits, Record
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -81,7 +82,7 @@ class Dispatcher:
         self._blocked: dict[asyncio.Task[None], Claim] = {}
         self._failed: list[Claim] = []
         self._busy: Counter[int] = Counter()
-        self.switched_off: Container[tuple[str, str]] = ()  # merchant and channel; what they are owed waits
+        self.switched_off: Container[Channel] = ()  # what they are owed waits
         self._stopping = False
         self._cancelling = False
 
@@ -169,7 +170,7 @@ class Dispatcher:
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
 
     def _is_off(self, queue: Queue) -> bool:
-        return (queue.merchant, queue.channel) in self.switched_off
+        return Channel(queue.merchant, queue.channel) in self.switched_off
 
     async def _give_back(self) -> None:
         """Undoes claims that are on disk although the store has failed: nobody has run them."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection, bindparam, delete, select, text
 
+from adapter.identifiers import Channel
 from adapter.ledger.schema import documents, watermarks
 from adapter.ledger.store import Store
 
@@ -66,23 +67,25 @@ class StoredDocuments:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    async def all(self) -> dict[tuple[str, str], bytes]:
+    async def all(self) -> dict[Channel, bytes]:
         return await self._store.write(self._all, None)
 
-    async def keep(self, merchant: str, channel: str, content: bytes | None) -> None:
+    async def keep(self, channel: Channel, content: bytes | None) -> None:
         """In place of the one before; None: there is none any more."""
-        await self._store.write(self._keep, (merchant, channel, content))
+        await self._store.write(self._keep, (channel, content))
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _all(self, connection: Connection, asked: Sequence[None]) -> list[dict[tuple[str, str], bytes]]:
-        found = {(merchant, channel): bytes(content) for merchant, channel, content in connection.execute(DOCUMENTS)}
+    def _all(self, connection: Connection, asked: Sequence[None]) -> list[dict[Channel, bytes]]:
+        found = {Channel(merchant, name): bytes(content) for merchant, name, content in connection.execute(DOCUMENTS)}
         return [found for _ in asked]
 
-    def _keep(self, connection: Connection, items: Sequence[tuple[str, str, bytes | None]]) -> list[None]:
-        for merchant, channel, content in items:
+    def _keep(self, connection: Connection, items: Sequence[tuple[Channel, bytes | None]]) -> list[None]:
+        for channel, content in items:
             if content is None:
-                connection.execute(FORGET_DOCUMENT, {"of_merchant": merchant, "of_channel": channel})
+                connection.execute(FORGET_DOCUMENT, {"of_merchant": channel.merchant, "of_channel": channel.name})
             else:
-                connection.execute(SET_DOCUMENT, {"merchant": merchant, "channel": channel, "content": content})
+                connection.execute(
+                    SET_DOCUMENT, {"merchant": channel.merchant, "channel": channel.name, "content": content}
+                )
         return [None for _ in items]

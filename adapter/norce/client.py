@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 import msgspec
 
+from adapter.identifiers import Channel
 from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
 from adapter.orders import NotAnOrder, Order, decode, order_in, unread, viewed
 from adapter.outgoing import connections, retry_after
@@ -160,14 +161,14 @@ class Norce:
             follow_redirects=False,
         )
 
-    async def order(self, merchant: str, channel: str, order_id: str, *, within: timedelta | None = None) -> Order:
+    async def order(self, channel: Channel, order_id: str, *, within: timedelta | None = None) -> Order:
         """
         The order as Norce has it now, unread, `within` a time (the configured one if shorter or left out).
 
         Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
         """
         try:
-            content = await self.call(merchant, channel, "read_order", within=within, path={"order_id": order_id})
+            content = await self.call(channel, "read_order", within=within, path={"order_id": order_id})
         except NotFound as error:
             raise OrderNotFound("Norce has no such order", error.code) from error
         except NorceRejected as error:  # neither that it is there, nor that it is not
@@ -180,29 +181,13 @@ class Norce:
             raise NorceUnavailable("Norce's answer is not this order")
         return unread(content, data)  # the view of one of 4 MiB takes up to two seconds: not of this loop
 
-    async def create_order(self, merchant: str, channel: str, order: Any) -> str:
-        """
-        A new order; its id, which comes as `{id}` in practice and as a bare string by the description.
-
-        Raises `NorceError`.
-        """
-        content = await self.call(merchant, channel, "create_order", body=order)
-        with contextlib.suppress(NorceUnavailable):
-            created = _decoded(content, Any)
-            order_id = created.get("id") if isinstance(created, dict) else created
-            if isinstance(order_id, str):
-                return order_id
-        raise NorceUnclear("Norce's answer names no order")
-
     async def events(self, merchant: str, *, offset: int = 0, limit: int = 100, **filters: str) -> Page[Event]:
         """A page of our own adapter's events of a merchant, from all its channels. Raises `NorceError`."""
         asked = {"adapter_id": self._adapter_id, "offset": str(offset), "limit": str(limit), **filters}
-        content = await self.call(merchant, None, "list_events", query=asked)
+        content = await self.call(Channel(merchant, ""), "list_events", query=asked)
         return _page(content, offset, Event)
 
-    async def pages(
-        self, merchant: str, channel: str, *, limit: int = 50, **filters: str
-    ) -> AsyncIterator[Page[dict[str, Any]]]:
+    async def pages(self, channel: Channel, *, limit: int = 50, **filters: str) -> AsyncIterator[Page[dict[str, Any]]]:
         """
         The orders of a channel, page by page: until `totalSize` is reached or a page is empty, whatever `size` says.
 
@@ -211,7 +196,7 @@ class Norce:
         offset = 0
         for _ in range(MOST_PAGES):
             asked = {**filters, "offset": str(offset), "limit": str(limit)}
-            page = _page(await self.call(merchant, channel, "list_orders", query=asked), offset, dict[str, Any])
+            page = _page(await self.call(channel, "list_orders", query=asked), offset, dict[str, Any])
             if page.count:
                 yield page
             offset += page.count
@@ -220,8 +205,7 @@ class Norce:
 
     async def call(
         self,
-        merchant: str,
-        channel: str | None,
+        channel: Channel,
         name: str,
         *,
         body: Any = None,
@@ -232,13 +216,14 @@ class Norce:
         """
         What an operation of `norce.operations` answers, as bytes; empty where it has no body.
 
-        Two tokens are tried in turn where one is refused. `path` are the parameters in its path; the merchant and
-        channel of a configuration are known. Raises `NorceError`, and `KeyError` for an unknown operation.
+        Two tokens are tried in turn where one is refused. `path` are the other parameters in its path. An
+        empty channel name is for what belongs to the merchant as a whole. Raises `NorceError`, and `KeyError` for an
+        unknown operation.
         """
         operation = BY_NAME[name]
-        account = self._accounts[merchant]
+        account = self._accounts[channel.merchant]
         version = self._version if self._version in operation.versions else operation.versions[-1]
-        parameters = {"merchant": merchant, "channel": channel or "", **path}
+        parameters = {"merchant": channel.merchant, "channel": channel.name, **path}
         try:
             url = operation.url(account.base_url, version, **parameters)
         except ValueError as error:
@@ -250,7 +235,7 @@ class Norce:
             "params": query,
             "content": None if operation.body is None else msgspec.json.encode(body),
         }
-        headers = {MERCHANT: merchant, **({} if channel is None else {CHANNEL: channel})}
+        headers = {MERCHANT: channel.merchant, **({CHANNEL: channel.name} if channel.name else {})}
         if ADAPTER_ID in operation.optional_headers:
             headers[ADAPTER_ID] = self._adapter_id
         if operation.body is not None:
@@ -259,12 +244,12 @@ class Norce:
         seconds = min(within or self._timeout, self._timeout).total_seconds()
         sent = False
         try:
-            async with asyncio.timeout(seconds), self._reading[merchant]:
+            async with asyncio.timeout(seconds), self._reading[channel.merchant]:
                 for number, token in enumerate(account.tokens, 1):
                     headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
                     sent = True
                     answer = await self._sent(request | {"headers": headers}, most)
-                    self._used(merchant, number, answer.status_code)
+                    self._used(channel.merchant, number, answer.status_code)
                     if answer.status_code not in (401, 403):
                         break
         except (httpx.HTTPError, TimeoutError) as error:
@@ -300,9 +285,9 @@ class Norce:
         """Where the merchant's Checkout services are."""
         return self._accounts[merchant].base_url
 
-    def for_handlers(self, merchant: str, channel: str) -> "HandlerOrders":
+    def for_handlers(self, channel: Channel) -> "HandlerOrders":
         """The same as a handler sees it, through `context.orders`."""
-        return HandlerOrders(self, merchant, channel)
+        return HandlerOrders(self, channel)
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -311,14 +296,13 @@ class Norce:
 class HandlerOrders:
     """`adapter.plugin.Orders` for one merchant and channel: Norce's facts as outcomes."""
 
-    def __init__(self, norce: Norce, merchant: str, channel: str) -> None:
+    def __init__(self, norce: Norce, channel: Channel) -> None:
         self._norce = norce
-        self._merchant = merchant
         self._channel = channel
 
     async def read(self, order_id: str) -> Order:
         try:
-            return viewed(await self._norce.order(self._merchant, self._channel, order_id))
+            return viewed(await self._norce.order(self._channel, order_id))
         except NorceError as error:
             raise _outcome(error, "GET") from error
         except NotAnOrder as error:
@@ -333,9 +317,7 @@ class HandlerOrders:
     async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
         known = BY_NAME[operation]
         try:
-            content = await self._norce.call(
-                self._merchant, self._channel, operation, body=body, path={"order_id": order_id, **path}
-            )
+            content = await self._norce.call(self._channel, operation, body=body, path={"order_id": order_id, **path})
             try:
                 return _decoded(content, Any) if content else None
             except NorceUnavailable as error:

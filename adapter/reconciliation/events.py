@@ -15,7 +15,7 @@ Facts: checkout protocol, sections 8.3 and 8.4.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -24,7 +24,7 @@ import msgspec
 import structlog
 
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.parsing import CallbackInvalid, Merchants, parse_notification
+from adapter.callbacks.parsing import CallbackInvalid, parse_notification
 from adapter.callbacks.senders import RawCallback, Unauthenticated, reconciled
 from adapter.identifiers import Channel
 from adapter.ledger.inbox import Received, ReceivedNotification
@@ -79,7 +79,7 @@ class Reconciliation:
         intake: Intake,
         watermarks: Watermarks,
         *,
-        merchants: Merchants,
+        channels: Collection[Channel],
         adapter_id: str,
         overlap: timedelta,
         remembered: timedelta,
@@ -89,7 +89,8 @@ class Reconciliation:
         self._norce = norce
         self._intake = intake
         self._watermarks = watermarks
-        self._merchants = merchants
+        self._channels = channels
+        self._merchants = list(dict.fromkeys(channel.merchant for channel in channels))
         self._adapter_id = adapter_id
         self._overlap = overlap
         self._remembered = remembered - CLOCKS_APART
@@ -251,9 +252,9 @@ class Reconciliation:
             found.missed += 1
 
     def _tell(self, notification: ReceivedNotification) -> None:
-        merchant, channel = notification.channel
+        merchant, name = notification.channel
         self._metrics.missed.labels(notification.callback, merchant).inc()
-        log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=channel,
+        log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=name,
                     order_id=notification.order_id)  # fmt: skip
 
     def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
@@ -267,8 +268,8 @@ class Reconciliation:
 
     def _parsed(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
         """The notification that a callback would have brought; None where there is none."""
-        callback = self._callback(event)
-        if callback is None or event.channel not in self._merchants[event.merchant]:
+        callback, channel = self._callback(event), Channel(event.merchant, event.channel)
+        if callback is None or channel not in self._channels:
             return None
         raw = RawCallback(
             method="POST",
@@ -278,9 +279,9 @@ class Reconciliation:
             headers={"content-type": "application/json"},
             body=bytes(event.payload),
         )
-        sender = reconciled(Channel(event.merchant, event.channel))
+        sender = reconciled(channel)
         try:
-            return parse_notification(raw, sender, callback, self._merchants, now)
+            return parse_notification(raw, sender, callback, self._channels, now)
         except (CallbackInvalid, Unauthenticated) as error:
             log.warning("event_unreadable", order_id=event.order_id, callback=callback.name, merchant=event.merchant,
                         error_type=type(error).__name__)  # fmt: skip

@@ -9,7 +9,7 @@ Facts: checkout protocol, sections 1.3 and 10.
 import asyncio
 import hmac
 from collections import Counter
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections.abc import Container, Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -23,6 +23,7 @@ from adapter.callbacks import server as protocol
 from adapter.callbacks.parsing import CallbackInvalid, check_order_id
 from adapter.callbacks.senders import RawCallback, Senders, Unauthenticated
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.norce.client import NorceError, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.registrations.on_orders import Registered, Registrar
 
@@ -39,9 +40,6 @@ MOST_WAITING = 200
 # Of all together: where Norce is silent for everybody, who waits for it must leave room for notifications to come in.
 MOST_OF_ALL = protocol.MOST_WAITING // 2
 
-Shop = tuple[str, str]
-Work = Callable[[str, str, str], Awaitable[Registered]]
-
 
 class _Refused(Exception):
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
@@ -55,7 +53,7 @@ class _Refused(Exception):
 class Registrations:
     """`POST` puts our callbacks on an order, `DELETE` takes them off. Nothing is put where we are `switched_off`."""
 
-    def __init__(self, config: Config, registrar: Registrar, switched_off: Container[Shop]) -> None:
+    def __init__(self, config: Config, registrar: Registrar, switched_off: Container[Channel]) -> None:
         self._config = config
         self._registrar = registrar
         self._senders = Senders(config.senders)
@@ -73,9 +71,9 @@ class Registrations:
         order_id = request.path_params["order_id"]
         facts: dict[str, Any] = {"order_id": order_id if len(order_id) <= 64 else None}
         try:
-            merchant, channel = self._whose(request)
-            facts |= {"merchant": merchant, "channel": channel}
-            done = await self._in_turn(request.method, merchant, channel, order_id)
+            channel = self._whose(request)
+            facts |= {"merchant": channel.merchant, "channel": channel.name}
+            done = await self._in_turn(request.method, channel, order_id)
         except _Refused as refused:
             log.warning("registration_refused", code=refused.code, status_code=refused.status, **facts)
             body = {"code": refused.code, "message": refused.message}
@@ -84,26 +82,26 @@ class Registrations:
         log.info("callbacks_registered", **counts, **facts)
         return JSONResponse(msgspec.to_builtins(done))
 
-    async def _in_turn(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
-        if self._waiting[merchant] >= self._most or self.waiting >= MOST_OF_ALL:
+    async def _in_turn(self, method: str, channel: Channel, order_id: str) -> Registered:
+        if self._waiting[channel.merchant] >= self._most or self.waiting >= MOST_OF_ALL:
             raise _Refused(503, "overloaded", "Too many registrations wait for Norce. Please send it again.", LATER)
-        self._waiting[merchant] += 1
+        self._waiting[channel.merchant] += 1
         try:
-            async with self._at_once[merchant]:
-                return await self._do(method, merchant, channel, order_id)
+            async with self._at_once[channel.merchant]:
+                return await self._do(method, channel, order_id)
         except asyncio.CancelledError as error:  # the service stops, and has waited for as long as it does
             raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
         finally:
-            self._waiting[merchant] -= 1
+            self._waiting[channel.merchant] -= 1
 
-    async def _do(self, method: str, merchant: str, channel: str, order_id: str) -> Registered:
+    async def _do(self, method: str, channel: Channel, order_id: str) -> Registered:
         try:
             check_order_id(order_id)
             if method == "DELETE":
-                return await self._registrar.deregister(merchant, channel, order_id)
-            if (merchant, channel) in self._switched_off:
+                return await self._registrar.deregister(channel, order_id)
+            if channel in self._switched_off:
                 raise _Refused(409, "order-conflict", "Norce's configuration has this adapter switched off here.")
-            return await self._registrar.register(merchant, channel, order_id)
+            return await self._registrar.register(channel, order_id)
         except CallbackInvalid as error:
             raise _Refused(400, "order-bad-request", str(error)) from error
         except LookupError as error:
@@ -116,16 +114,16 @@ class Registrations:
             code = "norce-rejected" if isinstance(error, NorceRejected) else "norce-refused"
             raise _Refused(502, code, str(error)) from error
 
-    def _whose(self, request: Request) -> Shop:
+    def _whose(self, request: Request) -> Channel:
         headers = dict(request.headers.items())
-        merchant, channel = headers.get("x-merchant", ""), headers.get("x-channel", "")
-        if not self._may(headers, merchant):
+        channel = Channel(headers.get("x-merchant", ""), headers.get("x-channel", ""))
+        if not self._may(headers, channel.merchant):
             raise _Refused(401, "unauthorized", "The caller is not known.", {"www-authenticate": "Bearer"})
-        if not merchant or not channel:
+        if not all(channel):
             raise _Refused(400, "order-bad-request", "x-merchant and x-channel say whose order it is.")
-        if merchant not in self._config.merchants or channel not in self._config.merchants[merchant].channels:
+        if channel not in self._config.channels:
             raise _Refused(404, "configuration-not-found", "This merchant and channel are not configured here.")
-        return merchant, channel
+        return channel
 
     def _may(self, headers: Mapping[str, str], merchant: str) -> bool:
         shown = headers.get("authorization", "").encode("latin-1")

@@ -10,13 +10,14 @@ from typing import Any
 import msgspec
 
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceUnavailable, NotFound
 from adapter.registrations.on_orders import static_notifications, static_secret
 
 STATIC = "static_notifications"
 
 
-async def standing(config: Config, norce: Norce, merchant: str, channel: str) -> dict[str, dict[str, Any]]:
+async def standing(config: Config, norce: Norce, channel: Channel) -> dict[str, dict[str, Any]]:
     """
     The two documents that have a channel notify us of its new orders, as they are to be, by their names: ours, which
     says where we are and holds the secret, and the channel's own list. What else is in them is kept, others' entries
@@ -27,9 +28,9 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
     if config.adapter.public_url is None:
         raise LookupError("adapter.public_url is needed: it is where Norce finds us")
     adapter_id, base = config.adapter.id, str(config.adapter.public_url)
-    notifications = static_notifications(config, merchant)
-    ours = await _document(norce, merchant, channel, adapter_id)
-    static = await _document(norce, merchant, channel, STATIC)
+    notifications = static_notifications(config, channel.merchant)
+    ours = await _document(norce, channel, adapter_id)
+    static = await _document(norce, channel, STATIC)
     order = _mapping(static.get("order"))
     listed = order.get("notifications") or []
     if not isinstance(listed, list):
@@ -42,10 +43,10 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
             "$schema": f"{base}/openapi/v1/schemas/{adapter_id}.json",
             "id": adapter_id,
             "adapter": {**_mapping(ours.get("adapter")), "publicUrl": base, "internalUrl": base},
-            "callbacks": {**_mapping(ours.get("callbacks")), "secret": static_secret(config, merchant)},
+            "callbacks": {**_mapping(ours.get("callbacks")), "secret": static_secret(config, channel.merchant)},
         },
         STATIC: {
-            "$schema": f"{norce.base_url(merchant)}/configuration/openapi/v1/schemas/configuration.json",
+            "$schema": f"{norce.base_url(channel.merchant)}/configuration/openapi/v1/schemas/configuration.json",
             "active": True,
             **static,
             "id": STATIC,
@@ -54,9 +55,9 @@ async def standing(config: Config, norce: Norce, merchant: str, channel: str) ->
     }
 
 
-async def _document(norce: Norce, merchant: str, channel: str, name: str) -> dict[str, Any]:
+async def _document(norce: Norce, channel: Channel, name: str) -> dict[str, Any]:
     try:
-        content = await norce.call(merchant, channel, "read_configuration", path={"name": name})
+        content = await norce.call(channel, "read_configuration", path={"name": name})
     except NotFound:
         return {}
     try:

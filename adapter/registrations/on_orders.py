@@ -20,6 +20,7 @@ from weakref import WeakValueDictionary
 
 from adapter.callbacks.senders import Senders
 from adapter.config import Callback, Config, HookCallback, NotificationCallback, UrlSecret, ValidationCallback
+from adapter.identifiers import Channel
 from adapter.norce.api import V0
 from adapter.norce.client import Norce, NorceRejected
 
@@ -73,17 +74,17 @@ class Registrar:
         self._norce = norce
         self._orders = WeakValueDictionary[tuple[str, str], asyncio.Lock]()  # those that somebody is at
 
-    async def register(self, merchant: str, channel: str, order_id: str) -> Registered:
+    async def register(self, channel: Channel, order_id: str) -> Registered:
         """
         Adds what is missing, and removes what is stale, doubled or signed with a key that is not good any more. What
         Norce refuses is raised when all others are there, and before anything is removed.
         """
-        async with self._alone(merchant, order_id):
-            return await self._register(merchant, channel, order_id)
+        async with self._alone(channel.merchant, order_id):
+            return await self._register(channel, order_id)
 
-    async def _register(self, merchant: str, channel: str, order_id: str) -> Registered:
-        wanted = list(registrations(self._config, self._senders, merchant, channel, order_id))
-        stored = await self._ours(merchant, channel, order_id)
+    async def _register(self, channel: Channel, order_id: str) -> Registered:
+        wanted = list(registrations(self._config, self._senders, channel, order_id))
+        stored = await self._ours(channel, order_id)
         kept: dict[str, tuple[str, Any]] = {}  # the kind and id of each that stays, by its callback
         for each in wanted:
             meeting = ((kind, entry["id"]) for kind, entry in stored if kind == each.kind and each.is_met_by(entry))
@@ -93,32 +94,32 @@ class Registrar:
         refused: NorceRejected | None = None
         for each in missing:
             try:
-                await self._norce.call(merchant, channel, each.operation, body=each.body, path={"order_id": order_id})
+                await self._norce.call(channel, each.operation, body=each.body, path={"order_id": order_id})
             except NorceRejected as error:  # of a scope that Norce does not watch, say: it costs the others nothing
                 refused = refused or error
         if refused is not None:
             raise refused
         stale = [(kind, entry) for kind, entry in stored if (kind, entry["id"]) not in kept.values()]
-        await self._remove(merchant, channel, order_id, stale)
+        await self._remove(channel, order_id, stale)
         return Registered(
             added=tuple(sorted(each.callback for each in missing)),
             removed=self._names(stale),
             kept=tuple(sorted(kept)),
         )
 
-    async def deregister(self, merchant: str, channel: str, order_id: str) -> Registered:
+    async def deregister(self, channel: Channel, order_id: str) -> Registered:
         """Removes all that are ours, whatever they are."""
-        async with self._alone(merchant, order_id):
-            stored = await self._ours(merchant, channel, order_id)
-            await self._remove(merchant, channel, order_id, stored)
+        async with self._alone(channel.merchant, order_id):
+            stored = await self._ours(channel, order_id)
+            await self._remove(channel, order_id, stored)
         return Registered(removed=self._names(stored))
 
     def _alone(self, merchant: str, order_id: str) -> asyncio.Lock:
         return self._orders.setdefault((merchant, order_id), asyncio.Lock())
 
-    async def _ours(self, merchant: str, channel: str, order_id: str) -> list[tuple[str, Mapping[str, Any]]]:
+    async def _ours(self, channel: Channel, order_id: str) -> list[tuple[str, Mapping[str, Any]]]:
         """What the order has of ours, each with its kind."""
-        order = await self._norce.order(merchant, channel, order_id)
+        order = await self._norce.order(channel, order_id)
         return [
             (kind, entry)
             for kind, (place, *_) in PLACES.items()
@@ -126,16 +127,14 @@ class Registrar:
             if isinstance(entry, Mapping) and entry.get("adapterId") == self._config.adapter.id and entry.get("id")
         ]
 
-    async def _remove(
-        self, merchant: str, channel: str, order_id: str, entries: list[tuple[str, Mapping[str, Any]]]
-    ) -> None:
+    async def _remove(self, channel: Channel, order_id: str, entries: list[tuple[str, Mapping[str, Any]]]) -> None:
         for kind, entry in entries:
             _, _, operation, parameter = PLACES[kind]
             path = {"order_id": order_id, parameter: str(entry["id"])}
             try:
-                await self._norce.call(merchant, channel, operation, path=path)
+                await self._norce.call(channel, operation, path=path)
             except NorceRejected:  # with 400 or 404: somebody else may have taken it away meanwhile
-                left = await self._ours(merchant, channel, order_id)
+                left = await self._ours(channel, order_id)
                 if any(each == kind and there["id"] == entry["id"] for each, there in left):
                     raise
 
@@ -148,7 +147,7 @@ class Registrar:
 
 
 def registrations(
-    config: Config, senders: Senders, merchant: str, channel: str, order_id: str, *, public_url: str | None = None
+    config: Config, senders: Senders, channel: Channel, order_id: str, *, public_url: str | None = None
 ) -> Iterator[Registration]:
     """
     Every configured callback as it is to be on this order, in the words of the configured version of the Order API.
@@ -157,9 +156,9 @@ def registrations(
     """
     base = public_url or str(config.adapter.public_url)
     for name, callback in config.callbacks.items():
-        signed = senders.signed_urls(base, merchant, channel, order_id, name)
+        signed = senders.signed_urls(base, channel, order_id, name)
         body = _body(config, name, callback, signed[0])
-        standing = [static_url(config, merchant, name)] if callback.kind == "notification" else []
+        standing = [static_url(config, channel.merchant, name)] if callback.kind == "notification" else []
         addresses = frozenset((*signed, *filter(None, standing)))
         yield Registration(callback=name, kind=callback.kind, body=body, addresses=addresses)
 

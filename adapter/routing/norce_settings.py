@@ -20,6 +20,7 @@ import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from adapter.config import Config, merged, read_settings
+from adapter.identifiers import Channel
 from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
@@ -35,7 +36,6 @@ MOST_PLACES = 10  # that are told of one document
 LONGEST_PLACE = 200
 KEPT = ("$schema", "id", "active", "routes")  # of a document that was taken; the rest may hold a secret
 
-Shop = tuple[str, str]
 Said = tuple[dict[str, Settings], bool]  # the settings of every route, and whether we are active
 
 
@@ -56,7 +56,7 @@ class Documents:
         metrics: Metrics,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self.switched_off: set[Shop] = set()
+        self.switched_off: set[Channel] = set()
         self.schema = schema
         self._config = config
         self._routes = routes
@@ -66,21 +66,21 @@ class Documents:
         self._metrics = metrics
         self._changed = changed
         self._one_at_a_time = asyncio.Lock()
-        self._read: dict[Shop, bytes | None] = {}  # what was decided on the last time, good or not
-        self._unreadable: set[Shop] = set()
-        self._documented: set[Shop] = set()  # where a document was taken
-        self._recalled: dict[Shop, bytes] = {}  # and was not checked yet by this process
+        self._read: dict[Channel, bytes | None] = {}  # what was decided on the last time, good or not
+        self._unreadable: set[Channel] = set()
+        self._documented: set[Channel] = set()  # where a document was taken
+        self._recalled: dict[Channel, bytes] = {}  # and was not checked yet by this process
 
     async def recall(self) -> None:
         """
         Has what was taken the last time hold again, until Norce has said more: the switch at once, the settings when
         the next refresh has checked them. Raises `StoreUnavailable`.
         """
-        for (merchant, channel), content in (await self._taken.all()).items():
-            if merchant in self._config.merchants and channel in self._config.merchants[merchant].channels:
-                self._documented.add((merchant, channel))
-                self._recalled[merchant, channel] = content
-                self._switch(merchant, channel, active=msgspec.json.decode(content).get("active", True))
+        for channel, content in (await self._taken.all()).items():
+            if channel in self._config.channels:
+                self._documented.add(channel)
+                self._recalled[channel] = content
+                self._switch(channel, active=msgspec.json.decode(content).get("active", True))
 
     async def keep(self, every: timedelta) -> None:
         """Reads them again and again, until cancelled; with no time between, not at all."""
@@ -104,81 +104,81 @@ class Documents:
 
     async def _refresh_all(self, merchant: str) -> None:
         """A merchant's own, in places of its own: where its Norce is silent, no other merchant waits."""
-        for shop in [each for each in self._recalled if each[0] == merchant]:
-            await self._consider(*shop, self._recalled[shop])
-            del self._recalled[shop]
+        for channel in [each for each in self._recalled if each.merchant == merchant]:
+            await self._consider(channel, self._recalled[channel])
+            del self._recalled[channel]
         places = asyncio.Semaphore(AT_ONCE)
 
-        async def one(channel: str) -> None:
+        async def one(name: str) -> None:
             async with places:
-                await self._refresh(merchant, channel)
+                await self._refresh(Channel(merchant, name))
 
         async with asyncio.TaskGroup() as group:
-            for channel in self._config.merchants[merchant].channels:
-                group.create_task(one(channel))
+            for name in self._config.merchants[merchant].channels:
+                group.create_task(one(name))
 
-    async def _refresh(self, merchant: str, channel: str) -> None:
-        shop = (merchant, channel)
+    async def _refresh(self, channel: Channel) -> None:
         try:
             content: bytes | None = await self._norce.call(
-                merchant, channel, "read_configuration", path={"name": self._config.adapter.id}
+                channel, "read_configuration", path={"name": self._config.adapter.id}
             )
         except NorceError as error:
             # A 404 with no code of Norce's may be anybody's on the way: no reason to forget a document.
-            if not isinstance(error, NotFound) or (error.code is None and shop in self._documented):
-                if shop not in self._unreadable:
-                    log.warning("configuration_unreadable", merchant=merchant, channel=channel,
+            if not isinstance(error, NotFound) or (error.code is None and channel in self._documented):
+                if channel not in self._unreadable:
+                    log.warning("configuration_unreadable", merchant=channel.merchant, channel=channel.name,
                                 error_type=type(error).__name__)  # fmt: skip
-                self._unreadable.add(shop)
-                self._metrics.configuration.labels(merchant, channel, "unreadable").inc()
+                self._unreadable.add(channel)
+                self._metrics.configuration.labels(*channel, "unreadable").inc()
                 return
             content = None
-        self._unreadable.discard(shop)
-        if shop in self._read and self._read[shop] == content:
+        self._unreadable.discard(channel)
+        if channel in self._read and self._read[channel] == content:
             return
-        if await self._consider(merchant, channel, content):
+        if await self._consider(channel, content):
             try:
-                await self._remember(merchant, channel, content)
+                await self._remember(channel, content)
             except StoreUnavailable:  # it holds here, and is remembered the next time
                 return
-        self._read[shop] = content
+        self._read[channel] = content
 
-    async def _remember(self, merchant: str, channel: str, content: bytes | None) -> None:
-        shop = (merchant, channel)
+    async def _remember(self, channel: Channel, content: bytes | None) -> None:
         if content is not None:
             document = msgspec.json.decode(content)
             kept = {name: document[name] for name in KEPT if name in document}
-            await self._taken.keep(merchant, channel, msgspec.json.encode(kept))
-            self._documented.add(shop)
-        elif shop in self._documented:
-            await self._taken.keep(merchant, channel, None)
-            self._documented.discard(shop)
+            await self._taken.keep(channel, msgspec.json.encode(kept))
+            self._documented.add(channel)
+        elif channel in self._documented:
+            await self._taken.keep(channel, None)
+            self._documented.discard(channel)
 
-    async def _consider(self, merchant: str, channel: str, content: bytes | None) -> bool:
+    async def _consider(self, channel: Channel, content: bytes | None) -> bool:
         """Whether it was good, and holds now."""
         async with self._one_at_a_time:  # in a thread, for it may be large: nobody who is answered waits for it
-            read = await asyncio.to_thread(self._settings, merchant, channel, content)
+            read = await asyncio.to_thread(self._settings, channel, content)
         wrong = read if isinstance(read, list) else []
         if not isinstance(read, list):
             settings, active = read
-            self._take(merchant, channel, settings, active=active)
+            self._take(channel, settings, active=active)
             if content is not None:
-                log.info("configuration_taken", merchant=merchant, channel=channel)
-        self._metrics.configuration.labels(merchant, channel, "refused" if wrong else "taken").inc()
-        self._metrics.configuration_valid.labels(merchant, channel).set(not wrong)
+                log.info("configuration_taken", merchant=channel.merchant, channel=channel.name)
+        self._metrics.configuration.labels(*channel, "refused" if wrong else "taken").inc()
+        self._metrics.configuration_valid.labels(*channel).set(not wrong)
         if wrong:
-            log.error("configuration_refused", merchant=merchant, channel=channel, places=wrong)
+            log.error("configuration_refused", merchant=channel.merchant, channel=channel.name, places=wrong)
         return not wrong
 
-    def _settings(self, merchant: str, channel: str, content: bytes | None) -> Said | list[str]:
+    def _settings(self, channel: Channel, content: bytes | None) -> Said | list[str]:
         """What is so by this document; or else places where it is wrong."""
         try:
-            return self._checked(merchant, channel, content)
+            return self._checked(channel, content)
         except Exception as error:  # noqa: BLE001 - a mistake in a handler's own types must not end all other documents
-            log.error("configuration_broke", merchant=merchant, channel=channel, error_type=type(error).__name__)
+            log.error(
+                "configuration_broke", merchant=channel.merchant, channel=channel.name, error_type=type(error).__name__
+            )
             return ["$"]
 
-    def _checked(self, merchant: str, channel: str, content: bytes | None) -> Said | list[str]:
+    def _checked(self, channel: Channel, content: bytes | None) -> Said | list[str]:
         document: Any = {}
         if content is not None:
             if len(content) > LARGEST_DOCUMENT_BYTES:
@@ -193,26 +193,28 @@ class Documents:
         settings: dict[str, Settings] = {}
         for route in self._routes.all:
             theirs = document.get("routes", {}).get(route.name, {}).get("settings", {})
-            tree, paths = self._config.settings(route.name, merchant, channel)
-            read = read_settings(self._config, type(route.settings[merchant, channel]), merged(tree, theirs), paths)
+            tree, paths = self._config.settings(route.name, channel)
+            read = read_settings(self._config, type(route.settings[channel]), merged(tree, theirs), paths)
             if isinstance(read, tuple):
                 return [f"$.routes.{route.name}.settings"]
             settings[route.name] = read
         return settings, document.get("active", True)
 
-    def _take(self, merchant: str, channel: str, settings: Mapping[str, Settings], *, active: bool) -> None:
+    def _take(self, channel: Channel, settings: Mapping[str, Settings], *, active: bool) -> None:
         """Has it hold from now on."""
         for route in self._routes.all:
-            route.settings[merchant, channel] = settings[route.name]
-        self._switch(merchant, channel, active=active)
+            route.settings[channel] = settings[route.name]
+        self._switch(channel, active=active)
         self._changed()
 
-    def _switch(self, merchant: str, channel: str, *, active: bool) -> None:
-        was_off = (merchant, channel) in self.switched_off
+    def _switch(self, channel: Channel, *, active: bool) -> None:
+        was_off = channel in self.switched_off
         if active:
-            self.switched_off.discard((merchant, channel))
+            self.switched_off.discard(channel)
         else:
-            self.switched_off.add((merchant, channel))
-        self._metrics.channel_active.labels(merchant, channel).set(active)
+            self.switched_off.add(channel)
+        self._metrics.channel_active.labels(*channel).set(active)
         if was_off == active:
-            log.warning("channel_switched", merchant=merchant, channel=channel, state="on" if active else "off")
+            log.warning(
+                "channel_switched", merchant=channel.merchant, channel=channel.name, state="on" if active else "off"
+            )

@@ -14,6 +14,7 @@ from typing import Any
 from adapter import config as configuration
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
 from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
+from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
 from adapter.orders import Order, viewed
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler
@@ -63,7 +64,7 @@ class Route:
     when: CompiledCondition | None
     handler_name: str
     handler: Handler
-    settings: dict[tuple[str, str], Settings]
+    settings: dict[Channel, Settings]
     refetch: bool
     no_answer: str | None
     shadow: bool = False
@@ -198,15 +199,14 @@ class _Builder:
         if callback.kind == "notification" and each.refetch:
             for at, condition in ((f"callbacks.{callback.name}", callback.condition), (f"{path}.when", when)):
                 self._warn_of_passing_state(at, condition)
-        settings: dict[tuple[str, str], Settings] = {}
-        for merchant, of_merchant in self._config.merchants.items():
-            for channel in of_merchant.channels:
-                tree, paths = self._config.settings(name, merchant, channel)
-                read = read_settings(self._config, handler.settings_type, tree, paths)
-                if isinstance(read, tuple):
-                    self._problems += [problem for problem in read if problem not in self._problems]
-                else:
-                    settings[merchant, channel] = read
+        settings: dict[Channel, Settings] = {}
+        for channel in self._config.channels:
+            tree, paths = self._config.settings(name, channel)
+            read = read_settings(self._config, handler.settings_type, tree, paths)
+            if isinstance(read, tuple):
+                self._problems += [problem for problem in read if problem not in self._problems]
+            else:
+                settings[channel] = read
         return Route(
             name=name,
             callback=callback,

@@ -21,6 +21,7 @@ import httpx
 import msgspec
 import structlog
 
+from adapter.identifiers import Channel
 from adapter.norce.client import Norce
 from adapter.outgoing import Outgoing
 from adapter.plugin import (
@@ -403,7 +404,7 @@ class Runner:
         http, orders = self._nothing_outside
         if loop is not None:
             http = loop.outgoing.client(call.settings, call.deadline, self._clock)
-            orders = loop.norce.for_handlers(call.merchant, call.channel)
+            orders = loop.norce.for_handlers(Channel(call.merchant, call.channel))
         return Context(
             settings=call.settings,
             log=log,

@@ -23,6 +23,7 @@ import msgspec
 import structlog
 
 from adapter.conditions import Result
+from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
@@ -42,7 +43,7 @@ HEAD_START = 0.05  # seconds, before it is looked whether the caller is still th
 # Why there is no answer though the handler was not asked, or could do nothing about it: no miss, and no success either.
 NOT_ASKED = frozenset({"order-unreadable", "condition", "bypassed", "held-up"})
 
-Key = tuple[str, str, str]  # route, merchant, channel
+Key = tuple[str, Channel]  # the route's name
 Gone = Callable[[], Awaitable[bool]]  # waits for word from the caller, and says whether it has hung up
 
 
@@ -96,8 +97,7 @@ class _Asked(msgspec.Struct, kw_only=True):
     """One validation or hook on its way. Moments are monotonic."""
 
     callback: Callback
-    merchant: str
-    channel: str
+    channel: Channel
     order_id: str
     gone: Gone
     began: float
@@ -172,38 +172,34 @@ class Verdicts:
         for each in answered:
             metrics.deadline.labels(each.name).set(each.deadline.total_seconds())
 
-    async def validate(self, callback: Callback, merchant: str, channel: str, order_id: str, gone: Gone) -> Answer:
+    async def validate(self, callback: Callback, channel: Channel, order_id: str, gone: Gone) -> Answer:
         """
         May this purchase go on? The order is read from Norce, unless nobody asks about it.
 
         Answers before the callback's deadline whatever the routes do. Raises `norce.client.OrderNotFound`.
         """
-        asked = self._asked(callback, merchant, channel, order_id, gone)
+        asked = self._asked(callback, channel, order_id, gone)
         if not self._enforced[callback.name] and not self._shadows[callback.name]:
             return Answer(verdicts=())
         try:
             with self._watching(asked):
                 within = timedelta(seconds=asked.ends - asked.began)
-                order = await self._norce.order(merchant, channel, order_id, within=within)
+                order = await self._norce.order(channel, order_id, within=within)
         except (NorceUnavailable, NorceRefused) as error:
             answer = self._none(asked, "order-unreadable", error)
             asyncio.get_running_loop().call_soon(self._tell, asked, answer, None)
             return answer
         return await self._answer(asked, order)
 
-    async def change(
-        self, callback: Callback, merchant: str, channel: str, order_id: str, order: Order, gone: Gone
-    ) -> Answer:
+    async def change(self, callback: Callback, channel: Channel, order_id: str, order: Order, gone: Gone) -> Answer:
         """May this change be stored, and what else is to change? Answers before the deadline, and raises nothing."""
-        return await self._answer(self._asked(callback, merchant, channel, order_id, gone), order)
+        return await self._answer(self._asked(callback, channel, order_id, gone), order)
 
-    def _asked(self, callback: Callback, merchant: str, channel: str, order_id: str, gone: Gone) -> _Asked:
+    def _asked(self, callback: Callback, channel: Channel, order_id: str, gone: Gone) -> _Asked:
         began = time.monotonic()
         seconds = callback.deadline.total_seconds()
         ends = began + seconds - min(MARGIN.total_seconds(), seconds * MOST_OF_MARGIN)
-        return _Asked(
-            callback=callback, merchant=merchant, channel=channel, order_id=order_id, gone=gone, began=began, ends=ends
-        )
+        return _Asked(callback=callback, channel=channel, order_id=order_id, gone=gone, began=began, ends=ends)
 
     async def _answer(self, asked: _Asked, order: Order) -> Answer:
         try:
@@ -224,7 +220,7 @@ class Verdicts:
             verdicts[route.name] = None
             if held is Result.ERROR:
                 verdicts[route.name] = _no_answer(route, "condition", began=asked.began)
-            elif self._misses.bypassed((route.name, asked.merchant, asked.channel)):
+            elif self._misses.bypassed((route.name, asked.channel)):
                 verdicts[route.name] = _no_answer(route, "bypassed", began=asked.began)
             elif route.computes:
                 computing.append(route)
@@ -253,9 +249,9 @@ class Verdicts:
         now = to_datetime(self._clock())
         return Call(
             route=route.name,
-            settings=route.settings[asked.merchant, asked.channel],
-            merchant=asked.merchant,
-            channel=asked.channel,
+            settings=route.settings[asked.channel],
+            merchant=asked.channel.merchant,
+            channel=asked.channel.name,
             order_id=asked.order_id,
             identity=asked.order_id,
             deadline=now + timedelta(seconds=seconds),
@@ -352,7 +348,7 @@ class Verdicts:
             self._metrics.no_answers.labels(callback.name, route.name, missing).inc()
         if missing not in NOT_ASKED:
             missed = missing in ("late", "blocks") or (missing == "failed" and is_slow)
-            self._misses.note((route.name, asked.merchant, asked.channel), missed=missed)
+            self._misses.note((route.name, asked.channel), missed=missed)
 
     def _log(self, asked: _Asked, verdict: Verdict, **more: str) -> None:
         route, error = verdict.route, verdict.error
@@ -412,8 +408,8 @@ class Verdicts:
                 kind=kind,
                 callback=asked.callback.name,
                 route=verdict.route.name,
-                merchant=asked.merchant,
-                channel=asked.channel,
+                merchant=asked.channel.merchant,
+                channel=asked.channel.name,
                 order_id=asked.order_id,
                 decided=decided,
                 codes=() if verdict.missing else verdict.codes,
@@ -504,7 +500,7 @@ def _shown(verdict: Verdict) -> str:
 def _facts(asked: _Asked) -> dict[str, Any]:
     return {
         "callback": asked.callback.name,
-        "merchant": asked.merchant,
-        "channel": asked.channel,
+        "merchant": asked.channel.merchant,
+        "channel": asked.channel.name,
         "order_id": asked.order_id,
     }

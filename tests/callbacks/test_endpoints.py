@@ -36,6 +36,7 @@ from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH, listen, served
+from adapter.identifiers import Channel
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -213,11 +214,11 @@ class House:
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
             senders=Senders(self.config.senders),
-            merchants={name: frozenset(merchant.channels) for name, merchant in self.config.merchants.items()},
+            channels=frozenset(self.config.channels),
             intake=Intake(
                 self.routes,
                 Inbox(self.store),
-                queue_ids={(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()},
+                queue_ids={(key.route, Channel(key.merchant, key.channel)): each for key, each in queues.items()},
                 metrics=self.metrics,
                 wake=self._wake,
             ),

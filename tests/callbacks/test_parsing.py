@@ -21,16 +21,17 @@ from adapter.callbacks.parsing import (
 )
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import Condition
+from adapter.identifiers import Channel
 from adapter.ledger.inbox import ReceivedNotification
 from adapter.routing.routes import Callback
 
-MERCHANTS = {"norce": frozenset({"1", "2"}), "other": frozenset({"1"})}
+CHANNELS = {("norce", "1"), ("norce", "2"), ("other", "1")}
 NOW = datetime(2026, 2, 3, 9, tzinfo=UTC)
 NOW_MS = int(NOW.timestamp() * 1000)
 MODIFIED = "2026-02-03T08:16:35.870Z"
 
 ANYBODY = Sender(scheme="header", key="authorization-1")
-SIGNED = Sender(scheme="signed_url", key="k1", merchant="norce", channel="1")
+SIGNED = Sender(scheme="signed_url", key="k1", channel=Channel("norce", "1"))
 STATUS = Callback(
     name="order-status", kind="notification", condition=Condition("/state/currentStatus", {"enum": ["x"]}).compile()
 )
@@ -61,11 +62,11 @@ def request(body: Any = ORDER, **changes: Any) -> RawCallback:
 def parsed(
     body: Any = ORDER, sender: Sender = ANYBODY, callback: Callback = STATUS, now: int = NOW_MS, **changes: Any
 ) -> ReceivedNotification:
-    return parse_notification(request(body, **changes), sender, callback, MERCHANTS, now)[0]
+    return parse_notification(request(body, **changes), sender, callback, CHANNELS, now)[0]
 
 
 def order_in(body: Any) -> dict[str, Any]:
-    return parse_notification(request(body), ANYBODY, STATUS, MERCHANTS, NOW_MS)[1]
+    return parse_notification(request(body), ANYBODY, STATUS, CHANNELS, NOW_MS)[1]
 
 
 def refusal(kind: type[CallbackInvalid], body: Any = ORDER, **changes: Any) -> str:
@@ -249,7 +250,7 @@ def test_a_secret_of_one_merchant_opens_nothing_of_another() -> None:
     with pytest.raises(Unauthenticated):
         parsed(sender=bound)
     with pytest.raises(Unauthenticated):
-        parse_validation(request(callback="order-rules"), bound, RULES, MERCHANTS)
+        parse_validation(request(callback="order-rules"), bound, RULES, CHANNELS)
 
 
 # --- a validation -----------------------------------------------------------------------------------------------------
@@ -257,14 +258,14 @@ def test_a_secret_of_one_merchant_opens_nothing_of_another() -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b'{"id": "another", "merchant": "other"}', b"\xff" * 100])
 def test_the_body_of_a_validation_is_not_looked_at(body: bytes) -> None:
-    request_ = parse_validation(request(body), ANYBODY, RULES, MERCHANTS)
+    request_ = parse_validation(request(body), ANYBODY, RULES, CHANNELS)
 
     assert (request_.channel, request_.order_id) == (("norce", "1"), "o1")
 
 
 def test_a_validation_needs_a_merchant_and_a_channel() -> None:
     with pytest.raises(BadRequest) as raised:
-        parse_validation(request(headers={}), ANYBODY, RULES, MERCHANTS)
+        parse_validation(request(headers={}), ANYBODY, RULES, CHANNELS)
 
     assert raised.value.inner == "merchant-unclear"
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from adapter import config
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated, signature
+from adapter.identifiers import Channel
 from adapter.plugin import Secret
 
 NEW, OLD = "a-new-key-of-32-bytes-0123456789", "an-old-key-of-32-bytes-012345678"
@@ -73,13 +74,13 @@ def refused(raw: RawCallback, by: Senders) -> str:
 
 def test_the_signature_is_the_published_vector() -> None:
     """Made with `printf '["v1","norce","1","o_yClTSySj","order-status"]' | openssl dgst -sha256 -hmac KEY -binary`."""
-    made = signature(b"an-old-key-of-32-bytes-012345678", *WHAT)
+    made = signature(b"an-old-key-of-32-bytes-012345678", Channel("norce", "1"), *WHAT[2:])
 
     assert made == "dGM8UkshcHOuYrcszaLUd36LBLyGwecpSv4ENpPpacA"
 
 
 def test_what_is_signed_is_utf_8_and_not_escaped() -> None:
-    made = signature(NEW.encode(), "norce", "1", 'å/ä\u2028\u0001\x7f"\\', "order-status")
+    made = signature(NEW.encode(), Channel("norce", "1"), 'å/ä\u2028\u0001\x7f"\\', "order-status")
 
     assert made == by_definition(NEW, "norce", "1", 'å/ä\u2028\u0001\x7f"\\', "order-status")
 
@@ -88,7 +89,7 @@ def test_what_is_signed_is_utf_8_and_not_escaped() -> None:
 def test_the_signature_is_the_definition_for_any_values(
     key: str, merchant: str, channel: str, order_id: str, callback: str
 ) -> None:
-    made = signature(key.encode(), merchant, channel, order_id, callback)
+    made = signature(key.encode(), Channel(merchant, channel), order_id, callback)
 
     assert made == by_definition(key, merchant, channel, order_id, callback)
 
@@ -96,9 +97,9 @@ def test_the_signature_is_the_definition_for_any_values(
 @given(st.lists(text, min_size=4, max_size=4), st.lists(text, min_size=4, max_size=4))
 def test_other_values_never_share_a_signature(one: list[str], other: list[str]) -> None:
     """Text that moves from one value to the next is another signature."""
-    same = signature(b"k" * 16, *one) == signature(b"k" * 16, *other)
+    first, second = (signature(b"k" * 16, Channel(*each[:2]), *each[2:]) for each in (one, other))
 
-    assert same is (one == other)
+    assert (first == second) is (one == other)
 
 
 @given(text.filter(bool), text.filter(bool), text.filter(bool), text.filter(bool))
@@ -106,7 +107,7 @@ def test_a_signed_url_is_read_back_as_what_was_signed(
     merchant: str, channel: str, order_id: str, callback: str
 ) -> None:
     by = senders(keys={"new": NEW})
-    url = urlsplit(by.signed_url("https://adapter.example/", merchant, channel, order_id, callback))
+    url = urlsplit(by.signed_url("https://adapter.example/", Channel(merchant, channel), order_id, callback))
     *_, in_path, name = url.path.split("/")
 
     sender = by.identify(
@@ -118,12 +119,12 @@ def test_a_signed_url_is_read_back_as_what_was_signed(
     )
 
     assert url.path.startswith("/api/v1/callbacks/orders/")
-    assert sender == Sender(scheme="signed_url", key="new", merchant=merchant, channel=channel)
+    assert sender == Sender(scheme="signed_url", key="new", channel=Channel(merchant, channel))
 
 
 def test_the_first_key_signs_and_all_verify() -> None:
     by = senders(keys={"new": NEW, "old": OLD})
-    url = by.signed_url("https://adapter.example", *WHAT)
+    url = by.signed_url("https://adapter.example", Channel("norce", "1"), *WHAT[2:])
 
     assert parse_qs(urlsplit(url).query)["key"] == ["new"]
     assert by.identify(request(signed(NEW, "new"))).key == "new"
@@ -134,7 +135,7 @@ def test_without_a_key_nothing_is_signed() -> None:
     by = senders(headers=[("authorization", ["a-header-secret"], None)])
 
     with pytest.raises(LookupError, match="signed_urls"):
-        by.signed_url("https://adapter.example", *WHAT)
+        by.signed_url("https://adapter.example", Channel("norce", "1"), *WHAT[2:])
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_either_of_two_secrets_is_good_and_is_named(raw: RawCallback, scheme: st
     sender = BY_SECRET.identify(raw)
 
     assert (sender.scheme, sender.key) == (scheme, key)
-    assert (sender.merchant, sender.channel) == (None, None)
+    assert sender.channel is None
 
 
 @pytest.mark.parametrize(

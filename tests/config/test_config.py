@@ -25,6 +25,7 @@ from adapter.config import (
 from adapter.config.model import ConfigFile
 from adapter.config.problems import Reference
 from adapter.config.yaml_source import LARGEST_FILE_BYTES
+from adapter.identifiers import Channel
 from adapter.plugin import Secret, Settings, Url
 from tests import ROOT
 
@@ -832,7 +833,7 @@ AT_CHANNEL = "merchants.norce.channels.1.routes.export.settings"
 
 def settings_of(file: Path, text: str, channel: str = "1") -> ShopSettings | tuple[Problem, ...]:
     config = read(file, text)
-    return read_settings(config, ShopSettings, *config.settings("export", "norce", channel))
+    return read_settings(config, ShopSettings, *config.settings("export", Channel("norce", channel)))
 
 
 def test_the_channel_is_stronger_than_the_merchant_and_the_merchant_than_the_route(file: Path) -> None:
@@ -946,7 +947,7 @@ def test_all_problems_of_settings_are_reported_at_once(file: Path) -> None:
 def test_a_handler_without_settings_takes_none(file: Path) -> None:
     config = read(file, LEVELS)
 
-    problems = read_settings(config, Settings, *config.settings("export", "norce", "2"))
+    problems = read_settings(config, Settings, *config.settings("export", Channel("norce", "2")))
 
     assert isinstance(problems, tuple)
     assert problems[0].message == "is not a key here; allowed: no key at all"

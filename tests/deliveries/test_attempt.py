@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from adapter.deliveries.attempt import Attempts, Ended, Queue
+from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Ending, Interrupted
 from adapter.moments import to_datetime
@@ -90,7 +91,7 @@ def queue(handler: Plain, *, timeout: timedelta = 30 * SECOND, refetch: bool = F
         when=None,
         handler_name="shop",
         handler=handler,
-        settings={("fjallboden", "1"): NoSettings()},
+        settings={Channel("fjallboden", "1"): NoSettings()},
         refetch=refetch,
         no_answer=None,
         timeout=timeout,

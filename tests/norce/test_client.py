@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from adapter.identifiers import Channel
 from adapter.norce.api import OPERATIONS, Operation, schema
 from adapter.norce.client import (
     LARGEST_ORDER_BYTES,
@@ -33,6 +34,7 @@ from adapter.norce.client import (
 from adapter.orders import Order
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
+CHANNEL = Channel("fjallboden", "1")
 T = TypeVar("T")
 
 ORDER = {"id": "order-1", "total": {"includingVat": 1499.0}}
@@ -79,8 +81,8 @@ def read(
         norce = Norce({"fjallboden": account}, adapter_id="our_adapter", timeout=timeout, transport=transport)
         try:
             if as_handler:
-                return await norce.for_handlers("fjallboden", "se-b2c").read(order_id)
-            return await norce.order("fjallboden", "se-b2c", order_id, within=within)
+                return await norce.for_handlers(Channel("fjallboden", "se-b2c")).read(order_id)
+            return await norce.order(Channel("fjallboden", "se-b2c"), order_id, within=within)
         finally:
             await norce.aclose()
 
@@ -110,7 +112,7 @@ def test_of_an_order_no_view_is_made_until_somebody_looks_at_it() -> None:
     """It takes up to two seconds for one of 4 MiB, and this loop answers every merchant's shoppers."""
 
     async def seen(norce: Norce) -> bool:
-        return "view" in (await norce.order("fjallboden", "1", "order-1")).__dict__
+        return "view" in (await norce.order(CHANNEL, "order-1")).__dict__
 
     assert not ask(FakeNorce(httpx.Response(200, json=ORDER)), seen)
     assert read(FakeNorce(httpx.Response(200, json=ORDER))).total.including_vat == Decimal("1499.0")
@@ -135,7 +137,7 @@ def test_no_id_leads_to_another_operation(step: str) -> None:
     with pytest.raises(OrderNotFound):
         ask(
             norce,
-            lambda norce: norce.call("fjallboden", "1", "remove_hook", path={"order_id": "order-1", "hook_id": step}),
+            lambda norce: norce.call(CHANNEL, "remove_hook", path={"order_id": "order-1", "hook_id": step}),
         )
 
     assert norce.requests == []
@@ -184,8 +186,8 @@ def test_what_norce_sets_for_one_merchant_is_not_shown_for_another() -> None:
             timeout=timedelta(minutes=1),
             transport=transport,
         )
-        await norce.order("fjallboden", "1", "order-1")
-        await norce.order("annan", "1", "order-1")
+        await norce.order(CHANNEL, "order-1")
+        await norce.order(Channel("annan", "1"), "order-1")
         await norce.aclose()
 
     asyncio.run(work())
@@ -303,13 +305,13 @@ def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_besid
         accounts = {"fjallboden": account, "annan": account}
         norce = Norce(accounts, adapter_id="our_adapter", timeout=timedelta(minutes=1), transport=transport)
         reads = [
-            asyncio.create_task(norce.order("fjallboden", "se-b2c", f"order-{number}"))
+            asyncio.create_task(norce.order(Channel("fjallboden", "se-b2c"), f"order-{number}"))
             for number in range(3 * MOST_READS_AT_ONCE)
         ]
         for _ in range(10):
             await asyncio.sleep(0)
 
-        beside = await norce.order("annan", "1", "order-1")
+        beside = await norce.order(Channel("annan", "1"), "order-1")
 
         asked = len(transport.requests)
         for each in reads:
@@ -343,7 +345,7 @@ def ask(transport: httpx.AsyncBaseTransport, work: Callable[[Norce], Awaitable[T
 
 
 def change(norce: Norce) -> Awaitable[bytes]:
-    return norce.call("fjallboden", "1", "add_hook", body={"adapterId": "our_adapter"}, path={"order_id": "o"})
+    return norce.call(CHANNEL, "add_hook", body={"adapterId": "our_adapter"}, path={"order_id": "o"})
 
 
 class Once(FakeNorce):
@@ -361,7 +363,7 @@ class Once(FakeNorce):
 def test_a_read_without_an_answer_is_tried_once_more(error: httpx.TransportError) -> None:
     transport = Once(error, httpx.Response(200, json=ORDER))
 
-    assert ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1")).id == "order-1"
+    assert ask(transport, lambda norce: norce.order(CHANNEL, "order-1")).id == "order-1"
     assert len(transport.requests) == 2
 
 
@@ -420,19 +422,6 @@ def test_of_an_error_the_code_alone_is_told(body: Any, code: str | None) -> None
     assert "canary" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("body", "order_id"), [({"id": "o-1"}, "o-1"), ("o-1", "o-1")])
-def test_both_answers_of_a_create_are_understood(body: Any, order_id: str) -> None:
-    transport = FakeNorce(httpx.Response(201, json=body))
-
-    assert ask(transport, lambda norce: norce.create_order("fjallboden", "1", {})) == order_id
-
-
-@pytest.mark.parametrize("body", [{}, [], 7, None])
-def test_an_order_without_an_id_may_have_been_created(body: Any) -> None:
-    with pytest.raises(NorceUnclear):
-        ask(FakeNorce(httpx.Response(201, json=body)), lambda norce: norce.create_order("fjallboden", "1", {}))
-
-
 class Listing(httpx.AsyncBaseTransport):
     """A list of so many, whose `size` is a lie and whose total may be left out."""
 
@@ -459,7 +448,7 @@ def test_a_list_is_read_to_its_end_whatever_the_size_of_its_pages(
     count: int, *, total: bool, most: int, limit: int
 ) -> None:
     async def work(norce: Norce) -> list[str]:
-        pages = norce.pages("fjallboden", "1", limit=limit)
+        pages = norce.pages(CHANNEL, limit=limit)
         return [order["id"] async for page in pages for order in page.items]
 
     transport = Listing(count, total=total, most=most)
@@ -472,7 +461,7 @@ def test_which_token_was_taken_is_told() -> None:
     told: list[tuple[str, int, int]] = []
     transport = FakeNorce(httpx.Response(401), httpx.Response(200, json=ORDER))
 
-    ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"), used=lambda *each: told.append(each))
+    ask(transport, lambda norce: norce.order(CHANNEL, "order-1"), used=lambda *each: told.append(each))
 
     assert told == [("fjallboden", 1, 401), ("fjallboden", 2, 200)]
 
@@ -481,7 +470,7 @@ def test_which_token_was_taken_is_told() -> None:
 def test_the_version_of_the_order_api_is_a_setting(version: str, expected: str) -> None:
     transport = FakeNorce(httpx.Response(200, json=ORDER))
 
-    ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"), version=version)
+    ask(transport, lambda norce: norce.order(CHANNEL, "order-1"), version=version)
 
     assert expected in str(transport.requests[0].url)
 
@@ -517,7 +506,7 @@ def test_every_operation_is_asked_for_as_the_table_says(operation: Operation) ->
     body = None if operation.body is None else BODIES[operation.body]
     transport = FakeNorce(httpx.Response(200, json={}))
 
-    ask(transport, lambda norce: norce.call("fjallboden", "1", operation.name, body=body, path=path))
+    ask(transport, lambda norce: norce.call(CHANNEL, operation.name, body=body, path=path))
 
     (request,) = transport.requests
     assert request.method == operation.method
@@ -535,7 +524,7 @@ def test_every_operation_is_asked_for_as_the_table_says(operation: Operation) ->
 
 
 def as_handler(transport: FakeNorce, work: Callable[[HandlerOrders], Awaitable[Any]]) -> Any:
-    return ask(transport, lambda norce: work(norce.for_handlers("fjallboden", "1")))
+    return ask(transport, lambda norce: work(norce.for_handlers(CHANNEL)))
 
 
 def test_a_handler_writes_its_number_on_the_order() -> None:
@@ -628,7 +617,7 @@ def test_an_answer_that_never_ends_is_broken_off() -> None:
     transport = Endless()
 
     with pytest.raises(NorceUnavailable):
-        ask(transport, lambda norce: norce.order("fjallboden", "1", "order-1"))
+        ask(transport, lambda norce: norce.order(CHANNEL, "order-1"))
 
     assert transport.sent <= 2 * LARGEST_ORDER_BYTES
 
@@ -648,7 +637,7 @@ def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]
     halved = json.dumps({"data": [event(1, description="@"), event(2, description="#")]})
     content = halved.replace('"#"', r'"\ud83d"').replace('"@"', f'"{text}"')
 
-    page = ask(FakeNorce(httpx.Response(200, text=content)), lambda norce: norce.pages("fjallboden", "1").__anext__())
+    page = ask(FakeNorce(httpx.Response(200, text=content)), lambda norce: norce.pages(CHANNEL).__anext__())
 
     expected = "".join("\ufffd" if "\ud800" <= each <= "\udfff" else each for each in json.loads(f'"{text}"'))
     assert [each["description"] for each in page.items] == [expected, "\ufffd"]

@@ -16,11 +16,12 @@ from starlette.routing import Route, Router
 from structlog.testing import capture_logs
 
 from adapter import config as configuration
-from adapter.app import channels, client, queue_keys, reconciliation
+from adapter.app import client, queue_keys, reconciliation
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
+from adapter.identifiers import Channel
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import Watermarks
 from adapter.ledger.lanes import Lanes
@@ -39,6 +40,7 @@ from adapter.sandbox.norce import Simulator
 from tests.databases import rows
 from tests.simulators import Ticking
 
+CHANNEL = Channel("norce", "1")
 TOKEN = "a token"
 MINUTES = timedelta(minutes=1)
 TREE: dict[str, Any] = {
@@ -96,12 +98,12 @@ class House:
         self.store = Store.open(self.url)
         lanes = Lanes(self.store, Lease(self.store, version="0"), policy=PausePolicy())
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
-        ids = {(key.route, key.merchant, key.channel): queue_id for key, queue_id in queues.items()}
+        ids = {(key.route, Channel(key.merchant, key.channel)): queue_id for key, queue_id in queues.items()}
         self.intake = Intake(self.routes, Inbox(self.store), queue_ids=ids, metrics=self.metrics)
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
             senders=Senders(self.config.senders),
-            merchants=channels(self.config),
+            channels=frozenset(self.config.channels),
             intake=self.intake,
             verdicts=None,  # type: ignore[arg-type]
             metrics=self.metrics,
@@ -129,15 +131,15 @@ class House:
         self.loop.close()
         self.store.close()
 
-    def orders(self, count: int, *, shop: tuple[str, str] = ("norce", "1"), moves: int = 1) -> list[str]:
+    def orders(self, count: int, *, channel: Channel = CHANNEL, moves: int = 1) -> list[str]:
         """So many orders, each registered on and moved: a notification for each move."""
         states = ("processing", "checkout")
 
         async def bought() -> list[str]:
             made = []
             for _ in range(count):
-                order_id = await self.caller.create({"currency": "SEK"}, shop=shop)
-                await Registrar(self.config, self.norce).register(*shop, order_id)
+                order_id = await self.caller.create({"currency": "SEK"}, shop=channel)
+                await Registrar(self.config, self.norce).register(channel, order_id)
                 await self.caller.move(order_id, *(states[number % 2] for number in range(moves)))
                 made.append(order_id)
                 await self.simulator.settled()
@@ -564,7 +566,7 @@ def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
 
 def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
     house.simulator.throw(notifications_lost=1.0)
-    house.orders(1, shop=("norce", "2"))
+    house.orders(1, channel=Channel("norce", "2"))
     house.orders(1)
     events = house.simulator.records.events
     known = list(events.values())

@@ -16,6 +16,7 @@ from starlette.routing import Router
 from adapter import config as configuration
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.norce.api import BY_NAME, schema
 from adapter.norce.client import Account, Norce, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.plugin import Secret
@@ -26,6 +27,7 @@ from tests.simulators import TOKEN, Shop, shop
 NEW, OLD = "a-new-key-of-32-bytes-0123456789", "an-old-key-of-32-bytes-012345678"
 OURS = ("cart-changed", "order-rules", "order-status")
 
+CHANNEL = Channel("norce", "1")
 TREE: dict[str, Any] = {
     "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
     "merchants": {"norce": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}},
@@ -101,7 +103,7 @@ def opened(norce: Shop, version: str = "v0", transport: httpx.AsyncBaseTransport
 
 def registered(norce: Shop, config: Config, order_id: str) -> Registered:
     with opened(norce, config.norce.version) as client:
-        return norce.loop.run(Registrar(config, client).register("norce", "1", order_id))
+        return norce.loop.run(Registrar(config, client).register(CHANNEL, order_id))
 
 
 def ours_on(norce: Shop, order_id: str) -> dict[str, list[dict[str, Any]]]:
@@ -144,7 +146,7 @@ def test_what_is_on_the_order_is_what_norce_documents(tmp_path: Path) -> None:
         order = norce.read(order_id)
 
     def signed(name: str) -> str:
-        return Senders(config.senders).signed_url("http://127.0.0.1:8080", "norce", "1", order_id, name)
+        return Senders(config.senders).signed_url("http://127.0.0.1:8080", CHANNEL, order_id, name)
 
     [validation], [hook], [notification] = order["validations"], order["hooks"], order["notifications"]
     for each in (validation, hook, notification):
@@ -210,7 +212,7 @@ def test_one_that_norce_refuses_keeps_no_other_away(tmp_path: Path) -> None:
         registrar = Registrar(configured(tmp_path, callbacks=callbacks), client)
 
         with pytest.raises(NorceRejected, match="order-validation"):
-            norce.loop.run(registrar.register("norce", "1", order_id))
+            norce.loop.run(registrar.register(CHANNEL, order_id))
 
         assert [len(each) for each in ours_on(norce, order_id).values()] == [0, 1, 1]
 
@@ -222,7 +224,7 @@ def test_two_who_register_at_the_same_moment_put_each_there_once(tmp_path: Path)
         registrar = Registrar(configured(tmp_path), client)
 
         async def both() -> list[Registered]:
-            return await asyncio.gather(*(registrar.register("norce", "1", order_id) for _ in range(2)))
+            return await asyncio.gather(*(registrar.register(CHANNEL, order_id) for _ in range(2)))
 
         done = norce.loop.run(both())
 
@@ -246,7 +248,7 @@ def test_two_who_take_the_same_away_are_both_done(tmp_path: Path) -> None:
         order_id = norce.create()
         registered(norce, config, order_id)
 
-        done = norce.loop.run(Registrar(config, client).deregister("norce", "1", order_id))
+        done = norce.loop.run(Registrar(config, client).deregister(CHANNEL, order_id))
 
         assert done == Registered(removed=OURS)
         assert ours_on(norce, order_id) == {"validations": [], "hooks": [], "notifications": []}
@@ -289,8 +291,8 @@ def test_nobody_elses_are_touched(tmp_path: Path) -> None:
 
         registered(norce, config, order_id)
         with opened(norce) as client:
-            off = norce.loop.run(Registrar(config, client).deregister("norce", "1", order_id))
-            again = norce.loop.run(Registrar(config, client).deregister("norce", "1", order_id))
+            off = norce.loop.run(Registrar(config, client).deregister(CHANNEL, order_id))
+            again = norce.loop.run(Registrar(config, client).deregister(CHANNEL, order_id))
 
         assert off == Registered(removed=OURS)
         assert again == Registered()
@@ -341,7 +343,7 @@ def test_without_a_key_nothing_can_be_registered(tmp_path: Path) -> None:
     config = configured(tmp_path, senders={"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]})
 
     with pytest.raises(LookupError, match="signed_urls"):
-        list(registrations(config, Senders(config.senders), "norce", "1", "o"))
+        list(registrations(config, Senders(config.senders), CHANNEL, "o"))
 
 
 def test_an_order_that_norce_does_not_know_is_not_registered_on(tmp_path: Path) -> None:
@@ -360,7 +362,7 @@ class Broken:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    async def register(self, *_: str) -> Registered:
+    async def register(self, *_: Any) -> Registered:
         raise self._error
 
     deregister = register
@@ -382,14 +384,14 @@ class Works:
     """A registrar that remembers what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, ...]] = []
+        self.asked: list[tuple[Any, ...]] = []
 
-    async def register(self, *shop: str) -> Registered:
-        self.asked.append(("register", *shop))
+    async def register(self, *whose: Any) -> Registered:
+        self.asked.append(("register", *whose))
         return Registered(added=("order-status",), kept=("order-rules",))
 
-    async def deregister(self, *shop: str) -> Registered:
-        self.asked.append(("deregister", *shop))
+    async def deregister(self, *whose: Any) -> Registered:
+        self.asked.append(("deregister", *whose))
         return Registered(removed=("order-status",))
 
 
@@ -404,7 +406,7 @@ def test_a_post_registers_and_a_delete_takes_off(tmp_path: Path) -> None:
         {"added": ["order-status"], "removed": [], "kept": ["order-rules"]},
     )
     assert (deleted.status_code, deleted.json()) == (200, {"added": [], "removed": ["order-status"], "kept": []})
-    assert works.asked == [("register", "norce", "1", "o-1"), ("deregister", "norce", "1", "o-1")]
+    assert works.asked == [("register", CHANNEL, "o-1"), ("deregister", CHANNEL, "o-1")]
 
 
 def test_a_header_secret_of_ours_is_as_good_as_a_token(tmp_path: Path) -> None:
@@ -441,7 +443,7 @@ def test_who_may_not_or_says_nonsense_is_told_so(
 
 def test_a_signed_callback_url_opens_no_registration(tmp_path: Path) -> None:
     config = configured(tmp_path)
-    url = Senders(config.senders).signed_url("http://adapter", "norce", "1", "o-1", "order-status")
+    url = Senders(config.senders).signed_url("http://adapter", CHANNEL, "o-1", "order-status")
     headers = {"x-merchant": "norce", "x-channel": "1"}
 
     answer = sent(Works(), config, order_id=f"o-1/registrations?{httpx.URL(url).query.decode()}&x=", headers=headers)
@@ -472,7 +474,7 @@ def test_a_shop_that_registers_all_its_orders_at_once_leaves_norce_to_others(tmp
             self.now = self.most = 0
             self.go = asyncio.Event()
 
-        async def register(self, *_: str) -> Registered:
+        async def register(self, *_: Any) -> Registered:
             self.now += 1
             self.most = max(self.most, self.now)
             await self.go.wait()
@@ -505,8 +507,8 @@ class Silent:
     def __init__(self, *, but: str) -> None:
         self._but = but
 
-    async def register(self, merchant: str, *_: str) -> Registered:
-        if merchant != self._but:
+    async def register(self, channel: Channel, *_: str) -> Registered:
+        if channel.merchant != self._but:
             await asyncio.Event().wait()
         return Registered()
 

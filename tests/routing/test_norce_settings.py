@@ -15,6 +15,7 @@ from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter.app import client, published_schema
+from adapter.identifiers import Channel
 from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
@@ -29,7 +30,7 @@ from adapter.sandbox.norce.records import document_key
 from tests import PATIENCE
 from tests.simulators import TOKEN
 
-SHOP = ("norce", "1")
+CHANNEL = Channel("norce", "1")
 TREE: dict[str, Any] = {
     "adapter": {"id": "our_adapter", "public_url": "http://127.0.0.1:8080"},
     "norce": {"base_url": "http://127.0.0.1:1/checkout"},
@@ -160,7 +161,7 @@ class House:
         self.loop.run(self.documents.refresh())
 
     def limits(self, channel: str = "1") -> Any:
-        return self.routes.all[0].settings["norce", channel]
+        return self.routes.all[0].settings[Channel("norce", channel)]
 
     def value(self, name: str, *labels: str) -> float | None:
         metric: Any = getattr(self.metrics, name)
@@ -197,7 +198,7 @@ def test_without_a_document_the_file_says_it_all(house: House) -> None:
 
     assert (house.limits("1").most, house.limits("2").most) == (5, 10)
     assert house.documents.switched_off == set()
-    assert house.value("configuration_valid", *SHOP) == 1
+    assert house.value("configuration_valid", *CHANNEL) == 1
 
 
 def test_a_document_is_the_strongest_and_for_its_channel_alone(house: House) -> None:
@@ -226,7 +227,7 @@ def test_a_merchant_whose_norce_is_silent_is_in_no_other_merchants_way(tmp_path:
 
         house.loop.run(begin())
 
-        assert house.documents.switched_off == {SHOP}
+        assert house.documents.switched_off == {CHANNEL}
 
 
 def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -> None:
@@ -243,7 +244,7 @@ def test_a_document_that_is_deleted_is_none(house: House) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
 
-    house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
     house.refresh()
 
     assert house.limits().most == 5
@@ -276,15 +277,15 @@ def test_a_document_that_is_wrong_keeps_the_last_good_one_and_its_places_are_tol
         house.refresh()
 
     assert house.limits().most == 3
-    assert house.documents.switched_off == {SHOP}
+    assert house.documents.switched_off == {CHANNEL}
     [line] = told
     assert (line["event"], line["log_level"], line["places"]) == ("configuration_refused", "error", [place])
     assert "canary" not in json.dumps(told)
-    assert house.value("configuration_valid", *SHOP) == 0
+    assert house.value("configuration_valid", *CHANNEL) == 0
     house.put(document({"most": 4}))
     house.refresh()
     assert house.limits().most == 4
-    assert house.value("configuration_valid", *SHOP) == 1
+    assert house.value("configuration_valid", *CHANNEL) == 1
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
         house.refresh()
 
     assert house.limits().most == 3
-    assert house.documents.switched_off == {SHOP}
+    assert house.documents.switched_off == {CHANNEL}
     assert [(line["event"], line["channel"]) for line in told] == [
         ("configuration_unreadable", "1"),
         ("configuration_unreadable", "2"),
@@ -317,15 +318,15 @@ def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_t
     house.put(document({"most": 0}, active=True))
 
     house.restart()
-    assert house.documents.switched_off == {SHOP}
+    assert house.documents.switched_off == {CHANNEL}
     house.line.instead = httpx.ConnectError("down")
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
     house.line.instead = None
     house.refresh()
 
-    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
-    assert b"canary" not in house.loop.run(StoredDocuments(house.store).all())[SHOP]
+    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
+    assert b"canary" not in house.loop.run(StoredDocuments(house.store).all())[CHANNEL]
 
 
 def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_checked(house: House) -> None:
@@ -334,9 +335,9 @@ def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_chec
     BEGUN.clear()
     GO_ON.clear()
 
-    async def begin() -> set[tuple[str, str]]:
-        await taken.keep(*SHOP, json.dumps(document({"most": 15})).encode())
-        await taken.keep("norce", "2", json.dumps(document(active=False)).encode())
+    async def begin() -> set[Channel]:
+        await taken.keep(CHANNEL, json.dumps(document({"most": 15})).encode())
+        await taken.keep(Channel("norce", "2"), json.dumps(document(active=False)).encode())
         reader = house.reader(taken)
         await reader.recall()
         known = set(reader.switched_off)
@@ -357,7 +358,7 @@ def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_chec
 def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
-    house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+    house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
     house.refresh()
 
     house.restart()
@@ -367,22 +368,22 @@ def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -
 
 def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_not_the_switch(house: House) -> None:
     taken = StoredDocuments(house.store)
-    house.loop.run(taken.keep(*SHOP, json.dumps(document({"fewest": 3}, active=False)).encode()))
-    house.loop.run(taken.keep("gone", "1", b"{}"))
+    house.loop.run(taken.keep(CHANNEL, json.dumps(document({"fewest": 3}, active=False)).encode()))
+    house.loop.run(taken.keep(Channel("gone", "1"), b"{}"))
 
     house.restart()
     house.line.instead = httpx.ConnectError("down")
     house.refresh()
 
-    assert (house.limits().most, house.documents.switched_off) == (5, {SHOP})
-    assert house.value("configuration_valid", *SHOP) == 0
+    assert (house.limits().most, house.documents.switched_off) == (5, {CHANNEL})
+    assert house.value("configuration_valid", *CHANNEL) == 0
 
 
 def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> None:
     store = Store.open(empty_url)
     taken = StoredDocuments(store)
 
-    async def work() -> dict[tuple[str, str], bytes]:
+    async def work() -> dict[Channel, bytes]:
         for merchant, channel, content in (
             ("a", "1", b"{}"),
             ("a", "2", b"{}"),
@@ -391,7 +392,7 @@ def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> 
             ("a", "2", None),
             ("c", "1", None),
         ):
-            await taken.keep(merchant, channel, content)
+            await taken.keep(Channel(merchant, channel), content)
         return await taken.all()
 
     try:
@@ -405,11 +406,11 @@ class Stumbling(StoredDocuments):
 
     away = True
 
-    async def keep(self, merchant: str, channel: str, content: bytes | None) -> None:
+    async def keep(self, channel: Channel, content: bytes | None) -> None:
         if self.away:
             self.away = False
             raise StoreUnavailable("away")
-        await super().keep(merchant, channel, content)
+        await super().keep(channel, content)
 
 
 @pytest.mark.parametrize("last", [document({"most": 3}), None], ids=["another", "none"])
@@ -419,7 +420,7 @@ def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_
     house.documents = house.reader(Stumbling(house.store))
     house.loop.run(house.documents.recall())
     if last is None:
-        house.simulator.records.drop("documents", document_key(*SHOP, "our_adapter"))
+        house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
     else:
         house.put(last)
 
@@ -449,10 +450,10 @@ def test_a_404_without_a_code_of_norces_takes_no_document_away(house: House, ins
 
     house.line.instead = instead
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
     house.restart()
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (3, {SHOP})
+    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
 
     house.line.instead = httpx.Response(404, json={"code": "configuration-not-found", "message": "none"})
     house.refresh()
@@ -467,7 +468,7 @@ def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothi
         house.refresh()
 
     assert (house.limits().most, house.limits("2").most) == (5, 4)
-    assert house.value("configuration_valid", *SHOP) == 0
+    assert house.value("configuration_valid", *CHANNEL) == 0
     assert "canary" not in json.dumps(told)
 
 
@@ -516,7 +517,7 @@ def test_what_is_no_json_is_wrong(house: House) -> None:
 
     house.refresh()
 
-    assert house.value("configuration_valid", *SHOP) == 0
+    assert house.value("configuration_valid", *CHANNEL) == 0
     assert house.limits().most == 5
 
 
@@ -524,12 +525,12 @@ def test_a_channel_is_switched_off_and_on_again(house: House) -> None:
     house.put(document(active=False))
     house.refresh()
 
-    assert house.documents.switched_off == {SHOP}
-    assert house.value("channel_active", *SHOP) == 0
+    assert house.documents.switched_off == {CHANNEL}
+    assert house.value("channel_active", *CHANNEL) == 0
     house.put(document(active=True))
     house.refresh()
     assert house.documents.switched_off == set()
-    assert house.value("channel_active", *SHOP) == 1
+    assert house.value("channel_active", *CHANNEL) == 1
 
 
 def test_a_document_that_stays_as_it_is_is_not_taken_again(house: House) -> None:
@@ -547,14 +548,14 @@ def test_a_document_that_stays_as_it_is_is_not_taken_again(house: House) -> None
 
 def put_in_place(house: House) -> None:
     async def work() -> None:
-        for name, each in (await standing(house.config, house.norce, *SHOP)).items():
-            await house.norce.call(*SHOP, "put_configuration", body=each, path={"name": name})
+        for name, each in (await standing(house.config, house.norce, CHANNEL)).items():
+            await house.norce.call(CHANNEL, "put_configuration", body=each, path={"name": name})
 
     house.loop.run(work())
 
 
 def found(house: House, name: str) -> Any:
-    return house.simulator.records.documents[document_key(*SHOP, name)]
+    return house.simulator.records.documents[document_key(*CHANNEL, name)]
 
 
 def test_a_channel_notifies_us_of_every_new_order(house: House) -> None:
@@ -573,7 +574,7 @@ def test_a_channel_notifies_us_of_every_new_order(house: House) -> None:
     assert notification["reference"] == "order-status"
     assert notification["invoke"].endswith("/order-status?secret={configuration.callbacks.secret}")
     house.refresh()
-    assert house.value("configuration_valid", *SHOP) == 1
+    assert house.value("configuration_valid", *CHANNEL) == 1
 
 
 def test_what_else_is_in_the_documents_stays_and_a_second_time_changes_nothing(house: House) -> None:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from adapter.callbacks.senders import Senders
+from adapter.identifiers import Channel
 from adapter.ledger.queries import Queries
 from adapter.ledger.store import open_for_reading
 from adapter.sandbox.demo import Demo, DemoFailed, demo, walk
@@ -31,7 +32,7 @@ SUMMARY = {
 def url(running: Demo, order: dict[str, Any], callback: str) -> str:
     senders = Senders(running.config.senders)
     return senders.signed_url(
-        running.service.public_address, order["merchant"], order["channel"], order["id"], callback
+        running.service.public_address, Channel(order["merchant"], order["channel"]), order["id"], callback
     )
 
 

@@ -10,6 +10,7 @@ from adapter import config as configuration
 from adapter.app import running
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import listen, served
+from adapter.identifiers import Channel
 from adapter.ledger.queries import Queries
 from adapter.ledger.store import open_for_reading
 from adapter.norce.api import BY_NAME
@@ -66,7 +67,7 @@ def test_the_sample_order_goes_from_creation_to_a_delivery(tmp_path: Path) -> No
 
             def address_of(callback: str) -> str:
                 return Senders(config.senders).signed_url(
-                    service.public_address, "norce", "1", its["order_id"], callback
+                    service.public_address, Channel("norce", "1"), its["order_id"], callback
                 )
 
             hook = SAMPLE["hooks"][0] | {"subscribeTo": "/cart", "target": "/cart"}

@@ -20,6 +20,7 @@ from structlog.testing import capture_logs
 from adapter import config as configuration
 from adapter import logs
 from adapter.app import accounts
+from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, OrderNotFound
@@ -202,12 +203,14 @@ class Asking:
     async def validate(self, order_id: str = "o1", channel: str = "1", gone: Callable[[], Any] = stays) -> Answer:
         # The handlers that hang are released after this: whoever waits for one does not come back.
         async with asyncio.timeout(PATIENCE):
-            return await self.verdicts.validate(self.routes.callbacks["order-rules"], "norce", channel, order_id, gone)
+            return await self.verdicts.validate(
+                self.routes.callbacks["order-rules"], Channel("norce", channel), order_id, gone
+            )
 
     async def change(self, callback: str = "cart-changed", gone: Callable[[], Any] = stays) -> Answer:
         order = read_order(json.dumps(CART).encode())
         async with asyncio.timeout(PATIENCE):
-            return await self.verdicts.change(self.routes.callbacks[callback], "norce", "1", "o1", order, gone)
+            return await self.verdicts.change(self.routes.callbacks[callback], Channel("norce", "1"), "o1", order, gone)
 
     async def recorded(self) -> LoggedVerdict:
         return await asyncio.wait_for(self.logged.get(), PATIENCE)
@@ -1010,7 +1013,7 @@ class HandClock:
         return self.now
 
 
-KEY = ("one", "norce", "1")
+KEY = ("one", Channel("norce", "1"))
 
 
 def misses(most: int = 3) -> tuple[Misses, HandClock]:
