@@ -10,7 +10,7 @@ KILLS ?= 200
 STORE ?= both
 SUITE := $(VENV)/json-schema-test-suite
 
-.PHONY: help run test lint tests bench crash lock wheel clean
+.PHONY: help run test lint tests bench crash docs lock wheel clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ON
 
 crash: $(VENV)/installed-dev  ## kill -9, again and again: KILLS=200 STORE=sqlite|postgresql|both SEED=…
 	$(BIN)/python -m tests.crash --kills $(KILLS) --store $(STORE) $(if $(SEED),--seed $(SEED))
+
+docs: $(VENV)/installed-dev  ## regenerate what is generated
+	$(BIN)/python -m tests.config.reference
 
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m build --wheel --no-isolation

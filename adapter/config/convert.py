@@ -11,7 +11,7 @@ from datetime import timedelta
 from decimal import Decimal
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, NamedTuple, NewType, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NewType, Union, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -19,14 +19,6 @@ from msgspec import Meta
 from adapter.config.problems import HOW_TO_REFER, Reference, under
 from adapter.config.yaml_source import NOTHING
 from adapter.plugin import Secret, Url
-
-
-class Within(NamedTuple):
-    """The bounds of a duration, in the form in which durations are written."""
-
-    shortest: str
-    longest: str
-
 
 _DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)")
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -199,6 +191,11 @@ def _bound(type_: Any, name: str) -> Any:
     return next((bound for note in notes if (bound := getattr(note, name)) is not None), None)
 
 
+def _extra(type_: Any, name: str) -> Any:
+    notes = [note for note in bare(type_)[1] if isinstance(note, Meta)]
+    return next((extra for note in notes if (extra := (note.extra or {}).get(name)) is not None), None)
+
+
 def _custom(type_: Any, value: Any) -> Any:
     if issubclass(class_of(type_), Secret):
         if not isinstance(value, Reference):
@@ -213,11 +210,9 @@ def _duration(type_: Any, value: Any) -> timedelta:
     duration = _spelt_duration(value) if isinstance(value, str) else None
     if duration is None:
         raise ValueError("not a duration")
-    for note in bare(type_)[1]:
-        if isinstance(note, Within) and not (
-            _spelt_duration(note.shortest) <= duration <= _spelt_duration(note.longest)
-        ):
-            raise ValueError("out of bounds")
+    within = _extra(type_, "within")
+    if within and not _spelt_duration(within[0]) <= duration <= _spelt_duration(within[1]):
+        raise ValueError("out of bounds")
     return duration
 
 
@@ -245,9 +240,8 @@ _WORDS = {
 
 def _allowed_in(type_: Any) -> str:
     base, notes = bare(type_)
-    for note in notes:
-        if isinstance(note, Meta) and note.extra and "allowed" in note.extra:
-            return str(note.extra["allowed"])
+    if allowed := _extra(type_, "allowed"):
+        return str(allowed)
     kind = class_of(base)
     if get_origin(base) is Literal:
         return list_of(get_args(base))
@@ -265,9 +259,8 @@ def _allowed_in(type_: Any) -> str:
             else "a list"
         )
     words = _WORDS.get(base) or f"a value of the type {getattr(base, '__name__', base)}"
-    for note in notes:
-        if isinstance(note, Within):
-            words += f", from {note.shortest} to {note.longest}"
+    if within := _extra(type_, "within"):
+        words += f", from {within[0]} to {within[1]}"
     words += _size(type_, "character", "characters") if base is str else _range(type_)
     pattern = _bound(type_, "pattern")
     return f"{words} matching {pattern}" if pattern else words

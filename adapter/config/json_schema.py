@@ -1,27 +1,20 @@
 """
-JSON Schemas made from our declared types: of `config.yaml`, for editors, and of the document that Norce's configuration
-may hold about us. Pure.
+JSON Schemas of `config.yaml`, for editors, and of the document that Norce's configuration may hold about us. Pure.
 
-What one would get wrong: they are not the check. `config.load` is, which knows what belongs together and says it
-better; a schema is what an editor or a form can show beforehand, so it never refuses what the reader takes: it goes
-through a type as the reader does. In the file any text may come by reference, and a number or a secret too; in Norce's
-document nothing does, and hosts and credentials have no place.
+msgspec makes them; here they get our spelling of durations, references and secrets. A schema is not the check:
+`config.load` is, so a schema never refuses what is accepted there. In the file any text may come by reference, and a
+number or a secret too; in Norce's document nothing does, and hosts and credentials have no place.
 """
 
-import json
-from collections.abc import Container, Iterator, Mapping
-from dataclasses import is_dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
-from decimal import Decimal
-from enum import Enum
+from functools import partial
 from inspect import cleandoc
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_type_hints, is_typeddict
+from typing import Any
 
 import msgspec
-from msgspec import Meta
+from msgspec import inspect
 
-from adapter.config.convert import LISTS, MAPPINGS, Within, bare, class_of, is_struct, noted
 from adapter.config.model import ConfigFile
 from adapter.plugin import Secret, Settings, Url
 
@@ -33,22 +26,22 @@ _ADDRESS = {"type": "string", "format": "uri"}
 
 def file_schema(handlers: Mapping[str, type[Settings]]) -> dict[str, Any]:
     """The schema of `config.yaml`; a route's settings are those of its handler, where it is one of these."""
-    schemas = _Schemas(by_reference=True)
-    file = schemas.members(ConfigFile)
-    schemas.defined["Route"]["allOf"] = [
+    _, parts = msgspec.json.schema_components([ConfigFile], schema_hook=_custom, ref_template="#/$defs/{name}")
+    parts = {name: _in_our_words(part, by_reference=True) for name, part in parts.items()}
+    file = parts.pop("ConfigFile")
+    parts["Route"]["allOf"] = [
         {
             "if": {"properties": {"handler": {"const": name}}, "required": ["handler"]},
-            # What is missing may be said per merchant and channel.
-            "then": {"properties": {"settings": schemas.members(type_, merged=True)}},
+            "then": {
+                "properties": {
+                    "settings": _settings(name, msgspec.structs.fields(type_), parts, by_reference=True)
+                    | ({"description": cleandoc(str(type_.__doc__))} if type_.__dict__.get("__doc__") else {})
+                }
+            },
         }
         for name, type_ in sorted(handlers.items())
     ]
-    return {
-        "$schema": DIALECT,
-        "title": "norce-adapter: config.yaml",
-        **file,
-        "$defs": dict(sorted(schemas.defined.items())),
-    }
+    return {"$schema": DIALECT, **file, "title": "norce-adapter: config.yaml", "$defs": dict(sorted(parts.items()))}
 
 
 def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[Settings]]) -> dict[str, Any]:
@@ -56,7 +49,6 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
     The schema of our document in Norce's configuration: the basic one, complete in itself, and the settings that may be
     changed there, by route. Served at `/openapi/v1/schemas/{adapter_id}.json`; the admin UI's form is made from it.
     """
-    schemas = _Schemas(by_reference=False)
     addresses = {
         "publicUrl": _member("Public address", "For browsers and providers.", **_ADDRESS),
         "internalUrl": _member("Internal address", "For Norce Checkout.", **_ADDRESS),
@@ -65,7 +57,8 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
     notifications = _member(
         "Notifications", "As they are registered on an order.", type="array", items={"type": "object"}
     )
-    shown = {name: _route(name, type_, schemas) for name, type_ in routes.items()}
+    parts: dict[str, Any] = {}
+    shown = {name: _route(name, type_, parts) for name, type_ in routes.items()}
     return {
         "$schema": DIALECT,
         "$id": f"{public_url.rstrip('/')}/openapi/v1/schemas/{adapter_id}.json",
@@ -91,7 +84,7 @@ def document_schema(adapter_id: str, public_url: str, routes: Mapping[str, type[
                 "Routes", "Settings in place of the adapter's own, by route.", shown, additionalProperties=False
             ),
         },
-        "$defs": dict(sorted(schemas.defined.items())),
+        "$defs": dict(sorted(parts.items())),
     }
 
 
@@ -103,194 +96,150 @@ def _object(title: str, description: str, properties: dict[str, Any], **told: An
     return _member(title, description, type="object", properties=properties, **told)
 
 
-def changeable(type_: type[Settings]) -> frozenset[str]:
-    """The settings that Norce's document may change: all that hold no `Url` and no `Secret`, however deep."""
-    fields = msgspec.structs.fields(type_)
-    return frozenset(field.encode_name for field in fields if not any(map(_is_kept, _kinds(field.type))))
-
-
-def _is_kept(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, Url | Secret)
-
-
-def _kinds(type_: Any, seen: list[Any] | None = None) -> Iterator[Any]:
-    """The classes of all types in a type, its own included: of its members and items, under whatever name."""
-    seen = [] if seen is None else seen
-    if type_ in seen:
-        return
-    seen.append(type_)
-    base, _ = bare(type_)
-    kind = class_of(base)
-    yield kind
-    members = is_struct(base) or is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields")
-    for inner in (*get_args(base), *(get_type_hints(kind).values() if members else ())):
-        yield from _kinds(inner, seen)
-
-
-def _route(name: str, type_: type[Settings], schemas: "_Schemas") -> dict[str, Any]:
-    settings = {"title": "Settings"} | schemas.members(type_, merged=True, only=changeable(type_))
+def _route(name: str, type_: type[Settings], parts: dict[str, Any]) -> dict[str, Any]:
+    fields = [field for field in msgspec.structs.fields(type_) if field.encode_name in changeable(type_)]
+    settings = _settings(name, fields, parts)
     for shown in settings["properties"].values():
         # No defaults: a form that saves them would put the handler's in place of what `config.yaml` says.
         shown.pop("default", None)
-    return {"type": "object", "title": name, "properties": {"settings": settings}, "additionalProperties": False}
+    properties = {"settings": {"title": "Settings"} | settings}
+    return {"type": "object", "title": name, "properties": properties, "additionalProperties": False}
 
 
-class _Schemas:
-    """
-    The schemas of types and of all in them, in our words. `defined` are the structs: they are referred to by name.
-
-    What is `merged` with weaker mappings need not be whole: nothing is demanded of it, as deep as mappings are merged.
-    """
-
-    def __init__(self, *, by_reference: bool) -> None:
-        self.defined: dict[str, dict[str, Any]] = {}
-        self._names: dict[tuple[Any, bool], str] = {}
-        self._by_reference = by_reference
-
-    def of(self, type_: Any, *, merged: bool = False, inherited: tuple[Any, ...] = ()) -> dict[str, Any]:
-        base, notes = bare(type_)
-        return self._shape(base, (*notes, *inherited), merged) | _said(notes)
-
-    def members(
-        self, type_: type[msgspec.Struct], *, merged: bool = False, only: Container[str] | None = None
-    ) -> dict[str, Any]:
-        """A struct, itself and not by its name; its members without those that are not in `only`."""
-        kind, properties, required = class_of(type_), {}, []
-        if (tag_field := kind.__struct_config__.tag_field) and only is None:
-            properties[tag_field] = {"title": _titled(tag_field)} | self._or_by_reference(
-                {"const": kind.__struct_config__.tag}
-            )
-            required.append(tag_field)
-        for field in msgspec.structs.fields(type_):
-            name = field.encode_name
-            if only is None or name in only:
-                properties[name] = {"title": _titled(name)} | self.of(field.type, merged=merged) | _default(field)
-                required += [name] if field.required else []
-        told = {"type": "object", "properties": properties, "additionalProperties": False}
-        said = {"description": cleandoc(kind.__doc__)} if kind.__dict__.get("__doc__") else {}
-        return said | told | ({"required": required} if required and not merged else {})
-
-    def _shape(self, base: Any, notes: tuple[Any, ...], merged: bool) -> dict[str, Any]:
-        kind = class_of(base)
-        if kind in (Union, UnionType):
-            return self._any_of(get_args(base), notes, merged)
-        if is_struct(base):
-            return {"$ref": f"#/$defs/{self._named(base, merged)}"}
-        if kind in MAPPINGS:
-            return self._mapping(base, notes, merged)
-        if kind in LISTS and (kind is not tuple or Ellipsis in get_args(base)):
-            items = self.of((*get_args(base), Any)[0])  # a list replaces the weaker one, so its items are whole
-            unique = {"uniqueItems": True} if issubclass(kind, set | frozenset) else {}
-            return {"type": "array"} | ({"items": items} if items else {}) | unique | _sized(notes, "Items")
-        return self._or_by_reference(_leaf(base, notes))
-
-    def _any_of(self, members: tuple[Any, ...], notes: tuple[Any, ...], merged: bool) -> dict[str, Any]:
-        options: list[dict[str, Any]] = []
-        for member in members:
-            option: dict[str, Any] = (
-                {"type": "null"} if member is NoneType else self.of(member, merged=merged, inherited=notes)
-            )
-            if not option:
-                return {}
-            options += option["anyOf"] if [*option] == ["anyOf"] else [option]
-        return {"anyOf": [option for index, option in enumerate(options) if option not in options[:index]]}
-
-    def _mapping(self, base: Any, notes: tuple[Any, ...], merged: bool) -> dict[str, Any]:
-        of_name, of_member = get_args(base) or (str, Any)
-        names = {key: each for key, each in _leaf(*bare(of_name)).items() if key in ("pattern", "maxLength", "enum")}
-        member = self.of(of_member, merged=merged)
-        size = _sized(notes, "Properties")
-        if merged:
-            size.pop("minProperties", None)
-        told = {"propertyNames": names, "additionalProperties": member}
-        return {"type": "object"} | {key: each for key, each in told.items() if each} | size
-
-    def _named(self, type_: Any, merged: bool) -> str:
-        """The name of a struct, which is defined under it. Another of its name has a number."""
-        if (type_, merged) not in self._names:
-            plain = class_of(type_).__name__
-            numbered = (f"{plain}{number}" for number in range(2, len(self._names) + 3))
-            name = next(each for each in (plain, *numbered) if each not in self._names.values())
-            self._names[type_, merged] = name
-            self.defined[name] = self.members(type_, merged=merged)
-        return self._names[type_, merged]
-
-    def _or_by_reference(self, told: dict[str, Any]) -> dict[str, Any]:
-        """Any text may be a reference anyway, unless it is held to something."""
-        if not self._by_reference or told in ({}, {"type": "string"}, {"type": "null"}, REFERENCE):
-            return told
-        return {"anyOf": [told, REFERENCE]}
+def changeable(type_: type[Settings]) -> frozenset[str]:
+    """The settings that Norce's document may change: all that hold no `Url` and no `Secret`, however deep."""
+    return frozenset(
+        field.encode_name
+        for field in msgspec.structs.fields(type_)
+        if not any(issubclass(kind, Url | Secret) for kind in _customs(_info(field.type), []))
+    )
 
 
-def _leaf(base: Any, notes: tuple[Any, ...]) -> dict[str, Any]:
-    kind = class_of(base)
-    if base is timedelta:
-        return {"type": "string", "pattern": DURATION}
-    if base is Decimal:
-        return {"type": ["number", "string"], "format": "decimal"}
-    if issubclass(kind, Secret):
-        return dict(REFERENCE)
-    if issubclass(kind, Url):
-        return dict(_ADDRESS)
-    if issubclass(kind, Enum):
-        return {"enum": [member.value for member in kind]}
+def _info(type_: Any) -> Any:
     try:
-        told = msgspec.json.schema(noted(base, notes), schema_hook=lambda _: {})
-    except TypeError:
-        return {}
-    if "$defs" in told:  # a dataclass and its like, which msgspec reads by rules of its own
-        return {}
-    return {key: each for key, each in told.items() if key not in ("title", "description")}
+        return inspect.type_info(type_)
+    except TypeError:  # msgspec does not know it, so it may hold anything
+        return inspect.CustomType(Secret)
 
 
-def _said(notes: tuple[Any, ...]) -> dict[str, Any]:
-    """What the notes on a type tell a person."""
-    said: dict[str, Any] = {}
-    for note in notes:
-        if isinstance(note, Meta):
-            said |= {key: text for key in ("title", "description") if (text := getattr(note, key))}
-    for note in notes:
-        if isinstance(note, Within):
-            bounds = f"From {note.shortest} to {note.longest}."
-            said["description"] = f"{said.get('description', '')} {bounds}".strip()
-    return said
+def _customs(part: Any, seen: list[Any]) -> Iterator[type]:
+    """All types in a type that msgspec does not know by itself."""
+    if isinstance(part, inspect.CustomType):
+        yield part.cls
+    elif isinstance(part, inspect.Type | inspect.Field) and not any(part is each for each in seen):
+        seen.append(part)
+        for name in part.__struct_fields__:
+            yield from _customs(getattr(part, name), seen)
+    elif isinstance(part, tuple):
+        for each in part:
+            yield from _customs(each, seen)
 
 
-def _sized(notes: tuple[Any, ...], what: str) -> dict[str, int]:
-    bounds = {f"min{what}": "min_length", f"max{what}": "max_length"}
-    return {
-        key: bound
-        for key, name in bounds.items()
-        for note in notes
-        if isinstance(note, Meta) and (bound := getattr(note, name)) is not None
+def _settings(
+    name: str, fields: Iterable[msgspec.structs.FieldInfo], parts: dict[str, Any], *, by_reference: bool = False
+) -> dict[str, Any]:
+    """
+    The settings of a route; what they refer to is added to `parts`. Nothing is demanded of them: what is missing here
+    may stand elsewhere, since settings are merged.
+    """
+
+    def made(types: Iterable[Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
+        return msgspec.json.schema_components(types, schema_hook=_custom, ref_template=f"#/$defs/{name}.{{name}}")
+
+    def known(type_: Any) -> Any:
+        try:
+            made([type_])
+        except TypeError:  # a plugin's own type, or a default of one
+            return Any
+        return type_
+
+    shapes, own_parts = made([known(field.type) for field in fields])
+    words = [
+        _in_our_words(shape | _default(field), by_reference=by_reference, whole=False)
+        for field, shape in zip(fields, shapes, strict=True)
+    ]
+    for part, shape in own_parts.items():
+        parts[f"{name}.{part}"] = _in_our_words(shape, by_reference=by_reference, whole=False)
+    titled = {
+        field.encode_name: {"title": _titled(field.encode_name)} | each
+        for field, each in zip(fields, words, strict=True)
     }
+    return {"type": "object", "properties": titled, "additionalProperties": False}
+
+
+def _custom(type_: type) -> dict[str, Any]:
+    """A type that msgspec does not know. It may be anything, but a schema hook has to return something."""
+    if issubclass(type_, Secret):
+        return dict(REFERENCE)
+    return dict(_ADDRESS) if issubclass(type_, Url) else {"$comment": type_.__name__}
 
 
 def _default(field: msgspec.structs.FieldInfo) -> dict[str, Any]:
-    """The default as it is written in the file; nothing where it cannot be, or says no more than the members do."""
     default = field.default_factory() if field.default_factory in (list, dict, set, frozenset) else field.default
-    if default is None or isinstance(default, msgspec.Struct | msgspec.UnsetType | type(msgspec.NODEFAULT)):
-        return {}
     try:
-        plain = msgspec.to_builtins(
-            default, builtin_types=(timedelta,), str_keys=True, order="deterministic", enc_hook=_text
-        )
-        return {"default": json.loads(json.dumps(plain, default=_spelt))}
-    except (TypeError, ValueError):
+        return {"default": msgspec.json.decode(msgspec.json.encode(default, order="deterministic"))}
+    except TypeError:  # there is none, or it has a type of the plugin's own
         return {}
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("is written in a way that only its own type knows")
-    return str(value)
+def _in_our_words(shape: Any, *, by_reference: bool = False, whole: bool = True) -> Any:
+    """
+    A schema that msgspec made, as the file is written: with durations such as 5s, and with references. Where it need
+    not be `whole`, nothing is required.
+    """
+    inner = partial(_in_our_words, by_reference=by_reference, whole=whole)
+    if isinstance(shape, list):
+        return [inner(each) for each in shape]
+    if not isinstance(shape, dict) or shape == REFERENCE:
+        return shape
+    words: dict[str, Any] = {}
+    for key, each in shape.items():
+        if key == "properties":
+            words[key] = {name: {"title": _titled(name)} | inner(part) for name, part in each.items()}
+        elif key in ("additionalProperties", "items", "prefixItems", "anyOf"):
+            words[key] = inner(each)
+        elif key == "default":
+            words |= _default_in_our_words(each, shape)
+        elif each == "duration" and key == "format":
+            words["pattern"] = DURATION
+        elif key in ("required", "minProperties"):
+            words |= {key: each} if whole and each else {}
+        elif key not in ("discriminator", "$comment"):
+            words[key] = each
+    if words.get("format") == "decimal":
+        words["type"] = ["number", "string"]
+    if "anyOf" in words:
+        options = [each for part in words["anyOf"] for each in (part["anyOf"] if [*part] == ["anyOf"] else [part])]
+        words["anyOf"] = [each for index, each in enumerate(options) if each not in options[:index]]
+    elif by_reference and _is_narrow(words):
+        about = {key: words.pop(key) for key in ("title", "description", "default") if key in words}
+        words = about | {"anyOf": [words, REFERENCE]}
+    return words
+
+
+def _is_narrow(words: dict[str, Any]) -> bool:
+    """Whether a reference is not allowed anyway, as it is where any text is."""
+    of_text = words.keys() & {"enum", "pattern", "format", "minLength", "maxLength"}
+    return bool(of_text) or words.get("type") in ("integer", "number", "boolean")
+
+
+def _default_in_our_words(default: Any, shape: dict[str, Any]) -> dict[str, Any]:
+    """The default as it is written in the file; nothing where the members say it, or where it has none to write."""
+    items, parts = shape.get("items", {}), default if isinstance(default, list) else [default]
+    if default is None or any(isinstance(part, dict) and part for part in parts):
+        return {}
+    if shape.get("format") == "duration":
+        return {"default": written(msgspec.convert(default, timedelta))}
+    if items.get("format") == "duration":
+        return {"default": [written(msgspec.convert(each, timedelta)) for each in default]}
+    return {"default": default}
 
 
 def _titled(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _spelt(duration: timedelta) -> str:
+def written(duration: timedelta) -> str:
     milliseconds = duration // timedelta(milliseconds=1)
     for unit, size in (("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1000)):
         if milliseconds and milliseconds % size == 0:

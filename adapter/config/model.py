@@ -9,15 +9,21 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from adapter.config.convert import Within
 from adapter.config.problems import Problem, Source, under
 from adapter.identifiers import Channel
 from adapter.plugin import Secret, Url
 
 
-def says(description: str | None = None, *, allowed: str | None = None, **bounds: Any) -> Meta:
-    """What a key means; `allowed` says what may stand there, where type and bounds would say it badly."""
-    return Meta(description=description, extra={"allowed": allowed} if allowed else None, **bounds)
+def says(
+    description: str | None = None, *, allowed: str | None = None, within: tuple[str, str] | None = None, **bounds: Any
+) -> Meta:
+    """
+    What a key means. `allowed` are the words for what may stand there, where those of type and bounds would be bad;
+    `within` bounds a duration.
+    """
+    if within is not None:
+        description = f"{description or ''} From {within[0]} to {within[1]}.".strip()
+    return Meta(description=description, extra={"allowed": allowed, "within": within}, **bounds)
 
 
 Name: TypeAlias = Annotated[
@@ -66,8 +72,7 @@ class Server(_Part, frozen=True, kw_only=True):
     ] = 1024 * 1024
     receive_timeout: Annotated[
         timedelta,
-        Within("100ms", "5m"),
-        says("How long a caller may take to send its whole body; after that it is a 408."),
+        says("How long a caller may take to send its whole body; after that it is a 408.", within=("100ms", "5m")),
     ] = timedelta(seconds=10)
 
 
@@ -89,35 +94,40 @@ class Norce(_Part, frozen=True, kw_only=True):
     version: Annotated[
         Literal["v0", "v1"], says("The version of Norce's Order API that is asked, and registered with.")
     ] = "v0"
-    timeout: Annotated[timedelta, Within("100ms", "1m"), says("How long one request to Norce may take.")] = timedelta(
+    timeout: Annotated[timedelta, says("How long one request to Norce may take.", within=("100ms", "1m"))] = timedelta(
         seconds=5
     )
     refresh: Annotated[
         timedelta,
-        Within("0s", "1m"),
-        says("How often a channel's configuration document is read from Norce; 0s is never, and this file is all."),
+        says(
+            "How often a channel's configuration document is read from Norce; 0s is never, and this file is all.",
+            within=("0s", "1m"),
+        ),
     ] = timedelta(seconds=30)
 
 
 class Reconciliation(_Part, frozen=True, kw_only=True):
     every: Annotated[
         timedelta,
-        Within("0s", "7d"),
         says(
-            "How often Norce's event log is read for notifications that never came, by one of the nodes; 0s is never."
+            "How often Norce's event log is read for notifications that never came, by one of the nodes; 0s is never.",
+            within=("0s", "7d"),
         ),
     ] = timedelta(minutes=10)
     overlap: Annotated[
         timedelta,
-        Within("0s", "30d"),
-        says("How far before the newest event of the last time each time begins: for events that are written late."),
+        says(
+            "How far before the newest event of the last time each time begins: for events that are written late.",
+            within=("0s", "30d"),
+        ),
     ] = timedelta(hours=1)
 
 
 class Dispatcher(_Part, frozen=True, kw_only=True):
     slots: Annotated[Positive, says("How many deliveries run at once in this process.")] = 32
     grace: Annotated[
-        timedelta, Within("0s", "10m"), says("How long a shutdown waits for running deliveries before it cancels them.")
+        timedelta,
+        says("How long a shutdown waits for running deliveries before it cancels them.", within=("0s", "10m")),
     ] = timedelta(seconds=20)
     pause_after: Annotated[
         int,
@@ -127,10 +137,12 @@ class Dispatcher(_Part, frozen=True, kw_only=True):
     ] = 5
     pause: Annotated[
         timedelta,
-        Within("100ms", "1d"),
-        says("How long such a pause is at first, before one delivery is tried; twice as long each time that fails."),
+        says(
+            "How long such a pause is at first, before one delivery is tried; twice as long each time that fails.",
+            within=("100ms", "1d"),
+        ),
     ] = timedelta(seconds=30)
-    longest_pause: Annotated[timedelta, Within("100ms", "1d"), says("How long such a pause is at the longest.")] = (
+    longest_pause: Annotated[timedelta, says("How long such a pause is at the longest.", within=("100ms", "1d"))] = (
         timedelta(minutes=10)
     )
 
@@ -146,26 +158,29 @@ class Verdicts(_Part, frozen=True, kw_only=True):
         ),
     ] = 5
     bypass: Annotated[
-        timedelta, Within("100ms", "1d"), says("For how long a route is bypassed before it is asked once more.")
+        timedelta, says("For how long a route is bypassed before it is asked once more.", within=("100ms", "1d"))
     ] = timedelta(seconds=30)
 
 
 class Retention(_Part, frozen=True, kw_only=True):
     bodies: Annotated[
         timedelta,
-        Within("1h", "3650d"),
-        says("How long the body of a notification is kept when everything owed for it is done."),
+        says(
+            "How long the body of a notification is kept when everything owed for it is done.", within=("1h", "3650d")
+        ),
     ] = timedelta(days=30)
     bodies_of_dead_letters: Annotated[
-        timedelta, Within("1h", "3650d"), says("How long it is kept otherwise; what still waits keeps its body.")
+        timedelta, says("How long it is kept otherwise; what still waits keeps its body.", within=("1h", "3650d"))
     ] = timedelta(days=90)
     rows: Annotated[
         timedelta,
-        Within("1d", "3650d"),
-        says("How long the ledger remembers a notification and what became of it: so long a repeat is known as one."),
+        says(
+            "How long the ledger remembers a notification and what became of it: so long a repeat is known as one.",
+            within=("1d", "3650d"),
+        ),
     ] = timedelta(days=400)
     verdicts: Annotated[
-        timedelta, Within("1h", "3650d"), says("How long verdicts that were late, or of a shadow, are kept.")
+        timedelta, says("How long verdicts that were late, or of a shadow, are kept.", within=("1h", "3650d"))
     ] = timedelta(days=30)
 
 
@@ -305,13 +320,17 @@ class NotificationCallback(_Part, frozen=True, kw_only=True, tag="notification",
 class _AnsweredCallback(_Part, frozen=True, kw_only=True):
     deadline: Annotated[
         timedelta,
-        Within("100ms", "10s"),
-        says("When Norce has its answer at the latest; an unfinished route then counts as its no_answer."),
+        says(
+            "When Norce has its answer at the latest; an unfinished route then counts as its no_answer.",
+            within=("100ms", "10s"),
+        ),
     ] = timedelta(seconds=2)
     soft_limit: Annotated[
         timedelta | None,
-        Within("1ms", "10s"),
-        says("A route that takes longer is logged and counted as slow; half the deadline where it is left out."),
+        says(
+            "A route that takes longer is logged and counted as slow; half the deadline where it is left out.",
+            within=("1ms", "10s"),
+        ),
     ] = None
 
 
@@ -347,7 +366,7 @@ class When(_Part, frozen=True, kw_only=True):
 
 class Retries(_Part, frozen=True, kw_only=True):
     schedule: Annotated[
-        tuple[Annotated[timedelta, Within("100ms", "7d")], ...],
+        tuple[Annotated[timedelta, says(within=("100ms", "7d"))], ...],
         says("How long to wait after each failed attempt; then it is a dead letter.", max_length=50),
     ] = (
         timedelta(seconds=5),
@@ -375,7 +394,7 @@ class Route(_Part, frozen=True, kw_only=True):
         Literal["enforce", "shadow"],
         says("Validations and hooks: a shadow is asked, compared and counted beside the answer, and never acted on."),
     ] = "enforce"
-    timeout: Annotated[timedelta, Within("100ms", "10m"), says("Notifications: how long one attempt may take.")] = (
+    timeout: Annotated[timedelta, says("Notifications: how long one attempt may take.", within=("100ms", "10m"))] = (
         timedelta(seconds=15)
     )
     retry: Annotated[Retries, says("Notifications: what happens after an attempt that failed.")] = Retries()

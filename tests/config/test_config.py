@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -22,12 +22,12 @@ from adapter.config import (
     merged,
     read_settings,
 )
-from adapter.config.model import ConfigFile
 from adapter.config.problems import Reference
 from adapter.config.yaml_source import LARGEST_FILE_BYTES
 from adapter.identifiers import Channel
 from adapter.plugin import Secret, Settings, Url
 from tests import ROOT
+from tests.config.reference import generated
 
 CANARY = "canary-9f8e7d6c5b4a"
 ENVIRON = {
@@ -1004,67 +1004,6 @@ def test_a_later_problem_is_shown_at_its_line(file: Path) -> None:
 # --- the reference --------------------------------------------------------------------------------------------------
 
 
-def described(type_: Any, path: str) -> Iterator[tuple[str, msgspec.structs.FieldInfo]]:
-    """Every key below a type, with a star for every name that is the integrator's."""
-    if get_origin(type_) is Annotated:
-        yield from described(type_.__origin__, path)
-    elif isinstance(type_, type) and issubclass(type_, msgspec.Struct):
-        for field in msgspec.structs.fields(type_):
-            yield f"{path}.{field.encode_name}".lstrip("."), field
-            yield from described(field.type, f"{path}.{field.encode_name}".lstrip("."))
-    else:
-        inner = "*" if get_origin(type_) is Mapping else ""
-        for argument in get_args(type_):
-            if argument is not Ellipsis:
-                yield from described(argument, f"{path}.{inner}" if inner else path)
-
-
-def description_of(field: msgspec.structs.FieldInfo) -> str:
-    notes = [note for note in field.type.__metadata__ if isinstance(note, msgspec.Meta) and note.description]
-    return str(notes[-1].description)
-
-
-def default_of(field: msgspec.structs.FieldInfo) -> str | None:
-    """As the reference states it; None for a section, whose keys have defaults of their own."""
-    if field.required:
-        return "Required"
-    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-    return None if isinstance(default, msgspec.Struct) else f"Default: {written(default)}."
-
-
-def written(value: Any) -> str:
-    if isinstance(value, timedelta):
-        units = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
-        return next(f"{value // unit}{name}" for name, unit in units.items() if value % unit == timedelta(0))
-    if isinstance(value, tuple):
-        return f"[{', '.join(map(written, value))}]"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if value is None:
-        return "none"
-    return str(value) or "the merchant's name"
-
-
-def comments_in(text: str, lines: Mapping[str, int]) -> dict[str, str]:
-    """The comment right above each key, by its path with stars for names and without indices."""
-    rows = text.splitlines()
-    comments: dict[str, str] = {}
-    for path, line in lines.items():
-        above = line - 1
-        while above and rows[above - 1].lstrip().startswith("# "):
-            above -= 1
-        comment = " ".join(row.strip().removeprefix("# ") for row in rows[above : line - 1])
-        path = re.sub(r"\[\d+\]\.", ".", path)
-        path = re.sub(r"^(merchants|callbacks|routes)\.[^.]+", r"\1.*", path)
-        path = re.sub(r"(\*\.(?:channels|routes)|keys)\.[^.]+", r"\1.*", path)
-        path = re.sub(r"(channels\.\*\.routes)\.[^.]+", r"\1.*", path)
-        comments[path] = max(comment, comments.get(path, ""), key=len)
-    return comments
-
-
-DESCRIBED = dict(described(ConfigFile, ""))
-
-
 def test_the_reference_is_a_valid_configuration() -> None:
     config = load(REFERENCE, ENVIRON)
 
@@ -1076,53 +1015,13 @@ def test_the_reference_tells_editors_where_its_schema_is() -> None:
     assert REFERENCE.read_text().startswith("# yaml-language-server: $schema=./config.schema.json\n")
 
 
-def test_the_walk_over_the_types_finds_the_keys_deep_down() -> None:
-    assert {
-        "adapter.id",
-        "merchants.*.channels.*.routes.*.settings",
-        "senders.signed_urls.keys",
-        "senders.header_secrets.values",
-        "callbacks.*.deadline",
-        "routes.*.retry.schedule",
-    } <= set(DESCRIBED)
+@pytest.mark.parametrize("name", ["config.yaml", "config.schema.json"])
+def test_the_files_in_the_project_are_those_that_are_generated(name: str) -> None:
+    assert (ROOT / name).read_text("utf-8") == generated()[name], "run `make docs`"
 
 
-@pytest.fixture(scope="module")
-def comments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    file = tmp_path_factory.mktemp("reference") / "config.yaml"
-    text = everything_commented_in(REFERENCE.read_text())
-    return comments_in(text, read(file, text).source.lines)
+def test_every_key_of_the_reference_is_valid_when_it_is_commented_in(file: Path) -> None:
+    config = read(file, everything_commented_in(REFERENCE.read_text()))
 
-
-@pytest.mark.parametrize("path", DESCRIBED)
-def test_the_reference_has_every_key_with_its_description_and_its_default(path: str, comments: dict[str, str]) -> None:
-    field = DESCRIBED[path]
-
-    assert path in comments, "the key does not stand in config.yaml, not even as a comment"
-    assert description_of(field) in comments[path]
-    assert (default_of(field) or "") in comments[path]
-
-
-@pytest.mark.parametrize("path", [path for path, field in DESCRIBED.items() if not field.required])
-def test_a_value_in_the_reference_is_the_default_unless_it_is_the_example(path: str) -> None:
-    examples = {"adapter.public_url", "merchants", "merchants.*.slug", "senders", "senders.signed_urls", "callbacks"}
-    examples |= {
-        "callbacks.*.target",
-        "callbacks.*.schema",
-        "routes",
-        "routes.*.when",
-        "routes.*.when.schema",
-        "routes.*.no_answer",
-    }
-    examples |= {"routes.*.settings", "merchants.*.routes", "merchants.*.channels.*.routes"}
-    config = load(REFERENCE, ENVIRON)
-
-    values: list[Any] = [config]
-    for step in path.split("."):
-        found = [(value.get(step) if isinstance(value, dict) else getattr(value, step, None)) for value in values]
-        found = [inner for value in values for inner in value.values()] if step == "*" else found
-        values = [value for value in found if value is not None]
-    field = DESCRIBED[path]
-    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-    if path not in examples:
-        assert all(value == default for value in values)
+    assert config.senders.header_secrets
+    assert config.norce.base_url == "http://localhost:8090/checkout"
