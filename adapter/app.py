@@ -105,7 +105,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         of_route = {route.name: route for route in routes.all}
         dispatcher = Dispatcher(
             {
-                queue_id: Queue(id=queue_id, route=of_route[key.route], merchant=key.merchant, channel=key.channel)
+                queue_id: Queue(route=of_route[key.route], channel=Channel(key.merchant, key.channel))
                 for key, queue_id in queues.items()
             },
             lanes=lanes,

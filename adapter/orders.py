@@ -1,28 +1,26 @@
-"""
-A typed, read-only view of a Norce Checkout order over its untouched bytes.
+"""A typed, read-only view of a Norce Checkout order over its unchanged bytes.
 
-The view is for reading, never for passing on: what a handler forwards is `raw`, byte for byte. Members that this view
-does not know are in `data`, the plain tree that conditions are evaluated on. An order is never refused because an
-optional member has an odd type: that member then counts as absent (Norce's API descriptions disagree
-about what is nullable, and live orders are more varied than either).
+Use the view for reading only. To pass an order on, send `raw`, byte for byte, or members of `data`, the plain tree on
+which conditions are evaluated. A member of an unexpected type never makes an order unreadable: it counts as absent,
+because Norce's API descriptions disagree about what is nullable, and live orders vary more than either description.
 """
 
 from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import sha256
-from operator import attrgetter
-from typing import Any, TypeAlias
+from types import UnionType
+from typing import Any, TypeAlias, get_origin, get_type_hints
 
 import msgspec
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 
-# How many odd members are set aside, one by one, before an order is shown with its ids alone.
-MOST_MEMBERS_SET_ASIDE = 20
+# An order with more members of an unexpected type is shown with its ids alone: each one costs another conversion.
+MAX_SET_ASIDE = 20
 
 
 class NotAnOrder(Exception):
-    """The bytes are not one JSON object in strict JSON (RFC 8259), or hold no order."""
+    """The bytes are not strict JSON (RFC 8259), not an object, or nested too deeply."""
 
 
 _NOT_FINITE = "not a finite number: "
@@ -31,14 +29,14 @@ _NOT_FINITE = "not a finite number: "
 def _refuse_non_finite(**amounts: Decimal | None) -> None:
     for name, amount in amounts.items():
         if amount is not None and not amount.is_finite():
-            raise ValueError(_NOT_FINITE + name)  # the member, which msgspec's own path does not name
+            raise ValueError(_NOT_FINITE + name)  # msgspec's own path does not name the member
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """
-    A part of an order. Missing and null are the same: parts are empty rather than None, single values are None.
+    """A part of an order.
 
-    Its `repr` shows no values: an order in a traceback would be personal data in a log.
+    Missing and null mean the same: a part is then empty, a single value is None. The `repr` shows no values, because
+    an order in a traceback would put personal data into the log.
     """
 
     def __repr__(self) -> str:
@@ -56,18 +54,26 @@ class Price(_Part, frozen=True, kw_only=True):
 
 
 class Transition(_Part, frozen=True, kw_only=True):
+    """A change of the order's status. `time_stamp` is ISO 8601."""
+
     status: str | None = None
     time_stamp: str | None = None
 
 
 class State(_Part, frozen=True, kw_only=True):
-    """`current_status`: checkout, processing, accepted, completed, declined, removed, or one that came later."""
+    """The status of an order and its history.
+
+    `current_status` is `checkout`, `processing`, `accepted`, `completed`, `declined` or `removed`, or a status that
+    Norce has added since.
+    """
 
     current_status: str | None = None
     transitions: tuple[Transition, ...] = ()
 
 
 class Discount(_Part, frozen=True, kw_only=True):
+    """A discount on one line or on the whole cart."""
+
     type: str | None = None
     name: str | None = None
     reference: str | None = None
@@ -78,7 +84,11 @@ class Discount(_Part, frozen=True, kw_only=True):
 
 
 class Item(_Part, frozen=True, kw_only=True):
-    """A line of the cart. `price` is one unit before discount, `total` all units after it; `vat_rate` is a fraction."""
+    """A line of the cart.
+
+    `price` is for one unit before discounts, `total` for all units after them. `vat_rate` is a fraction: `0.25` is
+    25 %.
+    """
 
     id: str | None = None
     reference: str | None = None
@@ -103,7 +113,7 @@ class Item(_Part, frozen=True, kw_only=True):
 
 
 class Cart(_Part, frozen=True, kw_only=True):
-    """`reference` is the platform's cart id; `total` is without shipping."""
+    """The cart. `reference` is its id in the shop platform; `total` excludes shipping."""
 
     reference: str | None = None
     items: tuple[Item, ...] = ()
@@ -113,6 +123,8 @@ class Cart(_Part, frozen=True, kw_only=True):
 
 
 class Address(_Part, frozen=True, kw_only=True):
+    """A billing or shipping address, with the person or organization that it belongs to."""
+
     type: str | None = None
     given_name: str | None = None
     family_name: str | None = None
@@ -133,7 +145,7 @@ class Address(_Part, frozen=True, kw_only=True):
 
 
 class Customer(_Part, frozen=True, kw_only=True):
-    """`type` is person or organization, in whatever case the sender writes it."""
+    """The customer. `type` is `person` or `organization`, in the sender's upper or lower case."""
 
     type: str | None = None
     billing: Address = Address()
@@ -142,6 +154,8 @@ class Customer(_Part, frozen=True, kw_only=True):
 
 
 class Consent(_Part, frozen=True, kw_only=True):
+    """A consent that the shopper was asked for."""
+
     id: str | None = None
     checked: bool | None = None
     text: str | None = None
@@ -149,7 +163,7 @@ class Consent(_Part, frozen=True, kw_only=True):
 
 
 class Payment(_Part, frozen=True, kw_only=True):
-    """`state` `removed` means soft-deleted: leave such payments out of sums and exports."""
+    """A payment. Leave payments in state `removed` out of sums and exports: they are deleted."""
 
     id: str | None = None
     adapter_id: str | None = None
@@ -167,11 +181,15 @@ class Payment(_Part, frozen=True, kw_only=True):
 
 
 class Named(_Part, frozen=True, kw_only=True):
+    """A shipping product or a pickup location: a reference and a name."""
+
     reference: str | None = None
     name: str | None = None
 
 
 class DeliveryDetails(_Part, frozen=True, kw_only=True):
+    """The carrier's product and the pickup location of a shipping."""
+
     carrier: str | None = None
     carrier_product_id: str | None = None
     class_: str | None = msgspec.field(default=None, name="class")
@@ -180,7 +198,7 @@ class DeliveryDetails(_Part, frozen=True, kw_only=True):
 
 
 class Shipping(_Part, frozen=True, kw_only=True):
-    """`state` `removed` means soft-deleted: leave such shippings out of sums and exports."""
+    """A shipping. Leave shippings in state `removed` out of sums and exports: they are deleted."""
 
     id: str | None = None
     adapter_id: str | None = None
@@ -197,83 +215,84 @@ class Shipping(_Part, frozen=True, kw_only=True):
         _refuse_non_finite(vatRate=self.vat_rate)
 
 
-class Order(_Part, frozen=True, kw_only=True, dict=True):
+class Order:
+    """An order as Norce sent it, bare or in an envelope `{"notification": …, "order": …}`.
+
+    Its bytes are decoded at the first look: `data` at a look at `data`, the members at a look at any member, on the
+    thread that looks. Either raises `NotAnOrder` if the bytes hold no order. An order cannot be encoded (`TypeError`);
+    send `raw`, or members of `data`.
+
+    Money is `Decimal` and exact: `0.1` is a tenth. Enumerations are plain strings, so that a value that Norce adds
+    later survives. Members without a name here are in `data`.
     """
-    An order as Norce sent it. Made by `read_order`; `raw` and `data` are what it was made from.
 
-    Money is `Decimal`, read from the same bytes as `data`, so that `0.1` is a tenth. Values of enumerations stay
-    plain strings, so that a new one survives. What the view lacks is in `data`.
-    """
+    raw: bytes  # the whole body, including the envelope
+    data: dict[str, Any]  # the order as a plain tree, including unknown members; do not change it
+    set_aside: tuple[str, ...]  # msgspec paths of members of an unexpected type: `$.cart.items[0].quantity`
 
-    id: str = ""
-    merchant: str = ""
-    channel: str = ""
-    reference: str | None = None
-    created: str | None = None
-    last_modified: str | None = None
-    state: State = State()
-    culture: str | None = None
-    currency: str | None = None
-    country: str | None = None
-    cart: Cart = Cart()
-    shippings: tuple[Shipping, ...] = ()
-    payments: tuple[Payment, ...] = ()
-    customer: Customer = Customer()
-    consents: tuple[Consent, ...] = ()
-    total: Price = Price()
-    attributes: dict[str, Any] = {}
+    id: str
+    merchant: str
+    channel: str
+    reference: str | None
+    created: str | None
+    last_modified: str | None
+    state: State
+    culture: str | None
+    currency: str | None
+    country: str | None
+    cart: Cart
+    shippings: tuple[Shipping, ...]
+    payments: tuple[Payment, ...]
+    customer: Customer
+    consents: tuple[Consent, ...]
+    total: Price
+    attributes: dict[str, Any]
 
-    @property
-    def data(self) -> dict[str, Any]:
-        """The order as a plain tree, unknown members included. To be read, not changed."""
-        return self.__dict__["data"]  # type: ignore[no-any-return]
+    def __init__(self, raw: bytes, data: dict[str, Any] | None = None) -> None:
+        """Keep the bytes. `data` saves a decode if the caller has decoded them already."""
+        self.__dict__["raw"] = raw
+        if data is not None:
+            self.__dict__["data"] = data
 
-    @property
-    def raw(self) -> bytes:
-        """The bytes that the order was read from; where it came in an envelope, the whole envelope."""
-        return self.__dict__["raw"]  # type: ignore[no-any-return]
+    def __getattr__(self, name: str) -> Any:
+        if name == "data":
+            decoded = {"data": order_in(decode(self.raw))}
+        elif name in Order.__annotations__:
+            decoded = _members(self.raw)
+        else:
+            raise AttributeError(f"an order has no member {name!r}")
+        self.__dict__.update(decoded)
+        return decoded[name]
 
-    @property
-    def set_aside(self) -> tuple[str, ...]:
-        """Where members stood whose type did not fit, as msgspec paths (`$.cart.items[0].quantity`)."""
-        return self.__dict__["set_aside"]  # type: ignore[no-any-return]
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError("an order is read-only")
 
     def __repr__(self) -> str:
         return f"<Order {self.id}>"
 
 
-class SendOrderDataInstead:
-    """
-    Stands in the place of a member until it is looked at. msgspec encodes members without a look, and would find an
-    empty order there; now it finds what it cannot encode, and whose name says what to do.
-    """
+def _empty(hint: Any) -> Any:
+    kind = get_origin(hint) or hint
+    return None if kind is UnionType else kind()
 
 
-class _Unread(Order, frozen=True, kw_only=True, dict=True):
-    @property
-    def _view(self) -> Order:
-        view = self.__dict__.get("view")
-        if view is None:
-            view = self.__dict__["view"] = read_order(self.raw, self.data)
-        return view
-
-    @property
-    def set_aside(self) -> tuple[str, ...]:
-        return self._view.set_aside
-
-
-for _name in Order.__struct_fields__:
-    setattr(_Unread, _name, property(attrgetter(f"_view.{_name}")))
-
-
-_NOT_LOOKED_AT: Any = SendOrderDataInstead()
+_NOT_MEMBERS = ("raw", "data", "set_aside")
+_Members: Any = msgspec.defstruct(
+    "_Members",
+    [(name, hint, _empty(hint)) for name, hint in get_type_hints(Order).items() if name not in _NOT_MEMBERS],
+    bases=(_Part,),
+    frozen=True,
+    kw_only=True,
+)
 
 
 def decode(raw: bytes) -> Any:
-    """
-    The one decode of every body: strict JSON to a plain tree, numbers as int and float, the last of equal keys wins.
+    """Decode strict JSON to a plain tree, with numbers as int and float.
 
-    Raises `NotAnOrder` on anything that is not JSON, a number out of range and nesting beyond the decoder's bound too.
+    Of equal keys the last one wins. Every body is decoded here, because two parsers would accept different bodies.
+
+    Raises:
+        NotAnOrder: The bytes are not JSON, hold a number out of range, or are nested too deeply.
     """
     try:
         return msgspec.json.decode(raw)
@@ -282,10 +301,12 @@ def decode(raw: bytes) -> Any:
 
 
 def order_in(tree: Any) -> dict[str, Any]:
-    """
-    The order in a body: the body itself, or the `order` member of `{"notification": …, "order": …}`.
+    """Return the order in a decoded body: the body itself, or its member `order`.
 
-    Both shapes are in Norce's public descriptions (checkout protocol, section 8.3). Raises `NotAnOrder`.
+    Norce's public descriptions contain both shapes (checkout protocol, section 8.3).
+
+    Raises:
+        NotAnOrder: The body is not an object.
     """
     if isinstance(tree, dict):
         inner = tree.get("order")
@@ -294,43 +315,18 @@ def order_in(tree: Any) -> dict[str, Any]:
 
 
 def read_order(raw: bytes, data: dict[str, Any] | None = None) -> Order:
-    """
-    The typed view of the order in `raw`, bare or in an envelope. `data` saves a second decode where the caller has one.
+    """Decode an order completely, so that no later look at it can fail.
 
-    Raises `NotAnOrder` where the bytes hold no JSON object, or one nested too deeply; a wrong type in a member never
-    raises.
+    Raises:
+        NotAnOrder: The bytes hold no JSON object, or one that is nested too deeply.
     """
-    if data is None:
-        data = order_in(decode(raw))
-    try:
-        exact = _without_nulls(order_in(_EXACT.decode(raw)))
-    except RecursionError as error:
-        raise NotAnOrder("nested too deeply") from error
-    order, set_aside = _view(exact)
-    order.__dict__.update(data=data, raw=raw, set_aside=set_aside)
+    order = Order(raw, data)
+    _ = order.data, order.id
     return order
-
-
-def unread(raw: bytes, data: dict[str, Any]) -> Order:
-    """
-    The same where `data` is what `raw` holds, but the view is made when somebody first looks at it: most conditions
-    never do, and it takes eight times as long as to decode. A look raises `NotAnOrder` on what is nested too deeply.
-    """
-    order = _Unread(id=_NOT_LOOKED_AT)
-    order.__dict__.update(data=data, raw=raw)
-    return order
-
-
-def viewed(order: Order) -> Order:
-    """
-    The same with its view made. For whoever may do more than look at it: what is unread is an empty order to msgspec,
-    which encodes, compares and copies members without a look. Raises `NotAnOrder`.
-    """
-    return order._view if isinstance(order, _Unread) else order
 
 
 def instant(text: Any) -> datetime | None:
-    """An ISO 8601 moment as aware UTC, or None where the text is none. A moment without a zone is taken as UTC."""
+    """Return an ISO 8601 moment in UTC, or None if it is none. A moment without a zone counts as UTC."""
     if not isinstance(text, str):
         return None
     try:
@@ -341,10 +337,10 @@ def instant(text: Any) -> datetime | None:
 
 
 def canonical(tree: Any) -> bytes:
-    """
-    One spelling of a JSON value: sorted keys, compact, 1.0 written as 1. Equal values have equal bytes.
+    """Encode a JSON value so that equal values have equal bytes: sorted keys, compact, 1.0 written as 1.
 
-    Raises `NotAnOrder` where it is nested too deeply.
+    Raises:
+        NotAnOrder: The value is nested too deeply.
     """
     try:
         return msgspec.json.encode(_integral(tree), order="sorted")
@@ -352,17 +348,13 @@ def canonical(tree: Any) -> bytes:
         raise NotAnOrder("nested too deeply") from error
 
 
-def order_digest(raw: bytes) -> bytes:
-    """
-    16 bytes that are equal for equal orders, however they are spelled and whether or not in an envelope.
+def order_digest(order: dict[str, Any]) -> bytes:
+    """Return 16 bytes that are equal for equal orders, whatever their spelling.
 
-    Decoded and encoded without a walk of our own, for a caller may send a mebibyte as often as it likes. Raises
-    `NotAnOrder`.
+    Raises:
+        NotAnOrder: The order is nested too deeply.
     """
-    try:
-        return sha256(msgspec.json.encode(order_in(_INTEGRAL.decode(raw)), order="sorted")).digest()[:16]
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise NotAnOrder("not valid JSON, or nested too deeply") from error
+    return sha256(canonical(order)).digest()[:16]
 
 
 def _integral(tree: Any) -> Any:
@@ -375,23 +367,31 @@ def _integral(tree: Any) -> Any:
     return tree
 
 
-def _view(exact: Any) -> tuple[Order, tuple[str, ...]]:
+def _members(raw: bytes) -> dict[str, Any]:
+    """Return the typed members of the order in these bytes, with `set_aside`."""
+    try:
+        exact = _without_nulls(order_in(_EXACT.decode(raw)))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise NotAnOrder("not valid JSON, or nested too deeply") from error
     set_aside: list[str] = []
-    while len(set_aside) < MOST_MEMBERS_SET_ASIDE:
+    while True:
         try:
-            return msgspec.convert(exact, Order), tuple(set_aside)
+            members = msgspec.convert(exact, _Members)
+            break
         except msgspec.ValidationError as error:
-            what, _, path = str(error).rpartition(" - at `")
-            path = path.rstrip("`") + what.replace(_NOT_FINITE, ".") * what.startswith(_NOT_FINITE)
-            if not _drop(exact, path):
+            message, _, path = str(error).rpartition(" - at `")
+            path = path.rstrip("`") + message.replace(_NOT_FINITE, ".") * message.startswith(_NOT_FINITE)
+            if len(set_aside) == MAX_SET_ASIDE or not _remove(exact, path):
+                ids = {name: exact[name] for name in ("id", "merchant", "channel") if isinstance(exact.get(name), str)}
+                members = _Members(**ids)
+                set_aside.append("$")
                 break
             set_aside.append(path)
-    ids = {name: exact[name] for name in ("id", "merchant", "channel") if isinstance(exact.get(name), str)}
-    return Order(**ids), (*set_aside, "$")
+    return {**msgspec.structs.asdict(members), "set_aside": tuple(set_aside)}
 
 
-def _drop(tree: Any, path: str) -> bool:
-    """Takes the member at a msgspec path (`$.cart.items[0].name`) out of the tree; False where it cannot be found."""
+def _remove(tree: Any, path: str) -> bool:
+    """Remove the member at a msgspec path (`$.cart.items[0].name`). Return False if there is none."""
     steps: list[str | int] = []
     for part in path.removeprefix("$").split("."):
         name, *indices = part.split("[")
@@ -428,11 +428,3 @@ def _decimal(text: str) -> Decimal:
 
 
 _EXACT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_decimal)
-
-
-def _integer_or_float(text: str) -> int | float:
-    value = float(text)
-    return int(value) if value.is_integer() else value
-
-
-_INTEGRAL: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_integer_or_float)

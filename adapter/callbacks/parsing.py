@@ -17,7 +17,7 @@ from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
 from adapter.identifiers import Channel
 from adapter.ledger.inbox import ReceivedNotification
-from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in, unread
+from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in
 from adapter.routing.routes import Callback
 
 HEADERS = ("content-type", "x-merchant", "x-channel")  # the ones that are read here
@@ -109,7 +109,7 @@ def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: C
     Raises what `parse_notification` raises.
     """
     order, channel = _order_in(raw, sender, channels)
-    return HookRequest(callback=callback, channel=channel, order_id=raw.order_id, order=unread(raw.body, order))
+    return HookRequest(callback=callback, channel=channel, order_id=raw.order_id, order=Order(raw.body, order))
 
 
 def parse_validation(
@@ -186,7 +186,7 @@ def _identity(
     named: list[Any] = ["v1", *channel, callback.name, raw.order_id, modified]
     try:
         if modified is None:
-            named.append(order_digest(raw.body).hex())
+            named.append(order_digest(order).hex())
         elif callback.condition is not None and (value := callback.condition.value(order)) is not MISSING:
             named.append(value)
         return (modified or 0).to_bytes(8, "big") + hashlib.sha256(canonical(named)).digest()[:16]

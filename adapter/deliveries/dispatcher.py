@@ -170,7 +170,7 @@ class Dispatcher:
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
 
     def _is_off(self, queue: Queue) -> bool:
-        return Channel(queue.merchant, queue.channel) in self.switched_off
+        return queue.channel in self.switched_off
 
     async def _give_back(self) -> None:
         """Undoes claims that are on disk although the store has failed: nobody has run them."""
@@ -208,7 +208,7 @@ class Dispatcher:
 
     async def _release(self, claim: Claim, run: Run[Any]) -> None:
         """Keeps the lane until the thread has let go of a handler that blocked it; its slot is free already."""
-        await run.over()
+        await run.stopped.wait()
         self._busy[claim.queue_id] -= 1
         with contextlib.suppress(StoreUnavailable):  # too late: the next start finds it
             await self._until_stored(lambda: self._lanes.release(claim))

@@ -20,7 +20,7 @@ from adapter.ledger.retry import locked_lanes, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
-from adapter.orders import NotAnOrder, order_digest
+from adapter.orders import NotAnOrder, decode, order_digest, order_in
 
 RETRY_AT_MOST_EVERY_MS = 3_600_000
 RETRIED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
@@ -243,6 +243,6 @@ def _row(
 
 def _digest(body: bytes) -> bytes:
     try:
-        return order_digest(body)
+        return order_digest(order_in(decode(body)))
     except NotAnOrder:  # nested too deeply to be compared: equal to its own bytes alone
         return sha256(body).digest()[:16]

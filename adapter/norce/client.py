@@ -23,7 +23,7 @@ import msgspec
 
 from adapter.identifiers import Channel
 from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
-from adapter.orders import NotAnOrder, Order, decode, order_in, unread, viewed
+from adapter.orders import NotAnOrder, Order, decode, order_in, read_order
 from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
@@ -162,24 +162,23 @@ class Norce:
         )
 
     async def order(self, channel: Channel, order_id: str, *, within: timedelta | None = None) -> Order:
-        """
-        The order as Norce has it now, unread, `within` a time (the configured one if shorter or left out).
+        """Return the order as Norce has it now, with its `data` decoded.
 
         Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
         """
+        return parse_order(await self.order_bytes(channel, order_id, within=within), order_id)
+
+    async def order_bytes(self, channel: Channel, order_id: str, *, within: timedelta | None = None) -> bytes:
+        """Return the bytes of an order, for a caller that calls `parse_order` on another thread.
+
+        `within` shortens the configured timeout. Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
+        """
         try:
-            content = await self.call(channel, "read_order", within=within, path={"order_id": order_id})
+            return await self.call(channel, "read_order", within=within, path={"order_id": order_id})
         except NotFound as error:
             raise OrderNotFound("Norce has no such order", error.code) from error
         except NorceRejected as error:  # neither that it is there, nor that it is not
             raise NorceUnavailable(str(error), code=error.code) from error
-        try:
-            data = order_in(decode(content))
-        except NotAnOrder as error:
-            raise NorceUnavailable("Norce's answer is no order") from error
-        if data.get("id") != order_id:  # a page of a proxy's, say: no condition would hold on it, and it would be lost
-            raise NorceUnavailable("Norce's answer is not this order")
-        return unread(content, data)  # the view of one of 4 MiB takes up to two seconds: not of this loop
 
     async def events(self, merchant: str, *, offset: int = 0, limit: int = 100, **filters: str) -> Page[Event]:
         """A page of our own adapter's events of a merchant, from all its channels. Raises `NorceError`."""
@@ -301,9 +300,21 @@ class HandlerOrders:
         self._channel = channel
 
     async def read(self, order_id: str) -> Order:
+        return self.parse(await self.read_bytes(order_id), order_id)
+
+    async def read_bytes(self, order_id: str) -> bytes:
+        """Return the bytes of an order, for a caller that calls `parse` on another thread."""
         try:
-            return viewed(await self._norce.order(self._channel, order_id))
+            return await self._norce.order_bytes(self._channel, order_id)
         except NorceError as error:
+            raise _outcome(error, "GET") from error
+
+    def parse(self, content: bytes, order_id: str) -> Order:
+        """Decode the bytes of an order completely. Raises `Retry` if they hold another order or none."""
+        try:
+            order = parse_order(content, order_id)
+            return read_order(order.raw, order.data)
+        except NorceUnavailable as error:
             raise _outcome(error, "GET") from error
         except NotAnOrder as error:
             raise Retry("norce-unavailable", "Norce's answer is nested too deeply") from error
@@ -332,6 +343,20 @@ class HandlerOrders:
 
 class _TooLarge(Exception):
     """More bytes than are read of such an answer."""
+
+
+def parse_order(content: bytes, order_id: str) -> Order:
+    """Decode the `data` of an order that Norce has answered. Raises `NorceUnavailable` if it is not this order.
+
+    A page of a proxy, for example, is no order: no condition would hold on it, and the event would be lost.
+    """
+    try:
+        data = order_in(decode(content))
+    except NotAnOrder as error:
+        raise NorceUnavailable("Norce's answer is no order") from error
+    if data.get("id") != order_id:
+        raise NorceUnavailable("Norce's answer is not this order")
+    return Order(content, data)
 
 
 def base_url(environment: str, slug: str) -> str:

@@ -16,7 +16,7 @@ from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, R
 from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
 from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
-from adapter.orders import Order, viewed
+from adapter.orders import Order
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler
 
 GROUP = "norce_adapter.handlers"
@@ -74,13 +74,9 @@ class Route:
 
     @property
     def ask(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
-        """What an answer is asked of its handler with."""
-        handler: Any = self.handler  # one class may answer both
-        if self.callback.kind == "hook":
-            return handler.change  # type: ignore[no-any-return]
-        if handler.computes:
-            return handler.validate  # type: ignore[no-any-return]
-        return lambda order, context: handler.validate(viewed(order), context)  # made where the handler runs
+        """The handler's method that answers this callback. One class may answer both kinds."""
+        handler: Any = self.handler
+        return handler.change if self.callback.kind == "hook" else handler.validate  # type: ignore[no-any-return]
 
     @property
     def computes(self) -> bool:

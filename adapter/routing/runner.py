@@ -1,50 +1,39 @@
-"""
-Runs a handler under its deadline, on one of the plugins' own event loops.
+"""Runs handlers under a deadline, on event loops of their own.
 
-Each has a thread of its own: one for answers, one for deliveries, and one for shadows where there are any. A handler
-that blocks its thread delays other plugins of its kind, never the intake, a `no_answer` or a shutdown. One that only
-computes is called in place, which costs less than a hop; it may not wait for anything. What a reader would get wrong:
-a deadline that has passed does not mean that the handler has stopped. Python cannot interrupt a thread, so a `Run`
-tells the two apart: `result` gives up at the deadline, `ended` waits until the coroutine is really over. A loop that is
-held far past a deadline is abandoned and replaced: its runs end with `LoopAbandoned`, whatever their thread still does.
+One loop, in its own thread, runs answers (validations and hooks), one runs deliveries, and one runs shadows if there
+are any. A handler that blocks its thread delays other handlers of its kind, but never the intake, a `no_answer` or a
+shutdown. A handler that only computes is called in place, which costs less than a change of thread.
+
+A deadline that has passed does not mean that the handler has stopped: Python cannot interrupt a thread. `Run.wait`
+gives up at the deadline, and `Run.stopped` is set when the coroutine has really ended. A loop that is blocked far past
+a deadline is abandoned and replaced. Its runs then end with `LoopAbandoned`, whatever their thread still does.
 """
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
-from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import httpx
-import msgspec
 import structlog
 
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce
 from adapter.outgoing import Outgoing
-from adapter.plugin import (
-    Context,
-    Done,
-    Misconfigured,
-    Notification,
-    NotificationHandler,
-    Order,
-    Orders,
-    Previous,
-    Settings,
-    Skip,
-)
+from adapter.plugin import Context, Misconfigured, Orders, Previous, Settings
 
 log = structlog.get_logger(__name__)
 
-STUBBORN_SECONDS = 0.5  # for what does not end though it was cancelled
-ANSWERS_PATIENCE = timedelta(seconds=2)  # the answers behind it are late as long as it lasts
+CLOSING_TIME = timedelta(milliseconds=500)  # for tasks that do not end although they were cancelled
+ABANDONED_CLOSING_TIME = timedelta(seconds=5)
+ANSWERS_PATIENCE = timedelta(seconds=2)  # while the answers' loop is blocked, every answer on it is late
 
 T = TypeVar("T")
-Clock = Callable[[], datetime]
-Asking = Callable[[Order, Context[Any]], Coroutine[Any, Any, T]]  # a handler's `validate` or `change`
+Handle = Callable[[Context[Any]], Coroutine[Any, Any, T]]  # one call of a handler, given its context
+LoopName = Literal["answers", "deliveries", "shadows"]
 
 
 class DeadlinePassed(Exception):
@@ -52,9 +41,10 @@ class DeadlinePassed(Exception):
 
 
 class LoopAbandoned(Exception):
-    """
-    The loop was given up, for the run `blocked_by` (None where something else holds it) does not let go of it. A
-    coroutine that had not `begun` by then never will.
+    """The loop of this run was abandoned because something blocks it.
+
+    `blocked_by` is the run that blocks it, or None if it is not a run (a task that a plugin started, for example).
+    If the coroutine had not `begun`, it never will.
     """
 
     def __init__(self, blocked_by: "Run[Any] | None", *, begun: bool) -> None:
@@ -64,137 +54,120 @@ class LoopAbandoned(Exception):
 
 
 class HandlerWaits(Exception):
-    """A handler that declares that it computes waited for something. Take `computes` away, or the waiting."""
-
-
-@dataclass(frozen=True, slots=True)
-class _End(Generic[T]):
-    value: T | None = None
-    error: BaseException | None = None
+    """A handler that declares `computes` awaited something. Remove the declaration, or the await."""
 
 
 class Run(Generic[T]):
-    """
-    One call of a handler, seen from the loop that asked for it. `name` is its route; `begun` says whether the handler
-    has been called. Moments are monotonic; `ended_at` is when it ended in its own thread, whenever that is told.
+    """One call of a handler, as the loop that started it sees it.
+
+    `name` is the handler's route. `ended` is done when the result is known: the coroutine has ended, or its loop was
+    abandoned. `stopped` is set when the coroutine has really ended. All times are monotonic seconds.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T], *, name: str, deadline: float
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, T],
+        *,
+        name: str,
+        deadline: float,
+        runs: "set[Run[Any]]",
     ) -> None:
         self.name = name
         self.deadline = deadline
-        self.begun = False
+        self.begun = False  # the handler has been called
         self.abandoned = False
-        self.made_at = time.monotonic()
-        self.ended_at = float("inf")
-        self._caller = asyncio.get_running_loop()
-        self._loop = loop
-        self.ending: asyncio.Future[_End[T]] = self._caller.create_future()
-        self._is_over = False
-        self._when_over: list[Callable[[], None]] = []
+        self.started_at = time.monotonic()
+        self.ended_at = float("inf")  # in the handler's own thread
         self.task: asyncio.Task[T] | None = None
+        self._caller = asyncio.get_running_loop()
+        self.ended: asyncio.Future[None] = self._caller.create_future()
+        self.stopped = asyncio.Event()
+        self._error: LoopAbandoned | None = None
+        self._loop = loop
+        self._runs = runs  # all runs of the loop that have not stopped
+        runs.add(self)
         loop.call_soon_threadsafe(self._begin, coroutine)
 
-    async def result(self, within: timedelta) -> T:
-        """
-        What the handler returned or raised. Raises `DeadlinePassed` where it is still running after `within`, and
-        `LoopAbandoned`.
-        """
-        await asyncio.wait((self.ending,), timeout=max(within.total_seconds(), 0))
-        if not self.ending.done():
-            raise DeadlinePassed
-        return self.outcome()
+    async def wait(self, within: timedelta | None = None) -> T:
+        """Return what the handler returned, or raise what it raised.
 
-    async def ended(self) -> T:
+        Raises:
+            DeadlinePassed: The handler still runs after `within`.
+            LoopAbandoned: Its loop was abandoned.
+            asyncio.CancelledError: The run was cancelled.
         """
-        What it returned or raised, however long it takes; `asyncio.CancelledError` where it was cancelled. Raises
-        `LoopAbandoned`.
-        """
-        await asyncio.wait((self.ending,))
-        return self.outcome()
+        await asyncio.wait((self.ended,), timeout=None if within is None else max(within.total_seconds(), 0))
+        if not self.ended.done():
+            raise DeadlinePassed
+        return self.result()
+
+    def result(self) -> T:
+        """Return or raise what `wait` would. Only for a run that has ended."""
+        if self._error is not None:
+            raise self._error
+        assert self.task is not None
+        return self.task.result()
 
     @property
     def was_cancelled(self) -> bool:
-        return self.ending.done() and isinstance(self.ending.result().error, asyncio.CancelledError)
-
-    def outcome(self) -> T:
-        """The same, once `ending` is done."""
-        end = self.ending.result()
-        if end.error is not None:
-            raise end.error
-        return end.value  # type: ignore[return-value]
-
-    async def over(self) -> None:
-        """Returns when the coroutine has really ended, abandoned or not."""
-        if not self._is_over:
-            over = asyncio.Event()
-            self.when_over(over.set)
-            await over.wait()
+        return self.ended.done() and self._error is None and self.task is not None and self.task.cancelled()
 
     def cancel(self) -> None:
-        """Asks the coroutine to stop at its next await; one that blocks its thread hears of it when it lets go."""
+        """Cancel the coroutine at its next await. A coroutine that blocks its thread is cancelled afterwards."""
         self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
 
     def abandon(self, blocked_by: "Run[Any] | None") -> None:
-        """Nobody waits for it any more; should it ever go on, it is cancelled before it does anything more."""
+        """End the run for its caller. If the coroutine ever continues, it is cancelled before it does anything."""
         self.abandoned = True
-        begun = self.begun
+        begun = self.begun  # read after `abandoned` is set; `_Steps.send` does both in the other order
         self.cancel()
-        if not self.ending.done():
-            self.ended_at = time.monotonic()
-            self.ending.set_result(_End(error=LoopAbandoned(blocked_by, begun=begun)))
+        self._end(time.monotonic(), LoopAbandoned(blocked_by, begun=begun))
 
-    def when_over(self, told: Callable[[], None]) -> None:
-        self._when_over.append(told)
+    def _end(self, at: float, error: LoopAbandoned | None = None) -> None:
+        if not self.ended.done():
+            self.ended_at = at
+            self._error = error
+            self.ended.set_result(None)
+
+    def _stop(self, at: float) -> None:
+        self._runs.discard(self)
+        self._end(at)
+        self.stopped.set()
 
     # --- on the plugins' loop ---
 
     def _begin(self, coroutine: Coroutine[Any, Any, T]) -> None:
         self.task = self._loop.create_task(_Steps(self, coroutine))
-        self.task.add_done_callback(self._ended)
+        self.task.add_done_callback(self._report)
 
-    def _ended(self, task: asyncio.Task[T]) -> None:
-        ended_at = time.monotonic()
-        if task.cancelled():
-            end: _End[T] = _End(error=asyncio.CancelledError())
-        elif (error := task.exception()) is not None:
-            end = _End(error=error)
-        else:
-            end = _End(value=task.result())
-        try:
-            self._caller.call_soon_threadsafe(self._tell, end, ended_at)
-        except RuntimeError:  # the caller's loop has been closed: nobody is waiting any more
-            return
-
-    def _tell(self, end: _End[T], ended_at: float) -> None:
-        self._is_over = True
-        if not self.ending.done():
-            self.ended_at = ended_at
-            self.ending.set_result(end)
-        for told in self._when_over:
-            told()
+    def _report(self, task: asyncio.Task[T]) -> None:
+        if not task.cancelled():
+            task.exception()  # marks it as retrieved: the caller may never ask
+        with contextlib.suppress(RuntimeError):  # the caller's loop is closed
+            self._caller.call_soon_threadsafe(self._stop, time.monotonic())
 
 
 class _Steps(Coroutine[Any, Any, T]):
-    """
-    A run's coroutine, which looks before every step whether the run has been abandoned: to be told by the loop would be
-    too late for what is ready to go on when the thread lets go.
+    """The coroutine of a run, cancelled before its next step if the run has been abandoned.
+
+    A cancellation through the loop would come too late for a coroutine that is ready to continue when the thread is
+    free again.
     """
 
     def __init__(self, run: Run[T], coroutine: Coroutine[Any, Any, T]) -> None:
         self._run = run
         self._coroutine = coroutine
-        self._told = False
+        self._cancelled = False
 
     def send(self, value: Any) -> Any:
-        self._run.begun = True  # before it is looked: `abandon` does it the other way round
-        if self._run.abandoned and not self._told:
+        self._run.begun = True  # set before `abandoned` is read; `Run.abandon` does both in the other order
+        if self._run.abandoned and not self._cancelled:
             return self.throw(asyncio.CancelledError())
         return self._coroutine.send(value)
 
     def throw(self, *error: Any) -> Any:
-        self._told = self._run.abandoned
+        self._cancelled = self._run.abandoned
         return self._coroutine.throw(*error)
 
     def close(self) -> None:
@@ -205,7 +178,7 @@ class _Steps(Coroutine[Any, Any, T]):
 
 
 class PluginLoop:
-    """An event loop in a daemon thread: a handler that never returns does not keep the process alive."""
+    """An event loop in a daemon thread, so that a handler that never returns does not keep the process alive."""
 
     def __init__(self, name: str, make_norce: Callable[[], Norce], make_outgoing: Callable[[], Outgoing]) -> None:
         self.name = name
@@ -213,102 +186,90 @@ class PluginLoop:
         self.norce = make_norce()
         self.outgoing = make_outgoing()
         self._runs: set[Run[Any]] = set()
-        self._asked_at: float | None = None  # when it was asked for a sign of life that has not come yet
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._pinged_at: float | None = None  # None if the last ping was answered
+        self._thread = threading.Thread(target=self._run_loop, name=name, daemon=True)
         self._thread.start()
 
-    def run(self, coroutine: Coroutine[Any, Any, T], *, name: str = "", within: timedelta = timedelta.max) -> Run[T]:
-        run = Run(self.loop, coroutine, name=name, deadline=time.monotonic() + within.total_seconds())
-        self._runs.add(run)
-        run.when_over(lambda: self._runs.discard(run))
-        return run
+    def start(self, coroutine: Coroutine[Any, Any, T], *, name: str = "", within: timedelta = timedelta.max) -> Run[T]:
+        deadline = time.monotonic() + within.total_seconds()
+        return Run(self.loop, coroutine, name=name, deadline=deadline, runs=self._runs)
 
-    def is_held(self, patience: timedelta) -> bool:
+    def is_blocked(self, patience: timedelta) -> bool:
+        """Return whether the loop has not answered a ping for `patience`; send the next ping if it has.
+
+        The run that occupies the loop must be past its deadline by as much.
         """
-        Whether the loop has shown no sign of life for so long, and the run that has it is as far past its deadline.
-        Asks for the next sign.
-        """
-        now, asked_at = time.monotonic(), self._asked_at
-        if asked_at is None:
-            self._asked_at = now
-            self.loop.call_soon_threadsafe(self._alive)
+        now, pinged_at = time.monotonic(), self._pinged_at
+        if pinged_at is None:
+            self._pinged_at = now
+            self.loop.call_soon_threadsafe(self._pong)
             return False
-        holding = self.holding()
-        late_since = asked_at if holding is None else max(asked_at, holding.deadline)
-        return now - late_since > patience.total_seconds()
+        current = self.current_run()
+        blocked_since = pinged_at if current is None else max(pinged_at, current.deadline)
+        return now - blocked_since > patience.total_seconds()
 
-    def holding(self) -> Run[Any] | None:
-        """The run that the thread is in at this moment."""
+    def current_run(self) -> Run[Any] | None:
+        """Return the run that the thread executes at this moment."""
         task = asyncio.current_task(self.loop)
         return next((run for run in self._runs if task is not None and run.task is task), None)
 
     def abandon(self) -> Run[Any] | None:
-        """Gives the loop up with all its runs; answers the one that holds it. Its thread ends when that lets go."""
-        holding = self.holding()
+        """Abandon the loop with all its runs and return the run that blocks it.
+
+        The thread ends when that run lets it continue.
+        """
+        current = self.current_run()
         for run in tuple(self._runs):
-            run.abandon(holding)
-        asyncio.run_coroutine_threadsafe(self._end(), self.loop)
-        return holding
+            run.abandon(current)
+        asyncio.run_coroutine_threadsafe(self._close(ABANDONED_CLOSING_TIME), self.loop)
+        return current
 
     async def stop(self, within: timedelta) -> bool:
-        """Cancels what still runs, closes the connections and ends the thread; False where a handler holds it."""
-        run = self.run(self._stop())
+        """Cancel all runs, close the connections and end the thread. Return False if a handler blocks it."""
+        run = self.start(self._cancel_all())
         try:
-            await run.result(within)
+            await run.wait(within)
         except DeadlinePassed:
             return False
         self.loop.call_soon_threadsafe(self.loop.stop)
         await asyncio.to_thread(self._thread.join, 1.0)
         return not self._thread.is_alive()
 
-    async def _stop(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        if others:
-            await asyncio.wait(others, timeout=STUBBORN_SECONDS)
-        await self._close()
+    # --- on the plugins' loop ---
 
-    async def _end(self) -> None:
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        if others:
-            await asyncio.wait(others, timeout=5)
-        await self._close()
+    async def _cancel_all(self) -> None:
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await self._close_connections(CLOSING_TIME)
+
+    async def _close(self, within: timedelta) -> None:
+        await self._close_connections(within)
         self.loop.stop()
 
-    async def _close(self) -> None:
+    async def _close_connections(self, within: timedelta) -> None:
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=within.total_seconds())
         await self.norce.aclose()
         await self.outgoing.aclose()
 
-    def _alive(self) -> None:
-        self._asked_at = None
+    def _pong(self) -> None:
+        self._pinged_at = None
 
-    def _run(self) -> None:
+    def _run_loop(self) -> None:
         asyncio.set_event_loop(self.loop)
         self.loop.run_forever()
         self.loop.close()
 
 
-class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """What a context is made of, apart from the loop that it will live on."""
-
-    route: str
-    settings: Settings
-    merchant: str
-    channel: str
-    order_id: str
-    identity: str
-    deadline: datetime
-    first_attempt_at: datetime
-    attempt: int = 1
-    previous: Previous | None = None
-
-
 class Runner:
-    """
-    The plugins' loops. Make it on the service's own loop; `stop` when done. `patience` is how long a handler may hold
-    its loop past its deadline, that of answers at most `ANSWERS_PATIENCE`; `replaced` is told which loop was then
-    replaced, and the route that held it.
+    """The plugins' loops. Create it on the service's own loop, and call `stop` at the end.
+
+    Args:
+        make_norce: Creates a client for Norce, for one loop.
+        make_outgoing: Creates the connections of `context.http`, for one loop.
+        clock: The time that deadlines are given in.
+        patience: How long a handler may block its loop past its deadline; for answers at most `ANSWERS_PATIENCE`.
+        replaced: Called with the name of a loop that was replaced and the route that blocked it.
     """
 
     def __init__(
@@ -316,7 +277,7 @@ class Runner:
         *,
         make_norce: Callable[[], Norce],
         make_outgoing: Callable[[], Outgoing] = Outgoing,
-        clock: Clock,
+        clock: Callable[[], datetime],
         patience: timedelta = timedelta(seconds=10),
         replaced: Callable[[str, str], None] = lambda _loop, _route: None,
     ) -> None:
@@ -325,120 +286,118 @@ class Runner:
         self._replaced = replaced
         self._make_norce = make_norce
         self._make_outgoing = make_outgoing
-        self._loops: dict[str, PluginLoop] = {}
-        for name in ("answers", "deliveries"):
-            self.open(name)
-        # For handlers that compute: one for all calls, for making a client costs more than a small rule.
-        self._nothing_outside: tuple[httpx.AsyncClient, Orders] = (
-            httpx.AsyncClient(transport=_NoNetwork()),
-            _NoOrders(),
-        )
+        self._loops: dict[LoopName, PluginLoop] = {}
+        self.open("answers")
+        self.open("deliveries")
+        # Shared by all handlers that compute: creating a client costs more than a small rule.
+        self._no_network = httpx.AsyncClient(transport=_NoNetwork())
 
-    def open(self, name: str) -> None:
-        """A loop of this name, in place of the one that there may be. Shadows have one where somebody opens it."""
+    def open(self, name: LoopName) -> None:
+        """Open a loop, in place of the one of this name. The loop for shadows exists only after this call."""
         self._loops[name] = PluginLoop(f"plugins-{name}", self._make_norce, self._make_outgoing)
 
     async def watch(self, every: timedelta = timedelta(seconds=1)) -> None:
-        """Replaces a loop that a handler holds far past its deadline; until cancelled."""
+        """Replace loops that a handler blocks far past its deadline, until cancelled."""
         while True:
             await asyncio.sleep(every.total_seconds())
             for name, loop in self._loops.items():
-                if loop.is_held(min(self._patience, ANSWERS_PATIENCE) if name == "answers" else self._patience):
+                if loop.is_blocked(min(self._patience, ANSWERS_PATIENCE) if name == "answers" else self._patience):
                     self._replace(name, loop)
 
-    def _replace(self, name: str, held: PluginLoop) -> None:
-        route = getattr(held.abandon(), "name", "unknown")
-        log.error("plugins_loop_replaced", loop=held.name, route=route)
-        self._replaced(held.name, route)
+    def _replace(self, name: LoopName, blocked: PluginLoop) -> None:
+        route = getattr(blocked.abandon(), "name", "unknown")
+        log.error("plugins_loop_replaced", loop=blocked.name, route=route)
+        self._replaced(blocked.name, route)
         self.open(name)
 
-    def deliver(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | Skip]:
-        """Starts `deliver` on the deliveries' loop."""
-        loop = self._loops["deliveries"]
-        context = self._context(loop, call)
-        return loop.run(
-            _called(lambda: handler.deliver(notification, context)), name=call.route, within=self._left(call)
-        )
-
-    def lookup(self, handler: NotificationHandler[Any], notification: Notification, call: Call) -> Run[Done | None]:
-        """Starts `lookup` on the deliveries' loop."""
-        loop = self._loops["deliveries"]
-        context = self._context(loop, call)
-        return loop.run(
-            _called(lambda: handler.lookup(notification, context)), name=call.route, within=self._left(call)
-        )
-
-    def compute(self, ask: Asking[T], order: Order, call: Call) -> T:
-        """
-        What a handler that computes answers, in place. Raises what it raises, and `HandlerWaits`.
-        """
-        try:
-            coroutine = ask(order, self._context(None, call))
-            coroutine.send(None)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise RuntimeError("the handler tried to end the process") from error
-        coroutine.close()
-        raise HandlerWaits("the handler declares that it computes, and waits")
-
-    def ask(self, ask: Asking[T], order: Order, call: Call, *, computes: bool = False, shadow: bool = False) -> Run[T]:
-        """Starts the same on the answers' loop, or on that of shadows; a handler that computes gets nothing more."""
-        loop = self._loops["shadows" if shadow else "answers"]
-        context = self._context(None if computes else loop, call)
-        return loop.run(_called(lambda: ask(order, context)), name=call.route, within=self._left(call))
-
-    def holding_answers(self) -> Run[Any] | None:
-        """The run that the answers' thread is in at this moment: one that does not let go of it blocks all others."""
-        return self._loops["answers"].holding()
-
-    async def stop(self, within: timedelta) -> None:
-        """Ends all loops. A thread that a handler blocks is left behind, for the process to take with it."""
-        await asyncio.gather(*(loop.stop(within) for loop in self._loops.values()))
-
-    def _left(self, call: Call) -> timedelta:
-        return call.deadline - self._clock()
-
-    def _context(self, loop: PluginLoop | None, call: Call) -> Context[Any]:
-        log = structlog.get_logger("plugin", route=call.route, order_id=call.order_id, attempt=call.attempt)
-        http, orders = self._nothing_outside
-        if loop is not None:
-            http = loop.outgoing.client(call.settings, call.deadline, self._clock)
-            orders = loop.norce.for_handlers(Channel(call.merchant, call.channel))
+    def context(
+        self,
+        on: LoopName | None,
+        *,
+        route: str,
+        settings: Settings,
+        channel: Channel,
+        order_id: str,
+        identity: str,
+        deadline: datetime,
+        first_attempt_at: datetime,
+        attempt: int = 1,
+        previous: Previous | None = None,
+    ) -> Context[Any]:
+        """Build the context of a call on one of the loops, or (None) of a handler that only computes."""
+        http: httpx.AsyncClient = self._no_network
+        orders: Orders = _NO_ORDERS
+        if on is not None:
+            http = self._loops[on].outgoing.client(settings, deadline, self._clock)
+            orders = self._loops[on].norce.for_handlers(channel)
         return Context(
-            settings=call.settings,
-            log=log,
+            settings=settings,
+            log=structlog.get_logger("plugin", route=route, order_id=order_id, attempt=attempt),
             http=http,
             orders=orders,
             clock=self._clock,
-            identity=call.identity,
-            route=call.route,
-            deadline=call.deadline,
-            attempt=call.attempt,
-            first_attempt_at=call.first_attempt_at,
-            previous=call.previous,
+            identity=identity,
+            route=route,
+            deadline=deadline,
+            attempt=attempt,
+            first_attempt_at=first_attempt_at,
+            previous=previous,
         )
 
+    def start(self, on: LoopName, handle: Handle[T], context: Context[Any]) -> Run[T]:
+        """Start a call of a handler on one of the loops."""
+        return self._loops[on].start(
+            _guarded(handle, context), name=context.route, within=context.deadline - self._clock()
+        )
 
-async def _called(call: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """
-    One call of a plugin's method, made where it is to run: one that is no coroutine must not block the service's loop.
+    def compute(self, handle: Handle[T], context: Context[Any]) -> T:
+        """Call a handler that only computes, here and now.
 
-    A plugin that tries to end the process would end the loop for all of them; that is a bug of its own alone.
+        Raises:
+            HandlerWaits: The handler awaited something.
+            Exception: Whatever the handler raised.
+        """
+        coroutine = _guarded(handle, context)
+        try:
+            coroutine.send(None)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+        coroutine.close()
+        raise HandlerWaits("the handler declares that it only computes, and awaits something")
+
+    def current_answer(self) -> Run[Any] | None:
+        """Return the run that occupies the answers' thread at this moment. All others on that loop wait for it."""
+        return self._loops["answers"].current_run()
+
+    async def stop(self, within: timedelta) -> None:
+        """Stop all loops. A thread that a handler blocks is left behind and ends with the process."""
+        await asyncio.gather(*(loop.stop(within) for loop in self._loops.values()))
+
+
+async def _guarded(handle: Handle[T], context: Context[Any]) -> T:
+    """Call a plugin's method on the thread where it is to run, because one that is no coroutine blocks that thread.
+
+    A plugin that tries to end the process would otherwise end the loop for all handlers.
     """
     try:
-        return await call()
+        return await handle(context)
     except (SystemExit, KeyboardInterrupt) as error:
         raise RuntimeError("the handler tried to end the process") from error
 
 
+_COMPUTES_ONLY = "a handler that declares that it only computes may not call other systems"
+
+
 class _NoNetwork(httpx.AsyncBaseTransport):
     async def handle_async_request(self, _request: httpx.Request) -> NoReturn:
-        raise Misconfigured("computes-only", "a handler that declares computes may not call anybody")
+        raise Misconfigured("computes-only", _COMPUTES_ONLY)
 
 
 class _NoOrders:
     async def call(self, *_: Any, **__: Any) -> NoReturn:
-        raise Misconfigured("computes-only", "a handler that declares computes may not call anybody")
+        raise Misconfigured("computes-only", _COMPUTES_ONLY)
 
     read = set_reference = set_attributes = call
+
+
+_NO_ORDERS = _NoOrders()

@@ -29,9 +29,9 @@ from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce, NorceRefused, NorceUnavailable
 from adapter.orders import Order
-from adapter.plugin import Patch, Problem, Refuse
+from adapter.plugin import Context, Patch, Problem, Refuse
 from adapter.routing.routes import Callback, Route, Routes, wants
-from adapter.routing.runner import Call, LoopAbandoned, Run, Runner
+from adapter.routing.runner import LoopAbandoned, LoopName, Run, Runner
 from adapter.verdicts.patches import PatchInvalid, encode, merge
 
 log = structlog.get_logger(__name__)
@@ -225,15 +225,16 @@ class Verdicts:
             elif route.computes:
                 computing.append(route)
             else:
-                call = self._call(asked, route, asked.ends - time.monotonic())
-                runs.append((route, self._runner.ask(route.ask, order, call)))
+                context = self._context(asked, route, "answers", asked.ends - time.monotonic())
+                runs.append((route, self._runner.start("answers", partial(route.ask, order), context)))
         for route in computing:
             began = time.monotonic()
-            call = self._call(asked, route, asked.ends - began)
-            verdicts[route.name] = _heard(route, partial(self._runner.compute, route.ask, order, call), began)
+            context = self._context(asked, route, None, asked.ends - began)
+            compute = partial(self._runner.compute, partial(route.ask, order), context)
+            verdicts[route.name] = _heard(route, compute, began)
         if runs:
-            await self._wait(asked, [run.ending for _, run in runs])
-            holding = self._runner.holding_answers()
+            await self._wait(asked, [run.ended for _, run in runs])
+            holding = self._runner.current_answer()
             for route, run in runs:
                 verdicts[route.name] = self._in_time(asked, order, route, run, holding)
         return [verdict for verdict in verdicts.values() if verdict is not None]
@@ -245,13 +246,13 @@ class Verdicts:
         self._metrics.conditions.labels("route", held.value).inc()
         return held
 
-    def _call(self, asked: _Asked, route: Route, seconds: float) -> Call:
+    def _context(self, asked: _Asked, route: Route, on: LoopName | None, seconds: float) -> Context[Any]:
         now = to_datetime(self._clock())
-        return Call(
+        return self._runner.context(
+            on,
             route=route.name,
             settings=route.settings[asked.channel],
-            merchant=asked.channel.merchant,
-            channel=asked.channel.name,
+            channel=asked.channel,
             order_id=asked.order_id,
             identity=asked.order_id,
             deadline=now + timedelta(seconds=seconds),
@@ -267,12 +268,12 @@ class Verdicts:
                 await asyncio.wait(pending, timeout=max(asked.ends - time.monotonic(), 0))
 
     def _in_time(self, asked: _Asked, order: Order, route: Route, run: Run[Any], holding: Run[Any] | None) -> Verdict:
-        if run.ending.done():
-            return _heard(route, run.outcome, run.made_at, run.ended_at)
+        if run.ended.done():
+            return _heard(route, run.result, run.started_at, run.ended_at)
         self._go_on(run, lambda: self._came_late(asked, order, route, run))
         is_to_blame = holding is not None and holding.name == route.name
         why = "blocks" if is_to_blame else "late" if run.begun else "held-up"
-        return _no_answer(route, why, began=run.made_at)
+        return _no_answer(route, why, began=run.started_at)
 
     def _go_on(self, run: Run[Any], then: Callable[[], None]) -> None:
         """Lets it run though nobody waits for it, and calls `then` where it ends before too many others have come."""
@@ -291,7 +292,7 @@ class Verdicts:
                 else:
                     then()
 
-        run.ending.add_done_callback(ended)
+        run.ended.add_done_callback(ended)
 
     @contextmanager
     def _watching(self, asked: _Asked) -> Iterator[None]:
@@ -368,7 +369,7 @@ class Verdicts:
             log.error("handler_failed", route=route.name, handler=route.handler_name, exc_info=error)
 
     def _came_late(self, asked: _Asked, order: Order, route: Route, run: Run[Any]) -> None:
-        heard = _heard(route, run.outcome, run.made_at, run.ended_at)
+        heard = _heard(route, run.result, run.started_at, run.ended_at)
         (verdict,) = _merged(asked.callback, order, [heard]).verdicts
         if asked.hung_up_at is not None:
             self._unheard(asked, verdict, "hung-up", "unanswered")
@@ -380,15 +381,15 @@ class Verdicts:
     def _shadow(self, asked: _Asked, answer: Answer, order: Order, route: Route) -> None:
         held = self._held(route, order)
         if held is Result.MATCHED:
-            call = self._call(asked, route, asked.ends - asked.began)
-            run = self._runner.ask(route.ask, order, call, computes=route.computes, shadow=True)
+            context = self._context(asked, route, None if route.computes else "shadows", asked.ends - asked.began)
+            run = self._runner.start("shadows", partial(route.ask, order), context)
             self._go_on(run, lambda: self._shadow_said(asked, answer, order, route, run))
         elif held is Result.ERROR:
             verdict = _no_answer(route, "condition", began=time.monotonic())
             self._unheard(asked, verdict, "shadow", "same")
 
     def _shadow_said(self, asked: _Asked, answer: Answer, order: Order, route: Route, run: Run[Any]) -> None:
-        heard = _heard(route, run.outcome, run.made_at, run.ended_at)
+        heard = _heard(route, run.result, run.started_at, run.ended_at)
         # As if it were the last of the routes; what it asks for may be there already, by itself or by another's patch.
         after = _merged(asked.callback, order, [*answer.verdicts, heard])
         verdict = after.verdicts[-1]

@@ -137,7 +137,7 @@ def install(turn: Turn) -> None:
     after(Store, "_transaction", "commit-unheard")
     after(Lanes, "_claim", "claim-before-commit", lambda taken: any(each.claims for each in taken))
     awaited(Lanes, "claim", "claim-after-commit", lambda taken: bool(taken.claims))
-    before(Runner, "deliver", "handler-before")
+    before(Runner, "start", "handler-before")
     for handler in (JetshopExport, WarehouseExport):
         awaited(handler, "deliver", "handler-after-effect")
         awaited(handler, "lookup", "lookup-answered")

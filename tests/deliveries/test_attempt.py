@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -17,6 +17,7 @@ from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Ending, Interrupted
 from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
+from adapter.orders import Order, read_order
 from adapter.plugin import (
     Context,
     Done,
@@ -52,13 +53,16 @@ class Plain(NotificationHandler[NoSettings]):
     def __init__(self, does: Does) -> None:
         self._does = does
         self.calls: list[str] = []
+        self.seen: list[Notification] = []
         self.began = threading.Event()
 
     async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        self.seen.append(notification)
         return await self._called("deliver")  # type: ignore[no-any-return]
 
     async def _called(self, kind: str) -> Any:
         self.calls.append(kind)
+        self.thread = threading.get_ident()
         self.began.set()
         return await self._does()
 
@@ -98,7 +102,7 @@ def queue(handler: Plain, *, timeout: timedelta = 30 * SECOND, refetch: bool = F
         schedule=(5 * SECOND,),
         concurrency=4,
     )
-    return Queue(id=1, route=route, merchant="fjallboden", channel="1")
+    return Queue(route=route, channel=Channel("fjallboden", "1"))
 
 
 @dataclass
@@ -220,6 +224,38 @@ def test_nothing_is_begun_that_would_not_end_before_the_doubt_about_its_claim() 
     run(test)
 
 
+class Reader:
+    """A client for Norce that notes on which thread it reads and decodes."""
+
+    def for_handlers(self, channel: Channel) -> "Reader":
+        return self
+
+    async def read_bytes(self, order_id: str) -> bytes:
+        self.read_on = threading.get_ident()
+        return b'{"id": "order-1", "currency": "SEK"}'
+
+    def parse(self, content: bytes, order_id: str) -> Order:
+        self.parsed_on = threading.get_ident()
+        return read_order(content)
+
+
+def test_an_order_is_decoded_on_the_handlers_thread() -> None:
+    """An order of 4 MiB takes up to a second, which no verdict on the service's loop can wait for."""
+
+    async def test() -> None:
+        reader, handler = Reader(), Plain(done)
+        async with trying() as trial:
+            trial.attempts = Attempts(runner=trial.runner, norce=cast("Any", reader), clock=lambda: NOON)
+            await trial.run(CLAIM, queue(handler, refetch=True))
+
+        assert reader.read_on == threading.get_ident()
+        assert reader.parsed_on == handler.thread
+        (notification,) = handler.seen
+        assert (notification.order.currency, notification.received.currency) == ("SEK", None)
+
+    run(test)
+
+
 # --- what is cut short ----------------------------------------------------------------------------------------------
 
 
@@ -303,7 +339,7 @@ def test_a_handler_that_holds_its_thread_far_past_its_deadline_still_runs(claim:
             assert (ended.result, ended.outcome) == (Ending.BLOCKED, "blocked")
             assert ended.still_runs is not None
             holds.let_go.set()
-            await asyncio.wait_for(ended.still_runs.over(), PATIENCE)
+            await asyncio.wait_for(ended.still_runs.stopped.wait(), PATIENCE)
             await holds.ends()
 
     run(test)

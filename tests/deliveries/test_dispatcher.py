@@ -359,7 +359,7 @@ async def working(
     runner = Runner(make_norce=norce, clock=clock.moment, patience=patience, replaced=metrics.loop_replaced)
     our_norce = norce()
     dispatcher = Dispatcher(
-        {id_: Queue(id=id_, route=of_route[key.route], merchant=key.merchant, channel=key.channel)
+        {id_: Queue(route=of_route[key.route], channel=Channel(key.merchant, key.channel))
          for key, id_ in ids.items()},
         lanes=lanes, lease=lease, attempts=Attempts(runner=runner, norce=our_norce, clock=clock),
         before_handler=NORCE_TIMEOUT, metrics=metrics, clock=clock, slots=slots, random=lambda: 0.0,

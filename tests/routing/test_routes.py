@@ -1,9 +1,8 @@
 """`adapter.routing.routes`: selecting routes, and everything that can be wrong at start."""
 
-import asyncio
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from adapter import config as configuration
 from adapter.conditions import Result
 from adapter.config import ConfigurationInvalid
-from adapter.orders import Order, unread
+from adapter.orders import Order
 from adapter.plugin import (
     Context,
     Done,
@@ -186,46 +185,6 @@ def test_what_a_handler_can_do_about_doubt_is_known(tmp_path: Path) -> None:
         (False, False),
         (False, True),
     ]
-
-
-class Forwards(ValidationHandler[Shop], HookHandler[Shop]):
-    """Sends the order elsewhere, in its own words."""
-
-    def __init__(self) -> None:
-        self.sent: list[Any] = []
-
-    async def validate(self, order: Order, context: Context[Shop]) -> list[Problem]:
-        self.sent.append(msgspec.to_builtins(order))
-        return []
-
-    async def change(self, order: Order, context: Context[Shop]) -> list[Patch]:
-        self.sent.append(msgspec.to_builtins(order))
-        return []
-
-
-def test_an_order_that_a_hook_handler_encodes_unread_is_no_empty_one_but_a_mistake_that_says_what_to_do(
-    tmp_path: Path,
-) -> None:
-    text = export().replace("routes:", "  cart: {kind: hook, watch: /cart}\nroutes:")
-    text += "  change: {callback: cart, handler: change, no_answer: approve}\n"
-    (route,) = made(tmp_path, text, HANDLERS | {"change": Forwards}).of("cart")
-    order = unread(b'{"id": "order-1"}', {"id": "order-1"})
-
-    with pytest.raises(TypeError, match="SendOrderDataInstead"):
-        asyncio.run(route.ask(order, cast("Any", None)))
-
-    assert (order.id, msgspec.to_builtins(order.data)) == ("order-1", {"id": "order-1"})
-
-
-def test_an_order_that_a_validation_handler_encodes_is_not_empty(tmp_path: Path) -> None:
-    """It was read from Norce, and nobody has looked at it yet."""
-    text = export() + "  check: {callback: order-rules, handler: check, no_answer: approve}\n"
-    (route,) = made(tmp_path, text, HANDLERS | {"check": Forwards}).of("order-rules")
-    raw = b'{"id": "order-1"}'
-
-    asyncio.run(route.ask(unread(raw, {"id": "order-1"}), cast("Any", None)))
-
-    assert cast("Any", route.handler).sent[0]["id"] == "order-1"
 
 
 def test_the_bundled_handlers_are_installed() -> None:

@@ -9,28 +9,21 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.identifiers import Channel
 from adapter.norce.client import Account, Norce
-from adapter.orders import Order, read_order
 from adapter.outgoing import Outgoing
 from adapter.plugin import (
     Context,
     Done,
     Misconfigured,
-    NoSettings,
-    Notification,
-    NotificationHandler,
-    Problem,
     Secret,
     Settings,
-    Skip,
     Url,
-    ValidationHandler,
 )
-from adapter.routing.runner import Call, DeadlinePassed, HandlerWaits, LoopAbandoned, Runner
+from adapter.routing.runner import DeadlinePassed, HandlerWaits, LoopAbandoned, LoopName, Run, Runner
 from tests import PATIENCE
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
@@ -38,46 +31,38 @@ AT_ONCE = timedelta(0)
 SHORTLY = timedelta(milliseconds=200)
 HELD = timedelta(seconds=1)  # how long a handler may hold its loop past its deadline, where loops are watched
 OFTEN = timedelta(milliseconds=10)
-ORDER = read_order(b'{"id": "order-1"}')
 
 
 class ShopSettings(Settings, frozen=True, kw_only=True):
     base_url: Url = Url("https://shop.example")
 
 
-CALL = Call(
-    route="export",
-    settings=ShopSettings(),
-    merchant="fjallboden",
-    channel="1",
-    order_id="order-1",
-    identity="ab",
-    deadline=NOON + timedelta(minutes=1),
-    first_attempt_at=NOON,
-)
-NOTIFICATION = Notification(
-    id=1,
-    merchant="fjallboden",
-    channel="1",
-    callback="order-status",
-    order=ORDER,
-    received=ORDER,
-    raw=ORDER.raw,
-    received_at=NOON,
-)
+Handler = Callable[[Context[ShopSettings]], Coroutine[Any, Any, Any]]
 
 
-class Does(NotificationHandler[ShopSettings]):
-    """Runs what it is given."""
+def context(runner: Runner, on: LoopName | None, deadline: timedelta = timedelta(minutes=1)) -> Context[Any]:
+    return runner.context(
+        on,
+        route="export",
+        settings=ShopSettings(),
+        channel=Channel("fjallboden", "1"),
+        order_id="order-1",
+        identity="ab",
+        deadline=NOON + deadline,
+        first_attempt_at=NOON,
+    )
 
-    def __init__(self, deliver: Callable[[Context[ShopSettings]], Coroutine[Any, Any, Done]]) -> None:
-        self._deliver = deliver
 
-    async def deliver(self, notification: Notification, context: Context[ShopSettings]) -> Done | Skip:
-        return await self._deliver(context)
+def deliver(runner: Runner, handler: Handler, deadline: timedelta = timedelta(minutes=1)) -> Run[Any]:
+    return runner.start("deliveries", handler, context(runner, "deliveries", deadline))
 
-    async def lookup(self, notification: Notification, context: Context[ShopSettings]) -> Done | None:
-        return None
+
+def answer(runner: Runner, handler: Handler, deadline: timedelta = timedelta(minutes=1)) -> Run[Any]:
+    return runner.start("answers", handler, context(runner, "answers", deadline))
+
+
+def compute(runner: Runner, handler: Handler) -> Any:
+    return runner.compute(handler, context(runner, None))
 
 
 class Blocks:
@@ -93,15 +78,6 @@ class Blocks:
 
     async def has_begun(self) -> None:
         assert await asyncio.to_thread(self.entered.wait, PATIENCE)
-
-
-class Approves(ValidationHandler[ShopSettings]):
-    def __init__(self) -> None:
-        self.threads: list[int] = []
-
-    async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
-        self.threads.append(threading.get_ident())
-        return []
 
 
 def norce() -> Norce:
@@ -161,6 +137,10 @@ async def for_ever(_context: Context[ShopSettings]) -> Done:
     raise AssertionError
 
 
+async def done(_context: Context[ShopSettings]) -> Done:
+    return Done(str(threading.get_ident()))
+
+
 # --- results --------------------------------------------------------------------------------------------------------
 
 
@@ -170,11 +150,10 @@ def test_what_a_handler_returns_is_the_result() -> None:
             return Done("shop-7")
 
         async with running() as runner:
-            run = runner.deliver(Does(done), NOTIFICATION, CALL)
+            run = deliver(runner, done)
 
-            assert await run.result(timedelta(seconds=PATIENCE)) == Done("shop-7")
-            assert await run.ended() == Done("shop-7")
-            assert await runner.lookup(Does(done), NOTIFICATION, CALL).ended() is None
+            assert await run.wait(timedelta(seconds=PATIENCE)) == Done("shop-7")
+            assert await run.wait() == Done("shop-7")
 
     run(test)
 
@@ -185,10 +164,10 @@ def test_what_a_handler_raises_is_raised_to_the_caller() -> None:
             raise Misconfigured("wrong-shop-id")
 
         async with running() as runner:
-            run = runner.deliver(Does(raises), NOTIFICATION, CALL)
+            run = deliver(runner, raises)
 
             with pytest.raises(Misconfigured, match="wrong-shop-id"):
-                await run.result(timedelta(seconds=PATIENCE))
+                await run.wait(timedelta(seconds=PATIENCE))
 
     run(test)
 
@@ -202,11 +181,10 @@ def test_handlers_run_on_a_thread_of_their_own_one_for_deliveries_and_one_for_an
             return Done()
 
         async with running() as runner:
-            await runner.deliver(Does(note), NOTIFICATION, CALL).ended()
-            validation = Approves()
-            await runner.ask(validation.validate, ORDER, CALL).ended()
+            await deliver(runner, note).wait()
+            await answer(runner, note).wait()
 
-            assert len({*threads, *validation.threads}) == 3
+            assert len(set(threads)) == 3
 
     run(test)
 
@@ -222,10 +200,10 @@ def test_a_handler_that_tries_to_end_the_process_fails_alone(end: BaseException)
 
         async with running() as runner:
             with pytest.raises(RuntimeError):
-                await runner.deliver(Does(ends), NOTIFICATION, CALL).result(timedelta(seconds=PATIENCE))
+                await deliver(runner, ends).wait(timedelta(seconds=PATIENCE))
 
-            after = runner.deliver(Does(done), NOTIFICATION, CALL)
-            assert await after.result(timedelta(seconds=PATIENCE)) == Done()
+            after = deliver(runner, done)
+            assert await after.wait(timedelta(seconds=PATIENCE)) == Done()
 
     run(test)
 
@@ -233,15 +211,14 @@ def test_a_handler_that_tries_to_end_the_process_fails_alone(end: BaseException)
 def test_a_handler_that_is_no_coroutine_fails_and_not_on_the_callers_thread() -> None:
     threads: list[int] = []
 
-    class Synchronous(Approves):
-        def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:  # type: ignore[override]
-            threads.append(threading.get_ident())
-            return []
+    def synchronous(_context: Context[ShopSettings]) -> Any:
+        threads.append(threading.get_ident())
+        return Done()
 
     async def test() -> None:
         async with running() as runner:
             with pytest.raises(TypeError):
-                await runner.ask(Synchronous().validate, ORDER, CALL).ended()
+                await answer(runner, synchronous).wait()
 
             assert threads != [threading.get_ident()]
 
@@ -255,11 +232,11 @@ def test_a_caller_gives_up_at_the_deadline_although_the_handler_blocks_its_threa
     async def test() -> None:
         blocks = Blocks()
         async with running() as runner:
-            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            run = deliver(runner, blocks)
             await blocks.has_begun()
 
             with pytest.raises(DeadlinePassed):
-                await run.result(SHORTLY)
+                await run.wait(SHORTLY)
             blocks.let_go.set()
 
     run(test)
@@ -269,11 +246,11 @@ def test_ended_waits_for_a_handler_that_is_late_and_tells_what_it_did() -> None:
     async def test() -> None:
         blocks = Blocks()
         async with running() as runner:
-            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            run = deliver(runner, blocks)
             await blocks.has_begun()
             with pytest.raises(DeadlinePassed):
-                await run.result(AT_ONCE)
-            ended = asyncio.create_task(run.ended())
+                await run.wait(AT_ONCE)
+            ended = asyncio.create_task(run.wait())
             await asyncio.sleep(0)
             assert not ended.done()
 
@@ -287,12 +264,12 @@ def test_ended_waits_for_a_handler_that_is_late_and_tells_what_it_did() -> None:
 def test_a_handler_that_awaits_is_cancelled_when_it_is_told() -> None:
     async def test() -> None:
         async with running() as runner:
-            run = runner.deliver(Does(for_ever), NOTIFICATION, CALL)
+            run = deliver(runner, for_ever)
 
             run.cancel()
 
             with pytest.raises(asyncio.CancelledError):
-                await run.ended()
+                await run.wait()
 
     run(test)
 
@@ -307,16 +284,16 @@ def test_a_handler_that_blocks_hears_of_its_cancellation_when_it_lets_go() -> No
             raise AssertionError
 
         async with running() as runner:
-            run = runner.deliver(Does(blocks_and_awaits), NOTIFICATION, CALL)
+            run = deliver(runner, blocks_and_awaits)
             await blocks.has_begun()
             run.cancel()
             with pytest.raises(DeadlinePassed):
-                await run.result(AT_ONCE)
+                await run.wait(AT_ONCE)
 
             blocks.let_go.set()
 
             with pytest.raises(asyncio.CancelledError):
-                await run.ended()
+                await run.wait()
 
     run(test)
 
@@ -325,23 +302,17 @@ def test_answers_go_out_while_a_delivery_blocks_its_loop() -> None:
     async def test() -> None:
         blocks = Blocks()
         async with running() as runner:
-            delivery = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            delivery = deliver(runner, blocks)
             await blocks.has_begun()
 
-            assert await asyncio.wait_for(runner.ask(Approves().validate, ORDER, CALL).ended(), PATIENCE) == []
+            await asyncio.wait_for(answer(runner, done).wait(), PATIENCE)
             blocks.let_go.set()
-            await delivery.ended()
+            await delivery.wait()
 
     run(test)
 
 
 # --- a loop that is held far past a deadline ------------------------------------------------------------------------
-
-SOON_OVER = msgspec.structs.replace(CALL, deadline=NOON + SHORTLY)
-
-
-async def done(_context: Context[ShopSettings]) -> Done:
-    return Done(str(threading.get_ident()))
 
 
 def test_a_loop_that_a_handler_holds_is_replaced_and_the_next_deliveries_run_on_the_new_one() -> None:
@@ -349,15 +320,15 @@ def test_a_loop_that_a_handler_holds_is_replaced_and_the_next_deliveries_run_on_
         blocks = Blocks()
         async with watched() as watch:
             with capture_logs() as logged:
-                held = watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+                held = deliver(watch.runner, blocks, SHORTLY)
 
                 assert await watch.has_replaced() == ("plugins-deliveries", "export")
             told = {"loop": "plugins-deliveries", "route": "export"}
             assert logged == [{"event": "plugins_loop_replaced", "log_level": "error", **told}]
             with pytest.raises(LoopAbandoned) as abandoned:
-                await held.ended()
+                await held.wait()
             assert abandoned.value.blocked_by is held
-            after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            after = await deliver(watch.runner, done).wait()
             assert after.reference not in ("", str(watch.thread.ident))
             assert watch.thread.is_alive()
 
@@ -372,9 +343,9 @@ def test_a_run_is_over_only_when_its_thread_has_let_go() -> None:
     async def test() -> None:
         blocks = Blocks()
         async with watched() as watch:
-            held = watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            held = deliver(watch.runner, blocks, SHORTLY)
             await watch.has_replaced()
-            over = asyncio.create_task(held.over())
+            over = asyncio.create_task(held.stopped.wait())
             await asyncio.wait((over,), timeout=SHORTLY.total_seconds())
             assert not over.done()
 
@@ -439,13 +410,13 @@ def test_its_neighbours_are_cancelled_before_they_do_anything_more(
             return await blocks(context)
 
         async with watched() as watch:
-            beside = watch.runner.deliver(Does(neighbour), NOTIFICATION, CALL)
+            beside = deliver(watch.runner, neighbour)
             assert await asyncio.to_thread(neighbour.began.wait, PATIENCE)
-            held = watch.runner.deliver(Does(wakes_it_and_blocks), NOTIFICATION, SOON_OVER)
+            held = deliver(watch.runner, wakes_it_and_blocks, SHORTLY)
             await watch.has_replaced()
 
             with pytest.raises(LoopAbandoned) as abandoned:
-                await beside.ended()
+                await beside.wait()
             assert (abandoned.value.blocked_by, abandoned.value.begun) == (held, True)
             assert neighbour.effects == []
             blocks.let_go.set()
@@ -459,13 +430,13 @@ def test_a_handler_that_had_not_begun_when_its_loop_was_given_up_never_does() ->
     async def test() -> None:
         blocks, neighbour = Blocks(), Neighbour(_woken_at_every_turn)
         async with watched() as watch:
-            watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            deliver(watch.runner, blocks, SHORTLY)
             await blocks.has_begun()
-            waits = watch.runner.deliver(Does(neighbour), NOTIFICATION, CALL)
+            waits = deliver(watch.runner, neighbour)
             await watch.has_replaced()
 
             with pytest.raises(LoopAbandoned) as abandoned:
-                await waits.ended()
+                await waits.wait()
             assert not abandoned.value.begun
             blocks.let_go.set()
             await watch.has_ended()
@@ -485,7 +456,7 @@ def test_a_handler_that_blocks_and_then_awaits_is_cancelled_there() -> None:
             return Done()
 
         async with watched() as watch:
-            watch.runner.deliver(Does(blocks_and_sends), NOTIFICATION, SOON_OVER)
+            deliver(watch.runner, blocks_and_sends, SHORTLY)
             await watch.has_replaced()
 
             blocks.let_go.set()
@@ -505,11 +476,11 @@ def test_a_task_of_a_plugins_own_that_holds_the_loop_is_found_out_too() -> None:
             return Done()
 
         async with watched() as watch:
-            held = watch.runner.deliver(Does(leaves_a_task), NOTIFICATION, SOON_OVER)
+            held = deliver(watch.runner, leaves_a_task, SHORTLY)
 
             assert await watch.has_replaced() == ("plugins-deliveries", "unknown")
             with pytest.raises(LoopAbandoned) as abandoned:
-                await held.ended()
+                await held.wait()
             assert abandoned.value.blocked_by is None
             blocks.let_go.set()
             await watch.has_ended()
@@ -518,22 +489,16 @@ def test_a_task_of_a_plugins_own_that_holds_the_loop_is_found_out_too() -> None:
 
 
 def test_an_answer_that_holds_its_loop_is_given_up_and_deliveries_go_on() -> None:
-    class Dwells(Approves):
-        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
-            await blocks(context)
-            return []
-
-    blocks = Blocks()
-
     async def test() -> None:
+        blocks = Blocks()
         async with watched() as watch:
             thread = watch.runner._loops["answers"]._thread
             with pytest.raises(LoopAbandoned):
-                await watch.runner.ask(Dwells().validate, ORDER, SOON_OVER).ended()
+                await answer(watch.runner, blocks, SHORTLY).wait()
 
             assert await watch.has_replaced() == ("plugins-answers", "export")
-            assert await watch.runner.ask(Approves().validate, ORDER, CALL).ended() == []
-            after = await watch.runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            await answer(watch.runner, done).wait()
+            after = await deliver(watch.runner, done).wait()
             assert after.reference == str(watch.thread.ident)
             blocks.let_go.set()
             await asyncio.to_thread(thread.join, PATIENCE)
@@ -545,13 +510,13 @@ def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
     async def test() -> None:
         blocks = Blocks()
         async with running() as runner:
-            run = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+            run = deliver(runner, blocks)
             await blocks.has_begun()
-            runner._loops["deliveries"].is_held(AT_ONCE)  # asks for the sign of life that does not come
+            runner._loops["deliveries"].is_blocked(AT_ONCE)  # asks for the sign of life that does not come
 
-            assert not runner._loops["deliveries"].is_held(AT_ONCE)
+            assert not runner._loops["deliveries"].is_blocked(AT_ONCE)
             blocks.let_go.set()
-            await run.ended()
+            await run.wait()
 
     run(test)
 
@@ -559,13 +524,11 @@ def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
 def test_a_loop_that_gives_a_sign_of_life_is_not_held_however_late_its_handlers_are() -> None:
     async def test() -> None:
         async with running() as runner:
-            late = runner.deliver(
-                Does(for_ever), NOTIFICATION, msgspec.structs.replace(CALL, deadline=NOON - timedelta(minutes=1))
-            )
-            await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+            late = deliver(runner, for_ever, timedelta(minutes=-1))
+            await deliver(runner, done).wait()
             for _ in range(3):
-                assert not runner._loops["deliveries"].is_held(AT_ONCE)
-                await runner.deliver(Does(done), NOTIFICATION, CALL).ended()
+                assert not runner._loops["deliveries"].is_blocked(AT_ONCE)
+                await deliver(runner, done).wait()
 
             late.cancel()
 
@@ -579,14 +542,14 @@ def test_stopping_returns_although_a_handler_blocks_its_thread() -> None:
     async def test() -> None:
         blocks = Blocks()
         runner = Runner(make_norce=norce, clock=lambda: NOON)
-        delivery = runner.deliver(Does(blocks), NOTIFICATION, CALL)
+        delivery = deliver(runner, blocks)
         await blocks.has_begun()
 
         await asyncio.wait_for(runner.stop(SHORTLY), PATIENCE)
 
         assert not blocks.let_go.is_set()
         blocks.let_go.set()
-        assert await delivery.ended() == Done("late")
+        assert await delivery.wait() == Done("late")
         await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
 
     run(test)
@@ -596,7 +559,7 @@ def test_stopping_does_not_wait_for_a_thread_that_was_given_up() -> None:
     async def test() -> None:
         blocks = Blocks()
         async with watched() as watch:
-            watch.runner.deliver(Does(blocks), NOTIFICATION, SOON_OVER)
+            deliver(watch.runner, blocks, SHORTLY)
             await watch.has_replaced()
 
         assert watch.thread.is_alive()
@@ -620,43 +583,35 @@ def test_a_handler_reaches_its_own_hosts_and_norce_through_its_context() -> None
             return Done()
 
         async with running() as runner:
-            await runner.deliver(Does(looks_around), NOTIFICATION, CALL).ended()
+            await deliver(runner, looks_around).wait()
 
             assert seen == ["shop.example", "order-9", NOON, "export", "ab"]
 
     run(test)
 
 
-class Computes(Approves):
-    computes = True
-
-
 def test_a_handler_that_computes_runs_in_place() -> None:
     async def test() -> None:
         async with running() as runner:
-            handler = Computes()
-            assert runner.compute(handler.validate, ORDER, CALL) == []
-
-            assert handler.threads == [threading.get_ident()]
+            assert compute(runner, done) == Done(str(threading.get_ident()))
 
     run(test)
 
 
-def test_a_handler_that_says_it_computes_and_waits_is_not_waited_for() -> None:
+def test_a_handler_that_declares_computes_and_waits_is_closed() -> None:
     closed: list[bool] = []
 
-    class Waits(Computes):
-        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
-            try:
-                await asyncio.sleep(0)
-            finally:
-                closed.append(True)
-            return []
+    async def waits(_context: Context[ShopSettings]) -> Done:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            closed.append(True)
+        return Done()
 
     async def test() -> None:
         async with running() as runner:
             with pytest.raises(HandlerWaits):
-                runner.compute(Waits().validate, ORDER, CALL)
+                compute(runner, waits)
 
             assert closed == [True]
 
@@ -665,14 +620,13 @@ def test_a_handler_that_says_it_computes_and_waits_is_not_waited_for() -> None:
 
 @pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
 def test_a_handler_that_computes_and_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
-    class Ends(Computes):
-        async def validate(self, order: Order, context: Context[ShopSettings]) -> list[Problem]:
-            raise end
+    async def ends(_context: Context[ShopSettings]) -> Done:
+        raise end
 
     async def test() -> None:
         async with running() as runner:
             with pytest.raises(RuntimeError, match="tried to end the process"):
-                runner.compute(Ends().validate, ORDER, CALL)
+                compute(runner, ends)
 
     run(test)
 
@@ -686,17 +640,10 @@ async def _reads_an_order(context: Context[Any]) -> None:
 
 
 @pytest.mark.parametrize("calls", [_calls_out, _reads_an_order], ids=["http", "orders"])
-def test_a_handler_that_computes_may_call_nobody(calls: Callable[[Context[Any]], Coroutine[Any, Any, None]]) -> None:
-    class Calls(ValidationHandler[NoSettings]):
-        computes = True
-
-        async def validate(self, order: Order, context: Context[NoSettings]) -> list[Problem]:
-            await calls(context)
-            return []
-
+def test_a_handler_that_computes_may_not_call_other_systems(calls: Handler) -> None:
     async def test() -> None:
         async with running() as runner:
             with pytest.raises(Misconfigured, match="computes-only"):
-                runner.compute(Calls().validate, ORDER, CALL)
+                compute(runner, calls)
 
     run(test)

@@ -701,7 +701,7 @@ def test_a_mistake_of_ours_counts_as_every_routes_no_answer(tmp_path: Path, no_a
     async def ask() -> tuple[Answer, Answer]:
         routes = hook("one", "patch-in-place", no_answer=no_answer) + route("two", "deny", no_answer=no_answer)
         async with asking(tmp_path, routes, HOOKS | {"deny": Deny}) as at:
-            at.verdicts._call = None  # type: ignore[assignment,method-assign]
+            at.verdicts._context = None  # type: ignore[assignment,method-assign]
             return await at.change(), await at.validate()
 
     for answer in asyncio.run(ask()):
