@@ -319,8 +319,8 @@ def store_check(config_path: Path) -> None:
     for each in found:
         click.echo(each, err=True)
     if found:
-        end(FAILED, f"{database_at(config.store.url).where}: {len(found)} kinds of faults")
-    click.echo(f"{database_at(config.store.url).where}: all is well")
+        end(FAILED, f"{database_at(config.store.url).location}: {len(found)} kinds of faults")
+    click.echo(f"{database_at(config.store.url).location}: all is well")
 
 
 @store_group.command("stats")
@@ -353,7 +353,7 @@ def store_migrate(config_path: Path) -> None:
         Store.open(config.store.url).close()
     except (StoreInUse, StoreUnavailable) as error:
         end(STORE, one_line(error))
-    click.echo(f"{database_at(config.store.url).where} is up to date")
+    click.echo(f"{database_at(config.store.url).location} is up to date")
 
 
 @store_group.command("backup")

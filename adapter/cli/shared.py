@@ -117,7 +117,7 @@ def loaded(path: Path) -> Config:
 @contextlib.contextmanager
 def reading(config: Config) -> Iterator[Connection]:
     """A connection that only reads the ledger. Whatever it cannot do ends the command, in one line."""
-    where = database_at(config.store.url).where
+    where = database_at(config.store.url).location
     try:
         with open_for_reading(config.store.url).connect() as connection:
             yield connection

@@ -40,7 +40,7 @@ class Clock:
 
     @classmethod
     def of(cls, database: Database) -> "Clock":
-        return cls(database.wall)
+        return cls(database.wall_clock)
 
     def __call__(self) -> int:
         assert self._begins is not None, "the clock has not been read yet"
@@ -94,7 +94,7 @@ def _first(wall: int, away: int, latest: int, *, alone: bool) -> int:
 
 def seen_from_outside(database: Database, connection: Connection) -> int:
     """The moment, for who only reads beside the service."""
-    return database.wall(connection) + int(connection.execute(_read(AWAY)).scalar_one())
+    return database.wall_clock(connection) + int(connection.execute(_read(AWAY)).scalar_one())
 
 
 def _read(name: str) -> Select[int]:

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, insert, select, update
 
 from adapter.ledger.claims import pausing_of, queue_columns
 from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
-from adapter.ledger.retry import locked_lanes, retry_dead_letters
+from adapter.ledger.retry import DeadLetter, lock_lanes, retry_dead_letters
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
@@ -114,11 +114,11 @@ class Commands:
         changed = 0
         if letters and command == "retry":
             sends = step.unknown == "send"
-            changed = retry_dead_letters(connection, letters, self._clock(), reasons=reasons, nothing_happened=sends)
+            changed = retry_dead_letters(connection, letters, self._clock(), reasons=reasons, ends_doubt=sends)
         elif letters:
             changed = self._let_go(connection, letters)
         if changed:
-            self._store.database.tell(connection.connection.cursor())
+            self._store.database.notify(connection)
         asked = step.matching.given() | ({"unknown": step.unknown} if command == "retry" and not leaves else {})
         return Stepped(
             changed=changed,
@@ -128,7 +128,7 @@ class Commands:
 
     def _letters(
         self, connection: Connection, step: Step, reasons: Collection[Reason]
-    ) -> tuple[list[tuple[int, int]], int | None]:
+    ) -> tuple[list[DeadLetter], int | None]:
         """The next dead letters that are meant, each with its lane, and after which of all the next step begins."""
         d = deliveries.c
         dead = select(d.id).where(d.state == State.DEAD.value, d.id > step.after)
@@ -137,25 +137,25 @@ class Commands:
         looked_at = connection.execute(dead.order_by(d.id).limit(MOST_LOOKED_AT)).scalars().all()
         meant = (d.id.in_(looked_at), d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions())
         found = connection.execute(joined(d.id, d.lane_id).where(*meant).order_by(d.id).limit(step.most))
-        letters = [(row.id, row.lane_id) for row in found]
+        letters = [DeadLetter(row.id, row.lane_id) for row in found]
         if len(letters) == step.most:
-            return letters, letters[-1][0]
+            return letters, letters[-1].delivery_id
         return letters, looked_at[-1] if len(looked_at) == MOST_LOOKED_AT else None
 
-    def _let_go(self, connection: Connection, letters: Collection[tuple[int, int]]) -> int:
+    def _let_go(self, connection: Connection, letters: Collection[DeadLetter]) -> int:
         """Discards them. A lane that one had stopped goes on, and its doubt is the person's now."""
         d = deliveries.c
-        locked = locked_lanes(connection, {lane_id for _, lane_id in letters})
+        locked = lock_lanes(connection, {letter.lane_id for letter in letters})
         # Not where its handler has not let go of its thread: the lane could not go on.
         held = {lane.current_delivery_id for lane in locked if lane.holder is not None}
-        free = [delivery_id for delivery_id, _ in letters if delivery_id not in held]
+        free = [letter.delivery_id for letter in letters if letter.delivery_id not in held]
         dead = d.id.in_(free) & (d.state == State.DEAD.value)
         now = self._clock()
         done = {"state": State.DONE.value, "reason": Reason.DISCARDED.value, "ended_at": now}
         ids = connection.execute(update(deliveries).where(dead).values(done).returning(d.id)).scalars().all()
         # Due even where nothing waits: whoever claims it sees that.
         goes_on = {"current_delivery_id": None, "settled": lanes.c.claim, "next_at": now}
-        stopped = lanes.c.id.in_([lane_id for _, lane_id in letters]) & lanes.c.current_delivery_id.in_(ids)
+        stopped = lanes.c.id.in_([letter.lane_id for letter in letters]) & lanes.c.current_delivery_id.in_(ids)
         connection.execute(update(lanes).where(stopped).values(goes_on))
         return len(ids)
 
@@ -175,7 +175,7 @@ class Commands:
                 after = replace(pausing_of(row), **by_a_person)  # type: ignore[arg-type]
             connection.execute(update(queues).where(queues.c.id == row.id).values(queue_columns(after)))
         self._written(connection, command, pause.by, asked, len(rows))
-        self._store.database.tell(connection.connection.cursor())
+        self._store.database.notify(connection)
         return len(rows)
 
     def _written(

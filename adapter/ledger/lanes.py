@@ -39,9 +39,9 @@ from adapter.ledger.claims import (
     pausing_of,
     queue_columns,
 )
-from adapter.ledger.databases import among
+from adapter.ledger.databases import any_of
 from adapter.ledger.lease import Lease
-from adapter.ledger.retry import locked_lanes
+from adapter.ledger.retry import lock_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 from adapter.ledger.settlement import (
     FOR_EVER,
@@ -79,8 +79,8 @@ STANDS = select(
     .limit(1)
     .scalar_subquery()
     .label("due"),
-).where(among(queues.c.id))
-QUEUES = select(queues).where(among(queues.c.id))
+).where(any_of(queues.c.id))
+QUEUES = select(queues).where(any_of(queues.c.id))
 LOCKED_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
 # Counted by ourselves: grouped, SQLite would rather walk through all lanes there are.
 HELD = select(lanes.c.queue_id).where(lanes.c.holder > 0)
@@ -95,12 +95,12 @@ DUE = (
 # The delivery whose turn it is in each lane, or null. Asked when they are locked, in a statement of its own: the one
 # that locked them does not see what another node added to them while it looked.
 TURNS = select(lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id")).where(
-    among(lanes.c.id)
+    any_of(lanes.c.id)
 )
-IDLE = update(lanes).where(among(lanes.c.id)).values(next_at=None)
+IDLE = update(lanes).where(any_of(lanes.c.id)).values(next_at=None)
 COUNT = (
     update(deliveries)
-    .where(among(deliveries.c.id))
+    .where(any_of(deliveries.c.id))
     .values(
         attempts=deliveries.c.attempts + 1,
         first_attempt_at=func.coalesce(deliveries.c.first_attempt_at, bindparam("now")),
@@ -109,9 +109,9 @@ COUNT = (
 CLAIMED = (
     select(deliveries.c.id.label("delivery_id"), deliveries.c.attempts, deliveries.c.first_attempt_at, notifications)
     .join_from(deliveries, notifications, deliveries.c.notification_id == notifications.c.id)
-    .where(among(deliveries.c.id))
+    .where(any_of(deliveries.c.id))
 )
-WITH_MORE = select(lanes.c.id).where(among(lanes.c.id), _turn.is_not(None))
+WITH_MORE = select(lanes.c.id).where(any_of(lanes.c.id), _turn.is_not(None))
 
 
 class Lanes:
@@ -125,22 +125,22 @@ class Lanes:
         self._turn = 0
         lane, delivery, database = lanes.c, deliveries.c, store.database
         held = {"lane": lane.id, "by": lane.holder, "delivery": lane.current_delivery_id, "due": lane.next_at}
-        self._hold_each = database.update(
+        self._hold_each = database.updater(
             lanes, held, "holder = {by}, claim = lanes.claim + 1, current_delivery_id = {delivery}, next_at = {due}"
         )
-        self._let_go = database.update(
+        self._let_go = database.updater(
             lanes,
             held | {"number": lane.settled, "done": lane.previous},
             "holder = {by}, settled = coalesce({number}, lanes.settled), current_delivery_id = {delivery},"
             " next_at = {due}, previous = coalesce({done}, lanes.previous)",
         )
         ended = {"delivery": delivery.id, "becomes": delivery.state, "because": delivery.reason}
-        self._end = database.update(
+        self._end = database.updater(
             deliveries,
             ended | {"at": delivery.ended_at, "uncounted": delivery.attempts},
             "state = {becomes}, reason = {because}, ended_at = {at}, attempts = deliveries.attempts - {uncounted}",
         )
-        self._write_down = database.insert(attempts, [column.name for column in attempts.c if column.name != "id"])
+        self._write_down = database.inserter(attempts, [column.name for column in attempts.c if column.name != "id"])
 
     async def open_queues(self, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
         """
@@ -176,8 +176,8 @@ class Lanes:
         connection.execute(update(queues).where(mended).values(queue_columns(RUNNING)))
         rows = sorted({(key.route, key.merchant, key.channel) for keys in items for key in keys})
         ending = "ON CONFLICT (route, merchant, channel) DO NOTHING"
-        add = self._store.database.insert(queues, ("route", "merchant", "channel"), ending)
-        add.rows(connection.connection.cursor(), rows)
+        add = self._store.database.inserter(queues, ("route", "merchant", "channel"), ending)
+        add(connection.connection.cursor(), rows)
         known = {
             QueueKey(route=row.route, merchant=row.merchant, channel=row.channel): row.id
             for row in connection.execute(select(queues))
@@ -229,7 +229,7 @@ class Lanes:
             {"lane": lane.id, "by": holder, "delivery": delivery_id, "due": now + ask.doubt_ms}
             for delivery_id, (lane, ask) in held.items()
         ]
-        self._hold_each.rows(connection.connection.cursor(), rows)
+        self._hold_each(connection.connection.cursor(), rows)
         connection.execute(COUNT, {"ids": list(held), "now": now})
         claims = {}
         for row in connection.execute(CLAIMED, {"ids": list(held)}):
@@ -242,7 +242,7 @@ class Lanes:
         for held in items:
             mine = select(lanes.c.id, lanes.c.claim).where(lanes.c.holder == self._lease.process_id)
             ids = {row.id for row in connection.execute(mine) if (row.id, row.claim) not in held}
-            for lane in locked_lanes(connection, ids):
+            for lane in lock_lanes(connection, ids):
                 # As if it had never been claimed; what was in doubt before still is.
                 settled = lane.claim if lane.settled == lane.claim - 1 else lane.settled
                 freed = {"holder": None, "settled": settled, "next_at": self._clock()}
@@ -254,7 +254,7 @@ class Lanes:
 
     def _settle(self, connection: Connection, records: Sequence[Record]) -> list[Settlement | None]:
         now = self._clock()
-        locked = {row.id: row for row in locked_lanes(connection, {record.claim.lane_id for record in records})}
+        locked = {row.id: row for row in lock_lanes(connection, {record.claim.lane_id for record in records})}
         kept = [
             record
             for record in records
@@ -296,11 +296,11 @@ class Lanes:
 
     def _write(self, connection: Connection, settled: Sequence[tuple[Record, Settlement]], now: int) -> None:
         cursor = connection.connection.cursor()
-        self._end.rows(cursor, [delivery_after(record, settlement, now) for record, settlement in settled])
+        self._end(cursor, [delivery_after(record, settlement, now) for record, settlement in settled])
         going_on = [record.claim.lane_id for record, settlement in settled if goes_on(record, settlement)]
         more = set(connection.execute(WITH_MORE, {"ids": going_on}).scalars()) if going_on else set()
-        self._let_go.rows(cursor, [lane_after(record, settlement, more, now) for record, settlement in settled])
-        self._write_down.rows(cursor, [attempt_row(record, now) for record, _ in settled])
+        self._let_go(cursor, [lane_after(record, settlement, more, now) for record, settlement in settled])
+        self._write_down(cursor, [attempt_row(record, now) for record, _ in settled])
 
     def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
         for claim in sorted(claims, key=lambda claim: (claim.queue_id, claim.order_id)):

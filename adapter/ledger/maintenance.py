@@ -20,7 +20,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, delete, func, select, text, update
 
-from adapter.ledger.retry import locked_lanes
+from adapter.ledger.retry import lock_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.settlement import State
 from adapter.ledger.store import Store, StoreUnavailable
@@ -126,7 +126,7 @@ def _lock_lanes_of(connection: Connection, ids: Iterable[int]) -> set[int]:
     """So that nothing owed for these notifications is retried, or waits anew, before they are gone."""
     d = deliveries.c
     of_lanes = set(connection.execute(select(d.lane_id).where(d.notification_id.in_(ids))).scalars())
-    locked_lanes(connection, of_lanes)
+    lock_lanes(connection, of_lanes)
     return of_lanes
 
 

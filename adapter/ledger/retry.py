@@ -1,56 +1,63 @@
-"""
-A dead letter is owed again: with its whole schedule, in its own place in the lane.
+"""Retrying dead letters: they wait again with their whole schedule, in their old place in the lane.
 
-What is known about the lane's doubt stays as it is, unless a person has looked and says that nothing happened.
+The lane's doubt stays, unless a person has looked at the destination and found no effect there.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, select, update
 
-from adapter.ledger.databases import among
+from adapter.ledger.databases import any_of
 from adapter.ledger.schema import deliveries, lanes
 from adapter.ledger.settlement import Reason, State
 
-LOCKED = select(lanes).where(among(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
+LOCK_LANES = select(lanes).where(any_of(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
+
+
+class DeadLetter(NamedTuple):
+    """A dead delivery and its lane."""
+
+    delivery_id: int
+    lane_id: int
 
 
 def retry_dead_letters(
     connection: Connection,
-    letters: Collection[tuple[int, int]],
+    letters: Collection[DeadLetter],
     now: int,
     *,
     reasons: Collection[Reason],
-    nothing_happened: bool = False,
+    ends_doubt: bool = False,
 ) -> int:
-    """
-    Makes those of these deliveries (each with its lane) wait again that are dead for such a reason; how many they were.
+    """Make deliveries wait again if they are dead for one of these reasons. Returns their number.
 
-    A lane that a letter had stopped, or that was idle, becomes due; another goes on as it would have. A letter whose
-    handler has not let go of its thread, and of the lane, stays dead.
+    A lane becomes due if a letter had stopped it or if it was idle; any other lane goes on as before. A letter stays
+    dead while its blocked handler still holds the lane.
     """
     d = deliveries.c
-    locked = locked_lanes(connection, {lane_id for _, lane_id in letters})
-    at_it = {lane.current_delivery_id for lane in locked if lane.holder is not None}
+    locked = lock_lanes(connection, {letter.lane_id for letter in letters})
+    held = {lane.current_delivery_id for lane in locked if lane.holder is not None}
     dead = (
-        d.id.in_([delivery_id for delivery_id, _ in letters if delivery_id not in at_it]),
+        d.id.in_([letter.delivery_id for letter in letters if letter.delivery_id not in held]),
         d.state == State.DEAD.value,
         d.reason.in_([reason.value for reason in reasons]),
     )
-    again = {"state": State.WAITING.value, "reason": None, "ended_at": None, "attempts": 0}
-    again |= {"first_attempt_at": None, "retried_at": now}
-    changed = connection.execute(update(deliveries).where(*dead).values(again).returning(d.id, d.lane_id)).all()
-    of_lanes, first = {row.lane_id for row in changed}, {None, *(row.id for row in changed)}
+    waiting = {"state": State.WAITING.value, "reason": None, "ended_at": None, "attempts": 0}
+    waiting |= {"first_attempt_at": None, "retried_at": now}
+    changed = connection.execute(update(deliveries).where(*dead).values(waiting).returning(d.id, d.lane_id)).all()
+    lane_ids, stopped_by = {row.lane_id for row in changed}, {None, *(row.id for row in changed)}
     due = [
-        lane.id for lane in locked if lane.id in of_lanes and lane.next_at is None and lane.current_delivery_id in first
+        lane.id
+        for lane in locked
+        if lane.id in lane_ids and lane.next_at is None and lane.current_delivery_id in stopped_by
     ]
     if due:
-        ends_doubt = {"settled": lanes.c.claim} if nothing_happened else {}
-        connection.execute(update(lanes).where(lanes.c.id.in_(due)).values({"next_at": now, **ends_doubt}))
+        settled = {"settled": lanes.c.claim} if ends_doubt else {}
+        connection.execute(update(lanes).where(lanes.c.id.in_(due)).values({"next_at": now, **settled}))
     return len(changed)
 
 
-def locked_lanes(connection: Connection, lane_ids: Iterable[int]) -> Sequence[Any]:
-    """The rows of these lanes, locked in the one order in which lanes are locked everywhere."""
-    return connection.execute(LOCKED, {"ids": list(lane_ids)}).all()
+def lock_lanes(connection: Connection, lane_ids: Iterable[int]) -> Sequence[Any]:
+    """Lock these lanes in the order that the whole ledger uses, and return their rows."""
+    return connection.execute(LOCK_LANES, {"ids": list(lane_ids)}).all()

@@ -98,16 +98,16 @@ class Store:
         database = database_at(url)
         clock = clock or Clock.of(database)
         failures: tuple[type[Exception], ...] = (*database.errors, OSError, CommandError)
-        database.take()
+        database.lock()
         try:
             engine = database.engine(read_only=False)
             with engine.connect() as connection:
                 migrate(database, connection)
                 with connection.begin():
-                    clock.read(connection, alone=database.nobody_else_lives_by_it(connection))
+                    clock.read(connection, alone=database.is_sole_process(connection))
         except failures as error:
-            database.give_back()
-            raise StoreUnavailable(f"cannot open {database.where}: {_cause(error)}") from error
+            database.unlock()
+            raise StoreUnavailable(f"cannot open {database.location}: {_cause(error)}") from error
         return cls(database, clock=clock)
 
     async def write(
@@ -141,7 +141,7 @@ class Store:
         self._thread.join(timeout=10)
         self.engine.dispose()
         self._reader.dispose()
-        self.database.give_back()
+        self.database.unlock()
 
     def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
         self._handing_over = False
@@ -206,7 +206,7 @@ class Store:
             try:
                 if self._connection is None:
                     self._connection = self.engine.connect()
-                    self.database.enter(self._connection)
+                    self.database.hold_presence_lock(self._connection)
                 with self._connection.begin():
                     for work, pieces in _by_work(batch).items():
                         done = work(self._connection, [piece.item for piece in pieces])
@@ -214,9 +214,9 @@ class Store:
                     is_committing = True
                 break
             except self.database.errors as error:
-                if self.database.may_be_repeated(error) and left:
+                if self.database.is_conflict(error) and left:
                     continue
-                if not self.database.is_at_fault(error):
+                if not self.database.is_outage(error):
                     raise
                 was_lost = is_kept and not is_committing and self._is_lost()
                 self._drop_connection()
@@ -259,7 +259,7 @@ def migrate(database: Database, connection: Connection) -> None:
     config.set_main_option("path_separator", "os")
     config.attributes["connection"] = connection
     with connection.begin():
-        database.hold_for_migration(connection)
+        database.lock_for_migration(connection)
         revision = MigrationContext.configure(connection).get_current_revision()
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if revision is not None and revision not in known:

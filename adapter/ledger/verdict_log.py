@@ -61,7 +61,7 @@ class VerdictLog:
         self._waiting: list[tuple[int, LoggedVerdict]] = []
         self._news = asyncio.Event()
         self._writing = asyncio.Lock()
-        self._add = store.database.insert(verdicts, COLUMNS)
+        self._add = store.database.inserter(verdicts, COLUMNS)
 
     def record(self, logged: LoggedVerdict) -> None:
         """Takes it and returns at once; what there is no room for is dropped. To be called on the event loop."""
@@ -111,7 +111,7 @@ class VerdictLog:
 
     def _insert(self, connection: Connection, items: Sequence[Sequence[tuple[int, LoggedVerdict]]]) -> list[None]:
         rows = [_row(at, logged) for some in items for at, logged in some]
-        self._add.rows(connection.connection.cursor(), rows)
+        self._add(connection.connection.cursor(), rows)
         return [None for _ in items]
 
 

@@ -132,7 +132,7 @@ def install(turn: Turn) -> None:
         after(Maintenance, step, "prune-before-commit")
 
     # While it works.
-    after(Inbox, "_remember", "accept-before-commit")
+    after(Inbox, "_receive", "accept-before-commit")
     awaited(Inbox, "receive", "accept-after-commit")
     after(Store, "_transaction", "commit-unheard")
     after(Lanes, "_claim", "claim-before-commit", lambda taken: any(each.claims for each in taken))

@@ -30,7 +30,7 @@ from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.queries import Queries
-from adapter.ledger.retry import retry_dead_letters
+from adapter.ledger.retry import DeadLetter, retry_dead_letters
 from adapter.ledger.settlement import PausePolicy, Reason, Settlement
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
@@ -1418,7 +1418,9 @@ def test_a_stop_does_not_wait_for_a_thread_that_is_held(store_url: str) -> None:
 
 def test_a_dead_letter_is_not_retried_while_its_handler_still_runs(store_url: str) -> None:
     def retry(connection: Connection, items: Sequence[None]) -> list[int]:
-        return [retry_dead_letters(connection, [(1, 1)], NOON, reasons=Reason, nothing_happened=True) for _ in items]
+        return [
+            retry_dead_letters(connection, [DeadLetter(1, 1)], NOON, reasons=Reason, ends_doubt=True) for _ in items
+        ]
 
     async def test() -> None:
         holds = Holds()

@@ -285,7 +285,7 @@ def test_what_is_due_in_30_seconds_is_due_in_30_seconds(world: World, ledger: Le
 
 def test_moments_are_read_on_the_database_s_own_clock(store_url: str) -> None:
     def wall(connection: Connection) -> int:
-        return database_at(store_url).wall(connection)
+        return database_at(store_url).wall_clock(connection)
 
     with database_at(store_url).engine(read_only=True).connect() as connection:
         before = wall(connection)

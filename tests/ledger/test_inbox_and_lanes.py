@@ -10,7 +10,7 @@ import pytest
 
 from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
-from adapter.ledger.inbox import MOST_CONFLICTS, Received
+from adapter.ledger.inbox import MAX_CONFLICTS, Received
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
 from tests.ledgers import (
     CONDITION,
@@ -108,12 +108,12 @@ def test_the_repeat_of_a_conflict_is_not_stored_again(ledger: Ledger) -> None:
 
 
 def test_conflicts_of_one_identity_are_kept_up_to_a_bound_and_digested_once(ledger: Ledger) -> None:
-    bodies = [b'{"id": "order-1", "n": %d}' % number for number in range(MOST_CONFLICTS + 5)]
+    bodies = [b'{"id": "order-1", "n": %d}' % number for number in range(MAX_CONFLICTS + 5)]
 
     answers = [ledger.receive(receipt(body=body)) for body in bodies]
 
-    assert answers == [Received.NEW, *[Received.CONFLICT] * (MOST_CONFLICTS + 4)]
-    assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(1 + MOST_CONFLICTS,) * 2]
+    assert answers == [Received.NEW, *[Received.CONFLICT] * (MAX_CONFLICTS + 4)]
+    assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(1 + MAX_CONFLICTS,) * 2]
 
 
 def test_a_conflict_once_more_retries_nothing(ledger: Ledger) -> None:

@@ -450,7 +450,7 @@ def test_a_lane_into_which_something_is_accepted_meanwhile_is_not_deleted(postgr
 
         pruned = beside(
             ledger,
-            lambda connection: ledger.inbox._remember(connection, [new]),
+            lambda connection: ledger.inbox._receive(connection, [new]),
             prune,
         )
 
@@ -484,7 +484,7 @@ def test_a_conflict_that_comes_meanwhile_goes_as_well(postgres: Server) -> None:
 
         pruned = beside(
             ledger,
-            lambda connection: ledger.inbox._remember(connection, [conflict]),
+            lambda connection: ledger.inbox._receive(connection, [conflict]),
             prune,
         )
 

@@ -183,7 +183,7 @@ class Node:
 
     def __init__(self, url: str, clock: HandClock) -> None:
         database = database_at(url)
-        database.take()
+        database.lock()
         self.store = Store(database, clock=clock)
         self.lease = Lease(self.store, version="test")
         self.inbox, self.commands = Inbox(self.store), Commands(self.store)
@@ -524,7 +524,7 @@ class LedgerMachine(RuleBasedStateMachine):
         step = Step(matching=DeliveryFilter(until=self.clock.now + 1), by=BY, unknown=unknown)
         assert self.loop.run(self.node(node).commands.retry(step)).changed == len(meant)
 
-        self.model_retries(meant, nothing_happened=unknown == "send")
+        self.model_retries(meant, ends_doubt=unknown == "send")
 
     @precondition(lambda self: any(owed.state is State.DEAD for line in self.lines.values() for owed in line.owed))
     @rule(node=NODES)
@@ -548,12 +548,12 @@ class LedgerMachine(RuleBasedStateMachine):
             if owed.state is State.DEAD and not line.still_tries(owed)
         ]
 
-    def model_retries(self, letters: list[tuple[Line, Owed]], *, nothing_happened: bool = False) -> None:
+    def model_retries(self, letters: list[tuple[Line, Owed]], *, ends_doubt: bool = False) -> None:
         for line, owed in letters:
             owed.state, owed.reason, owed.attempts, owed.retried_at = State.WAITING, None, 0, self.now
             if line.current is owed:
                 line.due_at = self.now
-                if nothing_happened:
+                if ends_doubt:
                     line.settled = line.claims
 
     def receipt(self, event: Event, body: bytes, source: str = "callback") -> ReceivedNotification:
