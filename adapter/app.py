@@ -34,7 +34,6 @@ from adapter.config import Config
 from adapter.config.json_schema import document_schema
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import Dispatcher
-from adapter.identifiers import Channel
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import StoredDocuments, Watermarks
@@ -104,10 +103,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
         queues = await lanes.open_queues(queue_keys(config, routes))
         of_route = {route.name: route for route in routes.all}
         dispatcher = Dispatcher(
-            {
-                queue_id: Queue(route=of_route[key.route], channel=Channel(key.merchant, key.channel))
-                for key, queue_id in queues.items()
-            },
+            {queue_id: Queue(route=of_route[key.route], channel=key.channel) for key, queue_id in queues.items()},
             lanes=lanes,
             lease=lease,
             attempts=Attempts(runner=runner, norce=norce, clock=store.clock),
@@ -247,7 +243,7 @@ def accounts(config: Config) -> dict[str, Account]:
 def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
     """A queue for every notification route, merchant and channel."""
     return [
-        QueueKey(route=route.name, merchant=channel.merchant, channel=channel.name)
+        QueueKey(route.name, channel)
         for route in routes.all
         if route.callback.kind == "notification"
         for channel in config.channels
@@ -328,8 +324,7 @@ def intake_of(
     metrics: Metrics,
     wake: Callable[[], None] = lambda: None,
 ) -> Intake:
-    ids = {(key.route, Channel(key.merchant, key.channel)): queue_id for key, queue_id in queues.items()}
-    return Intake(routes, Inbox(store), queue_ids=ids, metrics=metrics, wake=wake)
+    return Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=wake)
 
 
 def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:

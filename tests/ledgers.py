@@ -26,9 +26,9 @@ NOON = 1_770_120_000_000
 HOUR = 3_600_000
 DAY = 24 * HOUR
 DOUBT = 60_000
-EXPORT = QueueKey(route="export", merchant="fjallboden", channel="1")
-HISTORY = QueueKey(route="history", merchant="fjallboden", channel="1")
-OTHER = QueueKey(route="export", merchant="annan", channel="1")
+EXPORT = QueueKey("export", Channel("fjallboden", "1"))
+HISTORY = QueueKey("history", Channel("fjallboden", "1"))
+OTHER = QueueKey("export", Channel("annan", "1"))
 
 CANNOT_TELL = Handling(looks_up=False, repeatable=False)
 LOOKS_UP = Handling(looks_up=True, repeatable=False)

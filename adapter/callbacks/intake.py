@@ -8,21 +8,21 @@ from typing import Any
 from msgspec.structs import replace
 
 from adapter.conditions import Result
-from adapter.identifiers import Channel
+from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.metrics import Metrics
 from adapter.routing.routes import Routes
 
 
 class Intake:
-    """`queue_ids` are the ledger's, by route and channel; `wake` tells of work."""
+    """`queue_ids` are the ledger's, `wake` tells of work."""
 
     def __init__(
         self,
         routes: Routes,
         inbox: Inbox,
         *,
-        queue_ids: Mapping[tuple[str, Channel], int],
+        queue_ids: Mapping[QueueKey, int],
         metrics: Metrics,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
@@ -45,7 +45,7 @@ class Intake:
         # A condition in error is owed, too: it is decided again when the delivery's turn comes, and ends as a dead
         # letter that a person sees.
         wanted = tuple(
-            Wanted(queue_id=self._queue_ids[route.name, notification.channel], refetch=route.refetch)
+            Wanted(queue_id=self._queue_ids[QueueKey(route.name, notification.channel)], refetch=route.refetch)
             for route, _ in wanting.routes
         )
         return replace(notification, wanted=wanted)

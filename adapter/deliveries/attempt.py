@@ -127,11 +127,11 @@ class Attempts:
             except NotAnOrder as error:
                 raise Reject("order-bad-request", "the stored body holds no order") from error
         else:
-            order = self._norce.for_handlers(Channel(claim.merchant, claim.channel)).parse(current, claim.order_id)
+            order = self._norce.for_handlers(claim.channel).parse(current, claim.order_id)
         notification = Notification(
             id=claim.notification_id,
-            merchant=claim.merchant,
-            channel=claim.channel,
+            merchant=claim.channel.merchant,
+            channel=claim.channel.name,
             callback=claim.callback,
             order=order,
             received=received,

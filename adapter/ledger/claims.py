@@ -5,8 +5,9 @@ What passes between the lanes and those who work them, and the rows that it is m
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from adapter.identifiers import Channel
 from adapter.ledger.settlement import Attempt, PausedBy, QueueState, Reason, Result, Settlement, State
 from adapter.moments import to_datetime, to_milliseconds
 from adapter.plugin import Previous
@@ -14,13 +15,11 @@ from adapter.plugin import Previous
 LONGEST_MESSAGE = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class QueueKey:
+class QueueKey(NamedTuple):
     """A queue: one route for one merchant and channel."""
 
     route: str
-    merchant: str
-    channel: str
+    channel: Channel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +47,7 @@ class Claim:
     claimed_at: int
     notification_id: int
     callback: str
-    merchant: str
-    channel: str
+    channel: Channel
     order_id: str
     identity: bytes
     received_at: int
@@ -113,8 +111,7 @@ def claim_of(row: Any, lane: Any, *, holder: int, now: int, doubt_ms: int) -> Cl
         claimed_at=now,
         notification_id=row.id,
         callback=row.callback,
-        merchant=row.merchant,
-        channel=row.channel,
+        channel=Channel(row.merchant, row.channel),
         order_id=row.order_id,
         identity=row.identity,
         received_at=row.received_at,

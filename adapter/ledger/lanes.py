@@ -25,6 +25,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, bindparam, func, literal_column, select, update
 
+from adapter.identifiers import Channel
 from adapter.ledger.claims import (
     Claim,
     Claimed,
@@ -174,12 +175,12 @@ class Lanes:
     def _open_queues(self, connection: Connection, items: Sequence[Sequence[QueueKey]]) -> list[dict[QueueKey, int]]:
         mended = queues.c.paused_by == PausedBy.MISCONFIGURED.value
         connection.execute(update(queues).where(mended).values(queue_columns(RUNNING)))
-        rows = sorted({(key.route, key.merchant, key.channel) for keys in items for key in keys})
+        rows = sorted({(key.route, *key.channel) for keys in items for key in keys})
         ending = "ON CONFLICT (route, merchant, channel) DO NOTHING"
         add = self._store.database.inserter(queues, ("route", "merchant", "channel"), ending)
         add(connection.connection.cursor(), rows)
         known = {
-            QueueKey(route=row.route, merchant=row.merchant, channel=row.channel): row.id
+            QueueKey(row.route, Channel(row.merchant, row.channel)): row.id
             for row in connection.execute(select(queues))
         }
         return [{key: known[key] for key in keys} for keys in items]
@@ -311,7 +312,7 @@ class Lanes:
 
 def _tell(claim: Claim, was: QueueState, now: QueueState) -> None:
     """One line where a queue begins to pause, or runs again."""
-    queue = {"queue_id": claim.queue_id, "merchant": claim.merchant, "channel": claim.channel}
+    queue = {"queue_id": claim.queue_id, "merchant": claim.channel.merchant, "channel": claim.channel.name}
     if now.paused_until != was.paused_until and now.paused_by is not None:
         log.warning("queue_paused", code=now.reason, paused_by=now.paused_by.value, **queue)
     elif now.is_running() and not was.is_running():

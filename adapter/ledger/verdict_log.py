@@ -16,6 +16,7 @@ from datetime import timedelta
 import structlog
 from sqlalchemy import Connection
 
+from adapter.identifiers import Channel
 from adapter.ledger.schema import verdicts
 from adapter.ledger.store import Store, StoreUnavailable
 
@@ -37,8 +38,7 @@ class LoggedVerdict:
     kind: str  # late, hung-up or shadow
     callback: str
     route: str
-    merchant: str
-    channel: str
+    channel: Channel
     order_id: str
     decided: str  # approve, reject, accept, patch, refuse or failed
     codes: tuple[str, ...]  # of its problems or its refusal, or the pointers that it patches
@@ -118,5 +118,6 @@ class VerdictLog:
 def _row(at: int, logged: LoggedVerdict) -> tuple[int | str | None, ...]:
     # Only the codes are a handler's own words: escaped and cut off, a database takes them whatever they are.
     codes = json.dumps([code[:LONGEST_CODE] for code in logged.codes[:MOST_CODES]])
-    facts = asdict(logged) | {"at": at, "codes": codes}
+    merchant, channel = logged.channel
+    facts = asdict(logged) | {"at": at, "merchant": merchant, "channel": channel, "codes": codes}
     return tuple(facts[name] for name in COLUMNS)

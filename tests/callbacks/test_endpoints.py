@@ -36,7 +36,6 @@ from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH, listen, served
-from adapter.identifiers import Channel
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -218,7 +217,7 @@ class House:
             intake=Intake(
                 self.routes,
                 Inbox(self.store),
-                queue_ids={(key.route, Channel(key.merchant, key.channel)): each for key, each in queues.items()},
+                queue_ids=queues,
                 metrics=self.metrics,
                 wake=self._wake,
             ),

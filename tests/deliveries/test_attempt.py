@@ -39,8 +39,9 @@ SHORTLY = timedelta(milliseconds=500)  # long enough for a handler to begin
 
 CLAIM = Claim(
     lane_id=1, holder=1, number=1, in_doubt=False, doubt_ends_at=NOON + 60_000, queue_id=1, delivery_id=1, attempt=1,
-    first_attempt_at=NOON, claimed_at=NOON, notification_id=1, callback="order-status", merchant="fjallboden",
-    channel="1", order_id="order-1", identity=b"a", received_at=NOON, body=b'{"id": "order-1"}', previous=None,
+    first_attempt_at=NOON, claimed_at=NOON, notification_id=1, callback="order-status",
+    channel=Channel("fjallboden", "1"),
+    order_id="order-1", identity=b"a", received_at=NOON, body=b'{"id": "order-1"}', previous=None,
 )  # fmt: skip
 IN_DOUBT = replace(CLAIM, number=2, in_doubt=True)
 

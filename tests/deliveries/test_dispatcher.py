@@ -59,7 +59,7 @@ CANARY = "19811218-9876"
 SECOND = timedelta(seconds=1)
 NORCE_TIMEOUT = 20 * SECOND
 SHORTLY = SECOND  # long enough for a handler to begin
-KEY = QueueKey(route="export", merchant="fjallboden", channel="1")
+KEY = QueueKey("export", Channel("fjallboden", "1"))
 
 Step = Done | Skip | BaseException | Callable[[Notification, Context[NoSettings]], Awaitable[Any]] | None
 
@@ -350,23 +350,21 @@ async def working(
     lease = WatchedLease(store, version="test")
     lanes = WatchedLanes(store, lease, policy=policy)
     of_route = {each.name: each for each in routes}
-    ids = await lanes.open_queues(
-        [QueueKey(route=name, merchant=m, channel="1") for name in of_route for m in merchants]
-    )
+    ids = await lanes.open_queues([QueueKey(name, Channel(m, "1")) for name in of_route for m in merchants])
     if before is not None:
         await before(store, ids[KEY])
     await lease.enter()
     runner = Runner(make_norce=norce, clock=clock.moment, patience=patience, replaced=metrics.loop_replaced)
     our_norce = norce()
     dispatcher = Dispatcher(
-        {id_: Queue(route=of_route[key.route], channel=Channel(key.merchant, key.channel))
+        {id_: Queue(route=of_route[key.route], channel=key.channel)
          for key, id_ in ids.items()},
         lanes=lanes, lease=lease, attempts=Attempts(runner=runner, norce=our_norce, clock=clock),
         before_handler=NORCE_TIMEOUT, metrics=metrics, clock=clock, slots=slots, random=lambda: 0.0,
         shared=store.shared,
     )  # fmt: skip
     run = asyncio.create_task(dispatcher.run())
-    queue_ids = {(key.route, key.merchant): id_ for key, id_ in ids.items()}
+    queue_ids = {(key.route, key.channel.merchant): id_ for key, id_ in ids.items()}
     try:
         yield Work(url, store, lease, lanes, fake, clock, runner, dispatcher, metrics, queue_ids)
     finally:

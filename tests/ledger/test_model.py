@@ -221,7 +221,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.lives.clear()
         self.model_buries()
         self.lives[node.lease.process_id] = self.now + LEASE_MS
-        keys = {route: QueueKey(route=route, merchant="m", channel="1") for route in ROUTES}
+        keys = {route: QueueKey(route, Channel("m", "1")) for route in ROUTES}
         queues = self.loop.run(node.lanes.open_queues(list(keys.values())))
         self.queues = {route: queues[key] for route, key in keys.items()}
         for route, pausing in self.pausing.items():

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Connection
 
+from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import (
     LONGEST_CODE,
     MOST_A_STATEMENT,
@@ -26,8 +27,7 @@ LATE = LoggedVerdict(
     kind="late",
     callback="order-rules",
     route="swedish-orders-have-an-id",
-    merchant="fjallboden",
-    channel="1",
+    channel=Channel("fjallboden", "1"),
     order_id="order-1",
     decided="reject",
     codes=("national-id-missing", "no-name"),

@@ -164,7 +164,7 @@ def test_the_metrics_are_prometheus_text_with_every_name(stage: Stage) -> None:
 def test_the_metrics_tell_what_waits_in_the_ledger(each_stage: Stage) -> None:
     async def walk() -> str:
         lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=PausePolicy())
-        queues = await lanes.open_queues([QueueKey(route="export", merchant="norce", channel="1")])
+        queues = await lanes.open_queues([QueueKey("export", Channel("norce", "1"))])
         for number in range(3):
             receipt = ReceivedNotification(
                 identity=bytes([number] * 24), channel=Channel("norce", "1"), callback="order-status",
@@ -185,7 +185,7 @@ def test_the_metrics_tell_what_waits_in_the_ledger(each_stage: Stage) -> None:
 
 def test_the_metrics_tell_which_queues_are_paused(each_stage: Stage) -> None:
     lanes = Lanes(each_stage.store, Lease(each_stage.store, version="0"), policy=PausePolicy())
-    keys = [QueueKey(route="export", merchant=merchant, channel="1") for merchant in ("norce", "other")]
+    keys = [QueueKey("export", Channel(merchant, "1")) for merchant in ("norce", "other")]
 
     async def walk() -> str:
         await lanes.open_queues(keys)

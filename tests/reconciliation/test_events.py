@@ -98,8 +98,7 @@ class House:
         self.store = Store.open(self.url)
         lanes = Lanes(self.store, Lease(self.store, version="0"), policy=PausePolicy())
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
-        ids = {(key.route, Channel(key.merchant, key.channel)): queue_id for key, queue_id in queues.items()}
-        self.intake = Intake(self.routes, Inbox(self.store), queue_ids=ids, metrics=self.metrics)
+        self.intake = Intake(self.routes, Inbox(self.store), queue_ids=queues, metrics=self.metrics)
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
             senders=Senders(self.config.senders),

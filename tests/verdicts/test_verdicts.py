@@ -871,7 +871,7 @@ def test_what_a_late_route_says_is_recorded_with_what_counted_in_its_stead(
     at, logged = asyncio.run(ask())
 
     assert dataclasses.replace(logged, took_ms=0) == LoggedVerdict(
-        kind="late", callback="order-rules", route="one", merchant="norce", channel="1", order_id="o1", decided=says,
+        kind="late", callback="order-rules", route="one", channel=Channel("norce", "1"), order_id="o1", decided=says,
         codes=codes_, answered="reject", took_ms=0,
     )  # fmt: skip
     assert logged.took_ms > DEADLINE.total_seconds() * 1000 * 0.8
