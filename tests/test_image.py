@@ -19,7 +19,7 @@ from ruamel.yaml import YAML
 from sqlalchemy import make_url
 
 from adapter import cli
-from adapter.config.model import Dispatcher, Operations, Server, Store
+from adapter.config.model import DispatcherConfig, OperationsConfig, ServerConfig, StoreConfig
 from tests import ROOT
 
 DEPLOY = ROOT / "deploy"
@@ -70,7 +70,7 @@ OURS = ["adapter", "node-a", "node-b"]
 
 
 def test_the_ports_are_those_of_the_configuration() -> None:
-    assert said("EXPOSE") == [f"{Server().port} {Operations().port}"]
+    assert said("EXPOSE") == [f"{ServerConfig().port} {OperationsConfig().port}"]
 
 
 def test_the_base_has_a_python_that_the_package_takes() -> None:
@@ -98,7 +98,7 @@ def test_it_starts_with_a_command_that_exists() -> None:
 def test_the_store_lies_in_the_volume_with_and_without_the_key() -> None:
     [volume], [folder] = said("VOLUME"), said("WORKDIR")[1:]
 
-    for url in (environment()["NORCE_ADAPTER_STORE_URL"], Store().url):
+    for url in (environment()["NORCE_ADAPTER_STORE_URL"], StoreConfig().url):
         assert (Path(folder) / make_url(url).database).parent == Path(volume)
 
 
@@ -150,8 +150,8 @@ def operations_port() -> Iterator[tuple[int, list[int]]]:
 
 def healthcheck(port: int) -> int:
     python, options, code = json.loads(re.search(r" CMD (\[.*\])", said("HEALTHCHECK")[0])[1])
-    assert (python, code.count(str(Operations().port))) == ("python", 1)
-    command = [sys.executable, options, code.replace(str(Operations().port), str(port))]
+    assert (python, code.count(str(OperationsConfig().port))) == ("python", 1)
+    command = [sys.executable, options, code.replace(str(OperationsConfig().port), str(port))]
     proxied = {"http_proxy": "http://127.0.0.1:1"}
     return subprocess.run(command, check=False, capture_output=True, timeout=30, env=proxied).returncode
 
@@ -219,7 +219,7 @@ def test_the_configuration_is_mounted_where_the_image_looks(name: str) -> None:
 def test_only_the_public_port_is_published_and_only_here(name: str) -> None:
     [published] = services()[name]["ports"]
 
-    assert re.fullmatch(rf"127\.0\.0\.1:\d+:{Server().port}", published)
+    assert re.fullmatch(rf"127\.0\.0\.1:\d+:{ServerConfig().port}", published)
 
 
 def test_no_two_services_want_the_same_port() -> None:
@@ -232,7 +232,7 @@ def test_no_two_services_want_the_same_port() -> None:
 def test_a_shutdown_has_the_time_that_it_takes(name: str) -> None:
     seconds = int(services()[name]["stop_grace_period"].removesuffix("s"))
 
-    assert timedelta(seconds=seconds) >= Dispatcher().grace + timedelta(seconds=5)
+    assert timedelta(seconds=seconds) >= DispatcherConfig().grace + timedelta(seconds=5)
 
 
 def test_the_nodes_share_the_database_that_is_made_for_them() -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from adapter.config import Senders as SendersConfig
+from adapter.config import SendersConfig
 from adapter.identifiers import Channel
 
 

@@ -12,10 +12,10 @@ from adapter.config.model import (
     ONLY_FOR_NOTIFICATIONS,
     SLUG,
     SLUG_IN_WORDS,
-    Operations,
-    Server,
-    Store,
-    ValidationCallback,
+    OperationsConfig,
+    ServerConfig,
+    StoreConfig,
+    ValidationCallbackConfig,
 )
 from adapter.config.problems import HOW_TO_REFER, Reference, under
 from adapter.plugin import Secret
@@ -41,7 +41,7 @@ def check_together(tree: Mapping[str, Any], reader: Reader) -> None:
 
 
 def _check_addresses(tree: Mapping[str, Any], reader: Reader) -> None:
-    url = reader.values.get("store.url", Store().url)
+    url = reader.values.get("store.url", StoreConfig().url)
     if not re.fullmatch(r"sqlite:///(?!:memory:)[^?#]+|postgresql\+psycopg://[^\s]+", url):
         remedy = "must be sqlite:/// and the path of a file, or postgresql+psycopg://user@host/database"
         reader.report("store.url", remedy)
@@ -49,7 +49,7 @@ def _check_addresses(tree: Mapping[str, Any], reader: Reader) -> None:
         reader.report("store.url", f"holds a password; give the whole address by reference: {HOW_TO_REFER}")
     server, operations = (
         reader.values.get(f"{name}.port") if "port" in _members(tree, name) else default.port
-        for name, default in (("server", Server()), ("operations", Operations()))
+        for name, default in (("server", ServerConfig()), ("operations", OperationsConfig()))
     )
     if server and server == operations:
         reader.report("operations.port", "must be another port than server.port")
@@ -108,7 +108,8 @@ def _check_callbacks(tree: Mapping[str, Any], reader: Reader) -> None:
     for name in _members(tree, "callbacks"):
         at = under("callbacks", name)
         soft_limit = reader.values.get(f"{at}.soft_limit")
-        if soft_limit is not None and soft_limit >= reader.values.get(f"{at}.deadline", ValidationCallback().deadline):
+        deadline = reader.values.get(f"{at}.deadline", ValidationCallbackConfig().deadline)
+        if soft_limit is not None and soft_limit >= deadline:
             reader.report(f"{at}.soft_limit", "must be shorter than the deadline")
 
 

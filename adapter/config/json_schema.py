@@ -29,7 +29,7 @@ def file_schema(handlers: Mapping[str, type[Settings]]) -> dict[str, Any]:
     _, parts = msgspec.json.schema_components([ConfigFile], schema_hook=_custom, ref_template="#/$defs/{name}")
     parts = {name: _in_our_words(part, by_reference=True) for name, part in parts.items()}
     file = parts.pop("ConfigFile")
-    parts["Route"]["allOf"] = [
+    parts["RouteConfig"]["allOf"] = [
         {
             "if": {"properties": {"handler": {"const": name}}, "required": ["handler"]},
             "then": {

@@ -46,11 +46,11 @@ OneOrTwoSecrets: TypeAlias = Annotated[tuple[Secret, ...], says(min_length=1, ma
 Merchants: TypeAlias = Annotated[tuple[str, ...], says(min_length=1)]
 
 
-class _Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A part of the file: a key a field."""
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A section of the file: each field is a key."""
 
 
-class Adapter(_Part, frozen=True, kw_only=True):
+class AdapterConfig(_Section, frozen=True, kw_only=True):
     id: Annotated[
         str,
         says(
@@ -64,7 +64,7 @@ class Adapter(_Part, frozen=True, kw_only=True):
     ] = None
 
 
-class Server(_Part, frozen=True, kw_only=True):
+class ServerConfig(_Section, frozen=True, kw_only=True):
     host: Annotated[str, says("The address that the public port listens on.", min_length=1)] = "0.0.0.0"  # noqa: S104
     port: Annotated[Port, says("The public port, which Norce calls; 0 takes any free one.")] = 8080
     max_body_bytes: Annotated[
@@ -76,7 +76,7 @@ class Server(_Part, frozen=True, kw_only=True):
     ] = timedelta(seconds=10)
 
 
-class Operations(_Part, frozen=True, kw_only=True):
+class OperationsConfig(_Section, frozen=True, kw_only=True):
     host: Annotated[str, says("The address that the operations port listens on; keep it private.", min_length=1)] = (
         "127.0.0.1"
     )
@@ -84,7 +84,7 @@ class Operations(_Part, frozen=True, kw_only=True):
     token: Annotated[Secret | None, says("The bearer token of commands; without one, every command is refused.")] = None
 
 
-class Norce(_Part, frozen=True, kw_only=True):
+class NorceConfig(_Section, frozen=True, kw_only=True):
     environment: Annotated[
         Literal["playground", "stage", "production"], says("Which of Norce's environments to talk with.")
     ] = "playground"
@@ -106,7 +106,7 @@ class Norce(_Part, frozen=True, kw_only=True):
     ] = timedelta(seconds=30)
 
 
-class Reconciliation(_Part, frozen=True, kw_only=True):
+class ReconciliationConfig(_Section, frozen=True, kw_only=True):
     every: Annotated[
         timedelta,
         says(
@@ -123,7 +123,7 @@ class Reconciliation(_Part, frozen=True, kw_only=True):
     ] = timedelta(hours=1)
 
 
-class Dispatcher(_Part, frozen=True, kw_only=True):
+class DispatcherConfig(_Section, frozen=True, kw_only=True):
     slots: Annotated[Positive, says("How many deliveries run at once in this process.")] = 32
     grace: Annotated[
         timedelta,
@@ -147,7 +147,7 @@ class Dispatcher(_Part, frozen=True, kw_only=True):
     )
 
 
-class Verdicts(_Part, frozen=True, kw_only=True):
+class VerdictsConfig(_Section, frozen=True, kw_only=True):
     misses: Annotated[
         int,
         says(
@@ -162,7 +162,7 @@ class Verdicts(_Part, frozen=True, kw_only=True):
     ] = timedelta(seconds=30)
 
 
-class Retention(_Part, frozen=True, kw_only=True):
+class RetentionConfig(_Section, frozen=True, kw_only=True):
     bodies: Annotated[
         timedelta,
         says(
@@ -184,7 +184,7 @@ class Retention(_Part, frozen=True, kw_only=True):
     ] = timedelta(days=30)
 
 
-class Store(_Part, frozen=True, kw_only=True):
+class StoreConfig(_Section, frozen=True, kw_only=True):
     url: Annotated[
         str,
         says(
@@ -193,24 +193,24 @@ class Store(_Part, frozen=True, kw_only=True):
             "any number of nodes. By reference where it holds a password."
         ),
     ] = "sqlite:///data/adapter.db"
-    retention: Annotated[Retention, says("How long things are kept.")] = Retention()
+    retention: Annotated[RetentionConfig, says("How long things are kept.")] = RetentionConfig()
 
 
-class Override(_Part, frozen=True, kw_only=True):
+class OverrideConfig(_Section, frozen=True, kw_only=True):
     settings: Annotated[
         Mapping[str, Any],
         says("Settings in place of the weaker ones: mappings are merged, everything else is replaced."),
     ] = {}
 
 
-class ChannelConfig(_Part, frozen=True, kw_only=True):
+class ChannelConfig(_Section, frozen=True, kw_only=True):
     routes: Annotated[
-        Mapping[str, Override],
+        Mapping[str, OverrideConfig],
         says("What is different on this channel, by route; stronger than the route and the merchant."),
     ] = {}
 
 
-class Merchant(_Part, frozen=True, kw_only=True):
+class MerchantConfig(_Section, frozen=True, kw_only=True):
     slug: Annotated[
         str,
         says(
@@ -223,7 +223,7 @@ class Merchant(_Part, frozen=True, kw_only=True):
         OneOrTwoSecrets, says("The bearer tokens that Norce issued for this merchant; two while one is being replaced.")
     ]
     routes: Annotated[
-        Mapping[str, Override], says("What is different for this merchant, by route; stronger than the route.")
+        Mapping[str, OverrideConfig], says("What is different for this merchant, by route; stronger than the route.")
     ] = {}
     channels: Annotated[
         Mapping[NorceName, ChannelConfig],
@@ -231,7 +231,7 @@ class Merchant(_Part, frozen=True, kw_only=True):
     ]
 
 
-class SignedUrls(_Part, frozen=True, kw_only=True):
+class SignedUrlsConfig(_Section, frozen=True, kw_only=True):
     keys: Annotated[
         Mapping[
             Annotated[
@@ -252,14 +252,14 @@ class SignedUrls(_Part, frozen=True, kw_only=True):
     ]
 
 
-class _SharedSecret(_Part, frozen=True, kw_only=True):
+class _SharedSecretConfig(_Section, frozen=True, kw_only=True):
     values: Annotated[OneOrTwoSecrets, says("The values that are accepted; two while one is being replaced.")]
     merchants: Annotated[
         Merchants | None, says("Whose orders the secret is good for; every merchant's where left out.")
     ] = None
 
 
-class HeaderSecret(_SharedSecret, frozen=True, kw_only=True):
+class HeaderSecretConfig(_SharedSecretConfig, frozen=True, kw_only=True):
     header: Annotated[
         str,
         says(
@@ -271,7 +271,7 @@ class HeaderSecret(_SharedSecret, frozen=True, kw_only=True):
     ]
 
 
-class UrlSecret(_SharedSecret, frozen=True, kw_only=True):
+class UrlSecretConfig(_SharedSecretConfig, frozen=True, kw_only=True):
     parameter: Annotated[
         str,
         says(
@@ -283,15 +283,15 @@ class UrlSecret(_SharedSecret, frozen=True, kw_only=True):
     ]
 
 
-class Senders(_Part, frozen=True, kw_only=True):
+class SendersConfig(_Section, frozen=True, kw_only=True):
     signed_urls: Annotated[
-        SignedUrls | None, says("Callback URLs that carry a signature per merchant, channel, order and callback.")
+        SignedUrlsConfig | None, says("Callback URLs that carry a signature per merchant, channel, order and callback.")
     ] = None
     header_secrets: Annotated[
-        tuple[HeaderSecret, ...], says("Secrets that Norce, or a gateway before us, sends in a header.")
+        tuple[HeaderSecretConfig, ...], says("Secrets that Norce, or a gateway before us, sends in a header.")
     ] = ()
     url_secrets: Annotated[
-        tuple[UrlSecret, ...],
+        tuple[UrlSecretConfig, ...],
         says("Secrets in the query of statically registered URLs; they end up in other people's logs."),
     ] = ()
 
@@ -307,7 +307,7 @@ Pointer: TypeAlias = Annotated[
 ]
 
 
-class NotificationCallback(_Part, frozen=True, kw_only=True, tag="notification", tag_field="kind"):
+class NotificationCallbackConfig(_Section, frozen=True, kw_only=True, tag="notification", tag_field="kind"):
     """Something happened: stored, and delivered to the routes that want it."""
 
     kind: ClassVar[str] = "notification"
@@ -317,7 +317,7 @@ class NotificationCallback(_Part, frozen=True, kw_only=True, tag="notification",
     ] = True
 
 
-class _AnsweredCallback(_Part, frozen=True, kw_only=True):
+class _AnsweredCallbackConfig(_Section, frozen=True, kw_only=True):
     deadline: Annotated[
         timedelta,
         says(
@@ -334,13 +334,13 @@ class _AnsweredCallback(_Part, frozen=True, kw_only=True):
     ] = None
 
 
-class ValidationCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
+class ValidationCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
     """May this order proceed? Answered inside the deadline."""
 
     kind: ClassVar[str] = "validation"
 
 
-class HookCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
+class HookCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
     """A change is about to be stored: accepted, refused, or more changed with it. Answered inside the deadline."""
 
     kind: ClassVar[str] = "hook"
@@ -354,17 +354,17 @@ class HookCallback(_AnsweredCallback, frozen=True, kw_only=True, tag="hook", tag
     ] = "v0"
 
 
-Callback: TypeAlias = NotificationCallback | ValidationCallback | HookCallback
+CallbackConfig: TypeAlias = NotificationCallbackConfig | ValidationCallbackConfig | HookCallbackConfig
 
 
-class When(_Part, frozen=True, kw_only=True):
+class WhenConfig(_Section, frozen=True, kw_only=True):
     scope: Annotated[str, says("The JSON pointer of what the route looks at in the order.")]
     schema: Annotated[
         Schema, says("The JSON Schema (2020-12) that the value at the scope meets; true for any value.")
     ] = True
 
 
-class Retries(_Part, frozen=True, kw_only=True):
+class RetriesConfig(_Section, frozen=True, kw_only=True):
     schedule: Annotated[
         tuple[Annotated[timedelta, says(within=("100ms", "7d"))], ...],
         says("How long to wait after each failed attempt; then it is a dead letter.", max_length=50),
@@ -377,10 +377,10 @@ class Retries(_Part, frozen=True, kw_only=True):
     )
 
 
-class Route(_Part, frozen=True, kw_only=True):
+class RouteConfig(_Section, frozen=True, kw_only=True):
     callback: Annotated[str, says("The callback that the route wants or answers.")]
     when: Annotated[
-        When | None, says("A further condition; the route is asked where the callback's and this one hold.")
+        WhenConfig | None, says("A further condition; the route is asked where the callback's and this one hold.")
     ] = None
     handler: Annotated[Name, says("The name of an installed handler; `norce-adapter handlers` lists them.")]
     refetch: Annotated[
@@ -397,7 +397,7 @@ class Route(_Part, frozen=True, kw_only=True):
     timeout: Annotated[timedelta, says("Notifications: how long one attempt may take.", within=("100ms", "10m"))] = (
         timedelta(seconds=15)
     )
-    retry: Annotated[Retries, says("Notifications: what happens after an attempt that failed.")] = Retries()
+    retry: Annotated[RetriesConfig, says("Notifications: what happens after an attempt that failed.")] = RetriesConfig()
     concurrency: Annotated[
         Positive,
         says("Notifications: how many deliveries run at once, per merchant and channel, on all nodes together."),
@@ -411,25 +411,25 @@ ONLY_FOR_NOTIFICATIONS = ("refetch", "timeout", "retry", "concurrency")
 ONLY_FOR_ANSWERS = ("no_answer", "mode")
 
 
-class ConfigFile(_Part, frozen=True, kw_only=True):
+class ConfigFile(_Section, frozen=True, kw_only=True):
     """What stands in the file."""
 
-    adapter: Annotated[Adapter, says("Who we are.")]
-    server: Annotated[Server, says("The public port.")] = Server()
-    operations: Annotated[Operations, says("The port for the people and machines that run this.")] = Operations()
-    store: Annotated[Store, says("What survives a restart.")] = Store()
-    norce: Annotated[Norce, says("Norce Checkout, as we call it.")] = Norce()
+    adapter: Annotated[AdapterConfig, says("Who we are.")]
+    server: Annotated[ServerConfig, says("The public port.")] = ServerConfig()
+    operations: Annotated[OperationsConfig, says("The port for operators and monitoring.")] = OperationsConfig()
+    store: Annotated[StoreConfig, says("What survives a restart.")] = StoreConfig()
+    norce: Annotated[NorceConfig, says("Norce Checkout, as we call it.")] = NorceConfig()
     reconciliation: Annotated[
-        Reconciliation, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
-    ] = Reconciliation()
-    dispatcher: Annotated[Dispatcher, says("The work on notifications.")] = Dispatcher()
-    verdicts: Annotated[Verdicts, says("The answers to validations and hooks.")] = Verdicts()
-    merchants: Annotated[Mapping[NorceName, Merchant], says("The merchants by their ids at Norce.", min_length=1)]
-    senders: Annotated[Senders, says("Who may call us; at least one kind.")] = Senders()
+        ReconciliationConfig, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
+    ] = ReconciliationConfig()
+    dispatcher: Annotated[DispatcherConfig, says("The work on notifications.")] = DispatcherConfig()
+    verdicts: Annotated[VerdictsConfig, says("The answers to validations and hooks.")] = VerdictsConfig()
+    merchants: Annotated[Mapping[NorceName, MerchantConfig], says("The merchants by their ids at Norce.", min_length=1)]
+    senders: Annotated[SendersConfig, says("Who may call us; at least one kind.")] = SendersConfig()
     callbacks: Annotated[
-        Mapping[Name, Callback], says("What Norce calls, by name; each is one URL and one registration.")
+        Mapping[Name, CallbackConfig], says("What Norce calls, by name; each is one URL and one registration.")
     ] = {}
-    routes: Annotated[Mapping[Name, Route], says("Who wants or answers a callback, by name.")] = {}
+    routes: Annotated[Mapping[Name, RouteConfig], says("Who wants or answers a callback, by name.")] = {}
 
 
 class Config(ConfigFile, frozen=True, kw_only=True):
@@ -454,8 +454,8 @@ class Config(ConfigFile, frozen=True, kw_only=True):
         at_channel = under(f"{at_merchant}.channels", channel.name)
         tree = merged(
             self.routes[route].settings,
-            of_merchant.routes.get(route, Override()).settings,
-            of_channel.routes.get(route, Override()).settings,
+            of_merchant.routes.get(route, OverrideConfig()).settings,
+            of_channel.routes.get(route, OverrideConfig()).settings,
         )
         return tree, tuple(
             f"{under(f'{at}routes', route)}.settings" for at in ("", f"{at_merchant}.", f"{at_channel}.")

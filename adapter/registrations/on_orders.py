@@ -19,7 +19,14 @@ from urllib.parse import quote, unquote
 from weakref import WeakValueDictionary
 
 from adapter.callbacks.senders import Senders
-from adapter.config import Callback, Config, HookCallback, NotificationCallback, UrlSecret, ValidationCallback
+from adapter.config import (
+    CallbackConfig,
+    Config,
+    HookCallbackConfig,
+    NotificationCallbackConfig,
+    UrlSecretConfig,
+    ValidationCallbackConfig,
+)
 from adapter.identifiers import Channel
 from adapter.norce.api import V0
 from adapter.norce.client import Norce, NorceRejected
@@ -172,7 +179,7 @@ def static_notifications(config: Config, merchant: str) -> list[dict[str, Any]]:
     """
     found = []
     for name, callback in config.callbacks.items():
-        if isinstance(callback, NotificationCallback):
+        if isinstance(callback, NotificationCallbackConfig):
             static_secret(config, merchant)
             found.append(_body(config, name, callback, str(static_url(config, merchant, name))))
     return found
@@ -199,25 +206,25 @@ def static_secret(config: Config, merchant: str) -> str:
     return quote(given.values[0].reveal(), safe="")
 
 
-def _static(config: Config, merchant: str) -> UrlSecret | None:
+def _static(config: Config, merchant: str) -> UrlSecretConfig | None:
     # Whoever has the merchant's token reads it, and a shopper's browser may: it must not speak for another merchant.
     good = (each for each in config.senders.url_secrets if set(each.merchants or config.merchants) == {merchant})
     return next(good, None)
 
 
-def _body(config: Config, name: str, callback: Callback, url: str) -> dict[str, Any]:
+def _body(config: Config, name: str, callback: CallbackConfig, url: str) -> dict[str, Any]:
     is_v0 = config.norce.version == V0
     whose = {"adapterId": config.adapter.id}
     named = {"reference": name, "description": f"{callback.kind} {name} of {config.adapter.id}"}
     match callback:
-        case ValidationCallback():
+        case ValidationCallbackConfig():
             return {**whose, "url": url} if is_v0 else {**whose, **named, "invoke": url}
-        case HookCallback():
+        case HookCallbackConfig():
             parts = {"subscribeTo" if is_v0 else "scope": callback.watch}
             if callback.target is not None:
                 parts["target"] = callback.target
             return {**whose, **({} if is_v0 else named), **parts, "invoke": url, "version": callback.version}
-        case NotificationCallback():
+        case NotificationCallbackConfig():
             condition = {"scope": callback.scope, "schema": callback.schema}
             return {**whose, **named, **condition, "invoke": url, "version": V0}
     raise AssertionError(callback)

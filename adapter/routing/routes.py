@@ -175,18 +175,18 @@ class _Builder:
             raise ConfigurationInvalid(self._problems)
         return Routes(callbacks, [route for route in routes if route is not None], self._warnings)
 
-    def _callback(self, name: str, each: configuration.Callback) -> Callback:
-        if isinstance(each, configuration.NotificationCallback):
+    def _callback(self, name: str, each: configuration.CallbackConfig) -> Callback:
+        if isinstance(each, configuration.NotificationCallbackConfig):
             return Callback(name=name, kind=each.kind, condition=self._compiled(f"callbacks.{name}", each))
         return Callback(
             name=name,
             kind=each.kind,
             deadline=each.deadline,
             soft_limit=each.soft_limit or each.deadline / 2,
-            target=each.target if isinstance(each, configuration.HookCallback) else None,
+            target=each.target if isinstance(each, configuration.HookCallbackConfig) else None,
         )
 
-    def _route(self, name: str, each: configuration.Route, callback: Callback) -> Route | None:
+    def _route(self, name: str, each: configuration.RouteConfig, callback: Callback) -> Route | None:
         path = f"routes.{name}"
         when = None if each.when is None else self._compiled(f"{path}.when", each.when)
         handler = self._handler(f"{path}.handler", each.handler, callback)
@@ -219,7 +219,7 @@ class _Builder:
         )
 
     def _compiled(
-        self, path: str, each: configuration.NotificationCallback | configuration.When
+        self, path: str, each: configuration.NotificationCallbackConfig | configuration.WhenConfig
     ) -> CompiledCondition | None:
         if any(each.scope.startswith(f"{array}/") for array in ARRAYS):
             remedy = 'leads into an array, where no condition looks; take the array, and a schema with "contains"'

@@ -39,13 +39,13 @@ def senders(
         return tuple(map(Secret, values))
 
     return Senders(
-        config.Senders(
-            signed_urls=config.SignedUrls(keys={n: Secret(k) for n, k in keys.items()}) if keys else None,
+        config.SendersConfig(
+            signed_urls=config.SignedUrlsConfig(keys={n: Secret(k) for n, k in keys.items()}) if keys else None,
             header_secrets=tuple(
-                config.HeaderSecret(header=h, values=secrets(values), merchants=m) for h, values, m in headers
+                config.HeaderSecretConfig(header=h, values=secrets(values), merchants=m) for h, values, m in headers
             ),
             url_secrets=tuple(
-                config.UrlSecret(parameter=p, values=secrets(values), merchants=m) for p, values, m in urls
+                config.UrlSecretConfig(parameter=p, values=secrets(values), merchants=m) for p, values, m in urls
             ),
         )
     )

@@ -18,7 +18,7 @@ from msgspec.structs import FieldInfo
 
 from adapter.config.convert import bare, class_of, is_struct, list_of
 from adapter.config.json_schema import file_schema, written
-from adapter.config.model import ONLY_FOR_ANSWERS, ConfigFile, Route
+from adapter.config.model import ONLY_FOR_ANSWERS, ConfigFile, RouteConfig
 from adapter.routing.routes import settings_types
 from tests import ROOT
 
@@ -131,7 +131,7 @@ def _members(type_: Any, example: Mapping[str, Any], described: set[str]) -> Ite
         yield f"{tag}: {example[tag]}"
     for field in msgspec.structs.fields(type_):
         name = field.encode_name
-        left_out = type_ is Route and name in ONLY_FOR_ANSWERS and "no_answer" not in example
+        left_out = type_ is RouteConfig and name in ONLY_FOR_ANSWERS and "no_answer" not in example
         if name not in example and (left_out or _about(field) in described):
             continue
         yield from _described(_about(field), described)

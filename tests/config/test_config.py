@@ -15,9 +15,9 @@ from ruamel.yaml import YAML
 from adapter.config import (
     Config,
     ConfigurationInvalid,
-    NotificationCallback,
+    NotificationCallbackConfig,
     Problem,
-    ValidationCallback,
+    ValidationCallbackConfig,
     load,
     merged,
     read_settings,
@@ -113,8 +113,8 @@ def test_what_is_left_out_has_its_default(file: Path) -> None:
 def test_a_callback_is_of_its_kind(file: Path) -> None:
     callbacks = read(file, VALID).callbacks
 
-    assert callbacks["order-status"] == NotificationCallback(scope="/state/currentStatus", schema=True)
-    assert callbacks["order-rules"] == ValidationCallback(deadline=timedelta(seconds=2))
+    assert callbacks["order-status"] == NotificationCallbackConfig(scope="/state/currentStatus", schema=True)
+    assert callbacks["order-rules"] == ValidationCallbackConfig(deadline=timedelta(seconds=2))
     assert [callback.kind for callback in callbacks.values()] == ["notification", "validation"]
 
 

@@ -330,7 +330,7 @@ def test_a_plugin_may_declare_what_it_likes() -> None:
     Draft202012Validator.check_schema(in_file)
     Draft202012Validator.check_schema(WILD)
 
-    [of_wild] = in_file["$defs"]["Route"]["allOf"]
+    [of_wild] = in_file["$defs"]["RouteConfig"]["allOf"]
     shown = {n: each.get("default") for n, each in of_wild["then"]["properties"]["settings"]["properties"].items()}
     assert {name: shown[name] for name in settings_in(WILD, "wild")} == {
         "own": None,
