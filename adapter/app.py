@@ -139,7 +139,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
                 norce=norce,
                 metrics=metrics,
                 clock=store.clock,
-                misses=Misses(most=config.verdicts.misses, bypass=config.verdicts.bypass),
+                misses=Misses(most=config.circuit_breaker.failures, bypass=config.circuit_breaker.open_for),
                 record=verdict_log.record,
             ),
             metrics=metrics,

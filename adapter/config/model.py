@@ -147,18 +147,19 @@ class DispatcherConfig(_Section, frozen=True, kw_only=True):
     )
 
 
-class VerdictsConfig(_Section, frozen=True, kw_only=True):
-    misses: Annotated[
+class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
+    failures: Annotated[
         int,
         says(
-            "After how many misses in a row a route is bypassed, that is, answered by its no_answer at once; 0 is "
-            "never. A miss is no answer by the deadline, or a failure past the soft limit.",
+            "Misses in a row that open the circuit breaker of a route; 0 means never. A miss is no answer by the "
+            "deadline, or an error after soft_limit.",
             ge=0,
             le=1000,
         ),
     ] = 5
-    bypass: Annotated[
-        timedelta, says("For how long a route is bypassed before it is asked once more.", within=("100ms", "1d"))
+    open_for: Annotated[
+        timedelta,
+        says("Time that a circuit breaker stays open before one call probes the route.", within=("100ms", "1d")),
     ] = timedelta(seconds=30)
 
 
@@ -423,7 +424,10 @@ class ConfigFile(_Section, frozen=True, kw_only=True):
         ReconciliationConfig, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
     ] = ReconciliationConfig()
     dispatcher: Annotated[DispatcherConfig, says("The work on notifications.")] = DispatcherConfig()
-    verdicts: Annotated[VerdictsConfig, says("The answers to validations and hooks.")] = VerdictsConfig()
+    circuit_breaker: Annotated[
+        CircuitBreakerConfig,
+        says("While the circuit breaker of a validation or hook route is open, its no_answer counts at once."),
+    ] = CircuitBreakerConfig()
     merchants: Annotated[Mapping[NorceName, MerchantConfig], says("The merchants by their ids at Norce.", min_length=1)]
     senders: Annotated[SendersConfig, says("Who may call us; at least one kind.")] = SendersConfig()
     callbacks: Annotated[

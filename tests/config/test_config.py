@@ -520,9 +520,9 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
     ),
     "misses below nothing": (
         "senders:",
-        "verdicts: {misses: -1}\nsenders:",
+        "circuit_breaker: {failures: -1}\nsenders:",
         9,
-        "verdicts.misses",
+        "circuit_breaker.failures",
         "at least 0 and at most 1000",
     ),
     "notification without scope": (

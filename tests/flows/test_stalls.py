@@ -89,7 +89,7 @@ def test_a_hook_is_answered_in_time_however_its_plugin_stalls(stage: Stage, samp
 
 def test_a_route_that_misses_again_and_again_is_answered_at_once(stage: Stage, sample_plugin: Path) -> None:
     hooked(stage, sample_plugin, "waits")
-    stage.config["verdicts"] = {"misses": 2}
+    stage.config["circuit_breaker"] = {"failures": 2}
     service = stage.start()
 
     seconds = [timed_post(stage, service, "cart-stalls", f"order-{number}")[0] for number in range(4)]
