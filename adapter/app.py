@@ -252,8 +252,8 @@ def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
 
 def pause_policy(config: Config) -> PausePolicy:
     """When a queue pauses by itself."""
-    given = config.dispatcher
-    return PausePolicy(after_failures=given.pause_after, first=given.pause, longest=given.longest_pause)
+    given = config.queues
+    return PausePolicy(after_failures=given.pause_after, first=given.first_pause, longest=given.max_pause)
 
 
 def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> Norce:

@@ -129,22 +129,20 @@ class DispatcherConfig(_Section, frozen=True, kw_only=True):
         timedelta,
         says("How long a shutdown waits for running deliveries before it cancels them.", within=("0s", "10m")),
     ] = timedelta(seconds=20)
+
+
+class QueuesConfig(_Section, frozen=True, kw_only=True):
     pause_after: Annotated[
-        int,
-        says(
-            "After how many orders that failed one after the other a queue pauses by itself; 0 is never.", ge=0, le=1000
-        ),
+        int, says("Orders that fail in a row before their queue pauses; 0 means never.", ge=0, le=1000)
     ] = 5
-    pause: Annotated[
+    first_pause: Annotated[
         timedelta,
         says(
-            "How long such a pause is at first, before one delivery is tried; twice as long each time that fails.",
+            "Length of the first pause; one delivery then probes, and each failed probe doubles it.",
             within=("100ms", "1d"),
         ),
     ] = timedelta(seconds=30)
-    longest_pause: Annotated[timedelta, says("How long such a pause is at the longest.", within=("100ms", "1d"))] = (
-        timedelta(minutes=10)
-    )
+    max_pause: Annotated[timedelta, says("Longest pause.", within=("100ms", "1d"))] = timedelta(minutes=10)
 
 
 class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
@@ -424,6 +422,10 @@ class ConfigFile(_Section, frozen=True, kw_only=True):
         ReconciliationConfig, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
     ] = ReconciliationConfig()
     dispatcher: Annotated[DispatcherConfig, says("The work on notifications.")] = DispatcherConfig()
+    queues: Annotated[
+        QueuesConfig,
+        says("A queue, one route for one merchant and channel, pauses by itself while its destination is down."),
+    ] = QueuesConfig()
     circuit_breaker: Annotated[
         CircuitBreakerConfig,
         says("While the circuit breaker of a validation or hook route is open, its no_answer counts at once."),

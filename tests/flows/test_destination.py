@@ -13,7 +13,7 @@ WRONG = {"type": "basic", "username": "stories", "password": "${env:WRONG_PASSWO
 def test_a_destination_that_is_down_for_a_while_gets_every_order_once(stage: Stage) -> None:
     port, names = free_port(), [f"order-{number}" for number in range(5)]
     stage.config["routes"]["export-payment"]["settings"]["base_url"] = f"http://127.0.0.1:{port}"
-    stage.config["dispatcher"] |= {"pause": "200ms", "longest_pause": "400ms"}
+    stage.config["queues"] = {"first_pause": "200ms", "max_pause": "400ms"}
     service = stage.start()
     assert {stage.notify(service, order(name)) for name in names} == {200}
     until(lambda: stage.overview().paused)
