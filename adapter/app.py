@@ -51,7 +51,7 @@ from adapter.reconciliation.events import Reconciliation, keep_reconciled
 from adapter.registrations.endpoint import Registrations
 from adapter.registrations.endpoint import routes as beside_callbacks
 from adapter.registrations.on_orders import Registrar
-from adapter.routing.norce_settings import Documents
+from adapter.routing.norce_settings import NorceSettings
 from adapter.routing.routes import Routes
 from adapter.routing.runner import Runner
 from adapter.verdicts.verdicts import Misses, Verdicts
@@ -114,18 +114,18 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             random=random.random,
             shared=store.shared,
         )
-        documents = Documents(
+        norce_settings = NorceSettings(
             config, routes, norce, published_schema(config, routes),
-            taken=StoredDocuments(store), metrics=metrics, changed=dispatcher.wake,
+            stored=StoredDocuments(store), metrics=metrics, changed=dispatcher.wake,
         )  # fmt: skip
         if config.norce.refresh:
-            await documents.recall()
+            await norce_settings.restore()
             # Before anybody is answered; where Norce does not answer, by what it said the last time. Never for longer,
             # whatever Norce is given otherwise: no lease is renewed meanwhile, and no signal heard.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(config.norce.timeout, FIRST_LOOK).total_seconds()):
-                    await documents.refresh()
-        switched_off = documents.switched_off
+                    await norce_settings.refresh()
+        switched_off = norce_settings.switched_off
         dispatcher.switched_off = switched_off
         intake = intake_of(routes, store, queues, metrics, dispatcher.wake)
         endpoint = CallbackEndpoint(
@@ -150,7 +150,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             switched_off=switched_off,
         )
         registrations = Registrations(config, Registrar(config, norce), switched_off)
-        beside = beside_callbacks(registrations, config.adapter.id, documents.schema)
+        beside = beside_callbacks(registrations, config.adapter.id, norce_settings.schema)
         healing = reconciliation(config, norce, intake, store, metrics)
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
@@ -164,7 +164,7 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
             ("runner", runner.watch()),
             ("verdict_log", verdict_log.keep()),
             ("retention", keep_pruned(Maintenance(store, retention(config)))),
-            ("configuration", documents.keep(config.norce.refresh)),
+            ("configuration", norce_settings.poll(config.norce.refresh)),
             ("reconciliation", keep_reconciled(healing, config.reconciliation.every)),
         ):
             await stack.enter_async_context(_task(name, coroutine, health))

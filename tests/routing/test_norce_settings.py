@@ -23,7 +23,7 @@ from adapter.norce.client import NorceError
 from adapter.orders import Order
 from adapter.plugin import Context, Problem, Secret, Settings, Url, ValidationHandler
 from adapter.registrations.on_channels import STATIC, standing
-from adapter.routing.norce_settings import Documents
+from adapter.routing.norce_settings import NorceSettings
 from adapter.routing.routes import build
 from adapter.sandbox.norce import Simulator
 from adapter.sandbox.norce.records import document_key
@@ -132,18 +132,18 @@ class House:
         self.line = Line(self.simulator)
         self.norce = client(self.config, self.metrics, transport=self.line)
         self.schema = published_schema(self.config, self.routes)
-        self.documents = self.reader(StoredDocuments(self.store))
+        self.settings = self.reader(StoredDocuments(self.store))
 
-    def reader(self, taken: StoredDocuments) -> Documents:
-        return Documents(
-            self.config, self.routes, self.norce, self.schema, taken=taken, metrics=self.metrics, changed=self._count
+    def reader(self, stored: StoredDocuments) -> NorceSettings:
+        return NorceSettings(
+            self.config, self.routes, self.norce, self.schema, stored=stored, metrics=self.metrics, changed=self._count
         )
 
     def restart(self) -> None:
         """A new process, which has heard nothing of Norce yet."""
         self.routes = build(self.config, [Point()])  # type: ignore[list-item]
-        self.documents = self.reader(StoredDocuments(self.store))
-        self.loop.run(self.documents.recall())
+        self.settings = self.reader(StoredDocuments(self.store))
+        self.loop.run(self.settings.restore())
 
     def _ours(self, request: httpx.Request) -> httpx.Response:
         """What Norce finds at our address."""
@@ -158,7 +158,7 @@ class House:
         self.simulator.records.keep("documents", document_key("norce", channel, name), document)
 
     def refresh(self) -> None:
-        self.loop.run(self.documents.refresh())
+        self.loop.run(self.settings.refresh())
 
     def limits(self, channel: str = "1") -> Any:
         return self.routes.all[0].settings[Channel("norce", channel)]
@@ -197,7 +197,7 @@ def test_without_a_document_the_file_says_it_all(house: House) -> None:
     house.refresh()
 
     assert (house.limits("1").most, house.limits("2").most) == (5, 10)
-    assert house.documents.switched_off == set()
+    assert house.settings.switched_off == set()
     assert house.value("configuration_valid", *CHANNEL) == 1
 
 
@@ -220,14 +220,14 @@ def test_a_merchant_whose_norce_is_silent_is_in_no_other_merchants_way(tmp_path:
         house.norce._client._transport = SilentFor("silent", house.line)
 
         async def begin() -> None:
-            reading = asyncio.create_task(house.documents.refresh())
+            reading = asyncio.create_task(house.settings.refresh())
             await asyncio.wait([reading], timeout=1)
             reading.cancel()
             await asyncio.wait([reading])
 
         house.loop.run(begin())
 
-        assert house.documents.switched_off == {CHANNEL}
+        assert house.settings.switched_off == {CHANNEL}
 
 
 def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -> None:
@@ -248,7 +248,7 @@ def test_a_document_that_is_deleted_is_none(house: House) -> None:
     house.refresh()
 
     assert house.limits().most == 5
-    assert house.documents.switched_off == set()
+    assert house.settings.switched_off == set()
 
 
 WRONG: dict[str, tuple[Any, str]] = {
@@ -277,7 +277,7 @@ def test_a_document_that_is_wrong_keeps_the_last_good_one_and_its_places_are_tol
         house.refresh()
 
     assert house.limits().most == 3
-    assert house.documents.switched_off == {CHANNEL}
+    assert house.settings.switched_off == {CHANNEL}
     [line] = told
     assert (line["event"], line["log_level"], line["places"]) == ("configuration_refused", "error", [place])
     assert "canary" not in json.dumps(told)
@@ -305,7 +305,7 @@ def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
         house.refresh()
 
     assert house.limits().most == 3
-    assert house.documents.switched_off == {CHANNEL}
+    assert house.settings.switched_off == {CHANNEL}
     assert [(line["event"], line["channel"]) for line in told] == [
         ("configuration_unreadable", "1"),
         ("configuration_unreadable", "2"),
@@ -318,28 +318,28 @@ def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_t
     house.put(document({"most": 0}, active=True))
 
     house.restart()
-    assert house.documents.switched_off == {CHANNEL}
+    assert house.settings.switched_off == {CHANNEL}
     house.line.instead = httpx.ConnectError("down")
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
+    assert (house.limits().most, house.settings.switched_off) == (3, {CHANNEL})
     house.line.instead = None
     house.refresh()
 
-    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
+    assert (house.limits().most, house.settings.switched_off) == (3, {CHANNEL})
     assert b"canary" not in house.loop.run(StoredDocuments(house.store).all())[CHANNEL]
 
 
 def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_checked(house: House) -> None:
     """To check one takes up to three seconds, ten took 26 s of a start: no lease is renewed, and no signal heard."""
-    taken = StoredDocuments(house.store)
+    stored = StoredDocuments(house.store)
     BEGUN.clear()
     GO_ON.clear()
 
     async def begin() -> set[Channel]:
-        await taken.keep(CHANNEL, json.dumps(document({"most": 15})).encode())
-        await taken.keep(Channel("norce", "2"), json.dumps(document(active=False)).encode())
-        reader = house.reader(taken)
-        await reader.recall()
+        await stored.keep(CHANNEL, json.dumps(document({"most": 15})).encode())
+        await stored.keep(Channel("norce", "2"), json.dumps(document(active=False)).encode())
+        reader = house.reader(stored)
+        await reader.restore()
         known = set(reader.switched_off)
         house.line.instead = httpx.ConnectError("down")
         checking = asyncio.create_task(reader.refresh())
@@ -363,25 +363,25 @@ def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -
 
     house.restart()
 
-    assert (house.limits().most, house.documents.switched_off) == (5, set())
+    assert (house.limits().most, house.settings.switched_off) == (5, set())
 
 
 def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_not_the_switch(house: House) -> None:
-    taken = StoredDocuments(house.store)
-    house.loop.run(taken.keep(CHANNEL, json.dumps(document({"fewest": 3}, active=False)).encode()))
-    house.loop.run(taken.keep(Channel("gone", "1"), b"{}"))
+    stored = StoredDocuments(house.store)
+    house.loop.run(stored.keep(CHANNEL, json.dumps(document({"fewest": 3}, active=False)).encode()))
+    house.loop.run(stored.keep(Channel("gone", "1"), b"{}"))
 
     house.restart()
     house.line.instead = httpx.ConnectError("down")
     house.refresh()
 
-    assert (house.limits().most, house.documents.switched_off) == (5, {CHANNEL})
+    assert (house.limits().most, house.settings.switched_off) == (5, {CHANNEL})
     assert house.value("configuration_valid", *CHANNEL) == 0
 
 
 def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> None:
     store = Store.open(empty_url)
-    taken = StoredDocuments(store)
+    stored = StoredDocuments(store)
 
     async def work() -> dict[Channel, bytes]:
         for merchant, channel, content in (
@@ -392,8 +392,8 @@ def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> 
             ("a", "2", None),
             ("c", "1", None),
         ):
-            await taken.keep(Channel(merchant, channel), content)
-        return await taken.all()
+            await stored.keep(Channel(merchant, channel), content)
+        return await stored.all()
 
     try:
         assert asyncio.run(work()) == {("a", "1"): b'{"active":true}', ("b", "1"): b"{}"}
@@ -417,8 +417,8 @@ class Stumbling(StoredDocuments):
 def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_time(house: House, last: Any) -> None:
     house.put(document({"most": 4}))
     house.refresh()
-    house.documents = house.reader(Stumbling(house.store))
-    house.loop.run(house.documents.recall())
+    house.settings = house.reader(Stumbling(house.store))
+    house.loop.run(house.settings.restore())
     if last is None:
         house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
     else:
@@ -450,14 +450,14 @@ def test_a_404_without_a_code_of_norces_takes_no_document_away(house: House, ins
 
     house.line.instead = instead
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
+    assert (house.limits().most, house.settings.switched_off) == (3, {CHANNEL})
     house.restart()
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (3, {CHANNEL})
+    assert (house.limits().most, house.settings.switched_off) == (3, {CHANNEL})
 
     house.line.instead = httpx.Response(404, json={"code": "configuration-not-found", "message": "none"})
     house.refresh()
-    assert (house.limits().most, house.documents.switched_off) == (5, set())
+    assert (house.limits().most, house.settings.switched_off) == (5, set())
 
 
 def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothing(house: House) -> None:
@@ -488,7 +488,7 @@ def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_en
     house.put(document({"most": 15}))
 
     async def broken_off() -> None:
-        checking = asyncio.create_task(house.documents.refresh())
+        checking = asyncio.create_task(house.settings.refresh())
         await asyncio.to_thread(BEGUN.wait)  # the loop is free meanwhile
         checking.cancel()
         GO_ON.set()
@@ -525,11 +525,11 @@ def test_a_channel_is_switched_off_and_on_again(house: House) -> None:
     house.put(document(active=False))
     house.refresh()
 
-    assert house.documents.switched_off == {CHANNEL}
+    assert house.settings.switched_off == {CHANNEL}
     assert house.value("channel_active", *CHANNEL) == 0
     house.put(document(active=True))
     house.refresh()
-    assert house.documents.switched_off == set()
+    assert house.settings.switched_off == set()
     assert house.value("channel_active", *CHANNEL) == 1
 
 
