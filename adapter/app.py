@@ -54,7 +54,8 @@ from adapter.registrations.on_orders import Registrar
 from adapter.routing.norce_settings import NorceSettings
 from adapter.routing.routes import Routes
 from adapter.routing.runner import Runner
-from adapter.verdicts.verdicts import Misses, Verdicts
+from adapter.verdicts.circuit_breaker import CircuitBreaker
+from adapter.verdicts.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -139,7 +140,9 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
                 norce=norce,
                 metrics=metrics,
                 clock=store.clock,
-                misses=Misses(most=config.circuit_breaker.failures, bypass=config.circuit_breaker.open_for),
+                circuit_breaker=CircuitBreaker(
+                    failures=config.circuit_breaker.failures, open_for=config.circuit_breaker.open_for
+                ),
                 record=verdict_log.record,
             ),
             metrics=metrics,

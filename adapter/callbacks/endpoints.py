@@ -1,14 +1,13 @@
-"""
-Where a newcomer starts: the walk of a callback, and the only table of status codes for Norce.
+"""The way of a callback through the service. Newcomers start here, with `CallbackEndpoint._respond`.
 
-A notification: read, identify the sender, parse, ask who wants it, remember it on disk, 200. A validation: read,
-identify, ask the routes inside the deadline, 200 or 400 with the problems. A hook: the same, 200 with what else is to
-change, or 400 with why not. Nothing a caller sends is answered 500.
+`STATUS` is the table of the refusals that Norce gets. Nothing that a caller sends is answered 500. The server refuses
+some requests before they come here (see `server`).
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Container
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -17,7 +16,7 @@ import structlog
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from adapter.callbacks import IS_WHOLE, parsing
+from adapter.callbacks import parsing
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.parsing import (
     BadRequest,
@@ -34,13 +33,16 @@ from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthentica
 from adapter.identifiers import Channel
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
-from adapter.norce.client import OrderNotFound
 from adapter.routing.routes import Callback, Routes
-from adapter.verdicts.verdicts import Verdicts
+from adapter.verdicts.answer import Answer
+from adapter.verdicts.verdicts import OrderMissing, VerdictRequest, Verdicts
 
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_SECONDS = 5
+# Keys in the scope of a request that `server` and this module share.
+BODY_IS_COMPLETE = "norce_adapter.body_is_complete"  # the whole body had come before the request was passed on
+ON_HANG_UP = "norce_adapter.on_hang_up"  # a function to call if the caller closes the connection before the answer
 
 
 class CallbackUnknown(Exception):
@@ -48,7 +50,7 @@ class CallbackUnknown(Exception):
 
 
 class MethodNotAllowed(Exception):
-    """This callback is not called that way. `allowed`: how it is."""
+    """The callback takes other methods, which `allowed` lists."""
 
     def __init__(self, allowed: str) -> None:
         super().__init__(allowed)
@@ -56,19 +58,19 @@ class MethodNotAllowed(Exception):
 
 
 class BodyTooLarge(Exception):
-    """More bytes than the limit, whatever the headers say."""
+    """More bytes than the limit have come, whatever the headers say."""
 
 
 class BodyTooSlow(Exception):
     """The body did not arrive in time, or the caller went away."""
 
 
-# What went wrong: status, Norce's code, and what the caller is told where the error has no words of its own.
+# Status, Norce's code, and the message where the error has none of its own.
 STATUS: dict[type[Exception], tuple[int, str, str]] = {
     BadRequest: (400, "order-bad-request", ""),
     Unauthenticated: (401, "unauthorized", "The caller is not known."),
     Unresolved: (404, "order-not-found", ""),
-    OrderNotFound: (404, "order-not-found", "Norce has no such order."),
+    OrderMissing: (404, "order-not-found", "Norce has no such order."),
     CallbackUnknown: (404, "callback-not-found", "There is no such callback."),
     ConfigurationNotFound: (404, "configuration-not-found", ""),
     MethodNotAllowed: (405, "method-not-allowed", "This callback takes other methods; see Allow."),
@@ -77,23 +79,30 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     NotJson: (415, "unsupported-media-type", ""),
     StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
 }
+METHODS = {
+    "notification": ("POST",),
+    "hook": ("POST",),
+    "validation": ("POST", "GET"),  # POST in the Order API's text, GET in one adapter's description
+}
+# Shared, because building a response is a large part of answering.
+EMPTY = Response(status_code=200)
+NO_PATCHES = Response(b"[]", media_type="application/json")
 
 
-ACCEPTED = Response(status_code=200)
-UNCHANGED = Response(b"[]", media_type="application/json")
-
-
-class Answered(msgspec.Struct, frozen=True, kw_only=True):
-    """What is told to the caller, and the facts for the log line."""
+class Responded(msgspec.Struct, frozen=True, kw_only=True):
+    """A response, and the facts for the log line."""
 
     response: Response
     facts: dict[str, Any]
 
 
 class CallbackEndpoint:
-    """
-    `/api/v1/callbacks/orders/{order_id}/{callback}`, all kinds. `clock` is the ledger's. Nobody is asked where we are
-    `switched_off`.
+    """The ASGI application of `/api/v1/callbacks/orders/{order_id}/{callback}`, for callbacks of all kinds.
+
+    Args:
+        clock: The ledger's clock, in milliseconds.
+        switched_off: The channels where Norce's configuration has switched us off. Their hooks and validations are
+            accepted without asking a route.
     """
 
     def __init__(
@@ -122,30 +131,20 @@ class CallbackEndpoint:
         self.receive_timeout_seconds = receive_timeout_seconds
         self.clock = clock
         self.switched_off = switched_off
-        for scheme, key in senders.known:  # seen to be 0 where one is not used any more
+        for scheme, key in senders.known:  # a key that is no longer used shows as 0
             metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = time.perf_counter()
+        started_at = time.perf_counter()
         name, order_id = scope["path_params"]["callback"], scope["path_params"]["order_id"]
         callback = self.routes.callbacks.get(name)
         try:
-            raw = await self.read_raw(scope, receive)
-            sender = self.identify(raw)
-            if callback is None:
-                check_order_id(order_id)
-                raise CallbackUnknown(name)
-            if callback.kind == "notification":
-                answered = await self.receive_notification(raw, sender, callback)
-            elif callback.kind == "hook":
-                answered = await self.answer_hook(raw, sender, callback, receive)
-            else:
-                answered = await self.answer_validation(raw, sender, callback, receive)
-        except Exception as error:  # noqa: BLE001 - the last place where an error can still become an answer
-            answered = _refusal(error)
-        response = answered.response
-        seconds = time.perf_counter() - started
+            responded = await self._respond(scope, receive, callback)
+        except Exception as error:  # noqa: BLE001 - the last place where an error can become a response
+            responded = _refusal(error)
+        response = responded.response
+        seconds = time.perf_counter() - started_at
         shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")
         self.metrics.callbacks.labels(shown, kind, str(response.status_code)).inc()
         self.metrics.callback_duration.labels(kind).observe(seconds)
@@ -157,57 +156,39 @@ class CallbackEndpoint:
             order_id=order_id if len(order_id) <= 64 else None,
             status_code=response.status_code,
             duration_ms=round(seconds * 1000, 2),
-            **answered.facts,
+            **responded.facts,
         )
         await response(scope, receive, send)
 
-    async def receive_notification(self, raw: RawCallback, sender: Sender, callback: Callback) -> Answered:
-        """Something happened: on disk, once, before the 200."""
-        _only(raw, "POST")
-        notification, order = parse_notification(raw, sender, callback, self.channels, self.clock())
-        notification = self.intake.routed(notification, order)
-        del order  # hundreds of objects, which are not kept for the disk
-        received = await self.intake.store(notification)
-        facts = _facts(sender, notification.channel, received.value, len(notification.wanted))
-        return Answered(response=ACCEPTED, facts=facts)
+    async def _respond(self, scope: Scope, receive: Receive, callback: Callback | None) -> Responded:
+        raw = await self.read_raw(scope, receive)
+        sender = self.identify(raw)
+        if callback is None:
+            check_order_id(raw.order_id)
+            raise CallbackUnknown
+        if raw.method not in METHODS[callback.kind]:
+            raise MethodNotAllowed(", ".join(METHODS[callback.kind]))
 
-    async def answer_validation(
-        self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive
-    ) -> Answered:
-        """May this order proceed? 200, empty, or 400 with every problem of every route."""
-        _only(raw, "POST", "GET")  # POST in the Order API's text, GET in one adapter's description: both are answered
-        asked = parse_validation(raw, sender, callback, self.channels)
-        if asked.channel in self.switched_off:
-            return Answered(response=ACCEPTED, facts=_facts(sender, asked.channel, "switched-off", 0))
-        answer = await self.verdicts.validate(callback, asked.channel, asked.order_id, lambda: _gone(receive))
-        problems = answer.problems
-        facts = _facts(sender, asked.channel, "rejected" if problems else "approved", len(answer.verdicts))
-        if not problems:
-            return Answered(response=ACCEPTED, facts=facts)
-        body = [{"adapterId": self.adapter_id, "code": each.code, "message": each.message} for each in problems]
-        return Answered(response=_json(400, body), facts=facts)
+        if callback.kind == "notification":
+            notification, order = parse_notification(raw, sender, callback, self.channels, self.clock())
+            notification = self.intake.routed(notification, order)  # evaluates each route's condition; never raises
+            del order  # hundreds of objects, not needed while the disk writes
+            received = await self.intake.store(notification)  # durable, atomic and stored once, before we answer
+            facts = _facts(sender, notification.channel, received.value, len(notification.wanted))
+            return Responded(response=EMPTY, facts=facts)
 
-    async def answer_hook(self, raw: RawCallback, sender: Sender, callback: Callback, receive: Receive) -> Answered:
-        """May this change be stored? 200 with what else is to change, or 400 with the first refusal."""
-        _only(raw, "POST")
-        asked = parse_hook(raw, sender, callback, self.channels)
-        if asked.channel in self.switched_off:
-            return Answered(response=UNCHANGED, facts=_facts(sender, asked.channel, "switched-off", 0))
-        answer = await self.verdicts.change(
-            callback, asked.channel, asked.order_id, asked.order, lambda: _gone(receive)
-        )
-        if (refusal := answer.refusal) is not None:
-            body = {"code": refusal.code, "message": refusal.message, "innerErrorCode": refusal.inner}
-            return Answered(
-                response=_json(400, body), facts=_facts(sender, asked.channel, "refused", len(answer.verdicts))
-            )
-        if not answer.patches:
-            return Answered(response=UNCHANGED, facts=_facts(sender, asked.channel, "accepted", len(answer.verdicts)))
-        response = Response(answer.document, media_type="application/json")
-        return Answered(response=response, facts=_facts(sender, asked.channel, "patched", len(answer.verdicts)))
+        parse = parse_hook if callback.kind == "hook" else parse_validation
+        request = parse(raw, sender, callback, self.channels)
+        if request.channel in self.switched_off:
+            response = NO_PATCHES if callback.kind == "hook" else EMPTY
+            return Responded(response=response, facts=_facts(sender, request.channel, "switched-off", 0))
+        scope[ON_HANG_UP] = partial(self._note_hang_up, request)
+        answer = await self.verdicts.answer(request)  # before the callback's deadline
+        response, result = _hook_response(answer) if callback.kind == "hook" else self._validation_response(answer)
+        return Responded(response=response, facts=_facts(sender, request.channel, result, len(answer.verdicts)))
 
     async def read_raw(self, scope: Scope, receive: Receive) -> RawCallback:
-        """The request as it came. Raises `BodyTooLarge` (on bytes read, chunked too), `BodyTooSlow`."""
+        """Read the request. Raises `BodyTooLarge`, by the bytes that have come, and `BodyTooSlow`."""
         headers: dict[str, str] = {}
         for given, shown in scope["headers"]:
             if name := self._headers.get(given):
@@ -227,30 +208,25 @@ class CallbackEndpoint:
         )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        if IS_WHOLE in scope:
-            return await self._gather(receive)
         try:
-            async with asyncio.timeout(self.receive_timeout_seconds):
-                return await self._gather(receive)
+            async with asyncio.timeout(None if BODY_IS_COMPLETE in scope else self.receive_timeout_seconds):
+                chunks, size, more = [], 0, True
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise BodyTooSlow
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > self.max_body_bytes:
+                        raise BodyTooLarge
+                    chunks.append(chunk)
+                    more = message.get("more_body", False)
+                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
         except TimeoutError as error:
             raise BodyTooSlow from error
 
-    async def _gather(self, receive: Receive) -> bytes:
-        chunks, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise BodyTooSlow
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self.max_body_bytes:
-                raise BodyTooLarge
-            chunks.append(chunk)
-            more = message.get("more_body", False)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
     def identify(self, raw: RawCallback) -> Sender:
-        """Who is calling. Raises `Unauthenticated`."""
+        """Return the sender and count it. Raises `Unauthenticated`."""
         try:
             sender = self.senders.identify(raw)
         except Unauthenticated:
@@ -259,36 +235,29 @@ class CallbackEndpoint:
         self.metrics.auth.labels(sender.scheme, sender.key, "identified").inc()
         return sender
 
+    def _validation_response(self, answer: Answer) -> tuple[Response, str]:
+        if not answer.problems:
+            return EMPTY, "approved"
+        body = [{"adapterId": self.adapter_id, "code": each.code, "message": each.message} for each in answer.problems]
+        return _json(400, body), "rejected"
 
-def _pairs(query: str) -> list[tuple[str, str]]:
-    if "%" in query or "+" in query:
-        return parse_qsl(query, keep_blank_values=True)
-    # Nothing is escaped in most signed URLs, and then the same is had for a third of the time.
-    return [(name, value) for name, _, value in (pair.partition("=") for pair in query.split("&") if pair)]
-
-
-def _only(raw: RawCallback, *methods: str) -> None:
-    if raw.method not in methods:
-        raise MethodNotAllowed(", ".join(methods))
-
-
-def _facts(sender: Sender, channel: Channel, result: str, routes: int) -> dict[str, Any]:
-    return {
-        "merchant": channel.merchant,
-        "channel": channel.name,
-        "result": result,
-        "routes": routes,
-        "scheme": sender.scheme,
-        "key": sender.key,
-    }
+    def _note_hang_up(self, request: VerdictRequest) -> None:
+        # Norce documents no time limit of its own; this is how an integrator learns it.
+        waited = time.monotonic() - request.received_at
+        self.metrics.patience.labels(request.callback.name).observe(waited)
+        log.warning("caller_hung_up", **request.facts, duration_ms=round(waited * 1000))
 
 
-async def _gone(receive: Receive) -> bool:
-    """Waits for what comes after the body: that the caller has hung up, which it does when it tires of waiting."""
-    return bool((await receive())["type"] == "http.disconnect")
+def _hook_response(answer: Answer) -> tuple[Response, str]:
+    if (refusal := answer.refusal) is not None:
+        body = {"code": refusal.code, "message": refusal.message, "innerErrorCode": refusal.inner}
+        return _json(400, body), "refused"
+    if not answer.patches:
+        return NO_PATCHES, "accepted"
+    return Response(answer.document, media_type="application/json"), "patched"
 
 
-def _refusal(error: Exception) -> Answered:
+def _refusal(error: Exception) -> Responded:
     known = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), None)
     if known is None:
         log.error("callback_failed", exc_info=error)
@@ -307,8 +276,26 @@ def _refusal(error: Exception) -> Answered:
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = error.allowed
     if isinstance(error, BodyTooLarge | BodyTooSlow):
-        headers["connection"] = "close"  # the rest of the body is not waited for
-    return Answered(response=_json(status, body, headers), facts=facts)
+        headers["connection"] = "close"  # the rest of the body is not read
+    return Responded(response=_json(status, body, headers), facts=facts)
+
+
+def _facts(sender: Sender, channel: Channel, result: str, routes: int) -> dict[str, Any]:
+    return {
+        "merchant": channel.merchant,
+        "channel": channel.name,
+        "result": result,
+        "routes": routes,
+        "scheme": sender.scheme,
+        "key": sender.key,
+    }
+
+
+def _pairs(query: str) -> list[tuple[str, str]]:
+    if "%" in query or "+" in query:
+        return parse_qsl(query, keep_blank_values=True)
+    # Most signed URLs have no escapes; this gives the same result in a third of the time.
+    return [(name, value) for name, _, value in (pair.partition("=") for pair in query.split("&") if pair)]
 
 
 def _json(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:

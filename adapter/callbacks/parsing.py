@@ -7,11 +7,8 @@ The `scope` and `schema` in a notification's own body are data: Norce has decide
 
 import hashlib
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-
-import msgspec
 
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
@@ -19,6 +16,7 @@ from adapter.identifiers import Channel
 from adapter.ledger.inbox import ReceivedNotification
 from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in
 from adapter.routing.routes import Callback
+from adapter.verdicts.verdicts import VerdictRequest
 
 HEADERS = ("content-type", "x-merchant", "x-channel")  # the ones that are read here
 LONGEST_ID = 64
@@ -47,24 +45,6 @@ class ConfigurationNotFound(CallbackInvalid):
 
 class Unresolved(CallbackInvalid):
     """The URL holds literal braces: a placeholder that the caller did not fill in."""
-
-
-class HookRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A hook to answer, with the order as it would become."""
-
-    callback: Callback
-    channel: Channel
-    order_id: str
-    order: Order
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidationRequest:
-    """A validation to answer. A body is no part of it: the order is read from Norce."""
-
-    callback: Callback
-    channel: Channel
-    order_id: str
 
 
 def check_order_id(order_id: str) -> None:
@@ -102,26 +82,26 @@ def parse_notification(
     return notification, order
 
 
-def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]) -> HookRequest:
+def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]) -> VerdictRequest:
     """
     The hook in a request: the order with the proposed change in it, of either version.
 
     Raises what `parse_notification` raises.
     """
     order, channel = _order_in(raw, sender, channels)
-    return HookRequest(callback=callback, channel=channel, order_id=raw.order_id, order=Order(raw.body, order))
+    return VerdictRequest(callback=callback, channel=channel, order_id=raw.order_id, order=Order(raw.body, order))
 
 
 def parse_validation(
     raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]
-) -> ValidationRequest:
+) -> VerdictRequest:
     """
     The validation in a request; its body is not looked at.
 
     Raises `BadRequest`, `ConfigurationNotFound`, `Unauthenticated`, `Unresolved`.
     """
     check_order_id(raw.order_id)
-    return ValidationRequest(callback=callback, channel=_whose(raw, sender, channels, {}), order_id=raw.order_id)
+    return VerdictRequest(callback=callback, channel=_whose(raw, sender, channels, {}), order_id=raw.order_id)
 
 
 def _order_in(raw: RawCallback, sender: Sender, channels: Container[Channel]) -> tuple[dict[str, Any], Channel]:

@@ -25,8 +25,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from adapter.callbacks import IS_WHOLE
-from adapter.callbacks.endpoints import CallbackEndpoint
+from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP, CallbackEndpoint
 from adapter.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -111,7 +110,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._refuse(keep_alive=self.parser.should_keep_alive())
             return
         super().on_message_complete()
-        self.scope[IS_WHOLE] = True  # type: ignore[literal-required]
+        self.scope[BODY_IS_COMPLETE] = True  # type: ignore[literal-required]
 
     def on_response_complete(self) -> None:
         self.transport.end()  # type: ignore[attr-defined]
@@ -119,6 +118,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
+        if self.cycle is not None and not self.cycle.response_complete and ON_HANG_UP in self.cycle.scope:
+            self.cycle.scope[ON_HANG_UP]()  # type: ignore[literal-required]
         super().connection_lost(exc)
 
     def _is_crowded(self) -> bool:

@@ -1,4 +1,4 @@
-"""The commands about what routes decided that counted for nothing: late, after a hang-up, or in the shadow."""
+"""The commands about what routes decided that counted for nothing: late, or in the shadow."""
 
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ since_option = click.option("--since", callback=as_moment, help="Only what was k
 
 @click.group("verdicts")
 def verdicts_group() -> None:
-    """What routes decided too late, after the caller hung up, or in the shadow."""
+    """What routes decided too late, or in the shadow."""
 
 
 @verdicts_group.command("list")
-@click.option("--kind", type=click.Choice(["late", "hung-up", "shadow"]))
+@click.option("--kind", type=click.Choice(["late", "shadow"]))
 @route_option
 @order_option
 @since_option
@@ -45,9 +45,7 @@ def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
 @since_option
 @look_options
 def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
-    """
-    Count them by route: how many differ from what was answered, and how long the caller had waited when it hung up.
-    """
+    """Count them by route: how many differ from what was answered."""
     with reading(loaded(config_path)) as connection:
         rows = Queries(connection).count_verdicts(since=since)
     print_rows(rows, output)

@@ -4,10 +4,9 @@ the writer and changes nothing. No body and nothing of an order but its id is sh
 """
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median_low
 from typing import Annotated, Any
 
 import msgspec
@@ -219,27 +218,19 @@ class Queries:
     def count_verdicts(self, *, since: int | None = None) -> list[dict[str, Any]]:
         """
         The same, counted by route: how many would have rejected, or have failed, and how many would have made another
-        answer than went out; and the caller's patience: how long it had waited when it hung up.
+        answer than went out.
         """
         v = verdicts.c
-        recent = [] if since is None else [v.at >= since]
         rejects, patches = v.decided.in_(("reject", "refuse")), v.decided == "patch"
         approves = v.decided.in_(("approve", "accept"))
         differs = patches | rejects & (v.answered == "approve") | approves & (v.answered == "reject")
-        counted = {"late": v.kind == "late", "hung_up": v.kind == "hung-up", "shadow": v.kind == "shadow"}
+        counted = {"late": v.kind == "late", "shadow": v.kind == "shadow"}
         counted |= {"rejects": rejects, "failed": v.decided == "failed", "differs": differs & v.answered.is_not(None)}
         counts = [func.count().filter(condition).label(name) for name, condition in counted.items()]
-        statement = select(v.route, *counts).where(*recent).group_by(v.route).order_by(v.route)
-        rows = [dict(row._mapping) for row in self.connection.execute(statement)]
-        waited: defaultdict[str, list[int]] = defaultdict(list)
-        hung_up = select(v.route, v.took_ms).where(v.kind == "hung-up", *recent)
-        for route, took_ms in self.connection.execute(hung_up):
-            waited[route].append(took_ms)
-        for row in rows:
-            of_it = waited[row["route"]]
-            row["patience_min_ms"] = min(of_it, default=None)
-            row["patience_median_ms"] = median_low(of_it) if of_it else None
-        return rows
+        statement = select(v.route, *counts).group_by(v.route).order_by(v.route)
+        if since is not None:
+            statement = statement.where(v.at >= since)
+        return [dict(row._mapping) for row in self.connection.execute(statement)]
 
     def actions(self, limit: int = 100) -> list[dict[str, Any]]:
         """What people did, the newest first."""

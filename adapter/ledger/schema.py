@@ -168,7 +168,7 @@ verdicts = Table(
     metadata,
     Column("id", Key, primary_key=True),
     Column("at", BigInteger, nullable=False, index=True, doc="when it was known; the oldest are pruned"),
-    Column("kind", Text, nullable=False, doc="late, hung-up or shadow"),
+    Column("kind", Text, nullable=False, doc="late or shadow"),
     Column("callback", Text, nullable=False),
     Column("route", Text, nullable=False),
     Column("merchant", Text, nullable=False),

@@ -1,5 +1,5 @@
 """
-What routes decided that counted for nothing: too late, after the caller hung up, or in the shadow. Written down for
+What routes decided that counted for nothing: too late, or in the shadow. Written down for
 people, beside the answers and never in their way.
 
 Nothing of it is promised as a notification is: it gathers in memory, goes to the disk in groups, and is dropped and
@@ -35,7 +35,7 @@ COLUMNS = [column.name for column in verdicts.c if column.name != "id"]
 class LoggedVerdict:
     """What one route decided about one callback. Codes and places only, never a value of the order's."""
 
-    kind: str  # late, hung-up or shadow
+    kind: str  # late or shadow
     callback: str
     route: str
     channel: Channel
@@ -43,7 +43,7 @@ class LoggedVerdict:
     decided: str  # approve, reject, accept, patch, refuse or failed
     codes: tuple[str, ...]  # of its problems or its refusal, or the pointers that it patches
     answered: str | None  # what counted in its stead: approve or reject; None for a shadow
-    took_ms: int  # until it was known; where the caller hung up, until then
+    took_ms: int  # until it was known
 
 
 class VerdictLog:

@@ -1,23 +1,19 @@
-"""
-May this purchase go on? May this change be stored, and what else is to change with it? Asked of all routes at the same
-time, about the same order, and answered inside one deadline, always.
+"""Answers validations and hooks: asks all routes of a callback about one order, inside one deadline.
 
-At the deadline the answer goes out from what is known; a route that is late, broken or cannot be asked counts as its
-`no_answer`. Norce goes on without us when it tires of waiting and says nowhere when (the payment providers in front of
-it wait 3 to 10 s), so the deadline is ours. Reading the order is inside it.
+At the deadline the answer goes out with the verdicts that are there. A route that is late, broken or cannot be asked
+gets its `no_answer`. Norce stops waiting at a time that it documents nowhere (the payment providers in front of it wait
+3 to 10 s), so the deadline is ours. It includes reading the order.
 
-What a reader would get wrong: a late route is not stopped. What it would have said is recorded when it says it. And
-nothing is logged before the answer is on its way: to write is to let go of the interpreter, and a plugin's thread that
-spins gives it back when it likes.
+A late route is not stopped: its verdict is recorded when it comes. Nothing is logged before the answer is on its way,
+because writing releases the interpreter, and a plugin's thread that computes may keep it for long.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -27,122 +23,60 @@ from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
-from adapter.norce.client import Norce, NorceRefused, NorceUnavailable
+from adapter.norce.client import Norce, NorceRefused, NorceUnavailable, OrderNotFound
 from adapter.orders import Order
-from adapter.plugin import Context, Patch, Problem, Refuse
+from adapter.plugin import Context
 from adapter.routing.routes import Callback, Route, Routes, wants
-from adapter.routing.runner import LoopAbandoned, LoopName, Run, Runner
-from adapter.verdicts.patches import PatchInvalid, encode, merge
+from adapter.routing.runner import LoopName, Run, Runner
+from adapter.verdicts.answer import Answer, Verdict, combine, no_answer, verdict_of
+from adapter.verdicts.circuit_breaker import CircuitBreaker
+from adapter.verdicts.patches import PatchInvalid
 
 log = structlog.get_logger(__name__)
 
-MARGIN = timedelta(milliseconds=200)  # for the answer's own way out, past plugins that spin
-MOST_OF_MARGIN = 0.2
-MOST_UNFINISHED = 200  # runs that go on though nobody waits for them; each holds an order
-HEAD_START = 0.05  # seconds, before it is looked whether the caller is still there: most answers are there by then
-# Why there is no answer though the handler was not asked, or could do nothing about it: no miss, and no success either.
-NOT_ASKED = frozenset({"order-unreadable", "condition", "bypassed", "held-up"})
+MARGIN = timedelta(milliseconds=200)  # for the way of the answer, past plugins that compute
+MOST_OF_MARGIN = 0.2  # of the deadline
+MOST_UNFINISHED = 200  # runs that go on after their answer; each holds an order
+# Reasons for a missing verdict that say nothing about the handler: neither a miss nor a success for the breaker.
+NOT_ASKED = frozenset({"order-unreadable", "condition", "circuit-open", "held-up"})
 
-Key = tuple[str, Channel]  # the route's name
-Gone = Callable[[], Awaitable[bool]]  # waits for word from the caller, and says whether it has hung up
+T = TypeVar("T")
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """
-    What one route decided: approve or reject; of a hook accept, patch or refuse. Where there is no answer, `missing`
-    says why, and the rest is the route's `no_answer`. Moments are monotonic.
-    """
-
-    route: Route
-    decided: str
-    began: float
-    ended: float
-    problems: Sequence[Problem] = ()
-    patches: Sequence[Patch] = ()
-    refusal: Refuse | None = None
-    missing: str | None = None
-    error: BaseException | None = None
-
-    @property
-    def codes(self) -> tuple[str, ...]:
-        """Of its problems or its refusal, or the places that it patches."""
-        if self.refusal is not None:
-            return (self.refusal.code,)
-        if self.decided == "patch":
-            return tuple(patch.path for patch in self.patches)
-        return tuple(problem.code for problem in self.problems)
+class OrderMissing(Exception):
+    """Norce has no order of this id, so a validation has nothing to decide."""
 
 
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """
-    What goes out, and the verdicts that it was made of, in the order of the configuration. Of a hook: the first
-    refusal, or else the `patches` of all routes, as one JSON Patch in `document`.
-    """
-
-    verdicts: Sequence[Verdict]
-    refusal: Refuse | None = None
-    patches: Sequence[Patch] = ()
-    document: bytes = b"[]"
-
-    @property
-    def problems(self) -> list[Problem]:
-        return [problem for verdict in self.verdicts for problem in verdict.problems]
-
-    @property
-    def stops(self) -> bool:
-        return self.refusal is not None or bool(self.problems)
-
-
-class _Asked(msgspec.Struct, kw_only=True):
-    """One validation or hook on its way. Moments are monotonic."""
+class VerdictRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A validation or hook whose sender is known and whose form is right."""
 
     callback: Callback
     channel: Channel
     order_id: str
-    gone: Gone
-    began: float
-    ends: float
-    hung_up_at: float | None = None
+    order: Order | None = None  # of a hook, with the proposed change in it; that of a validation is read from Norce
+    received_at: float = msgspec.field(default_factory=time.monotonic)
 
+    @property
+    def answer_by(self) -> float:
+        seconds = self.callback.deadline.total_seconds()
+        return self.received_at + seconds - min(MARGIN.total_seconds(), seconds * MOST_OF_MARGIN)
 
-class Misses:
-    """
-    Which routes missed `most` times in a row, so that they are bypassed: for so long, then one asks, and so on. In
-    memory, for this process alone. `most` of 0 is never.
-    """
-
-    def __init__(self, *, most: int, bypass: timedelta, clock: Callable[[], float] = time.monotonic) -> None:
-        self._most = most
-        self._bypass = bypass.total_seconds()
-        self._clock = clock
-        self._missed: dict[Key, int] = {}
-        self._until: dict[Key, float] = {}
-
-    def bypassed(self, key: Key) -> bool:
-        """Whether it is not to be asked now. Where its time is up, the first who hears that it is, tries."""
-        until = self._until.get(key)
-        if until is None:
-            return False
-        now = self._clock()
-        if now < until:
-            return True
-        self._until[key] = now + self._bypass  # nobody else tries meanwhile, whatever becomes of this one
-        return False
-
-    def note(self, key: Key, *, missed: bool) -> None:
-        if missed:
-            self._missed[key] = self._missed.get(key, 0) + 1
-            if 0 < self._most <= self._missed[key]:
-                self._until[key] = self._clock() + self._bypass
-        elif key in self._missed:
-            del self._missed[key]
-            self._until.pop(key, None)
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {
+            "callback": self.callback.name,
+            "merchant": self.channel.merchant,
+            "channel": self.channel.name,
+            "order_id": self.order_id,
+        }
 
 
 class Verdicts:
-    """
-    Asks the routes of validations and hooks. `clock` is the ledger's, in milliseconds; `record` hears what came too
-    late to be heard, and what shadows said.
+    """Asks the routes of validations and hooks.
+
+    Args:
+        clock: The ledger's clock, in milliseconds.
+        record: Takes late verdicts and those of routes in shadow mode.
     """
 
     def __init__(
@@ -153,90 +87,84 @@ class Verdicts:
         norce: Norce,
         metrics: Metrics,
         clock: Callable[[], int],
-        misses: Misses,
+        circuit_breaker: CircuitBreaker,
         record: Callable[[LoggedVerdict], None],
     ) -> None:
         self._runner = runner
         self._norce = norce
         self._metrics = metrics
         self._clock = clock
-        self._misses = misses
+        self._circuit_breaker = circuit_breaker
         self._record = record
         answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
         self._enforced = {each.name: [r for r in routes.of(each.name) if not r.shadow] for each in answered}
         self._shadows = {each.name: [r for r in routes.of(each.name) if r.shadow] for each in answered}
         self._unfinished: dict[Run[Any], None] = {}  # the oldest first
-        self.waiting = 0  # validations and hooks that wait for a handler or for Norce
+        self.waiting = 0  # requests that wait for a handler or for Norce
         if any(self._shadows.values()):
             runner.open("shadows")
         for each in answered:
             metrics.deadline.labels(each.name).set(each.deadline.total_seconds())
 
-    async def validate(self, callback: Callback, channel: Channel, order_id: str, gone: Gone) -> Answer:
+    async def answer(self, request: VerdictRequest) -> Answer:
+        """Return the answer before the deadline, whatever the handlers and Norce do.
+
+        The order of a validation is read from Norce, unless no route needs it.
+
+        Raises:
+            OrderMissing: Norce has no such order.
         """
-        May this purchase go on? The order is read from Norce, unless nobody asks about it.
-
-        Answers before the callback's deadline whatever the routes do. Raises `norce.client.OrderNotFound`.
-        """
-        asked = self._asked(callback, channel, order_id, gone)
-        if not self._enforced[callback.name] and not self._shadows[callback.name]:
-            return Answer(verdicts=())
+        name, order = request.callback.name, request.order
         try:
-            with self._watching(asked):
-                within = timedelta(seconds=asked.ends - asked.began)
-                order = await self._norce.order(channel, order_id, within=within)
-        except (NorceUnavailable, NorceRefused) as error:
-            answer = self._none(asked, "order-unreadable", error)
-            asyncio.get_running_loop().call_soon(self._tell, asked, answer, None)
-            return answer
-        return await self._answer(asked, order)
-
-    async def change(self, callback: Callback, channel: Channel, order_id: str, order: Order, gone: Gone) -> Answer:
-        """May this change be stored, and what else is to change? Answers before the deadline, and raises nothing."""
-        return await self._answer(self._asked(callback, channel, order_id, gone), order)
-
-    def _asked(self, callback: Callback, channel: Channel, order_id: str, gone: Gone) -> _Asked:
-        began = time.monotonic()
-        seconds = callback.deadline.total_seconds()
-        ends = began + seconds - min(MARGIN.total_seconds(), seconds * MOST_OF_MARGIN)
-        return _Asked(callback=callback, channel=channel, order_id=order_id, gone=gone, began=began, ends=ends)
-
-    async def _answer(self, asked: _Asked, order: Order) -> Answer:
-        try:
-            answer = _merged(asked.callback, order, await self._ask(asked, order))
+            if order is None:
+                if not self._enforced[name] and not self._shadows[name]:
+                    return Answer(verdicts=())
+                order = await self._read(request)
+            answer = combine(request.callback, order, await self._ask_routes(request, order))
+        except OrderNotFound as error:
+            raise OrderMissing from error
         except Exception as error:  # noqa: BLE001 - a mistake of ours neither stops a shopper nor lets one through
-            answer = self._none(asked, "failed", error)
-        asyncio.get_running_loop().call_soon(self._tell, asked, answer, order)
+            reason = "order-unreadable" if isinstance(error, NorceUnavailable | NorceRefused) else "failed"
+            missing = [
+                no_answer(route, reason, error=error, started_at=request.received_at) for route in self._enforced[name]
+            ]
+            answer = combine(request.callback, None, missing)
+        asyncio.get_running_loop().call_soon(self._report, request, answer, order)
         return answer
 
-    async def _ask(self, asked: _Asked, order: Order) -> list[Verdict]:
+    async def _read(self, request: VerdictRequest) -> Order:
+        within = timedelta(seconds=request.answer_by - time.monotonic())
+        return await self._waiting_for(self._norce.order(request.channel, request.order_id, within=within))
+
+    async def _ask_routes(self, request: VerdictRequest, order: Order) -> list[Verdict]:
         verdicts: dict[str, Verdict | None] = {}  # in the order of the configuration
         runs: list[tuple[Route, Run[Any]]] = []
         computing: list[Route] = []
-        for route in self._enforced[asked.callback.name]:
+        for route in self._enforced[request.callback.name]:
             held = self._held(route, order)
             if held is Result.NOT_MATCHED:
                 continue
             verdicts[route.name] = None
             if held is Result.ERROR:
-                verdicts[route.name] = _no_answer(route, "condition", began=asked.began)
-            elif self._misses.bypassed((route.name, asked.channel)):
-                verdicts[route.name] = _no_answer(route, "bypassed", began=asked.began)
+                verdicts[route.name] = no_answer(route, "condition", started_at=request.received_at)
+            elif self._circuit_breaker.is_open((route.name, request.channel)):
+                verdicts[route.name] = no_answer(route, "circuit-open", started_at=request.received_at)
             elif route.computes:
                 computing.append(route)
             else:
-                context = self._context(asked, route, "answers", asked.ends - time.monotonic())
+                context = self._context(request, route, "answers", request.answer_by - time.monotonic())
                 runs.append((route, self._runner.start("answers", partial(route.ask, order), context)))
-        for route in computing:
-            began = time.monotonic()
-            context = self._context(asked, route, None, asked.ends - began)
+        for route in computing:  # while the others run
+            started_at = time.monotonic()
+            context = self._context(request, route, None, request.answer_by - started_at)
             compute = partial(self._runner.compute, partial(route.ask, order), context)
-            verdicts[route.name] = _heard(route, compute, began)
+            verdicts[route.name] = verdict_of(route, compute, started_at)
         if runs:
-            await self._wait(asked, [run.ended for _, run in runs])
+            left = max(request.answer_by - time.monotonic(), 0)
+            await self._waiting_for(asyncio.wait([run.ended for _, run in runs], timeout=left))
             holding = self._runner.current_answer()
             for route, run in runs:
-                verdicts[route.name] = self._in_time(asked, order, route, run, holding)
+                verdicts[route.name] = self._in_time(request, order, route, run, holding)
         return [verdict for verdict in verdicts.values() if verdict is not None]
 
     def _held(self, route: Route, order: Order) -> Result:
@@ -246,37 +174,38 @@ class Verdicts:
         self._metrics.conditions.labels("route", held.value).inc()
         return held
 
-    def _context(self, asked: _Asked, route: Route, on: LoopName | None, seconds: float) -> Context[Any]:
+    def _context(self, request: VerdictRequest, route: Route, on: LoopName | None, seconds: float) -> Context[Any]:
         now = to_datetime(self._clock())
         return self._runner.context(
             on,
             route=route.name,
-            settings=route.settings[asked.channel],
-            channel=asked.channel,
-            order_id=asked.order_id,
-            identity=asked.order_id,
+            settings=route.settings[request.channel],
+            channel=request.channel,
+            order_id=request.order_id,
+            identity=request.order_id,
             deadline=now + timedelta(seconds=seconds),
             first_attempt_at=now,
         )
 
-    async def _wait(self, asked: _Asked, endings: Sequence["asyncio.Future[Any]"]) -> None:
-        """Until all have ended or the time is up."""
-        left = asked.ends - time.monotonic()
-        _, pending = await asyncio.wait(endings, timeout=max(min(left, HEAD_START), 0))
-        if pending and left > HEAD_START:
-            with self._watching(asked):
-                await asyncio.wait(pending, timeout=max(asked.ends - time.monotonic(), 0))
+    async def _waiting_for(self, awaitable: Awaitable[T]) -> T:
+        self.waiting += 1
+        try:
+            return await awaitable
+        finally:
+            self.waiting -= 1
 
-    def _in_time(self, asked: _Asked, order: Order, route: Route, run: Run[Any], holding: Run[Any] | None) -> Verdict:
+    def _in_time(
+        self, request: VerdictRequest, order: Order, route: Route, run: Run[Any], holding: Run[Any] | None
+    ) -> Verdict:
         if run.ended.done():
-            return _heard(route, run.result, run.started_at, run.ended_at)
-        self._go_on(run, lambda: self._came_late(asked, order, route, run))
+            return _verdict_of_run(route, run)
+        self._let_finish(run, lambda: self._record_late(request, order, _verdict_of_run(route, run)))
         is_to_blame = holding is not None and holding.name == route.name
-        why = "blocks" if is_to_blame else "late" if run.begun else "held-up"
-        return _no_answer(route, why, began=run.started_at)
+        reason = "blocks" if is_to_blame else "late" if run.begun else "held-up"
+        return no_answer(route, reason, started_at=run.started_at)
 
-    def _go_on(self, run: Run[Any], then: Callable[[], None]) -> None:
-        """Lets it run though nobody waits for it, and calls `then` where it ends before too many others have come."""
+    def _let_finish(self, run: Run[Any], then: Callable[[], None]) -> None:
+        """Let a run go on after its answer, and call `then` at its end. The oldest of too many is cancelled."""
         if len(self._unfinished) >= MOST_UNFINISHED:
             oldest = next(iter(self._unfinished))
             del self._unfinished[oldest]
@@ -287,61 +216,27 @@ class Verdicts:
         def ended(_: object) -> None:
             if run in self._unfinished:
                 del self._unfinished[run]
-                if run.was_cancelled:  # the service ends
+                if run.was_cancelled:  # the service stops
                     self._metrics.verdicts_dropped.inc()
                 else:
                     then()
 
         run.ended.add_done_callback(ended)
 
-    @contextmanager
-    def _watching(self, asked: _Asked) -> Iterator[None]:
-        """Counts it as one that waits, and notes when the caller hangs up meanwhile."""
+    # --- once the answer is on its way ---
 
-        def told(leaving: "asyncio.Task[bool]") -> None:
-            if (
-                asked.hung_up_at is None
-                and not leaving.cancelled()
-                and leaving.exception() is None
-                and leaving.result()
-            ):
-                asked.hung_up_at = time.monotonic()
-                waited = asked.hung_up_at - asked.began
-                self._metrics.patience.labels(asked.callback.name).observe(waited)
-                log.warning("caller_hung_up", **_facts(asked), milliseconds=round(waited * 1000))
-
-        leaving = asyncio.ensure_future(asked.gone())
-        leaving.add_done_callback(told)
-        self.waiting += 1
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-            leaving.cancel()
-
-    def _none(self, asked: _Asked, why: str, error: BaseException) -> Answer:
-        """The answer where no route could be asked."""
-        began = asked.began
-        routes = self._enforced[asked.callback.name]
-        verdicts = [_no_answer(route, why, error=error, began=began) for route in routes]
-        return _merged(asked.callback, None, verdicts)
-
-    # --- when the answer is on its way ---
-
-    def _tell(self, asked: _Asked, answer: Answer, order: Order | None) -> None:
+    def _report(self, request: VerdictRequest, answer: Answer, order: Order | None) -> None:
         for verdict in answer.verdicts:
-            self._count(asked, verdict)
-            self._log(asked, verdict)
-            if asked.hung_up_at is not None and verdict.missing is None and verdict.ended > asked.hung_up_at:
-                self._unheard(asked, verdict, "hung-up", "unanswered")
+            self._count(request, verdict)
+            self._log(request, verdict)
         if order is not None:
-            for route in self._shadows[asked.callback.name]:
-                self._shadow(asked, answer, order, route)
+            for route in self._shadows[request.callback.name]:
+                self._ask_shadow(request, answer, order, route)
 
-    def _count(self, asked: _Asked, verdict: Verdict) -> None:
-        callback, route, missing = asked.callback, verdict.route, verdict.missing
-        took = verdict.ended - verdict.began
-        self._metrics.verdict_duration.labels(callback.name, route.name, _shown(verdict)).observe(took)
+    def _count(self, request: VerdictRequest, verdict: Verdict) -> None:
+        callback, route, missing = request.callback, verdict.route, verdict.missing
+        took = verdict.ended_at - verdict.started_at
+        self._metrics.verdict_duration.labels(callback.name, route.name, verdict.label).observe(took)
         is_slow = took > callback.soft_limit.total_seconds()
         if is_slow:
             self._metrics.slow_verdicts.labels(callback.name, route.name).inc()
@@ -349,15 +244,15 @@ class Verdicts:
             self._metrics.no_answers.labels(callback.name, route.name, missing).inc()
         if missing not in NOT_ASKED:
             missed = missing in ("late", "blocks") or (missing == "failed" and is_slow)
-            self._misses.note((route.name, asked.channel), missed=missed)
+            self._circuit_breaker.record((route.name, request.channel), missed=missed)
 
-    def _log(self, asked: _Asked, verdict: Verdict, **more: str) -> None:
+    def _log(self, request: VerdictRequest, verdict: Verdict, **more: str) -> None:
         route, error = verdict.route, verdict.error
-        took = verdict.ended - verdict.began
-        facts = _facts(asked) | {"route": route.name, "outcome": _shown(verdict)} | more
+        took = verdict.ended_at - verdict.started_at
+        facts = request.facts | {"route": route.name, "outcome": verdict.label} | more
         facts["duration_ms"] = round(took * 1000, 2)
         if verdict.missing is None:
-            is_slow = took > asked.callback.soft_limit.total_seconds()
+            is_slow = took > request.callback.soft_limit.total_seconds()
             (log.warning if is_slow else log.info)("verdict", **facts)
             return
         if isinstance(error, PatchInvalid):
@@ -368,139 +263,56 @@ class Verdicts:
         if verdict.missing == "failed":
             log.error("handler_failed", route=route.name, handler=route.handler_name, exc_info=error)
 
-    def _came_late(self, asked: _Asked, order: Order, route: Route, run: Run[Any]) -> None:
-        heard = _heard(route, run.result, run.started_at, run.ended_at)
-        (verdict,) = _merged(asked.callback, order, [heard]).verdicts
-        if asked.hung_up_at is not None:
-            self._unheard(asked, verdict, "hung-up", "unanswered")
-        else:
-            stops = verdict.decided in ("reject", "refuse")
-            differs = verdict.decided == "patch" or stops != (route.no_answer == "reject")
-            self._unheard(asked, verdict, "late", "differs" if differs and verdict.missing is None else "same")
-
-    def _shadow(self, asked: _Asked, answer: Answer, order: Order, route: Route) -> None:
+    def _ask_shadow(self, request: VerdictRequest, answer: Answer, order: Order, route: Route) -> None:
         held = self._held(route, order)
         if held is Result.MATCHED:
-            context = self._context(asked, route, None if route.computes else "shadows", asked.ends - asked.began)
+            seconds = request.answer_by - request.received_at
+            context = self._context(request, route, None if route.computes else "shadows", seconds)
             run = self._runner.start("shadows", partial(route.ask, order), context)
-            self._go_on(run, lambda: self._shadow_said(asked, answer, order, route, run))
+            self._let_finish(run, lambda: self._record_shadow(request, answer, order, _verdict_of_run(route, run)))
         elif held is Result.ERROR:
-            verdict = _no_answer(route, "condition", began=time.monotonic())
-            self._unheard(asked, verdict, "shadow", "same")
+            verdict = no_answer(route, "condition", started_at=time.monotonic())
+            self._record_unheard(request, verdict, "shadow", differs=False)
 
-    def _shadow_said(self, asked: _Asked, answer: Answer, order: Order, route: Route, run: Run[Any]) -> None:
-        heard = _heard(route, run.result, run.started_at, run.ended_at)
-        # As if it were the last of the routes; what it asks for may be there already, by itself or by another's patch.
-        after = _merged(asked.callback, order, [*answer.verdicts, heard])
-        verdict = after.verdicts[-1]
+    def _record_shadow(self, request: VerdictRequest, answer: Answer, order: Order, verdict: Verdict) -> None:
+        # Compared as if it were the last route. The order, or another route's patch, may already be as it wants.
+        after = combine(request.callback, order, [*answer.verdicts, verdict])
         differs = not answer.stops and (after.stops or len(after.patches) > len(answer.patches))
-        self._unheard(asked, verdict, "shadow", "differs" if differs and verdict.missing is None else "same")
+        self._record_unheard(request, after.verdicts[-1], "shadow", differs=differs)
 
-    def _unheard(self, asked: _Asked, verdict: Verdict, kind: str, result: str) -> None:
-        """Counts, logs and records what was said to nobody. `result`: whether the answer would have been the same."""
-        names = (asked.callback.name, verdict.route.name)
+    def _record_late(self, request: VerdictRequest, order: Order, verdict: Verdict) -> None:
+        (verdict,) = combine(request.callback, order, [verdict]).verdicts
+        stops = verdict.decided in ("reject", "refuse")
+        differs = verdict.decided == "patch" or stops != (verdict.route.no_answer == "reject")
+        self._record_unheard(request, verdict, "late", differs=differs)
+
+    def _record_unheard(self, request: VerdictRequest, verdict: Verdict, kind: str, *, differs: bool) -> None:
+        """Count, log and record a verdict that is no part of the answer.
+
+        Args:
+            kind: `late` or `shadow`.
+            differs: The answer would have been another with it.
+        """
+        route, is_late = verdict.route, kind == "late"
         decided = verdict.decided if verdict.missing is None else "failed"
-        self._metrics.unheard_verdicts.labels(*names, kind, decided, result).inc()
-        self._log(asked, verdict, kind=kind)
-        until = verdict.ended if asked.hung_up_at is None or kind == "shadow" else asked.hung_up_at
-        since = verdict.began if kind == "shadow" else asked.began
+        result = "differs" if differs and verdict.missing is None else "same"
+        self._metrics.unheard_verdicts.labels(request.callback.name, route.name, kind, decided, result).inc()
+        self._log(request, verdict, kind=kind)
+        since = request.received_at if is_late else verdict.started_at
         self._record(
             LoggedVerdict(
                 kind=kind,
-                callback=asked.callback.name,
-                route=verdict.route.name,
-                channel=asked.channel,
-                order_id=asked.order_id,
+                callback=request.callback.name,
+                route=route.name,
+                channel=request.channel,
+                order_id=request.order_id,
                 decided=decided,
                 codes=() if verdict.missing else verdict.codes,
-                answered=verdict.route.no_answer if kind == "late" else None,
-                took_ms=round((until - since) * 1000),
+                answered=route.no_answer if is_late else None,
+                took_ms=round((verdict.ended_at - since) * 1000),
             )
         )
 
 
-def _heard(route: Route, outcome: Callable[[], Any], began: float, ended: float | None = None) -> Verdict:
-    """What a route said, or why that is nothing. `outcome` returns or raises what its handler did."""
-    value: Any = None
-    error: BaseException | None = None
-    why = "failed"
-    try:
-        value = outcome()
-    except LoopAbandoned as abandoned:
-        is_to_blame = abandoned.blocked_by is not None and abandoned.blocked_by.name == route.name
-        error, why = abandoned, "blocks" if is_to_blame else "held-up"
-    except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001 - whatever a plugin does
-        error = raised
-    ended = time.monotonic() if ended is None else ended
-    if route.callback.kind == "hook":
-        if isinstance(value, list) and all(isinstance(each, Patch) for each in value):
-            decided = "patch" if value else "accept"
-            return Verdict(route=route, decided=decided, patches=value, began=began, ended=ended)
-        if isinstance(error, Refuse) and _is_text(error.message) and (error.inner is None or _is_text(error.inner)):
-            return Verdict(route=route, decided="refuse", refusal=error, began=began, ended=ended)
-    elif isinstance(value, list) and all(isinstance(each, Problem) and _is_text(each.message) for each in value):
-        decided = "reject" if value else "approve"
-        return Verdict(route=route, decided=decided, problems=value, began=began, ended=ended)
-    if error is None:
-        error = TypeError("the handler answered something else")
-    return _no_answer(route, why, error=error, began=began, ended=ended)
-
-
-def _is_text(value: object) -> bool:
-    """Whether it can be written as JSON: what cannot would take the other answers with it."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def _no_answer(
-    route: Route, why: str, *, began: float, ended: float | None = None, error: BaseException | None = None
-) -> Verdict:
-    approves, is_hook = route.no_answer == "approve", route.callback.kind == "hook"
-    words = ("not-answered", "This could not be checked in time; please try again.")
-    return Verdict(
-        route=route,
-        decided=("accept" if approves else "refuse") if is_hook else ("approve" if approves else "reject"),
-        began=began,
-        ended=time.monotonic() if ended is None else ended,
-        problems=() if approves or is_hook else (Problem(*words),),
-        refusal=Refuse(*words) if is_hook and not approves else None,
-        missing=why,
-        error=error,
-    )
-
-
-def _merged(callback: Callback, order: Order | None, verdicts: Sequence[Verdict]) -> Answer:
-    """The answer that these verdicts make. Patches that cannot be answered are their route's `no_answer`."""
-    patches: list[Patch] = []
-    if order is not None and any(verdict.patches for verdict in verdicts):
-        patches, refused = merge(order.data, [verdict.patches for verdict in verdicts], callback.target)
-        verdicts = [
-            verdict
-            if invalid is None
-            else _no_answer(verdict.route, invalid.reason, error=invalid, began=verdict.began, ended=verdict.ended)
-            for verdict, invalid in zip(verdicts, refused, strict=True)
-        ]
-        if not patches:  # all of it is there already
-            verdicts = [
-                msgspec.structs.replace(verdict, decided="accept") if verdict.decided == "patch" else verdict
-                for verdict in verdicts
-            ]
-    refusal = next((verdict.refusal for verdict in verdicts if verdict.refusal is not None), None)
-    if not patches:
-        return Answer(verdicts=verdicts, refusal=refusal)
-    return Answer(verdicts=verdicts, refusal=refusal, patches=patches, document=encode(patches))
-
-
-def _shown(verdict: Verdict) -> str:
-    return verdict.decided if verdict.missing is None else "no_answer"
-
-
-def _facts(asked: _Asked) -> dict[str, Any]:
-    return {
-        "callback": asked.callback.name,
-        "merchant": asked.channel.merchant,
-        "channel": asked.channel.name,
-        "order_id": asked.order_id,
-    }
+def _verdict_of_run(route: Route, run: Run[Any]) -> Verdict:
+    return verdict_of(route, run.result, run.started_at, run.ended_at)

@@ -50,7 +50,8 @@ from adapter.orders import Order
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Problem, Settings, ValidationHandler
 from adapter.routing.routes import build
 from adapter.routing.runner import Runner
-from adapter.verdicts.verdicts import Misses, Verdicts
+from adapter.verdicts.circuit_breaker import CircuitBreaker
+from adapter.verdicts.verdicts import Verdicts
 from tests import ORDERS, PATIENCE
 from tests.databases import KINDS, Server, database_of, rows
 from tests.norce_stand_in import NorceStandIn
@@ -227,7 +228,7 @@ class House:
                 norce=self._reader,
                 metrics=self.metrics,
                 clock=self.store.clock,
-                misses=Misses(most=5, bypass=timedelta(seconds=30)),
+                circuit_breaker=CircuitBreaker(failures=5, open_for=timedelta(seconds=30)),
                 record=self.logged.append,
             ),
             metrics=self.metrics,
@@ -277,12 +278,15 @@ class House:
         )
 
     def asks(self, target: str, chunks: Sequence[bytes], *, method: str, headers: Sequence[tuple[str, str]]) -> Answer:
+        return self.asks_in(scope_of(method, target, headers), chunks)
+
+    def asks_in(self, scope: dict[str, Any], chunks: Sequence[bytes]) -> Answer:
         messages = iter([{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks])
 
         async def receive() -> dict[str, Any]:
             return next(messages, {"type": "http.request", "body": b"", "more_body": False})
 
-        return self.runner.run(asked(self.app, scope_of(method, target, headers), receive))
+        return self.runner.run(asked(self.app, scope, receive))
 
     def stored(self, order_id: str) -> list[Any]:
         """The notifications of an order, each with the number of its deliveries."""
@@ -1337,6 +1341,20 @@ def test_a_callback_is_one_line_with_its_facts(house: House, order: dict[str, An
     }  # fmt: skip
     assert (line["result"], line["routes"], line["scheme"], line["key"]) == ("new", 2, "header", "authorization-1")
     assert len(logged.getvalue().splitlines()) == 1
+
+
+def test_the_time_that_a_caller_waited_before_it_hung_up_is_counted_and_logged(
+    house: House, order: dict[str, Any], logged: io.StringIO
+) -> None:
+    scope = scope_of("POST", f"{ROOT}/{order['id']}/order-free", BY_HEADER)
+    before = sample(house, "norce_adapter_caller_patience_seconds_count", callback="order-free")
+
+    house.asks_in(scope, [b""])
+    scope[endpoints.ON_HANG_UP]()
+
+    assert sample(house, "norce_adapter_caller_patience_seconds_count", callback="order-free") == before + 1
+    [line] = events(logged, "caller_hung_up")
+    assert (line["callback"], line["order_id"], line["level"]) == ("order-free", order["id"], "warning")
 
 
 def test_a_refusal_is_logged_with_its_reason_and_counted(house: House, logged: io.StringIO) -> None:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from adapter.callbacks import IS_WHOLE
+from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP
 from adapter.callbacks.server import (
     LARGEST_HEAD_BYTES,
     LONGEST_HEAD_SECONDS,
@@ -138,10 +138,24 @@ def test_a_request_whose_body_has_come_whole_is_told_from_one_that_is_waited_for
     told = []
     for data in (HEAD, b"{", b"}", HEAD + b"{}", HEAD):
         protocol.data_received(data)
-        told.append(IS_WHOLE in protocol.scope)
+        told.append(BODY_IS_COMPLETE in protocol.scope)
         settle(loop)
 
     assert told == [False, False, True, True, False]
+
+
+def test_a_caller_that_closes_the_connection_before_its_answer_is_noted(connection) -> None:
+    loop, protocol, _ = connection
+    noted = []
+    protocol.data_received(HEAD + b"{}")
+    protocol.scope[ON_HANG_UP] = lambda: noted.append("first")
+    settle(loop)
+    protocol.data_received(HEAD + b"{")
+    protocol.scope[ON_HANG_UP] = lambda: noted.append("second")
+
+    protocol.connection_lost(None)
+
+    assert noted == ["second"]
 
 
 def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:

@@ -17,11 +17,11 @@ pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 @pytest.fixture(params=[True, False], ids=["sqlite", "postgresql"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A ledger that nobody serves, with a late verdict, one of a shadow and one after a hang-up."""
+    """A ledger that nobody serves, with two late verdicts and one of a shadow."""
     url = f"sqlite:///{tmp_path}/ledger.db" if request.param else request.getfixturevalue("postgres_url")
     with opened(url) as ledger:
         writing = Writing(ledger)
-        for number, each in enumerate((LATE, SHADOW, replace(LATE, kind="hung-up", order_id=NASTY))):
+        for number, each in enumerate((LATE, SHADOW, replace(LATE, order_id=NASTY))):
             ledger.clock.now = NOON + number
             writing.record(each)
         writing.flush()
@@ -40,7 +40,7 @@ def test_verdicts_are_listed_for_people(config: Path) -> None:
     assert result.exit_code == OK
     head, newest, _, oldest = result.stdout.splitlines()
     assert head.split() == ["at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms"]
-    assert newest.split()[:2] == ["2026-02-03T12:00:00.002Z", "hung-up"]
+    assert newest.split()[:2] == ["2026-02-03T12:00:00.002Z", "late"]
     assert "\x1b" not in newest
     assert oldest.split()[3:] == ["order-1", "reject", "national-id-missing", "no-name", "approve", "2300"]
 
@@ -53,14 +53,11 @@ def test_verdicts_are_listed_for_programs_by_what_is_asked(config: Path) -> None
     assert orders("--since", "2026-02-03T12:00:00.002", config=config) == [NASTY]
 
 
-def test_verdicts_are_counted_with_the_caller_s_patience(config: Path) -> None:
+def test_verdicts_are_counted(config: Path) -> None:
     for_people = command("verdicts", "stats", config=config)
     for_programs = command("verdicts", "stats", "--since", "2026-02-03", "--output", "json", config=config)
 
-    counted = {
-        "route": LATE.route, "late": 1, "hung_up": 1, "shadow": 1, "rejects": 2, "failed": 0, "differs": 2,
-        "patience_min_ms": 2300, "patience_median_ms": 2300,
-    }  # fmt: skip
+    counted = {"route": LATE.route, "late": 2, "shadow": 1, "rejects": 2, "failed": 0, "differs": 2}
     assert json.loads(for_programs.stdout) == [counted]
     head, row = for_people.stdout.splitlines()
     assert dict(zip(head.split(), row.split(), strict=True)) == {name: str(value) for name, value in counted.items()}

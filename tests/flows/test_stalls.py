@@ -95,7 +95,7 @@ def test_a_route_that_misses_again_and_again_is_answered_at_once(stage: Stage, s
     seconds = [timed_post(stage, service, "cart-stalls", f"order-{number}")[0] for number in range(4)]
 
     assert min(seconds[:2]) > DEADLINE_SECONDS / 2 > max(seconds[2:])
-    until(lambda: len(service.said("verdict", reason="bypassed")) == 2)
+    until(lambda: len(service.said("verdict", reason="circuit-open")) == 2)
     assert service.stop(within=10) == 0
 
 

@@ -108,7 +108,7 @@ LATE = replace(judged.LATE, route="limits")
 
 def test_verdicts_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> None:
     verdict_log = judged.Writing(ledger)
-    for number, each in enumerate((LATE, SHADOW, replace(LATE, kind="hung-up", order_id="order-2"))):
+    for number, each in enumerate((LATE, SHADOW, replace(LATE, decided="approve", order_id="order-2"))):
         ledger.clock.now = NOON + number
         verdict_log.record(each)
     verdict_log.flush()
@@ -116,14 +116,14 @@ def test_verdicts_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> No
     def kinds(**asked: Any) -> list[str]:
         return [row["kind"] for row in query(ledger, lambda queries: queries.verdicts(**asked))]
 
-    assert kinds() == ["hung-up", "shadow", "late"]
-    assert kinds(limit=2) == ["hung-up", "shadow"]
-    assert kinds(kind="late") == ["late"]
-    assert kinds(route="limits") == ["hung-up", "late"]
+    assert kinds() == ["late", "shadow", "late"]
+    assert kinds(limit=2) == ["late", "shadow"]
+    assert kinds(kind="shadow") == ["shadow"]
+    assert kinds(route="limits") == ["late", "late"]
     assert kinds(order_id="order-1") == ["shadow", "late"]
-    assert kinds(since=NOON + 1) == ["hung-up", "shadow"]
+    assert kinds(since=NOON + 1) == ["late", "shadow"]
     assert kinds(route="limits", order_id="order-1", since=NOON + 1) == []
-    assert query(ledger, lambda queries: queries.verdicts(kind="late")) == [
+    assert query(ledger, lambda queries: queries.verdicts(kind="late", order_id="order-1")) == [
         {
             "id": 1, "at": "2026-02-03T12:00:00.000Z", "kind": "late", "callback": "order-rules", "route": "limits",
             "merchant": "fjallboden", "channel": "1", "order_id": "order-1", "decided": "reject",
@@ -152,32 +152,21 @@ def test_a_verdict_differs_where_it_would_have_made_another_answer(
     assert [row["differs"] for row in query(ledger, lambda queries: queries.count_verdicts())] == [differs]
 
 
-def test_verdicts_are_counted_by_route_with_the_caller_s_patience(ledger: Ledger) -> None:
+def test_verdicts_are_counted_by_route(ledger: Ledger) -> None:
     verdict_log = judged.Writing(ledger)
     verdict_log.record(LATE, replace(LATE, decided="failed", took_ms=1), SHADOW, replace(SHADOW, decided="refuse"))
-    verdict_log.record(
-        *(replace(LATE, kind="hung-up", decided="approve", took_ms=ms) for ms in (5000, 3010, 9000, 5001))
-    )
     ledger.clock.now = NOON + DAY
-    verdict_log.record(replace(LATE, kind="hung-up", took_ms=8000))
+    verdict_log.record(LATE)
     verdict_log.flush()
 
-    nothing = {"late": 0, "hung_up": 0, "shadow": 0, "rejects": 0, "failed": 0, "differs": 0}
+    nothing = {"late": 0, "shadow": 0, "rejects": 0, "failed": 0, "differs": 0}
     assert query(ledger, lambda queries: queries.count_verdicts()) == [
-        nothing | {
-            "route": "limits", "late": 2, "hung_up": 5, "rejects": 2, "failed": 1, "differs": 2,
-            "patience_min_ms": 3010, "patience_median_ms": 5001,
-        },
-        nothing | {
-            "route": SHADOW.route, "shadow": 2, "rejects": 1, "patience_min_ms": None, "patience_median_ms": None,
-        },
-    ]  # fmt: skip
+        nothing | {"route": "limits", "late": 3, "rejects": 2, "failed": 1, "differs": 2},
+        nothing | {"route": SHADOW.route, "shadow": 2, "rejects": 1},
+    ]
     assert query(ledger, lambda queries: queries.count_verdicts(since=NOON + DAY)) == [
-        nothing | {
-            "route": "limits", "hung_up": 1, "rejects": 1, "differs": 1,
-            "patience_min_ms": 8000, "patience_median_ms": 8000,
-        }
-    ]  # fmt: skip
+        nothing | {"route": "limits", "late": 1, "rejects": 1, "differs": 1}
+    ]
 
 
 # --- with a hundred thousand of each --------------------------------------------------------------------------------

@@ -23,13 +23,16 @@ from adapter.app import accounts
 from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
-from adapter.norce.client import Norce, OrderNotFound
+from adapter.norce.client import Norce
 from adapter.orders import Order, read_order
 from adapter.plugin import Context, HookHandler, Patch, Problem, Refuse, Settings, ValidationHandler
 from adapter.routing.routes import Routes, build
 from adapter.routing.runner import Runner
-from adapter.verdicts.verdicts import MOST_UNFINISHED, Answer, Misses, Verdict, Verdicts
+from adapter.verdicts.answer import Answer, Verdict
+from adapter.verdicts.circuit_breaker import CircuitBreaker
+from adapter.verdicts.verdicts import MOST_UNFINISHED, OrderMissing, VerdictRequest, Verdicts
 from tests import PATIENCE
+from tests.ledgers import HandClock
 
 DEADLINE = timedelta(seconds=1)  # where a handler never answers
 FAR = timedelta(seconds=10)  # where every handler answers; the longest deadline that a configuration may have
@@ -183,12 +186,6 @@ def is_there(request: httpx.Request) -> httpx.Response:
     return httpx.Response(200, json=ORDER | {"id": request.url.path.rpartition("/")[2]})
 
 
-async def stays() -> bool:
-    """A caller that waits for its answer."""
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
 class Asking:
     """Verdicts with their routes, and a memory of what was recorded and counted."""
 
@@ -200,17 +197,23 @@ class Asking:
         self.metrics = metrics
         self.logged = logged
 
-    async def validate(self, order_id: str = "o1", channel: str = "1", gone: Callable[[], Any] = stays) -> Answer:
+    async def validate(self, order_id: str = "o1", channel: str = "1") -> Answer:
+        return await self._answer("order-rules", order_id, channel)
+
+    async def change(self, callback: str = "cart-changed") -> Answer:
+        return await self._answer(callback, "o1", "1", read_order(json.dumps(CART).encode()))
+
+    async def _answer(self, callback: str, order_id: str, channel: str, order: Order | None = None) -> Answer:
         # The handlers that hang are released after this: whoever waits for one does not come back.
         async with asyncio.timeout(PATIENCE):
-            return await self.verdicts.validate(
-                self.routes.callbacks["order-rules"], Channel("norce", channel), order_id, gone
+            return await self.verdicts.answer(
+                VerdictRequest(
+                    callback=self.routes.callbacks[callback],
+                    channel=Channel("norce", channel),
+                    order_id=order_id,
+                    order=order,
+                )
             )
-
-    async def change(self, callback: str = "cart-changed", gone: Callable[[], Any] = stays) -> Answer:
-        order = read_order(json.dumps(CART).encode())
-        async with asyncio.timeout(PATIENCE):
-            return await self.verdicts.change(self.routes.callbacks[callback], Channel("norce", "1"), "o1", order, gone)
 
     async def recorded(self) -> LoggedVerdict:
         return await asyncio.wait_for(self.logged.get(), PATIENCE)
@@ -226,7 +229,7 @@ async def asking(
     handlers: dict[str, Any],
     norce: Callable[[httpx.Request], Any] = is_there,
     *,
-    misses: Misses | None = None,
+    breaker: CircuitBreaker | None = None,
     deadline: timedelta = FAR,
     soft_limit: str = "",
 ) -> AsyncIterator[Asking]:
@@ -246,7 +249,7 @@ async def asking(
         norce=client,
         metrics=metrics,
         clock=lambda: time.time_ns() // 1_000_000,
-        misses=misses or Misses(most=0, bypass=timedelta(0)),
+        circuit_breaker=breaker or CircuitBreaker(failures=0, open_for=timedelta(0)),
         record=logged.put_nowait,
     )
     try:
@@ -390,7 +393,7 @@ def test_a_handler_that_says_it_computes_and_waits_has_no_answer_and_is_not_wait
     (verdict,) = asked(tmp_path, route("one", "waits"), {"waits": ForeverInPlace})
 
     assert verdict.missing == "failed"
-    assert verdict.ended - verdict.began < FAR.total_seconds()
+    assert verdict.ended_at - verdict.started_at < FAR.total_seconds()
     assert Forever.cancelled.is_set()
 
 
@@ -467,7 +470,7 @@ def test_an_order_that_cannot_be_read_is_every_routes_no_answer(
 
 
 def test_an_order_that_norce_does_not_have_is_no_verdict(tmp_path: Path) -> None:
-    with pytest.raises(OrderNotFound):
+    with pytest.raises(OrderMissing):
         asked(tmp_path, route("one", "deny"), {"deny": Deny}, lambda _request: httpx.Response(404))
 
 
@@ -561,7 +564,7 @@ def decided(answer: Answer) -> list[tuple[str, str | None]]:
 def test_a_hook_that_nobody_answers_is_accepted(tmp_path: Path) -> None:
     answer = changed(tmp_path, "")
 
-    assert (answer.stops, answer.patches, answer.document, answer.verdicts) == (False, (), b"[]", [])
+    assert (answer.stops, answer.patches, answer.document, answer.verdicts) == (False, [], b"[]", [])
 
 
 @pytest.mark.parametrize("handler", ["patch", "patch-in-place"])
@@ -920,170 +923,20 @@ def test_so_many_may_be_late_and_the_oldest_are_given_up_and_counted(tmp_path: P
     assert asyncio.run(ask()) == 1
 
 
-# --- a caller that hangs up -------------------------------------------------------------------------------------------
-
-
-class Caller:
-    """Hangs up when it is told to."""
-
-    def __init__(self) -> None:
-        self.hangs_up = asyncio.Event()
-
-    async def __call__(self) -> bool:
-        await self.hangs_up.wait()
-        return True
-
-
-def test_what_routes_say_after_the_caller_hung_up_is_recorded_and_its_patience_counted(tmp_path: Path) -> None:
-    """The first is heard no more though it is in time, the second is late as well, and the third had been there."""
-
-    class Waits(Deny):
-        async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
-            waiting.set()
-            await asyncio.to_thread(hung_up.wait, PATIENCE)
-            return await super().validate(order, context)
-
-    waiting, hung_up = threading.Event(), threading.Event()
-
-    async def ask() -> tuple[Asking, list[LoggedVerdict]]:
-        routes = route("one", "waits") + route("two", "held") + route("three", "in-place")
-        handlers = {"waits": Waits, "held": Held, "in-place": InPlace}
-        async with asking(tmp_path, routes, handlers, deadline=3 * DEADLINE) as at:
-            caller = Caller()
-            answering = asyncio.create_task(at.validate(gone=caller))
-            await asyncio.to_thread(waiting.wait, PATIENCE)
-            caller.hangs_up.set()
-            while not at.counted("caller_patience_seconds_count", callback="order-rules"):  # noqa: ASYNC110
-                await asyncio.sleep(0.001)
-            hung_up.set()
-            await answering
-            Held.let_go.set()
-            return at, [await at.recorded(), await at.recorded()]
-
-    at, logged = asyncio.run(ask())
-
-    assert [(each.route, each.kind, each.decided, each.answered) for each in logged] == [
-        ("one", "hung-up", "reject", None), ("two", "hung-up", "reject", None)
-    ]  # fmt: skip
-    assert logged[0].took_ms == logged[1].took_ms < 3 * DEADLINE.total_seconds() * 1000
-    assert at.logged.empty()
-    for name in ("one", "two"):
-        labels = {"callback": "order-rules", "route": name, "kind": "hung-up", "verdict": "reject"}
-        assert at.counted("verdicts_unheard_total", **labels, result="unanswered") == 1
-
-
-def test_a_caller_that_hangs_up_while_the_order_is_read_is_noted_once(tmp_path: Path) -> None:
-    async def ask() -> tuple[float, list[str]]:
-        with capture_logs() as logged:
-            async with asking(tmp_path, route("one", "approve"), {"approve": Approve}, never, deadline=DEADLINE) as at:
-                caller = Caller()
-                caller.hangs_up.set()
-                await at.validate(gone=caller)
-                return (
-                    at.counted("caller_patience_seconds_count", callback="order-rules"),
-                    [line["event"] for line in logged],
-                )
-
-    counted, said = asyncio.run(ask())
-
-    assert counted == 1
-    assert said.count("caller_hung_up") == 1
-
-
-def test_a_caller_that_sends_more_is_still_there(tmp_path: Path) -> None:
-    async def sends() -> bool:
-        return False
-
-    async def ask() -> float:
-        async with asking(tmp_path, route("one", "approve"), {"approve": Approve}) as at:
-            await at.validate(gone=sends)
-            return at.counted("caller_patience_seconds_count", callback="order-rules")
-
-    assert asyncio.run(ask()) == 0
-
-
 # --- one miss after another -------------------------------------------------------------------------------------------
 
 
-class HandClock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-KEY = ("one", Channel("norce", "1"))
-
-
-def misses(most: int = 3) -> tuple[Misses, HandClock]:
+def breaker_of(failures: int) -> tuple[CircuitBreaker, HandClock]:
     clock = HandClock()
-    return Misses(most=most, bypass=timedelta(seconds=30), clock=clock), clock
-
-
-def test_a_route_is_bypassed_after_so_many_misses_in_a_row() -> None:
-    noted, _ = misses()
-    for _ in range(2):
-        noted.note(KEY, missed=True)
-        assert not noted.bypassed(KEY)
-
-    noted.note(KEY, missed=True)
-
-    assert noted.bypassed(KEY)
-    assert not noted.bypassed(("one", "norce", "2"))
-
-
-def test_an_answer_in_between_begins_the_count_anew() -> None:
-    noted, _ = misses()
-    for missed in (True, True, False, True, True):
-        noted.note(KEY, missed=missed)
-
-    assert not noted.bypassed(KEY)
-
-
-def test_when_the_time_is_up_one_tries_and_the_others_are_bypassed_until_it_is_known() -> None:
-    noted, clock = misses(1)
-    noted.note(KEY, missed=True)
-    clock.now += 29.9
-    assert noted.bypassed(KEY)
-    clock.now += 0.1
-
-    assert [noted.bypassed(KEY) for _ in range(3)] == [False, True, True]
-    noted.note(KEY, missed=False)
-    assert not noted.bypassed(KEY)
-
-
-def test_a_try_that_misses_bypasses_for_as_long_again_and_one_that_is_lost_too() -> None:
-    noted, clock = misses(3)
-    for _ in range(3):
-        noted.note(KEY, missed=True)
-    clock.now += 30
-    assert not noted.bypassed(KEY)
-    clock.now += 20
-    noted.note(KEY, missed=True)
-    clock.now += 29
-
-    assert noted.bypassed(KEY)
-    clock.now += 1
-    assert not noted.bypassed(KEY)  # and nothing is ever heard of this one
-    clock.now += 30
-    assert not noted.bypassed(KEY)
-
-
-def test_none_is_never_bypassed_where_the_number_is_0() -> None:
-    noted, _ = misses(0)
-    for _ in range(100):
-        noted.note(KEY, missed=True)
-
-    assert not noted.bypassed(KEY)
+    return CircuitBreaker(failures=failures, open_for=timedelta(seconds=30), clock=clock), clock
 
 
 def test_a_route_that_misses_again_and_again_is_answered_for_at_once_and_then_asked_once(tmp_path: Path) -> None:
-    noted, clock = misses(2)
+    breaker, clock = breaker_of(2)
 
     async def ask() -> tuple[list[str | None], Asking]:
         said = []
-        async with asking(tmp_path, route("one", "held"), {"held": Held}, misses=noted, deadline=DEADLINE) as at:
+        async with asking(tmp_path, route("one", "held"), {"held": Held}, breaker=breaker, deadline=DEADLINE) as at:
             for seconds in (0, 0, 0, 29, 1, 0):
                 clock.now += seconds
                 if seconds == 1:
@@ -1095,16 +948,16 @@ def test_a_route_that_misses_again_and_again_is_answered_for_at_once_and_then_as
 
     said, at = asyncio.run(ask())
 
-    assert said == ["late", "late", "bypassed", "bypassed", None, None]
-    assert at.counted("verdicts_missing_total", callback="order-rules", route="one", reason="bypassed") == 2
+    assert said == ["late", "late", "circuit-open", "circuit-open", None, None]
+    assert at.counted("verdicts_missing_total", callback="order-rules", route="one", reason="circuit-open") == 2
 
 
 def test_what_fails_at_once_is_no_miss(tmp_path: Path) -> None:
     """It holds up nobody; and an order that a rule cannot be decided on must not switch the rule off for the others."""
-    noted, _ = misses(1)
+    breaker, _ = breaker_of(1)
 
     async def ask() -> list[str | None]:
-        async with asking(tmp_path, route("one", "fails"), {"fails": raising(ValueError)}, misses=noted) as at:
+        async with asking(tmp_path, route("one", "fails"), {"fails": raising(ValueError)}, breaker=breaker) as at:
             answers: list[Verdict] = []
             for _ in range(3):
                 answers += (await at.validate()).verdicts
@@ -1122,26 +975,26 @@ def test_what_fails_past_the_soft_limit_is_a_miss(tmp_path: Path) -> None:
             await super().validate(order, context)
             raise TimeoutError
 
-    noted, _ = misses(1)
+    breaker, _ = breaker_of(1)
 
     async def ask() -> list[str | None]:
         handlers = {"gives-up": GivesUp}
-        async with asking(tmp_path, route("one", "gives-up"), handlers, misses=noted, soft_limit="1ms") as at:
+        async with asking(tmp_path, route("one", "gives-up"), handlers, breaker=breaker, soft_limit="1ms") as at:
             answers: list[Verdict] = []
             for _ in range(2):
                 answers += (await at.validate()).verdicts
                 await asyncio.sleep(0)
             return [verdict.missing for verdict in answers]
 
-    assert asyncio.run(ask()) == ["failed", "bypassed"]
+    assert asyncio.run(ask()) == ["failed", "circuit-open"]
 
 
 def test_who_was_held_up_by_another_is_not_bypassed_for_it(tmp_path: Path) -> None:
-    noted, _ = misses(1)
+    breaker, _ = breaker_of(1)
 
     async def ask() -> list[tuple[str | None, ...]]:
         routes = route("one", "block") + route("two", "deny")
-        async with asking(tmp_path, routes, {"block": Block, "deny": Deny}, misses=noted, deadline=DEADLINE) as at:
+        async with asking(tmp_path, routes, {"block": Block, "deny": Deny}, breaker=breaker, deadline=DEADLINE) as at:
             answers: list[Answer] = []
             for _ in range(2):
                 answers.append(await at.validate())
@@ -1149,7 +1002,7 @@ def test_who_was_held_up_by_another_is_not_bypassed_for_it(tmp_path: Path) -> No
                 Block.released.set()
             return [tuple(verdict.missing for verdict in answer.verdicts) for answer in answers]
 
-    assert asyncio.run(ask()) == [("blocks", "held-up"), ("bypassed", None)]
+    assert asyncio.run(ask()) == [("blocks", "held-up"), ("circuit-open", None)]
 
 
 # --- in the shadow ----------------------------------------------------------------------------------------------------
