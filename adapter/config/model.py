@@ -1,5 +1,6 @@
-"""
-What may stand in `config.yaml`, said once: keys, types, bounds, defaults and their descriptions.
+"""The sections of `config.yaml`: keys, types, bounds, defaults and descriptions.
+
+`make docs` generates `config.yaml` and `config.schema.json` from these declarations.
 """
 
 from collections.abc import Mapping
@@ -13,256 +14,253 @@ from adapter.config.problems import Problem, Source, under
 from adapter.identifiers import Channel
 from adapter.plugin import Secret, Url
 
+MIB = 1024 * 1024
 
-def says(
-    description: str | None = None, *, allowed: str | None = None, within: tuple[str, str] | None = None, **bounds: Any
+
+def doc(
+    description: str = "", *, allowed: str | None = None, within: tuple[str, str] | None = None, **bounds: Any
 ) -> Meta:
-    """
-    What a key means. `allowed` are the words for what may stand there, where those of type and bounds would be bad;
-    `within` bounds a duration.
+    """Describe a key.
+
+    Args:
+        description: One sentence; it names the unit of a number.
+        allowed: Words for the allowed values, if type and bounds do not say it well.
+        within: The shortest and the longest duration.
+        bounds: Bounds as `msgspec.Meta` has them.
     """
     if within is not None:
-        description = f"{description or ''} From {within[0]} to {within[1]}.".strip()
-    return Meta(description=description, extra={"allowed": allowed, "within": within}, **bounds)
+        description = f"{description} From {within[0]} to {within[1]}.".strip()
+    return Meta(description=description or None, extra={"allowed": allowed, "within": within}, **bounds)
 
 
 Name: TypeAlias = Annotated[
     str,
-    says(
+    doc(
         pattern=r"^[a-z0-9]+(-[a-z0-9]+)*(?!\n)$",
         max_length=64,
         allowed="kebab-case (a-z, 0-9 and single hyphens), at most 64 characters",
     ),
 ]
-# Travels in the headers `x-merchant` and `x-channel`, in URLs and in metrics.
+# Norce's names travel in the headers `x-merchant` and `x-channel`, in URLs and in metrics.
 NorceName: TypeAlias = Annotated[
-    str, says(pattern=r"^[!-~]+(?!\n)$", max_length=64, allowed="1 to 64 visible ASCII characters without spaces")
+    str, doc(pattern=r"^[!-~]+(?!\n)$", max_length=64, allowed="1 to 64 visible ASCII characters without spaces")
+]
+KeyName: TypeAlias = Annotated[
+    str,
+    doc(
+        pattern=r"^[A-Za-z0-9_-]+(?!\n)$",
+        max_length=32,
+        allowed="a name of 1 to 32 letters, digits, hyphens and underscores",
+    ),
+]
+Pointer: TypeAlias = Annotated[
+    str,
+    doc(
+        pattern=r"^(/([^/~\s]|~[01])+)+(?!\n)$",
+        max_length=1024,
+        allowed="a JSON pointer to a part of the order, such as /cart",
+    ),
 ]
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(?!\n)$"
 SLUG_IN_WORDS = "a part of a host name (a-z, 0-9 and hyphens within), at most 63 characters"
-Port: TypeAlias = Annotated[int, says(ge=0, le=65535)]
-Positive: TypeAlias = Annotated[int, says(ge=1, le=1024)]
-OneOrTwoSecrets: TypeAlias = Annotated[tuple[Secret, ...], says(min_length=1, max_length=2)]
-Merchants: TypeAlias = Annotated[tuple[str, ...], says(min_length=1)]
+Port: TypeAlias = Annotated[int, doc(ge=0, le=65535)]
+Concurrency: TypeAlias = Annotated[int, doc(ge=1, le=1024)]
+OneOrTwoSecrets: TypeAlias = Annotated[tuple[Secret, ...], doc(min_length=1, max_length=2)]
+Schema: TypeAlias = bool | dict[str, Any]
+SCHEMA = doc("JSON Schema (2020-12) for the value at the scope; true allows any value.")
+ApiVersion: TypeAlias = Literal["v0", "v1"]
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A section of the file: each field is a key."""
+    pass
 
 
 class AdapterConfig(_Section, frozen=True, kw_only=True):
+    """This adapter."""
+
     id: Annotated[
-        str,
-        says(
-            "The id of this adapter at Norce: on its registrations, and in the name of its schema.",
-            min_length=1,
-            max_length=64,
-        ),
+        str, doc("Id of this adapter at Norce, used in its registrations and its schema.", min_length=1, max_length=64)
     ]
     public_url: Annotated[
-        Url | None, says("The address at which Norce reaches the public port; signed URLs are made from it.")
+        Url | None, doc("Address at which Norce reaches the public port; signed_urls and registrations need it.")
     ] = None
 
 
 class ServerConfig(_Section, frozen=True, kw_only=True):
-    host: Annotated[str, says("The address that the public port listens on.", min_length=1)] = "0.0.0.0"  # noqa: S104
-    port: Annotated[Port, says("The public port, which Norce calls; 0 takes any free one.")] = 8080
-    max_body_bytes: Annotated[
-        int, says("The largest body that is read, in bytes; a larger is a 413.", ge=1024, le=64 * 1024 * 1024)
-    ] = 1024 * 1024
+    """The public port, which Norce calls."""
+
+    host: Annotated[str, doc("Address that the public port listens on.", min_length=1)] = "0.0.0.0"  # noqa: S104
+    port: Annotated[Port, doc("Number of the public port; 0 takes any free port.")] = 8080
+    max_body_bytes: Annotated[int, doc("Largest body in bytes; a larger body gets 413.", ge=1024, le=64 * MIB)] = MIB
     receive_timeout: Annotated[
-        timedelta,
-        says("How long a caller may take to send its whole body; after that it is a 408.", within=("100ms", "5m")),
+        timedelta, doc("Time limit for receiving a whole body; a slower caller gets 408.", within=("100ms", "5m"))
     ] = timedelta(seconds=10)
 
 
 class OperationsConfig(_Section, frozen=True, kw_only=True):
-    host: Annotated[str, says("The address that the operations port listens on; keep it private.", min_length=1)] = (
-        "127.0.0.1"
-    )
-    port: Annotated[Port, says("The port of health, metrics, commands and the console; 0 takes any free one.")] = 8081
-    token: Annotated[Secret | None, says("The bearer token of commands; without one, every command is refused.")] = None
+    """The private port for health, metrics, commands and the operations page."""
+
+    host: Annotated[str, doc("Address that the operations port listens on.", min_length=1)] = "127.0.0.1"
+    port: Annotated[Port, doc("Number of the operations port; 0 takes any free port.")] = 8081
+    token: Annotated[Secret | None, doc("Bearer token for commands; without it the port refuses every command.")] = None
+
+
+class RetentionConfig(_Section, frozen=True, kw_only=True):
+    """How long the ledger keeps things."""
+
+    bodies: Annotated[
+        timedelta, doc("Time to keep the body of a notification whose deliveries are done.", within=("1h", "3650d"))
+    ] = timedelta(days=30)
+    bodies_of_dead_letters: Annotated[
+        timedelta,
+        doc(
+            "Time to keep the body of a notification with a dead letter; a waiting delivery keeps it longer.",
+            within=("1h", "3650d"),
+        ),
+    ] = timedelta(days=90)
+    rows: Annotated[
+        timedelta,
+        doc("Time to remember a notification, so that a repeat does nothing.", within=("1d", "3650d")),
+    ] = timedelta(days=400)
+    verdicts: Annotated[
+        timedelta, doc("Time to keep verdicts that were late or of a shadow.", within=("1h", "3650d"))
+    ] = timedelta(days=30)
+
+
+class StoreConfig(_Section, frozen=True, kw_only=True):
+    """The database of the ledger."""
+
+    url: Annotated[
+        str,
+        doc(
+            "Address of the database: sqlite:/// and a path (relative to the working directory; absolute with four "
+            "slashes) for one process, postgresql+psycopg:// for several nodes. Give it by reference if it holds a "
+            "password."
+        ),
+    ] = "sqlite:///data/adapter.db"
+    retention: RetentionConfig = RetentionConfig()
 
 
 class NorceConfig(_Section, frozen=True, kw_only=True):
-    environment: Annotated[
-        Literal["playground", "stage", "production"], says("Which of Norce's environments to talk with.")
-    ] = "playground"
-    base_url: Annotated[Url | None, says("Replaces Norce's own addresses, for a simulator or a private network.")] = (
-        None
+    """Calls to Norce Checkout."""
+
+    environment: Annotated[Literal["playground", "stage", "production"], doc("Environment of Norce to call.")] = (
+        "playground"
     )
-    version: Annotated[
-        Literal["v0", "v1"], says("The version of Norce's Order API that is asked, and registered with.")
-    ] = "v0"
-    timeout: Annotated[timedelta, says("How long one request to Norce may take.", within=("100ms", "1m"))] = timedelta(
+    base_url: Annotated[
+        Url | None, doc("Address to call in place of Norce's own, for the simulator or a private network.")
+    ] = None
+    version: Annotated[ApiVersion, doc("Version of Norce's Order API for reading orders and for registrations.")] = "v0"
+    timeout: Annotated[timedelta, doc("Time limit for one request to Norce.", within=("100ms", "1m"))] = timedelta(
         seconds=5
     )
     refresh: Annotated[
         timedelta,
-        says(
-            "How often a channel's configuration document is read from Norce; 0s is never, and this file is all.",
-            within=("0s", "1m"),
-        ),
+        doc("Time between reads of a channel's configuration document at Norce; 0s: never.", within=("0s", "1m")),
     ] = timedelta(seconds=30)
 
 
 class ReconciliationConfig(_Section, frozen=True, kw_only=True):
+    """The search in Norce's event log for notifications that never arrived."""
+
     every: Annotated[
-        timedelta,
-        says(
-            "How often Norce's event log is read for notifications that never came, by one of the nodes; 0s is never.",
-            within=("0s", "7d"),
-        ),
+        timedelta, doc("Time between two searches, by one of the nodes; 0s: never.", within=("0s", "7d"))
     ] = timedelta(minutes=10)
     overlap: Annotated[
         timedelta,
-        says(
-            "How far before the newest event of the last time each time begins: for events that are written late.",
-            within=("0s", "30d"),
-        ),
+        doc("Part of the log that a search reads again, for events that Norce wrote late.", within=("0s", "30d")),
     ] = timedelta(hours=1)
 
 
 class DispatcherConfig(_Section, frozen=True, kw_only=True):
-    slots: Annotated[Positive, says("How many deliveries run at once in this process.")] = 32
+    """The dispatcher, which works off deliveries."""
+
+    slots: Annotated[Concurrency, doc("Deliveries that run at the same time in one process.")] = 32
     grace: Annotated[
-        timedelta,
-        says("How long a shutdown waits for running deliveries before it cancels them.", within=("0s", "10m")),
+        timedelta, doc("Time that a shutdown gives running deliveries before it cancels them.", within=("0s", "10m"))
     ] = timedelta(seconds=20)
 
 
 class QueuesConfig(_Section, frozen=True, kw_only=True):
+    """Pauses of a queue (one route for one merchant and channel) while its destination is down."""
+
     pause_after: Annotated[
-        int, says("Orders that fail in a row before their queue pauses; 0 means never.", ge=0, le=1000)
+        int, doc("Orders that fail one after another before their queue pauses; 0: never.", ge=0, le=1000)
     ] = 5
     first_pause: Annotated[
         timedelta,
-        says(
-            "Length of the first pause; one delivery then probes, and each failed probe doubles it.",
-            within=("100ms", "1d"),
-        ),
+        doc("Length of the first pause; then one delivery is tried, and a failure doubles it.", within=("100ms", "1d")),
     ] = timedelta(seconds=30)
-    max_pause: Annotated[timedelta, says("Longest pause.", within=("100ms", "1d"))] = timedelta(minutes=10)
+    max_pause: Annotated[timedelta, doc("Length of the longest pause.", within=("100ms", "1d"))] = timedelta(minutes=10)
 
 
 class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
+    """The circuit breaker of a validation or hook route; while it is open, the route's no_answer counts at once."""
+
     failures: Annotated[
         int,
-        says(
-            "Misses in a row that open the circuit breaker of a route; 0 means never. A miss is no answer by the "
-            "deadline, or an error after soft_limit.",
+        doc(
+            "Failures in a row that open the circuit breaker; 0: never. No answer by the deadline is a failure, and so "
+            "is an error after the soft_limit.",
             ge=0,
             le=1000,
         ),
     ] = 5
     open_for: Annotated[
-        timedelta,
-        says("Time that a circuit breaker stays open before one call probes the route.", within=("100ms", "1d")),
+        timedelta, doc("Time that it stays open before one call tries the route again.", within=("100ms", "1d"))
     ] = timedelta(seconds=30)
-
-
-class RetentionConfig(_Section, frozen=True, kw_only=True):
-    bodies: Annotated[
-        timedelta,
-        says(
-            "How long the body of a notification is kept when everything owed for it is done.", within=("1h", "3650d")
-        ),
-    ] = timedelta(days=30)
-    bodies_of_dead_letters: Annotated[
-        timedelta, says("How long it is kept otherwise; what still waits keeps its body.", within=("1h", "3650d"))
-    ] = timedelta(days=90)
-    rows: Annotated[
-        timedelta,
-        says(
-            "How long the ledger remembers a notification and what became of it: so long a repeat is known as one.",
-            within=("1d", "3650d"),
-        ),
-    ] = timedelta(days=400)
-    verdicts: Annotated[
-        timedelta, says("How long verdicts that were late, or of a shadow, are kept.", within=("1h", "3650d"))
-    ] = timedelta(days=30)
-
-
-class StoreConfig(_Section, frozen=True, kw_only=True):
-    url: Annotated[
-        str,
-        says(
-            "Where notifications and deliveries are kept: sqlite:/// and a path, relative to the working "
-            "directory (four slashes for an absolute one), for one process on one machine; postgresql+psycopg:// for "
-            "any number of nodes. By reference where it holds a password."
-        ),
-    ] = "sqlite:///data/adapter.db"
-    retention: Annotated[RetentionConfig, says("How long things are kept.")] = RetentionConfig()
 
 
 class OverrideConfig(_Section, frozen=True, kw_only=True):
     settings: Annotated[
-        Mapping[str, Any],
-        says("Settings in place of the weaker ones: mappings are merged, everything else is replaced."),
+        Mapping[str, Any], doc("Settings that replace those of the route; mappings are merged key by key.")
     ] = {}
 
 
 class ChannelConfig(_Section, frozen=True, kw_only=True):
     routes: Annotated[
-        Mapping[str, OverrideConfig],
-        says("What is different on this channel, by route; stronger than the route and the merchant."),
+        Mapping[str, OverrideConfig], doc("Settings for this channel, by route; they replace those of the merchant.")
     ] = {}
 
 
 class MerchantConfig(_Section, frozen=True, kw_only=True):
     slug: Annotated[
         str,
-        says(
-            "The merchant's part of Norce's host names; the merchant's name where it is left out.",
-            pattern=SLUG,
-            allowed=SLUG_IN_WORDS,
-        ),
+        doc("Merchant's part of Norce's host names; without it, the key.", pattern=SLUG, allowed=SLUG_IN_WORDS),
     ] = ""
-    tokens: Annotated[
-        OneOrTwoSecrets, says("The bearer tokens that Norce issued for this merchant; two while one is being replaced.")
-    ]
-    routes: Annotated[
-        Mapping[str, OverrideConfig], says("What is different for this merchant, by route; stronger than the route.")
-    ] = {}
+    tokens: Annotated[OneOrTwoSecrets, doc("Bearer tokens from Norce for this merchant; two during a rotation.")]
+    routes: Annotated[Mapping[str, OverrideConfig], doc("Settings for this merchant, by route.")] = {}
     channels: Annotated[
-        Mapping[NorceName, ChannelConfig],
-        says("The merchant's channels by their names at Norce.", min_length=1),
+        Mapping[NorceName, ChannelConfig], doc("Channels of the merchant, by their names at Norce.", min_length=1)
     ]
 
 
 class SignedUrlsConfig(_Section, frozen=True, kw_only=True):
+    """Callback URLs with a signature for merchant, channel, order and callback."""
+
     keys: Annotated[
-        Mapping[
-            Annotated[
-                str,
-                says(
-                    pattern=r"^[A-Za-z0-9_-]+(?!\n)$",
-                    max_length=32,
-                    allowed="a name of 1 to 32 letters, digits, hyphens and underscores",
-                ),
-            ],
-            Secret,
-        ],
-        says(
-            "Keys of at least 16 bytes by their names: the first signs, all verify. Put a new one first, "
-            "and take the old one out when no open order carries it any more.",
+        Mapping[KeyName, Secret],
+        doc(
+            "Keys of at least 16 bytes, by name: the first signs, all verify. Put a new key first, and remove the old "
+            "one when no open order uses it.",
             min_length=1,
         ),
     ]
 
 
 class _SharedSecretConfig(_Section, frozen=True, kw_only=True):
-    values: Annotated[OneOrTwoSecrets, says("The values that are accepted; two while one is being replaced.")]
+    values: Annotated[OneOrTwoSecrets, doc("Accepted values; two during a rotation.")]
     merchants: Annotated[
-        Merchants | None, says("Whose orders the secret is good for; every merchant's where left out.")
+        Annotated[tuple[str, ...], doc(min_length=1)] | None,
+        doc("Merchants whose orders the secret is valid for; without it, all."),
     ] = None
 
 
 class HeaderSecretConfig(_SharedSecretConfig, frozen=True, kw_only=True):
     header: Annotated[
         str,
-        says(
-            "The header that carries the secret, in any case; the secret is its whole value.",
+        doc(
+            "Header whose whole value is the secret.",
             pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]+(?!\n)$",
             max_length=64,
             allowed="the name of an HTTP header",
@@ -273,8 +271,8 @@ class HeaderSecretConfig(_SharedSecretConfig, frozen=True, kw_only=True):
 class UrlSecretConfig(_SharedSecretConfig, frozen=True, kw_only=True):
     parameter: Annotated[
         str,
-        says(
-            "The query parameter that carries the secret, for registrations that cannot be signed.",
+        doc(
+            "Query parameter that carries the secret.",
             pattern=r"^[A-Za-z0-9_.~-]+(?!\n)$",
             max_length=64,
             allowed="the name of a query parameter: letters, digits and . _ ~ -",
@@ -283,90 +281,76 @@ class UrlSecretConfig(_SharedSecretConfig, frozen=True, kw_only=True):
 
 
 class SendersConfig(_Section, frozen=True, kw_only=True):
-    signed_urls: Annotated[
-        SignedUrlsConfig | None, says("Callback URLs that carry a signature per merchant, channel, order and callback.")
-    ] = None
+    """The callers that are accepted; at least one kind is required."""
+
+    signed_urls: SignedUrlsConfig | None = None
     header_secrets: Annotated[
-        tuple[HeaderSecretConfig, ...], says("Secrets that Norce, or a gateway before us, sends in a header.")
+        tuple[HeaderSecretConfig, ...], doc("Secrets in a header, from Norce or from a gateway before this service.")
     ] = ()
     url_secrets: Annotated[
         tuple[UrlSecretConfig, ...],
-        says("Secrets in the query of statically registered URLs; they end up in other people's logs."),
+        doc("Secrets in the query of static registrations. Prefer signed_urls: queries end up in access logs."),
     ] = ()
 
 
-Schema: TypeAlias = bool | dict[str, Any]
-Pointer: TypeAlias = Annotated[
-    str,
-    says(
-        pattern=r"^(/([^/~\s]|~[01])+)+(?!\n)$",
-        max_length=1024,
-        allowed="a JSON pointer to a part of the order, such as /cart",
-    ),
-]
-
-
 class NotificationCallbackConfig(_Section, frozen=True, kw_only=True, tag="notification", tag_field="kind"):
-    """Something happened: stored, and delivered to the routes that want it."""
+    """Something happened. It is stored, and delivered to the routes that want it."""
 
     kind: ClassVar[str] = "notification"
-    scope: Annotated[str, says("The JSON pointer of what is watched in the order: /state/currentStatus.")]
-    schema: Annotated[
-        Schema, says("The JSON Schema (2020-12) that the value at the scope meets; true for any value.")
-    ] = True
+    scope: Annotated[str, doc("JSON pointer to the part of the order that Norce watches, such as /state.")]
+    schema: Annotated[Schema, SCHEMA] = True
 
 
 class _AnsweredCallbackConfig(_Section, frozen=True, kw_only=True):
     deadline: Annotated[
         timedelta,
-        says(
-            "When Norce has its answer at the latest; an unfinished route then counts as its no_answer.",
+        doc(
+            "Time limit for the answer to Norce; then the no_answer of unfinished routes counts.",
             within=("100ms", "10s"),
         ),
     ] = timedelta(seconds=2)
     soft_limit: Annotated[
         timedelta | None,
-        says(
-            "A route that takes longer is logged and counted as slow; half the deadline where it is left out.",
+        doc(
+            "Time after which a route is logged and counted as slow; without it, half the deadline.",
             within=("1ms", "10s"),
         ),
     ] = None
 
 
 class ValidationCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
-    """May this order proceed? Answered inside the deadline."""
+    """May this order proceed? It is answered inside the deadline."""
 
     kind: ClassVar[str] = "validation"
 
 
 class HookCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
-    """A change is about to be stored: accepted, refused, or more changed with it. Answered inside the deadline."""
+    """A change is about to be stored. The answer accepts it, refuses it or changes more, inside the deadline."""
 
     kind: ClassVar[str] = "hook"
-    watch: Annotated[Pointer, says("The JSON pointer of the part of the order whose changes Norce asks about: /cart.")]
+    watch: Annotated[Pointer, doc("JSON pointer to the part of the order whose changes Norce announces.")]
     target: Annotated[
-        Pointer | None,
-        says("The JSON pointer of the part that the answer may change further; where left out, it changes nothing."),
+        Pointer | None, doc("JSON pointer to the part that the answer may change; without it, nothing.")
     ] = None
-    version: Annotated[
-        Literal["v0", "v1"], says("The version of the order that Norce is asked to send, and to be patched in.")
-    ] = "v0"
+    version: Annotated[ApiVersion, doc("Version of the order that Norce sends and the answer patches.")] = "v0"
 
 
 CallbackConfig: TypeAlias = NotificationCallbackConfig | ValidationCallbackConfig | HookCallbackConfig
 
 
 class WhenConfig(_Section, frozen=True, kw_only=True):
-    scope: Annotated[str, says("The JSON pointer of what the route looks at in the order.")]
-    schema: Annotated[
-        Schema, says("The JSON Schema (2020-12) that the value at the scope meets; true for any value.")
-    ] = True
+    """A further condition; the route wants an event if this and the callback's condition hold."""
+
+    scope: Annotated[str, doc("JSON pointer to the part of the order that decides.")]
+    schema: Annotated[Schema, SCHEMA] = True
 
 
 class RetriesConfig(_Section, frozen=True, kw_only=True):
+    """Notifications: the attempts after a failure."""
+
     schedule: Annotated[
-        tuple[Annotated[timedelta, says(within=("100ms", "7d"))], ...],
-        says("How long to wait after each failed attempt; then it is a dead letter.", max_length=50),
+        tuple[Annotated[timedelta, doc(within=("100ms", "7d"))], ...],
+        doc("Waits before the next attempts, each from 100ms to 7d; after the last, a dead letter.", max_length=50),
     ] = (
         timedelta(seconds=5),
         timedelta(seconds=30),
@@ -377,33 +361,27 @@ class RetriesConfig(_Section, frozen=True, kw_only=True):
 
 
 class RouteConfig(_Section, frozen=True, kw_only=True):
-    callback: Annotated[str, says("The callback that the route wants or answers.")]
-    when: Annotated[
-        WhenConfig | None, says("A further condition; the route is asked where the callback's and this one hold.")
-    ] = None
-    handler: Annotated[Name, says("The name of an installed handler; `norce-adapter handlers` lists them.")]
-    refetch: Annotated[
-        bool, says("Notifications: act on the order as Norce has it now, in place of the order as it came.")
-    ] = True
+    callback: Annotated[str, doc("Name of the callback that the route receives or answers.")]
+    when: WhenConfig | None = None
+    handler: Annotated[Name, doc("Name of an installed handler, as `norce-adapter handlers` lists it.")]
+    refetch: Annotated[bool, doc("Notifications: read the order from Norce again before the handler runs.")] = True
     no_answer: Annotated[
         Literal["approve", "reject"] | None,
-        says("Validations and hooks, required there: what a late, broken or missing answer counts as."),
+        doc("Validations and hooks, required there: the verdict if the answer is late, broken or missing."),
     ] = None
     mode: Annotated[
         Literal["enforce", "shadow"],
-        says("Validations and hooks: a shadow is asked, compared and counted beside the answer, and never acted on."),
+        doc("Validations and hooks: a shadow runs and is compared with the verdict, but never changes it."),
     ] = "enforce"
-    timeout: Annotated[timedelta, says("Notifications: how long one attempt may take.", within=("100ms", "10m"))] = (
+    timeout: Annotated[timedelta, doc("Notifications: time limit for one attempt.", within=("100ms", "10m"))] = (
         timedelta(seconds=15)
     )
-    retry: Annotated[RetriesConfig, says("Notifications: what happens after an attempt that failed.")] = RetriesConfig()
+    retry: RetriesConfig = RetriesConfig()
     concurrency: Annotated[
-        Positive,
-        says("Notifications: how many deliveries run at once, per merchant and channel, on all nodes together."),
+        Concurrency,
+        doc("Notifications: deliveries that run at the same time on all nodes, per merchant and channel."),
     ] = 8
-    settings: Annotated[
-        Mapping[str, Any], says("The handler's settings for every merchant and channel that does not say otherwise.")
-    ] = {}
+    settings: Annotated[Mapping[str, Any], doc("Settings of the handler, for all merchants and channels.")] = {}
 
 
 ONLY_FOR_NOTIFICATIONS = ("refetch", "timeout", "retry", "concurrency")
@@ -411,40 +389,32 @@ ONLY_FOR_ANSWERS = ("no_answer", "mode")
 
 
 class ConfigFile(_Section, frozen=True, kw_only=True):
-    """What stands in the file."""
+    """The configuration of norce-adapter."""
 
-    adapter: Annotated[AdapterConfig, says("Who we are.")]
-    server: Annotated[ServerConfig, says("The public port.")] = ServerConfig()
-    operations: Annotated[OperationsConfig, says("The port for operators and monitoring.")] = OperationsConfig()
-    store: Annotated[StoreConfig, says("What survives a restart.")] = StoreConfig()
-    norce: Annotated[NorceConfig, says("Norce Checkout, as we call it.")] = NorceConfig()
-    reconciliation: Annotated[
-        ReconciliationConfig, says("Finding the notifications that Norce has sent, or tried to, and that never came.")
-    ] = ReconciliationConfig()
-    dispatcher: Annotated[DispatcherConfig, says("The work on notifications.")] = DispatcherConfig()
-    queues: Annotated[
-        QueuesConfig,
-        says("A queue, one route for one merchant and channel, pauses by itself while its destination is down."),
-    ] = QueuesConfig()
-    circuit_breaker: Annotated[
-        CircuitBreakerConfig,
-        says("While the circuit breaker of a validation or hook route is open, its no_answer counts at once."),
-    ] = CircuitBreakerConfig()
-    merchants: Annotated[Mapping[NorceName, MerchantConfig], says("The merchants by their ids at Norce.", min_length=1)]
-    senders: Annotated[SendersConfig, says("Who may call us; at least one kind.")] = SendersConfig()
+    adapter: AdapterConfig
+    server: ServerConfig = ServerConfig()
+    operations: OperationsConfig = OperationsConfig()
+    store: StoreConfig = StoreConfig()
+    norce: NorceConfig = NorceConfig()
+    reconciliation: ReconciliationConfig = ReconciliationConfig()
+    dispatcher: DispatcherConfig = DispatcherConfig()
+    queues: QueuesConfig = QueuesConfig()
+    circuit_breaker: CircuitBreakerConfig = CircuitBreakerConfig()
+    merchants: Annotated[Mapping[NorceName, MerchantConfig], doc("Merchants, by their ids at Norce.", min_length=1)]
+    senders: SendersConfig = SendersConfig()
     callbacks: Annotated[
-        Mapping[Name, CallbackConfig], says("What Norce calls, by name; each is one URL and one registration.")
+        Mapping[Name, CallbackConfig], doc("Callbacks that Norce makes, by name; each is one URL and one registration.")
     ] = {}
-    routes: Annotated[Mapping[Name, RouteConfig], says("Who wants or answers a callback, by name.")] = {}
+    routes: Annotated[Mapping[Name, RouteConfig], doc("Routes from callbacks to handlers, by name.")] = {}
 
 
 class Config(ConfigFile, frozen=True, kw_only=True):
-    """The whole configuration, checked except for what only the installed handlers can know."""
+    """The checked configuration. `routing.routes` checks conditions, handlers and settings."""
 
     source: Source
 
     def problem(self, path: str, message: str) -> Problem:
-        """Something that turned out later, at the line of `path` ("routes.export-payment.handler")."""
+        """Return a problem at the line of `path`, such as "routes.export-payment.handler"."""
         return self.source.problem(path, message)
 
     @property
@@ -453,15 +423,14 @@ class Config(ConfigFile, frozen=True, kw_only=True):
         return tuple(Channel(merchant, name) for merchant, its in self.merchants.items() for name in its.channels)
 
     def settings(self, route: str, channel: Channel) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """A route's settings for one merchant and channel, merged, and where they came from: for `read_settings`."""
-        of_merchant = self.merchants[channel.merchant]
-        of_channel = of_merchant.channels[channel.name]
+        """Return a route's merged settings for one channel, and the paths they come from, weakest first."""
+        merchant = self.merchants[channel.merchant]
         at_merchant = under("merchants", channel.merchant)
         at_channel = under(f"{at_merchant}.channels", channel.name)
         tree = merged(
             self.routes[route].settings,
-            of_merchant.routes.get(route, OverrideConfig()).settings,
-            of_channel.routes.get(route, OverrideConfig()).settings,
+            merchant.routes.get(route, OverrideConfig()).settings,
+            merchant.channels[channel.name].routes.get(route, OverrideConfig()).settings,
         )
         return tree, tuple(
             f"{under(f'{at}routes', route)}.settings" for at in ("", f"{at_merchant}.", f"{at_channel}.")
@@ -469,7 +438,7 @@ class Config(ConfigFile, frozen=True, kw_only=True):
 
 
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Trees of settings as one, weakest first: mappings are merged, everything else (null, lists) is replaced."""
+    """Merge settings, weakest first: mappings are merged, everything else (null, lists) is replaced."""
     result: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():

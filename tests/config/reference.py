@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
+from inspect import cleandoc
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -199,7 +200,7 @@ def _inside(value: Any) -> list[Any]:
 def _about(field: FieldInfo) -> str:
     """What the file says of a key: its description, the values that it may have, and its default."""
     notes = [note.description for note in bare(field.type)[1] if isinstance(note, Meta) and note.description]
-    said = [*notes[-1:]]
+    said = [notes[-1] if notes else cleandoc(_plain(field.type).__doc__)]
     if get_origin(_plain(field.type)) is Literal:
         said.append(f"It is {list_of(get_args(_plain(field.type)))}.")
     default = _default(field)
