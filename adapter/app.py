@@ -1,21 +1,18 @@
-"""
-Wiring: what is made from what, in which order the service starts and stops.
+"""Wiring: builds the parts of the service, and starts and stops them in order.
 
-Start: ledger, queues, plugins' loops, dispatcher, ports. Stop: readiness off, no new callbacks, running deliveries
-finish or are released, plugins' loops, ledger last. One owner of signals: two uvicorn servers would overwrite each
-other's, and raise SIGTERM again.
+Start: ledger, queues, the plugins' event loops, operations port, dispatcher, public port. Stop: readiness off, no new
+callbacks, running deliveries finish or are cancelled, the plugins' loops, the operations port, the ledger last.
 """
 
 import asyncio
 import contextlib
 import random
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
 
-import httpx
 import structlog
 
 from adapter.callbacks.endpoints import CallbackEndpoint
@@ -31,7 +28,6 @@ from adapter.callbacks.server import (
     short_thread_slices,
 )
 from adapter.config import Config
-from adapter.config.json_schema import document_schema
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
@@ -39,19 +35,21 @@ from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import StoredDocuments, Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.maintenance import Maintenance, Retention, keep_pruned
-from adapter.ledger.settlement import PausePolicy
+from adapter.ledger.maintenance import Maintenance, keep_pruned
 from adapter.ledger.store import Store
 from adapter.ledger.verdict_log import VerdictLog
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
-from adapter.norce.client import Account, Norce, base_url
-from adapter.operations.application import Health, console
+from adapter.norce.client import Norce
+from adapter.operations.application import OperationsEndpoints
+from adapter.operations.health import Health
+from adapter.operations.unix_socket import listening_at
 from adapter.reconciliation.events import Reconciliation, keep_reconciled
 from adapter.registrations.endpoint import Registrations
-from adapter.registrations.endpoint import routes as beside_callbacks
+from adapter.registrations.endpoint import routes as routes_beside_callbacks
 from adapter.registrations.on_orders import Registrar
-from adapter.routing.norce_settings import NorceSettings
+from adapter.routing.from_config import norce_client, pause_policy, queue_keys, retention
+from adapter.routing.norce_settings import NorceSettings, published_schema
 from adapter.routing.routes import Routes
 from adapter.routing.runner import Runner
 from adapter.verdicts.circuit_breaker import CircuitBreaker
@@ -59,149 +57,114 @@ from adapter.verdicts.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
-FIRST_LOOK = timedelta(seconds=5)
+LONGEST_FIRST_REFRESH = timedelta(seconds=5)
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 VERSION = version("norce-adapter")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """A running service: where it listens, and how it is told to stop."""
+    """The addresses of a running service."""
 
-    def __init__(self, *, public_address: str, operations_address: str, health: Health, dispatcher: Dispatcher) -> None:
-        self.public_address = public_address
-        self.operations_address = operations_address
-        self.health = health
-        self.dispatcher = dispatcher
+    public_address: str
+    operations_address: str
 
 
 @contextlib.asynccontextmanager
-async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
-    """
-    The service, from its first port to its last record.
+async def running(config: Config, routes: Routes, *, hold: bool = False) -> AsyncIterator[Service]:
+    """Run the service. With `hold`, it takes callbacks and commands but delivers nothing.
 
-    Raises `ledger.store.StoreInUse`, `StoreUnavailable` and `PortInUse` before anything is served.
+    Raises:
+        StoreInUse: another process has the ledger.
+        StoreUnavailable: the ledger cannot be opened.
+        PortInUse: a port or the Unix socket cannot be listened on.
     """
     async with contextlib.AsyncExitStack() as stack:
+        health, metrics = Health(is_held=hold), Metrics(VERSION)
         store = Store.open(config.store.url)
         stack.callback(store.close)
-        health, metrics = Health(), Metrics(VERSION)
+        base = _Base(config=config, routes=routes, store=store, metrics=metrics)
         health.checks["store"] = lambda: not store.failing
         verdict_log = VerdictLog(store, dropped=metrics.verdicts_dropped.inc)
         stack.push_async_callback(verdict_log.flush)
-
-        def make_norce() -> Norce:
-            return client(config, metrics)
-
+        norce = norce_client(config, metrics)
+        stack.push_async_callback(norce.aclose)
         if any(route.callback.kind != "notification" and not route.computes for route in routes.all):
             stack.enter_context(short_thread_slices())
-        norce = make_norce()
-        stack.push_async_callback(norce.aclose)
-        runner = Runner(make_norce=make_norce, clock=lambda: to_datetime(store.clock()), replaced=metrics.loop_replaced)
+        runner = Runner(
+            make_norce=lambda: norce_client(config, metrics),
+            clock=lambda: to_datetime(store.clock()),
+            replaced=metrics.loop_replaced,
+        )
         stack.push_async_callback(runner.stop, PLUGINS_STOP_WITHIN)
+
         lease = Lease(store, version=VERSION)
         await lease.enter()
         lanes = Lanes(store, lease, policy=pause_policy(config))
         queues = await lanes.open_queues(queue_keys(config, routes))
-        of_route = {route.name: route for route in routes.all}
-        dispatcher = Dispatcher(
-            {queue_id: Queue(route=of_route[key.route], channel=key.channel) for key, queue_id in queues.items()},
-            lanes=lanes,
-            lease=lease,
-            attempts=Attempts(runner=runner, norce=norce, clock=store.clock),
-            before_handler=config.norce.timeout,
-            metrics=metrics,
-            clock=store.clock,
-            slots=config.dispatcher.slots,
-            random=random.random,
-            shared=store.shared,
-        )
+        attempts = Attempts(runner=runner, norce=norce, clock=store.clock)
+        dispatcher = base.dispatcher(queues, lanes, lease, attempts, hold=hold)
         norce_settings = NorceSettings(
             config, routes, norce, published_schema(config, routes),
             stored=StoredDocuments(store), metrics=metrics, changed=dispatcher.wake,
         )  # fmt: skip
-        if config.norce.refresh:
-            await norce_settings.restore()
-            # Before anybody is answered; where Norce does not answer, by what it said the last time. Never for longer,
-            # whatever Norce is given otherwise: no lease is renewed meanwhile, and no signal heard.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(config.norce.timeout, FIRST_LOOK).total_seconds()):
-                    await norce_settings.refresh()
-        switched_off = norce_settings.switched_off
-        dispatcher.switched_off = switched_off
+        await _read_norce_settings(config, norce_settings)
+        dispatcher.switched_off = norce_settings.switched_off
         intake = intake_of(routes, store, queues, metrics, dispatcher.wake)
-        endpoint = CallbackEndpoint(
-            routes=routes,
-            senders=Senders(config.senders),
-            channels=frozenset(config.channels),
-            intake=intake,
-            verdicts=Verdicts(
-                routes,
-                runner=runner,
-                norce=norce,
-                metrics=metrics,
-                clock=store.clock,
-                circuit_breaker=CircuitBreaker(
-                    failures=config.circuit_breaker.failures, open_for=config.circuit_breaker.open_for
-                ),
-                record=verdict_log.record,
-            ),
+        verdicts = Verdicts(
+            routes,
+            runner=runner,
+            norce=norce,
             metrics=metrics,
-            adapter_id=config.adapter.id,
-            max_body_bytes=config.server.max_body_bytes,
-            receive_timeout_seconds=config.server.receive_timeout.total_seconds(),
             clock=store.clock,
-            switched_off=switched_off,
+            circuit_breaker=CircuitBreaker(
+                failures=config.circuit_breaker.failures, open_for=config.circuit_breaker.open_for
+            ),
+            record=verdict_log.record,
         )
-        registrations = Registrations(config, Registrar(config, norce), switched_off)
-        beside = beside_callbacks(registrations, config.adapter.id, norce_settings.schema)
-        healing = reconciliation(config, norce, intake, store, metrics)
+        endpoint = base.callback_endpoint(intake, verdicts, norce_settings)
+        registrations = Registrations(config, Registrar(config, norce), norce_settings.switched_off)
+        reconciler = reconciliation(config, norce, intake, store, metrics)
+
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
-        operations = listen(config.operations.host, config.operations.port)
-        stack.callback(operations.close)
-        # The operations port is the last to go: somebody wants to see how a shutdown is going.
-        behind = console(health, metrics, store, config.operations.token, wake=dispatcher.wake, reconcile=healing.run)
-        await stack.enter_async_context(served(behind, operations))
-        for name, coroutine in (
+        # The operations listeners are the first to open and the last to close: operators watch a shutdown there.
+        operations = OperationsEndpoints(health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run)
+        operations_address = await _serve_operations(stack, config, operations)
+        for name, work in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
             ("verdict_log", verdict_log.keep()),
             ("retention", keep_pruned(Maintenance(store, retention(config)))),
             ("configuration", norce_settings.poll(config.norce.refresh)),
-            ("reconciliation", keep_reconciled(healing, config.reconciliation.every)),
+            ("reconciliation", keep_reconciled(reconciler, config.reconciliation.every)),
         ):
-            await stack.enter_async_context(_task(name, coroutine, health))
-        loop = asyncio.get_running_loop()
-        stack.callback(store.database.listen(lambda: _told(loop, dispatcher.wake)))
-        working = asyncio.create_task(dispatcher.run())
-        health.checks["dispatcher"] = lambda: not working.done()
+            await stack.enter_async_context(_background_task(name, work, health))
+        stack.callback(store.database.listen(_from_any_thread(dispatcher.wake)))
+        dispatching = asyncio.create_task(dispatcher.run())
+        health.checks["dispatcher"] = lambda: not dispatching.done()
 
-        serving = contextlib.AsyncExitStack()
+        public_listener = contextlib.AsyncExitStack()
 
         async def stop_working() -> None:
-            # Beside each other, so that the grace of what runs counts from the signal.
-            await asyncio.gather(serving.aclose(), dispatcher.stop(config.dispatcher.grace))
-            await working
+            # Both at once, so that the grace period of running deliveries counts from the signal.
+            await asyncio.gather(public_listener.aclose(), dispatcher.stop(config.dispatcher.grace))
+            await dispatching
 
         stack.push_async_callback(stop_working)
-        await serving.enter_async_context(
+        beside = routes_beside_callbacks(registrations, config.adapter.id, norce_settings.schema)
+        await public_listener.enter_async_context(
             served(
                 callbacks_first(endpoint, public_port(endpoint, beside)),
                 public,
                 count_refusals(metrics),
-                lambda: endpoint.verdicts.waiting + registrations.waiting,
+                lambda: verdicts.waiting + registrations.waiting,
             )
         )
-
         health.started = True
-        service = Service(
-            public_address=address_of(public),
-            operations_address=address_of(operations),
-            health=health,
-            dispatcher=dispatcher,
-        )
+        service = Service(public_address=address_of(public), operations_address=operations_address)
         log.info("serving", address=service.public_address, operations_address=service.operations_address,
-                 version=VERSION, adapter_id=config.adapter.id)  # fmt: skip
+                 version=VERSION, adapter_id=config.adapter.id, held=hold)  # fmt: skip
         try:
             yield service
         finally:
@@ -210,89 +173,8 @@ async def running(config: Config, routes: Routes) -> AsyncIterator[Service]:
     log.info("stopped")
 
 
-async def serve(config: Config, routes: Routes) -> None:
-    """Serves until SIGTERM or SIGINT, also where it comes while the service starts. Raises what `running` raises."""
-    with told_to_stop() as stop:
-        async with running(config, routes):
-            await stop.wait()
-
-
-@contextlib.contextmanager
-def told_to_stop() -> Iterator[asyncio.Event]:
-    """An event that is set by SIGTERM and SIGINT, which have their usual effect again afterwards."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
-
-
-def accounts(config: Config) -> dict[str, Account]:
-    """Every merchant's address and tokens at Norce."""
-    return {
-        name: Account(
-            base_url=str(config.norce.base_url or base_url(config.norce.environment, merchant.slug)),
-            tokens=merchant.tokens,
-        )
-        for name, merchant in config.merchants.items()
-    }
-
-
-def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
-    """A queue for every notification route, merchant and channel."""
-    return [
-        QueueKey(route.name, channel)
-        for route in routes.all
-        if route.callback.kind == "notification"
-        for channel in config.channels
-    ]
-
-
-def pause_policy(config: Config) -> PausePolicy:
-    """When a queue pauses by itself."""
-    given = config.queues
-    return PausePolicy(after_failures=given.pause_after, first=given.first_pause, longest=given.max_pause)
-
-
-def client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> Norce:
-    """A client for Norce, for the event loop that it is made on. `transport` is for tests."""
-    for name, merchant in config.merchants.items():
-        for number, _ in enumerate(merchant.tokens, 1):
-            metrics.norce_requests.labels(name, str(number), "200")  # seen to be 0 where it is not used any more
-    return Norce(
-        accounts(config),
-        adapter_id=config.adapter.id,
-        timeout=config.norce.timeout,
-        version=config.norce.version,
-        transport=transport,
-        used=lambda merchant, token, status: metrics.norce_requests.labels(merchant, str(token), str(status)).inc(),
-    )
-
-
-def retention(config: Config) -> Retention:
-    """How long things are kept."""
-    given = config.store.retention
-    return Retention(
-        bodies=given.bodies,
-        bodies_of_dead_letters=given.bodies_of_dead_letters,
-        rows=given.rows,
-        verdicts=given.verdicts,
-    )
-
-
-def published_schema(config: Config, routes: Routes) -> dict[str, Any]:
-    """What Norce's configuration may hold about us."""
-    types = {route.name: type(next(iter(route.settings.values()))) for route in routes.all}
-    return document_schema(config.adapter.id, str(config.adapter.public_url or ""), types)
-
-
 def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, metrics: Metrics) -> Reconciliation:
-    """Norce's event logs, of all merchants."""
+    """Return the reconciliation with the event logs of all merchants."""
     return Reconciliation(
         norce,
         intake,
@@ -306,41 +188,97 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
     )
 
 
-@contextlib.asynccontextmanager
-async def reconciling(config: Config, routes: Routes, metrics: Metrics) -> AsyncIterator[Reconciliation]:
-    """The same where no service runs: with the store, and nobody who works it off. Raises what `running` raises."""
-    store = Store.open(config.store.url)
-    norce = client(config, metrics)
-    try:
-        lanes = Lanes(store, Lease(store, version=VERSION), policy=pause_policy(config))
-        queues = await lanes.open_queues(queue_keys(config, routes))
-        yield reconciliation(config, norce, intake_of(routes, store, queues, metrics), store, metrics)
-    finally:
-        await norce.aclose()
-        store.close()
-
-
 def intake_of(
-    routes: Routes,
-    store: Store,
-    queues: Mapping[QueueKey, int],
-    metrics: Metrics,
-    wake: Callable[[], None] = lambda: None,
+    routes: Routes, store: Store, queues: Mapping[QueueKey, int], metrics: Metrics, wake: Callable[[], None]
 ) -> Intake:
     return Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=wake)
 
 
-def _told(loop: asyncio.AbstractEventLoop, wake: Callable[[], None]) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        loop.call_soon_threadsafe(wake)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """The values that most parts need, and the parts that need many of them."""
+
+    config: Config
+    routes: Routes
+    store: Store
+    metrics: Metrics
+
+    def dispatcher(
+        self, queues: Mapping[QueueKey, int], lanes: Lanes, lease: Lease, attempts: Attempts, *, hold: bool
+    ) -> Dispatcher:
+        by_name = {route.name: route for route in self.routes.all}
+        return Dispatcher(
+            {queue_id: Queue(route=by_name[key.route], channel=key.channel) for key, queue_id in queues.items()},
+            lanes=lanes,
+            lease=lease,
+            attempts=attempts,
+            before_handler=self.config.norce.timeout,
+            metrics=self.metrics,
+            clock=self.store.clock,
+            slots=self.config.dispatcher.slots,
+            random=random.random,
+            shared=self.store.shared,
+            held=hold,
+        )
+
+    def callback_endpoint(self, intake: Intake, verdicts: Verdicts, norce_settings: NorceSettings) -> CallbackEndpoint:
+        return CallbackEndpoint(
+            routes=self.routes,
+            senders=Senders(self.config.senders),
+            channels=frozenset(self.config.channels),
+            intake=intake,
+            verdicts=verdicts,
+            metrics=self.metrics,
+            adapter_id=self.config.adapter.id,
+            max_body_bytes=self.config.server.max_body_bytes,
+            receive_timeout_seconds=self.config.server.receive_timeout.total_seconds(),
+            clock=self.store.clock,
+            switched_off=norce_settings.switched_off,
+        )
+
+
+async def _read_norce_settings(config: Config, norce_settings: NorceSettings) -> None:
+    """Apply the settings in Norce's configuration before the first callback is answered.
+
+    Until Norce answers, what it said the last time holds. The first read has a short limit of its own, because no lease
+    is renewed and no signal heard meanwhile.
+    """
+    if config.norce.refresh:
+        await norce_settings.restore()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(config.norce.timeout, LONGEST_FIRST_REFRESH).total_seconds()):
+                await norce_settings.refresh()
+
+
+async def _serve_operations(stack: contextlib.AsyncExitStack, config: Config, endpoints: OperationsEndpoints) -> str:
+    """Serve the operations application on its port and its Unix socket. Return the address of the port."""
+    given = config.operations
+    port = listen(given.host, given.port)
+    stack.callback(port.close)
+    if given.socket is not None:
+        socket = stack.enter_context(listening_at(Path(given.socket)))
+        await stack.enter_async_context(served(endpoints.for_socket(), socket))
+    await stack.enter_async_context(served(endpoints.for_port(given.token), port))
+    return address_of(port)
+
+
+def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that any thread may call to have `function` called on the running event loop."""
+    loop = asyncio.get_running_loop()
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(function)
+
+    return call
 
 
 @contextlib.asynccontextmanager
-async def _task(name: str, coroutine: Coroutine[None, None, None], health: Health) -> AsyncIterator[None]:
-    """Work that never ends by itself; where it does, the service is not ready, and the log says why."""
-    task = asyncio.create_task(coroutine)
+async def _background_task(name: str, work: Coroutine[None, None, None], health: Health) -> AsyncIterator[None]:
+    """Run work that never ends by itself. If it does end, the service is not ready, and the log has the reason."""
+    task = asyncio.create_task(work)
     health.checks[name] = lambda: not task.done()
-    task.add_done_callback(_failed)
+    task.add_done_callback(_log_failure)
     try:
         yield
     finally:
@@ -348,6 +286,6 @@ async def _task(name: str, coroutine: Coroutine[None, None, None], health: Healt
         await asyncio.gather(task, return_exceptions=True)
 
 
-def _failed(task: asyncio.Task[None]) -> None:
+def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("task_failed", exc_info=error)

@@ -24,7 +24,7 @@ ALLOWED = frozenset(
     {
         "event", "level", "timestamp", "exception",
         "adapter_id", "added", "address", "attempt", "bodies", "callback", "channel", "claim", "code", "command",
-        "count", "delivery_id", "duration_ms", "error_type", "events", "handler", "identity", "in_doubt",
+        "count", "delivery_id", "duration_ms", "error_type", "events", "handler", "held", "identity", "in_doubt",
         "inner_code", "kept", "key", "kind", "logger", "loop", "merchant", "method", "milliseconds", "missed",
         "next_at", "notification_id", "notifications", "operations_address", "order_id", "others", "outcome",
         "path", "paused_by", "places", "plugin", "queue_id", "reason", "removed", "result", "revision", "route",

@@ -17,6 +17,7 @@ import uvloop
 from sqlalchemy import Connection
 
 from adapter import app, config, logs
+from adapter.cli.shared import stop_signal
 from adapter.handlers.rules import Rules
 from adapter.ledger.store import Store
 from adapter.plugin import (
@@ -146,7 +147,7 @@ class _Installed:
 async def service(path: Path) -> None:
     """The whole service, as `norce-adapter serve` runs it. At the end it leaves beside its config what it delivered."""
     loaded = config.load(path, {})
-    with app.told_to_stop() as stop:
+    with stop_signal() as stop:
         async with app.running(loaded, routes.build(loaded, [_Installed(each) for each in HANDLERS])):  # type: ignore[misc]
             await stop.wait()
     path.with_suffix(".delivered").write_text(str(Delivers.delivered))

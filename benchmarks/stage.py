@@ -161,7 +161,7 @@ class Stage:
         parts: dict[str, dict[str, Any]] = {
             "adapter": {"id": "bench_adapter", "public_url": f"http://127.0.0.1:{port}"},
             "server": {"host": "127.0.0.1", "port": port},
-            "operations": {"host": "127.0.0.1", "port": free_port()},
+            "operations": {"host": "127.0.0.1", "port": free_port(), "socket": None},
             "store": {"url": url},
             "norce": {},
             "dispatcher": {"grace": "0s" if handler == "holds" else "20s"},

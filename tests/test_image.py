@@ -92,7 +92,7 @@ def test_it_starts_with_a_command_that_exists() -> None:
     [command] = json.loads(said("CMD")[0])
 
     assert script in PROJECT["scripts"]
-    assert isinstance(cli.main.commands[command], click.Command)
+    assert isinstance(cli.main.get_command(click.Context(cli.main), command), click.Command)
 
 
 def test_the_store_lies_in_the_volume_with_and_without_the_key() -> None:

@@ -56,7 +56,7 @@ ENVIRON = {
 CONFIG: dict[str, Any] = {
     "adapter": {"id": "jetshop_adapter", "public_url": "http://127.0.0.1:8080"},
     "server": {"host": "127.0.0.1", "port": 0},
-    "operations": {"port": 0},
+    "operations": {"port": 0, "socket": None},
     "merchants": {"norce": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}},
     "senders": {
         "signed_urls": {"keys": {"k1": "${env:URL_KEY}"}},

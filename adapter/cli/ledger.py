@@ -1,28 +1,21 @@
-"""
-The commands about what is in the ledger: deliveries, notifications, queues, and the store itself.
+"""The commands about the ledger: deliveries, notifications, queues, verdicts and the store itself.
 
-Lists read beside the service. What changes something goes through the operations port of the running service; where
-none runs, the command opens the store itself, which on SQLite means that it takes the lock.
+Commands that only read use the database. Commands that change deliveries or queues go through the running service.
+`store migrate` takes the lock of a ledger that no service uses.
 """
 
 import getpass
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import httpx
 import msgspec
-import uvloop
-from rich.console import Console
-from rich.progress import Progress
 
-from adapter import logs
 from adapter.cli.shared import (
     FAILED,
     NOTHING_MATCHED,
@@ -30,32 +23,32 @@ from adapter.cli.shared import (
     TEXT,
     USAGE,
     as_moment,
-    check_done,
     config_option,
     end,
     list_options,
     loaded,
     look_options,
     one_line,
-    opening,
-    operations_port,
     options,
     order_option,
+    output_option,
     print_rows,
     printable,
+    progress_bar,
     reading,
     route_option,
+    service_options,
 )
 from adapter.config import Config
 from adapter.ledger.clock import seen_from_outside
-from adapter.ledger.commands import MOST_A_STEP, Commands, Pause, Step
+from adapter.ledger.commands import MOST_A_STEP, Pause, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.settlement import Reason, State
-from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
+VERDICT_COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
 ID = click.IntRange(0, 2**63 - 1)
@@ -100,7 +93,8 @@ step_options = options(
     click.option(
         "--rate", type=click.IntRange(1, 100_000), help="At most so many a second; as fast as it goes if not."
     ),
-    look_options,
+    output_option,
+    service_options,
 )
 
 
@@ -167,36 +161,47 @@ def _step_through(
     unknown: str,
     output: str,
     config_path: Path,
+    to: str | None,
+    token: str | None,
     **given: Any,
 ) -> None:
+    from adapter.cli.service import running_service
+
     narrowed = ids or any(value is not None for value in given.values())
     if not narrowed and not everything:
         end(USAGE, "say which: by their ids, by options such as --route or --reason, or --all")
     most = min(MOST_A_STEP, rate or MOST_A_STEP)
     by = {"who": who, "why": why}
     step = _asked({"matching": {"ids": ids, **given}, "by": by, "most": most, "unknown": unknown}, Step)
-    config = loaded(config_path)
-    with reading(config) as connection:
-        counted = Queries(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
-    if name == "retry" and unknown == "leave":
-        left_out = sum(row["count"] for row in counted if row["reason"] == Reason.UNKNOWN.value)
-        counted = [row for row in counted if row["reason"] != Reason.UNKNOWN.value]
-        if left_out:
-            click.echo(f"{left_out} unknown left out: nobody knows their effect; see --unknown", err=True)
+    total = None  # elsewhere, the ledger may be out of reach
+    if to is None or dry_run:
+        counted = _count_dead_letters(loaded(config_path), step, leave_unknown=name == "retry" and unknown == "leave")
+        total = sum(row["count"] for row in counted)
     if dry_run:
         print_rows(counted, output, COUNT_COLUMNS)
         return
-    total, changed = sum(row["count"] for row in counted), 0
-    if total:
-        with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-            shown = progress.add_task(name, total=total)
-            for number in steps(lambda step: _ask(config, name, step), step, rate):
+    changed = 0
+    if total != 0:
+        with running_service(config_path, to, token) as service, progress_bar() as progress:
+            task = progress.add_task(name, total=total)
+            for number in steps(lambda step: service.run(name, step), step, rate):
                 changed += number
-                progress.update(shown, completed=changed)
-    said = {"retry": "retried", "discard": "discarded"}[name]
-    click.echo(json.dumps({said: changed}) if output == "json" else f"{changed} {said}")
-    if not total:
+                progress.update(task, completed=changed)
+    done = {"retry": "retried", "discard": "discarded"}[name]
+    click.echo(json.dumps({done: changed}) if output == "json" else f"{changed} {done}")
+    if not (changed or total):
         end(NOTHING_MATCHED, "there is no such dead letter; `norce-adapter deliveries list --state dead` shows them")
+
+
+def _count_dead_letters(config: Config, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
+    with reading(config) as connection:
+        rows = Queries(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
+    if leave_unknown:
+        left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
+        rows = [row for row in rows if row["reason"] != Reason.UNKNOWN.value]
+        if left:
+            click.echo(f"{left} unknown left out: nobody knows their effect; see --unknown", err=True)
+    return rows
 
 
 def steps(
@@ -259,7 +264,8 @@ queue_options = options(
     click.argument("route", type=TEXT),
     shop_options,
     by_options,
-    look_options,
+    output_option,
+    service_options,
 )
 
 
@@ -272,9 +278,13 @@ def queues_group() -> None:
 @look_options
 def queues_list(output: str, config_path: Path) -> None:
     """List the queues: which run, which are paused by what, and what waits in them."""
+    from adapter.cli.service import is_held
+
     config = loaded(config_path)
     with reading(config) as connection:
         rows = Queries(connection).queues(seen_from_outside(database_at(config.store.url), connection))
+    if is_held(config):
+        rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
     columns = ("route", "merchant", "channel", "state", "paused_by", "reason", "paused_until", "waiting", "running")
     print_rows(rows, output, columns)
 
@@ -293,12 +303,54 @@ def queues_resume(**given: Any) -> None:
     _pause("resume", **given)
 
 
-def _pause(name: str, *, who: str, why: str, output: str, config_path: Path, **given: Any) -> None:
+def _pause(
+    name: str, *, who: str, why: str, output: str, config_path: Path, to: str | None, token: str | None, **given: Any
+) -> None:
+    from adapter.cli.service import running_service
+
     pause = _asked({"by": {"who": who, "why": why}, **given}, Pause)
-    changed = _ask(loaded(config_path), name, pause)
+    with running_service(config_path, to, token) as service:
+        changed = service.run(name, pause)
     click.echo(json.dumps({f"{name}d": changed}) if output == "json" else f"{changed} {name}d")
     if not changed:
         end(NOTHING_MATCHED, f"there is no such queue of {pause.route}; `norce-adapter queues list` shows them")
+
+
+# --- verdicts --------------------------------------------------------------------------------------------------------
+
+known_since_option = click.option(
+    "--since", callback=as_moment, help="Only what was known then or later; UTC, if not said."
+)
+
+
+@click.group("verdicts")
+def verdicts_group() -> None:
+    """What routes decided too late, or in the shadow."""
+
+
+@verdicts_group.command("list")
+@click.option("--kind", type=click.Choice(["late", "shadow"]))
+@route_option
+@order_option
+@known_since_option
+@list_options
+def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
+    """List verdicts, the newest first, with what counted in their stead."""
+    with reading(loaded(config_path)) as connection:
+        rows = Queries(connection).verdicts(**given)
+    if output == "table":
+        rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
+    print_rows(rows, output, VERDICT_COLUMNS)
+
+
+@verdicts_group.command("stats")
+@known_since_option
+@look_options
+def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
+    """Count them by route: how many differ from what was answered."""
+    with reading(loaded(config_path)) as connection:
+        rows = Queries(connection).count_verdicts(since=since)
+    print_rows(rows, output)
 
 
 # --- the store ------------------------------------------------------------------------------------------------------
@@ -347,6 +399,9 @@ def store_actions(limit: int, output: str, config_path: Path) -> None:
 @config_option
 def store_migrate(config_path: Path) -> None:
     """Bring the tables up to date, without serving. `serve` does it by itself."""
+    from adapter import logs
+    from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
+
     logs.configure(level=logs.WARNING)
     config = loaded(config_path)
     try:
@@ -372,9 +427,6 @@ def store_backup(file: Path, config_path: Path) -> None:
     click.echo(f"{file}: {size} bytes")
 
 
-GROUPS = (deliveries_group, notifications_group, queues_group, store_group)
-
-
 def _show(
     shown: dict[str, Any] | None, rows: str, output: str, columns: tuple[str, ...] | None = None, *, missing: str = ""
 ) -> None:
@@ -398,34 +450,3 @@ def _asked(given: dict[str, Any], kind: type[Asked]) -> Asked:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:
         end(USAGE, str(error))
-
-
-def _ask(config: Config, name: str, body: Step | Pause) -> Any:
-    """Has a command done by the running service; where none runs, by ourselves."""
-    content = msgspec.json.encode(body)
-    authority, headers = operations_port(config)
-    try:
-        with httpx.Client(trust_env=False, timeout=30) as http:
-            answer = http.post(f"http://{authority}/commands/{name}", content=content, headers=headers)
-        said = answer.json()
-    except httpx.ConnectError:
-        return _by_ourselves(config, name, content)
-    except httpx.HTTPError as error:
-        look = "it may have been done all the same; `norce-adapter store actions` shows it"
-        end(FAILED, f"no answer from {authority} ({type(error).__name__}): {look}")
-    except ValueError:
-        end(FAILED, f"what answers at {authority} is no norce-adapter; see operations.port")
-    check_done(authority, answer.status_code, said)
-    return said
-
-
-def _by_ourselves(config: Config, name: str, content: bytes) -> Any:
-    async def do() -> Any:
-        store = Store.open(config.store.url)
-        try:
-            return await Commands(store).do(name, content)
-        finally:
-            store.close()
-
-    with opening(config):
-        return uvloop.run(do())

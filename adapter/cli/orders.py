@@ -6,17 +6,13 @@ They ask Norce as the service does, with the tokens in the configuration, and ne
 
 import asyncio
 import json
-import sys
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import Progress
 
-from adapter import app
 from adapter.cli.shared import (
     FAILED,
     NOTHING_MATCHED,
@@ -31,6 +27,7 @@ from adapter.cli.shared import (
     output_option,
     print_rows,
     printable,
+    progress_bar,
 )
 from adapter.config import Config
 from adapter.identifiers import Channel
@@ -38,6 +35,7 @@ from adapter.metrics import Metrics
 from adapter.norce.api import V0
 from adapter.norce.client import Norce, NorceError, OrderNotFound
 from adapter.registrations.on_orders import PLACES, Registrar
+from adapter.routing.from_config import norce_client
 
 COLUMNS = ("id", "reference", "status", "created", "total", "currency")
 A_PAGE = 100
@@ -74,7 +72,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
 
     async def read(norce: Norce) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("reading", total=None)
             async for page in norce.pages(channel, limit=min(limit, A_PAGE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
@@ -183,7 +181,7 @@ def asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) -
     """What Norce answers. Whatever it does not do ends the command, in one line."""
 
     async def work_it() -> Asked:
-        norce = app.client(config, Metrics(app.VERSION))
+        norce = norce_client(config, Metrics(""))
         try:
             return await work(norce)
         finally:

@@ -1,28 +1,27 @@
-"""What the commands share: options, exit codes, how rows are printed, and the way to the ledger."""
+"""Options, exit codes, output and access to the ledger that several commands share."""
 
+import asyncio
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from sqlalchemy import Connection
-from sqlalchemy.exc import DBAPIError
 
 from adapter import config as configuration
-from adapter import logs
 from adapter.config import Config, ConfigurationInvalid
-from adapter.ledger.databases import database_at
-from adapter.ledger.store import StoreInUse, StoreMissing, StoreUnavailable, open_for_reading
 from adapter.moments import to_milliseconds
 from adapter.orders import instant
-from adapter.routing import routes
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from sqlalchemy import Connection
+
+    from adapter.routing.routes import Routes
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
 WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
@@ -75,6 +74,18 @@ def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], D
 
 look_options = options(output_option, config_option)
 list_options = options(limit_option, look_options)
+service_options = options(
+    click.option(
+        "--to", metavar="URL", help="The operations port of a service on another host, such as http://10.0.0.5:8081."
+    ),
+    click.option(
+        "--token",
+        envvar="NORCE_ADAPTER_OPERATIONS_TOKEN",
+        show_envvar=True,
+        help="The token of that service (operations.token). Others on this host can see an option, but no variable.",
+    ),
+    config_option,
+)
 
 
 def as_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
@@ -86,9 +97,12 @@ def as_moment(_context: click.Context, _parameter: click.Parameter, value: str |
     return to_milliseconds(moment)
 
 
-def configured(path: Path) -> tuple[Config, routes.Routes]:
+def configured(path: Path) -> tuple[Config, "Routes"]:
+    """Load the configuration and the handlers, or end with every problem."""
+    from adapter.routing import routes
+
+    config = loaded(path)
     try:
-        config = configuration.load(path, os.environ)
         return config, routes.build(config)
     except ConfigurationInvalid as error:
         _end_with_problems(error)
@@ -107,7 +121,7 @@ def end(code: int, message: str) -> NoReturn:
 
 
 def loaded(path: Path) -> Config:
-    """The configuration alone: what looks at the ledger needs no handlers, and works where one of them is broken."""
+    """Load the configuration, or end with every problem. Commands that need no handlers work if one is broken."""
     try:
         return configuration.load(path, os.environ)
     except ConfigurationInvalid as error:
@@ -115,54 +129,33 @@ def loaded(path: Path) -> Config:
 
 
 @contextlib.contextmanager
-def reading(config: Config) -> Iterator[Connection]:
-    """A connection that only reads the ledger. Whatever it cannot do ends the command, in one line."""
-    where = database_at(config.store.url).location
+def reading(config: Config) -> Iterator["Connection"]:
+    """Give a connection that only reads the ledger, beside the running service. An error ends the command."""
+    from sqlalchemy.exc import DBAPIError
+
+    from adapter.ledger.databases import StoreMissing, StoreUnavailable, database_at
+
+    database = database_at(config.store.url)
     try:
-        with open_for_reading(config.store.url).connect() as connection:
+        database.check_exists()
+        with database.engine(read_only=True).connect() as connection:
             yield connection
     except (StoreMissing, StoreUnavailable) as error:
         end(STORE, one_line(error))
     except DBAPIError as error:
         is_old = any(words in str(error.orig) for words in ("no such table", "no such column", "does not exist"))
         remedy = "; its tables may be older than this version: norce-adapter store migrate" if is_old else ""
-        end(STORE, f"cannot read {where}: {one_line(error.orig)}{remedy}")
-
-
-def operations_port(config: Config) -> tuple[str, dict[bytes, bytes]]:
-    """Where a running service takes commands, and what they have to carry."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.operations.host, config.operations.host)  # noqa: S104
-    token = config.operations.token
-    headers = {b"authorization": b"Bearer " + token.reveal().encode()} if token else {}
-    return f"{f'[{host}]' if ':' in host else host}:{config.operations.port}", headers
-
-
-def check_done(authority: str, status: int, said: Any) -> None:
-    """Ends where the service did not do what it was asked for."""
-    if status != 200:
-        message = said.get("message") if isinstance(said, dict) else None
-        code = STORE if status == 503 else FAILED
-        end(code, f"{authority} answered {status}: {printable(message or 'no message')}")
-
-
-@contextlib.contextmanager
-def opening(config: Config) -> Iterator[None]:
-    """Around work on the store by ourselves, where no service runs. Whatever it cannot do ends the command."""
-    logs.configure(level=logs.WARNING)
-    try:
-        database_at(config.store.url).check_exists()
-        yield
-    except StoreInUse as error:
-        address = f"{config.operations.host}:{config.operations.port}"
-        end(STORE, f"{error}, or have it answer at its operations port: nothing does at {address}")
-    except (StoreMissing, StoreUnavailable) as error:
-        end(STORE, one_line(error))
+        end(STORE, f"cannot read {database.location}: {one_line(error.orig)}{remedy}")
 
 
 def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
     if output == "json":
         click.echo(json.dumps(rows, ensure_ascii=False))
     elif rows:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
         names = columns or tuple(rows[0])
         table = Table(*names, box=None, pad_edge=False)
         for row in rows:
@@ -170,6 +163,14 @@ def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...]
         Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
     if not rows:
         sys.exit(NOTHING_MATCHED)
+
+
+def progress_bar(*, hidden: bool = False) -> "Progress":
+    """Return a progress bar on standard error, if that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    return Progress(console=Console(stderr=True), transient=True, disable=hidden or not sys.stderr.isatty())
 
 
 def printable(value: Any) -> str:
@@ -180,3 +181,21 @@ def printable(value: Any) -> str:
 def one_line(error: object) -> str:
     """A message of a database's, which likes to have several."""
     return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[asyncio.Event]:
+    """Give an event that SIGTERM and SIGINT set. Afterwards they have their usual effect again.
+
+    Only one part of a process may handle signals: two uvicorn servers would replace each other's handlers.
+    """
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, stop.set)
+    try:
+        yield stop
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

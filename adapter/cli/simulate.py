@@ -15,10 +15,10 @@ import click
 import msgspec
 import uvloop
 
-from adapter import app, logs
+from adapter import logs
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import PortInUse, listen, served
-from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading
+from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading, stop_signal
 from adapter.config import Config
 from adapter.identifiers import Channel
 from adapter.ledger.queries import DeliveryFilter, Queries
@@ -99,7 +99,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 async def _serve(port: int, token: str, store: Path | None, switches: Switches) -> None:
-    with app.told_to_stop() as stop, listen(HOST, port) as listening:
+    with stop_signal() as stop, listen(HOST, port) as listening:
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         async with Simulator(token=token, store=store, switches=switches) as simulator:
             simulator.journal.told = _print

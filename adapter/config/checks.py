@@ -2,6 +2,7 @@
 What only makes sense together: settings that need, exclude or name each other.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from adapter.config.problems import HOW_TO_REFER, Reference, under
 from adapter.plugin import Secret
 
 SHORTEST_URL_KEY_BYTES = 16
+LONGEST_SOCKET_PATH_BYTES = 107  # sun_path has 108 on Linux, the last of which is a zero
 IN_A_HEADER = re.compile(r"(merchants.+\.tokens|senders\.header_secrets\[\d+\]\.values)\[\d+\]")
 PARAMETERS_OF_SIGNED_URLS = ("merchant", "channel", "key", "sig")
 
@@ -53,6 +55,10 @@ def _check_addresses(tree: Mapping[str, Any], reader: Reader) -> None:
     )
     if server and server == operations:
         reader.report("operations.port", "must be another port than server.port")
+    socket = reader.values.get("operations.socket")
+    if isinstance(socket, str) and (size := len(os.fsencode(socket))) > LONGEST_SOCKET_PATH_BYTES:
+        longest = f"a Unix socket's path has at most {LONGEST_SOCKET_PATH_BYTES} bytes"
+        reader.report("operations.socket", f"is too long with {size} bytes: {longest}, so give a shorter one")
 
 
 def _check_senders(tree: Mapping[str, Any], reader: Reader) -> None:

@@ -102,6 +102,10 @@ class OperationsConfig(_Section, frozen=True, kw_only=True):
 
     host: Annotated[str, doc("Address that the operations port listens on.", min_length=1)] = "127.0.0.1"
     port: Annotated[Port, doc("Number of the operations port; 0 takes any free port.")] = 8081
+    socket: Annotated[
+        Annotated[str, doc(pattern=r"^[^\x00]+$", allowed="the path of a file, or null")] | None,
+        doc("Path of a Unix socket on which commands need no token, relative to the working directory; null for none."),
+    ] = "data/operations.sock"
     token: Annotated[Secret | None, doc("Bearer token for commands; without it the port refuses every command.")] = None
 
 

@@ -55,6 +55,7 @@ class Dispatcher:
         slots: int,
         random: Callable[[], float],
         shared: bool,
+        held: bool = False,
     ) -> None:
         self._queues = queues
         around = before_handler + SLACK
@@ -74,6 +75,7 @@ class Dispatcher:
         self._slots = slots
         self._random = random
         self._shared = shared
+        self._held = held  # claims nothing: `serve --hold`
         self._news = asyncio.Event()
         self._has_room = True
         self._claims_in_question = False
@@ -152,7 +154,7 @@ class Dispatcher:
     async def _claim(self) -> timedelta | None:
         """Claims what there is room for, and starts it; how long to wait for more, or None for not at all."""
         await self._give_back()
-        free = self._slots - len(self._tasks)
+        free = 0 if self._held else self._slots - len(self._tasks)
         asks = [ask for ask in self._limits if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
         self._has_room = bool(asks)
         asks = [ask for ask in asks if not self._is_off(self._queues[ask.queue_id])]

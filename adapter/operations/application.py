@@ -1,15 +1,12 @@
-"""
-The operations port: health, metrics and commands, for the people and machines that run the service. Not for the
-internet.
+"""The operations application: health, metrics and commands. It is for operators and must not face the internet.
 
 Alive means that the event loop answers. Ready means that callbacks can be taken: the ledger can be written and the
-service is not stopping. A destination that is down does not make the service unready: the intake must go on.
+service is not stopping.
 """
 
 import asyncio
 import hmac
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
@@ -26,158 +23,160 @@ from adapter.ledger.queries import Overview, Queries
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
+from adapter.operations.health import Health
 from adapter.plugin import Secret
 from adapter.reconciliation.events import Reconciled
 
 log = structlog.get_logger(__name__)
 
 LARGEST_COMMAND_BYTES = 1024 * 1024
-LINES = "application/x-ndjson"
 
 
 class Reconcile(Protocol):
-    """`norce.reconciliation.Reconciliation.run`."""
+    """`Reconciliation.run`: reads Norce's event logs, and reports after each page."""
 
     def __call__(self, *, since: datetime | None, dry_run: bool) -> AsyncIterator[Reconciled]: ...
 
 
-class Reconciling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What the command `reconcile` takes."""
+class ReconcileCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of the command `reconcile`."""
 
     since: datetime | None = None
     dry_run: bool = False
 
 
-@dataclass(kw_only=True)
-class Health:
-    """What the probes tell. `checks` are asked at every `/readyz`, by name: True where all is well."""
-
-    started: bool = False
-    stopping: bool = False
-    checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
-
-    def ready(self) -> dict[str, bool]:
-        return {"started": self.started, "not_stopping": not self.stopping} | {n: c() for n, c in self.checks.items()}
+class CommandTooLarge(Exception):
+    """The body of a command has more than `LARGEST_COMMAND_BYTES`."""
 
 
-def console(
-    health: Health,
-    metrics: Metrics,
-    store: Store,
-    token: Secret | None = None,
-    *,
-    wake: Callable[[], None] = lambda: None,
-    reconcile: Reconcile | None = None,
-) -> Starlette:
-    """
-    The app behind the operations port. Commands need the bearer token; without one, every command is refused. `wake` is
-    called after each: there may be new work. `reconcile` reads Norce's event logs, and tells how far it is.
-    """
-    commands = Commands(store)
+class OperationsEndpoints:
+    """The endpoints of the operations application. `wake` is called after each command, since there may be new work."""
 
-    async def livez(_request: Request) -> Response:
+    def __init__(
+        self,
+        health: Health,
+        metrics: Metrics,
+        store: Store,
+        *,
+        reconcile: Reconcile,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._health = health
+        self._metrics = metrics
+        self._store = store
+        self._commands = Commands(store)
+        self._reconcile = reconcile
+        self._wake = wake
+
+    def for_socket(self) -> Starlette:
+        """Return the application for the Unix socket. Commands need no token."""
+        return self._application(lambda _request: None)
+
+    def for_port(self, token: Secret | None) -> Starlette:
+        """Return the application for the port. Commands need the bearer token; without one, all are refused."""
+        return self._application(lambda request: _refuse_without_token(request, token))
+
+    def _application(self, refuse: Callable[[Request], Response | None]) -> Starlette:
+        async def command(request: Request) -> Response:
+            return refuse(request) or await self.run_command(request)
+
+        return Starlette(
+            routes=[
+                Route("/livez", self.livez),
+                Route("/readyz", self.readyz),
+                Route("/startupz", self.startupz),
+                Route("/metrics", self.show_metrics),
+                Route("/commands/{name}", command, methods=["POST"]),
+            ]
+        )
+
+    async def livez(self, _request: Request) -> Response:
         return JSONResponse({"alive": True})
 
-    async def readyz(_request: Request) -> Response:
-        checks = health.ready()
-        return JSONResponse({"ready": all(checks.values()), "checks": checks}, 200 if all(checks.values()) else 503)
+    async def readyz(self, _request: Request) -> Response:
+        checks = self._health.results()
+        is_ready = all(checks.values())
+        content = {"ready": is_ready, "held": self._health.is_held, "checks": checks}
+        return JSONResponse(content, 200 if is_ready else 503)
 
-    async def startupz(_request: Request) -> Response:
-        return JSONResponse({"started": health.started}, 200 if health.started else 503)
+    async def startupz(self, _request: Request) -> Response:
+        return JSONResponse({"started": self._health.started}, 200 if self._health.started else 503)
 
-    def read() -> None:
+    async def show_metrics(self, _request: Request) -> Response:
+        await asyncio.to_thread(self._update_metrics)
+        return Response(self._metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _update_metrics(self) -> None:
         try:
-            with store.read_connection() as connection:
-                overview = Queries(connection).overview(store.clock())
-        except DBAPIError as error:  # a failing store is when all other metrics are needed most
+            with self._store.read_connection() as connection:
+                overview = Queries(connection).overview(self._store.clock())
+        except DBAPIError as error:  # while the store fails, all other metrics are needed most
             log.warning("ledger_unreadable", error_type=type(error).__name__)
             overview = Overview(by_route={}, oldest_waiting_seconds={}, paused={})
-        metrics.show(
+        self._metrics.show(
             deliveries=overview.by_route,
             oldest_waiting_seconds=overview.oldest_waiting_seconds,
             paused=overview.paused,
-            store_available=not store.failing,
+            store_available=not self._store.failing,
         )
 
-    async def show_metrics(_request: Request) -> Response:
-        await asyncio.to_thread(read)
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def stranger(request: Request) -> Response | None:
-        """What who may give no commands is answered."""
-        if token is None:
-            return _refused(403, "forbidden", "No command is taken: set operations.token in the configuration.")
-        # As it came over the wire: Starlette reads headers as Latin-1.
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if not hmac.compare_digest(given, b"Bearer " + token.reveal().encode()):
-            return _refused(401, "unauthorized", "The bearer token is not the one of operations.token.")
-        return None
-
-    async def command(request: Request) -> Response:
-        if (refused := stranger(request)) is not None:
-            return refused
+    async def run_command(self, request: Request) -> Response:
         name = request.path_params["name"]
         try:
-            body = await _body(request)
-            if name == "reconcile" and reconcile is not None:
-                asked = msgspec.json.decode(body, type=Reconciling)
-                log.info("command_done", command=name, count=0)
-                progress = reconcile(since=asked.since, dry_run=asked.dry_run)
-                return StreamingResponse(_told(progress, health), media_type=LINES)
-            answer = await commands.do(name, body)
+            body = await _read_body(request)
+            if name == "reconcile":
+                lines = self._reconciled(msgspec.json.decode(body, type=ReconcileCommand))
+                return StreamingResponse(lines, media_type="application/x-ndjson")
+            answer = await self._commands.do(name, body)
         except NoSuchCommand as error:
-            return _refused(404, "command-not-found", str(error))
-        except _TooLarge:
-            return _refused(413, "too-large", f"A command has at most {LARGEST_COMMAND_BYTES} bytes.")
+            return _refusal(404, "command-not-found", str(error))
+        except CommandTooLarge:
+            return _refusal(413, "too-large", f"A command has at most {LARGEST_COMMAND_BYTES} bytes.")
         except ValueError as error:
-            return _refused(400, "bad-request", str(error))
+            return _refusal(400, "bad-request", str(error))
         except StoreUnavailable:
-            return _refused(503, "store-unavailable", "Nothing was done. Please send it again.")
+            return _refusal(503, "store-unavailable", "Nothing was done. Please send it again.")
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody is there to read it
+            return Response(status_code=400)  # nobody reads it
         log.info("command_done", command=name, count=answer if isinstance(answer, int) else answer["changed"])
-        wake()
+        self._wake()
         return JSONResponse(answer)
 
-    return Starlette(
-        routes=[
-            Route("/livez", livez),
-            Route("/readyz", readyz),
-            Route("/startupz", startupz),
-            Route("/metrics", show_metrics),
-            Route("/commands/{name}", command, methods=["POST"]),
-        ]
-    )
+    async def _reconciled(self, asked: ReconcileCommand) -> AsyncIterator[bytes]:
+        """Yield a line of JSON after each page. If the run ends early, the last line has the reason."""
+        missed: dict[str, int] = {}
+        try:
+            async for found in self._reconcile(since=asked.since, dry_run=asked.dry_run):
+                missed[found.merchant] = found.missed
+                yield msgspec.json.encode(found) + b"\n"
+                if self._health.stopping:  # a shutdown does not wait for a long log
+                    yield b'{"error":"the service stops; run the command again to continue"}\n'
+                    return
+        except (NorceError, StoreUnavailable) as error:
+            yield msgspec.json.encode({"error": str(error)}) + b"\n"
+        log.info("command_done", command="reconcile", count=0 if asked.dry_run else sum(missed.values()))
 
 
-async def _told(progress: AsyncIterator[Reconciled], health: Health) -> AsyncIterator[bytes]:
-    """A line after each page; where it ends early, the last one says why. No shutdown waits for a long log."""
-    try:
-        async for each in progress:
-            yield msgspec.json.encode(each) + b"\n"
-            if health.stopping:
-                yield (
-                    msgspec.json.encode({"error": "the service stops; the next time begins where this one did"}) + b"\n"
-                )
-                return
-    except (NorceError, StoreUnavailable) as error:
-        yield msgspec.json.encode({"error": str(error)}) + b"\n"
+def _refuse_without_token(request: Request, token: Secret | None) -> Response | None:
+    if token is None:
+        return _refusal(403, "forbidden", "This port takes no commands: set operations.token in the configuration.")
+    # Starlette decodes headers as Latin-1; compare the bytes that were sent.
+    given = request.headers.get("authorization", "").encode("latin-1")
+    if not hmac.compare_digest(given, b"Bearer " + token.reveal().encode()):
+        return _refusal(401, "unauthorized", "The bearer token is not the one of operations.token.")
+    return None
 
 
-class _TooLarge(Exception):
-    """The body of a command goes beyond what is read."""
+def _refusal(status: int, code: str, message: str) -> Response:
+    log.warning("command_refused", status=status, code=code)
+    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
+    return JSONResponse({"code": code, "message": message}, status, headers)
 
 
-async def _body(request: Request) -> bytes:
+async def _read_body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > LARGEST_COMMAND_BYTES:
-            raise _TooLarge
+            raise CommandTooLarge
     return bytes(body)
-
-
-def _refused(status: int, code: str, message: str) -> Response:
-    log.warning("command_refused", status=status, code=code)
-    headers = {"www-authenticate": "Bearer"} if status == 401 else {}
-    return JSONResponse({"code": code, "message": message}, status, headers)

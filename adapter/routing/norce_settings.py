@@ -17,6 +17,7 @@ import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from adapter.config import Config, merged, read_settings
+from adapter.config.json_schema import document_schema
 from adapter.identifiers import Channel
 from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import StoreUnavailable
@@ -207,3 +208,9 @@ class NorceSettings:
                         state="on" if active else "off")  # fmt: skip
         (self.switched_off.discard if active else self.switched_off.add)(channel)
         self._metrics.channel_active.labels(*channel).set(active)
+
+
+def published_schema(config: Config, routes: Routes) -> dict[str, Any]:
+    """Return the schema of our document in Norce's configuration."""
+    types = {route.name: type(next(iter(route.settings.values()))) for route in routes.all}
+    return document_schema(config.adapter.id, str(config.adapter.public_url or ""), types)

@@ -26,7 +26,7 @@ ORDER_ID = PLACED["id"]
 CONFIG = """\
 adapter: {id: jetshop_adapter, public_url: "http://127.0.0.1:1"}
 server: {host: 127.0.0.1, port: 0}
-operations: {port: 0}
+operations: {port: 0, socket: null}
 store: {url: "@STORE@"}
 norce: {base_url: "@NORCE@", timeout: 2s}
 merchants:

@@ -30,7 +30,7 @@ from starlette.routing import Route
 
 from adapter import config as configuration
 from adapter import logs
-from adapter.app import accounts, queue_keys, running
+from adapter.app import running
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
@@ -48,6 +48,7 @@ from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import Order
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Problem, Settings, ValidationHandler
+from adapter.routing.from_config import norce_accounts, queue_keys
 from adapter.routing.routes import build
 from adapter.routing.runner import Runner
 from adapter.verdicts.circuit_breaker import CircuitBreaker
@@ -70,7 +71,7 @@ ENVIRON = {
 CONFIG = """\
 adapter: {id: an_adapter, public_url: "http://127.0.0.1:1"}
 server: {host: 127.0.0.1, port: 0, receive_timeout: 5s}
-operations: {port: 0}
+operations: {port: 0, socket: null}
 store: {url: "@STORE@"}
 norce: {base_url: "@NORCE@", timeout: 2s}
 dispatcher: {grace: 10s}
@@ -199,7 +200,7 @@ class House:
     async def _open(self) -> None:
         def make_norce() -> Norce:
             return Norce(
-                accounts(self.config),
+                norce_accounts(self.config),
                 adapter_id="an_adapter",
                 timeout=timedelta(minutes=1),
                 transport=httpx.MockTransport(self._norce),

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("logging_as_before")
 CONFIG = """\
 adapter: {id: an_adapter, public_url: https://adapter.example}
 server: {host: 127.0.0.1, port: 0}
-operations: {port: 0}
+operations: {port: 0, socket: null}
 store: {url: "sqlite:///@FOLDER@/ledger.db"}
 norce: {base_url: "http://127.0.0.1:1"}
 merchants:

@@ -282,6 +282,14 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "a whole number, at least 0 and at most 65535, not text",
     ),
     "one port twice": ("senders:", "operations: {port: 8080}\nsenders:", 9, "operations.port", "another port"),
+    "socket path too long": (
+        "senders:",
+        f"operations: {{socket: {'d/' * 60}}}\nsenders:",
+        9,
+        "operations.socket",
+        "is too long with 120 bytes: a Unix socket's path has at most 107 bytes, so give a shorter one",
+    ),
+    "socket path with a NUL": ("senders:", 'operations: {socket: "a\\0b"}\nsenders:', 9, "operations.socket", "path"),
     "bare number for a duration": (
         "senders:",
         "norce: {timeout: 5}\nsenders:",

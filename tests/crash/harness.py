@@ -414,7 +414,7 @@ def _config(store_url: str, norce: str, warehouse: str, shop: str) -> dict[str, 
     return {
         "adapter": {"id": "jetshop_adapter", "public_url": "http://127.0.0.1:8080"},
         "server": {"host": "127.0.0.1", "port": 0},
-        "operations": {"port": 0},
+        "operations": {"port": 0, "socket": None},
         "store": {"url": store_url},
         "norce": {"base_url": norce, "timeout": "300ms"},
         "dispatcher": {"grace": "300ms"},

@@ -271,7 +271,7 @@ class Stage:
         self.config: dict[str, Any] = {
             "adapter": {"id": "jetshop_adapter", "public_url": "http://127.0.0.1:8080"},
             "server": {"host": "127.0.0.1", "port": 0},
-            "operations": {"port": 0},
+            "operations": {"port": 0, "socket": None},
             "store": {"url": store_url or f"sqlite:///{folder / 'ledger.db'}"},
             "norce": {"base_url": neighbours.add(self.norce.serve), "timeout": "1s"},
             "dispatcher": {"grace": "5s"},

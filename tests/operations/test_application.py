@@ -20,8 +20,8 @@ from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import FOR_EVER, PausePolicy
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
-from adapter.operations.application import Health, console
-from adapter.plugin import Secret
+from adapter.operations.application import OperationsEndpoints
+from adapter.operations.health import Health
 from adapter.reconciliation.events import Reconciled
 from tests.databases import rows
 
@@ -35,7 +35,10 @@ class Stage:
         self.health = Health(started=True)
         self.health.checks["store"] = lambda: not self.store.failing
         self.metrics = Metrics("1.2.3")
-        self.app = console(self.health, self.metrics, self.store)
+        self.app = self.application()
+
+    def application(self, reconcile: Any = None) -> Any:
+        return OperationsEndpoints(self.health, self.metrics, self.store, reconcile=reconcile).for_socket()
 
     async def get(self, path: str, method: str = "GET") -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://operations") as http:
@@ -86,11 +89,23 @@ def test_it_is_started_once_everything_is_up(stage: Stage) -> None:
     assert (after.status_code, after.json()) == (200, {"started": True})
 
 
+def test_a_held_service_is_ready_and_says_that_it_is_held(stage: Stage) -> None:
+    stage.health.is_held = True
+
+    answer = stage.asks("/readyz")
+
+    assert (answer.status_code, answer.json()["held"]) == (200, True)
+
+
 def test_it_is_ready_where_every_check_is_well(stage: Stage) -> None:
     answer = stage.asks("/readyz")
 
     assert answer.status_code == 200
-    assert answer.json() == {"ready": True, "checks": {"started": True, "not_stopping": True, "store": True}}
+    assert answer.json() == {
+        "ready": True,
+        "held": False,
+        "checks": {"started": True, "not_stopping": True, "store": True},
+    }
 
 
 @pytest.mark.parametrize(
@@ -235,11 +250,11 @@ def test_a_shutdown_waits_for_no_long_log(stage: Stage) -> None:
         finally:
             left.append("the log")
 
-    app = console(stage.health, stage.metrics, stage.store, Secret("token"), reconcile=endless)
+    app = stage.application(reconcile=endless)
 
     async def asked() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://operations") as http:
-            return await http.post("/commands/reconcile", content=b"{}", headers={"authorization": "Bearer token"})
+            return await http.post("/commands/reconcile", content=b"{}")
 
     lines = [json.loads(line) for line in asyncio.run(asked()).text.splitlines()]
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from anyio.from_thread import start_blocking_portal
 
@@ -19,9 +20,13 @@ from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
-from adapter.operations import application as room
-from adapter.operations.application import Health, console
+from adapter.norce.client import NorceUnavailable
+from adapter.operations import application
+from adapter.operations.application import OperationsEndpoints
+from adapter.operations.health import Health
+from adapter.operations.unix_socket import listening_at
 from adapter.plugin import Secret
+from adapter.reconciliation.events import Reconciled
 from tests import PATIENCE
 from tests.ledgers import EXPORT, receipt
 
@@ -54,12 +59,22 @@ class Port:
         queues = await Lanes(self.store, lease, policy=PausePolicy()).open_queues([EXPORT])
         await Inbox(self.store).receive(receipt("canary-order", 1, wanted=[(queues[EXPORT], True)]))
         token = None if self._token is None else Secret(self._token)
-        app = console(Health(started=True), Metrics("0"), self.store, token, wake=self._wake)
-        listening = listen("127.0.0.1", 0)
+        self.pages: list[Reconciled] = []
+        endpoints = OperationsEndpoints(
+            Health(started=True), Metrics("0"), self.store, reconcile=self._reconcile, wake=self._wake
+        )
+        listening, self.socket = listen("127.0.0.1", 0), self._folder / "operations.sock"
         self.port = listening.getsockname()[1]
-        async with served(app, listening):
-            yield
+        with listening_at(self.socket) as on_socket:
+            async with served(endpoints.for_port(token), listening), served(endpoints.for_socket(), on_socket):
+                yield
         self.store.close()
+
+    async def _reconcile(self, **_: Any) -> AsyncIterator[Reconciled]:
+        for page in self.pages:
+            yield page
+        if self.pages and self.pages[-1].error:
+            raise NorceUnavailable(self.pages[-1].error)
 
     def _wake(self) -> None:
         self.woken += 1
@@ -111,6 +126,38 @@ def test_the_answer_of_a_step_holds_nothing_of_an_order(port: Port) -> None:
 
     assert (status, said) == (200, {"changed": 0, "after": None, "action": 1})
     assert "canary" not in port.log.getvalue()
+
+
+def test_on_the_socket_a_command_needs_no_token(tmp_path: Path) -> None:
+    with closing(Port(tmp_path, None)) as port:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(port.socket)), base_url="http://operations") as client:
+            answer = client.post("/commands/pause", json=PAUSE)
+
+        assert (answer.status_code, answer.json(), port.woken) == (200, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("dry_run", "error", "count"),
+    [(False, None, 5), (True, None, 0), (False, "Norce answered 500", 5)],
+    ids=["all", "dry run", "an error at the end"],
+)
+def test_reconciliation_is_logged_when_it_is_done_with_what_it_brought_in(
+    port: Port, dry_run: bool, error: str | None, count: int
+) -> None:
+    port.pages = [
+        Reconciled(merchant="norce", missed=1),
+        Reconciled(merchant="norce", missed=3),
+        Reconciled(merchant="other", missed=2, error=error),
+    ]
+
+    status, said, _ = port.sends("/commands/reconcile", {"dry_run": dry_run})
+
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert (status, [line.get("missed") for line in lines[:3]]) == (200, [1, 3, 2])
+    assert [line["error"] for line in lines[3:]] == ([error] if error else [])
+    assert [(line["event"], line["command"], line["count"]) for line in port.lines()] == [
+        ("command_done", "reconcile", count)
+    ]
 
 
 WRONG = {
@@ -206,7 +253,7 @@ def test_numbers_and_texts_that_no_database_takes_are_a_400(port: Port, wrong: d
 
 
 def test_a_body_beyond_all_measure_is_a_413(port: Port) -> None:
-    status, said, _ = port.sends("/commands/pause", b" " * (room.LARGEST_COMMAND_BYTES + 1))
+    status, said, _ = port.sends("/commands/pause", b" " * (application.LARGEST_COMMAND_BYTES + 1))
 
     assert (status, said["code"]) == (413, "too-large")
 
@@ -229,13 +276,13 @@ def test_a_store_that_fails_is_a_503_and_nothing_was_done(port: Port) -> None:
 
 def test_the_token_is_compared_in_constant_time(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
-    real = room.hmac.compare_digest
+    real = application.hmac.compare_digest
 
     def compare(given: bytes, known: bytes) -> bool:
         compared.append((given, known))
         return real(given, known)
 
-    monkeypatch.setattr(room.hmac, "compare_digest", compare)
+    monkeypatch.setattr(application.hmac, "compare_digest", compare)
 
     port.sends("/commands/pause", authorization=b"Bearer guess")
 

@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 from structlog.testing import capture_logs
 
 from adapter import config as configuration
-from adapter.app import client, queue_keys, reconciliation
+from adapter.app import reconciliation
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
@@ -34,6 +34,7 @@ from adapter.norce.client import LARGEST_ANSWER_BYTES, Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
 from adapter.reconciliation.events import A_PAGE, Reconciled
 from adapter.registrations.on_orders import Registrar
+from adapter.routing.from_config import norce_client, queue_keys
 from adapter.routing.routes import build
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
@@ -116,7 +117,7 @@ class House:
         await self.simulator.__aenter__()
         self.caller = Caller(self.simulator, TOKEN, ("norce", "1"))
         self.line = Flaky(httpx.ASGITransport(self.simulator.app))
-        self.norce: Norce = client(self.config, self.metrics, transport=self.line)
+        self.norce: Norce = norce_client(self.config, self.metrics, transport=self.line)
         self.healing = reconciliation(self.config, self.norce, self.intake, self.store, self.metrics)
         self.watermarks = Watermarks(self.store)
 

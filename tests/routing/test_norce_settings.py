@@ -14,7 +14,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter import config as configuration
-from adapter.app import client, published_schema
 from adapter.identifiers import Channel
 from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import Store, StoreUnavailable
@@ -23,7 +22,8 @@ from adapter.norce.client import NorceError
 from adapter.orders import Order
 from adapter.plugin import Context, Problem, Secret, Settings, Url, ValidationHandler
 from adapter.registrations.on_channels import STATIC, standing
-from adapter.routing.norce_settings import NorceSettings
+from adapter.routing.from_config import norce_client
+from adapter.routing.norce_settings import NorceSettings, published_schema
 from adapter.routing.routes import build
 from adapter.sandbox.norce import Simulator
 from adapter.sandbox.norce.records import document_key
@@ -130,7 +130,7 @@ class House:
     async def _open(self) -> None:
         self.simulator = Simulator(token=TOKEN, transport=httpx.MockTransport(self._ours))
         self.line = Line(self.simulator)
-        self.norce = client(self.config, self.metrics, transport=self.line)
+        self.norce = norce_client(self.config, self.metrics, transport=self.line)
         self.schema = published_schema(self.config, self.routes)
         self.settings = self.reader(StoredDocuments(self.store))
 

@@ -16,7 +16,7 @@ from adapter.ledger.store import open_for_reading
 from adapter.sandbox.demo import Demo, DemoFailed, demo, walk
 from adapter.sandbox.jetshop_stand_in import Accepted
 
-SECRETS = ("norce-token", "jetshop-password", "url-key", "operations-token")
+SECRETS = ("norce-token", "jetshop-password", "url-key")
 SUMMARY = {
     "registered": 3,
     "validation": {"denied": 400, "approved": 200},
@@ -117,7 +117,7 @@ def test_the_demo_keeps_its_secrets_to_itself_and_leaves_nothing_behind() -> Non
 
     folder, modes = asyncio.run(play())
 
-    assert modes == [0o600] * 4
+    assert modes == [0o600] * len(SECRETS)
     assert not folder.exists()
 
 

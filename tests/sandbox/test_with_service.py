@@ -22,7 +22,7 @@ TOKEN = "a-token-for-the-simulator"
 CONFIG = """\
 adapter: {id: jetshop_adapter, public_url: https://adapter.example}
 server: {host: 127.0.0.1, port: 0}
-operations: {port: 0}
+operations: {port: 0, socket: null}
 store: {url: "sqlite:///@FOLDER@/ledger.db"}
 norce: {base_url: "@NORCE@/checkout"}
 merchants: {norce: {tokens: ["${env:TOKEN}"], channels: {"1": {}}}}

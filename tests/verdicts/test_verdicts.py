@@ -19,13 +19,13 @@ from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter import logs
-from adapter.app import accounts
 from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce
 from adapter.orders import Order, read_order
 from adapter.plugin import Context, HookHandler, Patch, Problem, Refuse, Settings, ValidationHandler
+from adapter.routing.from_config import norce_accounts
 from adapter.routing.routes import Routes, build
 from adapter.routing.runner import Runner
 from adapter.verdicts.answer import Answer, Verdict
@@ -238,7 +238,7 @@ async def asking(
 
     def make_norce() -> Norce:
         transport = httpx.MockTransport(norce)
-        return Norce(accounts(config), adapter_id="an_adapter", timeout=config.norce.timeout, transport=transport)
+        return Norce(norce_accounts(config), adapter_id="an_adapter", timeout=config.norce.timeout, transport=transport)
 
     runner = Runner(make_norce=make_norce, clock=lambda: datetime.now(UTC))
     client, metrics = make_norce(), Metrics("0")

@@ -74,7 +74,6 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             ("norce-token", token),
             ("jetshop-password", password),
             ("url-key", secrets.token_hex(32)),
-            ("operations-token", secrets.token_urlsafe(24)),
         ):
             (folder / name).touch(mode=0o600)
             (folder / name).write_text(secret)
@@ -91,6 +90,7 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             "@PORT@": str(_free(port)),
             "@OPERATIONS_PORT@": str(_free(operations_port)),
             "@STORE@": str(folder / "ledger.db"),
+            "@SOCKET@": str(folder / "operations.sock"),
             "@NORCE@": f"{norce_address}/checkout",
             "@JETSHOP@": jetshop_address,
         }.items():
@@ -227,15 +227,17 @@ async def _created(demo: Demo, name: str, shop: tuple[str, str]) -> tuple[str, d
 
 
 async def _reconciled(demo: Demo) -> int:
-    """How many notifications were missed, and brought."""
-    url = f"{demo.service.operations_address}/commands/reconcile"
-    answer = await _posted(url, _bearer(demo, "operations-token"), b"{}")
+    """Return how many notifications were missed, and brought in."""
+    transport = httpx.AsyncHTTPTransport(uds=demo.config.operations.socket)
+    answer = await _posted("http://operations/commands/reconcile", {}, b"{}", transport)
     told = [json.loads(line) for line in answer.text.splitlines()]
     return sum(each["missed"] for each in told if each.get("done"))
 
 
-async def _posted(url: str, headers: dict[str, str], content: bytes = b"") -> httpx.Response:
-    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS) as http:
+async def _posted(
+    url: str, headers: dict[str, str], content: bytes = b"", transport: httpx.AsyncBaseTransport | None = None
+) -> httpx.Response:
+    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS, transport=transport) as http:
         answer = await http.post(url, headers=headers, content=content)
     if answer.status_code != 200:
         raise DemoFailed(f"{url} was answered {answer.status_code}")

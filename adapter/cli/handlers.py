@@ -1,0 +1,33 @@
+"""The command that lists the installed handlers."""
+
+from typing import Any
+
+import click
+
+from adapter.cli.shared import output_option, print_rows
+from adapter.routing import routes
+
+
+@click.group("handlers")
+def handlers_group() -> None:
+    """The handlers that installed packages offer."""
+
+
+@handlers_group.command("list")
+@output_option
+def handlers_list(output: str) -> None:
+    """List the installed handlers."""
+    rows = []
+    for name, point in sorted(routes.installed().items()):
+        row: dict[str, Any] = {"name": name, "from": point.dist.name if point.dist else None, "kind": None}
+        try:
+            handler = point.load()
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is listed as broken
+            row |= {"says": f"cannot be imported: {type(error).__name__}"}
+        else:
+            is_class = isinstance(handler, type)
+            fitting = (name for name, kind in routes.KINDS.items() if is_class and issubclass(handler, kind))
+            row["kind"] = ", ".join(fitting) or "none of ours"
+            row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
+        rows.append(row)
+    print_rows(rows, output)

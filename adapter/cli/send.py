@@ -1,0 +1,113 @@
+"""The command that sends an order to a callback, as Norce would."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import click
+import httpx
+from rich.console import Console
+from rich.progress import track
+
+from adapter.callbacks.senders import Senders
+from adapter.callbacks.server import CALLBACK_PATH
+from adapter.cli.shared import FAILED, USAGE, config_option, configured, end
+from adapter.config import Config
+from adapter.identifiers import Channel
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--callback", required=True, help="The name of a configured callback.")
+@click.option("--to", "address", help="Where the service is; the configured port of this machine where left out.")
+@click.option("--merchant", help="In place of the order's own merchant.")
+@click.option("--channel", help="In place of the order's own channel.")
+@click.option("--order", "order_id", help="In place of the order's own id.")
+@click.option("--repeat", default=1, show_default=True, type=click.IntRange(1, 100_000), help="How often to send it.")
+@click.option("--expect", type=click.IntRange(100, 599), help="Fail where an answer has another status.")
+@config_option
+def send(
+    file: Path,
+    callback: str,
+    address: str | None,
+    merchant: str | None,
+    channel: str | None,
+    order_id: str | None,
+    repeat: int,
+    expect: int | None,
+    config_path: Path,
+) -> None:
+    """
+    Send FILE (an order, an envelope or an event record) to a callback, signed as Norce's registration would be.
+    """
+    config, _ = configured(config_path)
+    if callback not in config.callbacks:
+        end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
+    instead = {"id": order_id, "merchant": merchant, "channel": channel}
+    body, order = _body(file, {name: value for name, value in instead.items() if value is not None})
+    order_id, merchant, channel = (order.get(name) for name in instead)
+    named = merchant and channel and order_id
+    if not named or not (isinstance(merchant, str) and isinstance(channel, str) and isinstance(order_id, str)):
+        end(USAGE, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
+    to = address or f"http://127.0.0.1:{config.server.port}"
+    url, headers = _authenticated(config, to, Channel(merchant, channel), order_id, callback)
+    try:
+        statuses = _post(url, headers, body, repeat)
+    except httpx.HTTPError as error:
+        end(FAILED, f"no answer from {to}: {type(error).__name__}")
+    for status, count in sorted(statuses.items()):
+        click.echo(f"{status}: {count}")
+    if expect is not None and set(statuses) != {expect}:
+        end(FAILED, f"expected {expect} each time")
+
+
+def _body(file: Path, instead: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
+    """The bytes to send and the order in them: the file's own, unless something has to be put in its place."""
+    raw = file.read_bytes()
+    try:
+        tree = json.loads(raw)
+    except ValueError:
+        tree = None
+    if not isinstance(tree, dict):
+        end(USAGE, f"{file} is no JSON object")
+    if isinstance(tree.get("payload"), dict):  # an event record of the Notification API
+        tree = tree["payload"]
+        raw = json.dumps(tree, ensure_ascii=False).encode()
+    order = tree.get("order", tree)
+    if not isinstance(order, dict):
+        end(USAGE, f"{file} holds no order")
+    if instead:
+        order.update(instead)
+        raw = json.dumps(tree, ensure_ascii=False).encode()
+    return raw, order
+
+
+def _authenticated(
+    config: Config, to: str, channel: Channel, order_id: str, callback: str
+) -> tuple[str, dict[str, str]]:
+    headers = {"content-type": "application/json", "x-merchant": channel.merchant, "x-channel": channel.name}
+    if config.senders.signed_urls is not None:
+        return Senders(config.senders).signed_url(to, channel, order_id, callback), headers
+    path = CALLBACK_PATH.replace("{callback}", callback).replace("{order_id}", quote(order_id, safe=""))
+    url = f"{to.rstrip('/')}{path}"
+    for in_header in config.senders.header_secrets:
+        if in_header.merchants is None or channel.merchant in in_header.merchants:
+            return url, headers | {in_header.header: in_header.values[0].reveal()}
+    for in_url in config.senders.url_secrets:
+        if in_url.merchants is None or channel.merchant in in_url.merchants:
+            return f"{url}?{urlencode({in_url.parameter: in_url.values[0].reveal()})}", headers
+    return end(USAGE, f"no secret in senders is good for merchant {channel.merchant}")
+
+
+def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:
+    statuses: dict[int, int] = {}
+    times = range(repeat)
+    with httpx.Client(trust_env=False, timeout=30) as http:
+        for _ in track(times, "sending", console=Console(stderr=True)) if repeat > 1 and sys.stderr.isatty() else times:
+            answer = http.post(url, headers=headers, content=body)
+            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            if answer.status_code >= 400 and repeat == 1:
+                click.echo(answer.text, err=True)
+    return statuses

@@ -1,0 +1,56 @@
+"""The commands that serve callbacks, and check the configuration without serving."""
+
+import os
+import sys
+import threading
+from pathlib import Path
+
+import click
+
+from adapter.cli.shared import FAILED, STORE, config_option, configured, end, one_line, stop_signal
+from adapter.config import Config
+from adapter.routing.routes import Routes
+
+
+@click.command()
+@click.option("--hold", is_flag=True, help="Take callbacks and commands, but deliver nothing until the next start.")
+@config_option
+def serve(*, hold: bool, config_path: Path) -> None:
+    """Serve callbacks until SIGTERM or SIGINT."""
+    import uvloop
+
+    from adapter import logs
+    from adapter.callbacks.server import PortInUse
+    from adapter.ledger.store import StoreInUse, StoreUnavailable
+
+    logs.configure()
+    config, routes = configured(config_path)
+    try:
+        uvloop.run(_serve(config, routes, hold=hold))
+    except (StoreInUse, StoreUnavailable) as error:
+        end(STORE, one_line(error))
+    except PortInUse as error:
+        end(FAILED, str(error))
+    # Python would wait for a thread of `asyncio.to_thread` in which a plugin is still at work.
+    if threading.active_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+
+
+async def _serve(config: Config, routes: Routes, *, hold: bool) -> None:
+    from adapter.app import running
+
+    with stop_signal() as stop:  # it may come while the service starts
+        async with running(config, routes, hold=hold):
+            await stop.wait()
+
+
+@click.command()
+@config_option
+def check(config_path: Path) -> None:
+    """Check the configuration, the handlers and their settings, and print every problem."""
+    _, routes = configured(config_path)
+    for warning in routes.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; all is well")

@@ -1,0 +1,60 @@
+"""The Unix socket of the operations application, which only the user of the service may use."""
+
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from adapter.callbacks.server import PortInUse
+
+
+@contextlib.contextmanager
+def listening_at(path: Path) -> Iterator[socket.socket]:
+    """Listen on a Unix socket with mode 0600, and remove its file at the end.
+
+    A file that a killed process left behind is replaced.
+
+    Raises:
+        PortInUse: another process listens there, or the socket cannot be created.
+    """
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(path)
+            listening.bind(str(path))
+            # Nobody can connect before `listen`, so the mode that the umask gave it until here does no harm.
+            path.chmod(0o600)
+            listening.listen()
+            created = _identity(path)
+        except OSError as error:
+            reason = error.strerror or error
+            raise PortInUse(f"cannot listen on {path}: {reason}; see operations.socket") from error
+        try:
+            yield listening
+        finally:
+            with contextlib.suppress(OSError):
+                if _identity(path) == created:  # another service may have replaced it meanwhile
+                    path.unlink()
+    finally:
+        listening.close()
+
+
+def _remove_stale(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(None, "a file that is no socket is there")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+            else:
+                raise OSError(None, "another service listens there")
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    found = os.lstat(path)
+    return found.st_dev, found.st_ino

@@ -1,0 +1,64 @@
+"""Builds parts of lower layers from the configuration, which they cannot import themselves."""
+
+from collections.abc import Mapping
+
+import httpx
+
+from adapter.config import Config
+from adapter.ledger.claims import QueueKey
+from adapter.ledger.maintenance import Retention
+from adapter.ledger.settlement import PausePolicy
+from adapter.metrics import Metrics
+from adapter.norce.client import Account, Norce, base_url
+from adapter.routing.routes import Routes
+
+
+def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
+    """Return a queue for every notification route, merchant and channel."""
+    return [
+        QueueKey(route.name, channel)
+        for route in routes.all
+        if route.callback.kind == "notification"
+        for channel in config.channels
+    ]
+
+
+def pause_policy(config: Config) -> PausePolicy:
+    given = config.queues
+    return PausePolicy(after_failures=given.pause_after, first=given.first_pause, longest=given.max_pause)
+
+
+def retention(config: Config) -> Retention:
+    given = config.store.retention
+    return Retention(
+        bodies=given.bodies,
+        bodies_of_dead_letters=given.bodies_of_dead_letters,
+        rows=given.rows,
+        verdicts=given.verdicts,
+    )
+
+
+def norce_accounts(config: Config) -> Mapping[str, Account]:
+    """Return the address and the tokens of every merchant at Norce."""
+    return {
+        name: Account(
+            base_url=str(config.norce.base_url or base_url(config.norce.environment, merchant.slug)),
+            tokens=merchant.tokens,
+        )
+        for name, merchant in config.merchants.items()
+    }
+
+
+def norce_client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> Norce:
+    """Return a client for Norce on the running event loop. Tests may give another transport."""
+    for name, merchant in config.merchants.items():
+        for number, _ in enumerate(merchant.tokens, 1):
+            metrics.norce_requests.labels(name, str(number), "200")  # so that an unused token is seen to be at 0
+    return Norce(
+        norce_accounts(config),
+        adapter_id=config.adapter.id,
+        timeout=config.norce.timeout,
+        version=config.norce.version,
+        transport=transport,
+        used=lambda merchant, token, status: metrics.norce_requests.labels(merchant, str(token), str(status)).inc(),
+    )
