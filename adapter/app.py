@@ -44,7 +44,7 @@ from adapter.norce.client import Norce
 from adapter.operations.application import OperationsEndpoints
 from adapter.operations.health import Health
 from adapter.operations.unix_socket import listening_at
-from adapter.reconciliation.events import Reconciliation, keep_reconciled
+from adapter.reconciliation.events import Reconciliation
 from adapter.registrations.endpoint import Registrations
 from adapter.registrations.endpoint import routes as routes_beside_callbacks
 from adapter.registrations.on_orders import Registrar

@@ -25,7 +25,7 @@ from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
 from adapter.operations.health import Health
 from adapter.plugin import Secret
-from adapter.reconciliation.events import Reconciled
+from adapter.reconciliation.events import LogProgress
 
 log = structlog.get_logger(__name__)
 
@@ -35,7 +35,7 @@ LARGEST_COMMAND_BYTES = 1024 * 1024
 class Reconcile(Protocol):
     """`Reconciliation.run`: reads Norce's event logs, and reports after each page."""
 
-    def __call__(self, *, since: datetime | None, dry_run: bool) -> AsyncIterator[Reconciled]: ...
+    def __call__(self, *, since: datetime | None, dry_run: bool) -> AsyncIterator[LogProgress]: ...
 
 
 class ReconcileCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

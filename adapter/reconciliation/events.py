@@ -1,14 +1,13 @@
-"""
-Finds the notifications that never came: reads Norce's event log, and brings what we have not received.
+"""Reconciliation with Norce's event log: finds the notifications that never came, and stores them.
 
-Norce documents no retry policy, so a notification may have been tried once. What is missing goes through the same
-intake as a callback, where its identity makes it once, whoever is first. Nothing is retried that way.
+Norce documents no retry policy, so it may attempt a notification only once. A missing notification goes through the
+same intake as a callback, where its identity ensures that it is stored once. Reconciliation retries no dead letter.
 
-What one would get wrong: the log cannot be asked for a time, its order is documented nowhere, and its clock is not
-ours. So it is read from its newest end, whichever that turns out to be, until a whole page is older than what was seen
-the last time and some more; and where it is in no order, all of it is read. How far it was read is a moment of Norce's
-clock, and never later than ours: a clock of theirs that runs ahead and is set back hides nothing. And what is older
-than the ledger's memory is nobody's to bring: whether it came cannot be known any more.
+The event log cannot be filtered by time, its order is not documented, and its clock differs from ours. So the log is
+read from its newest end, whichever end that is, until a whole page is older than the watermark minus `overlap`. A log
+that is in no order is read completely. The watermark is a time of Norce's clock, but never later than ours: otherwise
+events would be lost when Norce's clock runs ahead and is set back. Events older than the ledger's memory are left
+alone, because nobody can tell any more whether they came.
 
 Facts: checkout protocol, sections 8.3 and 8.4.
 """
@@ -17,6 +16,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -37,40 +37,39 @@ from adapter.routing.routes import Callback
 
 log = structlog.get_logger(__name__)
 
-TURN_SECONDS = 30.0
-A_PAGE = 100
-MOST_PAGES = 100_000
-ENOUGH_TO_TELL = 3
-TURN = "reconciliation"
-WATERMARK, FLOOR = "reconciled", "reconciled since"
-STILL_ON_ITS_WAY = timedelta(minutes=1)
+CHECK_EVERY_SECONDS = 30.0
+PAGE_SIZE = 100
+MAX_PAGES = 100_000
+MIN_THIRD = 3  # events in a third of a page, to tell the order of the log from it
+MIN_AGE = timedelta(minutes=1)  # a younger event's notification may still be on its way
+MAX_CLOCK_DIFFERENCE = timedelta(hours=1)  # between Norce and us, for an event at the end of the ledger's memory
+TURN, WATERMARK, START = "reconciliation", "reconciled", "reconciled since"  # names in the ledger
 LONG_AGO = -(10**15)
-CLOCKS_APART = timedelta(hours=1)  # at most, where an event is as old as what the ledger forgets
+NEVER = datetime.min.replace(tzinfo=UTC)
 
 
-class Reconciled(msgspec.Struct, kw_only=True):
-    """
-    What one merchant's log showed so far. Of the `events`, `received` are those that we have; `missed` are those that
-    we had not, brought now unless it was a dry run; `others` nobody wants any more: their callback or channel is not
-    configured, or no order is in them; and `young` ones may be on their way yet, and are left for the next time.
-    `total` is how many events there are, where Norce says so; `error` is why the log was not read to its end.
-    """
+class LogProgress(msgspec.Struct, kw_only=True):
+    """What reconciliation has found in one merchant's event log so far."""
 
     merchant: str
     events: int = 0
-    received: int = 0
-    missed: int = 0
-    others: int = 0
-    young: int = 0
-    total: int | None = None
+    received: int = 0  # events that the ledger has
+    missed: int = 0  # events that the ledger did not have; stored now unless it is a dry run
+    others: int = 0  # events without a configured callback and channel, or without a readable order
+    young: int = 0  # events left for the next run
+    total: int | None = None  # events in the log, if Norce says so
     done: bool = False
-    error: str | None = None
+    error: str | None = None  # the reason why the log was not read to its end
 
 
 class Reconciliation:
-    """
-    `clock` is the ledger's, in milliseconds. `overlap` is how far before the newest event of the last time it begins;
-    `remembered` is how long the ledger knows what it has had.
+    """Reads the event log of every merchant and stores what is missing.
+
+    Args:
+        channels: The configured channels. Events of others are counted and left alone.
+        overlap: How far before the watermark a run begins.
+        remembered: How long the ledger keeps the identity of a notification.
+        clock: The ledger's clock, in milliseconds.
     """
 
     def __init__(
@@ -93,181 +92,199 @@ class Reconciliation:
         self._merchants = list(dict.fromkeys(channel.merchant for channel in channels))
         self._adapter_id = adapter_id
         self._overlap = overlap
-        self._remembered = remembered - CLOCKS_APART
+        self._remembered = remembered - MAX_CLOCK_DIFFERENCE
         self._metrics = metrics
         self._clock = clock
         self._has_begun = False
 
-    async def run(
-        self, *, since: datetime | None = None, dry_run: bool = False, spared: timedelta = timedelta(0)
-    ) -> AsyncIterator[Reconciled]:
-        """
-        Reads every merchant's log, and tells after each page what it showed.
+    async def run_regularly(self, every: timedelta) -> None:
+        """Run when due, until cancelled. The ledger decides which node has the turn."""
+        while every:
+            try:
+                await self.run_if_due(every)
+            except StoreUnavailable:  # logged by the store
+                pass
+            except Exception as error:  # a bug must not end all later runs
+                log.error("reconciliation_broke", exc_info=error)
+            await asyncio.sleep(min(every.total_seconds(), CHECK_EVERY_SECONDS))
+        await asyncio.Event().wait()
 
-        `since` is in place of how far it was read the last time; what is younger than `spared` is left for the next. A
-        merchant whose log cannot be read to its end is read again from where this time began; the others go on, and
-        then all the errors are raised as one. Raises `NorceError`, and `StoreUnavailable` at once.
+    async def run_if_due(self, every: timedelta) -> None:
+        """Run once if the last run began at least `every` ago and no other node is running.
+
+        The first call, due or not, sets the start of a merchant's log to now: events from before this ledger may be in
+        another ledger. A person can include them with `since`. Raises `StoreUnavailable`.
+        """
+        if not self._has_begun:
+            for merchant in self._merchants:
+                if await self._watermarks.value(f"{START} {merchant}") is None:
+                    await self._watermarks.put(f"{START} {merchant}", self._clock())
+            self._has_begun = True
+        if not await self._watermarks.has_turn(TURN, in_milliseconds(every)):
+            return
+        with contextlib.suppress(NorceError):  # logged already
+            async for _ in self.run(min_age=MIN_AGE):
+                await self._watermarks.put(TURN, self._clock())  # extend the turn
+
+    async def run(
+        self, *, since: datetime | None = None, dry_run: bool = False, min_age: timedelta = timedelta(0)
+    ) -> AsyncIterator[LogProgress]:
+        """Read every merchant's log, and yield the progress after each page.
+
+        If a merchant's log cannot be read to its end, the next run begins where this one began. The other merchants
+        are read all the same; then one error names all that failed.
+
+        Args:
+            since: Where to begin, instead of the watermark.
+            dry_run: Count what is missing, and store nothing.
+            min_age: Leave younger events for the next run.
+
+        Raises:
+            NorceError: At the end, if a log could not be read.
+            StoreUnavailable: At once.
         """
         failed = []
         for merchant in self._merchants:
-            found = Reconciled(merchant=merchant)
+            progress = LogProgress(merchant=merchant)
             try:
-                async for found in self._of(merchant, since, dry_run=dry_run, spared=spared):
-                    yield found
+                async for _ in self._read_log(progress, since, dry_run=dry_run, min_age=min_age):
+                    yield progress
                 self._metrics.reconciliations.labels(merchant, "done").inc()
             except NorceError as error:
                 self._metrics.reconciliations.labels(merchant, "failed").inc()
                 log.warning("reconciliation_failed", merchant=merchant, error_type=type(error).__name__)
                 failed.append(f"{merchant}: {error}")
-                found.error = str(error)
-                yield found
+                progress.error = str(error)
+                yield progress
         if failed:
             raise NorceError("; ".join(failed))
 
-    async def in_turn(self, every: timedelta) -> None:
-        """
-        A run, where it is due and no other node has it.
-
-        A merchant's log begins when it is first asked, due or not: what was there before this ledger is left to a
-        person who gives a time, for some other ledger may have it. Raises `StoreUnavailable`.
-        """
-        if not self._has_begun:
-            for merchant in self._merchants:
-                if await self._watermarks.value(f"{FLOOR} {merchant}") is None:
-                    await self._watermarks.put(f"{FLOOR} {merchant}", self._clock())
-            self._has_begun = True
-        if not await self._watermarks.has_turn(TURN, in_milliseconds(every)):
-            return
-        with contextlib.suppress(NorceError):  # it has been told
-            async for _ in self.run(spared=STILL_ON_ITS_WAY):
-                await self._watermarks.put(TURN, self._clock())  # still at it
-
-    async def _of(
-        self, merchant: str, since: datetime | None, *, dry_run: bool, spared: timedelta
-    ) -> AsyncIterator[Reconciled]:
-        found = Reconciled(merchant=merchant)
-        read_to = await self._watermarks.value(f"{WATERMARK} {merchant}")
-        floor = await self._watermarks.value(f"{FLOOR} {merchant}")
-        oldest = to_datetime(self._clock()) - self._remembered
+    async def _read_log(
+        self, progress: LogProgress, since: datetime | None, *, dry_run: bool, min_age: timedelta
+    ) -> AsyncIterator[None]:
+        merchant = progress.merchant
+        watermark = await self._watermarks.value(f"{WATERMARK} {merchant}")
+        start = await self._watermarks.value(f"{START} {merchant}")
+        now = to_datetime(self._clock())
+        oldest = now - self._remembered
         if since is not None:
             begins = max(since, oldest + self._overlap) - self._overlap
+        elif watermark is not None:
+            begins = max(to_datetime(watermark) - self._overlap, to_datetime(start or 0), oldest)
         else:
-            known = [to_datetime(read_to) - self._overlap] if read_to is not None else []
-            begins = max([*known, to_datetime(floor or 0), oldest])
-        reached = floor if read_to is None else read_to
-        before = to_datetime(self._clock()) - spared
-        newest = read_to or 0
-        async for page in self._newest_first(merchant, begins):
+            begins = max(to_datetime(start or 0), oldest)
+        newest = watermark or 0
+        async for page in self._newest_pages(merchant, begins):
             events = [event for event in page.items if event.created_at >= begins]
-            old = [event for event in events if not spared or event.created_at < before]
-            await self._bring(old, found, dry_run=dry_run)
-            spoiled = page.count - len(page.items)  # nobody can say when, so they are told each time
-            if spoiled:
-                log.warning("events_unreadable", merchant=merchant, count=spoiled)
-            found.events, found.total = found.events + len(events) + spoiled, page.total
-            found.others += spoiled
-            found.young += len(events) - len(old)
+            old = [event for event in events if not min_age or event.created_at < now - min_age]
+            await self._store_missing(old, progress, dry_run=dry_run)
+            unreadable = page.count - len(page.items)  # of unknown time, so they are counted in every run
+            if unreadable:
+                log.warning("events_unreadable", merchant=merchant, count=unreadable)
+            progress.events += len(events) + unreadable
+            progress.others += unreadable
+            progress.young += len(events) - len(old)
+            progress.total = page.total
             newest = max([newest, *(to_milliseconds(event.created_at) for event in events)])
-            yield found
-        if newest and not dry_run and (reached is None or begins <= max(to_datetime(reached), oldest)):
-            # Not past a gap that a late `since` leaves, nor past what is left for the next time, nor our own clock.
-            await self._watermarks.put(f"{WATERMARK} {merchant}", min(newest, to_milliseconds(before)))
-        found.done = True
-        log.info("reconciled", merchant=merchant, events=found.events, missed=found.missed, others=found.others)
-        yield found
+            yield
+        # A `since` later than the watermark leaves a gap, which the next run has to read.
+        reached = start if watermark is None else watermark
+        leaves_gap = reached is not None and begins > max(to_datetime(reached), oldest)
+        if newest and not dry_run and not leaves_gap:
+            await self._watermarks.put(f"{WATERMARK} {merchant}", min(newest, to_milliseconds(now - min_age)))
+        progress.done = True
+        log.info("reconciled", merchant=merchant, events=progress.events, missed=progress.missed,
+                 others=progress.others)  # fmt: skip
+        yield
 
-    async def _newest_first(self, merchant: str, begins: datetime) -> AsyncIterator[Page[Event]]:
-        """The pages, until one is older than that."""
-        events = _Log(self._norce, merchant)
-        first = last = await events.after(0)
+    async def _newest_pages(self, merchant: str, begins: datetime) -> AsyncIterator[Page[Event]]:
+        """Yield pages from the newest end, up to one that is older than `begins`.
+
+        The reading direction makes changes of the log harmless. When old events fall out at the front of an
+        oldest-first log, the rest moves towards what is read next. When new events come in at the front of a
+        newest-first log, some are seen twice.
+        """
+        events = _EventLog(self._norce, merchant)
+        first = last = await events.page_from(0)
         if first.total is not None and first.total > first.count > 0:
-            last = await events.before(first.total)
-        # Where new ones come at the end, it is read from there. What falls out at the front meanwhile moves the rest
-        # towards what is read next, and what comes in at the front is seen twice: nothing is passed by.
+            last = await events.page_until(first.total)
         backwards = _newest(last) > _newest(first)
         page = last if backwards else first
-        for _ in range(MOST_PAGES):
+        for _ in range(MAX_PAGES):
             if not page.count:
                 if page.total is not None and page.offset < page.total:
                     raise NorceUnavailable("Norce's log has more events than it gives")
                 return
             yield page
-            if page.items and _newest(page) < begins and self._gets_older(page, backwards=backwards):
+            moments = [event.created_at for event in page.items]
+            if moments and _newest(page) < begins and self._descends(moments[::-1] if backwards else moments):
                 return
             if backwards:
                 if page.offset == 0:
                     return
-                page = await events.before(page.offset)
+                page = await events.page_until(page.offset)
             else:
                 offset = page.offset + page.count
                 if page.total is not None and offset >= page.total:
                     return
-                page = await events.after(offset)
+                page = await events.page_from(offset)
         raise NorceUnavailable("the log has no end")
 
-    def _gets_older(self, page: Page[Event], *, backwards: bool) -> bool:
-        """
-        Whether a page is in order, but for what was written late; in no order at all, older is no reason to stop. Nor
-        where nobody can say which way the order is: too few events, or a crowd whose moments are all alike.
-        """
-        moments = [event.created_at for event in page.items]
-        if backwards:
-            moments.reverse()
-        third = len(moments) // 3
-        if third < ENOUGH_TO_TELL or min(moments[:third]) <= max(moments[-third:]):
-            return False
-        oldest = datetime.max.replace(tzinfo=UTC) - self._overlap
-        for moment in moments:
-            if moment > oldest + self._overlap:
-                return False
-            oldest = min(oldest, moment)
-        return True
+    def _descends(self, moments: Sequence[datetime]) -> bool:
+        """Tell whether a page shows that the log gets older. Too few events or equal times do not show it.
 
-    async def _bring(self, events: Sequence[Event], found: Reconciled, *, dry_run: bool) -> None:
-        # Nobody's log speaks for another merchant, nor for another adapter where the filter was not heeded.
-        ours = [e for e in events if e.merchant == found.merchant and e.adapter_id in (None, self._adapter_id)]
-        ours.sort(key=lambda event: event.created_at)  # an order's own, in the order in which they happened
-        identities = []
+        Every event may be up to `overlap` newer than one before it, since Norce may write it late.
+        """
+        third = len(moments) // 3
+        if third < MIN_THIRD or min(moments[:third]) <= max(moments[-third:]):
+            return False
+        return all(at - oldest <= self._overlap for at, oldest in zip(moments, accumulate(moments, min), strict=True))
+
+    async def _store_missing(self, events: Sequence[Event], progress: LogProgress, *, dry_run: bool) -> None:
+        # A log does not speak for another merchant, nor for another adapter if Norce ignored the filter.
+        ours = [e for e in events if e.merchant == progress.merchant and e.adapter_id in (None, self._adapter_id)]
+        ours.sort(key=lambda event: event.created_at)  # the events of an order in the order in which they happened
+        identified = []
         for event in ours:
-            if (both := self._identities(event)) is not None:
-                identities.append((event, both))
-            await asyncio.sleep(0)  # a page may be megabytes of orders: others are answered meanwhile
-        found.others += len(events) - len(identities)
-        known = await self._intake.inbox.known([identity for _, both in identities for identity in both])
-        for event, both in identities:
-            if not known.isdisjoint(both):
-                found.received += 1
+            if (identities := self._identities(event)) is not None:
+                identified.append((event, identities))
+            await asyncio.sleep(0)  # a page may be megabytes of orders; let other tasks run
+        progress.others += len(events) - len(identified)
+        known = await self._intake.inbox.known([each for _, identities in identified for each in identities])
+        for event, identities in identified:
+            if not known.isdisjoint(identities):
+                progress.received += 1
                 continue
             if not dry_run:
-                # Taken apart again: a page of parsed orders is ten times as large as its text.
-                if (parsed := self._parsed(event, self._clock())) is None:
-                    raise AssertionError("an event that was read is not any more")
+                # Parsed again: keeping a page of parsed orders would take ten times the memory of its text.
+                parsed = self._parse(event, self._clock())
+                assert parsed is not None
                 notification = self._intake.routed(*parsed)
                 del parsed
                 if await self._intake.store(notification) is not Received.NEW:  # it has come meanwhile
-                    found.received += 1
+                    progress.received += 1
                     continue
-                self._tell(notification)
-            known.update(both)
-            found.missed += 1
+                self._report_missed(notification)
+            known.update(identities)
+            progress.missed += 1
 
-    def _tell(self, notification: ReceivedNotification) -> None:
-        merchant, name = notification.channel
+    def _report_missed(self, notification: ReceivedNotification) -> None:
+        merchant, channel = notification.channel
         self._metrics.missed.labels(notification.callback, merchant).inc()
-        log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=name,
+        log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=channel,
                     order_id=notification.order_id)  # fmt: skip
 
     def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
+        """Return the two identities under which a callback may have stored the event, or None if it is not ours.
+
+        They differ if `lastModified` was too far in the future to count when the callback came.
         """
-        Under which a callback may have been remembered: whether lastModified was too far ahead to count was seen by the
-        clock of the moment when it came. None where there is no such callback.
-        """
-        now = self._parsed(event, self._clock())
-        ahead = None if now is None else self._parsed(event, LONG_AGO)
+        now = self._parse(event, self._clock())
+        ahead = None if now is None else self._parse(event, LONG_AGO)
         return None if now is None or ahead is None else (now[0].identity, ahead[0].identity)
 
-    def _parsed(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
-        """The notification that a callback would have brought; None where there is none."""
+    def _parse(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
+        """Return the notification that a callback would have brought, and its order; or None if there is none."""
         callback, channel = self._callback(event), Channel(event.merchant, event.channel)
         if callback is None or channel not in self._channels:
             return None
@@ -279,59 +296,54 @@ class Reconciliation:
             headers={"content-type": "application/json"},
             body=bytes(event.payload),
         )
-        sender = reconciled(channel)
         try:
-            return parse_notification(raw, sender, callback, self._channels, now)
+            return parse_notification(raw, reconciled(channel), callback, self._channels, now)
         except (CallbackInvalid, Unauthenticated) as error:
             log.warning("event_unreadable", order_id=event.order_id, callback=callback.name, merchant=event.merchant,
                         error_type=type(error).__name__)  # fmt: skip
             return None
 
     def _callback(self, event: Event) -> Callback | None:
-        """By the reference that we register with, or else by the address."""
-        for name in (event.reference, *_named_in(event.payload)):
+        """Find the callback by the reference that we register with, or by the name in its address."""
+        for name in (event.reference, *_names_in(event.payload)):
             callback = self._intake.routes.callbacks.get(name or "")
             if callback is not None and callback.kind == "notification":
                 return callback
         return None
 
 
-class _Log:
-    """One merchant's events, in pages that are as large as Norce and memory allow."""
+class _EventLog:
+    """The event log of one merchant, in pages as large as Norce and memory allow."""
 
     def __init__(self, norce: Norce, merchant: str) -> None:
         self._norce = norce
         self._merchant = merchant
-        self._size = A_PAGE
+        self._size = PAGE_SIZE
 
-    async def after(self, offset: int) -> Page[Event]:
-        """The page that begins there."""
-        while True:
-            page = await self._read(offset, self._size)
-            if page is not None:
-                return page
+    async def page_from(self, offset: int) -> Page[Event]:
+        """Read the page that begins at `offset`."""
+        return await self._read(offset, self._size)
 
-    async def before(self, end: int) -> Page[Event]:
-        """The page that ends there. Norce may give fewer than it is asked for, and those from the wrong end."""
+    async def page_until(self, end: int) -> Page[Event]:
+        """Read the page that ends at `end`, or at the end of the log if it has become shorter."""
         while True:
             offset = max(end - self._size, 0)
             page = await self._read(offset, end - offset)
-            if page is None:
-                continue
-            missing = min(end, end if page.total is None else page.total) - offset - page.count
-            if not page.count or missing <= 0:
+            if page.total is not None and 0 < page.total <= offset:
+                end = page.total
+            elif not page.count or offset + page.count >= min(end, page.total or end):
                 return page
-            self._size = page.count
+            else:
+                self._size = page.count  # shorter than asked for: the events before `end` are missing
 
-    async def _read(self, offset: int, limit: int) -> Page[Event] | None:
-        """None where it is to be tried again with a smaller size."""
-        try:
-            return await self._norce.events(self._merchant, offset=offset, limit=limit)
-        except NorceTooLarge:
-            if limit == 1:
-                raise
-            self._size = max(limit // 2, 1)
-            return None
+    async def _read(self, offset: int, limit: int) -> Page[Event]:
+        while True:
+            try:
+                return await self._norce.events(self._merchant, offset=offset, limit=limit)
+            except NorceTooLarge:
+                if limit == 1:
+                    raise
+                self._size = limit = limit // 2
 
 
 class _Registered(msgspec.Struct):
@@ -343,34 +355,17 @@ class _Payload(msgspec.Struct):
     notification: _Registered
 
 
-def _named_in(payload: bytes | msgspec.Raw) -> tuple[str | None, ...]:
-    """What may be the name of a callback in an event's payload."""
+def _names_in(payload: msgspec.Raw) -> tuple[str | None, ...]:
     try:
         registered = msgspec.json.decode(payload, type=_Payload).notification
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return ()
-    return registered.reference, _last_step(registered.invoke or "")
-
-
-def _last_step(address: str) -> str:
     try:
-        return unquote(urlsplit(address).path.rpartition("/")[2])
+        path = urlsplit(registered.invoke or "").path
     except ValueError:
-        return ""
+        path = ""
+    return registered.reference, unquote(path.rpartition("/")[2])
 
 
 def _newest(page: Page[Event]) -> datetime:
-    return max((event.created_at for event in page.items), default=datetime.min.replace(tzinfo=UTC))
-
-
-async def keep_reconciled(reconciliation: Reconciliation, every: timedelta) -> None:
-    """Asks often whether it is due: which node has the turn is for the ledger to say."""
-    while every:
-        try:
-            await reconciliation.in_turn(every)
-        except StoreUnavailable:  # the store has said so itself
-            pass
-        except Exception as error:  # a mistake of ours, or of Norce's, must not end all that come after
-            log.error("reconciliation_broke", exc_info=error)
-        await asyncio.sleep(min(every.total_seconds(), TURN_SECONDS))
-    await asyncio.Event().wait()
+    return max((event.created_at for event in page.items), default=NEVER)

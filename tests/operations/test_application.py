@@ -22,7 +22,7 @@ from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.operations.application import OperationsEndpoints
 from adapter.operations.health import Health
-from adapter.reconciliation.events import Reconciled
+from adapter.reconciliation.events import LogProgress
 from tests.databases import rows
 
 
@@ -242,11 +242,11 @@ def test_the_metrics_are_still_told_where_the_ledger_cannot_be_read(stage: Stage
 def test_a_shutdown_waits_for_no_long_log(stage: Stage) -> None:
     left = []
 
-    async def endless(**_: Any) -> AsyncIterator[Reconciled]:
+    async def endless(**_: Any) -> AsyncIterator[LogProgress]:
         try:
             while True:
                 stage.health.stopping = True  # while the first page is read
-                yield Reconciled(merchant="norce")
+                yield LogProgress(merchant="norce")
         finally:
             left.append("the log")
 

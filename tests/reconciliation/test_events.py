@@ -32,7 +32,7 @@ from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.norce.client import LARGEST_ANSWER_BYTES, Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
-from adapter.reconciliation.events import A_PAGE, Reconciled
+from adapter.reconciliation.events import PAGE_SIZE, LogProgress
 from adapter.registrations.on_orders import Registrar
 from adapter.routing.from_config import norce_client, queue_keys
 from adapter.routing.routes import build
@@ -147,14 +147,14 @@ class House:
 
         return self.loop.run(bought())
 
-    def reconciled(self, **given: Any) -> Reconciled:
-        async def run() -> Reconciled:
+    def reconciled(self, **given: Any) -> LogProgress:
+        async def run() -> LogProgress:
             return [each async for each in self.healing.run(**given)][-1]  # of the last merchant
 
         return self.loop.run(run())
 
     def in_turn(self, every: timedelta = timedelta(minutes=10)) -> None:
-        self.loop.run(self.healing.in_turn(every))
+        self.loop.run(self.healing.run_if_due(every))
 
     def missed(self) -> float:
         """What an operator is alerted by."""
@@ -228,20 +228,20 @@ def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
 ) -> None:
     with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
         house.simulator.throw(events_order=order, clock_skew_seconds=skew)
-        house.orders(6 * A_PAGE // 5, moves=5)
+        house.orders(6 * PAGE_SIZE // 5, moves=5)
         assert house.reconciled().missed == 0
         house.simulator.throw(notifications_lost=1.0)
-        house.orders(A_PAGE // 5 + 3, moves=5)
+        house.orders(PAGE_SIZE // 5 + 3, moves=5)
         house.line.asked = 0
 
         found = house.reconciled()
         pages = house.line.asked
 
-        assert found.missed == A_PAGE + 15
+        assert found.missed == PAGE_SIZE + 15
         assert house.reconciled().missed == 0
         # Where Norce's clock is ahead, it begins where ours was: more is read again.
         assert pages <= (9 if skew > 0 else 5)
-        assert len({order_id for order_id, _, _ in house.stored()}) == 7 * A_PAGE // 5 + 3
+        assert len({order_id for order_id, _, _ in house.stored()}) == 7 * PAGE_SIZE // 5 + 3
 
 
 def test_of_a_log_in_no_order_all_is_read(house: House) -> None:
@@ -332,7 +332,7 @@ def test_a_merchant_whose_log_cannot_be_read_is_in_nobodys_way(tmp_path: Path, s
 def test_every_merchant_whose_log_cannot_be_read_is_named(tmp_path: Path, store_url: str) -> None:
     merchants = {name: {"tokens": ["${env:KEY}"], "channels": {"1": {}}} for name in ("first", "second")}
     with opened(store_url, tmp_path, merchants=merchants) as house:
-        told: list[Reconciled] = []
+        told: list[LogProgress] = []
 
         async def run() -> None:
             async for each in house.healing.run():
@@ -478,12 +478,12 @@ def test_an_old_page_that_is_a_little_out_of_order_is_not_the_end_of_a_log_witho
         house.orders(1)
         house.reconciled()
         events = house.simulator.records.events
-        first, *_, last = list(events)[:A_PAGE]
+        first, *_, last = list(events)[:PAGE_SIZE]
         at = datetime.fromisoformat(events[last]["createdAt"]) + timedelta(seconds=1)
         events[first] = {**events[first], "createdAt": at.isoformat()}
         house.simulator.throw(clock_skew_seconds=0, notifications_lost=1.0)
         house.orders(2)
-        house.line._inner = Capped(house.line._inner, A_PAGE, too_large=False, total=False)
+        house.line._inner = Capped(house.line._inner, PAGE_SIZE, too_large=False, total=False)
 
         assert house.reconciled().missed == 2
 
@@ -508,7 +508,7 @@ def test_half_an_emoji_in_one_event_hides_no_other(house: House) -> None:
 
 
 def test_of_a_log_that_never_ends_nothing_is_taken_for_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("adapter.reconciliation.events.MOST_PAGES", 2)
+    monkeypatch.setattr("adapter.reconciliation.events.MAX_PAGES", 2)
     house.simulator.throw(notifications_lost=1.0)
     house.orders(5, moves=5)
     house.line._inner = Capped(house.line._inner, 7, too_large=False, total=False)
@@ -537,7 +537,7 @@ def test_others_are_answered_between_two_events(house: House) -> None:
             await asyncio.sleep(0)
             loop_turn += 1
 
-    async def run() -> Reconciled:
+    async def run() -> LogProgress:
         others = asyncio.create_task(beside())
         found = [each async for each in house.healing.run()][-1]
         others.cancel()
