@@ -53,12 +53,12 @@ lint: $(VENV)/installed-dev  ## format, lint, types, layers
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 
-# How long an answer takes is asserted here, so they have the machine to themselves.
-ALONE := tests/flows/test_blocked.py tests/flows/test_stalls.py
+# Files stay together, because their tests share services. The tests of speed need the machine for themselves.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 tests: $(SUITE)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal $(ALONE:%=--ignore %)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not speed"
+	$(BIN)/python -m pytest -m speed
 
 bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ONLY="accept dispatch" for some
 	$(BIN)/python benchmarks/run.py $(ONLY)

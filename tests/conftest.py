@@ -1,8 +1,9 @@
-"""Fixtures that more than one room's tests use: databases of both kinds, and quiet."""
+"""Fixtures for several packages: databases of both kinds, and logging as it was."""
 
 import asyncio
 import io
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,22 @@ from adapter import logs
 from tests.databases import KINDS, Files, Server, postgres_server
 from tests.ledgers import HandClock, Ledger
 
+SLOW = ("crash", "flows")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start one worker more than there are cores: the flows wait most of the time."""
+    return min((os.cpu_count() or 1) + 1, 4)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take long, so that no worker is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in SLOW)
+
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Server]:
-    """The one PostgreSQL of this run."""
+    """The PostgreSQL server of this process."""
     with postgres_server() as server:
         yield server
 
@@ -28,7 +41,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 @pytest.fixture(params=KINDS)
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A database with the ledger's tables and nothing in them: once on SQLite, once on PostgreSQL."""
+    """A database with empty tables of the ledger: once on SQLite, once on PostgreSQL."""
     if request.param == "sqlite":
         yield request.getfixturevalue("files").fresh(tmp_path)
         return
@@ -42,7 +55,7 @@ def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def postgres_url(postgres: Server) -> Iterator[str]:
-    """The same on PostgreSQL only, for what takes several processes."""
+    """A database with empty tables of the ledger, on PostgreSQL only."""
     url = postgres.fresh()
     try:
         yield url
@@ -76,10 +89,10 @@ def ledger(store_url: str) -> Iterator[Ledger]:
 
 @pytest.fixture
 def logging_as_before() -> Iterator[None]:
-    """A command sets logging up for its whole process, and that is ours."""
+    """Restore the logging of this process, which a command configures for its own."""
     root = logging.getLogger()
     handlers, level = root.handlers, root.level
-    logs.configure(stream=io.StringIO())  # what a service in another thread logs is no output of the command
+    logs.configure(stream=io.StringIO())  # a service in another thread may log
     yield
     structlog.reset_defaults()
     root.handlers, root.level = handlers, level

@@ -11,7 +11,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tests.flows.stage import Neighbours, Stage, free_port, install_sample_plugin, order, until
+from tests.flows.site import (
+    ExternalServices,
+    Site,
+    free_port,
+    install_sample_plugin,
+    make_order,
+    wait_until,
+)
 
 
 class Erp:
@@ -38,27 +45,27 @@ def sample_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def neighbours() -> Iterator[Neighbours]:
-    with Neighbours() as neighbours:
-        yield neighbours
+def external_services() -> Iterator[ExternalServices]:
+    with ExternalServices() as external_services:
+        yield external_services
 
 
 @pytest.fixture
-def stage(tmp_path: Path, neighbours: Neighbours, sample_plugin: Path) -> Iterator[Stage]:
-    with Stage(tmp_path, neighbours) as stage:
-        stage.environ["PYTHONPATH"] = str(sample_plugin)
-        stage.config["routes"] = {
+def site(tmp_path: Path, external_services: ExternalServices, sample_plugin: Path) -> Iterator[Site]:
+    with Site(tmp_path, external_services) as site:
+        site.environ["PYTHONPATH"] = str(sample_plugin)
+        site.config["routes"] = {
             "export-to-erp": {
                 "callback": "order-status",
                 "handler": "sample-erp",
                 "settings": {"url": f"http://127.0.0.1:{free_port()}", "company": 7},
             }
         }
-        yield stage
+        yield site
 
 
-def test_its_handlers_are_listed_with_their_package(stage: Stage) -> None:
-    listed = stage.command("handlers", "list", "--output", "json")
+def test_its_handlers_are_listed_with_their_package(site: Site) -> None:
+    listed = site.run_command("handlers", "list", "--output", "json")
 
     assert listed.returncode == 0
     rows = {row["name"]: row for row in json.loads(listed.stdout)}
@@ -72,21 +79,21 @@ def test_its_handlers_are_listed_with_their_package(stage: Stage) -> None:
     assert {row["from"] for row in rows.values()} == {"norce-adapter", "norce-adapter-sample"}
 
 
-def test_without_its_package_its_handlers_are_a_problem_of_the_configuration(stage: Stage) -> None:
-    del stage.environ["PYTHONPATH"]
+def test_without_its_package_its_handlers_are_a_problem_of_the_configuration(site: Site) -> None:
+    del site.environ["PYTHONPATH"]
 
-    checked = stage.command("check")
+    checked = site.run_command("check")
 
     assert checked.returncode == 4
     assert "routes.export-to-erp.handler: no installed handler has this name" in checked.stderr
 
 
-def test_its_settings_are_checked_at_their_lines(stage: Stage) -> None:
-    settings = stage.config["routes"]["export-to-erp"]["settings"]
+def test_its_settings_are_checked_at_their_lines(site: Site) -> None:
+    settings = site.config["routes"]["export-to-erp"]["settings"]
     settings |= {"url": "ftp://erp.example", "company": 0, "colour": "blue"}
-    lines = stage.write().read_text().splitlines()
+    lines = site.write_config().read_text().splitlines()
 
-    checked = stage.command("check")
+    checked = site.run_command("check")
 
     assert checked.returncode == 4
     *problems, last = checked.stderr.splitlines()
@@ -94,33 +101,33 @@ def test_its_settings_are_checked_at_their_lines(stage: Stage) -> None:
     for problem, written in zip(problems, ('"url": "ftp', '"company": 0', '"colour"'), strict=True):
         (line,) = (number for number, text in enumerate(lines, 1) if written in text)
         key = written.split('"')[1]
-        assert problem.startswith(f"{stage.folder / 'config.yaml'}:{line}: routes.export-to-erp.settings.{key}: ")
+        assert problem.startswith(f"{site.folder / 'config.yaml'}:{line}: routes.export-to-erp.settings.{key}: ")
 
 
-def test_settings_that_are_right_pass(stage: Stage) -> None:
-    checked = stage.command("check")
+def test_settings_that_are_right_pass(site: Site) -> None:
+    checked = site.run_command("check")
 
     assert (checked.returncode, checked.stderr) == (0, "")
     assert checked.stdout.endswith("2 callbacks, 1 routes; all is well\n")
 
 
-def test_its_export_arrives(stage: Stage, neighbours: Neighbours) -> None:
+def test_its_export_arrives(site: Site, external_services: ExternalServices) -> None:
     erp = Erp()
-    stage.config["routes"]["export-to-erp"]["settings"]["url"] = f"{neighbours.add(erp.app)}/api"
-    service = stage.start()
+    site.config["routes"]["export-to-erp"]["settings"]["url"] = f"{external_services.add(erp.app)}/api"
+    service = site.start()
 
-    assert stage.notify(service, order("for-the-erp")) == 200
+    assert site.notify(service, make_order("for-the-erp")) == 200
 
-    ended = stage.ended("for-the-erp")
+    ended = site.wait_for_end("for-the-erp")
     assert (ended["reason"], ended["reference"]) == ("delivered", "ERP-for-the-erp")
     assert erp.orders == {"for-the-erp": {"company": 7, "reference": "for-the-erp", "currency": "SEK"}}
     assert erp.puts == 1
 
 
-def test_an_erp_that_is_down_is_a_retry_without_a_word_of_the_plugins_about_it(stage: Stage) -> None:
-    service = stage.start()
+def test_an_erp_that_is_down_is_a_retry_without_a_word_of_the_plugins_about_it(site: Site) -> None:
+    service = site.start()
 
-    stage.notify(service, order("for-nobody"))
+    site.notify(service, make_order("for-nobody"))
 
-    retried = until(lambda: service.said("delivery_retried", order_id="for-nobody"))
+    retried = wait_until(lambda: service.logged("delivery_retried", order_id="for-nobody"))
     assert (retried[0]["outcome"], retried[0]["code"]) == ("retry", "destination-unreachable")

@@ -31,7 +31,7 @@ from tests.crash.node import Node
 from tests.crash.shoppers import Shoppers
 from tests.crash.warehouse import install
 from tests.databases import Server
-from tests.flows.stage import NORCE_TOKEN, PASSWORD, URL_KEY, Neighbours
+from tests.flows.site import NORCE_TOKEN, PASSWORD, URL_KEY, ExternalServices
 from tests.norce_stand_in import NorceStandIn
 
 RANDOM, RANDOM_START = "at-a-random-moment", "at-a-random-moment-of-the-start"
@@ -123,7 +123,7 @@ class Round:
         self.url = server.empty() if server else f"sqlite:///{folder / 'ledger.db'}"
 
     def __enter__(self) -> "Round":
-        neighbours = self._open.enter_context(Neighbours())
+        external_services = self._open.enter_context(ExternalServices())
         self.warehouse = Warehouse(random.Random(f"{self._seed}/warehouse"))
         self.shop = Shop(random.Random(f"{self._seed}/shop"), username="crash", password=PASSWORD)
         norce = NorceStandIn(NORCE_TOKEN)
@@ -135,7 +135,7 @@ class Round:
             "SHOP_PASSWORD": PASSWORD,
         }
         self._config = self._folder / "config.yaml"
-        addresses = [neighbours.add(app) for app in (norce.app, self.warehouse, self.shop)]
+        addresses = [external_services.add(app) for app in (norce.app, self.warehouse, self.shop)]
         self._config.write_text(json.dumps(_config(self.url, *addresses)))
         self._shoppers = Shoppers(
             self.name,

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from tests.crash.destinations import Shop
-from tests.flows.stage import order, signed_url
+from tests.flows.site import make_order, signed_url
 
 PACE_SECONDS = 0.03
 SNAPSHOTS = 3  # of one order, at most
@@ -86,7 +86,7 @@ class Shoppers:
         self._shop.expects(name)
         snapshots = SNAPSHOTS if moods.random() < 0.15 else 1
         for number in range(snapshots):
-            body = order(name, lastModified=f"2026-02-03T09:00:0{number}Z")
+            body = make_order(name, lastModified=f"2026-02-03T09:00:0{number}Z")
             self._orders[name] = body
             if not self._send(http, body, tries=3 if moods.random() < 0.7 else 1, moods=moods):
                 return

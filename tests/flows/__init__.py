@@ -1,1 +1,1 @@
-"""Stories told by the whole service: a process, a ledger file, and the two companies that it stands between."""
+"""Flows through the whole service: a process, a real ledger, and servers in place of Norce and the shop."""

@@ -1,12 +1,10 @@
-"""
-A stage for each story, and what all stories share: whom the service calls, and the sample plugin.
+"""A site for each flow, and what all flows share: the servers that the service calls, and the sample plugin.
 
-A story runs on SQLite, and on PostgreSQL as well where it asks for `store_url` too: those about doubt, restarts,
-shutdown and the destination do, for there the two stores differ (a dead process's lanes are free at once, or when its
-lease has ended). What blocks, what a repeat is and how a start fails is decided before any database is asked.
+A flow runs on SQLite, and on PostgreSQL as well if it uses `store_url`. Flows about doubt, restarts, shutdown and the
+destination do: there the stores differ (the lanes of a dead process are free at once, or when its lease has ended).
 
-Stories that mostly wait are told at the same time: their modules name them in STORIES, with the stores they are told
-on, and the tests look at how they ended.
+Flows that mostly wait run at the same time. A module names them in FLOWS, with their stores, and its tests examine the
+sites after the flows have ended.
 """
 
 from collections.abc import Iterator
@@ -17,22 +15,22 @@ from pathlib import Path
 import pytest
 
 from tests.databases import KINDS, Server
-from tests.flows.stage import Everywhere, Neighbours, Stage, Story, Told, install_sample_plugin
+from tests.flows.site import ExternalServices, Flow, RunFlow, RunFlowOn, Site, install_sample_plugin
 
-AT_THE_SAME_TIME = 8
+FLOWS_AT_ONCE = 8
 
 
 @pytest.fixture(scope="session")
-def neighbours() -> Iterator[Neighbours]:
-    with Neighbours() as neighbours:
-        yield neighbours
+def external_services() -> Iterator[ExternalServices]:
+    with ExternalServices() as external_services:
+        yield external_services
 
 
 @pytest.fixture
-def stage(request: pytest.FixtureRequest, tmp_path: Path, neighbours: Neighbours) -> Iterator[Stage]:
+def site(request: pytest.FixtureRequest, tmp_path: Path, external_services: ExternalServices) -> Iterator[Site]:
     store_url = request.getfixturevalue("store_url") if "store_url" in request.fixturenames else None
-    with Stage(tmp_path, neighbours, store_url) as stage:
-        yield stage
+    with Site(tmp_path, external_services, store_url) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")
@@ -40,33 +38,31 @@ def sample_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_sample_plugin(tmp_path_factory.mktemp("sample-plugin"))
 
 
-@pytest.fixture(scope="session")
-def told_everywhere(
+@pytest.fixture(scope="module")
+def run_flow_on(
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
-    neighbours: Neighbours,
+    external_services: ExternalServices,
     sample_plugin: Path,
     postgres: Server,
-) -> Iterator[Everywhere]:
-    """The stage of a story on a store, after the story. All begin when the first is asked for."""
-    modules = {item.module for item in request.session.items if isinstance(item, pytest.Function)}
-    with ExitStack() as stack, ThreadPoolExecutor(AT_THE_SAME_TIME) as pool:
-        stages: dict[tuple[Story, str], Stage] = {}
-        ends: dict[tuple[Story, str], Future[None]] = {}
-        for module in sorted(modules, key=lambda module: str(module.__name__)):
-            for story, kinds in getattr(module, "STORIES", {}).items():
-                for kind in kinds:
-                    folder = tmp_path_factory.mktemp(story.__name__)
-                    stage = Stage(folder, neighbours, postgres.fresh() if kind == "postgresql" else None)
-                    stage.environ["PYTHONPATH"] = str(sample_plugin)
-                    stages[story, kind] = stack.enter_context(stage)
-                    ends[story, kind] = pool.submit(story, stage)
+) -> Iterator[RunFlowOn]:
+    """Start all flows of the module. The function waits for one of them and returns its site."""
+    with ExitStack() as stack, ThreadPoolExecutor(FLOWS_AT_ONCE) as pool:
+        sites: dict[tuple[Flow, str], Site] = {}
+        ends: dict[tuple[Flow, str], Future[None]] = {}
+        for flow, kinds in request.module.FLOWS.items():
+            for kind in kinds:
+                folder = tmp_path_factory.mktemp(flow.__name__)
+                site = Site(folder, external_services, postgres.fresh() if kind == "postgresql" else None)
+                site.environ["PYTHONPATH"] = str(sample_plugin)
+                sites[flow, kind] = stack.enter_context(site)
+                ends[flow, kind] = pool.submit(flow, site)
 
-        def told(story: Story, kind: str) -> Stage:
-            ends[story, kind].result()
-            return stages[story, kind]
+        def run_flow(flow: Flow, kind: str) -> Site:
+            ends[flow, kind].result()
+            return sites[flow, kind]
 
-        yield told
+        yield run_flow
 
 
 @pytest.fixture(params=KINDS)
@@ -75,6 +71,6 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def told(told_everywhere: Everywhere, kind: str) -> Told:
-    """The stage of a story, after the story: on SQLite, and on PostgreSQL."""
-    return lambda story: told_everywhere(story, kind)
+def run_flow(run_flow_on: RunFlowOn, kind: str) -> RunFlow:
+    """Return the site after a flow, on SQLite and on PostgreSQL."""
+    return lambda flow: run_flow_on(flow, kind)

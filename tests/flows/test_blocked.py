@@ -1,4 +1,4 @@
-"""A plugin that blocks its thread holds up its own kind, never a verdict, the intake or the end of the process."""
+"""A plugin that blocks its thread delays only plugins: no other verdict, no notification and no shutdown."""
 
 import json
 import time
@@ -7,21 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from tests.flows.stage import Stage, order, until
+import pytest
+
+from tests.flows.site import Site, make_order, wait_until
 
 DEADLINE_SECONDS = 1.0
-SLACK_SECONDS = 0.5  # for a client that is itself one of forty threads on a busy machine
+SLACK_SECONDS = 0.5  # for a client that is itself one of forty threads
 T = TypeVar("T")
 
 
-def blocked(stage: Stage, plugin: Path) -> Path:
-    """Adds a delivery and a check that sleep for half a minute; where they say that they were called."""
-    calls = stage.folder / "calls"
+def add_blocking_routes(site: Site, plugin: Path) -> Path:
+    """Add a delivery and a validation that sleep for minutes. Return the file in which they record their calls."""
+    calls = site.folder / "calls"
     calls.touch()
-    stage.environ["PYTHONPATH"] = str(plugin)
-    stage.config["dispatcher"]["grace"] = "200ms"
-    stage.config["callbacks"] |= {"order-checks": {"kind": "validation", "deadline": "1s"}}
-    stage.config["routes"] |= {
+    site.environ["PYTHONPATH"] = str(plugin)
+    site.config["dispatcher"]["grace"] = "200ms"
+    site.config["callbacks"]["order-rules"]["deadline"] = "1s"
+    site.config["callbacks"] |= {"order-checks": {"kind": "validation", "deadline": "1s"}}
+    site.config["routes"] |= {
         "sleeps": {"callback": "order-status", "handler": "sample-sleeps", "timeout": "1s",
                    "settings": {"calls": str(calls)}},
         "sleeping-check": {"callback": "order-checks", "handler": "sample-sleeping-check", "no_answer": "reject",
@@ -33,31 +36,32 @@ def blocked(stage: Stage, plugin: Path) -> Path:
     return calls
 
 
-def timed(act: Callable[[], T]) -> tuple[float, T]:
+def measure(act: Callable[[], T]) -> tuple[float, T]:
     began = time.perf_counter()
     answer = act()
     return time.perf_counter() - began, answer
 
 
-def test_verdicts_are_in_time_and_notifications_stored_while_every_plugin_blocks(
-    stage: Stage, sample_plugin: Path
+@pytest.mark.speed
+def test_verdicts_are_in_time_and_notifications_are_stored_while_every_plugin_blocks(
+    site: Site, sample_plugin: Path
 ) -> None:
-    calls = blocked(stage, sample_plugin)
-    stage.expected.add("plugins_loop_replaced")
-    service = stage.start()
-    stage.notify(service, order("blocks"))
-    until(lambda: "deliver blocks" in calls.read_text())
+    calls = add_blocking_routes(site, sample_plugin)
+    site.expected_errors.add("plugins_loop_replaced")
+    service = site.start()
+    site.notify(service, make_order("blocks"))
+    wait_until(lambda: "deliver blocks" in calls.read_text())
 
     def check(number: int) -> tuple[float, int, str]:
-        seconds, answer = timed(lambda: stage.validate(service, order(f"check-{number}"), "order-checks"))
+        seconds, answer = measure(lambda: site.validate(service, make_order(f"check-{number}"), "order-checks"))
         return seconds, answer.status_code, answer.json()[0]["code"]
 
     def rule(number: int) -> tuple[float, int]:
-        seconds, answer = timed(lambda: stage.validate(service, order(f"rule-{number}")))
+        seconds, answer = measure(lambda: site.validate(service, make_order(f"rule-{number}")))
         return seconds, answer.status_code
 
     def store(number: int) -> tuple[float, int]:
-        return timed(lambda: stage.notify(service, order(f"stored-{number}")))
+        return measure(lambda: site.notify(service, make_order(f"stored-{number}")))
 
     with ThreadPoolExecutor(40) as pool:
         checks, rules, stored = (
@@ -65,36 +69,37 @@ def test_verdicts_are_in_time_and_notifications_stored_while_every_plugin_blocks
             for act, count in ((check, 40), (rule, 100), (store, 100))
         )
 
-    # Asked of a handler that sleeps: answered at the deadline, as the route's no_answer says.
+    # A handler that sleeps: the answer comes at the deadline and is the route's no_answer.
     assert {(future.result()[1], future.result()[2]) for future in checks} == {(400, "not-answered")}
     assert max(future.result()[0] for future in checks) < DEADLINE_SECONDS + SLACK_SECONDS
-    # Asked of one that computes: not held up at all.
+    # A handler that only computes is not delayed.
     assert {future.result()[1] for future in rules} == {200}
     assert max(future.result()[0] for future in rules) < DEADLINE_SECONDS + SLACK_SECONDS
     assert {future.result()[1] for future in stored} == {200}
-    assert len({each["order_id"] for each in stage.deliveries()}) == 101
-    assert service.process.poll() is None
+    assert len({each["order_id"] for each in site.deliveries()}) == 101
+    assert service.is_running
 
-    assert service.stop(within=10) == 0
-
-
-def test_a_thread_that_a_handler_left_behind_does_not_hold_up_the_end(stage: Stage, sample_plugin: Path) -> None:
-    calls = blocked(stage, sample_plugin)
-    stage.config["routes"]["sleeps"] |= {"handler": "sample-sleeps-in-a-thread", "timeout": "20s"}
-    service = stage.start()
-    stage.notify(service, order("aside"))
-    until(lambda: "deliver aside" in calls.read_text())
-
-    assert service.stop(within=10) == 0
+    assert service.stop() == 0
 
 
-def test_metrics_and_health_are_answered_while_every_plugin_blocks(stage: Stage, sample_plugin: Path) -> None:
-    calls = blocked(stage, sample_plugin)
-    service = stage.start()
-    stage.notify(service, order("blocks"))
-    until(lambda: "deliver blocks" in calls.read_text())
+def test_a_shutdown_does_not_wait_for_a_thread_that_a_handler_started(site: Site, sample_plugin: Path) -> None:
+    calls = add_blocking_routes(site, sample_plugin)
+    site.config["routes"]["sleeps"] |= {"handler": "sample-sleeps-in-a-thread", "timeout": "10m"}
+    service = site.start(command=True)
+    site.notify(service, make_order("aside"))
+    wait_until(lambda: "deliver aside" in calls.read_text())
 
-    answers = {path: stage.http.get(f"{service.operations_address}/{path}") for path in ("livez", "readyz", "metrics")}
+    assert service.stop() == 0
+
+
+def test_metrics_and_health_are_answered_while_every_plugin_blocks(site: Site, sample_plugin: Path) -> None:
+    calls = add_blocking_routes(site, sample_plugin)
+    site.config["routes"]["sleeps"]["timeout"] = "10m"
+    service = site.start()
+    site.notify(service, make_order("blocks"))
+    wait_until(lambda: "deliver blocks" in calls.read_text())
+
+    answers = {path: site.http.get(f"{service.operations_address}/{path}") for path in ("livez", "readyz", "metrics")}
 
     assert {answer.status_code for answer in answers.values()} == {200}
     assert json.loads(answers["readyz"].content)["ready"] is True

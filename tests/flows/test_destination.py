@@ -1,89 +1,89 @@
-"""The destination fails us: it is down, it answers nothing, it does not know us. The work is kept, and done once."""
+"""A destination that is down, busy or rejects the credentials: the work is kept and done once."""
 
 import pytest
 
 from adapter.sandbox.jetshop_stand_in import Fault
-from tests.flows.stage import Stage, free_port, order, until
+from tests.flows.site import Site, free_port, make_order, wait_until
 
 pytestmark = pytest.mark.usefixtures("store_url")
 
-WRONG = {"type": "basic", "username": "stories", "password": "${env:WRONG_PASSWORD}"}
+WRONG = {"type": "basic", "username": "flows", "password": "${env:WRONG_PASSWORD}"}
 
 
-def test_a_destination_that_is_down_for_a_while_gets_every_order_once(stage: Stage) -> None:
+def test_a_destination_that_is_down_for_a_while_gets_every_order_once(site: Site) -> None:
     port, names = free_port(), [f"order-{number}" for number in range(5)]
-    stage.config["routes"]["export-payment"]["settings"]["base_url"] = f"http://127.0.0.1:{port}"
-    stage.config["queues"] = {"first_pause": "200ms", "max_pause": "400ms"}
-    service = stage.start()
-    assert {stage.notify(service, order(name)) for name in names} == {200}
-    until(lambda: stage.overview().paused)
-    assert {stage.delivery(name)["code"] for name in names} == {"destination-unreachable"}
-    assert stage.http.get(f"{service.operations_address}/readyz").status_code == 200  # the intake goes on
+    site.config["routes"]["export-payment"]["settings"]["base_url"] = f"http://127.0.0.1:{port}"
+    site.config["queues"] = {"first_pause": "200ms", "max_pause": "400ms"}
+    service = site.start()
+    assert {site.notify(service, make_order(name)) for name in names} == {200}
+    wait_until(lambda: site.overview().paused)
+    assert {site.delivery(name)["code"] for name in names} == {"destination-unreachable"}
+    assert site.http.get(f"{service.operations_address}/readyz").status_code == 200  # notifications are still accepted
 
-    with stage.shop.serving(port=port):
-        assert {stage.ended(name)["reason"] for name in names} == {"delivered"}
+    with site.shop.serving(port=port):
+        assert {site.wait_for_end(name)["reason"] for name in names} == {"delivered"}
 
-    assert [stage.shop.methods(name) for name in names] == [["PUT"]] * 5
-    assert stage.overview().paused == {}
+    assert [site.shop.methods(name) for name in names] == [["PUT"]] * 5
+    assert site.overview().paused == {}
 
 
-def test_a_busy_destination_is_not_asked_again_before_it_says_so(stage: Stage) -> None:
-    stage.shop.script("busy", Fault(status=429, retry_after="1"))
-    service = stage.start()
-    stage.notify(service, order("busy"))
+def test_a_busy_destination_gets_no_request_before_the_time_it_named(site: Site) -> None:
+    site.shop.script("busy", Fault(status=429, retry_after="1"))
+    service = site.start()
+    site.notify(service, make_order("busy"))
 
-    assert stage.ended("busy")["reason"] == "delivered"
-    refused, taken = stage.shop.met("busy")
+    assert site.wait_for_end("busy")["reason"] == "delivered"
+    refused, taken = site.shop.requests_for("busy")
     assert taken.at - refused.at >= 1.0
 
 
-def test_a_delivery_that_waits_for_its_next_attempt_gets_it_after_a_kill(stage: Stage) -> None:
-    stage.shop.down = Fault(status=503)
-    first = stage.start()
-    assert stage.notify(first, order("patient")) == 200
-    until(lambda: first.said("delivery_retried", order_id="patient"))
+def test_a_delivery_that_waits_for_a_retry_is_retried_after_a_kill(site: Site) -> None:
+    site.shop.down = Fault(status=503)
+    first = site.start()
+    assert site.notify(first, make_order("patient")) == 200
+    wait_until(lambda: first.logged("delivery_retried", order_id="patient"))
     first.kill()
 
-    stage.shop.down = None
-    stage.start()
+    site.shop.down = None
+    site.start()
 
-    assert stage.ended("patient")["reason"] == "delivered"
-    assert stage.shop.exports("patient") == stage.shop.taken("patient") == 1
+    assert site.wait_for_end("patient")["reason"] == "delivered"
+    assert site.shop.exports("patient") == site.shop.count_puts("patient") == 1
 
 
-def test_wrong_credentials_pause_the_queue_and_bury_nothing_until_they_are_mended(stage: Stage) -> None:
-    export = stage.config["routes"]["export-payment"]
+def test_wrong_credentials_pause_the_queue_and_keep_its_deliveries_until_they_are_corrected(site: Site) -> None:
+    export = site.config["routes"]["export-payment"]
     export["concurrency"] = 1
     right, export["settings"]["auth"] = export["settings"]["auth"], WRONG
     names = ["early", "late", "later"]
-    first = stage.start()
-    stage.notify(first, order("early"))
-    until(lambda: stage.overview().paused)
+    first = site.start()
+    site.notify(first, make_order("early"))
+    wait_until(lambda: site.overview().paused)
     for name in names[1:]:
-        assert stage.notify(first, order(name)) == 200
-    assert stage.overview().paused == {("export-payment", "fjallboden", "se-b2c"): "jetshop-unauthorized"}
+        assert site.notify(first, make_order(name)) == 200
+    assert site.overview().paused == {("export-payment", "fjallboden", "se-b2c"): "jetshop-unauthorized"}
     assert first.stop() == 0
-    assert len(stage.shop.seen) == 1  # a paused queue asks nobody
-    assert stage.deliveries(state="dead") == []
-    assert [stage.delivery(name)["state"] for name in names] == ["waiting"] * 3
+    assert len(site.shop.received) == 1  # a paused queue sends nothing
+    assert site.deliveries(state="dead") == []
+    assert [site.delivery(name)["state"] for name in names] == ["waiting"] * 3
 
     export["settings"]["auth"] = right
-    stage.start()
+    site.start()
 
-    assert [stage.ended(name)["reason"] for name in names] == ["delivered"] * 3
-    assert [stage.shop.taken(name) for name in names] == [1, 1, 1]
-    assert stage.overview().paused == {}
+    assert [site.wait_for_end(name)["reason"] for name in names] == ["delivered"] * 3
+    assert [site.shop.count_puts(name) for name in names] == [1, 1, 1]
+    assert site.overview().paused == {}
 
 
-def test_one_merchants_wrong_credentials_do_not_touch_another(stage: Stage) -> None:
-    stage.config["merchants"]["norce"]["routes"] = {"export-payment": {"settings": {"auth": WRONG}}}
-    service = stage.start()
-    stage.notify(service, order("theirs", merchant="norce", channel="1"))
-    until(lambda: stage.overview().paused)
+def test_wrong_credentials_of_one_merchant_do_not_affect_another(site: Site) -> None:
+    site.config["merchants"]["norce"]["routes"] = {"export-payment": {"settings": {"auth": WRONG}}}
+    service = site.start()
+    site.notify(service, make_order("theirs", merchant="norce", channel="1"))
+    wait_until(lambda: site.overview().paused)
 
-    stage.notify(service, order("ours"))
+    site.notify(service, make_order("ours"))
 
-    assert stage.ended("ours")["reason"] == "delivered"
-    assert stage.overview().paused == {("export-payment", "norce", "1"): "jetshop-unauthorized"}
-    assert stage.delivery("theirs")["state"] == "waiting"
-    assert stage.shop.exports("theirs") == 0
+    assert site.wait_for_end("ours")["reason"] == "delivered"
+    assert site.overview().paused == {("export-payment", "norce", "1"): "jetshop-unauthorized"}
+    assert site.delivery("theirs")["state"] == "waiting"
+    assert site.shop.exports("theirs") == 0

@@ -1,29 +1,29 @@
-"""A service that cannot start says why, in one go, and with an exit code of its own."""
+"""A service that cannot start reports every reason at once and ends with a specific exit code."""
 
 import socket
 
-from tests.flows.stage import Stage, order
+from tests.flows.site import Site, make_order
 
 
-def test_a_second_process_on_the_same_database_says_so_and_leaves_the_first_alone(stage: Stage) -> None:
-    first = stage.start()
+def test_a_second_process_on_the_same_database_ends_and_does_not_disturb_the_first(site: Site) -> None:
+    first = site.start()
 
-    second = stage.command("serve")
+    second = site.run_command("serve")
 
     assert second.returncode == 5
-    assert second.stderr == f"another process serves {stage.folder / 'ledger.db'}; stop it first\n"
-    assert stage.notify(first, order("undisturbed")) == 200
-    assert stage.ended("undisturbed")["reason"] == "delivered"
+    assert second.stderr == f"another process serves {site.folder / 'ledger.db'}; stop it first\n"
+    assert site.notify(first, make_order("undisturbed")) == 200
+    assert site.wait_for_end("undisturbed")["reason"] == "delivered"
 
 
-def test_a_broken_file_ends_the_start_with_every_problem_and_its_line(stage: Stage) -> None:
-    del stage.environ["SHOP_PASSWORD"]
-    stage.config["server"]["prot"] = 8080
-    stage.config["norce"]["timeout"] = "soon"
-    stage.config["routes"]["export-payment"]["callback"] = "order-state"
-    lines = (stage.write()).read_text().splitlines()
+def test_a_broken_file_ends_the_start_with_every_problem_and_its_line(site: Site) -> None:
+    del site.environ["SHOP_PASSWORD"]
+    site.config["server"]["prot"] = 8080
+    site.config["norce"]["timeout"] = "soon"
+    site.config["routes"]["export-payment"]["callback"] = "order-state"
+    lines = (site.write_config()).read_text().splitlines()
 
-    ended = stage.command("serve")
+    ended = site.run_command("serve")
 
     assert ended.returncode == 4
     assert ended.stdout == ""
@@ -41,17 +41,17 @@ def test_a_broken_file_ends_the_start_with_every_problem_and_its_line(stage: Sta
         strict=True,
     ):
         (line,) = (number for number, text in enumerate(lines, 1) if key in text)
-        assert problem.startswith(f"{stage.folder / 'config.yaml'}:{line}: {path}: ")
-    assert not (stage.folder / "ledger.db").exists()
+        assert problem.startswith(f"{site.folder / 'config.yaml'}:{line}: {path}: ")
+    assert not (site.folder / "ledger.db").exists()
 
 
-def test_problems_with_handlers_conditions_and_settings_are_told_together(stage: Stage) -> None:
-    export = stage.config["routes"]["export-payment"]
+def test_problems_with_handlers_conditions_and_settings_are_reported_together(site: Site) -> None:
+    export = site.config["routes"]["export-payment"]
     export["when"]["schema"] = {"type": "strnig"}
     export["settings"]["shop_id"] = 1
-    stage.config["routes"]["other"] = {"callback": "order-status", "handler": "jet-shop"}
+    site.config["routes"]["other"] = {"callback": "order-status", "handler": "jet-shop"}
 
-    ended = stage.command("serve")
+    ended = site.run_command("serve")
 
     assert ended.returncode == 4
     paths = [problem.split(": ")[1] for problem in ended.stderr.splitlines()[:-1]]
@@ -62,12 +62,12 @@ def test_problems_with_handlers_conditions_and_settings_are_told_together(stage:
     ]
 
 
-def test_a_port_that_is_taken_ends_the_start_and_gives_the_database_back(stage: Stage) -> None:
+def test_a_port_in_use_ends_the_start_and_releases_the_database(site: Site) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = stage.config["server"]["port"] = taken.getsockname()[1]
-        ended = stage.command("serve")
+        port = site.config["server"]["port"] = taken.getsockname()[1]
+        ended = site.run_command("serve")
 
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == f"cannot listen on 127.0.0.1:{port}: Address already in use"
-    stage.config["server"]["port"] = 0
-    assert stage.notify(stage.start(), order("after-all")) == 200
+    site.config["server"]["port"] = 0
+    assert site.notify(site.start(command=True), make_order("after-all")) == 200

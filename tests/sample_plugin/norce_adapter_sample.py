@@ -1,4 +1,4 @@
-"""Handlers as somebody else would write and ship them: one that is right, and some that hold others up."""
+"""Handlers of a separate distribution: a correct one, and some that wait, block or spin."""
 
 import asyncio
 import threading
@@ -24,7 +24,7 @@ from adapter.plugin import (
     ValidationHandler,
 )
 
-LONG = 30.0  # seconds
+LONG = 600.0  # seconds: longer than any test waits
 
 
 class ErpSettings(Settings, frozen=True, kw_only=True):
@@ -57,20 +57,20 @@ class WaitsSettings(CallsSettings, frozen=True, kw_only=True):
 
 
 class Waits(NotificationHandler[WaitsSettings]):
-    """Says that it was called, and waits for a file."""
+    """Records that it was called, and waits for a file."""
 
     async def deliver(self, notification: Notification, context: Context[WaitsSettings]) -> Done | Skip:
-        _say(context.settings, f"deliver {notification.order.id}")
+        _record_call(context.settings, f"deliver {notification.order.id}")
         try:
             while not _exists(context.settings.until):  # noqa: ASYNC110 - the file is made by another process
                 await asyncio.sleep(0.02)
         except asyncio.CancelledError:
-            _say(context.settings, f"cancelled {notification.order.id}")
+            _record_call(context.settings, f"cancelled {notification.order.id}")
             raise
         return Done(f"waited-{notification.order.id}")
 
     async def lookup(self, notification: Notification, context: Context[WaitsSettings]) -> Done | None:
-        _say(context.settings, f"lookup {notification.order.id}")
+        _record_call(context.settings, f"lookup {notification.order.id}")
         return None
 
 
@@ -78,16 +78,16 @@ class Sleeps(NotificationHandler[CallsSettings]):
     """Blocks its thread, as no handler should."""
 
     async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
-        _say(context.settings, f"deliver {notification.order.id}")
+        _record_call(context.settings, f"deliver {notification.order.id}")
         time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
         return Done()
 
 
 class SleepsInAThread(NotificationHandler[CallsSettings]):
-    """Does its blocking work beside the loop, which is right, but for ever so long."""
+    """Does its blocking work in another thread, as it should, but takes minutes."""
 
     async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
-        _say(context.settings, f"deliver {notification.order.id}")
+        _record_call(context.settings, f"deliver {notification.order.id}")
         await asyncio.to_thread(time.sleep, LONG)
         return Done()
 
@@ -96,17 +96,17 @@ class SleepingCheck(ValidationHandler[CallsSettings]):
     """Blocks its thread, as no handler should, while a shopper waits."""
 
     async def validate(self, order: Order, context: Context[CallsSettings]) -> list[Problem]:
-        _say(context.settings, f"validate {order.id}")
+        _record_call(context.settings, f"validate {order.id}")
         time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
         return []
 
 
 class StallSettings(Settings, frozen=True, kw_only=True):
-    how: Annotated[Literal["waits", "blocks", "spins"], msgspec.Meta(description="How it does not come back.")]
+    how: Annotated[Literal["waits", "blocks", "spins"], msgspec.Meta(description="How it stalls.")]
 
 
 class Stalls(HookHandler[StallSettings]):
-    """Never says anything: waits for ever, holds its thread, or computes in four threads at once."""
+    """Never answers: waits for ever, blocks its thread, or computes in four threads at once."""
 
     async def change(self, order: Order, context: Context[StallSettings]) -> list[Patch]:
         if context.settings.how == "waits":
@@ -126,7 +126,7 @@ def _spin() -> None:
         pass
 
 
-def _say(settings: CallsSettings, line: str) -> None:
+def _record_call(settings: CallsSettings, line: str) -> None:
     with Path(settings.calls).open("a") as file:
         file.write(line + "\n")
 
