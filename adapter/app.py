@@ -137,7 +137,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             ("verdict_log", verdict_log.keep()),
             ("retention", keep_pruned(Maintenance(store, retention(config)))),
             ("configuration", norce_settings.poll(config.norce.refresh)),
-            ("reconciliation", keep_reconciled(reconciler, config.reconciliation.every)),
+            ("reconciliation", reconciler.run_regularly(config.reconciliation.every)),
         ):
             await stack.enter_async_context(_background_task(name, work, health))
         stack.callback(store.database.listen(_from_any_thread(dispatcher.wake)))

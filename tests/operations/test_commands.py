@@ -26,7 +26,7 @@ from adapter.operations.application import OperationsEndpoints
 from adapter.operations.health import Health
 from adapter.operations.unix_socket import listening_at
 from adapter.plugin import Secret
-from adapter.reconciliation.events import Reconciled
+from adapter.reconciliation.events import LogProgress
 from tests import PATIENCE
 from tests.ledgers import EXPORT, receipt
 
@@ -59,7 +59,7 @@ class Port:
         queues = await Lanes(self.store, lease, policy=PausePolicy()).open_queues([EXPORT])
         await Inbox(self.store).receive(receipt("canary-order", 1, wanted=[(queues[EXPORT], True)]))
         token = None if self._token is None else Secret(self._token)
-        self.pages: list[Reconciled] = []
+        self.pages: list[LogProgress] = []
         endpoints = OperationsEndpoints(
             Health(started=True), Metrics("0"), self.store, reconcile=self._reconcile, wake=self._wake
         )
@@ -70,7 +70,7 @@ class Port:
                 yield
         self.store.close()
 
-    async def _reconcile(self, **_: Any) -> AsyncIterator[Reconciled]:
+    async def _reconcile(self, **_: Any) -> AsyncIterator[LogProgress]:
         for page in self.pages:
             yield page
         if self.pages and self.pages[-1].error:
@@ -145,9 +145,9 @@ def test_reconciliation_is_logged_when_it_is_done_with_what_it_brought_in(
     port: Port, dry_run: bool, error: str | None, count: int
 ) -> None:
     port.pages = [
-        Reconciled(merchant="norce", missed=1),
-        Reconciled(merchant="norce", missed=3),
-        Reconciled(merchant="other", missed=2, error=error),
+        LogProgress(merchant="norce", missed=1),
+        LogProgress(merchant="norce", missed=3),
+        LogProgress(merchant="other", missed=2, error=error),
     ]
 
     status, said, _ = port.sends("/commands/reconcile", {"dry_run": dry_run})
