@@ -44,7 +44,7 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class Price(_Part, frozen=True, kw_only=True):
-    """An amount in the major unit of the order's currency: 1234.50 SEK is `Decimal("1234.50")`."""
+    """An amount in the major unit of the currency: 1234.50 SEK is `Decimal("1234.50")`."""
 
     including_vat: Decimal | None = None
     excluding_vat: Decimal | None = None
@@ -60,7 +60,7 @@ class Transition(_Part, frozen=True, kw_only=True):
     time_stamp: str | None = None
 
 
-class State(_Part, frozen=True, kw_only=True):
+class OrderState(_Part, frozen=True, kw_only=True):
     """The status of an order and its history.
 
     `current_status` is `checkout`, `processing`, `accepted`, `completed`, `declined` or `removed`, or a status that
@@ -163,7 +163,7 @@ class Consent(_Part, frozen=True, kw_only=True):
 
 
 class Payment(_Part, frozen=True, kw_only=True):
-    """A payment. Leave payments in state `removed` out of sums and exports: they are deleted."""
+    """A payment. Leave those in state `removed` out of sums and exports: they are deleted."""
 
     id: str | None = None
     adapter_id: str | None = None
@@ -198,7 +198,7 @@ class DeliveryDetails(_Part, frozen=True, kw_only=True):
 
 
 class Shipping(_Part, frozen=True, kw_only=True):
-    """A shipping. Leave shippings in state `removed` out of sums and exports: they are deleted."""
+    """A shipping. Leave those in state `removed` out of sums and exports: they are deleted."""
 
     id: str | None = None
     adapter_id: str | None = None
@@ -236,7 +236,7 @@ class Order:
     reference: str | None
     created: str | None
     last_modified: str | None
-    state: State
+    state: OrderState
     culture: str | None
     currency: str | None
     country: str | None
@@ -326,7 +326,7 @@ def read_order(raw: bytes, data: dict[str, Any] | None = None) -> Order:
 
 
 def instant(text: Any) -> datetime | None:
-    """Return an ISO 8601 moment in UTC, or None if it is none. A moment without a zone counts as UTC."""
+    """Return an ISO 8601 moment in UTC, or None if the text is none. No zone means UTC."""
     if not isinstance(text, str):
         return None
     try:
@@ -337,7 +337,9 @@ def instant(text: Any) -> datetime | None:
 
 
 def canonical(tree: Any) -> bytes:
-    """Encode a JSON value so that equal values have equal bytes: sorted keys, compact, 1.0 written as 1.
+    """Encode a JSON value so that equal values have equal bytes.
+
+    Keys are sorted, whitespace is left out, and 1.0 is written as 1.
 
     Raises:
         NotAnOrder: The value is nested too deeply.
@@ -391,7 +393,7 @@ def _members(raw: bytes) -> dict[str, Any]:
 
 
 def _remove(tree: Any, path: str) -> bool:
-    """Remove the member at a msgspec path (`$.cart.items[0].name`). Return False if there is none."""
+    """Remove the member at a msgspec path (`$.cart.items[0].name`) if there is one."""
     steps: list[str | int] = []
     for part in path.removeprefix("$").split("."):
         name, *indices = part.split("[")

@@ -39,8 +39,8 @@ class Queue:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
-    """How an attempt ended, before it is settled."""
+class AttemptResult:
+    """The result of an attempt, before it is settled."""
 
     result: Result
     kind: str = "deliver"
@@ -48,7 +48,7 @@ class Ended:
 
     @property
     def outcome(self) -> str:
-        """Return the name of the result for people and metrics. A plugin's subclass has the name of its base."""
+        """The name of the result. A plugin's subclass of an outcome has the name of its base."""
         if isinstance(self.result, Ending):
             return self.result.value
         kind: type = next(kind for kind in get_args(Result) if isinstance(self.result, kind))
@@ -71,28 +71,33 @@ class Attempts:
             self._runs[run] = reason
             run.cancel()
 
-    async def run(self, claim: Claim, queue: Queue) -> Ended:
-        """Deliver, or look up what an earlier attempt has done. Raises only if it is cancelled itself."""
+    async def run(self, claim: Claim, queue: Queue) -> AttemptResult:
+        """Deliver, or look up the effect of an earlier attempt.
+
+        Raises only `asyncio.CancelledError`, if it is cancelled itself.
+        """
         route = queue.route
         looks_up = claim.in_doubt and route.handling.looks_up
         kind = "lookup" if looks_up else "deliver"
         if self.stopping:  # claimed while the service stops
-            return Ended(result=Ending.RELEASED, kind=kind)
+            return AttemptResult(result=Ending.RELEASED, kind=kind)
         if claim.in_doubt and not looks_up and not route.handling.repeatable:
-            return Ended(
+            return AttemptResult(
                 result=Interrupted("in-doubt", "an attempt ended without a known outcome, and cannot be looked up")
             )
         if claim.body is None:
-            return Ended(result=Reject("body-pruned", "the body of this notification is no longer stored"), kind=kind)
+            return AttemptResult(
+                result=Reject("body-pruned", "the body of this notification is no longer stored"), kind=kind
+            )
         current: bytes | None = None
         if route.refetch:
             try:
                 current = await self._norce.for_handlers(queue.channel).read_bytes(claim.order_id)
             except Outcome as outcome:
-                return Ended(result=_known(outcome), kind=kind)
+                return AttemptResult(result=_known(outcome), kind=kind)
         now = to_datetime(self._clock())
         if self.stopping or now + route.timeout > to_datetime(claim.doubt_ends_at):
-            return Ended(result=Ending.RELEASED, kind=kind)
+            return AttemptResult(result=Ending.RELEASED, kind=kind)
         context = self._runner.context(
             "deliveries",
             route=route.name,
@@ -108,18 +113,23 @@ class Attempts:
         handle = partial(self._handle, route, claim, claim.body, current, looks_up)
         run = self._runner.start("deliveries", handle, context)
         try:
-            return Ended(result=await self._result(run, route, claim, looks_up=looks_up), kind=kind)
+            return AttemptResult(result=await self._result(run, route, claim, looks_up=looks_up), kind=kind)
         except LoopAbandoned as abandoned:
             if abandoned.blocked_by is run:
-                return Ended(result=Ending.BLOCKED, kind=kind, still_runs=run)
+                return AttemptResult(result=Ending.BLOCKED, kind=kind, still_runs=run)
             if not abandoned.begun:
-                return Ended(result=Ending.RELEASED, kind=kind)
-            return Ended(result=Interrupted("loop-abandoned", "another handler blocked the plugins' loop"), kind=kind)
+                return AttemptResult(result=Ending.RELEASED, kind=kind)
+            return AttemptResult(
+                result=Interrupted("loop-abandoned", "another handler blocked the plugins' loop"), kind=kind
+            )
 
     async def _handle(
         self, route: Route, claim: Claim, body: bytes, current: bytes | None, looks_up: bool, context: Context[Any]
     ) -> Any:
-        """Decode the orders, evaluate the conditions and call the handler. Runs on the plugins' loop."""
+        """Decode the orders, evaluate the conditions and call the handler.
+
+        Runs on the plugins' loop.
+        """
         received = Order(body)
         if current is None:
             try:
@@ -149,7 +159,7 @@ class Attempts:
         return await handler.deliver(notification, context)
 
     async def _result(self, run: Run[Any], route: Route, claim: Claim, *, looks_up: bool) -> Result:
-        """Wait for a handler until it has really ended, because the lane must stay claimed until then."""
+        """Wait until the handler has really ended. Its lane must stay claimed until then."""
         facts = {"route": route.name, "delivery_id": claim.delivery_id, "handler": route.handler_name}
         self._runs[run] = None
         try:
@@ -183,7 +193,7 @@ class Attempts:
 
 
 def _known(outcome: Outcome) -> Result:
-    """Return the outcome if it is one of ours. A plugin's own subclass of `Outcome` is a bug of the plugin."""
+    """Return the outcome if it is one of ours; a plugin must not define its own."""
     if isinstance(outcome, Result):
         return outcome
     return Unknown("handler-failed", f"{type(outcome).__name__} is no outcome of adapter.plugin")

@@ -1,8 +1,7 @@
-"""
-Claim, run, record, until told to stop; and keep the lease under which all of it happens.
+"""The dispatcher: claims lanes, runs attempts, settles them, and renews its lease.
 
-A lane is claimed only for a free handler slot, so nothing waits in memory, and the claim is on disk before the handler
-runs. Where the lease cannot be renewed, others will take the lanes: the handlers are told to stop before they do.
+A lane is claimed only for a free handler slot, so that no delivery waits in memory, and the claim is on disk before the
+handler runs. If the lease cannot be renewed, other processes will take the lanes; the handlers are cancelled before.
 """
 
 import asyncio
@@ -15,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from adapter.deliveries.attempt import Attempts, Ended, Queue
+from adapter.deliveries.attempt import AttemptResult, Attempts, Queue
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim, QueueLimits, Record
 from adapter.ledger.lanes import Lanes
@@ -30,16 +29,23 @@ from adapter.routing.runner import Run
 log = structlog.get_logger(__name__)
 
 POLL = timedelta(seconds=5)
-BEAT = timedelta(seconds=5)
+HEARTBEAT = timedelta(seconds=5)
 STORE_RETRY = timedelta(seconds=1)
-SLACK = timedelta(seconds=5)
-LAST_WORDS = timedelta(seconds=2)
+SLACK = timedelta(seconds=5)  # added to the doubt of a claim, beyond reading the order and the handler's deadline
+CANCEL_GRACE = timedelta(seconds=2)  # for handlers to end after they were cancelled
 
 
 class Dispatcher:
-    """
-    Works the queues until `stop`. `clock` is the ledger's, in milliseconds; `before_handler` is how long reading the
-    order may take; `random` gives the jitter, 0 to 1; with a `shared` store, a lease can be lost.
+    """Works off the deliveries of all queues until it is stopped.
+
+    Args:
+        queues: All queues by their id in the ledger.
+        before_handler: How long reading the order again may take.
+        clock: The ledger's clock, in milliseconds.
+        slots: How many attempts may run at the same time.
+        random: Returns the jitter of a retry, 0 to 1.
+        shared: Whether other processes use the same store, so that a lease can be lost.
+        held: Claim nothing (`serve --hold`).
     """
 
     def __init__(
@@ -58,12 +64,11 @@ class Dispatcher:
         held: bool = False,
     ) -> None:
         self._queues = queues
-        around = before_handler + SLACK
         self._limits = [
             QueueLimits(
                 queue_id=key,
                 concurrency=queue.route.concurrency,
-                doubt_ms=in_milliseconds(around + queue.route.timeout),
+                doubt_ms=in_milliseconds(before_handler + queue.route.timeout + SLACK),
             )
             for key, queue in queues.items()
         ]
@@ -75,10 +80,10 @@ class Dispatcher:
         self._slots = slots
         self._random = random
         self._shared = shared
-        self._held = held  # claims nothing: `serve --hold`
-        self._news = asyncio.Event()
+        self._held = held
+        self._wake_up = asyncio.Event()
         self._has_room = True
-        self._claims_in_question = False
+        self._claims_uncertain = False
         self._claiming = asyncio.Lock()
         self._tasks: dict[asyncio.Task[None], Claim] = {}
         self._blocked: dict[asyncio.Task[None], Claim] = {}
@@ -90,60 +95,61 @@ class Dispatcher:
 
     @property
     def running(self) -> int:
-        """How many deliveries are being tried now."""
+        """The number of attempts that run now."""
         return len(self._tasks)
 
     def wake(self) -> None:
-        """There is new work. Without room for it that is no news: the slot will be, when it is given back."""
+        """Look for work now. Does nothing while all slots are busy: a freed slot does the same."""
         if self._has_room:
-            self._news.set()
+            self._wake_up.set()
 
     async def run(self) -> None:
-        """Claims and starts work until `stop` is called. A store that fails is tried again, for as long as it takes."""
+        """Claim lanes and start attempts until `stop` is called. Errors of the store are retried."""
         while not self._stopping:
-            # Clear the news before claiming: what lands in between must not be lost.
-            self._news.clear()
+            # Clear the wake-up before claiming, or one that arrives in between is lost.
+            self._wake_up.clear()
             try:
                 async with self._claiming:
                     wait = await self._claim()
             except StoreUnavailable:
-                self._claims_in_question = True
+                self._claims_uncertain = True
                 wait = STORE_RETRY
             if wait is not None:
                 await self._wait(wait)
 
     async def keep_lease(self) -> None:
-        """The heartbeat, until cancelled."""
+        """Renew the lease with every heartbeat, until cancelled."""
         while True:
             try:
-                async with asyncio.timeout((BEAT * 1.5).total_seconds()):
+                async with asyncio.timeout((HEARTBEAT * 1.5).total_seconds()):
                     renewed = await self._lease.renew()
                 if not renewed:
                     log.error("lease_lost", running=len(self._tasks))
                     self._attempts.cancel("lease-lost")
-                    async with self._claiming:  # what is claimed meanwhile would be a dead process's
+                    async with self._claiming:  # a claim made meanwhile would belong to the dead process
                         await self._lease.enter()
-                self._news.set()  # the beat may have freed a dead process's lanes
-            except (StoreUnavailable, TimeoutError):  # the store has said so itself
-                if self._shared and self._clock() > self._lease.until - in_milliseconds(BEAT):
+                self._wake_up.set()  # renewing may have freed the lanes of a dead process
+            except (StoreUnavailable, TimeoutError):  # logged by the store
+                if self._shared and self._clock() > self._lease.until - in_milliseconds(HEARTBEAT):
                     self._attempts.cancel("lease-lost")
-            await asyncio.sleep(BEAT.total_seconds())
+            await asyncio.sleep(HEARTBEAT.total_seconds())
 
     async def stop(self, grace: timedelta) -> None:
-        """
-        Takes no more work and waits `grace` for what runs. What still runs then is cancelled and leaves its lane in
-        doubt; what cannot be cancelled keeps its lane claimed, and the next start finds it so.
+        """Stop claiming, and wait for the running attempts.
+
+        Attempts that run longer than `grace` are cancelled and leave their lanes in doubt. An attempt that cannot be
+        cancelled keeps its lane claimed until the next start.
         """
         self._stopping = self._attempts.stopping = True
-        self._news.set()
-        async with self._claiming:  # what is being claimed now must be among the tasks, or it would stay in doubt
+        self._wake_up.set()
+        async with self._claiming:  # a claim under way must become a task first, or its lane would stay in doubt
             with contextlib.suppress(StoreUnavailable, TimeoutError):
-                async with asyncio.timeout(LAST_WORDS.total_seconds()):
-                    await self._give_back()
+                async with asyncio.timeout(CANCEL_GRACE.total_seconds()):
+                    await self._return_uncertain_claims()
         await self._drain(grace)
         self._cancelling = True
         self._attempts.cancel("shutdown")
-        await self._drain(LAST_WORDS)
+        await self._drain(CANCEL_GRACE)
         left = [*self._tasks, *self._blocked]
         for task in left:
             task.cancel()
@@ -152,39 +158,40 @@ class Dispatcher:
             await asyncio.gather(*left, return_exceptions=True)
 
     async def _claim(self) -> timedelta | None:
-        """Claims what there is room for, and starts it; how long to wait for more, or None for not at all."""
-        await self._give_back()
+        """Claim lanes for the free slots and start them.
+
+        Returns:
+            How long to wait before the next claim; None if there may be more work at once.
+        """
+        await self._return_uncertain_claims()
         free = 0 if self._held else self._slots - len(self._tasks)
-        asks = [ask for ask in self._limits if self._busy[ask.queue_id] < ask.concurrency] if free > 0 else []
-        self._has_room = bool(asks)
-        asks = [ask for ask in asks if not self._is_off(self._queues[ask.queue_id])]
-        if not asks:  # a slot that is given back will wake us, or who switches a channel on
+        limits = [each for each in self._limits if self._busy[each.queue_id] < each.concurrency] if free > 0 else []
+        self._has_room = bool(limits)
+        limits = [each for each in limits if self._queues[each.queue_id].channel not in self.switched_off]
+        if not limits:  # a freed slot wakes the dispatcher, and so does a channel that is switched on
             return POLL
-        taken = await self._lanes.claim(asks, free)
-        for claim in taken.claims:
+        claimed = await self._lanes.claim(limits, free)
+        for claim in claimed.claims:
             self._busy[claim.queue_id] += 1
             task = asyncio.create_task(self._attempt(claim))
             self._tasks[task] = claim
             task.add_done_callback(self._finished)
-        if taken.claims:
+        if claimed.claims:
             return None
-        due = taken.next_due_at
+        due = claimed.next_due_at
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
 
-    def _is_off(self, queue: Queue) -> bool:
-        return queue.channel in self.switched_off
-
-    async def _give_back(self) -> None:
-        """Undoes claims that are on disk although the store has failed: nobody has run them."""
-        if self._claims_in_question:
+    async def _return_uncertain_claims(self) -> None:
+        """Release claims that may be on disk although the store failed. No handler has run."""
+        if self._claims_uncertain:
             held = (*self._tasks.values(), *self._blocked.values(), *self._failed)
             await self._lanes.give_back([claim.fence for claim in held])
-            self._claims_in_question = False
+            self._claims_uncertain = False
 
     async def _wait(self, at_most: timedelta) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(at_most.total_seconds()):
-                await self._news.wait()
+                await self._wake_up.wait()
 
     async def _drain(self, within: timedelta) -> None:
         if self._tasks and within:
@@ -193,9 +200,9 @@ class Dispatcher:
     def _finished(self, task: asyncio.Task[None]) -> None:
         claim = self._tasks.pop(task)
         self._busy[claim.queue_id] -= 1
-        self._news.set()
+        self._wake_up.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("dispatcher_failed", exc_info=error)  # the lane stays claimed, and in doubt at the next start
+            log.error("dispatcher_failed", exc_info=error)  # the lane stays claimed, and is in doubt at the next start
             self._failed.append(claim)
 
     async def _attempt(self, claim: Claim) -> None:
@@ -209,14 +216,14 @@ class Dispatcher:
             task.add_done_callback(self._blocked.pop)
 
     async def _release(self, claim: Claim, run: Run[Any]) -> None:
-        """Keeps the lane until the thread has let go of a handler that blocked it; its slot is free already."""
+        """Release the lane of a handler that blocked its thread, when it has ended."""
         await run.stopped.wait()
         self._busy[claim.queue_id] -= 1
-        with contextlib.suppress(StoreUnavailable):  # too late: the next start finds it
+        with contextlib.suppress(StoreUnavailable):  # the service ends; the next start releases the lane
             await self._until_stored(lambda: self._lanes.release(claim))
-        self._news.set()
+        self._wake_up.set()
 
-    async def _settle(self, claim: Claim, queue: Queue, ended: Ended) -> bool:
+    async def _settle(self, claim: Claim, queue: Queue, ended: AttemptResult) -> bool:
         result = ended.result
         attempt = Attempt(
             number=claim.attempt,
@@ -245,12 +252,12 @@ class Dispatcher:
         except StoreUnavailable:
             log.error("settle_given_up", delivery_id=claim.delivery_id, route=queue.route.name)
             return False
-        except Exception as error:  # words of the handler's that cannot be written: the outcome counts, not they
+        except Exception as error:  # the handler's texts cannot be stored; its outcome still counts
             log.error("handler_failed", route=queue.route.name, delivery_id=claim.delivery_id,
                       order_id=claim.order_id, handler=queue.route.handler_name, exc_info=error)  # fmt: skip
             bare = replace(record, message=None, reference=None, facts=None)
             settlement = await self._until_stored(lambda: self._lanes.settle(bare))
-        self._tell(record, queue, settlement)
+        self._log_attempt(record, queue, settlement)
         return settlement is not None
 
     async def _until_stored(self, write: Callable[[], Any]) -> Any:
@@ -262,7 +269,7 @@ class Dispatcher:
                     raise
                 await asyncio.sleep(STORE_RETRY.total_seconds())
 
-    def _tell(self, record: Record, queue: Queue, settlement: Settlement | None) -> None:
+    def _log_attempt(self, record: Record, queue: Queue, settlement: Settlement | None) -> None:
         claim, now = record.claim, self._clock()
         events = {State.DONE: "delivery_done", State.WAITING: "delivery_retried", State.DEAD: "delivery_dead"}
         write = log.info if settlement and settlement.state is not State.DEAD else log.warning

@@ -1,1 +1,1 @@
-"""Handlers and the configuration of their routes: which of them is wanted, and how it is run."""
+"""Selects the routes for an order, and runs their handlers."""

@@ -1,6 +1,7 @@
-"""Settings of routes from Norce's configuration documents, merged last, and the switch that turns a channel off.
+"""Settings of routes from Norce's configuration documents.
 
-Each channel has one document of ours. It is read periodically, never while a shopper waits. A document that cannot be
+Each channel has one document of ours. Its settings are merged last, and it can switch the channel off. It is read
+periodically, never while a shopper waits. A document that cannot be
 read, or that breaks our schema, changes nothing: the last good one holds until there is a better one, also after a
 restart and on every node. Without any, the settings of `config.yaml` hold. A document cannot set hosts or credentials,
 because every holder of the merchant's token can read and write it (checkout protocol, sections 8.2 and 9).
@@ -71,23 +72,22 @@ class NorceSettings:
         self._unchecked: dict[Channel, bytes] = {}  # restored documents whose settings have no effect yet
 
     async def restore(self) -> None:
-        """Apply the switches of the stored documents. Their settings take effect at the next refresh.
+        """Apply the switches of the stored documents.
 
-        Checking a document takes up to seconds, and no lease is renewed while the service starts.
+        Their settings take effect at the next refresh, because checking a document takes up to seconds, and no lease is
+        renewed while the service starts.
 
         Raises:
             StoreUnavailable: Nothing was restored.
         """
         for channel, content in (await self._stored.all()).items():
-            if channel.merchant in self._config.merchants and (
-                channel.name in self._config.merchants[channel.merchant].channels
-            ):
+            if channel in self._config.channels:
                 self._has_stored.add(channel)
                 self._unchecked[channel] = content
                 self._switch(channel, active=msgspec.json.decode(content).get("active", True))
 
     async def poll(self, every: timedelta) -> None:
-        """Refresh each merchant's documents periodically until cancelled; with an interval of zero, never."""
+        """Refresh each merchant's documents periodically until cancelled; if `every` is 0, never."""
 
         async def poll_one(merchant: str) -> None:
             while True:
@@ -118,8 +118,9 @@ class NorceSettings:
                 await self._refresh_channel(channel)
 
         async with asyncio.TaskGroup() as group:
-            for name in self._config.merchants[merchant].channels:
-                group.create_task(refresh_one(Channel(merchant, name)))
+            for channel in self._config.channels:
+                if channel.merchant == merchant:
+                    group.create_task(refresh_one(channel))
 
     async def _refresh_channel(self, channel: Channel) -> None:
         try:
@@ -181,7 +182,7 @@ class NorceSettings:
         return True
 
     def _check(self, channel: Channel, content: bytes | None, settings: dict[str, Settings]) -> list[str]:
-        """Put the settings of every route into `settings`, or return the places where the document is wrong."""
+        """Read a document's settings for every route into `settings`, or return the wrong places."""
         document: Any = {}
         if content is not None:
             if len(content) > MAX_DOCUMENT_BYTES:

@@ -1,8 +1,7 @@
-"""
-Installed handlers and configuration become routes: who wants a notification, who answers a validation.
+"""Routes: built from configuration and installed handlers, and selected for an order.
 
-Everything that can be wrong with a handler or its settings is found here, at start, for every merchant and channel:
-handlers are imported, conditions compiled and settings read before a port opens.
+Handlers are imported, conditions compiled and settings read for every merchant and channel at start. So everything that
+can be wrong with them is found before a port opens.
 """
 
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, 
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
 STATUS_SCOPE = "/state/currentStatus"
-# Of an order (checkout protocol, section 2). A scope inside one is not supported by Norce either (section 5.1).
+# The arrays of an order (checkout protocol, section 2). Norce supports no scope inside them (section 5.1).
 ARRAYS = (
     "/payments", "/shippings", "/consents", "/validations", "/hooks", "/notifications",
     "/cart/items", "/cart/discounts", "/state/transitions",
@@ -38,61 +37,62 @@ KINDS: dict[str, type[Handler]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Callback:
-    """
-    What Norce calls: one URL and one registration. A notification has a condition; a validation and a hook have a
-    deadline and a soft limit. `target` is what a hook's patches stay inside; without one it has none.
-    """
+    """One URL that Norce calls, and one registration on each order."""
 
     name: str
-    kind: str
-    condition: CompiledCondition | None = None
-    deadline: timedelta = timedelta.max
-    soft_limit: timedelta = timedelta.max
-    target: str | None = None
+    kind: str  # notification, validation or hook
+    condition: CompiledCondition | None = None  # of a notification
+    deadline: timedelta = timedelta.max  # of an answer
+    soft_limit: timedelta = timedelta.max  # an answer that takes longer is counted as slow
+    target: str | None = None  # pointer that a hook's patches stay inside; None: a hook may not patch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """
-    A callback bound to a handler, with the handler's settings for every merchant and channel, which Norce's
-    configuration may change while it runs, and its limits. What a
-    `shadow` says is compared with the answer, and never acted on.
-    """
+    """A callback bound to a handler, with the handler's settings and limits."""
 
     name: str
     callback: Callback
     when: CompiledCondition | None
     handler_name: str
     handler: Handler
-    settings: dict[Channel, Settings]
+    settings: dict[Channel, Settings]  # Norce's configuration may change them while the service runs
     refetch: bool
     no_answer: str | None
-    shadow: bool = False
+    shadow: bool = False  # compared with the answer, but never part of it
     timeout: timedelta
     schedule: Sequence[timedelta]
     concurrency: int
 
     @property
-    def ask(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
+    def method(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
         """The handler's method that answers this callback. One class may answer both kinds."""
         handler: Any = self.handler
         return handler.change if self.callback.kind == "hook" else handler.validate  # type: ignore[no-any-return]
 
     @property
     def computes(self) -> bool:
-        """Whether its handler may be asked in place."""
+        """True if the handler only computes, so that it may be called in place."""
         assert not isinstance(self.handler, NotificationHandler)
         return self.handler.computes
 
     @property
     def handling(self) -> Handling:
-        """What its notification handler can do about doubt."""
+        """The ways in which the notification handler can end a doubt."""
         assert isinstance(self.handler, NotificationHandler)
         return Handling.of(type(self.handler))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The routes that were selected for an order."""
+
+    callback: Result  # of the callback's own condition
+    routes: tuple[tuple[Route, Result], ...]  # matched, or error: the condition could not be evaluated
+
+
 class Routes:
-    """All routes, and the callbacks they belong to. `warnings` are what `check` tells beside errors."""
+    """All routes and their callbacks. `warnings` are problems that do not prevent a start."""
 
     def __init__(self, callbacks: Mapping[str, Callback], routes: Iterable[Route], warnings: Iterable[Problem]) -> None:
         self.callbacks = callbacks
@@ -101,34 +101,24 @@ class Routes:
         self._of = {name: tuple(r for r in self.all if r.callback.name == name) for name in callbacks}
 
     def of(self, callback: str) -> tuple[Route, ...]:
-        """The routes of a callback, in the order of the configuration."""
+        """Return the routes of a callback in the order of the configuration."""
         return self._of[callback]
 
-    def wanting(self, callback: Callback, order: Any) -> "Wanting":
-        """Who wants this order, a tree of our parser's. Never raises."""
+    def wanting(self, callback: Callback, order: Any) -> Selection:
+        """Select the routes whose conditions hold on an order's `data`. Never raises."""
         held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order, parsed=True).result
         if held is Result.NOT_MATCHED:
-            return Wanting(callback=held, routes=())
+            return Selection(callback=held, routes=())
         wanted: list[tuple[Route, Result]] = []
         for route in self._of[callback.name]:
             own = Result.MATCHED if route.when is None else route.when.evaluate(order, parsed=True).result
             if own is not Result.NOT_MATCHED:
                 wanted.append((route, held if own is Result.MATCHED else own))
-        return Wanting(callback=held, routes=tuple(wanted))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanting:
-    """
-    Whether a callback's own condition holds, and the routes that want the event (`matched`) or cannot tell (`error`).
-    """
-
-    callback: Result
-    routes: tuple[tuple[Route, Result], ...]
+        return Selection(callback=held, routes=tuple(wanted))
 
 
 def wants(route: Route, order: Any) -> Result:
-    """Whether the callback's condition and the route's own both hold on this tree of our parser's. Never raises."""
+    """Evaluate the conditions of a route and its callback on an order's `data`. Never raises."""
     results = [c.evaluate(order, parsed=True).result for c in (route.callback.condition, route.when) if c is not None]
     if Result.NOT_MATCHED in results:
         return Result.NOT_MATCHED
@@ -136,27 +126,31 @@ def wants(route: Route, order: Any) -> Result:
 
 
 def installed(points: Iterable[EntryPoint] | None = None) -> dict[str, EntryPoint]:
-    """The handlers that installed packages offer, by name; nothing is imported."""
+    """Return the handlers of all installed packages by name, without importing them."""
     return {point.name: point for point in (entry_points(group=GROUP) if points is None else points)}
 
 
 def settings_types(points: Iterable[EntryPoint] | None = None) -> tuple[dict[str, type[Settings]], list[str]]:
-    """The settings of every installed handler by its name, and the handlers that cannot be imported."""
+    """Import all installed handlers.
+
+    Returns:
+        The settings type of each handler by its name, and the names of handlers that cannot be imported.
+    """
     types: dict[str, type[Settings]] = {}
     broken = []
     for name, point in sorted(installed(points).items()):
         try:
             types[name] = point.load().settings_type
-        except (Exception, SystemExit):  # noqa: BLE001 - an import may fail in any way; it is told, not raised
+        except (Exception, SystemExit):  # noqa: BLE001 - an import may fail in any way
             broken.append(name)
     return types, broken
 
 
 def build(config: Config, points: Iterable[EntryPoint] | None = None) -> Routes:
-    """
-    The routes of a configuration. `points` stands in for the installed handlers in tests.
+    """Build the routes of a configuration. `points` replaces the installed handlers in tests.
 
-    Raises `ConfigurationInvalid` with every problem of conditions, handlers and settings at once.
+    Raises:
+        ConfigurationInvalid: All problems of conditions, handlers and settings at once.
     """
     return _Builder(config, installed(points)).routes()
 
@@ -222,7 +216,7 @@ class _Builder:
         self, path: str, each: configuration.NotificationCallbackConfig | configuration.WhenConfig
     ) -> CompiledCondition | None:
         if any(each.scope.startswith(f"{array}/") for array in ARRAYS):
-            remedy = 'leads into an array, where no condition looks; take the array, and a schema with "contains"'
+            remedy = 'points into an array, which conditions do not enter; use the array and a schema with "contains"'
             self._warnings.append(self._config.problem(f"{path}.scope", remedy))
         try:
             return Condition(each.scope, each.schema).compile()
@@ -242,12 +236,12 @@ class _Builder:
             return None
         kind = KINDS[callback.kind]
         if not (isinstance(class_, type) and issubclass(class_, kind)):
-            self._problem(path, f"is no {kind.__name__}; callback {callback.name} is a {callback.kind}")
+            self._problem(path, f"is no {kind.__name__}, but callback {callback.name} is a {callback.kind}")
             return None
         try:
             handler: Handler = class_()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
-            self._problem(path, f"the handler cannot be made: {type(error).__name__}: {error}")
+            self._problem(path, f"the handler cannot be created: {type(error).__name__}: {error}")
             return None
         return handler
 
@@ -257,8 +251,8 @@ class _Builder:
         schema = condition.condition.schema
         state = schema.get("const") if isinstance(schema, dict) else None
         if state in PASSING_STATES:
-            remedy = f"an order is {state} only for a while, and the route re-reads it: later states are then missed"
-            self._warnings.append(self._config.problem(f"{path}.schema", f"{remedy}; ask for an enum of states"))
+            remedy = f"an order is {state} only for a while, and may have moved on when the route reads it again"
+            self._warnings.append(self._config.problem(f"{path}.schema", f"{remedy}; use an enum of states"))
 
     def _problem(self, path: str, message: str) -> None:
         self._problems.append(self._config.problem(path, message))

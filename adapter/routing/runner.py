@@ -1,4 +1,4 @@
-"""Runs handlers under a deadline, on event loops of their own.
+"""The runner: runs handlers under a deadline, on event loops of their own.
 
 One loop, in its own thread, runs answers (validations and hooks), one runs deliveries, and one runs shadows if there
 are any. A handler that blocks its thread delays other handlers of its kind, but never the intake, a `no_answer` or a
@@ -54,7 +54,7 @@ class LoopAbandoned(Exception):
 
 
 class HandlerWaits(Exception):
-    """A handler that declares `computes` awaited something. Remove the declaration, or the await."""
+    """A handler that declares `computes` awaited something. Remove one of the two."""
 
 
 class Run(Generic[T]):
@@ -114,11 +114,14 @@ class Run(Generic[T]):
         return self.ended.done() and self._error is None and self.task is not None and self.task.cancelled()
 
     def cancel(self) -> None:
-        """Cancel the coroutine at its next await. A coroutine that blocks its thread is cancelled afterwards."""
+        """Cancel the coroutine at its next await, or, if it blocks its thread, after that."""
         self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
 
     def abandon(self, blocked_by: "Run[Any] | None") -> None:
-        """End the run for its caller. If the coroutine ever continues, it is cancelled before it does anything."""
+        """End the run for its caller.
+
+        If the coroutine ever continues, it is cancelled before it does anything.
+        """
         self.abandoned = True
         begun = self.begun  # read after `abandoned` is set; `_Steps.send` does both in the other order
         self.cancel()
@@ -178,7 +181,7 @@ class _Steps(Coroutine[Any, Any, T]):
 
 
 class PluginLoop:
-    """An event loop in a daemon thread, so that a handler that never returns does not keep the process alive."""
+    """An event loop in a daemon thread, which does not keep the process alive."""
 
     def __init__(self, name: str, make_norce: Callable[[], Norce], make_outgoing: Callable[[], Outgoing]) -> None:
         self.name = name
@@ -195,9 +198,9 @@ class PluginLoop:
         return Run(self.loop, coroutine, name=name, deadline=deadline, runs=self._runs)
 
     def is_blocked(self, patience: timedelta) -> bool:
-        """Return whether the loop has not answered a ping for `patience`; send the next ping if it has.
+        """Return True if the loop has not answered its last ping for `patience`.
 
-        The run that occupies the loop must be past its deadline by as much.
+        The run that occupies the loop must be past its deadline by as much. Sends a ping if none is under way.
         """
         now, pinged_at = time.monotonic(), self._pinged_at
         if pinged_at is None:
@@ -225,7 +228,10 @@ class PluginLoop:
         return current
 
     async def stop(self, within: timedelta) -> bool:
-        """Cancel all runs, close the connections and end the thread. Return False if a handler blocks it."""
+        """Cancel all runs, close the connections and end the thread.
+
+        Returns False if a handler blocks the thread.
+        """
         run = self.start(self._cancel_all())
         try:
             await run.wait(within)
@@ -293,7 +299,7 @@ class Runner:
         self._no_network = httpx.AsyncClient(transport=_NoNetwork())
 
     def open(self, name: LoopName) -> None:
-        """Open a loop, in place of the one of this name. The loop for shadows exists only after this call."""
+        """Open a loop, in place of the one of this name. Shadows have none until this is called."""
         self._loops[name] = PluginLoop(f"plugins-{name}", self._make_norce, self._make_outgoing)
 
     async def watch(self, every: timedelta = timedelta(seconds=1)) -> None:
@@ -324,7 +330,7 @@ class Runner:
         attempt: int = 1,
         previous: Previous | None = None,
     ) -> Context[Any]:
-        """Build the context of a call on one of the loops, or (None) of a handler that only computes."""
+        """Build the context of a call on one of the loops; None: of a handler that only computes."""
         http: httpx.AsyncClient = self._no_network
         orders: Orders = _NO_ORDERS
         if on is not None:
@@ -366,7 +372,7 @@ class Runner:
         raise HandlerWaits("the handler declares that it only computes, and awaits something")
 
     def current_answer(self) -> Run[Any] | None:
-        """Return the run that occupies the answers' thread at this moment. All others on that loop wait for it."""
+        """Return the run that occupies the answers' thread now. All other answers wait for it."""
         return self._loops["answers"].current_run()
 
     async def stop(self, within: timedelta) -> None:
@@ -375,9 +381,9 @@ class Runner:
 
 
 async def _guarded(handle: Handle[T], context: Context[Any]) -> T:
-    """Call a plugin's method on the thread where it is to run, because one that is no coroutine blocks that thread.
+    """Call a plugin's method, and turn its attempt to end the process into an ordinary error.
 
-    A plugin that tries to end the process would otherwise end the loop for all handlers.
+    The method is called on the plugins' thread, because one that is not a coroutine function may block.
     """
     try:
         return await handle(context)

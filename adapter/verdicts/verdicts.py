@@ -153,11 +153,11 @@ class Verdicts:
                 computing.append(route)
             else:
                 context = self._context(request, route, "answers", request.answer_by - time.monotonic())
-                runs.append((route, self._runner.start("answers", partial(route.ask, order), context)))
+                runs.append((route, self._runner.start("answers", partial(route.method, order), context)))
         for route in computing:  # while the others run
             started_at = time.monotonic()
             context = self._context(request, route, None, request.answer_by - started_at)
-            compute = partial(self._runner.compute, partial(route.ask, order), context)
+            compute = partial(self._runner.compute, partial(route.method, order), context)
             verdicts[route.name] = verdict_of(route, compute, started_at)
         if runs:
             left = max(request.answer_by - time.monotonic(), 0)
@@ -268,7 +268,7 @@ class Verdicts:
         if held is Result.MATCHED:
             seconds = request.answer_by - request.received_at
             context = self._context(request, route, None if route.computes else "shadows", seconds)
-            run = self._runner.start("shadows", partial(route.ask, order), context)
+            run = self._runner.start("shadows", partial(route.method, order), context)
             self._let_finish(run, lambda: self._record_shadow(request, answer, order, _verdict_of_run(route, run)))
         elif held is Result.ERROR:
             verdict = no_answer(route, "condition", started_at=time.monotonic())

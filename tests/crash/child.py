@@ -31,7 +31,7 @@ STORE_RETRY = timedelta(milliseconds=100)
 
 def shorten() -> None:
     adapter.ledger.lease.LEASE_MS = int(LEASE.total_seconds() * 1000)
-    adapter.deliveries.dispatcher.BEAT = BEAT
+    adapter.deliveries.dispatcher.HEARTBEAT = BEAT
     adapter.deliveries.dispatcher.SLACK = SLACK
     adapter.deliveries.dispatcher.POLL = POLL
     adapter.deliveries.dispatcher.STORE_RETRY = STORE_RETRY

@@ -11,7 +11,7 @@ from typing import Any, cast
 import httpx
 import pytest
 
-from adapter.deliveries.attempt import Attempts, Ended, Queue
+from adapter.deliveries.attempt import AttemptResult, Attempts, Queue
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Ending, Interrupted
@@ -112,10 +112,10 @@ class Trying:
     runner: Runner
     now: int = NOON
 
-    def begin(self, claim: Claim, queue: Queue) -> "asyncio.Task[Ended]":
+    def begin(self, claim: Claim, queue: Queue) -> "asyncio.Task[AttemptResult]":
         return asyncio.create_task(self.attempts.run(claim, queue))
 
-    async def run(self, claim: Claim, queue: Queue) -> Ended:
+    async def run(self, claim: Claim, queue: Queue) -> AttemptResult:
         return await asyncio.wait_for(self.attempts.run(claim, queue), PATIENCE)
 
 
@@ -146,7 +146,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(test())
 
 
-def told(ended: Ended) -> tuple[type, str, str]:
+def told(ended: AttemptResult) -> tuple[type, str, str]:
     assert isinstance(ended.result, Unknown)
     return type(ended.result), ended.result.code, ended.kind
 
@@ -205,8 +205,8 @@ def test_nothing_is_begun_while_the_service_stops() -> None:
         async with trying() as trial:
             trial.attempts.stopping = True
 
-            assert await trial.run(CLAIM, queue(handler)) == Ended(result=Ending.RELEASED)
-            assert await trial.run(IN_DOUBT, queue(handler)) == Ended(result=Ending.RELEASED, kind="lookup")
+            assert await trial.run(CLAIM, queue(handler)) == AttemptResult(result=Ending.RELEASED)
+            assert await trial.run(IN_DOUBT, queue(handler)) == AttemptResult(result=Ending.RELEASED, kind="lookup")
             assert handler.calls == []
 
     run(test)
@@ -218,7 +218,7 @@ def test_nothing_is_begun_that_would_not_end_before_the_doubt_about_its_claim() 
         async with trying() as trial:
             trial.now = CLAIM.doubt_ends_at - 30_000 + 1
 
-            assert await trial.run(CLAIM, queue(handler)) == Ended(result=Ending.RELEASED)
+            assert await trial.run(CLAIM, queue(handler)) == AttemptResult(result=Ending.RELEASED)
             trial.now -= 1
             assert (await trial.run(CLAIM, queue(handler))).result == Done("shop-7")
 
@@ -359,7 +359,7 @@ def test_what_shares_a_loop_that_is_given_up_is_in_doubt_or_was_never_begun() ->
             too_late = trial.begin(CLAIM, queue(behind, timeout=timedelta(0)))  # its deadline passes behind the other
 
             assert told(await begun) == (Interrupted, "loop-abandoned", "deliver")
-            assert await waits == await too_late == Ended(result=Ending.RELEASED)
+            assert await waits == await too_late == AttemptResult(result=Ending.RELEASED)
             assert (await held).result is Ending.BLOCKED
             await holds.ends()
             assert behind.calls == []
@@ -380,7 +380,7 @@ def test_what_never_began_before_its_deadline_is_released_when_the_thread_lets_g
 
             holds.let_go.set()
 
-            assert await too_late == Ended(result=Ending.RELEASED)
+            assert await too_late == AttemptResult(result=Ending.RELEASED)
             assert (await held).result == Done("late")
             assert behind.calls == []
 

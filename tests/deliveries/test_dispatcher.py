@@ -1458,7 +1458,7 @@ BEAT_MS = 20
 
 @pytest.fixture
 def at_every_moment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "BEAT", timedelta(milliseconds=BEAT_MS))
+    monkeypatch.setattr(dispatcher_module, "HEARTBEAT", timedelta(milliseconds=BEAT_MS))
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
 
@@ -1610,7 +1610,7 @@ def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(store_url: st
 def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatcher_module, "LAST_WORDS", timedelta(milliseconds=1))
+    monkeypatch.setattr(dispatcher_module, "CANCEL_GRACE", timedelta(milliseconds=1))
 
     async def test() -> None:
         entered, go_on = threading.Event(), threading.Event()

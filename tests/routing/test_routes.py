@@ -295,14 +295,14 @@ def test_only_a_hook_handler_answers_a_hook(tmp_path: Path, handler: str) -> Non
     text = f"callbacks: {{set: {{kind: hook, watch: /cart}}}}\nroutes:\n  export: {{callback: set, handler: {handler},"
 
     assert one_problem(tmp_path, f"{text} no_answer: approve}}\n") == (
-        "3 routes.export.handler: is no HookHandler; callback set is a hook"
+        "3 routes.export.handler: is no HookHandler, but callback set is a hook"
     )
 
 
 @pytest.mark.parametrize("handler", ["check", "a-function", "an-instance", "no-handler"])
 def test_a_handler_of_another_kind_is_a_problem(tmp_path: Path, handler: str) -> None:
     assert one_problem(tmp_path, export(handler=handler)) == (
-        "7 routes.export.handler: is no NotificationHandler; callback order-status is a notification"
+        "7 routes.export.handler: is no NotificationHandler, but callback order-status is a notification"
     )
 
 
@@ -310,7 +310,7 @@ def test_a_notification_handler_answers_no_validation(tmp_path: Path) -> None:
     text = export(callback="order-rules", no_answer="approve")
 
     assert one_problem(tmp_path, text) == (
-        "7 routes.export.handler: is no ValidationHandler; callback order-rules is a validation"
+        "7 routes.export.handler: is no ValidationHandler, but callback order-rules is a validation"
     )
 
 
@@ -320,7 +320,7 @@ def test_a_notification_handler_answers_no_validation(tmp_path: Path) -> None:
         ("not-there", "the handler cannot be imported: ModuleNotFoundError: No module named 'erp'"),
         ("broken", "the handler cannot be imported: SyntaxError: invalid syntax"),
         ("a-script", "the handler cannot be imported: SystemExit: 0"),
-        ("exploding", "the handler cannot be made: RuntimeError: no licence"),
+        ("exploding", "the handler cannot be created: RuntimeError: no licence"),
     ],
 )
 def test_a_handler_that_fails_at_its_import_or_making_is_a_problem(tmp_path: Path, handler: str, message: str) -> None:
@@ -330,7 +330,7 @@ def test_a_handler_that_fails_at_its_import_or_making_is_a_problem(tmp_path: Pat
 @pytest.mark.parametrize("handler", ["abstract", "demanding"])
 def test_a_class_that_cannot_be_made_is_a_problem(tmp_path: Path, handler: str) -> None:
     assert one_problem(tmp_path, export(handler=handler)).startswith(
-        "7 routes.export.handler: the handler cannot be made: TypeError"
+        "7 routes.export.handler: the handler cannot be created: TypeError"
     )
 
 
