@@ -19,13 +19,12 @@ from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import (
-    address_of,
-    callbacks_first,
-    count_refusals,
+    PublicApp,
+    http_server,
     listen,
-    public_port,
-    served,
+    report_refusals,
     short_thread_slices,
+    url_of,
 )
 from adapter.config import Config
 from adapter.deliveries.attempt import Attempts, Queue
@@ -154,15 +153,15 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         stack.push_async_callback(stop_working)
         beside = routes_beside_callbacks(registrations, config.adapter.id, norce_settings.schema)
         await public_listener.enter_async_context(
-            served(
-                callbacks_first(endpoint, public_port(endpoint, beside)),
+            http_server(
+                PublicApp(endpoint, beside),
                 public,
-                count_refusals(metrics),
+                report_refusals(metrics),
                 lambda: verdicts.waiting + registrations.waiting,
             )
         )
         health.started = True
-        service = Service(public_address=address_of(public), operations_address=operations_address)
+        service = Service(public_address=url_of(public), operations_address=operations_address)
         log.info("serving", address=service.public_address, operations_address=service.operations_address,
                  version=VERSION, adapter_id=config.adapter.id, held=hold)  # fmt: skip
         try:
@@ -257,9 +256,9 @@ async def _serve_operations(stack: contextlib.AsyncExitStack, config: Config, en
     stack.callback(port.close)
     if given.socket is not None:
         socket = stack.enter_context(listening_at(Path(given.socket)))
-        await stack.enter_async_context(served(endpoints.for_socket(), socket))
-    await stack.enter_async_context(served(endpoints.for_port(given.token), port))
-    return address_of(port)
+        await stack.enter_async_context(http_server(endpoints.for_socket(), socket))
+    await stack.enter_async_context(http_server(endpoints.for_port(given.token), port))
+    return url_of(port)
 
 
 def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:

@@ -16,7 +16,7 @@ import httpx
 import jsonschema_rs
 from anyio.from_thread import start_blocking_portal
 
-from adapter.callbacks.server import listen, served
+from adapter.callbacks.server import http_server, listen
 from adapter.norce.api import BY_NAME, CHANNEL, MERCHANT, schema
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
@@ -181,7 +181,7 @@ class Served:
             listening = stack.enter_context(listen("127.0.0.1", port))
             self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/checkout"
             self._portal = stack.enter_context(start_blocking_portal())
-            for each in (self.simulator, served(self.simulator.app, listening), self.caller):
+            for each in (self.simulator, http_server(self.simulator.app, listening), self.caller):
                 stack.enter_context(self._portal.wrap_async_context_manager(each))
             self._stack = stack.pop_all()
 

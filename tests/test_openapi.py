@@ -24,7 +24,7 @@ from adapter import config as configuration
 from adapter.callbacks import endpoints
 from adapter.callbacks import server as protocol
 from adapter.callbacks.senders import signature
-from adapter.callbacks.server import CALLBACK_PATH, public_port
+from adapter.callbacks.server import CALLBACK_PATH, PublicApp
 from adapter.identifiers import Channel
 from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.registrations.endpoint import (
@@ -139,17 +139,18 @@ class Broken:
     deregister = register
 
 
-def router_of(registrations: Registrations) -> Any:
+def app_of(registrations: Registrations) -> PublicApp:
     """What the public port has; who calls back finds nobody."""
 
     async def nobody(*_: Any) -> None:
         raise NotImplementedError
 
-    return public_port(nobody, routes(registrations, "our_adapter", {}))
+    endpoint: Any = nobody
+    return PublicApp(endpoint, routes(registrations, "our_adapter", {}))
 
 
 def test_it_describes_every_address_of_the_public_port_and_no_other(tmp_path: Path) -> None:
-    router = router_of(Registrations(loaded(tmp_path), Broken(None), ()))
+    router = app_of(Registrations(loaded(tmp_path), Broken(None), ())).router
     routes = [route for route in router.routes if isinstance(route, Route)]
     methods = {route.path: {each.lower() for each in route.methods} - {"head"} for route in routes}
 
@@ -367,7 +368,7 @@ def test_registrations_are_refused_with_the_statuses_and_codes_that_are_describe
         registrations = Registrations(config, Broken(given.get("error")), given.get("switched_off", ()))
         headers = {"authorization": f"Bearer {ENVIRON['TOKEN']}"} | SHOP | given.get("headers", {})
         url = f"http://adapter/api/v1/orders/{given.get('order_id', 'o')}/registrations"
-        answer = asked(router_of(registrations), method, url, headers)
+        answer = asked(app_of(registrations), method, url, headers)
         case.validate_response(answer, checks=CHECKS, excluded_checks=[checks.not_a_server_error])
         refused.add((answer.status_code, answer.json()["code"]))
 

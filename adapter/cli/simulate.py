@@ -17,7 +17,7 @@ import uvloop
 
 from adapter import logs
 from adapter.callbacks.senders import Senders
-from adapter.callbacks.server import PortInUse, listen, served
+from adapter.callbacks.server import PortInUse, http_server, listen
 from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading, stop_signal
 from adapter.config import Config
 from adapter.identifiers import Channel
@@ -103,7 +103,7 @@ async def _serve(port: int, token: str, store: Path | None, switches: Switches) 
         address = f"http://{HOST}:{listening.getsockname()[1]}"
         async with Simulator(token=token, store=store, switches=switches) as simulator:
             simulator.journal.told = _print
-            async with served(simulator.app, listening):
+            async with http_server(simulator.app, listening):
                 click.echo(
                     f"Norce Checkout, offline; Ctrl-C ends it.\n"
                     f"  services  {address}/checkout\n"
@@ -115,7 +115,7 @@ async def _serve(port: int, token: str, store: Path | None, switches: Switches) 
 
 async def _play(scenario: str, shop: Shop, port: int, **settings: int) -> dict[str, Any]:
     with listen(HOST, port) as listening:
-        async with shop, served(shop.simulator.app, listening):
+        async with shop, http_server(shop.simulator.app, listening):
             return await play(scenario, shop, **settings)
 
 

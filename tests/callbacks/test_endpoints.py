@@ -35,7 +35,7 @@ from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
-from adapter.callbacks.server import CALLBACK_PATH, listen, served
+from adapter.callbacks.server import CALLBACK_PATH, http_server, listen
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -640,7 +640,7 @@ class Listening:
 @contextlib.asynccontextmanager
 async def on_loopback(asgi: Any) -> AsyncIterator[str]:
     listening = listen("127.0.0.1", 0)
-    async with served(asgi, listening):
+    async with http_server(asgi, listening):
         yield "http://{}:{}".format(*listening.getsockname())
 
 

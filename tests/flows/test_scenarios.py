@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from adapter import config as configuration
-from adapter.callbacks.server import listen, served
+from adapter.callbacks.server import http_server, listen
 from adapter.cli.simulate import adapter_at
 from adapter.sandbox.scenarios import SCENARIOS, Adapter, Shop, play
 from tests import PATIENCE, ROOT
@@ -61,7 +61,7 @@ class ScenarioSite:
         async def play_scenario() -> Played:
             shop = Shop(NORCE_TOKEN, self.adapter)
             shop.simulator.throw(validation_seconds=PATIENCE, hook_seconds=PATIENCE, notification_seconds=PATIENCE)
-            async with shop, served(shop.simulator.app, listen("127.0.0.1", self.port)):
+            async with shop, http_server(shop.simulator.app, listen("127.0.0.1", self.port)):
                 return Played(await play(name, shop, **settings), shop.simulator.orders())
 
         return asyncio.run(play_scenario())

@@ -13,7 +13,7 @@ import pytest
 from anyio.from_thread import start_blocking_portal
 
 from adapter import logs
-from adapter.callbacks.server import listen, served
+from adapter.callbacks.server import http_server, listen
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -66,7 +66,10 @@ class Port:
         listening, self.socket = listen("127.0.0.1", 0), self._folder / "operations.sock"
         self.port = listening.getsockname()[1]
         with listening_at(self.socket) as on_socket:
-            async with served(endpoints.for_port(token), listening), served(endpoints.for_socket(), on_socket):
+            async with (
+                http_server(endpoints.for_port(token), listening),
+                http_server(endpoints.for_socket(), on_socket),
+            ):
                 yield
         self.store.close()
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from adapter.callbacks.server import listen, served
+from adapter.callbacks.server import http_server, listen
 from adapter.norce.api import BY_NAME, CHANNEL, CODES, MERCHANT, OPERATIONS, Operation
 from adapter.sandbox.norce import Simulator, StoreUnusable, Switches, SwitchInvalid
 from adapter.sandbox.norce.switches import questions
@@ -767,7 +767,7 @@ def test_a_broken_connection_leaves_the_caller_in_doubt(switch: str, created: in
         async with Simulator(token="t") as simulator, httpx.AsyncClient(trust_env=False) as http:
             simulator.throw(**{switch: 1})
             listening = listen("127.0.0.1", 0)
-            async with served(simulator.app, listening):
+            async with http_server(simulator.app, listening):
                 url = BY_NAME["create_order"].url("http://{}:{}/checkout".format(*listening.getsockname()), "v0")
                 with pytest.raises(httpx.RemoteProtocolError):
                     await http.post(url, json={}, headers={"authorization": "t", MERCHANT: "m", CHANNEL: "c"})

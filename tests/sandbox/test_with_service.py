@@ -9,7 +9,7 @@ import httpx
 from adapter import config as configuration
 from adapter.app import running
 from adapter.callbacks.senders import Senders
-from adapter.callbacks.server import listen, served
+from adapter.callbacks.server import http_server, listen
 from adapter.identifiers import Channel
 from adapter.ledger.queries import Queries
 from adapter.ledger.store import open_for_reading
@@ -52,7 +52,7 @@ def test_the_sample_order_goes_from_creation_to_a_delivery(tmp_path: Path) -> No
         headers = {"authorization": f"Bearer {TOKEN}", "x-merchant": "norce", "x-channel": "1"}
         async with (
             Simulator(token=TOKEN) as norce,
-            served(norce.app, listening),
+            http_server(norce.app, listening),
             running(config, build(config)) as service,
             httpx.AsyncClient(headers=headers, trust_env=False) as http,
         ):

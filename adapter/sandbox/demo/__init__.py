@@ -22,7 +22,7 @@ import httpx
 
 from adapter import config as configuration
 from adapter.app import Service, running
-from adapter.callbacks.server import PortInUse, listen, served
+from adapter.callbacks.server import PortInUse, http_server, listen
 from adapter.config import Config
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.store import open_for_reading
@@ -81,7 +81,7 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
         norce.throw(validation_messages=True)
         caller = await stack.enter_async_context(Caller(norce, token, ("norce", "1")))
         listening = listen("127.0.0.1", 0)
-        await stack.enter_async_context(served(norce.app, listening))
+        await stack.enter_async_context(http_server(norce.app, listening))
         norce_address = "http://{}:{}".format(*listening.getsockname())
         jetshop = JetshopStandIn(shop_id="1", username="stand-in", password=password)
         jetshop_address = await stack.enter_async_context(jetshop.serve())
