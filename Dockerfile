@@ -17,7 +17,7 @@ RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     tools/bin/pip install --require-hashes -r requirements-build.txt \
     && tools/bin/pip --python /opt/norce-adapter/bin/python install --require-hashes -r requirements.txt
 
-COPY pyproject.toml README.md ./
+COPY pyproject.toml README.md LICENSE ./
 COPY adapter adapter
 RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
     && tools/bin/pip --python /opt/norce-adapter/bin/python install --no-deps --no-index dist/*.whl \

@@ -9,10 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 KILLS ?= 200
 STORE ?= both
 SUITE := $(VENV)/json-schema-test-suite
+# The tests of a file stay together, because they share services.
+PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run test lint tests bench crash docs lock wheel clean
+.PHONY: help run test quick one fix lint tests bench crash docs wheel lock clean
 
-help:  ## what there is
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/python:
@@ -41,42 +43,51 @@ $(SUITE): $(VENV)/installed-dev requirements-suite.txt
 	$(PIP) download --no-deps --no-build-isolation --no-binary :all: --require-hashes -r requirements-suite.txt --dest $@
 	@touch $@
 
-run: $(VENV)/installed  ## the demo: a validation, a purchase, an export, and a service to play with
+run: $(VENV)/installed  ## run the demo: a validation, a purchase, an export; then the service keeps running
 	@$(BIN)/norce-adapter demo
 
-test: lint tests  ## everything that CI checks
+test: lint tests  ## run everything that CI checks
 
-lint: $(VENV)/installed-dev  ## format, lint, types, layers
+quick: $(VENV)/installed-dev  ## run the tests that need no PostgreSQL and start no service, in under a minute
+	$(BIN)/python -m pytest $(PARALLEL) --quick
+
+one: $(SUITE)  ## run some tests: T=tests/ledger, T="tests/cli -k retry"
+	$(BIN)/python -m pytest $(T)
+
+fix: $(VENV)/installed-dev  ## format the code and correct what ruff can correct
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lint: $(VENV)/installed-dev  ## check format, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --config-file tests/mypy.ini
 	$(BIN)/lint-imports
 
-# Files stay together, because their tests share services. The tests of speed need the machine for themselves.
-PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
-
+# The tests of speed need the machine for themselves.
 tests: $(SUITE)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not speed"
 	$(BIN)/python -m pytest -m speed
 
-bench: $(VENV)/installed-bench  ## measured claims, as ratios within one run; ONLY="accept dispatch" for some
+bench: $(VENV)/installed-bench  ## measure the claims as ratios within one run: ONLY="accept dispatch" for some
 	$(BIN)/python benchmarks/run.py $(ONLY)
 
-crash: $(VENV)/installed-dev  ## kill -9, again and again: KILLS=200 STORE=sqlite|postgresql|both SEED=…
+crash: $(VENV)/installed-dev  ## kill the service many times: KILLS=200 STORE=sqlite|postgresql|both SEED=…
 	$(BIN)/python -m tests.crash --kills $(KILLS) --store $(STORE) $(if $(SEED),--seed $(SEED))
 
 docs: $(VENV)/installed-dev  ## regenerate what is generated
 	$(BIN)/python -m tests.config.reference
 
-wheel: $(VENV)/installed-dev
+wheel: $(VENV)/installed-dev  ## build the wheel in dist/
+	rm -rf dist
 	$(BIN)/python -m build --wheel --no-isolation
 
-lock:  ## resolve the requirements anew (needs uv)
+lock:  ## resolve the requirements again (needs uv)
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header pyproject.toml -o requirements.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group build -o requirements-build.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group dev -c requirements.txt -o requirements-dev.txt
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-annotate --no-header --group bench -c requirements.txt -c requirements-dev.txt -o requirements-bench.txt
 
-clean:
+clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,9 +22,24 @@ def pytest_xdist_auto_num_workers() -> int:
     return min((os.cpu_count() or 1) + 1, 4)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the files that take long, so that no worker is left alone with them at the end."""
     items.sort(key=lambda item: item.path.parent.name not in SLOW)
+    if config.getoption("quick"):
+        slow = [item for item in items if not is_quick(item)]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = filter(is_quick, items)
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Tell whether a test uses no PostgreSQL, starts no service and measures no time."""
+    needs_postgres = {"postgres", "postgres_url"} & set(getattr(item, "fixturenames", ()))
+    store = getattr(item, "callspec", None) and "postgresql" in item.callspec.params.values()  # type: ignore[attr-defined]
+    return not (item.path.parent.name in SLOW or needs_postgres or store or item.get_closest_marker("speed"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only tests without PostgreSQL and without a service process")
 
 
 @pytest.fixture(scope="session")

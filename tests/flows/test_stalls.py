@@ -12,8 +12,8 @@ from tests.flows.site import Service, Site, make_order, signed_url, wait_until
 
 pytestmark = pytest.mark.speed
 
-DEADLINE_SECONDS = 1.0
-SLACK_SECONDS = 0.5  # for a client that is itself one of thirty threads
+DEADLINE_SECONDS = 2.0
+SLACK_SECONDS = 1.0  # for a client that is itself one of thirty threads
 STORED = 20
 MISSING = 'verdicts_missing_total{{callback="{}",reason="{}",route="{}"}}'
 REPLACED = 'plugins_loops_replaced_total{{loop="{}",route="{}"}}'
@@ -23,8 +23,8 @@ def add_hooks(site: Site, plugin: Path, how: str) -> None:
     """Add two callbacks with one hook each: one that stalls, and one that computes."""
     site.environ["PYTHONPATH"] = str(plugin)
     site.config["callbacks"] |= {
-        "cart-stalls": {"kind": "hook", "watch": "/cart", "target": "/cart", "deadline": "1s"},
-        "cart-rules": {"kind": "hook", "watch": "/cart", "target": "/cart", "deadline": "1s"},
+        "cart-stalls": {"kind": "hook", "watch": "/cart", "target": "/cart", "deadline": "2s"},
+        "cart-rules": {"kind": "hook", "watch": "/cart", "target": "/cart", "deadline": "2s"},
     }
     site.config["routes"] |= {
         "stalls": {"callback": "cart-stalls", "handler": "sample-stalls", "no_answer": "reject",
@@ -107,7 +107,7 @@ def test_the_open_circuit_breaker_answers_at_once(site: Site, sample_plugin: Pat
 
 def test_a_validation_is_answered_in_time_although_norce_does_not_answer(site: Site) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=128) as silent_norce:
-        site.config["callbacks"]["order-rules"]["deadline"] = "1s"
+        site.config["callbacks"]["order-rules"]["deadline"] = "2s"
         site.config["dispatcher"]["grace"] = "200ms"  # deliveries wait for Norce, too
         site.config["norce"] = {"base_url": "http://{}:{}".format(*silent_norce.getsockname())}
         site.config["routes"]["a-currency"] = {
