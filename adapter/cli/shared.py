@@ -1,6 +1,5 @@
 """Options, exit codes, output and access to the ledger that several commands share."""
 
-import asyncio
 import contextlib
 import json
 import os
@@ -18,6 +17,8 @@ from adapter.moments import to_milliseconds
 from adapter.orders import instant
 
 if TYPE_CHECKING:
+    import asyncio
+
     from rich.progress import Progress
     from sqlalchemy import Connection
 
@@ -184,11 +185,13 @@ def one_line(error: object) -> str:
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[asyncio.Event]:
+def stop_signal() -> Iterator["asyncio.Event"]:
     """Give an event that SIGTERM and SIGINT set. Afterwards they have their usual effect again.
 
     Only one part of a process may handle signals: two uvicorn servers would replace each other's handlers.
     """
+    import asyncio
+
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     signals = (signal.SIGTERM, signal.SIGINT)

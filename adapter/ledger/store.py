@@ -17,11 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util import CommandError
 from sqlalchemy import Connection, Engine
 
 from adapter.ledger.clock import Clock
@@ -95,6 +90,8 @@ class Store:
 
         Raises `StoreInUse` where another process has it and `StoreUnavailable` where it cannot be opened.
         """
+        from alembic.util import CommandError  # here, because commands that only read need none of it
+
         database = database_at(url)
         clock = clock or Clock.of(database)
         failures: tuple[type[Exception], ...] = (*database.errors, OSError, CommandError)
@@ -254,6 +251,11 @@ def migrate(database: Database, connection: Connection) -> None:
     Migrations only add, so that an older node keeps working; and an older node that finds a newer revision than it
     knows works with it as it is.
     """
+    from alembic import command
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")

@@ -1,8 +1,11 @@
 """`adapter.cli`: the commands, what they print where, and their exit codes."""
 
 import json
+import os
 import re
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from importlib.metadata import version
@@ -19,6 +22,7 @@ from adapter import config as configuration
 from adapter.app import running
 from adapter.routing import routes
 from adapter.routing.routes import build
+from tests import PATIENCE
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -158,6 +162,40 @@ def test_every_command_explains_itself(flag: str) -> None:
 
         assert result.exit_code == OK
         assert "Usage: " in result.stdout
+
+
+# --- what a command imports -------------------------------------------------------------------------------------------
+
+IMPORTED = """
+import atexit, sys
+from adapter.cli import main
+atexit.register(lambda: print(*sys.modules, sep="\\n", file=sys.stderr))
+main()
+"""
+SLOW = {"adapter.app", "adapter.sandbox", "adapter.routing", "uvicorn", "starlette", "alembic"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "never"),
+    [
+        (["version"], SLOW | {"sqlalchemy", "httpx", "rich", "adapter.config"}),
+        (["deliveries", "list"], SLOW),
+        (["orders", "list"], {"adapter.app", "adapter.sandbox", "uvicorn", "alembic"}),
+        (["queues", "pause", "seen", "--why", "a test"], SLOW),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_imports_only_what_it_uses(worked: Path, arguments: list[str], never: set[str]) -> None:
+    """Importing the whole service takes most of a second."""
+    environ = os.environ | ENVIRON | {"NORCE_ADAPTER_CONFIG": str(worked)}
+    command = [sys.executable, "-c", IMPORTED, *arguments]
+
+    ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False, timeout=PATIENCE)
+
+    imported = set(ended.stderr.split())
+    assert "Traceback" not in imported
+    assert "adapter.cli" in imported
+    assert not never & imported
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
