@@ -1,33 +1,33 @@
-"""
-A simulator in this process, a client that asks it by the names of the operations, and somebody who answers callbacks.
+"""Simulators for tests: in this process with a client and a receiver of callbacks, or on a port.
 
-Every answer is held against the table: its status is declared, and its body fits its schema.
+`Shop.ask` checks every answer against `norce.api`: its status is declared, and its body fits its schema.
 """
 
 import asyncio
 import functools
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import jsonschema_rs
 from anyio.from_thread import start_blocking_portal
 
-from adapter.callbacks.server import http_server, listen
+from adapter.callbacks.server import http_server, listen, url_of
+from adapter.identifiers import Channel
 from adapter.norce.api import BY_NAME, CHANNEL, MERCHANT, schema
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
 from tests import ORDERS, PATIENCE
 
+T = TypeVar("T")
 SAMPLE = json.loads((ORDERS / "order-api-request-sample.json").read_text("utf-8"))
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text("utf-8"))
 TOKEN = "a token"
 PRICE = {"includingVat": 100.0, "excludingVat": 80.0}
-# Statuses that anything may be answered with, whatever it declares.
-ANYWHERE = {400, 404, 409, 412, 429}
+UNDECLARED = {400, 404, 409}  # any operation may answer with these
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def validator(name: str) -> Any:
 
 
 class Clock:
-    """Stands still until it is moved; whoever sleeps moves it."""
+    """A clock that moves only when a test moves it, or sleeps."""
 
     def __init__(self) -> None:
         self.now = datetime(2026, 2, 3, 8, 0, tzinfo=UTC)
@@ -50,8 +50,8 @@ class Clock:
         self.now += timedelta(seconds=seconds)
 
 
-class Ticking:
-    """The time of day, and never the same twice: two changes of an order are two moments."""
+class TickingClock:
+    """The present time, but never the same twice, so that two changes of an order differ in time."""
 
     def __init__(self) -> None:
         self._last = datetime.now(UTC)
@@ -62,14 +62,14 @@ class Ticking:
 
 
 class Receiver:
-    """Answers what Norce sends, and remembers it. `answers` says what, by the end of the path."""
+    """A receiver of callbacks. Keeps the requests in `got`."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Callable[[httpx.Request], Any]] = {}
         self.got: list[httpx.Request] = []
 
     def to(self, path: str, answer: Any) -> str:
-        """The address of a callback that is answered so: with a response, or what a function makes of the request."""
+        """Return the URL of a callback with this answer: a response, JSON, or a function of the request."""
         self.answers[path] = answer if callable(answer) else lambda _request: answer
         return f"http://127.0.0.1:9{path}"
 
@@ -79,7 +79,7 @@ class Receiver:
         if hasattr(answer, "__await__"):
             answer = await answer
         if isinstance(answer, httpx.Response):
-            # A response is good for one request.
+            # A response can be sent only once.
             return httpx.Response(answer.status_code, headers=answer.headers, content=answer.content)
         return httpx.Response(200, json=answer)
 
@@ -88,7 +88,7 @@ class Receiver:
 
 
 class Shop:
-    """One merchant's client. `ask` is an operation by its name."""
+    """A client for one channel."""
 
     def __init__(
         self, simulator: Simulator, http: httpx.AsyncClient, loop: asyncio.Runner, receiver: Receiver, clock: Clock
@@ -113,6 +113,7 @@ class Shop:
         status: int | None = None,
         **path: str,
     ) -> httpx.Response:
+        """Call an operation, wait for its callbacks, check the answer and return it."""
         operation = BY_NAME[name]
         version = version or operation.versions[0]
         content = raw if raw is not None else None if body is None else json.dumps(body).encode()
@@ -124,13 +125,13 @@ class Shop:
             content=content,
         )
         answer = self.loop.run(self.http.send(request))
-        self.loop.run(self.simulator.settled())
+        self.loop.run(self.simulator.wait_until_idle())
         if answer.is_success:
             assert answer.status_code in operation.answers
             wanted = operation.answers[answer.status_code]
             assert not (answer.content and wanted is None), "a body that is not declared"
         else:
-            assert answer.status_code in {*operation.errors[version], *ANYWHERE}
+            assert answer.status_code in {*operation.errors[version], *UNDECLARED}
             wanted = operation.error
         if answer.content:
             assert validator(wanted).is_valid(answer.json()), answer.text
@@ -139,7 +140,7 @@ class Shop:
         return answer
 
     def create(self, order: Any = None, **members: Any) -> str:
-        """A new order, its id: with two lines for 150 in the cart, or as it is given."""
+        """Create an order, by default with two lines for 150 in the cart, and return its id."""
         items = [{"name": "Mössa", "quantity": 1, "total": {"includingVat": amount}} for amount in (100, 50)]
         default = {"currency": "SEK", "cart": {"reference": "7", "items": items}}
         return self.ask("create_order", (order or default) | members, status=201).json()["id"]
@@ -158,6 +159,7 @@ class Shop:
 
 @contextmanager
 def shop(**given: Any) -> Iterator[Shop]:
+    """Open a shop with a simulator of its own. The arguments are those of `Simulator`."""
     receiver, clock = Receiver(), Clock()
     given = {"token": TOKEN, "clock": clock, "sleep": clock.sleep, "seed": 1} | given
     with asyncio.Runner() as loop:
@@ -171,27 +173,36 @@ def shop(**given: Any) -> Iterator[Shop]:
             loop.run(simulator.__aexit__(None, None, None))
 
 
+@contextmanager
+def in_thread(context: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Enter an asynchronous context on an event loop in a thread of its own."""
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(context) as value:
+        yield value
+
+
 class Served:
-    """An offline Norce Checkout on a port of this machine, in a thread."""
+    """A simulator that listens on a port of this machine, in a thread."""
 
     def __init__(self, token: str, port: int = 0) -> None:
-        self.simulator = Simulator(token=token, clock=Ticking(), seed=3)
-        self.caller = Caller(self.simulator, token, ("norce", "1"))
+        self.simulator = Simulator(token=token, clock=TickingClock(), seed=3)
+        self.caller = Caller(self.simulator, token, Channel("norce", "1"))
         with ExitStack() as stack:
             listening = stack.enter_context(listen("127.0.0.1", port))
-            self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/checkout"
+            self.url = f"{url_of(listening)}/checkout"
             self._portal = stack.enter_context(start_blocking_portal())
             for each in (self.simulator, http_server(self.simulator.app, listening), self.caller):
                 stack.enter_context(self._portal.wrap_async_context_manager(each))
             self._stack = stack.pop_all()
 
     def ask(self, name: str, body: Any = None, **path: str) -> Any:
-        async def asked() -> Any:
+        """Call an operation, wait for its callbacks, and return the answer."""
+
+        async def call() -> Any:
             answer = await self.caller.ask(name, body, **path)  # type: ignore[arg-type]
-            await self.simulator.settled()
+            await self.simulator.wait_until_idle()
             return answer
 
-        return self._portal.start_task_soon(asked).result(PATIENCE)
+        return self._portal.start_task_soon(call).result(PATIENCE)
 
     def close(self) -> None:
         self._stack.close()

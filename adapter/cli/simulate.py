@@ -1,8 +1,6 @@
-"""
-The command that serves the offline Norce Checkout, on this machine only, or plays a scenario against a service.
+"""The command `simulate`: serves an offline Norce Checkout, or plays a scenario against a running service.
 
-A scenario is played by the service's own configuration: whom it serves, what it registers with which signatures, and
-where its ledger is.
+A scenario uses the service's own configuration: its channels, its registrations with their signatures, and its ledger.
 """
 
 import json
@@ -17,92 +15,83 @@ import uvloop
 
 from adapter import logs
 from adapter.callbacks.senders import Senders
-from adapter.callbacks.server import PortInUse, http_server, listen
-from adapter.cli.shared import FAILED, STORE, USAGE, config_option, end, loaded, printable, reading, stop_signal
+from adapter.callbacks.server import PortInUse, http_server, listen, url_of
+from adapter.cli.shared import FAILED, USAGE, config_option, end, loaded, printable, reading, stop_signal
 from adapter.config import Config
 from adapter.identifiers import Channel
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.norce.api import V0
 from adapter.registrations.on_orders import registrations
-from adapter.sandbox.norce import Simulator, StoreUnusable, Switches, SwitchInvalid
+from adapter.sandbox.norce import Simulator, Switches, SwitchInvalid
 from adapter.sandbox.norce.records import Entry
-from adapter.sandbox.scenarios import SCENARIOS, Adapter, Shop, play
+from adapter.sandbox.scenarios import SCENARIOS, ServiceUnderTest, Shop, play
 
 HOST = "127.0.0.1"
-MOST_DELIVERIES = 2_000_000  # that a scenario looks at; a burst has at most half as many orders
+MAX_DELIVERIES = 2_000_000  # that a scenario reads; a burst has at most half as many orders
 
 
 @click.command()
-@click.option("--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="0 is any free one.")
-@click.option("--token", envvar="NORCE_TOKEN", show_envvar=True, help="The token to take; a new one where left out.")
-@click.option("--store", type=click.Path(dir_okay=False, path_type=Path), help="A file in which orders are kept.")
-@click.option(
-    "--switch", "thrown", multiple=True, metavar="NAME=VALUE", help="How this Norce behaves; may be repeated."
-)
-@click.option(
-    "--scenario", metavar="NAME", type=click.Choice(list(SCENARIOS)), help=f"Play one: {', '.join(SCENARIOS)}."
-)
-@click.option("--adapter", "address", help="The service to play against; the configured port of this machine.")
-@click.option("--orders", type=click.IntRange(1, 1_000_000), help="How many, in a burst.")
+@click.option("--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="0 is any free port.")
+@click.option("--token", envvar="NORCE_TOKEN", show_envvar=True, help="The token to accept; by default a new one.")
+@click.option("--switch", "pairs", multiple=True, metavar="NAME=VALUE", help="Set a switch; may be repeated.")
+@click.option("--scenario", metavar="NAME", type=click.Choice(list(SCENARIOS)), help=f"One of {', '.join(SCENARIOS)}.")
+@click.option("--adapter", "address", help="The URL of the service; by default its configured port on this machine.")
+@click.option("--orders", type=click.IntRange(1, 1_000_000), help="The number of orders in a burst.")
 @config_option
 def simulate(
     port: int,
     token: str | None,
-    store: Path | None,
-    thrown: tuple[str, ...],
+    pairs: tuple[str, ...],
     scenario: str | None,
     address: str | None,
     orders: int | None,
     config_path: Path,
 ) -> None:
-    """
-    Serve an offline Norce Checkout until SIGTERM or SIGINT, and print what comes in and goes out.
+    """Serve an offline Norce Checkout and print its requests and callbacks, until SIGTERM or SIGINT.
 
-    The switches are those of docs/simulator.md; they can be thrown later at /simulator/switches.
+    docs/simulator.md lists the switches. PUT /simulator/switches changes them later.
 
-    With a scenario: play it against a running service that has this Norce for its own and is configured by --config,
-    and print what came of it as JSON. It fails where something was not as the scenario promises.
+    With --scenario: play a purchase against a running service that uses this Norce and is configured by --config, and
+    print the result as JSON. The command fails if an order does not end as the scenario expects.
     """
     logs.configure(level=logs.WARNING)
     try:
-        switches = Switches().with_values(dict(_pair(each) for each in thrown))
-        if scenario is not None:
-            config = loaded(config_path)
-            if config.senders.signed_urls is None:
-                end(USAGE, "a scenario registers signed URLs: senders.signed_urls is needed")
-            if orders is not None and scenario != "burst":
-                end(USAGE, "--orders is for the scenario burst")
-            adapter = adapter_at(address or f"http://127.0.0.1:{config.server.port}", config)
-            token = token or next(iter(config.merchants.values())).tokens[0].reveal()
-            shop = Shop(token, adapter, store=store, switches=switches)
-            summary = uvloop.run(_play(scenario, shop, port, **({} if orders is None else {"orders": orders})))
-            click.echo(json.dumps(summary))
-            if summary["unmet"] is not None:
-                end(FAILED, f"{scenario}: {summary['unmet']}")
+        switches = Switches().with_values(dict(_split(each) for each in pairs))
+        if scenario is None:
+            if address is not None or orders is not None:
+                end(USAGE, "--adapter and --orders need a --scenario")
+            uvloop.run(_serve(port, token or secrets.token_urlsafe(24), switches))
             return
-        if address is not None or orders is not None:
-            end(USAGE, "--adapter and --orders are for a --scenario")
-        uvloop.run(_serve(port, token or secrets.token_urlsafe(24), store, switches))
+        config = loaded(config_path)
+        if config.senders.signed_urls is None:
+            end(USAGE, "a scenario registers signed URLs: senders.signed_urls is needed")
+        if orders is not None and scenario != "burst":
+            end(USAGE, "--orders is for the scenario burst")
+        service = service_at(address or f"http://127.0.0.1:{config.server.port}", config)
+        token = token or next(iter(config.merchants.values())).tokens[0].reveal()
+        shop = Shop(token, service, switches=switches)
+        summary = uvloop.run(_play(scenario, shop, port, **({} if orders is None else {"orders": orders})))
+        click.echo(json.dumps(summary))
+        if summary["unmet"] is not None:
+            end(FAILED, f"{scenario}: {summary['unmet']}")
     except SwitchInvalid as error:
         end(USAGE, str(error))
-    except StoreUnusable as error:
-        end(STORE, str(error))
     except PortInUse as error:
         end(FAILED, str(error))
 
 
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
+def _split(pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
     if not equals:
-        raise SwitchInvalid(f"a switch is NAME=VALUE, not {text}")
+        raise SwitchInvalid(f"a switch is NAME=VALUE, not {pair}")
     return name, value
 
 
-async def _serve(port: int, token: str, store: Path | None, switches: Switches) -> None:
+async def _serve(port: int, token: str, switches: Switches) -> None:
     with stop_signal() as stop, listen(HOST, port) as listening:
-        address = f"http://{HOST}:{listening.getsockname()[1]}"
-        async with Simulator(token=token, store=store, switches=switches) as simulator:
-            simulator.journal.told = _print
+        address = url_of(listening)
+        async with Simulator(token=token, switches=switches) as simulator:
+            simulator.journal.on_entry = _print
             async with http_server(simulator.app, listening):
                 click.echo(
                     f"Norce Checkout, offline; Ctrl-C ends it.\n"
@@ -119,20 +108,20 @@ async def _play(scenario: str, shop: Shop, port: int, **settings: int) -> dict[s
             return await play(scenario, shop, **settings)
 
 
-def adapter_at(address: str, config: Config) -> Adapter:
-    """The service at this address, as a scenario knows it. Its ledger has to be within reach."""
+def service_at(address: str, config: Config) -> ServiceUnderTest:
+    """Return the service at this address for a scenario. Its ledger has to be readable from here."""
     senders = Senders(config.senders)
-    config = msgspec.structs.replace(config, norce=msgspec.structs.replace(config.norce, version=V0))  # as a shop asks
+    config = msgspec.structs.replace(config, norce=msgspec.structs.replace(config.norce, version=V0))  # as `Caller`
 
-    def wanted(merchant: str, channel: str, order_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
-        for each in registrations(config, senders, Channel(merchant, channel), order_id, public_url=address):
+    def wanted(channel: Channel, order_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for each in registrations(config, senders, channel, order_id, public_url=address):
             yield each.operation, dict(each.body)
 
     def deliveries(state: str | None) -> list[dict[str, Any]]:
         with reading(config) as connection:
-            return Queries(connection).deliveries(DeliveryFilter(state=state), limit=MOST_DELIVERIES)
+            return Queries(connection).deliveries(DeliveryFilter(state=state), limit=MAX_DELIVERIES)
 
-    return Adapter(shops=config.channels, registrations=wanted, deliveries=deliveries)
+    return ServiceUnderTest(channels=config.channels, registrations=wanted, deliveries=deliveries)
 
 
 def _print(entry: Entry) -> None:

@@ -1,28 +1,29 @@
-"""
-Who buys at the simulator: calls its services by the names of the operations, without a port in between.
-
-An answer with another status than was expected is an exception, so that what is read afterwards is what it seems to be.
-"""
+"""A client of the simulator that calls operations by name, without a port."""
 
 from typing import Any, Self
 
 import httpx
 
+from adapter.identifiers import Channel
 from adapter.norce.api import AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT
 from adapter.sandbox.norce import Simulator
 
 
-class Unmet(Exception):
-    """Something was not as it was expected. The message says what, with codes and counts, never an order."""
+class Unexpected(Exception):
+    """A result that differs from what was expected. The message holds codes and counts, never an order."""
 
 
 class Caller:
-    """The front end of the shops, one of them (merchant and channel) by default. `whose` are the orders it made."""
+    """The front end of a shop. Uses `channel`, except for orders that it created on another.
 
-    def __init__(self, simulator: Simulator, token: str, shop: tuple[str, str]) -> None:
+    Attributes:
+        channels: The channel of each order that was created here, by order id.
+    """
+
+    def __init__(self, simulator: Simulator, token: str, channel: Channel) -> None:
         self.simulator = simulator
-        self.whose: dict[str, tuple[str, str]] = {}
-        self._shop = shop
+        self.channels: dict[str, Channel] = {}
+        self._channel = channel
         self._http = httpx.AsyncClient(
             transport=httpx.ASGITransport(simulator.app), headers={AUTHORIZATION: f"Bearer {token}"}
         )
@@ -39,31 +40,39 @@ class Caller:
         body: Any = None,
         *,
         status: int | None = None,
-        shop: tuple[str, str] | None = None,
+        channel: Channel | None = None,
         **path: str,
     ) -> Any:
-        """
-        What an operation answers, for the shop of the order that it is about.
+        """Call an operation and return the body of the answer.
 
-        Raises `Unmet` where that is another status, or no success while none was expected.
+        Args:
+            name: The operation in `norce.api`.
+            body: JSON.
+            status: The expected status; any success if left out.
+            channel: The channel to call for; by default the order's.
+            path: The parameters in the path.
+
+        Raises:
+            Unexpected: The answer has another status.
         """
         operation = BY_NAME[name]
-        merchant, channel = shop or self.whose.get(path.get("order_id", ""), self._shop)
-        answer = await self._http.request(
+        merchant, channel_name = channel or self.channels.get(path.get("order_id", ""), self._channel)
+        response = await self._http.request(
             operation.method,
             operation.url("http://norce/checkout", operation.versions[0], **path),
-            headers={MERCHANT: merchant, CHANNEL: channel},
+            headers={MERCHANT: merchant, CHANNEL: channel_name},
             json=body,
         )
-        told = answer.json() if answer.content else None
-        if answer.status_code != status and not (status is None and answer.is_success):
-            raise Unmet(f"{name} was answered {answer.status_code} ({', '.join(codes(told))}), not {status or 200}")
-        return told
+        answer = response.json() if response.content else None
+        if response.status_code != status and not (status is None and response.is_success):
+            found = ", ".join(codes(answer))
+            raise Unexpected(f"{name} was answered {response.status_code} ({found}), not {status or 200}")
+        return answer
 
-    async def create(self, order: dict[str, Any], *, shop: tuple[str, str] | None = None) -> str:
-        """A new order; its id."""
-        order_id = str((await self.ask("create_order", order, shop=shop))["id"])
-        self.whose[order_id] = shop or self._shop
+    async def create(self, order: dict[str, Any], *, channel: Channel | None = None) -> str:
+        """Create an order and return its id."""
+        order_id = str((await self.ask("create_order", order, channel=channel))["id"])
+        self.channels[order_id] = channel or self._channel
         return order_id
 
     async def read(self, order_id: str) -> dict[str, Any]:
@@ -71,14 +80,17 @@ class Caller:
         return order
 
     async def move(self, order_id: str, *statuses: str) -> None:
+        """Move the state of an order to each of these statuses in turn."""
         for status in statuses:
             await self.ask("put_state", {"currentStatus": status}, order_id=order_id)
 
     async def pay(self, order_id: str) -> str:
-        """A payment of what is not yet covered; its id."""
+        """Start a payment of the amount that is not covered yet, and return its id."""
         return str((await self.ask("start_payment", order_id=order_id))["paymentId"])
 
 
-def codes(told: Any) -> list[str]:
-    """The codes of an error, or of all of them."""
-    return [str(each.get("code")) for each in (told if isinstance(told, list) else [told]) if isinstance(each, dict)]
+def codes(answer: Any) -> list[str]:
+    """Return the codes of an error or of a list of errors."""
+    return [
+        str(each.get("code")) for each in (answer if isinstance(answer, list) else [answer]) if isinstance(each, dict)
+    ]

@@ -1,26 +1,23 @@
-"""
-A stand-in for what `jetshop` exports to: for tests, and for trying things out without a shop.
+"""A stand-in for Jetshop, the destination of the handler `jetshop`, for tests and the demo.
 
-It keeps to this project's own contract (`contract.yaml`) and knows nothing of Jetshop beyond it. It is strict where a
-shop would be lenient, since its work is to find our mistakes: a request that breaks the contract is answered 400 and
-remembered in `violations`. And it is unreliable on request (`script`, `down`, `missing_until`), because what it proves
-is that an order arrives exactly once (`exports`) although the connection breaks at the worst moment.
+It implements this project's own contract (`contract.yaml`) and knows nothing else about Jetshop. It is stricter than a
+shop: it answers 400 to a request that breaks the contract and remembers it in `violations`. It fails on request
+(`script`, `down`), so that tests can show that an order arrives exactly once (`exports`).
 
-It is an ASGI application. Over TCP (`serve`, `serving`) a dropped connection is a connection that really closes; under
-`httpx.ASGITransport`, where there is none, it surfaces as the `httpx.RemoteProtocolError` that a client would see.
-State is plain and unlocked: one event loop writes, other threads may read it, and may add to the script.
+The stand-in is an ASGI application. Over TCP (`serve`) a dropped connection really closes. With `httpx.ASGITransport`
+it raises the `httpx.RemoteProtocolError` that a client would see. The state has no lock: one event loop writes it,
+other threads may read it and add to the script.
 """
 
 import asyncio
 import re
-import socket
-import threading
 from base64 import b64encode
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, MutableMapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from socket import socket
+from typing import Any, Literal, NamedTuple, cast
 from urllib.parse import unquote
 
 import httpx
@@ -32,28 +29,28 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from adapter.callbacks.server import listen, url_of
 from adapter.handlers.jetshop.contract import contract, misses
 
-EXTENSION = "norce_adapter.drop"  # where the server of `serve` leaves the function that breaks a connection
+EXTENSION = "norce_adapter.drop"  # the ASGI extension of `serve`: a function that breaks the connection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """
-    What goes wrong with one request: the effect where it `acts`, the wait, then `drop`, or `status` and `body`.
+    """A fault for one request: first the effect if it `acts`, then the delay, then a drop or an answer.
 
-    With none of the three it is merely slow: after the wait it acts and answers as ever.
+    A fault with neither `drop`, `status` nor `body` is only slow: after the delay it acts and answers as usual.
     """
 
-    acts: bool = False  # the effect takes place first, whatever the answer says
-    delay_seconds: float = 0.0  # ends early where the client goes away
-    drop: bool = False  # the connection closes in place of an answer
+    acts: bool = False
+    delay_seconds: float = 0.0  # ends early if the client disconnects
+    drop: bool = False  # close the connection instead of answering
     status: int | None = None
     code: str = "scripted"  # of the Problem that comes with the status
     details: tuple[str, ...] = ()  # the paths that the Problem names
     retry_after: str | None = None
     location: str | None = None  # of a redirect
-    body: bytes | None = None  # in place of the usual one, or of a Problem where there is a status
+    body: bytes | None = None  # instead of the usual body or a Problem
 
 
 DROPPED_BEFORE = Fault(drop=True)
@@ -62,9 +59,8 @@ MALFORMED = Fault(acts=True, body=b'{"orderKey": "')
 BROKEN = Fault(acts=True, body=b'{"orderKey": "?", "result": "perhaps"}')
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accepted:
-    """A PUT that was taken, in the order of their arrival."""
+class Accepted(NamedTuple):
+    """An accepted PUT."""
 
     order_key: str
     idempotency_key: str
@@ -72,9 +68,8 @@ class Accepted:
     result: Literal["created", "updated", "unchanged"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Violation:
-    """A request against the contract, and what it broke there; places, not values."""
+class Violation(NamedTuple):
+    """A request that breaks the contract, and the rules that it breaks. Holds no values of the request."""
 
     method: str
     path: str
@@ -82,167 +77,119 @@ class Violation:
 
 
 class JetshopStandIn:
-    """One shop. `username` and `password` are what it takes, `shop_id` is the only one that it knows."""
+    """A shop that accepts one username, one password and one shop id.
+
+    Attributes:
+        documents: The stored document of each order.
+        journal: The accepted PUTs, in the order of arrival.
+        violations: The requests that broke the contract.
+        requests: The number of all requests.
+        down: The fault of every request, as long as it is set.
+    """
 
     def __init__(self, *, shop_id: str = "1", username: str = "stand-in", password: str = "stand-in") -> None:  # noqa: S107 -- of a stand-in
         self.shop_id = shop_id
         self.documents: dict[str, dict[str, Any]] = {}
         self.journal: list[Accepted] = []
         self.violations: list[Violation] = []
-        self.requests = 0  # all of them, refused or not
-        self.down: Fault | None = None  # what every request meets while it is set
+        self.requests = 0
+        self.down: Fault | None = None
         self._authorization = "Basic " + b64encode(f"{username}:{password}".encode()).decode()
         self._script: defaultdict[tuple[str, str], deque[Fault]] = defaultdict(deque)
-        self._missing: dict[str, int] = {}
         self._numbers: dict[str, str] = {}
         self._keys: dict[str, tuple[str, dict[str, Any]]] = {}
         self._operations = [_Operation(*operation) for operation in _operations()]
 
-    # --- what a test tells it, and asks it ---
-
     def script(self, order_key: str, *faults: Fault, method: Literal["PUT", "GET"] = "PUT") -> None:
-        """The next requests for this order meet these faults, one each; those after them meet none."""
+        """Give each of the next requests for this order one of these faults."""
         self._script[method, order_key].extend(faults)
 
-    def missing_until(self, order_key: str, calls: int) -> None:
-        """The shop does not have this order yet: the next so many PUTs are answered 404."""
-        self._missing[order_key] = calls
-
     def exports(self, order_key: str) -> int:
-        """How often something came of a request for this order: created or updated. Exactly once is 1."""
+        """Return how many requests for this order had an effect: exactly once is 1."""
         return sum(entry.order_key == order_key and entry.result != "unchanged" for entry in self.journal)
 
     def order_number(self, order_key: str) -> str:
-        """The shop's number for an order; the same whenever it is asked."""
+        """Return the shop's number of an order. It never changes."""
         return self._numbers.setdefault(order_key, f"JS-{1001 + len(self._numbers)}")
 
-    # --- how it is reached ---
-
     @asynccontextmanager
-    async def serve(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-        """Listens on the running event loop, and gives its URL. Port 0 is a free one. No signal is touched."""
-        listener = socket.create_server((host, port))
-        config = uvicorn.Config(
-            self, http=_DroppingProtocol, ws="none", lifespan="off", log_config=None, access_log=False
-        )
-        server = _Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
-        ready = asyncio.create_task(server.ready.wait())
-        try:
-            await asyncio.wait({serving, ready}, return_when=asyncio.FIRST_COMPLETED)
-            if serving.done():
-                raise RuntimeError("the stand-in could not listen")
-            yield f"http://{host}:{listener.getsockname()[1]}"
-        finally:
-            ready.cancel()
-            server.should_exit = True
-            await serving
-            listener.close()
-
-    @contextmanager
-    def serving(self, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-        """Listens on an event loop in a thread of its own, and gives its URL."""
-        started: deque[str] = deque()
-        ready, stop = threading.Event(), threading.Event()
-
-        async def main() -> None:
-            async with self.serve(host, port) as url:
-                started.append(url)
-                ready.set()
-                await asyncio.to_thread(stop.wait)
-
-        def run() -> None:
+    async def serve(self, port: int = 0) -> AsyncIterator[str]:
+        """Listen on a port of 127.0.0.1 (0: any free one), on the running event loop, and yield the URL."""
+        with listen("127.0.0.1", port) as listening:
+            config = uvicorn.Config(
+                self, http=_DroppingProtocol, ws="none", lifespan="off", log_config=None, access_log=False
+            )
+            server = _StandInServer(config)
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
             try:
-                asyncio.run(main())
+                await server.ready.wait()
+                yield url_of(listening)
             finally:
-                ready.set()
-
-        thread = threading.Thread(target=run, name="jetshop-stand-in", daemon=True)
-        thread.start()
-        ready.wait()
-        try:
-            if not started:
-                raise RuntimeError("the stand-in could not listen")
-            yield started[0]
-        finally:
-            stop.set()
-            thread.join()
+                server.should_exit = True
+                await serving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            raise RuntimeError(f"the stand-in takes HTTP only, not {scope['type']}")
+            raise RuntimeError(f"the stand-in serves HTTP only, not {scope['type']}")
         try:
-            response = await self._answer(Request(scope, receive), receive)
+            response = await self._respond(Request(scope, receive), receive)
         except _Drop:
             await _drop(scope, receive)
             return
         await response(scope, receive, send)
 
-    # --- what becomes of a request ---
-
-    async def _answer(self, request: Request, receive: Receive) -> Response:
+    async def _respond(self, request: Request, receive: Receive) -> Response:
         self.requests += 1
         body = await request.body()
         operation, values = self._operation(request)
         rules = operation.violations(request, body) if operation else ["no such path and method"]
         if operation is None or rules:
-            path = request.url.path
-            self.violations.append(Violation(method=request.method, path=path, rules=tuple(rules)))
+            self.violations.append(Violation(request.method, request.url.path, tuple(rules)))
             return _problem(400, "contract-violated", "; ".join(rules))
         if request.headers.get("authorization") != self._authorization:
-            return _problem(401, "unauthorized", "who is calling?", {"www-authenticate": 'Basic realm="stand-in"'})
+            return _problem(401, "unauthorized", "unknown caller", {"www-authenticate": 'Basic realm="stand-in"'})
         if values["shopId"] != self.shop_id:
-            return _problem(403, "wrong-shop", "these credentials are of another shop")
+            return _problem(403, "wrong-shop", "these credentials belong to another shop")
         order_key = values["orderKey"]
 
         def act() -> Response:
             if operation.method == "GET":
-                return self._read(order_key)
-            return self._write(order_key, request.headers["idempotency-key"], msgspec.json.decode(body))
+                return self._get(order_key)
+            return self._put(order_key, request.headers["idempotency-key"], msgspec.json.decode(body))
 
-        return await self._with_fault(self._next_fault(operation.method, order_key), act, receive)
+        faults = self._script[operation.method, order_key]
+        fault = self.down or (faults.popleft() if faults else Fault())
+        return await self._with_fault(fault, act, receive)
 
     def _operation(self, request: Request) -> tuple["_Operation | None", dict[str, str]]:
-        # The raw path: in the decoded one, a slash within an order key could not be told from one between two values.
+        # Match the raw path: the decoded one does not show whether a slash belongs to an order key.
         path = cast("bytes", request.scope.get("raw_path") or request.scope["path"].encode()).decode("latin-1")
         for operation in self._operations:
             if operation.method == request.method and (match := operation.path.fullmatch(path)):
                 return operation, {name: unquote(value) for name, value in match.groupdict().items()}
         return None, {}
 
-    def _next_fault(self, method: str, order_key: str) -> Fault:
-        if self.down is not None:
-            return self.down
-        faults = self._script[method, order_key]
-        return faults.popleft() if faults else Fault()
-
     async def _with_fault(self, fault: Fault, act: Callable[[], Response], receive: Receive) -> Response:
-        acted = act() if fault.acts else None
+        response = act() if fault.acts else None
         if fault.delay_seconds:
-            await _client_gone(receive, within=fault.delay_seconds)
+            await _wait(receive, fault.delay_seconds)
         if fault.drop:
             raise _Drop
-        if fault.status is not None and fault.body is not None:
-            return Response(fault.body, fault.status, media_type="application/json")
         if fault.status is not None:
-            headers = {"retry-after": fault.retry_after, "location": fault.location}
-            return _problem(
-                fault.status, fault.code, "as scripted", {k: v for k, v in headers.items() if v}, fault.details
-            )
-        usual = acted or act()
+            given = {"retry-after": fault.retry_after, "location": fault.location}
+            headers = {name: value for name, value in given.items() if value}
+            response = _problem(fault.status, fault.code, "as scripted", headers, fault.details)
+        response = response or act()
         if fault.body is not None:
-            return Response(fault.body, usual.status_code, media_type="application/json")
-        return usual
+            return Response(fault.body, response.status_code, media_type="application/json")
+        return response
 
-    def _read(self, order_key: str) -> Response:
+    def _get(self, order_key: str) -> Response:
         if order_key not in self.documents:
             return _problem(404, "not-found", "nothing is stored for this order")
         return JSONResponse(self.documents[order_key])
 
-    def _write(self, order_key: str, idempotency_key: str, document: dict[str, Any]) -> Response:
-        if self._missing.get(order_key, 0) > 0:
-            self._missing[order_key] -= 1
-            return _problem(404, "not-found", "the shop does not have this order")
+    def _put(self, order_key: str, idempotency_key: str, document: dict[str, Any]) -> Response:
         if self._keys.setdefault(idempotency_key, (order_key, document)) != (order_key, document):
             return _problem(409, "key-reused", "this Idempotency-Key came with another document")
         stored = self.documents.get(order_key)
@@ -250,15 +197,13 @@ class JetshopStandIn:
             "created" if stored is None else "unchanged" if stored == document else "updated"
         )
         self.documents[order_key] = document
-        self.journal.append(
-            Accepted(order_key=order_key, idempotency_key=idempotency_key, document=document, result=result)
-        )
+        self.journal.append(Accepted(order_key, idempotency_key, document, result))
         answer = {"orderKey": order_key, "orderNumber": self.order_number(order_key), "result": result}
         return JSONResponse(answer, 201 if result == "created" else 200)
 
 
 class _Operation:
-    """One operation of the contract, as a guard."""
+    """An operation of the contract. Finds what a request violates."""
 
     def __init__(self, template: str, method: str, parameters: list[dict[str, Any]], body: str | None) -> None:
         self.method = method
@@ -306,7 +251,7 @@ def _problem(
 
 
 class _Drop(Exception):
-    """In place of an answer, the connection closes."""
+    """The connection closes instead of an answer."""
 
 
 async def _drop(scope: Scope, receive: Receive) -> None:
@@ -314,55 +259,47 @@ async def _drop(scope: Scope, receive: Receive) -> None:
     if drop is None:
         raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
     drop()
-    # The server takes an application that returns without an answer for a fault, unless it knows that the client left.
+    # uvicorn logs an error if an application returns without an answer before the disconnect is known.
+    await _disconnected(receive)
+
+
+async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
-async def _client_gone(receive: Receive, within: float) -> None:
-    """Waits, for as long as somebody waits for the answer."""
-
-    async def gone() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    waiting = asyncio.create_task(gone())
-    try:
-        await asyncio.wait({waiting}, timeout=within)
-    finally:
-        waiting.cancel()
+async def _wait(receive: Receive, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await _disconnected(receive)
 
 
 class _DroppingProtocol(H11Protocol):
-    """Tells the application how to break its own connection, which ASGI has no message for."""
+    """Hands the application a function that breaks the connection, because ASGI has no message for that."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         app = self.app
 
         async def with_drop(scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-            await app(
-                {**scope, "extensions": {**scope.get("extensions", {}), EXTENSION: transport.abort}},
-                receive,
-                send,
-            )
+            extensions = {**scope.get("extensions", {}), EXTENSION: transport.abort}
+            await app({**scope, "extensions": extensions}, receive, send)
 
         self.app = with_drop
 
 
-class _Server(uvicorn.Server):
-    """Tells when it listens, and leaves the process's signals alone."""
+class _StandInServer(uvicorn.Server):
+    """A uvicorn server that leaves signals alone and stops at once, without waiting for slow answers."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.ready = asyncio.Event()
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket] | None = None) -> None:
         await super().startup(sockets)
         self.ready.set()
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # At once, and not when the slowest of the faults has run out.
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         await asyncio.sleep(0)

@@ -259,7 +259,7 @@ def test_a_hook_that_fails_by_accident_is_its_no_answer_and_never_a_500(listenin
 
 
 def test_a_hook_reads_nothing_and_stores_nothing(listening: Listening) -> None:
-    listening.norce.orders.clear()
+    listening.norce.records.orders.clear()
     before = rows(listening)
 
     answers = [ask(listening, "cart-changed", CHANGED).content for _ in range(3)]

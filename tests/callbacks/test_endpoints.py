@@ -51,11 +51,11 @@ from adapter.plugin import Context, Done, Notification, NotificationHandler, Pro
 from adapter.routing.from_config import norce_accounts, queue_keys
 from adapter.routing.routes import build
 from adapter.routing.runner import Runner
+from adapter.sandbox.norce import Simulator
 from adapter.verdicts.circuit_breaker import CircuitBreaker
 from adapter.verdicts.verdicts import Verdicts
 from tests import ORDERS, PATIENCE
 from tests.databases import KINDS, Server, database_of, rows
-from tests.norce_stand_in import NorceStandIn
 
 MODIFIED = "2026-02-03T08:16:35.870Z"
 ENVIRON = {
@@ -604,9 +604,9 @@ class Listening:
 
     async def _serve(self) -> None:
         async with contextlib.AsyncExitStack() as stack:
-            self.norce = NorceStandIn(ENVIRON["TOKEN"])
+            self.norce = Simulator(token=ENVIRON["TOKEN"])
             address = await stack.enter_async_context(on_loopback(self.norce.app))
-            self.config = loaded(self._folder, self._store_url, norce=address, text=self._text)
+            self.config = loaded(self._folder, self._store_url, norce=f"{address}/checkout", text=self._text)
             self.service = await stack.enter_async_context(running(self.config, build(self.config, self._points)))
             self.address = self.service.public_address
             self._up.set()
@@ -1446,10 +1446,10 @@ def test_no_personal_data_leaves_the_service_in_logs_metrics_or_errors(
 
     async def walk() -> None:
         async with contextlib.AsyncExitStack() as stack:
-            norce = NorceStandIn(ENVIRON["TOKEN"])
+            norce = Simulator(token=ENVIRON["TOKEN"])
             norce.put(person)
             address = await stack.enter_async_context(on_loopback(norce.app))
-            config = loaded(tmp_path, store_url, norce=address, text=text_)
+            config = loaded(tmp_path, store_url, norce=f"{address}/checkout", text=text_)
             points: Any = [Point("shout", Shout), Point("blurt", Blurt)]
             service = await stack.enter_async_context(running(config, build(config, points)))
             http = await stack.enter_async_context(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from adapter.sandbox.norce.records import document_key
 from tests.cli.test_cli import FAILED, NOTHING_MATCHED, OK, SIGNED, USAGE, Serving, run, write
 from tests.databases import rows
 from tests.simulators import Served
@@ -173,7 +172,7 @@ def test_a_token_that_norce_does_not_take_is_told(norce: Norce, config: Path) ->
 def test_the_documents_are_shown_without_the_secret_and_put_nowhere(norce: Norce, config: Path) -> None:
     theirs = {"adapterId": "another", "invoke": "https://other.example/?key=canary", "headers": {"key": "canary"}}
     static = {"id": "static_notifications", "$schema": "x", "order": {"notifications": [theirs, "canary"]}}
-    norce.simulator.records.keep("documents", document_key("norce", "1", "static_notifications"), static)
+    norce.simulator.records.documents["norce", "1", "static_notifications"] = static
 
     result = command("config", "norce", config=config)
 
@@ -216,7 +215,7 @@ def test_the_documents_are_put_in_place(norce: Norce, tmp_path: Path, config: Pa
         result = command("config", "norce", "--write", config=config)
 
     assert (result.exit_code, len(result.stdout.splitlines())) == (OK, 2), result.output
-    ours = norce.simulator.records.documents[document_key("norce", "1", "an_adapter")]
+    ours = norce.simulator.records.documents["norce", "1", "an_adapter"]
     assert ours["callbacks"]["secret"] == "canary%26static"
 
 
@@ -281,7 +280,7 @@ def test_what_never_came_is_brought_by_the_running_service(norce: Norce, config:
 
 def test_a_log_that_cannot_be_read_is_told_with_what_was_found(norce: Norce, config: Path) -> None:
     with closing(Serving(config, ENVIRON)):
-        norce.simulator.throw(server_errors=1.0)
+        norce.simulator.set_switches(server_errors=1.0)
         result = command("reconcile", config=config)
 
     assert result.exit_code == FAILED

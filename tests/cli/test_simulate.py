@@ -1,4 +1,4 @@
-"""`norce-adapter simulate`: what it prints, and what it refuses to start with."""
+"""The command `simulate`."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ HEADERS = {"authorization": "Bearer secret", "x-merchant": "norce", "x-channel":
 
 @contextmanager
 def simulating(*words: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """A simulator in a process of its own, and its address."""
+    """Run a simulator as a process and yield its URL."""
     arguments = [COMMAND, "simulate", "--port", "0", "--token", "secret", *words]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -31,19 +31,14 @@ def simulating(*words: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
             process.wait(20)
 
 
-def test_it_serves_prints_and_remembers(tmp_path: Path) -> None:
-    store = str(tmp_path / "norce.db")
-    with simulating("--store", store, "--switch", "order_id_underscore=true") as (address, process):
+def test_it_serves_and_prints_requests() -> None:
+    with simulating("--switch", "clock_skew_seconds=60") as (address, process):
         created = httpx.post(f"{address}/order/api/v0/checkout/orders", json={}, headers=HEADERS, trust_env=False)
         row = process.stdout.readline()
-    order_id = created.json()["id"]
 
     assert process.returncode == 0, process.stderr.read()
-    assert order_id.startswith("o_")
+    assert created.status_code == 201
     assert re.search(r"→ request +201 +\d+ ms +POST +/checkout/order/api/v0/checkout/orders$", row)
-    with simulating("--store", store) as (address, _):
-        url = f"{address}/order/api/v0/checkout/orders/{order_id}"
-        assert httpx.get(url, headers=HEADERS, trust_env=False).json()["id"] == order_id
 
 
 @pytest.mark.parametrize(
@@ -52,16 +47,12 @@ def test_it_serves_prints_and_remembers(tmp_path: Path) -> None:
         (["--switch", "colour=red"], 2, "there is no switch colour"),
         (["--switch", "colour"], 2, "NAME=VALUE"),
         (["--switch", "hook_seconds=soon"], 2, "hook_seconds"),
-        (["--store", "{mine}"], 5, "notes.txt"),
         (["--port", "{taken}"], 1, "cannot listen"),
     ],
 )
-def test_what_it_cannot_start_with_ends_it_in_one_line(
-    tmp_path: Path, words: list[str], status: int, says: str
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
+def test_a_wrong_option_ends_it_with_one_line(words: list[str], status: int, says: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        filled = [each.format(mine=tmp_path / "notes.txt", taken=taken.getsockname()[1]) for each in words]
+        filled = [each.format(taken=taken.getsockname()[1]) for each in words]
         result = subprocess.run(
             [COMMAND, "simulate", *filled], capture_output=True, text=True, timeout=PATIENCE, check=False
         )

@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.store import open_for_reading
+from adapter.sandbox.norce import Simulator
 from tests import ROOT
 from tests.crash import points
 from tests.crash.destinations import Shop, Warehouse
@@ -32,7 +33,6 @@ from tests.crash.shoppers import Shoppers
 from tests.crash.warehouse import install
 from tests.databases import Server
 from tests.flows.site import NORCE_TOKEN, PASSWORD, URL_KEY, ExternalServices
-from tests.norce_stand_in import NorceStandIn
 
 RANDOM, RANDOM_START = "at-a-random-moment", "at-a-random-moment-of-the-start"
 FROZEN = "frozen-past-its-lease"  # stopped, taken over from, continued; then killed at a random moment
@@ -126,7 +126,7 @@ class Round:
         external_services = self._open.enter_context(ExternalServices())
         self.warehouse = Warehouse(random.Random(f"{self._seed}/warehouse"))
         self.shop = Shop(random.Random(f"{self._seed}/shop"), username="crash", password=PASSWORD)
-        norce = NorceStandIn(NORCE_TOKEN)
+        norce = Simulator(token=NORCE_TOKEN)
         self._environ = {
             "PATH": os.environ.get("PATH", ""),
             "PYTHONPATH": f"{ROOT}{os.pathsep}{install(self._folder / 'plugin')}",
@@ -136,11 +136,12 @@ class Round:
         }
         self._config = self._folder / "config.yaml"
         addresses = [external_services.add(app) for app in (norce.app, self.warehouse, self.shop)]
+        addresses[0] += "/checkout"
         self._config.write_text(json.dumps(_config(self.url, *addresses)))
         self._shoppers = Shoppers(
             self.name,
             f"{self._seed}/shoppers",
-            norce.orders,
+            norce.records.orders,
             self.shop,
             lambda: [node.address for node in self._nodes if node.address],
             count=4,

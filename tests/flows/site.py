@@ -30,10 +30,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from adapter.ledger.queries import DeliveryFilter, Overview, Queries
 from adapter.ledger.store import open_for_reading
 from adapter.sandbox.jetshop_stand_in import JetshopStandIn
+from adapter.sandbox.norce import Simulator
 from tests import ORDERS, PATIENCE, ROOT
 from tests.flows import service_process
 from tests.flows.service_process import COMMAND
-from tests.norce_stand_in import NorceStandIn
+from tests.simulators import in_thread
 
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
 URL_KEY = "a key of the flows, for signing URLs"
@@ -81,11 +82,11 @@ def signed_url(address: str, callback: str, body: dict[str, Any]) -> str:
 # --- Norce and the shop ---------------------------------------------------------------------------------------------
 
 
-class Norce(NorceStandIn):
+class Norce(Simulator):
     """Norce Checkout. It records which orders are read, and does not answer for the orders in `held`."""
 
     def __init__(self) -> None:
-        super().__init__(NORCE_TOKEN)
+        super().__init__(token=NORCE_TOKEN)
         self.reads: list[str] = []
         self.held: set[str] = set()
 
@@ -158,7 +159,7 @@ class ExternalServices(JetshopStandIn):
         self._apps: list[ASGIApp] = []
 
     def __enter__(self) -> "ExternalServices":
-        self._listening = self.serving()
+        self._listening = in_thread(self.serve())
         self.url = self._listening.__enter__()
         return self
 
@@ -272,7 +273,7 @@ class Site:
             "server": {"host": "127.0.0.1", "port": 0},
             "operations": {"port": 0, "socket": None},
             "store": {"url": store_url or f"sqlite:///{folder / 'ledger.db'}"},
-            "norce": {"base_url": external_services.add(self.norce.serve), "timeout": "1m"},
+            "norce": {"base_url": f"{external_services.add(self.norce.serve)}/checkout", "timeout": "1m"},
             "dispatcher": {"grace": "30s"},
             "merchants": {
                 "fjallboden": {"tokens": ["${file:norce-token}"], "channels": {"se-b2c": {}}},
@@ -352,13 +353,13 @@ class Site:
         return self.post_notification(service, body, sent).status_code
 
     def post_notification(self, service: Service, body: dict[str, Any], sent: bytes | None = None) -> httpx.Response:
-        self.norce.orders[body["id"]] = body
+        self.norce.put(body)
         content = json.dumps(body).encode() if sent is None else sent
         url = signed_url(service.address, "order-status", body)
         return self.http.post(url, content=content, headers={"content-type": "application/json"})
 
     def validate(self, service: Service, body: dict[str, Any], callback: str = "order-rules") -> httpx.Response:
-        self.norce.orders[body["id"]] = body
+        self.norce.put(body)
         return self.http.post(signed_url(service.address, callback, body))
 
     def is_ready(self, service: Service) -> bool:

@@ -85,7 +85,7 @@ def test_a_validation_of_an_order_that_norce_does_not_know_is_404(site: Site, se
 
 def test_a_validation_may_be_a_get_and_its_body_is_ignored(site: Site, service: Service) -> None:
     body = make_order("passes")
-    site.norce.orders["passes"] = body
+    site.norce.put(body)
     url = signed_url(service.address, "order-rules", body)
 
     assert status_and_body(site.http.get(url)) == status_and_body(site.http.post(url, content=b"{")) == (200, None)

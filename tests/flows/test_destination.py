@@ -4,6 +4,7 @@ import pytest
 
 from adapter.sandbox.jetshop_stand_in import Fault
 from tests.flows.site import Site, free_port, make_order, wait_until
+from tests.simulators import in_thread
 
 pytestmark = pytest.mark.usefixtures("store_url")
 
@@ -20,7 +21,7 @@ def test_a_destination_that_is_down_for_a_while_gets_every_order_once(site: Site
     assert {site.delivery(name)["code"] for name in names} == {"destination-unreachable"}
     assert site.http.get(f"{service.operations_address}/readyz").status_code == 200  # notifications are still accepted
 
-    with site.shop.serving(port=port):
+    with in_thread(site.shop.serve(port)):
         assert {site.wait_for_end(name)["reason"] for name in names} == {"delivered"}
 
     assert [site.shop.methods(name) for name in names] == [["PUT"]] * 5

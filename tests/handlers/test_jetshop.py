@@ -46,6 +46,7 @@ from adapter.sandbox.jetshop_stand_in import (
     JetshopStandIn,
 )
 from tests import ORDERS
+from tests.simulators import in_thread
 
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
 NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
@@ -753,7 +754,7 @@ def test_a_busy_shop_is_not_asked_before_it_wants_to_be(status):
 @pytest.mark.parametrize(("seconds", "kind"), [(0, Retry), (599, Retry), (600, Reject)])
 def test_an_unknown_order_is_waited_for_as_long_as_the_grace(seconds, kind):
     shop = JetshopStandIn()
-    shop.missing_until("100245", 1)
+    shop.script("100245", Fault(status=404))
 
     outcome = export(shop, first_attempt_at=NOW - timedelta(seconds=seconds))
 
@@ -763,7 +764,7 @@ def test_an_unknown_order_is_waited_for_as_long_as_the_grace(seconds, kind):
 
 def test_an_order_that_the_shop_gets_later_is_exported_then():
     shop = JetshopStandIn()
-    shop.missing_until("100245", 2)
+    shop.script("100245", *[Fault(status=404)] * 2)
 
     outcomes = [export(shop) for _ in range(3)]
 
@@ -894,7 +895,7 @@ def test_over_tcp_broken_connections_and_late_answers_are_unknown_and_found_out(
     shop = JetshopStandIn()
     shop.script("100245", DROPPED_BEFORE, DROPPED_AFTER, Fault(acts=True, delay_seconds=60))
     late = order({"/payments/1/state": "captured"})
-    with shop.serving() as url:
+    with in_thread(shop.serve()) as url:
         there = settings(base_url=url)
 
         broken = [export(None, with_settings=there) for _ in range(2)]
@@ -922,7 +923,7 @@ def test_without_a_connection_nothing_was_sent():
 def test_a_key_with_a_slash_stays_one_key_over_tcp():
     shop = JetshopStandIn(shop_id="se 1")
     key = "2026/100245 å%"
-    with shop.serving() as url:
+    with in_thread(shop.serve()) as url:
         outcome = export(None, of=order({"/reference": key}), with_settings=settings(base_url=url, shop_id="se 1"))
 
     assert isinstance(outcome, Done)
@@ -1061,7 +1062,7 @@ def test_a_dropped_connection_looks_the_same_without_tcp_and_over_it(fault, effe
 
     with pytest.raises(httpx.RemoteProtocolError):
         put(shop)
-    with shop.serving() as url, pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+    with in_thread(shop.serve()) as url, pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         httpx.put(url + PATH, json=DOCUMENT, headers=HEADERS, auth=AUTH, trust_env=False)
 
     assert shop.exports("7") == effects

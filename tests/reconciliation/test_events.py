@@ -39,7 +39,7 @@ from adapter.routing.routes import build
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
 from tests.databases import rows
-from tests.simulators import Ticking
+from tests.simulators import TickingClock
 
 CHANNEL = Channel("norce", "1")
 TOKEN = "a token"
@@ -113,9 +113,9 @@ class House:
             clock=self.store.clock,
         )
         app = Router(routes=[Route(CALLBACK_PATH, self.endpoint)])
-        self.simulator = Simulator(token=TOKEN, transport=httpx.ASGITransport(app), clock=Ticking(), seed=7)
+        self.simulator = Simulator(token=TOKEN, transport=httpx.ASGITransport(app), clock=TickingClock(), seed=7)
         await self.simulator.__aenter__()
-        self.caller = Caller(self.simulator, TOKEN, ("norce", "1"))
+        self.caller = Caller(self.simulator, TOKEN, Channel("norce", "1"))
         self.line = Flaky(httpx.ASGITransport(self.simulator.app))
         self.norce: Norce = norce_client(self.config, self.metrics, transport=self.line)
         self.healing = reconciliation(self.config, self.norce, self.intake, self.store, self.metrics)
@@ -138,11 +138,11 @@ class House:
         async def bought() -> list[str]:
             made = []
             for _ in range(count):
-                order_id = await self.caller.create({"currency": "SEK"}, shop=channel)
+                order_id = await self.caller.create({"currency": "SEK"}, channel=channel)
                 await Registrar(self.config, self.norce).register(channel, order_id)
                 await self.caller.move(order_id, *(states[number % 2] for number in range(moves)))
                 made.append(order_id)
-                await self.simulator.settled()
+                await self.simulator.wait_until_idle()
             return made
 
         return self.loop.run(bought())
@@ -186,7 +186,7 @@ def opened(store_url: str, folder: Path, **changed: Any) -> Iterator[House]:
 
 def test_what_never_came_is_brought_once_and_what_came_is_known(house: House) -> None:
     came = house.orders(2)
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     lost = house.orders(3)
 
     first, again = house.reconciled(), house.reconciled()
@@ -197,13 +197,13 @@ def test_what_never_came_is_brought_once_and_what_came_is_known(house: House) ->
 
 
 def test_a_callback_that_comes_after_all_is_a_repeat(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)
     house.reconciled()
 
     async def retry() -> None:
         await house.caller.ask("retry_event", event_id=house.simulator.events()[-1]["id"])
-        await house.simulator.settled()
+        await house.simulator.wait_until_idle()
 
     house.loop.run(retry())
 
@@ -211,7 +211,7 @@ def test_a_callback_that_comes_after_all_is_a_repeat(house: House) -> None:
 
 
 def test_a_dry_run_says_what_is_missing_and_changes_nothing(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(2)
 
     assert house.reconciled(dry_run=True).missed == 2
@@ -227,10 +227,10 @@ def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
     tmp_path: Path, store_url: str, order: str, skew: float
 ) -> None:
     with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
-        house.simulator.throw(events_order=order, clock_skew_seconds=skew)
+        house.simulator.set_switches(events_order=order, clock_skew_seconds=skew)
         house.orders(6 * PAGE_SIZE // 5, moves=5)
         assert house.reconciled().missed == 0
-        house.simulator.throw(notifications_lost=1.0)
+        house.simulator.set_switches(notifications_lost=1.0)
         house.orders(PAGE_SIZE // 5 + 3, moves=5)
         house.line.asked = 0
 
@@ -245,7 +245,7 @@ def test_a_long_log_is_read_from_its_newest_end_whichever_that_is(
 
 
 def test_of_a_log_in_no_order_all_is_read(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(50, moves=6)
     events = house.simulator.records.events
     mixed = sorted(events, key=lambda each: each[::-1])
@@ -258,9 +258,9 @@ def test_of_a_log_in_no_order_all_is_read(house: House) -> None:
 
 
 def test_since_goes_back_further_than_the_last_time(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
+    house.simulator.set_switches(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
     house.orders(1)
-    house.simulator.throw(clock_skew_seconds=0)
+    house.simulator.set_switches(clock_skew_seconds=0)
     house.in_turn()  # which begins now
 
     assert house.reconciled().missed == 0
@@ -268,7 +268,7 @@ def test_since_goes_back_further_than_the_last_time(house: House) -> None:
 
 
 def test_the_first_turn_begins_where_it_is_and_brings_nothing_of_before(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-120)
+    house.simulator.set_switches(notifications_lost=1.0, clock_skew_seconds=-120)
     house.orders(2)
 
     house.in_turn()
@@ -290,7 +290,7 @@ def test_one_of_several_nodes_has_the_turn(house: House) -> None:
 
 def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
     house.in_turn()
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)
     house.loop.run(house.watermarks.put("reconciliation", 0))
 
@@ -302,7 +302,7 @@ def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
 
 def test_a_norce_that_is_down_is_read_the_next_time_from_where_it_was(house: House) -> None:
     house.reconciled()
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(50, moves=5)
     house.line.asked, house.line.down_after = 0, 2
 
@@ -320,7 +320,7 @@ def test_a_norce_that_is_down_is_read_the_next_time_from_where_it_was(house: Hou
 def test_a_merchant_whose_log_cannot_be_read_is_in_nobodys_way(tmp_path: Path, store_url: str) -> None:
     merchants = {"broken": {"tokens": ["${env:KEY}"], "channels": {"1": {}}}} | TREE["merchants"]
     with opened(store_url, tmp_path, merchants=merchants) as house:
-        house.simulator.throw(notifications_lost=1.0)
+        house.simulator.set_switches(notifications_lost=1.0)
         house.orders(1)
 
         with pytest.raises(NorceError, match=r"^broken: Norce answered 401.*tokens[^;]*$"):
@@ -351,9 +351,9 @@ def test_a_later_since_leaves_what_lies_before_it_for_the_next_time(tmp_path: Pa
     with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
         a_week_ago = datetime.now(UTC) - timedelta(days=7)
         house.loop.run(house.watermarks.put("reconciled norce", int(a_week_ago.timestamp() * 1000)))
-        house.simulator.throw(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
+        house.simulator.set_switches(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
         house.orders(1)
-        house.simulator.throw(clock_skew_seconds=0)
+        house.simulator.set_switches(clock_skew_seconds=0)
         house.orders(1)
 
         assert house.reconciled(since=datetime.now(UTC) - timedelta(days=1)).missed == 1
@@ -365,7 +365,7 @@ def test_what_the_ledger_has_forgotten_is_not_brought_anew(tmp_path: Path, store
     store = {"url": store_url, "retention": {"rows": "2d"}}
     with opened(store_url, tmp_path, store=store, reconciliation={"overlap": "30d"}) as house:
         house.loop.run(house.watermarks.put("reconciled norce", house.store.clock()))
-        house.simulator.throw(clock_skew_seconds=-3 * 86400)
+        house.simulator.set_switches(clock_skew_seconds=-3 * 86400)
         house.orders(1)  # it came
         house.loop.run(_forget(house.store))
 
@@ -431,12 +431,12 @@ def test_a_log_whose_pages_are_small_is_read_whole(
     tmp_path: Path, store_url: str, order: str, most: int, too_large: bool, total: bool
 ) -> None:
     with opened(store_url, tmp_path, reconciliation={"overlap": "1h"}) as house:
-        house.simulator.throw(events_order=order, notifications_lost=1.0, clock_skew_seconds=-9 * 3600)
+        house.simulator.set_switches(events_order=order, notifications_lost=1.0, clock_skew_seconds=-9 * 3600)
         house.orders(20, moves=5)
-        house.simulator.throw(clock_skew_seconds=-3 * 3600)
+        house.simulator.set_switches(clock_skew_seconds=-3 * 3600)
         house.orders(1)
         house.reconciled()
-        house.simulator.throw(clock_skew_seconds=0)
+        house.simulator.set_switches(clock_skew_seconds=0)
         house.orders(11, moves=5)
         house.line._inner = Capped(house.line._inner, most, too_large=too_large, total=total)
 
@@ -459,7 +459,7 @@ class Windowed(httpx.AsyncBaseTransport):
 
 @pytest.mark.parametrize("order", ["newest", "oldest"])
 def test_a_log_that_ends_before_its_total_was_not_read_to_its_end(house: House, order: str) -> None:
-    house.simulator.throw(events_order=order, notifications_lost=1.0)
+    house.simulator.set_switches(events_order=order, notifications_lost=1.0)
     house.orders(50, moves=5)
     house.line._inner = Windowed(house.line._inner, 150)
 
@@ -472,16 +472,16 @@ def test_an_old_page_that_is_a_little_out_of_order_is_not_the_end_of_a_log_witho
 ) -> None:
     """Oldest first, of a crowd a while ago that two machines wrote down: newest first it is not."""
     with opened(store_url, tmp_path, reconciliation={"overlap": "1h"}) as house:
-        house.simulator.throw(events_order="oldest", clock_skew_seconds=-9 * 3600)
+        house.simulator.set_switches(events_order="oldest", clock_skew_seconds=-9 * 3600)
         house.orders(20, moves=5)
-        house.simulator.throw(clock_skew_seconds=-3 * 3600)
+        house.simulator.set_switches(clock_skew_seconds=-3 * 3600)
         house.orders(1)
         house.reconciled()
         events = house.simulator.records.events
         first, *_, last = list(events)[:PAGE_SIZE]
         at = datetime.fromisoformat(events[last]["createdAt"]) + timedelta(seconds=1)
         events[first] = {**events[first], "createdAt": at.isoformat()}
-        house.simulator.throw(clock_skew_seconds=0, notifications_lost=1.0)
+        house.simulator.set_switches(clock_skew_seconds=0, notifications_lost=1.0)
         house.orders(2)
         house.line._inner = Capped(house.line._inner, PAGE_SIZE, too_large=False, total=False)
 
@@ -489,7 +489,7 @@ def test_an_old_page_that_is_a_little_out_of_order_is_not_the_end_of_a_log_witho
 
 
 def test_an_event_that_is_no_text_is_in_nobodys_way(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(2)
     house.line._inner = Liar(house.line._inner, b'"invoke":"http', b'"invoke":"\xff')
 
@@ -499,7 +499,7 @@ def test_an_event_that_is_no_text_is_in_nobodys_way(house: House) -> None:
 
 
 def test_half_an_emoji_in_one_event_hides_no_other(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(2)
     cut_off = b'"currency":"SEK\\\\\\ud83d"'  # after an escaped backslash
     house.line._inner = Liar(house.line._inner, b'"currency":"SEK"', cut_off)
@@ -509,7 +509,7 @@ def test_half_an_emoji_in_one_event_hides_no_other(house: House) -> None:
 
 def test_of_a_log_that_never_ends_nothing_is_taken_for_read(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adapter.reconciliation.events.MAX_PAGES", 2)
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(5, moves=5)
     house.line._inner = Capped(house.line._inner, 7, too_large=False, total=False)
 
@@ -565,7 +565,7 @@ def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
 
 
 def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1, channel=Channel("norce", "2"))
     house.orders(1)
     events = house.simulator.records.events
@@ -602,7 +602,7 @@ def test_of_a_channel_that_is_not_configured_here_nobody_is_warned(house: House)
 
 
 def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(3)
     events = house.simulator.records.events
     spoiled = list(events)[1]
@@ -636,7 +636,7 @@ class Liar(httpx.AsyncBaseTransport):
 def test_a_log_says_nothing_for_others(tmp_path: Path, store_url: str, said: bytes, says: bytes) -> None:
     merchants = TREE["merchants"] | {"another": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}}
     with opened(store_url, tmp_path, merchants=merchants) as house:
-        house.simulator.throw(notifications_lost=1.0)
+        house.simulator.set_switches(notifications_lost=1.0)
         house.orders(1)
         house.line._inner = Liar(house.line._inner, said, says)
 
@@ -646,7 +646,7 @@ def test_a_log_says_nothing_for_others(tmp_path: Path, store_url: str, said: byt
 
 
 def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(house: House) -> None:
-    house.simulator.throw(notifications_lost=1.0)
+    house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)
     for event_id, event in house.simulator.records.events.items():
         del event["payload"]["notification"]["reference"]
@@ -657,7 +657,7 @@ def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(ho
 
 def test_an_order_from_far_ahead_is_the_same_when_it_is_not_ahead_any_more(house: House) -> None:
     """It came when its lastModified was too far ahead to count; now, that much later, it counts."""
-    house.simulator.throw(clock_skew_seconds=11 * 60)
+    house.simulator.set_switches(clock_skew_seconds=11 * 60)
     house.orders(1)
     now = house.store.clock()
     clock = lambda: now + 5 * 60_000  # noqa: E731
@@ -668,7 +668,7 @@ def test_an_order_from_far_ahead_is_the_same_when_it_is_not_ahead_any_more(house
 
 
 def test_five_thousand_of_which_one_in_a_hundred_is_lost(house: House) -> None:
-    house.simulator.throw(notifications_lost=0.01, clock_skew_seconds=600)
+    house.simulator.set_switches(notifications_lost=0.01, clock_skew_seconds=600)
     house.orders(200, moves=25)
     assert len(house.simulator.events()) == 5000
     came = len(house.stored())

@@ -26,7 +26,6 @@ from adapter.routing.from_config import norce_client
 from adapter.routing.norce_settings import NorceSettings, published_schema
 from adapter.routing.routes import build
 from adapter.sandbox.norce import Simulator
-from adapter.sandbox.norce.records import document_key
 from tests import PATIENCE
 from tests.simulators import TOKEN
 
@@ -155,7 +154,7 @@ class House:
 
     def put(self, document: Any, *, channel: str = "1", name: str = "our_adapter") -> None:
         """As an integrator does in the admin UI, past the simulator's checks where it is wrong."""
-        self.simulator.records.keep("documents", document_key("norce", channel, name), document)
+        self.simulator.records.documents["norce", channel, name] = document
 
     def refresh(self) -> None:
         self.loop.run(self.settings.refresh())
@@ -244,7 +243,7 @@ def test_a_document_that_is_deleted_is_none(house: House) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
 
-    house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
+    house.simulator.records.documents.pop((*CHANNEL, "our_adapter"), None)
     house.refresh()
 
     assert house.limits().most == 5
@@ -358,7 +357,7 @@ def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_chec
 def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
-    house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
+    house.simulator.records.documents.pop((*CHANNEL, "our_adapter"), None)
     house.refresh()
 
     house.restart()
@@ -420,7 +419,7 @@ def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_
     house.settings = house.reader(Stumbling(house.store))
     house.loop.run(house.settings.restore())
     if last is None:
-        house.simulator.records.drop("documents", document_key(*CHANNEL, "our_adapter"))
+        house.simulator.records.documents.pop((*CHANNEL, "our_adapter"), None)
     else:
         house.put(last)
 
@@ -555,7 +554,7 @@ def put_in_place(house: House) -> None:
 
 
 def found(house: House, name: str) -> Any:
-    return house.simulator.records.documents[document_key(*CHANNEL, name)]
+    return house.simulator.records.documents[*CHANNEL, name]
 
 
 def test_a_channel_notifies_us_of_every_new_order(house: House) -> None:

@@ -1,4 +1,4 @@
-"""`adapter.sandbox.demo`: the walk a newcomer sees, and what is really behind it."""
+"""The demo: its result, its secrets, and its failures."""
 
 import asyncio
 import copy
@@ -46,7 +46,7 @@ def completed(running: Demo) -> dict[str, Any]:
     return order
 
 
-def test_the_walk_ends_with_one_export_and_one_dead_letter() -> None:
+def test_the_demo_ends_with_one_export_and_one_dead_letter() -> None:
     said: list[str] = []
 
     async def play() -> tuple[dict[str, Any], list[Any], list[Any], list[dict[str, Any]]]:
@@ -67,7 +67,7 @@ def test_the_walk_ends_with_one_export_and_one_dead_letter() -> None:
     assert any("refused: 400, too-many-of-a-kind: Högst tio av samma sort" in line for line in said)
 
 
-def test_the_order_sent_five_more_times_is_still_one_export() -> None:
+def test_an_order_that_is_sent_five_more_times_is_exported_once() -> None:
     async def play() -> tuple[list[int], list[Any], int]:
         async with demo(port=0, operations_port=0) as running, httpx.AsyncClient(trust_env=False) as http:
             await walk(running, lambda _line: None)
@@ -79,7 +79,7 @@ def test_the_order_sent_five_more_times_is_still_one_export() -> None:
             ]
             before = len(deliveries(running))
             journal = running.jetshop.journal
-        # The service has ended, and with it whatever it might still have sent.
+        # The service has ended, so nothing more is sent.
         return [answer.status_code for answer in answers], list(journal), before
 
     statuses, journal, owed = asyncio.run(play())
@@ -89,7 +89,7 @@ def test_the_order_sent_five_more_times_is_still_one_export() -> None:
     assert owed == 2
 
 
-def test_the_demo_takes_other_ports_where_its_own_are_taken() -> None:
+def test_the_demo_uses_free_ports_if_its_own_are_taken() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -106,7 +106,7 @@ def test_the_demo_takes_other_ports_where_its_own_are_taken() -> None:
     assert ready == 200
 
 
-def test_the_demo_keeps_its_secrets_to_itself_and_leaves_nothing_behind() -> None:
+def test_the_secrets_are_private_and_the_folder_is_removed() -> None:
     async def play() -> tuple[Any, list[int]]:
         async with demo(port=0, operations_port=0) as running:
             folder = running.config_path.parent
@@ -121,7 +121,7 @@ def test_the_demo_keeps_its_secrets_to_itself_and_leaves_nothing_behind() -> Non
     assert not folder.exists()
 
 
-def test_norce_calls_our_addresses_and_no_other() -> None:
+def test_norce_calls_only_the_service() -> None:
     async def play() -> tuple[list[str], str, list[int | None]]:
         async with demo(port=0, operations_port=0) as running:
             await walk(running, lambda _line: None)
@@ -134,12 +134,10 @@ def test_norce_calls_our_addresses_and_no_other() -> None:
 
     assert called
     assert all(each.startswith(f"{address}/api/v1/callbacks/orders/") for each in called)
-    assert attempts == [200] * 4, (
-        "two orders are accepted and completed; one event is lost, and sent when it is asked for"
-    )
+    assert attempts == [200] * 4, "accepted and completed twice; the lost event is sent on request"
 
 
-def test_the_completed_order_lies_ready_to_be_sent_again() -> None:
+def test_the_completed_order_is_written_beside_the_configuration() -> None:
     async def play() -> tuple[Any, Any]:
         async with demo(port=0, operations_port=0) as running:
             await walk(running, lambda _line: None)
@@ -159,24 +157,22 @@ def test_the_completed_order_lies_ready_to_be_sent_again() -> None:
         ("validation_seconds", 0.0, "validate was answered 200"),
     ],
 )
-def test_a_norce_that_does_something_else_is_told_of(switch: str, value: float, says: str) -> None:
+def test_an_unexpected_answer_of_norce_fails_the_demo(switch: str, value: float, says: str) -> None:
     async def play() -> None:
         async with demo(port=0, operations_port=0) as running:
-            running.norce.throw(**{switch: value})
+            running.norce.set_switches(**{switch: value})
             await walk(running, lambda _line: None)
 
     with pytest.raises(DemoFailed, match=says):
         asyncio.run(play())
 
 
-def test_a_walk_that_ends_elsewhere_says_so() -> None:
-    """Somebody else has exported the same order before."""
-
+def test_an_unexpected_result_fails_the_demo() -> None:
     async def play() -> None:
         async with demo(port=0, operations_port=0) as running:
             other = Accepted(order_key="100245", idempotency_key="other", document={}, result="created")
             running.jetshop.journal.append(other)
             await walk(running, lambda _line: None)
 
-    with pytest.raises(DemoFailed, match="the walk ended with"):
+    with pytest.raises(DemoFailed, match="the demo ended with"):
         asyncio.run(play())

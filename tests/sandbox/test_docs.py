@@ -1,4 +1,4 @@
-"""The tables of `docs/simulator.md` are made from the code: `python tests/sandbox/test_docs.py` writes them anew."""
+"""The tables of `docs/simulator.md`, which `python tests/sandbox/test_docs.py` generates from the code."""
 
 import re
 from collections.abc import Iterable
@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 from adapter.norce.api import OPERATIONS, Operation
 from adapter.sandbox.norce import Switches
 from adapter.sandbox.norce.switches import questions
-from adapter.sandbox.scenarios import SCENARIOS, promise
+from adapter.sandbox.scenarios import SCENARIOS, description
 from tests import ROOT
 
 PAGE = ROOT / "docs" / "simulator.md"
@@ -63,7 +63,7 @@ def values(hint: type) -> tuple[str, ...]:
 
 
 def scenarios() -> str:
-    return table(("scenario", "what it promises"), ((f"`{name}`", promise(name)) for name in SCENARIOS))
+    return table(("scenario", "what happens"), ((f"`{name}`", description(name)) for name in SCENARIOS))
 
 
 def page(text: str) -> str:
@@ -73,11 +73,11 @@ def page(text: str) -> str:
     return text
 
 
-def test_the_page_has_every_scenario_switch_and_operation_as_the_code_has_them() -> None:
+def test_the_page_has_the_tables_of_the_code() -> None:
     text = PAGE.read_text("utf-8")
 
     assert all(f"`{each.name}`" in operations() for each in OPERATIONS)
-    assert page(text) == text, "python tests/sandbox/test_docs.py writes the tables anew"
+    assert page(text) == text, "run python tests/sandbox/test_docs.py"
 
 
 if __name__ == "__main__":

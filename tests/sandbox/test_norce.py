@@ -1,9 +1,8 @@
-"""`adapter.sandbox.norce`: every operation, every error, and the rules of an order (callbacks: `test_callbacks`)."""
+"""The endpoints of the simulator: every operation, every error, and the rules of an order."""
 
 import asyncio
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -11,7 +10,7 @@ import pytest
 
 from adapter.callbacks.server import http_server, listen
 from adapter.norce.api import BY_NAME, CHANNEL, CODES, MERCHANT, OPERATIONS, Operation
-from adapter.sandbox.norce import Simulator, StoreUnusable, Switches, SwitchInvalid
+from adapter.sandbox.norce import Simulator, Switches, SwitchInvalid
 from adapter.sandbox.norce.switches import questions
 from tests.simulators import COMPLETED, PRICE, SAMPLE, Shop, shop, validator
 
@@ -33,7 +32,7 @@ def norce() -> Iterator[Shop]:
 
 
 class Stage:
-    """An order with one of everything, so that every operation has something to be carried out on."""
+    """An order with one part of every kind, so that every operation has something to work on."""
 
     def __init__(self, norce: Shop) -> None:
         self.order_id = norce.create(consents=[{"id": "c1", "text": "Ja", "checked": True}])
@@ -97,11 +96,16 @@ BODIES: dict[str, Any] = {
 }
 BODIES["put_configurations"][1]["$schema"] = DOCUMENT["$schema"]
 EACH = [pytest.param(each, version, id=f"{each.name}-{version}") for each in OPERATIONS for version in each.versions]
+NEVER = {  # the simulator knows every channel, and lets several orders have one cart
+    *((name, 404) for name in ("create_order", "list_orders", "create_from_basket")),
+    ("create_order", 409),
+}
 EACH_ERROR = [
     pytest.param(each, version, status, id=f"{each.name}-{version}-{status}")
     for each in OPERATIONS
     for version, errors in each.errors.items()
     for status in errors
+    if (each.name, status) not in NEVER
 ]
 
 
@@ -124,17 +128,13 @@ def test_every_declared_error_is_answered(norce: Shop, operation: Operation, ver
     given: dict[str, Any] = {}
     if status in (401, 403):
         given = {"headers": {"authorization": "Bearer another"}}
-    elif status == 404 and operation.name in ("create_order", "list_orders", "create_from_basket"):
-        norce.simulator.throw(channels_unknown=True)
-        given = {"headers": {CHANNEL: "2"}}
     elif status == 404:
         stage.path |= {"order_id": "o0", "event_id": "e0", "channel": "0", "merchant": "nobody"}
         given = {"headers": {MERCHANT: "nobody"}} if operation.service == "configuration" else {}
     elif status == 409:
-        norce.simulator.throw(cart_reference_unique=True)
         stage.ask(operation, version)
     elif status == 500:
-        norce.simulator.throw(server_errors=1)
+        norce.simulator.set_switches(server_errors=1)
     elif operation.body is not None:
         given = {"raw": b"{"}
     elif operation.service == "configuration":
@@ -151,7 +151,7 @@ def test_every_declared_error_is_answered(norce: Shop, operation: Operation, ver
     assert answer.status_code == status, answer.text
 
 
-def test_every_code_of_norces_is_answered_with_its_status(norce: Shop) -> None:
+def test_every_code_of_norce_is_answered_with_its_status(norce: Shop) -> None:
     order_id = norce.create(consents=[{"id": "c1", "required": True}])
     payment_id, path = norce.pay(order_id), {"merchant": "norce", "channel": "1"}
     action = {"adapterId": "p", "type": "capture", "url": "https://provider.example/capture"}
@@ -172,17 +172,15 @@ def test_every_code_of_norces_is_answered_with_its_status(norce: Shop) -> None:
         norce.ask("read_configuration", **path, name="none"),
         norce.ask("create_from_basket", {"cartReference": 5, "culture": "sv-SE"}),
     ]
-    norce.simulator.throw(channels_unknown=True)
-    answers.append(norce.ask("list_orders"))
-    norce.simulator.throw(server_errors=1)
+    norce.simulator.set_switches(server_errors=1)
     answers.append(norce.ask("list_orders"))
 
     assert {(each.json()["code"], each.status_code) for each in answers} == {
-        (code, status) for code, statuses in CODES.items() for status in statuses
+        (code, status) for code, statuses in CODES.items() for status in statuses if code != "application-not-found"
     }
 
 
-# --- what Norce's public collections send -----------------------------------------------------------------------------
+# --- requests of Norce's public collections ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -208,7 +206,9 @@ def test_every_code_of_norces_is_answered_with_its_status(norce: Shop) -> None:
         ("list_events", "v1", None, 200),
     ],
 )  # fmt: skip
-def test_what_norces_collections_send_is_taken(norce: Shop, name: str, version: str, body: Any, status: int) -> None:
+def test_the_requests_of_norces_collections_are_accepted(
+    norce: Shop, name: str, version: str, body: Any, status: int
+) -> None:
     stage = Stage(norce)
 
     answer = stage.ask(BY_NAME[name], version, raw=b"" if body is None else json.dumps(body).encode())
@@ -235,7 +235,7 @@ def without_ids(value: Any) -> Any:
     return value
 
 
-def test_headers_say_whose_an_order_is_and_others_do_not_find_it(norce: Shop) -> None:
+def test_the_headers_name_the_channel_and_other_channels_do_not_find_the_order(norce: Shop) -> None:
     order_id = norce.create(SAMPLE, merchant="another", channel="another", id="mine", created="2001-01-01T00:00:00Z")
 
     assert (norce.read(order_id)["merchant"], norce.read(order_id)["channel"]) == ("norce", "1")
@@ -244,34 +244,11 @@ def test_headers_say_whose_an_order_is_and_others_do_not_find_it(norce: Shop) ->
     assert norce.ask("list_orders", headers={MERCHANT: "another"}).json()["data"] == []
 
 
-def test_a_token_is_taken_with_and_without_its_scheme(norce: Shop) -> None:
+def test_a_token_is_accepted_with_and_without_its_scheme(norce: Shop) -> None:
     token = norce.headers["authorization"].removeprefix("Bearer ")
 
     assert norce.ask("list_orders", headers={"authorization": token}).status_code == 200
     assert norce.ask("list_orders", headers={"authorization": f"Basic {token}"}).status_code == 401
-
-
-def test_a_token_is_good_for_every_merchant_or_for_one(norce: Shop) -> None:
-    documents = {"merchant": "another", "channel": "1"}
-    norce.ask("list_orders", headers={MERCHANT: "another"}, status=200)
-    norce.ask("list_configurations", **documents, headers={MERCHANT: ""}, status=404)
-
-    norce.simulator.throw(token_merchant="norce")
-
-    norce.ask("list_orders", status=200)
-    norce.ask("list_configurations", merchant="norce", channel="1", headers={MERCHANT: ""}, status=404)
-    assert norce.ask("list_orders", headers={MERCHANT: "another"}, status=401).json()["code"] == "unauthorized"
-    norce.ask("list_configurations", **documents, headers={MERCHANT: ""}, status=401)
-
-
-def test_an_id_may_be_as_long_as_is_expected(norce: Shop) -> None:
-    assert len(norce.create()) == 25
-
-    norce.simulator.throw(id_characters=61, order_id_underscore=True)
-
-    stage = Stage(norce)
-    assert len(stage.order_id) == 63
-    assert len(stage.path["action_id"]) == 64
 
 
 def test_repeated_keys_and_a_body_on_get_are_tolerated(norce: Shop) -> None:
@@ -283,7 +260,7 @@ def test_repeated_keys_and_a_body_on_get_are_tolerated(norce: Shop) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"null", b'"\\ud800"', b"[" * 100_000, b'{"cart": []}', b"\xff"])
-def test_what_is_no_order_is_a_bad_request(norce: Shop, raw: bytes) -> None:
+def test_a_body_that_is_no_order_is_a_bad_request(norce: Shop, raw: bytes) -> None:
     assert norce.ask("create_order", raw=raw, status=400).json()["code"] == "order-bad-request"
 
 
@@ -322,8 +299,6 @@ def test_the_state_moves_as_documented_and_keeps_its_history(norce: Shop) -> Non
     for status in ("checkout", "declined", "removed"):
         norce.ask("put_state", {"currentStatus": status}, order_id=order_id, status=400)
     norce.ask("put_state", {"currentStatus": "sold"}, order_id=order_id, status=400)
-    norce.simulator.throw(transitions_enforced=False)
-    norce.move(order_id, "checkout")
 
 
 def test_required_consents_come_before_processing(norce: Shop) -> None:
@@ -338,7 +313,7 @@ def test_required_consents_come_before_processing(norce: Shop) -> None:
     norce.ask("patch_consent", {"checked": False}, order_id=order_id, consent_id="c1", status=400)
 
 
-def test_what_a_state_locks_is_not_changed(norce: Shop) -> None:
+def test_a_part_that_the_state_locks_does_not_change(norce: Shop) -> None:
     order_id = norce.create()
     cart = norce.read(order_id)["cart"]
     upsold = cart | {"items": [*cart["items"], {"name": "Vantar", "upsell": True, "total": PRICE}], "total": None}
@@ -355,8 +330,6 @@ def test_what_a_state_locks_is_not_changed(norce: Shop) -> None:
     order = norce.read(order_id)
     assert order["total"]["includingVat"] == 250
     assert order["customer"] == {"type": "person", "billing": ADDRESS}
-    norce.simulator.throw(parts_locked=False)
-    norce.ask("put_cart", {"items": []}, order_id=order_id, status=200)
 
 
 def test_the_total_follows_the_cart_and_the_shippings_that_count(norce: Shop) -> None:
@@ -395,7 +368,7 @@ def test_transactions_are_kept_beside_the_order(norce: Shop) -> None:
     assert not any("transaction" in name for name in norce.read(order_id))
 
 
-def test_a_write_of_what_is_there_changes_nothing(norce: Shop) -> None:
+def test_an_equal_write_changes_nothing(norce: Shop) -> None:
     order_id = norce.create()
     before = norce.read(order_id)
     norce.clock.now = norce.clock.now.replace(hour=9)
@@ -415,15 +388,11 @@ def test_a_scope_that_cannot_be_watched_is_refused(norce: Shop, scope: str) -> N
     norce.ask("add_notification", NOTIFICATION | {"scope": scope}, order_id=order_id, status=400)
 
 
-def test_a_deleted_order_is_gone_or_removed(norce: Shop) -> None:
+def test_a_deleted_order_is_gone(norce: Shop) -> None:
     order_id = norce.create()
+
     assert norce.ask("delete_order", order_id=order_id, status=204).content == b""
     norce.ask("read_order", order_id=order_id, status=404)
-    norce.simulator.throw(deleted="removed")
-    order_id = norce.create()
-    norce.ask("delete_order", order_id=order_id, status=204)
-
-    assert norce.read(order_id)["state"]["currentStatus"] == "removed"
 
 
 # --- lists ------------------------------------------------------------------------------------------------------------
@@ -452,28 +421,18 @@ def test_pages_end_where_the_list_does(norce: Shop) -> None:
         ("v0", {"search": "umeå"}, ["r2"]),
         ("v1", {"status[]": ["processing", "accepted"]}, ["r2"]),
         ("v1", {"status": "checkout"}, ["r1", "r3"]),
-        ("v1", {"billing_names[]": "tove testsson"}, ["r1"]),
-        ("v1", {"billing_names": "nobody"}, []),
-        ("v1", {"shipping_emails[]": "t@example.com"}, ["r3"]),
-        ("v1", {"billing_phones": "+46701740606"}, ["r1"]),
-        ("v1", {"billing_countries": "se,no"}, ["r1", "r2"]),
-        ("v1", {"countries[]": "NO"}, ["r3"]),
         ("v1", {"date_from": "2026-02-03T08:01:00Z", "date_to": "2026-02-03T08:01:30Z"}, ["r2"]),
-        ("v1", {"order_by": "cartTotal", "order_by_direction": "asc"}, ["r1", "r2", "r3"]),
-        ("v1", {"order_by": "cartTotal", "order_by_direction": "desc"}, ["r3", "r2", "r1"]),
-        ("v0", {"order_by": "billingName", "order_by_direction": "desc"}, ["r1", "r2", "r3"]),
+        ("v1", {"order_by": "created", "order_by_direction": "asc"}, ["r1", "r2", "r3"]),
+        ("v1", {"order_by": "created", "order_by_direction": "desc"}, ["r3", "r2", "r1"]),
         ("v0", {}, ["r3", "r2", "r1"]),
     ],
 )
 def test_orders_are_filtered_and_sorted(norce: Shop, version: str, query: Any, found: list[str]) -> None:
-    billing = [ADDRESS | {"phone": "+46701740606"}, ADDRESS | {"givenName": "Bo", "city": "Umeå"}, None]
-    for number, address in enumerate(billing, 1):
-        customer = {"type": "person", "billing": address, "shipping": {"email": "T@example.com"} if number == 3 else {}}
+    for number, city in enumerate(("Göteborg", "Umeå", "Boden"), 1):
         order_id = norce.create(
             reference=f"r{number}",
-            country="no" if number == 3 else "SE",
-            customer=customer,
-            cart={"reference": f"c{number}", "items": [{"total": {"includingVat": number}}]},
+            customer={"type": "person", "billing": ADDRESS | {"city": city}},
+            cart={"reference": f"c{number}", "items": []},
         )
         norce.clock.now = norce.clock.now.replace(minute=number)
         if number == 2:
@@ -485,8 +444,10 @@ def test_orders_are_filtered_and_sorted(norce: Shop, version: str, query: Any, f
     assert (references if "order_by" in query or not query else sorted(references)) == found
 
 
-@pytest.mark.parametrize("query", [{"limit": "x"}, {"offset": -1}, {"order_by": "luck"}, {"date_from": "soon"}])
-def test_a_list_that_cannot_be_made_is_a_bad_request(norce: Shop, query: Any) -> None:
+@pytest.mark.parametrize(
+    "query", [{"limit": "x"}, {"offset": -1}, {"date_from": "soon"}, {"order_by": "cartTotal"}, {"countries[]": "SE"}]
+)
+def test_a_query_that_is_wrong_or_not_simulated_is_a_bad_request(norce: Shop, query: Any) -> None:
     norce.ask("list_orders", query=query, status=400)
 
 
@@ -570,7 +531,7 @@ def test_documents_come_and_go_with_their_channel(norce: Shop) -> None:
         (httpx.Response(200, content=b"<html>"), {}, 400),
     ],
 )
-def test_a_document_is_held_against_the_schema_that_its_adapter_publishes(
+def test_a_document_has_to_fit_the_schema_that_its_adapter_publishes(
     norce: Shop, answer: Any, document: dict[str, Any], status: int
 ) -> None:
     url = norce.receiver.to("/openapi/v1/schemas/own_adapter.json", answer)
@@ -586,37 +547,11 @@ def test_a_document_is_held_against_the_schema_that_its_adapter_publishes(
 # --- the simulator's own ----------------------------------------------------------------------------------------------
 
 
-def test_orders_documents_and_events_survive_a_restart(tmp_path: Path) -> None:
-    with shop(store=tmp_path / "norce.db") as norce:
-        stage = Stage(norce)
-        deleted = norce.create()
-        norce.ask("delete_order", order_id=deleted)
-        before = norce.read(stage.order_id)
-        events = norce.simulator.events()
-
-    assert (tmp_path / "norce.db").stat().st_mode & 0o077 == 0
-    with shop(store=tmp_path / "norce.db", seed=2) as norce:
-        assert norce.read(stage.order_id) == before
-        assert norce.simulator.events() == events != []
-        norce.ask("read_order", order_id=deleted, status=404)
-        norce.ask("read_configuration", merchant="norce", channel="1", name="static_notifications", status=200)
-
-
-def test_a_store_of_somebody_elses_is_not_touched(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-
-    with pytest.raises(StoreUnusable, match=r"notes\.txt"):
-        Simulator(token="t", store=tmp_path / "notes.txt")
-    with pytest.raises(StoreUnusable, match="no-such-folder"):
-        Simulator(token="t", store=tmp_path / "no-such-folder" / "norce.db")
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-
-
 def get(norce: Shop, path: str, **given: Any) -> httpx.Response:
     return norce.loop.run(norce.http.request(given.pop("method", "GET"), f"http://simulator{path}", **given))
 
 
-def test_the_journal_names_what_came_and_what_went_and_no_secrets(norce: Shop) -> None:
+def test_the_journal_shows_requests_and_callbacks_without_secrets(norce: Shop) -> None:
     order_id = norce.create()
     norce.receiver.to("/v", None)
     norce.ask("add_validation", {"url": "http://user:hidden@127.0.0.1:9/v?sig=hidden"}, order_id=order_id)
@@ -631,12 +566,12 @@ def test_the_journal_names_what_came_and_what_went_and_no_secrets(norce: Shop) -
         ("request", "POST", 400, "payment-missing"),
     ]
     assert rows[2]["url"] == "http://127.0.0.1:9/v"
-    assert get(norce, f"/simulator/journal?after={rows[2]['number']}&limit=1").json() == [rows[3]]
+    assert get(norce, "/simulator/journal?limit=1").json() == [rows[3]]
     assert [each["kind"] for each in get(norce, "/simulator/journal?kind=validation").json()] == ["validation"]
     assert get(norce, "/simulator/journal?limit=x").status_code == 400
 
 
-def test_the_page_shows_orders_and_trusts_nothing_in_them(norce: Shop) -> None:
+def test_the_page_shows_orders_and_escapes_them(norce: Shop) -> None:
     assert "POST /checkout/order" in get(norce, "/").text
     order_id = norce.create(reference="<script>")
     norce.move(order_id, "processing")
@@ -649,13 +584,13 @@ def test_the_page_shows_orders_and_trusts_nothing_in_them(norce: Shop) -> None:
     assert "<script>" not in text
 
 
-def test_switches_are_read_and_thrown_over_http(norce: Shop) -> None:
-    thrown = get(norce, "/simulator/switches", method="PUT", json={"hook_order": "random", "notifications_lost": 0.5})
+def test_switches_are_read_and_set_over_http(norce: Shop) -> None:
+    answer = get(norce, "/simulator/switches", method="PUT", json={"hook_order": "random", "notifications_lost": 0.5})
 
-    assert (thrown.status_code, thrown.json()["hook_order"]) == (200, "random")
+    assert (answer.status_code, answer.json()["hook_order"]) == (200, "random")
     assert norce.simulator.switches == Switches(hook_order="random", notifications_lost=0.5)
-    assert get(norce, "/simulator/switches").json() == thrown.json()
-    wrong: list[Any] = [{"no_such": 1}, {"hook_order": "whatever"}, {"hook_seconds": "soon"}, []]
+    assert get(norce, "/simulator/switches").json() == answer.json()
+    wrong: list[Any] = [{"no_such": 1}, {"hook_order": "registered"}, {"hook_seconds": "soon"}, []]
     for body in wrong:
         assert get(norce, "/simulator/switches", method="PUT", json=body).status_code == 400
     assert norce.simulator.switches.hook_order == "random"
@@ -670,102 +605,45 @@ def test_every_switch_is_set_from_text_and_asks_a_question(name: str) -> None:
     assert "?" in question
 
 
-def test_a_switch_that_is_not_there_is_named() -> None:
+def test_an_unknown_switch_is_named() -> None:
     with pytest.raises(SwitchInvalid, match="there is no switch colour"):
         Switches().with_values({"colour": "red"})
 
 
-# --- readings of orders, and faults -----------------------------------------------------------------------------------
+# --- faults -----------------------------------------------------------------------------------------------------------
 
 
-def thrown(norce: Shop, **switches: Any) -> Shop:
-    norce.simulator.throw(**switches)
-    return norce
+def test_an_answer_may_be_slow_or_an_error(norce: Shop) -> None:
+    norce.simulator.set_switches(answer_seconds=7)
+    norce.ask("list_orders", status=200)
+    assert norce.clock.slept == [7]
+
+    norce.simulator.set_switches(server_errors=1)
+
+    norce.ask("create_order", {}, status=500)
+    assert norce.simulator.orders() == []
 
 
-@pytest.mark.parametrize(
-    ("switches", "does"),
-    [
-        ({"created_body": "string"}, lambda n: isinstance(n.ask("create_order", SAMPLE, status=201).json(), str)),
-        ({"basket_created_status": 200}, lambda n: n.ask(
-            "create_from_basket", {"cartReference": 1, "culture": "sv"}, status=200)),
-        ({"state_status": 202}, lambda n: n.ask(
-            "put_state", {"currentStatus": "processing"}, version="v1", order_id=n.create(), status=202)),
-        ({"order_id_underscore": True}, lambda n: n.create().startswith("o_")),
-        ({"largest_order_bytes": 100}, lambda n: n.ask("create_order", SAMPLE, status=400)),
-        ({"v0_served": False}, lambda n: n.ask("list_orders", status=404) and n.ask(
-            "list_orders", version="v1", status=200)),
-        ({"v1_problems": True}, lambda n: n.ask("read_order", version="v1", order_id="o0").json()["status"] == 404),
-        ({"enums": "capital"}, lambda n: n.read(n.create(customer={"type": "person"}))["customer"]["type"] == "Person"),
-        ({"validate_refusal": "object"}, lambda n: n.ask("validate", order_id=n.create()).json()["errors"]),
-        ({"validation_messages": True}, lambda n: n.ask("validate", order_id=n.create()).json()[0]["message"]),
-        ({"clock_skew_seconds": 600}, lambda n: n.read(n.create())["created"] == "2026-02-03T08:10:00.000Z"),
-        ({"server_errors": 1}, lambda n: n.ask("list_orders", status=500)),
-        ({"requests_per_second": 1}, lambda n: n.ask("list_orders") and n.ask("list_orders", status=429)),
-        ({"answers_slow": 1, "slow_seconds": 7}, lambda n: n.ask("list_orders", status=200) and n.clock.slept == [7]),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)  # fmt: skip
-def test_norce_behaves_as_it_is_told(norce: Shop, switches: dict[str, Any], does: Callable[[Shop], Any]) -> None:
-    assert does(thrown(norce, **switches))
-
-
-def test_a_stale_change_is_taken_unless_reads_have_an_etag(norce: Shop) -> None:
+def test_transitions_need_not_be_enforced(norce: Shop) -> None:
     order_id = norce.create()
-    path, stale = {"order_id": order_id}, {"if-match": '"stale"'}
-    assert "etag" not in norce.ask("read_order", **path).headers
-    norce.ask("put_reference", "1", headers=stale, **path, status=200)
+    norce.simulator.set_switches(transitions_enforced=False)
 
-    norce.simulator.throw(etags=True, v1_problems=True)
+    norce.move(order_id, "completed")
 
-    etag = norce.ask("read_order", **path).headers["etag"]
-    assert {norce.ask(each, version="v1", **path).headers["etag"] for each in ("read_order", "list_payments")} == {etag}
-    refused = norce.ask("put_reference", "2", headers=stale, version="v1", **path, status=412)
-    assert refused.json()["title"] == "Precondition Failed"
-    assert norce.ask("put_reference", "2", headers=stale, **path, status=412).json()["code"] == "order-conflict"
-    norce.ask("delete_order", headers=stale, **path, status=412)
-    norce.ask("start_payment", headers=stale, **path, status=200)
-    norce.ask("put_reference", "2", headers={"if-match": etag}, **path, status=412)
-    assert norce.read(order_id)["reference"] == "1"
-    current = norce.ask("read_order", **path).headers["etag"]
-    norce.ask("put_reference", "2", headers={"if-match": f'"other", {current}'}, **path, status=200)
-    norce.ask("put_reference", "3", headers={"if-match": "*"}, **path, status=200)
-    norce.ask("put_reference", "4", **path, status=200)
-    norce.ask("delete_order", headers={"if-match": norce.ask("read_order", **path).headers["etag"]}, **path, status=204)
+    assert [each["status"] for each in norce.read(order_id)["state"]["transitions"]] == ["checkout", "completed"]
 
 
-def test_a_change_that_was_overtaken_while_its_hook_was_asked_is_stale(norce: Shop) -> None:
-    order_id = norce.create()
+def test_norces_clock_may_be_ahead(norce: Shop) -> None:
+    norce.simulator.set_switches(clock_skew_seconds=600)
 
-    async def overtakes(_request: httpx.Request) -> httpx.Response:
-        url = f"http://simulator/checkout/order/api/v0/checkout/orders/{order_id}/attributes"
-        await norce.http.patch(url, json={"first": True}, headers=norce.headers)
-        return httpx.Response(200, json=[])
-
-    hook = HOOK | {"scope": "/reference", "invoke": norce.receiver.to("/h", overtakes)}
-    norce.ask("add_hook", hook, version="v1", order_id=order_id, status=200)
-    norce.simulator.throw(etags=True)
-    etag = norce.ask("read_order", order_id=order_id).headers["etag"]
-
-    norce.ask("put_reference", "second", headers={"if-match": etag}, order_id=order_id, status=412)
-
-    order = norce.read(order_id)
-    assert (order["reference"], order["attributes"]) == (None, {"first": True})
-
-
-def test_a_success_of_validate_may_have_a_body(norce: Shop) -> None:
-    order_id = norce.create()
-    norce.pay(order_id)
-
-    assert norce.ask("validate", order_id=order_id, status=200).content == b""
-    assert thrown(norce, validate_success="array").ask("validate", order_id=order_id, status=200).json() == []
+    assert norce.read(norce.create())["created"] == "2026-02-03T08:10:00.000Z"
 
 
 @pytest.mark.parametrize(("switch", "created"), [("answers_lost", 1), ("connections_broken", 0)])
 def test_a_broken_connection_leaves_the_caller_in_doubt(switch: str, created: int) -> None:
     async def broken() -> int:
         async with Simulator(token="t") as simulator, httpx.AsyncClient(trust_env=False) as http:
-            simulator.throw(**{switch: 1})
+            simulator.set_switches(**{switch: 1})
             listening = listen("127.0.0.1", 0)
             async with http_server(simulator.app, listening):
                 url = BY_NAME["create_order"].url("http://{}:{}/checkout".format(*listening.getsockname()), "v0")
@@ -776,5 +654,5 @@ def test_a_broken_connection_leaves_the_caller_in_doubt(switch: str, created: in
     assert asyncio.run(broken()) == created
 
 
-def test_a_completed_order_as_norce_shows_it_fits_the_schema() -> None:
+def test_the_completed_sample_order_fits_the_schema() -> None:
     assert validator("order").is_valid(COMPLETED)

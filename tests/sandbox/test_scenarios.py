@@ -1,4 +1,4 @@
-"""`play` against adapters that do it wrong: what is lost, doubled or refused is found, and told without an order."""
+"""`play` against services that lose, double or refuse orders."""
 
 import asyncio
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from adapter.sandbox.scenarios import SCENARIOS, Adapter, Shop, play, promise
+from adapter.identifiers import Channel
+from adapter.sandbox.scenarios import SCENARIOS, ServiceUnderTest, Shop, description, play
 
 Ledger = Callable[[list[str]], list[dict[str, Any]]]
 
@@ -18,14 +19,15 @@ def delivery(order_id: str, route: str = "export", reason: str = "delivered") ->
 
 
 def played(name: str, ledger: Ledger, **settings: Any) -> dict[str, Any]:
-    """The scenario with an adapter that registers nothing, and has these deliveries of the orders that were made."""
+    """Play a scenario with a service that registers nothing and has these deliveries."""
 
     async def on_stage() -> dict[str, Any]:
         def deliveries(state: str | None) -> list[dict[str, Any]]:
-            return [each for each in ledger(list(shop.whose)) if state in (None, each["state"])]
+            return [each for each in ledger(list(shop.channels)) if state in (None, each["state"])]
 
-        shops = (("norce", "1"),)
-        shop = Shop("a token", Adapter(shops=shops, registrations=lambda *_: (), deliveries=deliveries))
+        channels = (Channel("norce", "1"),)
+        service = ServiceUnderTest(channels=channels, registrations=lambda *_: (), deliveries=deliveries)
+        shop = Shop("a token", service)
         async with shop:
             return await play(name, shop, **settings)
 
@@ -43,9 +45,9 @@ def once(order_ids: list[str]) -> list[dict[str, Any]]:
         (lambda ids: [*once(ids), delivery("of-somebody-else"), delivery("of-somebody-else")], 0, 0, None),
         (lambda ids: once(ids)[1:], 1, 0, "deliveries: "),
         (lambda ids: [*once(ids), delivery(ids[0])], 0, 1, "deliveries: "),
-        (lambda ids: [*once(ids[1:]), delivery(ids[0], reason="rejected")], 0, 0, "outcomes: "),
+        (lambda ids: [*once(ids[1:]), delivery(ids[0], reason="rejected")], 0, 0, "reasons: "),
     ],
-    ids=["each once", "others' too", "one is lost", "one is doubled", "one is dead"],
+    ids=["each once", "with others", "one is lost", "one is doubled", "one is dead"],
 )
 def test_a_burst_counts_what_the_ledger_has(ledger: Ledger, lost: int, doubled: int, says: str | None) -> None:
     summary = played("burst", ledger, orders=5)
@@ -56,7 +58,7 @@ def test_a_burst_counts_what_the_ledger_has(ledger: Ledger, lost: int, doubled: 
 
 
 @pytest.mark.parametrize("name", sorted(SCENARIOS))
-def test_an_adapter_that_says_nothing_and_does_nothing_passes_no_scenario(name: str) -> None:
+def test_a_service_that_does_nothing_passes_no_scenario(name: str) -> None:
     assert played(name, lambda _ids: [])["unmet"]
 
 
@@ -64,5 +66,5 @@ def test_a_delivery_of_an_order_that_was_declined_is_found() -> None:
     assert played("declined-after-acceptance", once)["unmet"] == "deliveries: ['delivered'], not []"
 
 
-def test_every_scenario_has_its_promise_in_one_line() -> None:
-    assert all(promise(name).endswith(".") and "\n" not in promise(name) for name in SCENARIOS)
+def test_every_scenario_is_described_in_one_line() -> None:
+    assert all(description(name).endswith(".") and "\n" not in description(name) for name in SCENARIOS)

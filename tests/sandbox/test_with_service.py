@@ -1,4 +1,4 @@
-"""The simulator and the service, over HTTP: what each says, the other understands."""
+"""The simulator and the service together, over HTTP."""
 
 import asyncio
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_the_sample_order_goes_from_creation_to_a_delivery(tmp_path: Path) -> No
             denied = await ask("complete_payment", payment_id=payment_id, **its)
             await ask("patch_attributes", {"asked": True}, **its)
             completed = await ask("complete_payment", payment_id=payment_id, **its)
-            await norce.settled()
+            await norce.wait_until_idle()
 
             assert (refused.status_code, refused.json()["code"]) == (400, "empty-cart")
             assert len(norce.order(its["order_id"])["cart"]["items"]) == 1

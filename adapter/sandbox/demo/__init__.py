@@ -1,10 +1,8 @@
-"""
-The walk a newcomer sees: callbacks put on an order, a validation denied and one approved, a cart that changes, a
-purchase whose last notification is lost and found, an export, a dead letter.
+"""The demo: a purchase with a denied validation, a changed cart, a lost notification, an export and a dead letter.
 
-Everything is real but the two ends: the service with a ledger on disk, requests over HTTP, and on loopback the offline
-Norce Checkout and a stand-in for Jetshop. The orders go their way through Norce's API, and Norce calls the service by
-itself. What is printed is read back from what really happened: from its journal and its events, and from the ledger.
+The service runs as in production, with a ledger on disk and HTTP on loopback. A simulator plays Norce, a stand-in
+plays Jetshop. Orders move through Norce's API, and Norce calls the service by itself. Everything that the demo prints
+it reads from the simulator's journal, from answers, or from the ledger.
 """
 
 import asyncio
@@ -22,17 +20,28 @@ import httpx
 
 from adapter import config as configuration
 from adapter.app import Service, running
-from adapter.callbacks.server import PortInUse, http_server, listen
+from adapter.callbacks.server import PortInUse, http_server, listen, url_of
 from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.store import open_for_reading
 from adapter.routing.routes import build
-from adapter.sandbox.caller import Caller, Unmet
+from adapter.sandbox.caller import Caller, Unexpected
 from adapter.sandbox.jetshop_stand_in import JetshopStandIn
 from adapter.sandbox.norce import Simulator
 
-REFERENCE = "100245"  # which the shop knows the order by
-MOST_OF_A_KIND = 10  # by the rules in the configuration
+SAMPLE_CHANNEL, ORDER_CHANNEL = Channel("norce", "1"), Channel("fjallboden", "se-b2c")
+REFERENCE = "100245"  # the order's number in the shop
+EXPECTED = {
+    "registered": 3,
+    "validation": {"denied": 400, "approved": 200},
+    "hook": {"accepted": 200, "patched": 200, "refused": 400},
+    "notification": 200,
+    "healed": 1,
+    "repeated": 200,
+    "exports": 1,
+    "rejected": 1,
+}
 _GIFT_CARD = {
     "adapterId": "awardit_adapter",
     "name": "Presentkort",
@@ -48,7 +57,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demo:
-    """The running demo: the service, its two ends, and the file that says how it is configured."""
+    """A running demo."""
 
     service: Service
     norce: Simulator
@@ -58,32 +67,28 @@ class Demo:
     jetshop_address: str
     config: Config
     config_path: Path
+    """The secrets are in files beside the configuration."""
 
 
 class DemoFailed(Exception):
-    """The walk did not go as it should. The message says where."""
+    """The demo took another course than expected. The message says where."""
 
 
 @contextlib.asynccontextmanager
 async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterator[Demo]:
-    """The service on a ledger in a temporary folder, between its two ends; on other ports where these are taken."""
+    """Run the service between a simulator and a stand-in, in a temporary folder. Uses free ports if these are taken."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="norce-adapter-demo-")))
-        token, password = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
-        for name, secret in (
-            ("norce-token", token),
-            ("jetshop-password", password),
-            ("url-key", secrets.token_hex(32)),
-        ):
+        keys = {name: secrets.token_hex(32) for name in ("norce-token", "jetshop-password", "url-key")}
+        for name, secret in keys.items():
             (folder / name).touch(mode=0o600)
             (folder / name).write_text(secret)
-        norce = await stack.enter_async_context(Simulator(token=token))
-        norce.throw(validation_messages=True)
-        caller = await stack.enter_async_context(Caller(norce, token, ("norce", "1")))
+        norce = await stack.enter_async_context(Simulator(token=keys["norce-token"]))
+        norce.set_switches(validation_messages=True)
+        caller = await stack.enter_async_context(Caller(norce, keys["norce-token"], SAMPLE_CHANNEL))
         listening = listen("127.0.0.1", 0)
         await stack.enter_async_context(http_server(norce.app, listening))
-        norce_address = "http://{}:{}".format(*listening.getsockname())
-        jetshop = JetshopStandIn(shop_id="1", username="stand-in", password=password)
+        jetshop = JetshopStandIn(password=keys["jetshop-password"])
         jetshop_address = await stack.enter_async_context(jetshop.serve())
         text = files(__package__).joinpath("config.yaml").read_text("utf-8")
         for mark, value in {
@@ -91,7 +96,7 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             "@OPERATIONS_PORT@": str(_free(operations_port)),
             "@STORE@": str(folder / "ledger.db"),
             "@SOCKET@": str(folder / "operations.sock"),
-            "@NORCE@": f"{norce_address}/checkout",
+            "@NORCE@": f"{url_of(listening)}/checkout",
             "@JETSHOP@": jetshop_address,
         }.items():
             text = text.replace(mark, value)
@@ -104,7 +109,7 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
             norce=norce,
             caller=caller,
             jetshop=jetshop,
-            norce_address=norce_address,
+            norce_address=url_of(listening),
             jetshop_address=jetshop_address,
             config=config,
             config_path=path,
@@ -112,161 +117,138 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
 
 
 async def walk(demo: Demo, say: Say) -> dict[str, Any]:
-    """
-    Walks through a purchase and says in words what happens. Returns the status codes and counts that were met.
+    """Play the purchase, tell it line by line, and return the statuses and counts that were seen.
 
-    The completed order lies beside the configuration afterwards. Raises `DemoFailed`.
+    Leaves the completed order beside the configuration, as `order-completed.json`.
+
+    Raises:
+        DemoFailed: The purchase took another course.
     """
     try:
-        summary = await _walked(demo, say)
-    except Unmet as error:
-        raise DemoFailed(f"Norce did not go along: {error}") from error
-    expected = {
-        "registered": 3,
-        "validation": {"denied": 400, "approved": 200},
-        "hook": {"accepted": 200, "patched": 200, "refused": 400},
-        "notification": 200,
-        "healed": 1,
-        "repeated": 200,
-        "exports": 1,
-        "rejected": 1,
-    }
-    if summary != expected:
-        raise DemoFailed(f"the walk ended with {json.dumps(summary)}, not with {json.dumps(expected)}")
+        summary = await _walk(demo, say)
+    except Unexpected as error:
+        raise DemoFailed(f"Norce answered otherwise: {error}") from error
+    if summary != EXPECTED:
+        raise DemoFailed(f"the demo ended with {json.dumps(summary)}, not with {json.dumps(EXPECTED)}")
     if demo.jetshop.violations:
-        raise DemoFailed(f"the stand-in for Jetshop saw {len(demo.jetshop.violations)} requests against its contract")
+        raise DemoFailed(f"{len(demo.jetshop.violations)} requests to Jetshop broke its contract")
     return summary
 
 
-async def _walked(demo: Demo, say: Say) -> dict[str, Any]:
-    ask, pay, move = demo.caller.ask, demo.caller.pay, demo.caller.move
+async def _walk(demo: Demo, say: Say) -> dict[str, Any]:
+    norce, ask, pay, move = demo.norce, demo.caller.ask, demo.caller.pay, demo.caller.move
 
-    say("The sample order of Norce's API reference is created, and our callbacks are put on it …")
-    sample, registered = await _created(demo, "order-api-request-sample", ("norce", "1"))
+    say("A shop creates the sample order of Norce's API reference. The service registers its callbacks …")
+    sample, registered = await _create(demo, "order-api-request-sample", SAMPLE_CHANNEL)
     say(f"  added: {', '.join(registered['added'])}")
-    say(f"  removed, for they led to another host: {len(registered['removed'])}")
+    say(f"  removed, because they lead to another host: {len(registered['removed'])}")
     await pay(sample)
-    say("Norce asks whether it may be bought …")
+    say("Norce calls the validation of the sample order …")
     problems = await ask("validate", order_id=sample, status=400)
-    denied = _answered(demo, "validation", sample)
+    denied = _last_answer(demo, "validation", sample)
     say(f"  denied: {denied}")
     for problem in problems:
         say(f"    {problem['code']}: {problem.get('message')}")
 
-    order, _ = await _created(demo, "order-checkout", ("fjallboden", "se-b2c"))
+    order, _ = await _create(demo, "order-checkout", ORDER_CHANNEL)
     await ask("patch_consents", [{"id": "terms", "checked": True}], order_id=order)
     await ask("add_payment", _GIFT_CARD, order_id=order)
     invoice = await pay(order)
-    say(f"Norce asks the same about order {order} …")
+    say(f"Norce calls the validation of another order, {order} …")
     await ask("validate", order_id=order)
-    approved = _answered(demo, "validation", order)
+    approved = _last_answer(demo, "validation", order)
     say(f"  approved: {approved}")
 
-    say("The shopper changes the cart, and Norce asks before it stores the change …")
-    hooked: dict[str, int | None] = {}
+    say("The shopper changes the cart. Norce calls the hook before it stores the change …")
+    hook: dict[str, int | None] = {}
     for quantity in (2, 6, 12):
-        became, told = await _with_quantity(demo, order, quantity)
-        hooked[became] = _answered(demo, "hook", order)
-        say(f"  {quantity} of a kind: {became}: {hooked[became]}{told}")
+        result, details = await _change_quantity(demo, order, quantity)
+        hook[result] = _last_answer(demo, "hook", order)
+        say(f"  {quantity} of one kind: {result}: {hook[result]}{details}")
 
-    say("The shopper pays, and the order is `accepted`. Norce notifies us, over HTTP …")
-    await ask("cancel_payment", order_id=order, payment_id=invoice)  # for a smaller cart
+    say("The shopper pays, and the order is `accepted`. Norce sends a notification …")
+    await ask("cancel_payment", order_id=order, payment_id=invoice)  # of the larger cart
     await ask("put_reference", REFERENCE, order_id=order)
-    paying = await pay(order)
-    reserved = {**await ask("read_payment", order_id=order, payment_id=paying), "state": "reserved"}
-    await ask("put_payment", reserved, order_id=order, payment_id=paying)
+    its: dict[str, Any] = {"order_id": order, "payment_id": await pay(order)}
+    await ask("put_payment", {**await ask("read_payment", **its), "state": "reserved"}, **its)
     await move(order, "processing", "accepted")
-    await demo.norce.settled()
-    accepted = _answered(demo, "notification", order)
+    await norce.wait_until_idle()
+    accepted = _last_answer(demo, "notification", order)
     say(f"  stored on disk, then answered: {accepted}; no route wants it yet")
-    say("It is `completed`, and this notification is lost on its way. Norce's event log is read …")
-    demo.norce.throw(notifications_lost=1.0)
+    say("The order is `completed`, but this notification is lost. The service reads Norce's event log …")
+    norce.set_switches(notifications_lost=1.0)
     await move(order, "completed")
-    demo.norce.throw(notifications_lost=0.0)
-    healed = await _reconciled(demo)
-    say(f"  notifications that never came: {healed}, brought now")
+    norce.set_switches(notifications_lost=0.0)
+    healed = await _reconcile(demo)
+    say(f"  missed notifications found there: {healed}")
     say('  the condition matches: scope /state/currentStatus, schema {"const": "completed"}')
-    demo.norce.throw(notification_body="envelope")
-    await ask("retry_event", event_id=demo.norce.events(order)[-1]["id"], shop=demo.caller.whose[order])
-    await demo.norce.settled()
-    again = _answered(demo, "notification", order)
-    say(f"  the same event comes after all, in an envelope: {again}, and nothing is done twice")
-    delivery = await _ended(demo, order)
-    say(f"  the jetshop handler has exported the payment information: {_told(delivery)}")
-    completed = json.dumps(demo.norce.order(order), ensure_ascii=False)
+    norce.set_switches(notification_body="envelope")
+    await ask("retry_event", event_id=norce.events(order)[-1]["id"], channel=ORDER_CHANNEL)
+    await norce.wait_until_idle()
+    repeated = _last_answer(demo, "notification", order)
+    say(f"  the lost notification arrives late: {repeated}; it is a duplicate and has no effect")
+    say(f"  the handler `jetshop` exports the payment information: {await _result(demo, order)}")
+    completed = json.dumps(norce.order(order), ensure_ascii=False)
     demo.config_path.with_name("order-completed.json").write_text(completed, "utf-8")
 
+    say("The sample order is completed too …")
     await move(sample, "processing", "accepted", "completed")
-    await demo.norce.settled()
-    say("The sample order, completed, arrives as well …")
-    say(f"  taken without complaint: {_answered(demo, 'notification', sample)}")
-    dead = await _ended(demo, sample)
-    say(f"  but it cannot be exported, and waits for a person as a dead letter: {_told(dead)}")
+    await norce.wait_until_idle()
+    say(f"  notification stored and answered: {_last_answer(demo, 'notification', sample)}")
+    say(f"  it cannot be exported and becomes a dead letter: {await _result(demo, sample)}")
 
     return {
         "registered": len(registered["added"]),
         "validation": {"denied": denied, "approved": approved},
-        "hook": hooked,
+        "hook": hook,
         "notification": accepted,
         "healed": healed,
-        "repeated": again,
+        "repeated": repeated,
         "exports": demo.jetshop.exports(REFERENCE),
-        "rejected": len([each for each in _deliveries(demo, state="dead") if each["reason"] == "rejected"]),
+        "rejected": sum(each["reason"] == "rejected" for each in _deliveries(demo, state="dead")),
     }
 
 
-async def _created(demo: Demo, name: str, shop: tuple[str, str]) -> tuple[str, dict[str, list[str]]]:
-    """
-    The order, created as it stands, and what became of the callbacks on it: its own lead to somebody else's host, ours
-    are signed for this order.
-    """
-    order_id = await demo.caller.create(_order(name), shop=shop)
-    path = f"/api/v1/orders/{order_id}/registrations"
-    headers = _bearer(demo, "norce-token") | {"x-merchant": shop[0], "x-channel": shop[1]}
-    return order_id, (await _posted(demo.service.public_address + path, headers)).json()
+async def _create(demo: Demo, name: str, channel: Channel) -> tuple[str, dict[str, list[str]]]:
+    # The file's own callbacks lead to another host; the service's are signed for this order.
+    order = json.loads(files(__package__).joinpath("orders", f"{name}.json").read_text("utf-8"))
+    order_id = await demo.caller.create(order, channel=channel)
+    token = demo.config_path.with_name("norce-token").read_text()
+    headers = {"authorization": f"Bearer {token}", "x-merchant": channel.merchant, "x-channel": channel.name}
+    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS) as http:
+        url = f"{demo.service.public_address}/api/v1/orders/{order_id}/registrations"
+        return order_id, _succeeded(await http.post(url, headers=headers)).json()
 
 
-async def _reconciled(demo: Demo) -> int:
-    """Return how many notifications were missed, and brought in."""
+async def _reconcile(demo: Demo) -> int:
     transport = httpx.AsyncHTTPTransport(uds=demo.config.operations.socket)
-    answer = await _posted("http://operations/commands/reconcile", {}, b"{}", transport)
-    told = [json.loads(line) for line in answer.text.splitlines()]
-    return sum(each["missed"] for each in told if each.get("done"))
+    async with httpx.AsyncClient(transport=transport, timeout=PATIENCE_SECONDS) as http:
+        response = _succeeded(await http.post("http://operations/commands/reconcile", content=b"{}"))
+    return sum(each["missed"] for each in map(json.loads, response.text.splitlines()) if each.get("done"))
 
 
-async def _posted(
-    url: str, headers: dict[str, str], content: bytes = b"", transport: httpx.AsyncBaseTransport | None = None
-) -> httpx.Response:
-    async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE_SECONDS, transport=transport) as http:
-        answer = await http.post(url, headers=headers, content=content)
-    if answer.status_code != 200:
-        raise DemoFailed(f"{url} was answered {answer.status_code}")
-    return answer
+def _succeeded(response: httpx.Response) -> httpx.Response:
+    if response.status_code != 200:
+        raise DemoFailed(f"{response.url} was answered {response.status_code}")
+    return response
 
 
-def _bearer(demo: Demo, name: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {demo.config_path.with_name(name).read_text()}"}
+def _last_answer(demo: Demo, kind: str, order_id: str) -> int | None:
+    entries = demo.norce.journal.read(order_id=order_id, kind=kind)
+    return entries[-1].status if entries else None
 
 
-def _answered(demo: Demo, kind: str, order_id: str) -> int | None:
-    """What the service answered to Norce's last callback of this kind, if it was asked and answered at all."""
-    asked = demo.norce.journal.read(order_id=order_id, kind=kind)
-    return asked[-1].status if asked else None
-
-
-async def _with_quantity(demo: Demo, order_id: str, quantity: int) -> tuple[str, str]:
-    """Changes how many of the first item there are: what became of it, and the rest of it in words."""
+async def _change_quantity(demo: Demo, order_id: str, quantity: int) -> tuple[str, str]:
     before = (await demo.caller.read(order_id))["cart"]
-    item, is_refused = before["items"][0]["id"], quantity > MOST_OF_A_KIND
-    refusal = await demo.caller.ask(
-        "patch_item", {"quantity": quantity}, order_id=order_id, item_id=item, status=400 if is_refused else 200
-    )
-    if is_refused:
+    path = {"order_id": order_id, "item_id": before["items"][0]["id"]}
+    if quantity > 10:  # the limit in config.yaml
+        refusal = await demo.caller.ask("patch_item", {"quantity": quantity}, **path, status=400)
         return "refused", f", {refusal['code']}: {refusal['message']}"
+    await demo.caller.ask("patch_item", {"quantity": quantity}, **path)
     after = (await demo.caller.read(order_id))["cart"]
-    added = {name: value for name, value in after["attributes"].items() if before["attributes"].get(name) != value}
-    told = "".join(f", add /cart/attributes/{name} {json.dumps(value)}" for name, value in added.items())
-    return "patched" if added else "accepted", told
+    added = {name: value for name, value in after["attributes"].items() if name not in before["attributes"]}
+    details = "".join(f", add /cart/attributes/{name} {json.dumps(value)}" for name, value in added.items())
+    return "patched" if added else "accepted", details
 
 
 def _free(port: int) -> int:
@@ -278,30 +260,22 @@ def _free(port: int) -> int:
         return int(listening.getsockname()[1])
 
 
-async def _ended(demo: Demo, order_id: str) -> dict[str, Any]:
+async def _result(demo: Demo, order_id: str) -> str:
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while True:
                 deliveries = _deliveries(demo, order_id=order_id)
                 if deliveries and deliveries[0]["state"] != "waiting":
-                    return deliveries[0]
+                    break
                 await asyncio.sleep(0.05)
     except TimeoutError as error:
-        raise DemoFailed(f"the delivery for order {order_id} has not ended in {PATIENCE_SECONDS:g} s") from error
-
-
-def _deliveries(demo: Demo, **filters: str) -> list[dict[str, Any]]:
-    engine = open_for_reading(demo.config.store.url)
-    with engine.connect() as connection:
-        return Queries(connection).deliveries(DeliveryFilter(**filters))  # type: ignore[arg-type]
-
-
-def _told(delivery: dict[str, Any]) -> str:
+        raise DemoFailed(f"the delivery of order {order_id} is not done after {PATIENCE_SECONDS:g} s") from error
+    delivery = deliveries[0]
     if delivery["state"] == "done":
         return f"{delivery['reason']}, Jetshop order {delivery['reference']}"
     return f"{delivery['reason']}, {delivery['code']}\n    {delivery['message']}"
 
 
-def _order(name: str) -> dict[str, Any]:
-    order: dict[str, Any] = json.loads(files(__package__).joinpath("orders", f"{name}.json").read_text("utf-8"))
-    return order
+def _deliveries(demo: Demo, **filters: str) -> list[dict[str, Any]]:
+    with open_for_reading(demo.config.store.url).connect() as connection:
+        return Queries(connection).deliveries(DeliveryFilter(**filters))  # type: ignore[arg-type]

@@ -1,61 +1,61 @@
-"""
-An offline Norce Checkout: it behaves as documented from the creation of an order to `completed`, and calls nobody but
-this machine.
+"""The simulator: an offline Norce Checkout that behaves as documented, from the creation of an order to `completed`.
 
-The rooms: `orders` are the rules, pure; `checkout` is the order service; `callbacks` is what goes out, `services` what
-comes in; `neighbours` are other adapters; `records` is what is remembered; `switches` says what is not known for sure.
-`caller` is who buys here, and `scenarios` are purchases as they go in a shop.
+`orders` holds the rules, `checkout` the order service, `endpoints` the HTTP endpoints of all services. `callbacks`
+calls adapters. `other_adapters` plays the adapters of a platform, of payments and of shippings.
 """
 
-from typing import Any
+from typing import Any, Self
 
+from adapter.norce.api import V0
 from adapter.sandbox.norce.checkout import Checkout
-from adapter.sandbox.norce.records import StoreUnusable
-from adapter.sandbox.norce.services import services
+from adapter.sandbox.norce.endpoints import application
 from adapter.sandbox.norce.switches import Switches, SwitchInvalid
 from adapter.sandbox.norce.versions import Order, as_version
 
-__all__ = ["Simulator", "StoreUnusable", "SwitchInvalid", "Switches"]
+__all__ = ["Simulator", "SwitchInvalid", "Switches"]
 
 
 class Simulator(Checkout):
-    """
-    Norce Checkout in this process. `app` is its ASGI app; every service is below `/checkout`.
+    """A Norce Checkout in this process.
 
-    `token` is the one that is taken, for every merchant; `tokens` has all that are, while one is being replaced. The
-    rest is for `Checkout`: `store` is a file to remember in, `clock`, `sleep` and `seed` (of what happens by chance,
-    ids included) are for tests, and `transport` is what callbacks are sent through. Raises `StoreUnusable`.
+    Attributes:
+        app: Its ASGI application. Every service is below `/checkout`.
+        tokens: The bearer tokens that it accepts, for every merchant.
     """
 
-    def __init__(self, *, token: str, **given: Any) -> None:
-        super().__init__(**given)
+    def __init__(self, *, token: str, **options: Any) -> None:
+        """Create a simulator that accepts this token. See `Checkout` for the options."""
+        super().__init__(**options)
         self.tokens = {token}
-        self.app = services(self, self.tokens)
+        self.app = application(self, self.tokens)
 
-    async def __aenter__(self) -> "Simulator":
-        self.callbacks.resume()
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *failure: Any) -> None:
         await self.callbacks.aclose()
-        self.records.close()
 
-    def throw(self, **switches: Any) -> None:
-        """Sets switches. Raises `SwitchInvalid`."""
-        self.switches = self.switches.with_values(switches)
+    def set_switches(self, **values: Any) -> None:
+        """Set switches, or raise `SwitchInvalid`."""
+        self.switches = self.switches.with_values(values)
 
-    def order(self, order_id: str, version: str = "v0") -> Order:
-        """The order as it would be read. Raises `KeyError`."""
-        return as_version(self.records.orders[order_id], version, self.switches)
+    def put(self, order: Order) -> Order:
+        """Store an order as it is and return it. Nothing is checked, and no callback is called."""
+        self.records.orders[order["id"]] = order
+        return order
+
+    def order(self, order_id: str) -> Order:
+        """Return the order as v0 shows it, or raise `KeyError`."""
+        return as_version(self.records.orders[order_id], V0)
 
     def orders(self) -> list[Order]:
-        """Every order, the first that was created first."""
+        """Return every order, in the order of creation."""
         return [self.order(order_id) for order_id in self.records.orders]
 
     def events(self, order_id: str | None = None) -> list[dict[str, Any]]:
-        """The event records with their attempts, the oldest first."""
+        """Return the event records with their attempts, the oldest first."""
         return [each for each in self.records.events.values() if order_id in (None, each["orderId"])]
 
-    async def settled(self) -> None:
-        """Waits until every callback in flight has ended, retries and delays included."""
-        await self.callbacks.settled()
+    async def wait_until_idle(self) -> None:
+        """Wait until every callback has ended, with its retries and delays."""
+        await self.callbacks.wait_until_idle()

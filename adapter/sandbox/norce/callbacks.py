@@ -1,8 +1,7 @@
-"""
-What Norce sends: validations, hooks and notifications, and the calls of payment actions.
+"""The callbacks that Norce sends: validations, hooks, notifications, and the calls of payment actions.
 
-Only this machine is ever called. A registered URL that leads elsewhere, as every sample's does, becomes an answer that
-did not come, with its reason; no connection is opened, not even to look a name up.
+Only loopback addresses are called. A callback to any other address, like those in every sample, counts as not
+answered, with the reason `not-loopback`; the simulator opens no connection and resolves no name.
 """
 
 import asyncio
@@ -15,33 +14,34 @@ import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import msgspec
 
-from adapter.conditions import Result
-from adapter.moments import to_milliseconds
+from adapter.conditions import CompiledCondition, Result
+from adapter.moments import to_milliseconds, to_text
+from adapter.norce.api import V0
 from adapter.sandbox.norce.orders import (
     WATCHED,
-    Call,
+    ApiRequest,
     Refused,
+    after_patches,
     condition,
-    is_touched,
     patched,
     same,
-    settled,
-    watched_by_hooks,
+    watching_hooks,
 )
-from adapter.sandbox.norce.records import Journal, Records, document_key
+from adapter.sandbox.norce.records import Records
 from adapter.sandbox.norce.switches import Switches
 from adapter.sandbox.norce.versions import Order, as_version
 
-MOST_ROUNDS = 10  # of hooks that patch what other hooks watch
-LARGEST_ANSWER = 2_000_000
-LONGEST_SHOWN = 2_000  # characters of an answer, in an event record
+MAX_ROUNDS = 10  # of hooks that patch what other hooks watch
+MAX_ANSWER_BYTES = 2_000_000
+MAX_SHOWN_BYTES = 2_000  # of an answer, in an event record
+HELD_BACK_SECONDS = 1.0
+DELIVERED = (200, 202, 204)
 TOO_LATE, NOT_LOOPBACK = "too-late", "not-loopback"
 _PLACEHOLDER = re.compile(r"\{(order_id|(?:order|configuration|config)\.[\w.-]+)\}")
 
@@ -51,8 +51,6 @@ class _NotLoopback(httpx.TransportError):
 
 
 class _LoopbackOnly(httpx.AsyncBaseTransport):
-    """Stands in front of every connection, redirects included."""
-
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
 
@@ -68,19 +66,19 @@ class _LoopbackOnly(httpx.AsyncBaseTransport):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What came back. Without a status, `reason` says why nothing did."""
+class CallbackAnswer:
+    """The answer to a callback. Without a status, `reason` says why there is none."""
 
     status: int | None
     body: bytes = b""
     reason: str = ""
 
     @property
-    def is_good(self) -> bool:
+    def is_success(self) -> bool:
         return self.status is not None and 200 <= self.status < 300
 
     def json(self) -> Any:
-        """The body, or None where it is no JSON."""
+        """Return the body, or None if it is not JSON."""
         with contextlib.suppress(msgspec.DecodeError):
             return msgspec.json.decode(self.body)
         return None
@@ -88,10 +86,9 @@ class Answer:
 
 @dataclass(kw_only=True, eq=False)
 class Callbacks:
-    """Calls out, for one simulator. What is in flight can be waited for (`settled`)."""
+    """The sending side of a simulator. Notifications are sent in the background; see `wait_until_idle`."""
 
     records: Records
-    journal: Journal
     switches: Callable[[], Switches]
     now: Callable[[], datetime]
     sleep: Callable[[float], Awaitable[None]]
@@ -106,151 +103,116 @@ class Callbacks:
 
     # --- validations ---
 
-    async def validations(self, order: Order, call: Call) -> list[dict[str, Any]]:
-        """The errors of all, asked side by side."""
-        answers = await asyncio.gather(*(self._validation(each, order, call) for each in order["validations"]))
+    async def validations(self, order: Order, switches: Switches) -> list[dict[str, Any]]:
+        """Call all validations of the order in parallel and return their errors."""
+        answers = await asyncio.gather(*(self._validate(each, order, switches) for each in order["validations"]))
         return [error for errors in answers for error in errors]
 
-    async def _validation(self, validation: Mapping[str, Any], order: Order, call: Call) -> list[dict[str, Any]]:
-        switches, adapter_id = call.switches, validation.get("adapterId")
-        answer = await self.call(
-            "validation",
-            validation,
-            order,
-            method=switches.validation_method,
-            seconds=switches.validation_seconds,
-            body=as_version(order, "v0", switches) if switches.validation_body == "order" else None,
-        )
-        if answer.is_good or (answer.reason == TOO_LATE and switches.validation_too_late == "approve"):
+    async def _validate(
+        self, validation: Mapping[str, Any], order: Order, switches: Switches
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        answer = await self.call("validation", validation, order, seconds=switches.validation_seconds)
+        if answer.is_success or answer.reason == TOO_LATE:
             return []
-        errors = answer.json() if answer.status == 400 else None
+        adapter_id, errors = validation.get("adapterId"), answer.json() if answer.status == 400 else None
         if isinstance(errors, list) and errors and all(isinstance(each, dict) for each in errors):
-            return [{"adapterId": adapter_id, **_told(each)} for each in errors]
+            return [{"adapterId": adapter_id, **_validation_error(each)} for each in errors]
         return [{"adapterId": adapter_id, "code": "validation-failed", "message": answer.reason or str(answer.status)}]
 
     # --- hooks ---
 
-    async def hooks(self, base: Order, proposed: Order, touched: tuple[str, ...], call: Call) -> Order:
-        """
-        The order as it may be stored, after every hook that watches what changes has agreed. Raises `Refused`.
+    async def hooks(self, base: Order, proposed: Order, request: ApiRequest) -> Order:
+        """Call the hooks that watch what changes, and return the order to store.
 
-        A hook is asked again where a patch, its own included, has changed what it watches since it was asked.
+        A hook is called again if a patch, even its own, changes what it watches. Hooks of the adapter that makes the
+        change are not called.
+
+        Raises:
+            Refused: A hook refuses, fails, or the hooks do not come to an end.
         """
-        switches = call.switches
-        skipped = call.adapter_id if switches.adapter_id_skips_hooks else None
-        asked = [
+        hooks = [
             (hook, watched)
-            for hook, watched in self._in_order(base, switches)
-            if skipped is None or hook.get("adapterId") != skipped
+            for hook, watched in self._in_order(base, request.switches)
+            if request.adapter_id is None or hook.get("adapterId") != request.adapter_id
         ]
-        seen = {hook["id"]: watched.value(base) for hook, watched in asked}
-        forced = {
-            hook["id"] for hook, _ in asked if switches.equal_write_triggers and is_touched(hook["scope"], touched)
-        }
-        was_patched = False
-        for _ in range(MOST_ROUNDS):
+        seen = {hook["id"]: watched.value(base) for hook, watched in hooks}
+        before_patches = proposed
+        for _ in range(MAX_ROUNDS):
             is_quiet = True
-            for hook, watched in asked:
+            for hook, watched in hooks:
                 value = watched.value(proposed)
-                if same(value, seen[hook["id"]]) and hook["id"] not in forced:
+                if same(value, seen[hook["id"]]):
                     continue
                 is_quiet = False
-                forced.discard(hook["id"])
                 seen[hook["id"]] = value
-                after = patched(proposed, await self._hook(hook, base, proposed, call), hook, switches)
-                was_patched |= after is not proposed
-                proposed = after
-                if not switches.hook_sees_own_patch:
-                    seen[hook["id"]] = watched.value(proposed)
+                patches = await self._call_hook(hook, proposed, request)
+                proposed = patched(proposed, patches, hook.get("target"))
             if is_quiet:
-                return settled(base, proposed, call, was_patched=was_patched)
-        raise Refused("order-error", f"The hooks do not agree after {MOST_ROUNDS} rounds.")
+                after = proposed if proposed is before_patches else after_patches(base, proposed, request)
+                return {**after, "lastModified": request.now}
+        raise Refused("order-error", f"The hooks do not agree after {MAX_ROUNDS} rounds.")
 
-    def _in_order(self, order: Order, switches: Switches) -> list[tuple[dict[str, Any], Any]]:
-        def place(pointer: Any) -> int:
-            part = (pointer or "").split("/")[1:2]
-            return WATCHED.index(part[0]) if part and part[0] in WATCHED else len(WATCHED)
+    def _in_order(self, order: Order, switches: Switches) -> list[tuple[dict[str, Any], CompiledCondition]]:
+        def place(pointer: str | None) -> int:
+            part = f"{pointer or ''}/".split("/")[1]
+            return WATCHED.index(part) if part in WATCHED else len(WATCHED)
 
-        hooks = list(watched_by_hooks(order, switches))
-        if switches.hook_order == "part":
-            hooks.sort(key=lambda each: (place(each[0]["scope"]), place(each[0].get("target"))))
-        elif switches.hook_order == "target":
-            hooks.sort(
-                key=lambda each: (
-                    place(each[0].get("target")),
-                    place(each[0]["scope"]),
-                    each[0].get("adapterId") or "",
-                )
-            )
-        elif switches.hook_order == "random":
+        hooks = sorted(watching_hooks(order), key=lambda each: (place(each[0]["scope"]), place(each[0].get("target"))))
+        if switches.hook_order == "random":
             self.chance.shuffle(hooks)
         return hooks
 
-    async def _hook(self, hook: Mapping[str, Any], base: Order, proposed: Order, call: Call) -> Any:
-        """The patches it wants. Raises `Refused`."""
-        switches = call.switches
-        sent = base if switches.hook_sees == "current" else {**proposed, "lastModified": call.now}
-        body = as_version(sent, hook.get("version") or switches.version_left_out, switches)
-        answer = await self.call("hook", hook, proposed, seconds=switches.hook_seconds, body=body)
-        if answer.is_good:
+    async def _call_hook(self, hook: Mapping[str, Any], proposed: Order, request: ApiRequest) -> Any:
+        body = as_version({**proposed, "lastModified": request.now}, hook.get("version") or V0)
+        answer = await self.call("hook", hook, proposed, seconds=request.switches.hook_seconds, body=body)
+        if answer.is_success:
             return answer.json() if answer.body.strip() else []
-        if answer.status != 400 and not switches.hook_failure_blocks:
-            return []
-        told = answer.json()
-        if answer.status == 400 and isinstance(told, dict) and switches.hook_refusal_passed_on:
-            raise Refused(str(told.get("code") or "order-error"), str(told.get("message") or "A hook refused."), 400)
+        refusal = answer.json()
+        if answer.status == 400 and isinstance(refusal, dict):
+            raise Refused(
+                str(refusal.get("code") or "order-error"), str(refusal.get("message") or "A hook refused."), 400
+            )
         raise Refused("order-error", f"A hook did not agree: {answer.reason or answer.status}.")
 
     # --- notifications ---
 
-    def notify(self, before: Order | None, after: Order, touched: tuple[str, ...], call: Call) -> None:
-        """Records an event for every notification whose scope has changed to what its schema wants, and sends it."""
-        switches = call.switches
-        skipped = call.adapter_id if switches.adapter_id_skips_notifications else None
+    def notify(self, before: Order, after: Order) -> None:
+        """Record and send an event for each notification whose scope has changed to a value that fits its schema."""
         for notification in after["notifications"]:
             compiled = condition(notification)
-            if compiled is None or (skipped is not None and notification.get("adapterId") == skipped):
-                continue
-            scope = notification["scope"]
-            has_changed = before is None or not same(compiled.value(before), compiled.value(after))
-            if not has_changed and not (switches.equal_write_triggers and is_touched(scope, touched)):
+            if compiled is None or same(compiled.value(before), compiled.value(after)):
                 continue
             if compiled.evaluate(after).result is Result.MATCHED:
-                self._start(self._deliver(self._record(notification, after, switches)))
+                event_id = self._record(notification, after)
+                if not self.happens(self.switches().notifications_lost):
+                    self._start(self._deliver(event_id))
 
-    def _record(self, notification: Mapping[str, Any], order: Order, switches: Switches) -> str:
-        version = notification.get("version") or switches.version_left_out
+    def _record(self, notification: Mapping[str, Any], order: Order) -> str:
         now = self.now()
         event_id = str(_uuid7(now, self.chance))
-        told = {name: notification.get(name) for name in ("adapterId", "reference", "description")}
-        event = {
+        self.records.events[event_id] = {
             "id": event_id,
-            "createdAt": as_text(now),
+            "createdAt": to_text(to_milliseconds(now)),
             "merchant": order["merchant"],
             "channel": order["channel"],
             "orderId": order["id"],
-            **told,
+            **{name: notification.get(name) for name in ("adapterId", "reference", "description")},
             "payload": {
                 "notification": {"reference": None, "invoke": "", **notification},
-                "order": as_version(order, version, switches),
+                "order": as_version(order, notification.get("version") or V0),
             },
             "attempts": [],
-            "_lost": self._happens(switches.notifications_lost),
         }
-        self.records.keep("events", event_id, event)
         return event_id
 
     async def _deliver(self, event_id: str) -> None:
-        switches, event = self.switches(), self.records.events[event_id]
-        notification = event["payload"]["notification"]
-        if event["_lost"]:
-            return
-        wait = (notification.get("delay") or 0) * switches.notification_delay_unit_seconds
-        if self._happens(switches.notifications_reordered):
-            wait += switches.held_back_seconds
+        switches = self.switches()
+        wait = self.records.events[event_id]["payload"]["notification"].get("delay") or 0
+        if self.happens(switches.notifications_reordered):
+            wait += HELD_BACK_SECONDS
         if wait > 0:
             await self.sleep(wait)
-        for _ in range(2 if self._happens(switches.notifications_doubled) else 1):
+        for _ in range(2 if self.happens(switches.notifications_doubled) else 1):
             for attempt in range(1 + switches.notification_retries):
                 if attempt:
                     await self.sleep(switches.notification_retry_seconds)
@@ -258,83 +220,72 @@ class Callbacks:
                     break
 
     async def _attempt(self, event_id: str) -> bool:
-        switches, event = self.switches(), self.records.events[event_id]
+        event, switches = self.records.events[event_id], self.switches()
         payload = event["payload"]
-        answer = await self.call(
-            "notification",
-            payload["notification"],
-            {**payload["order"], "id": event["orderId"], "merchant": event["merchant"], "channel": event["channel"]},
-            seconds=switches.notification_seconds,
-            method=payload["notification"].get("method", "POST"),
-            more=payload["notification"].get("headers", {}),
-            body=payload if switches.notification_body == "envelope" else payload["order"],
-        )
+        body = payload if switches.notification_body == "envelope" else payload["order"]
+        order = {**payload["order"], "id": event["orderId"], "merchant": event["merchant"], "channel": event["channel"]}
+        seconds = switches.notification_seconds
+        answer = await self.call("notification", payload["notification"], order, seconds=seconds, body=body)
         attempt = {
-            "at": as_text(self.now()),
+            "at": to_text(to_milliseconds(self.now())),
             "status": answer.status,
             "reason": answer.reason or None,
-            "response": answer.body[:LONGEST_SHOWN].decode(errors="replace"),
+            "response": answer.body[:MAX_SHOWN_BYTES].decode(errors="replace"),
         }
-        current = self.records.events[event_id]
-        self.records.keep("events", event_id, {**current, "attempts": [*current["attempts"], attempt]})
-        good = {"2xx": range(200, 300), "200-202-204": (200, 202, 204), "200": (200,)}
-        return answer.status in good[switches.notification_delivered]
+        event["attempts"].append(attempt)
+        return answer.status in DELIVERED
 
     def retry(self, event_id: str) -> None:
-        """Sends an event once more, as a person asks for it."""
+        """Send an event once more, as a person can ask Norce to do."""
         self._start(self._attempt(event_id))
 
-    def resume(self) -> None:
-        """Sends what was recorded before a restart and never left."""
-        for event_id, event in self.records.events.items():
-            if not event["attempts"]:
-                self._start(self._deliver(event_id))
-
-    # --- the call itself ---
+    # --- requests ---
 
     async def call(
-        self,
-        kind: str,
-        registered: Mapping[str, Any],
-        order: Order,
-        *,
-        seconds: float,
-        method: str = "POST",
-        body: Any = None,
-        more: Mapping[str, str] = MappingProxyType({}),
-    ) -> Answer:
-        """One request to a registered URL, with more headers. Never raises; one that was not answered has a reason."""
-        switches = self.switches()
-        url = str(registered.get("invoke") or "")
-        if switches.placeholders:
-            url = self._filled(url, registered.get("adapterId"), order)
-        headers = {"content-type": "application/json"} if body is not None else {}
-        if switches.callback_merchant_and_channel:
-            headers |= {"x-merchant": order["merchant"], "x-channel": order["channel"]}
-        if switches.callback_authorization:
-            headers["authorization"] = switches.callback_authorization
-        if not switches.callback_connections_kept:
-            headers["connection"] = "close"
-        headers |= {name.lower(): value for name, value in more.items()}
+        self, kind: str, registered: Mapping[str, Any], order: Order, *, seconds: float, body: Any = None
+    ) -> CallbackAnswer:
+        """POST to a registered URL. Never raises: a call without an answer returns a reason."""
+        url = self._with_placeholders(str(registered.get("invoke") or ""), registered.get("adapterId"), order)
         whose = {"order_id": order["id"], "merchant": order["merchant"], "channel": order["channel"]}
-        content = None if body is None else msgspec.json.encode(body)
-        return await self._written(kind, method, url, headers, content, seconds=seconds, **whose)
+        headers = {"x-merchant": order["merchant"], "x-channel": order["channel"]}
+        if authorization := self.switches().callback_authorization:
+            headers["authorization"] = authorization
+        if body is None:
+            return await self._send(kind, "POST", url, headers, None, seconds=seconds, **whose)
+        headers["content-type"] = "application/json"
+        return await self._send(kind, "POST", url, headers, msgspec.json.encode(body), seconds=seconds, **whose)
 
-    async def fetch(self, url: str, *, seconds: float, merchant: str, channel: str) -> Answer:
-        """A document of an adapter's: its configuration schema."""
+    async def fetch(self, url: str, *, seconds: float, merchant: str, channel: str) -> CallbackAnswer:
+        """GET a document of an adapter, such as its configuration schema. Never raises."""
         whose = {"order_id": None, "merchant": merchant, "channel": channel}
-        return await self._written("schema", "GET", url, {}, None, seconds=seconds, **whose)
+        return await self._send("schema", "GET", url, {}, None, seconds=seconds, **whose)
 
-    async def _written(
+    async def _send(
         self, kind: str, method: str, url: str, headers: dict[str, str], content: bytes | None, *, seconds: float,
         **whose: str | None,
-    ) -> Answer:  # fmt: skip
-        """The answer, which the journal knows of."""
+    ) -> CallbackAnswer:  # fmt: skip
         began = time.monotonic()
-        answer = await self._answer(method, url, headers, content, seconds=seconds)
-        self.journal.write(
+        try:
+            async with asyncio.timeout(seconds), self._http.stream(
+                method, url, headers=headers, content=content
+            ) as response:  # fmt: skip
+                body = bytearray()
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > MAX_ANSWER_BYTES:
+                        break
+            is_whole = len(body) <= MAX_ANSWER_BYTES
+            answer = CallbackAnswer(status=response.status_code if is_whole else None, body=bytes(body),
+                                    reason="" if is_whole else "too-large")  # fmt: skip
+        except TimeoutError:
+            answer = CallbackAnswer(status=None, reason=TOO_LATE)
+        except _NotLoopback:
+            answer = CallbackAnswer(status=None, reason=NOT_LOOPBACK)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            answer = CallbackAnswer(status=None, reason=type(error).__name__)
+        self.records.journal.add(
             url=url,
-            at=as_text(self.now()),
+            at=to_text(to_milliseconds(self.now())),
             kind=kind,
             method=method,
             status=answer.status,
@@ -344,31 +295,8 @@ class Callbacks:
         )
         return answer
 
-    async def _answer(
-        self, method: str, url: str, headers: dict[str, str], content: bytes | None, *, seconds: float
-    ) -> Answer:
-        redirects = self.switches().callback_redirects
-        try:
-            async with (
-                asyncio.timeout(seconds),
-                self._http.stream(method, url, headers=headers, content=content, follow_redirects=redirects) as answer,
-            ):
-                read = bytearray()
-                async for chunk in answer.aiter_bytes():
-                    read += chunk
-                    if len(read) > LARGEST_ANSWER:
-                        return Answer(status=None, reason="too-large")
-                return Answer(status=answer.status_code, body=bytes(read))
-        except TimeoutError:
-            return Answer(status=None, reason=TOO_LATE)
-        except _NotLoopback:
-            return Answer(status=None, reason=NOT_LOOPBACK)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            return Answer(status=None, reason=type(error).__name__)
-
-    def _filled(self, url: str, adapter_id: Any, order: Order) -> str:
-        key = document_key(order["merchant"], order["channel"], str(adapter_id))
-        document = self.records.documents.get(key, {})
+    def _with_placeholders(self, url: str, adapter_id: Any, order: Order) -> str:
+        document = self.records.documents.get((order["merchant"], order["channel"], str(adapter_id)), {})
 
         def fill(match: re.Match[str]) -> str:
             root, *names = ["order", "id"] if match[1] == "order_id" else match[1].split(".")
@@ -381,15 +309,15 @@ class Callbacks:
 
         return _PLACEHOLDER.sub(fill, url)
 
-    # --- what is in flight ---
+    # --- background work ---
 
     def _start(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def settled(self) -> None:
-        """Waits until everything that was to be sent has been answered, or has failed for good."""
+    async def wait_until_idle(self) -> None:
+        """Wait until every notification was answered or has failed for good."""
         while self._running:
             await asyncio.gather(*self._running)
 
@@ -400,17 +328,14 @@ class Callbacks:
         await asyncio.gather(*running, return_exceptions=True)
         await self._http.aclose()
 
-    def _happens(self, share: float) -> bool:
+    def happens(self, share: float) -> bool:
+        """Decide at random, with this probability."""
         return share > 0 and self.chance.random() < share
 
 
-def as_text(moment: datetime) -> str:
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _told(error: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {name: error[name] for name in ("adapterId", "code", "message") if isinstance(error.get(name), str)}
-    return {"code": "validation-failed", **kept}
+def _validation_error(error: Mapping[str, Any]) -> dict[str, Any]:
+    known = {name: error[name] for name in ("adapterId", "code", "message") if isinstance(error.get(name), str)}
+    return {"code": "validation-failed", **known}
 
 
 def _is_loopback(host: str) -> bool:
@@ -423,6 +348,6 @@ def _is_loopback(host: str) -> bool:
 
 
 def _uuid7(now: datetime, chance: random.Random) -> uuid.UUID:
-    """As Norce's bus gives them: they begin with the time."""
+    # Norce's event ids are UUIDs of version 7, which begin with the time.
     milliseconds = to_milliseconds(now)
     return uuid.UUID(int=milliseconds << 80 | 7 << 76 | chance.getrandbits(12) << 64 | 2 << 62 | chance.getrandbits(62))

@@ -1,94 +1,88 @@
-"""
-The configuration service: one document per adapter, by merchant and channel.
+"""The configuration service: one document per adapter, by merchant and channel.
 
-A document has to fit the basic schema, which has been checked by the table of operations, and the schema that it names.
-What one would get wrong: that one is an adapter's, so it is fetched from this machine only, and fetches nothing itself.
+A document has to fit Norce's basic schema and the schema that it names in `$schema`. The latter is fetched only from
+this machine, and references in it are never fetched.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jsonschema_rs
-import msgspec
 
 from adapter.norce.api import schema
 from adapter.sandbox.norce.callbacks import NOT_LOOPBACK
 from adapter.sandbox.norce.checkout import Checkout
-from adapter.sandbox.norce.orders import Call, Refused
-from adapter.sandbox.norce.records import document_key
+from adapter.sandbox.norce.orders import ApiRequest, Refused
+
+Documents = dict[str, dict[str, Any]]  # by name
 
 
-def handlers(checkout: Checkout) -> dict[str, Callable[[Call], Any]]:
-    """By the names of the operations."""
+def handlers(checkout: Checkout) -> dict[str, Callable[[ApiRequest], Any]]:
+    """Return the handlers of the service, by the names of the operations."""
     records = checkout.records
 
-    def documents(call: Call) -> dict[str, Any]:
-        found = records.documents_of(call.path["merchant"], call.path["channel"])
-        if not found or ("name" in call.path and call.path["name"] not in found):
+    def documents(request: ApiRequest) -> Documents:
+        found = records.documents_of(request.path["merchant"], request.path["channel"])
+        if not found or ("name" in request.path and request.path["name"] not in found):
             raise Refused("configuration-not-found", "There is no such configuration.")
         return found
 
-    async def checked(document: dict[str, Any], name: str, call: Call) -> None:
-        if document["id"] != name:
-            raise Refused("configuration-error", f"The id of the configuration {name} is another one.")
-        url = document["$schema"]
-        if url.endswith("/openapi/v1/schemas/configuration.json"):
-            return
-        merchant, channel = call.path["merchant"], call.path["channel"]
-        answer = await checkout.callbacks.fetch(
-            url, seconds=call.switches.hook_seconds, merchant=merchant, channel=channel
+    async def put(request: ApiRequest, named: Documents) -> Any:
+        for name, document in named.items():
+            await _check(checkout, document, name, request)
+        for name, document in named.items():
+            records.documents[request.path["merchant"], request.path["channel"], name] = document
+        return request.body
+
+    def remove(request: ApiRequest) -> None:
+        for name in documents(request):
+            if request.path.get("name", name) == name:
+                del records.documents[request.path["merchant"], request.path["channel"], name]
+
+    def channels(request: ApiRequest) -> list[str]:
+        found = dict.fromkeys(
+            channel for merchant, channel, _ in records.documents if merchant == request.path["merchant"]
         )
-        if answer.reason == NOT_LOOPBACK:
-            return  # a real adapter's schema cannot be had offline; the basic one holds
-        own = answer.json()
-        if not answer.is_good or not isinstance(own, dict):
-            raise Refused(
-                "configuration-error", f"The schema at {url} cannot be read: {answer.reason or answer.status}."
-            )
-        try:
-            validator = jsonschema_rs.validator_for(own, retriever=_retrieve)
-            problem = next(iter(validator.iter_errors(document)), None)
-        except (ValueError, jsonschema_rs.ValidationError) as error:
-            raise Refused("configuration-error", f"The schema at {url} is none.") from error
-        if problem is not None:
-            place = "/".join(map(str, problem.instance_path))
-            raise Refused("configuration-error", f"The configuration does not fit its schema at /{place}.")
-
-    def key(call: Call, name: str) -> str:
-        return document_key(call.path["merchant"], call.path["channel"], name)
-
-    async def put(call: Call, named: Mapping[str, dict[str, Any]]) -> Any:
-        for name, document in named.items():
-            await checked(document, name, call)
-        for name, document in named.items():
-            records.keep("documents", key(call, name), document)
-        return call.body
-
-    def remove(call: Call) -> None:
-        for name in documents(call):
-            if call.path.get("name", name) == name:
-                records.drop("documents", key(call, name))
-
-    def channels(call: Call) -> Any:
-        keys = (msgspec.json.decode(each) for each in records.documents)
-        found = list(dict.fromkeys(channel for merchant, channel, _ in keys if merchant == call.path["merchant"]))
         if not found:
             raise Refused("configuration-not-found", "The merchant has no channels.")
-        return found
+        return list(found)
 
     return {
         "list_channels": channels,
-        "list_configurations": lambda call: list(documents(call).values()),
-        "put_configurations": lambda call: put(call, {each["id"]: each for each in call.body}),
+        "list_configurations": lambda request: list(documents(request).values()),
+        "put_configurations": lambda request: put(request, {each["id"]: each for each in request.body}),
         "remove_configurations": remove,
-        "read_configuration": lambda call: documents(call)[call.path["name"]],
-        "put_configuration": lambda call: put(call, {call.path["name"]: call.body}),
+        "read_configuration": lambda request: documents(request)[request.path["name"]],
+        "put_configuration": lambda request: put(request, {request.path["name"]: request.body}),
         "remove_configuration": remove,
     }
 
 
+async def _check(checkout: Checkout, document: dict[str, Any], name: str, request: ApiRequest) -> None:
+    if document["id"] != name:
+        raise Refused("configuration-error", f"The id of the configuration {name} is another one.")
+    url = document["$schema"]
+    if url.endswith("/openapi/v1/schemas/configuration.json"):
+        return
+    channel = {name: request.path[name] for name in ("merchant", "channel")}
+    answer = await checkout.callbacks.fetch(url, seconds=request.switches.hook_seconds, **channel)
+    if answer.reason == NOT_LOOPBACK:
+        return  # the schema of a real adapter cannot be fetched offline
+    own = answer.json()
+    if not answer.is_success or not isinstance(own, dict):
+        reason = answer.reason or answer.status
+        raise Refused("configuration-error", f"The schema at {url} cannot be read: {reason}.")
+    try:
+        problem = next(iter(jsonschema_rs.validator_for(own, retriever=_retrieve).iter_errors(document)), None)
+    except (ValueError, jsonschema_rs.ValidationError) as error:
+        raise Refused("configuration-error", f"The document at {url} is not a schema.") from error
+    if problem is not None:
+        place = "/".join(map(str, problem.instance_path))
+        raise Refused("configuration-error", f"The configuration does not fit its schema at /{place}.")
+
+
 def _retrieve(url: str) -> Any:
-    """What another schema may build on: Norce's basic one, wherever it says that is. Nothing is fetched."""
+    # An adapter's schema may build on Norce's basic one, on any host.
     if url.endswith("configuration.json"):
         return schema("adapter-configuration")
     raise ValueError(f"{url} is not fetched")

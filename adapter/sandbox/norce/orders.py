@@ -1,10 +1,7 @@
-"""
-An order and its rules: a change comes in, the next order goes out, or `Refused` with one of Norce's codes. Pure: an
-order is never changed in place, and ids and times arrive with the `Call`.
+"""The rules of an order: a change takes an order and returns the next one, or raises `Refused`.
 
-An order is kept once for both versions of the API, in the words of v1; `versions` makes of it what v0 or v1 shows.
-What one would get wrong: a status belongs to the order, but `transitions` is history. No caller and no hook writes it;
-`settled` makes it from where the order was and where it is to be.
+The module is pure. It never changes an order in place; ids and times come with the request. Nobody writes
+`state.transitions`: `after_hooks` and `_moved` derive it from the status before and after.
 """
 
 import functools
@@ -16,19 +13,19 @@ from typing import Any
 
 import jsonpatch
 import jsonschema_rs
-import msgspec
 from jsonpointer import JsonPointerException
 
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid
 from adapter.norce.api import CODES, schema
 from adapter.sandbox.norce.switches import Switches
-from adapter.sandbox.norce.versions import OWN_NAMES, Order
+from adapter.sandbox.norce.versions import V1_NAMES, Order
 
-Change = Callable[[Order, "Call"], tuple[Order, Any]]
+Change = Callable[[Order, "ApiRequest"], tuple[Order, Any]]
+"""Takes an order and a request, returns the changed order and the body of the answer."""
 
 CHECKOUT, PROCESSING, ACCEPTED = "checkout", "processing", "accepted"
 COMPLETED, DECLINED, REMOVED = "completed", "declined", "removed"
-# Section 3 of the protocol. Nobody says who removes an order, or when; whatever is not yet final can be.
+# Checkout protocol, section 3. It does not say who removes an order, or when: here every order that is not final.
 TRANSITIONS: Mapping[str, frozenset[str]] = {
     CHECKOUT: frozenset({PROCESSING, REMOVED}),
     PROCESSING: frozenset({CHECKOUT, ACCEPTED, REMOVED}),
@@ -41,27 +38,33 @@ TRANSITIONS: Mapping[str, frozenset[str]] = {
 _LOCKED: Mapping[str, frozenset[str]] = {
     CHECKOUT: frozenset(),
     PROCESSING: frozenset({"cart", "customer", "consents"}),
-    ACCEPTED: frozenset({"cart", "consents"}),  # but for lines that are upsold
+    ACCEPTED: frozenset({"cart", "consents"}),  # except for upsold lines of the cart
     **dict.fromkeys((COMPLETED, DECLINED, REMOVED), frozenset({"cart", "customer", "consents"})),
 }
-WATCHED = ("state", "consents", "customer", "cart", "shippings", "payments")  # in the older guide's order
+# The parts that a hook may watch and patch, in the order in which the older guide calls hooks.
+WATCHED = ("state", "consents", "customer", "cart", "shippings", "payments", "reference")
 _LISTS = {
     *((name,) for name in ("shippings", "payments", "consents", "validations", "hooks", "notifications")),
     ("cart", "items"),
     ("cart", "discounts"),
     ("state", "transitions"),
 }
-_PREFIXES = {"validations": "v", "hooks": "h", "notifications": "n", "consents": "c", "payments": "p", "shippings": "s"}
+_ID_PREFIXES = {"validations": "v", "hooks": "h", "notifications": "n"}
 _CONTEXT = {
     "culture": re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{2})*"),
     "currency": re.compile(r"[A-Za-z]{3}"),
     "country": re.compile(r"[A-Za-z]{2}"),
 }
-_NOT_FROM_A_BODY = ("id", "merchant", "channel", "orderId")
+_READ_ONLY = ("id", "merchant", "channel", "orderId")
 
 
 class Refused(Exception):
-    """The request is not carried out. `code` is one of Norce's; `status` its status, if the code leaves a choice."""
+    """A request that Norce refuses.
+
+    Attributes:
+        code: One of Norce's codes.
+        status: The HTTP status of the code; must be given if the code has several.
+    """
 
     def __init__(self, code: str, message: str, status: int | None = None) -> None:
         super().__init__(message)
@@ -70,8 +73,8 @@ class Refused(Exception):
         self.status = status or CODES[code][0]
 
 
-class Invalid(Refused):
-    """The order may not go on. `errors` are those of the order service and of all validations."""
+class ValidationFailed(Refused):
+    """An order that may not proceed. `errors` come from the order service and from all validations."""
 
     def __init__(self, errors: list[dict[str, Any]]) -> None:
         super().__init__("order-validation", "The order is not valid.")
@@ -79,24 +82,25 @@ class Invalid(Refused):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """What a request brings along. `path` holds the parameters of its address."""
+class ApiRequest:
+    """A request to one of the services, parsed and authorized."""
 
     body: Any = None
     path: Mapping[str, str]
+    """The parameters in the path."""
     query: Mapping[str, list[str]]
     version: str
     merchant: str
     channel: str
     adapter_id: str | None
-    if_match: str | None
     now: str
     new_id: Callable[[str], str]
+    """Returns a new id with this prefix."""
     switches: Switches
 
 
 def find(parts: list[dict[str, Any]], part_id: str, code: str = "order-bad-request") -> int:
-    """Where the part stands. Raises `Refused`."""
+    """Return the position of the part with this id, or raise `Refused` with the code."""
     for position, part in enumerate(parts):
         if part["id"] == part_id:
             return position
@@ -104,113 +108,115 @@ def find(parts: list[dict[str, Any]], part_id: str, code: str = "order-bad-reque
 
 
 def part(parts: list[dict[str, Any]], part_id: str, code: str = "order-bad-request") -> dict[str, Any]:
-    """The part itself. Raises `Refused`."""
+    """Return the part with this id, or raise `Refused` with the code."""
     return parts[find(parts, part_id, code)]
 
 
-# --- changes: (order, call) -> (order, what is answered) --------------------------------------------------------------
+# --- changes ----------------------------------------------------------------------------------------------------------
 
 
-def created(call: Call) -> Order:
-    """A new order. Raises `Refused`."""
-    body = {name: value for name, value in call.body.items() if value is not None}
+def created(request: ApiRequest) -> Order:
+    """Return a new order, or raise `Refused`."""
+    body = {name: value for name, value in request.body.items() if value is not None}
     status = _status(body.get("state", {}).get("currentStatus", CHECKOUT))
-    if status != CHECKOUT and call.switches.transitions_enforced:
+    if status != CHECKOUT and request.switches.transitions_enforced:
         raise Refused("order-error", f"An order begins in {CHECKOUT}, not in {status}.")
     order = {
         "reference": None,
         **body,
-        "id": call.new_id("o"),
-        "merchant": call.merchant,  # the headers win
-        "channel": call.channel,
-        "created": call.now,
-        "lastModified": call.now,
-        "state": {"currentStatus": status, "transitions": [{"status": status, "timeStamp": call.now}]},
-        # What the sample of the API reference has here ("string") is a placeholder, which nothing may be answered as.
-        **{name: _fitting(pattern, body.get(name)) for name, pattern in _CONTEXT.items()},
-        "cart": _cart(body.get("cart", {}), call),
+        "id": request.new_id("o"),
+        "merchant": request.merchant,  # the headers win
+        "channel": request.channel,
+        "created": request.now,
+        "lastModified": request.now,
+        "state": {"currentStatus": status, "transitions": [{"status": status, "timeStamp": request.now}]},
+        # The sample of the API reference has the placeholder "string" here, which no answer of Norce contains.
+        **{name: _matching(pattern, body.get(name)) for name, pattern in _CONTEXT.items()},
+        "cart": _cart(body.get("cart", {}), request),
         "shippings": [],
         "payments": [],
         "customer": body.get("customer"),
-        "consents": [_with_id(each, "c", call) for each in body.get("consents", ())],
+        "consents": [_with_id(each, "c", request) for each in body.get("consents", ())],
         "attributes": body.get("attributes", {}),
         "_transactions": {},
     }
-    for kind in ("validations", "hooks", "notifications"):
+    for kind in _ID_PREFIXES:
         order[kind] = []
         for each in body.get(kind, ()):
-            order = with_registration(order, kind, each, call)
+            order = with_registration(order, kind, each, request)
     return order if "total" in body else with_total(order)
 
 
-def put_cart(order: Order, call: Call) -> tuple[Order, None]:
-    cart = _cart(call.body, call)
-    if order["state"]["currentStatus"] != ACCEPTED or not _only_upsells(order["cart"], cart):
-        _unlocked(order, "cart", call)
+def put_cart(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    cart = _cart(request.body, request)
+    if order["state"]["currentStatus"] != ACCEPTED or not _only_adds_upsells(order["cart"], cart):
+        _check_unlocked(order, "cart")
     return with_total({**order, "cart": cart}), None
 
 
 def putting_address(which: str) -> Change:
-    """The change of the billing or shipping address, as a whole."""
+    """Return the change that replaces the `billing` or `shipping` address."""
 
-    def put(order: Order, call: Call) -> tuple[Order, None]:
-        _unlocked(order, "customer", call)
-        customer = {"type": call.body.get("type") or "person", **(order["customer"] or {}), which: call.body}
+    def put(order: Order, request: ApiRequest) -> tuple[Order, None]:
+        _check_unlocked(order, "customer")
+        customer = {"type": request.body.get("type") or "person", **(order["customer"] or {}), which: request.body}
         return {**order, "customer": customer}, None
 
     return put
 
 
-def patch_attributes(order: Order, call: Call) -> tuple[Order, None]:
-    return {**order, "attributes": {**(order["attributes"] or {}), **call.body}}, None
+def patch_attributes(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    return {**order, "attributes": {**(order["attributes"] or {}), **request.body}}, None
 
 
-def put_reference(order: Order, call: Call) -> tuple[Order, None]:
-    return {**order, "reference": call.body}, None
+def put_reference(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    return {**order, "reference": request.body}, None
 
 
-def put_state(order: Order, call: Call) -> tuple[Order, None]:
-    status = _status(call.body["currentStatus"])
-    if status == PROCESSING:
+def put_state(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    status = _status(request.body["currentStatus"])
+    if status == PROCESSING != order["state"]["currentStatus"]:
         unchecked = [each["id"] for each in order["consents"] if each.get("required") and not each.get("checked")]
-        if unchecked and order["state"]["currentStatus"] != PROCESSING:
+        if unchecked:
             raise Refused("order-validation", f"Required consents are not checked: {', '.join(unchecked)}.")
-    return _moved(order, status, call), None
+    return _moved(order, status, request), None
 
 
-def add_consent(order: Order, call: Call) -> tuple[Order, None]:
-    _unlocked(order, "consents", call)
-    consent = _with_id(call.body, "c", call)
+def add_consent(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    _check_unlocked(order, "consents")
+    consent = _with_id(request.body, "c", request)
     if any(each["id"] == consent["id"] for each in order["consents"]):
         raise Refused("order-bad-request", f"There is a consent with id:{consent['id']} already.")
     return {**order, "consents": [*order["consents"], consent]}, None
 
 
-def patch_consents(order: Order, call: Call) -> tuple[Order, None]:
-    _unlocked(order, "consents", call)
+def patch_consents(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    return _with_consents(order, request.body)
+
+
+def patch_consent(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    return _with_consents(order, [{**request.body, "id": request.path["consent_id"]}])
+
+
+def _with_consents(order: Order, changes: list[Any]) -> tuple[Order, None]:
+    _check_unlocked(order, "consents")
     consents = list(order["consents"])
-    for each in call.body:
+    for each in changes:
         position = find(consents, each.get("id", ""))
         consents[position] = {**consents[position], "checked": each.get("checked")}
     return {**order, "consents": consents}, None
 
 
-def patch_consent(order: Order, call: Call) -> tuple[Order, None]:
-    _unlocked(order, "consents", call)
-    position = find(order["consents"], call.path["consent_id"])
-    return _replaced(order, "consents", position, {**order["consents"][position], "checked": call.body.get("checked")})
-
-
-def remove_consent(order: Order, call: Call) -> tuple[Order, None]:
-    _unlocked(order, "consents", call)
-    return _removed(order, "consents", call.path["consent_id"])
+def remove_consent(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    _check_unlocked(order, "consents")
+    return removing("consents", "consent_id")(order, request)
 
 
 def adding(kind: str) -> Change:
-    """The change that adds a registration of this kind."""
+    """Return the change that adds a registration of this kind."""
 
-    def add(order: Order, call: Call) -> tuple[Order, None]:
-        after = with_registration(order, kind, call.body, call)
+    def add(order: Order, request: ApiRequest) -> tuple[Order, None]:
+        after = with_registration(order, kind, request.body, request)
         _check_condition(after[kind][-1])
         return after, None
 
@@ -218,137 +224,128 @@ def adding(kind: str) -> Change:
 
 
 def removing(kind: str, parameter: str) -> Change:
-    """The change that takes away a registration of this kind."""
-    return lambda order, call: _removed(order, kind, call.path[parameter])
+    """Return the change that removes the part of this kind whose id is a parameter of the path."""
+
+    def remove(order: Order, request: ApiRequest) -> tuple[Order, None]:
+        position = find(order[kind], request.path[parameter])
+        return {**order, kind: [*order[kind][:position], *order[kind][position + 1 :]]}, None
+
+    return remove
 
 
-def put_validation(order: Order, call: Call) -> tuple[Order, None]:
-    position = find(order["validations"], call.path["validation_id"])
-    new = {**_registration("validations", call.body, call), "id": call.path["validation_id"]}
-    return _replaced(order, "validations", position, new)
+def put_validation(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    position = find(order["validations"], request.path["validation_id"])
+    new = {**_registration("validations", request.body, request), "id": request.path["validation_id"]}
+    return _replaced(order, "validations", position, new), None
 
 
-def add_payment(order: Order, call: Call) -> tuple[Order, dict[str, str]]:
-    payment = _payment(order, call.body, call.new_id("p"), call)
+def add_payment(order: Order, request: ApiRequest) -> tuple[Order, dict[str, str]]:
+    payment = _payment(order, request.body, request.new_id("p"), request)
     return {**order, "payments": [*order["payments"], payment]}, {"id": payment["id"]}
 
 
-def put_payment(order: Order, call: Call) -> tuple[Order, Any]:
-    position = find(order["payments"], call.path["payment_id"], "payment-not-found")
-    payment = _payment(order, call.body, call.path["payment_id"], call)
-    return _replaced(order, "payments", position, payment)[0], payment
+def put_payment(order: Order, request: ApiRequest) -> tuple[Order, Any]:
+    position = find(order["payments"], request.path["payment_id"], "payment-not-found")
+    payment = _payment(order, request.body, request.path["payment_id"], request)
+    return _replaced(order, "payments", position, payment), payment
 
 
-def add_actions(order: Order, call: Call) -> tuple[Order, None]:
-    position = find(order["payments"], call.path["payment_id"], "payment-not-found")
+def add_actions(order: Order, request: ApiRequest) -> tuple[Order, None]:
+    position = find(order["payments"], request.path["payment_id"], "payment-not-found")
     payment = order["payments"][position]
-    actions = [{**each, "id": call.new_id("pa")} for each in call.body]
-    return _replaced(order, "payments", position, {**payment, "actions": [*payment["actions"], *actions]})
+    actions = [*payment["actions"], *({**each, "id": request.new_id("pa")} for each in request.body)]
+    return _replaced(order, "payments", position, {**payment, "actions": actions}), None
 
 
-def add_transaction(order: Order, call: Call) -> tuple[Order, Any]:
-    payment_id = call.path["payment_id"]
+def add_transaction(order: Order, request: ApiRequest) -> tuple[Order, Any]:
+    payment_id, transactions = request.path["payment_id"], order["_transactions"]
     find(order["payments"], payment_id, "payment-not-found")
     for name in ("requestJson", "responseJson"):
         try:
-            json.loads(call.body.get(name) or "null")
+            json.loads(request.body.get(name) or "null")
         except ValueError as error:
             raise Refused("order-bad-request", f"{name} holds no valid JSON.") from error
-    new = {**call.body, "id": call.new_id("t"), "created": call.now}
-    transactions = order["_transactions"]
-    return {
-        **order,
-        "_transactions": {**transactions, payment_id: [*transactions.get(payment_id, ()), new]},
-    }, new
+    new = {**request.body, "id": request.new_id("t"), "created": request.now}
+    transactions = {**transactions, payment_id: [*transactions.get(payment_id, ()), new]}
+    return {**order, "_transactions": transactions}, new
 
 
-def add_shipping(order: Order, call: Call) -> tuple[Order, dict[str, str]]:
-    shipping = _shipping(order, call.body, call.new_id("s"))
+def add_shipping(order: Order, request: ApiRequest) -> tuple[Order, dict[str, str]]:
+    shipping = _shipping(order, request.body, request.new_id("s"))
     return with_total({**order, "shippings": [*order["shippings"], shipping]}), {"id": shipping["id"]}
 
 
-def put_shipping(order: Order, call: Call) -> tuple[Order, Any]:
-    position = find(order["shippings"], call.path["shipping_id"], "shipping-not-found")
-    shipping = _shipping(order, call.body, call.path["shipping_id"])
-    return with_total(_replaced(order, "shippings", position, shipping)[0]), shipping
+def put_shipping(order: Order, request: ApiRequest) -> tuple[Order, Any]:
+    position = find(order["shippings"], request.path["shipping_id"], "shipping-not-found")
+    shipping = _shipping(order, request.body, request.path["shipping_id"])
+    return with_total(_replaced(order, "shippings", position, shipping)), shipping
 
 
-# What each operation changes: by whom, and at which pointers.
-CHANGES: Mapping[str, tuple[Change, tuple[str, ...]]] = {
-    "put_cart": (put_cart, ("/cart", "/total")),
-    "put_billing": (putting_address("billing"), ("/customer/billing",)),
-    "put_shipping_address": (putting_address("shipping"), ("/customer/shipping",)),
-    "patch_attributes": (patch_attributes, ("/attributes",)),
-    "put_reference": (put_reference, ("/reference",)),
-    "put_state": (put_state, ("/state",)),
-    "add_consent": (add_consent, ("/consents",)),
-    "patch_consents": (patch_consents, ("/consents",)),
-    "patch_consent": (patch_consent, ("/consents",)),
-    "remove_consent": (remove_consent, ("/consents",)),
-    "add_validation": (adding("validations"), ()),
-    "put_validation": (put_validation, ()),
-    "remove_validation": (removing("validations", "validation_id"), ()),
-    "add_hook": (adding("hooks"), ()),
-    "remove_hook": (removing("hooks", "hook_id"), ()),
-    "add_notification": (adding("notifications"), ()),
-    "remove_notification": (removing("notifications", "notification_id"), ()),
-    "add_payment": (add_payment, ("/payments",)),
-    "put_payment": (put_payment, ("/payments",)),
-    "add_actions": (add_actions, ("/payments",)),
-    "add_transaction": (add_transaction, ()),
-    "add_shipping": (add_shipping, ("/shippings", "/total")),
-    "put_shipping": (put_shipping, ("/shippings", "/total")),
+# By the name of the operation.
+CHANGES: Mapping[str, Change] = {
+    "put_cart": put_cart,
+    "put_billing": putting_address("billing"),
+    "put_shipping_address": putting_address("shipping"),
+    "patch_attributes": patch_attributes,
+    "put_reference": put_reference,
+    "put_state": put_state,
+    "add_consent": add_consent,
+    "patch_consents": patch_consents,
+    "patch_consent": patch_consent,
+    "remove_consent": remove_consent,
+    "add_validation": adding("validations"),
+    "put_validation": put_validation,
+    "remove_validation": removing("validations", "validation_id"),
+    "add_hook": adding("hooks"),
+    "remove_hook": removing("hooks", "hook_id"),
+    "add_notification": adding("notifications"),
+    "remove_notification": removing("notifications", "notification_id"),
+    "add_payment": add_payment,
+    "put_payment": put_payment,
+    "add_actions": add_actions,
+    "add_transaction": add_transaction,
+    "add_shipping": add_shipping,
+    "put_shipping": put_shipping,
 }
 
 
-# --- callbacks: what is watched, what a hook may patch ----------------------------------------------------------------
+# --- conditions and patches of hooks ----------------------------------------------------------------------------------
 
 
 @functools.lru_cache(maxsize=10_000)
-def _compiled(scope: str, text: str) -> CompiledCondition | None:
+def _compiled(scope: str, schema_text: str) -> CompiledCondition | None:
     try:
-        return Condition(scope, json.loads(text)).compile()
+        return Condition(scope, json.loads(schema_text)).compile()
     except ConditionInvalid:
         return None
 
 
 def condition(registered: Mapping[str, Any]) -> CompiledCondition | None:
-    """The condition of a hook or notification; None where it has none that could ever hold."""
+    """Return the condition of a hook or notification, or None if it cannot hold."""
     return _compiled(registered.get("scope") or "", json.dumps(registered.get("schema")))
 
 
-def watched_by_hooks(order: Order, switches: Switches) -> Iterator[tuple[dict[str, Any], CompiledCondition]]:
-    """The hooks of the order that can be called, and what they watch."""
-    parts = set(_patchable(switches))
+def watching_hooks(order: Order) -> Iterator[tuple[dict[str, Any], CompiledCondition]]:
+    """Yield the hooks that can be called, each with the condition that finds the value it watches."""
     for hook in order["hooks"]:
         watched = condition({"scope": hook.get("scope")})
-        if watched is not None and hook["scope"].split("/")[1] in parts:
+        if watched is not None and hook["scope"].split("/")[1] in WATCHED:
             yield hook, watched
 
 
-def is_touched(scope: str, touched: tuple[str, ...]) -> bool:
-    """Whether a write at these pointers is a write at the scope: there, above it or below it."""
-    return any(f"{one}/".startswith(f"{other}/") for each in touched for one, other in ((scope, each), (each, scope)))
+def patched(order: Order, patches: Any, target: str | None) -> Order:
+    """Return the order with a hook's patches, without those outside of its target.
 
-
-def patched(order: Order, patches: Any, hook: Mapping[str, Any], switches: Switches) -> Order:
-    """The order with what the hook wants. Raises `Refused`, of which the caller is told that a hook is at fault."""
+    Raises:
+        Refused: This is no JSON Patch, or it does not apply.
+    """
     if not _validator("hook-response").is_valid(patches):
         raise Refused("order-error", "A hook answered no JSON Patch.")
-    confines = hook.get("scope" if switches.hook_scope == "patched" else "target")
-    basic = switches.patch_operations == "basic"
     for patch in patches:
         op, path = patch.get("op"), patch.get("path") or ""
-        if basic and op not in ("add", "replace", "remove"):
-            raise Refused("order-error", f"A hook asked for the operation {op}.")
-        if not switches.patch_array_positions and any(map(_is_in_array, (path, patch.get("from") or ""))):
-            raise Refused("order-error", "A hook patched inside an array.")
-        places = [path, patch.get("from") or ""] if op == "move" else [path]
-        allowed = all(place.split("/")[1:2] and place.split("/")[1] in _patchable(switches) for place in places)
-        inside = confines is not None and all(f"{place}/".startswith(f"{confines}/") for place in places)
-        if op != "test" and not (allowed and (inside or switches.patch_outside_target == "apply")):
-            if switches.patch_outside_target == "refuse":
-                raise Refused("order-error", "A hook patched outside its target.")
+        paths = [path, patch.get("from") or ""] if op == "move" else [path]
+        is_inside = target is not None and all(_is_inside(each, target) for each in paths)
+        if op != "test" and not is_inside:
             continue
         try:
             order = jsonpatch.JsonPatch([patch]).apply(order)
@@ -357,31 +354,30 @@ def patched(order: Order, patches: Any, hook: Mapping[str, Any], switches: Switc
     return order
 
 
-def settled(base: Order, proposed: Order, call: Call, *, was_patched: bool) -> Order:
-    """The order as it is to be stored, after hooks. Raises `Refused` where their patches left no order."""
-    if was_patched:
-        state, cart = proposed.get("state"), proposed.get("cart")
-        if not (state and cart is not None and _validator("order").is_valid(proposed)):
-            raise Refused("order-error", "The hooks' patches left no valid order.")
-        proposed = _moved({**proposed, "state": base["state"]}, _status(state.get("currentStatus")), call)
-        proposed |= {
-            "cart": _cart(cart, call),
-            "customer": proposed.get("customer"),
-            "reference": proposed.get("reference"),
-            "attributes": proposed.get("attributes") or {},
-            "consents": [_with_id(each, "c", call) for each in proposed.get("consents") or ()],
-            "payments": [
-                _payment(base, e, e.get("id") or call.new_id("p"), call) for e in proposed.get("payments") or ()
-            ],
-            "shippings": [_shipping(base, e, e.get("id") or call.new_id("s")) for e in proposed.get("shippings") or ()],
-        }
-        if call.switches.patch_totals:
-            proposed = with_total(proposed)
-    return {**proposed, "lastModified": call.now}
+def _is_inside(path: str, target: str) -> bool:
+    return f"{path}/".startswith(f"{target}/") and f"{path}/".split("/")[1] in WATCHED
+
+
+def after_patches(base: Order, proposed: Order, request: ApiRequest) -> Order:
+    """Return the patched order with the ids and members that only Norce writes, or raise `Refused`."""
+    state, cart = proposed.get("state"), proposed.get("cart")
+    if not (state and cart is not None and _validator("order").is_valid(proposed)):
+        raise Refused("order-error", "The hooks' patches left no valid order.")
+    payments, shippings = proposed.get("payments") or (), proposed.get("shippings") or ()
+    return {
+        **_moved({**proposed, "state": base["state"]}, _status(state.get("currentStatus")), request),
+        "cart": _cart(cart, request),
+        "customer": proposed.get("customer"),
+        "reference": proposed.get("reference"),
+        "attributes": proposed.get("attributes") or {},
+        "consents": [_with_id(each, "c", request) for each in proposed.get("consents") or ()],
+        "payments": [_payment(base, each, each.get("id") or request.new_id("p"), request) for each in payments],
+        "shippings": [_shipping(base, each, each.get("id") or request.new_id("s")) for each in shippings],
+    }
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: 1 is 1.0, and not true."""
+    """Compare JSON values: 1 equals 1.0, but not true."""
     if isinstance(one, dict) and isinstance(other, dict):
         return one.keys() == other.keys() and all(same(value, other[name]) for name, value in one.items())
     if isinstance(one, list) and isinstance(other, list):
@@ -389,11 +385,11 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
-# --- what the order service checks itself -----------------------------------------------------------------------------
+# --- checks and totals ------------------------------------------------------------------------------------------------
 
 
 def problems(order: Order) -> list[dict[str, str]]:
-    """What `validate` finds without asking anybody, as validation errors."""
+    """Return the validation errors that the order service finds itself."""
     found = []
     payments = [each for each in order["payments"] if each.get("state") != REMOVED]
     total = money((order.get("total") or {}).get("includingVat"))
@@ -409,17 +405,14 @@ def problems(order: Order) -> list[dict[str, str]]:
 
 
 def money(amount: Any) -> float:
-    """An amount, with what is missing as 0."""
+    """Return an amount with two decimals, and 0 for a missing one."""
     return round(float(amount or 0), 2)
 
 
 def with_total(order: Order) -> Order:
-    """The order with its total: the cart, and the shippings that are not removed."""
+    """Return the order with its total: the cart and the shippings that are not removed."""
     priced = [order["cart"].get("total"), *(each["total"] for each in order["shippings"] if each["state"] != REMOVED)]
     return {**order, "total": _sum(priced)}
-
-
-# --- what they share --------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -428,81 +421,34 @@ def _validator(name: str) -> Any:
 
 
 def check_fits(value: Any, name: str, what: str, code: str = "order-bad-request") -> None:
-    """Raises `Refused` where the value does not fit the schema of this name."""
+    """Raise `Refused` if the value does not fit the schema of this name."""
     for problem in _validator(name).iter_errors(value):
         place = "/".join(map(str, problem.instance_path))
-        raise Refused(code, f"{what} does not fit at /{place}.")
+        raise Refused(code, f"{what} does not fit its schema at /{place}.")
 
 
-def with_registration(order: Order, kind: str, body: Mapping[str, Any], call: Call) -> Order:
-    """The order with one more validation, hook or notification, as the last of its kind. Raises `Refused`."""
-    new = _registration(kind, body, call)
-    unique = call.switches.notification_reference_unique and kind == "notifications"
-    if unique and new.get("reference") in {each.get("reference") for each in order[kind]} - {None}:
-        raise Refused("order-bad-request", "There is a notification with this reference already.")
-    return {**order, kind: [*order[kind], new]}
+def with_registration(order: Order, kind: str, body: Mapping[str, Any], request: ApiRequest) -> Order:
+    """Return the order with one more validation, hook or notification, or raise `Refused`."""
+    return {**order, kind: [*order[kind], _registration(kind, body, request)]}
 
 
-def _registration(kind: str, body: Mapping[str, Any], call: Call) -> dict[str, Any]:
-    """As it is kept: in the words of v1, with an id of ours. Raises `Refused`."""
-    names = OWN_NAMES.get(kind, {})
-    if kind == "notifications":
-        body = _documented(body, call.switches)
-    new = {**{names.get(name, name): value for name, value in body.items()}, "id": call.new_id(_PREFIXES[kind])}
+def _registration(kind: str, body: Mapping[str, Any], request: ApiRequest) -> dict[str, Any]:
+    names = V1_NAMES.get(kind, {})
+    new = {**{names.get(name, name): value for name, value in body.items()}, "id": request.new_id(_ID_PREFIXES[kind])}
     check_fits(new, kind.removesuffix("s"), f"One of the {kind}")
     return new
 
 
-class _States(msgspec.Struct, forbid_unknown_fields=True):
-    state: list[str]
-
-
-class _OlderForm(msgspec.Struct):
-    """A notification as the solution guide has it registered."""
-
-    url: str
-    scope: _States
-    method: str = "POST"
-    headers: dict[str, str] = {}  # msgspec copies it
-
-
-def is_older_form(body: Any) -> bool:
-    return isinstance(body, Mapping) and isinstance(body.get("scope"), Mapping)
-
-
-def _documented(body: Mapping[str, Any], switches: Switches) -> dict[str, Any]:
-    """A notification in the words of the API description, and how it is sent beside them. Raises `Refused`."""
-    # The documented form has none of these, so that what is kept of them has been read below.
-    shared = {name: value for name, value in body.items() if name not in ("url", "method", "headers")}
-    if not (switches.notification_older_form and is_older_form(body)):
-        return shared
-    try:
-        older = msgspec.convert(body, _OlderForm)
-    except msgspec.ValidationError as error:
-        raise Refused("order-bad-request", f"The notification does not fit: {error}.") from error
-    watched = {"scope": "/state/currentStatus", "schema": {"enum": older.scope.state}}
-    return {**shared, **watched, "invoke": older.url, "method": older.method, "headers": older.headers}
-
-
-def _check_condition(new: Mapping[str, Any]) -> None:
-    if (scope := new.get("scope")) is None:
+def _check_condition(registered: Mapping[str, Any]) -> None:
+    if (scope := registered.get("scope")) is None:
         return
-    if _is_in_array(scope):
+    parts = tuple(scope.split("/")[1:])
+    if any(parts[:end] in _LISTS for end in range(1, len(parts))):
         raise Refused("order-bad-request", "A scope inside an array is not supported.")
     try:
-        Condition(scope, new.get("schema")).compile()
+        Condition(scope, registered.get("schema")).compile()
     except ConditionInvalid as error:
         raise Refused("order-bad-request", str(error)) from error
-
-
-def _is_in_array(pointer: str) -> bool:
-    parts = tuple(pointer.split("/")[1:])
-    return any(parts[:end] in _LISTS for end in range(1, len(parts)))
-
-
-def _patchable(switches: Switches) -> tuple[str, ...]:
-    more = {"reference": switches.hook_on_reference, "attributes": switches.hook_on_attributes}
-    return (*WATCHED, *(name for name, on in more.items() if on))
 
 
 def _status(name: Any) -> str:
@@ -512,68 +458,62 @@ def _status(name: Any) -> str:
     return status
 
 
-def _moved(order: Order, status: str, call: Call) -> Order:
+def _moved(order: Order, status: str, request: ApiRequest) -> Order:
     state = order["state"]
     if status == state["currentStatus"]:
         return dict(order)
-    if call.switches.transitions_enforced and status not in TRANSITIONS[state["currentStatus"]]:
+    if request.switches.transitions_enforced and status not in TRANSITIONS[state["currentStatus"]]:
         raise Refused("order-error", f"An order does not move from {state['currentStatus']} to {status}.")
-    transitions = [*state["transitions"], {"status": status, "timeStamp": call.now}]
+    transitions = [*state["transitions"], {"status": status, "timeStamp": request.now}]
     return {**order, "state": {**state, "currentStatus": status, "transitions": transitions}}
 
 
-def _unlocked(order: Order, part: str, call: Call) -> None:
+def _check_unlocked(order: Order, part: str) -> None:
     status = order["state"]["currentStatus"]
-    if call.switches.parts_locked and part in _LOCKED[status]:
+    if part in _LOCKED[status]:
         raise Refused("order-error", f"The {part} of an order in {status} does not change.")
 
 
-def _only_upsells(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    kept, before = {each["id"]: each for each in new["items"]}, {each["id"]: each for each in old["items"]}
-    return all(name in kept and same(kept[name], each) for name, each in before.items()) and all(
-        each.get("upsell") for name, each in kept.items() if name not in before
-    )
+def _only_adds_upsells(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    before, after = ({each["id"]: each for each in cart["items"]} for cart in (old, new))
+    are_kept = all(name in after and same(after[name], each) for name, each in before.items())
+    return are_kept and all(each.get("upsell") for name, each in after.items() if name not in before)
 
 
-def _cart(body: Mapping[str, Any], call: Call) -> dict[str, Any]:
+def _cart(body: Mapping[str, Any], request: ApiRequest) -> dict[str, Any]:
     given = {name: value for name, value in body.items() if value is not None}
-    items = [_item(each, call) for each in given.get("items", ())]
+    items = [_item(each, request) for each in given.get("items", ())]
     total = given.get("total") or _sum([each.get("total") for each in items])
     return {"reference": None, "discounts": [], "attributes": {}, **given, "items": items, "total": total}
 
 
-def _item(item: Mapping[str, Any], call: Call) -> dict[str, Any]:
-    own = {"items": [_item(each, call) for each in item["items"]]} if item.get("items") else {}
-    return {**_with_id(item, "ci", call), **own}
+def _item(item: Mapping[str, Any], request: ApiRequest) -> dict[str, Any]:
+    own = {"items": [_item(each, request) for each in item["items"]]} if item.get("items") else {}
+    return {**_with_id(item, "ci", request), **own}
 
 
-def _with_id(body: Mapping[str, Any], prefix: str, call: Call) -> dict[str, Any]:
-    return {**body, "id": body.get("id") or call.new_id(prefix)}
+def _with_id(body: Mapping[str, Any], prefix: str, request: ApiRequest) -> dict[str, Any]:
+    return {**body, "id": body.get("id") or request.new_id(prefix)}
 
 
-def _payment(order: Order, body: Mapping[str, Any], payment_id: str, call: Call) -> dict[str, Any]:
-    given = {name: value for name, value in body.items() if value is not None and name not in _NOT_FROM_A_BODY}
-    actions = [_with_id(each, "pa", call) for each in given.pop("actions", ())]
+def _payment(order: Order, body: Mapping[str, Any], payment_id: str, request: ApiRequest) -> dict[str, Any]:
+    given = {name: value for name, value in body.items() if value is not None and name not in _READ_ONLY}
+    actions = [_with_id(each, "pa", request) for each in given.pop("actions", ())]
     payment = {"state": "intent", "type": "default", "currency": order["currency"], "attributes": {}, **given}
-    return {**payment, **_whose(order, payment_id), "actions": actions}
+    return {**payment, **_read_only(order, payment_id), "actions": actions}
 
 
 def _shipping(order: Order, body: Mapping[str, Any], shipping_id: str) -> dict[str, Any]:
-    given = {name: value for name, value in body.items() if name not in _NOT_FROM_A_BODY}
-    return {"attributes": {}, **given, "state": given.get("state") or "intent", **_whose(order, shipping_id)}
+    given = {name: value for name, value in body.items() if name not in _READ_ONLY}
+    return {"attributes": {}, **given, "state": given.get("state") or "intent", **_read_only(order, shipping_id)}
 
 
-def _whose(order: Order, part_id: str) -> dict[str, Any]:
+def _read_only(order: Order, part_id: str) -> dict[str, Any]:
     return {"id": part_id, "orderId": order["id"], "merchant": order["merchant"], "channel": order["channel"]}
 
 
-def _replaced(order: Order, part: str, position: int, new: Any) -> tuple[Order, None]:
-    return {**order, part: [*order[part][:position], new, *order[part][position + 1 :]]}, None
-
-
-def _removed(order: Order, part: str, part_id: str) -> tuple[Order, None]:
-    position = find(order[part], part_id)
-    return {**order, part: [*order[part][:position], *order[part][position + 1 :]]}, None
+def _replaced(order: Order, part: str, position: int, new: Any) -> Order:
+    return {**order, part: [*order[part][:position], new, *order[part][position + 1 :]]}
 
 
 def _sum(prices: list[Any]) -> dict[str, float]:
@@ -583,5 +523,5 @@ def _sum(prices: list[Any]) -> dict[str, float]:
     }
 
 
-def _fitting(pattern: re.Pattern[str], value: Any) -> str | None:
+def _matching(pattern: re.Pattern[str], value: Any) -> str | None:
     return value if isinstance(value, str) and pattern.fullmatch(value) else None

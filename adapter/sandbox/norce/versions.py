@@ -1,17 +1,17 @@
-"""
-An order as v0 or v1 of the API shows it. It is kept once, in the words of v1 and with the members of both; names that
-begin with an underscore are the simulator's own.
+"""The order as v0 or v1 of the Order API shows it.
+
+The simulator stores an order once: in the words of v1, with the members of both versions. Names that begin with an
+underscore are its own.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from adapter.norce.api import V0, V1
-from adapter.sandbox.norce.switches import Switches
 
 Order = dict[str, Any]
 
-OWN_NAMES = {"validations": {"url": "invoke"}, "hooks": {"subscribeTo": "scope"}}  # v0's -> v1's
+V1_NAMES = {"validations": {"url": "invoke"}, "hooks": {"subscribeTo": "scope"}}  # by the name in v0
 _HIDDEN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     V0: {"validations": ("reference", "description"), "hooks": ("reference", "description")},
     V1: {
@@ -25,36 +25,23 @@ _HIDDEN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
 }
 
 
-def as_version(order: Order, version: str, switches: Switches) -> Order:
-    """The order as this version of the API shows it."""
-    shown: Order = _shown({name: value for name, value in order.items() if not name.startswith("_")}, "", version)
-    return _capitals(shown) if switches.enums == "capital" else shown
+def as_version(order: Order, version: str) -> Order:
+    """Return the order as this version of the API shows it."""
+    shown: Order = _as_version({name: value for name, value in order.items() if not name.startswith("_")}, "", version)
+    return shown
 
 
-def _shown(value: Any, name: str, version: str) -> Any:
+def _as_version(value: Any, name: str, version: str) -> Any:
     if name in ("attributes", "schema"):
         return value
     if isinstance(value, list):
-        return [_shown(each, name, version) for each in value]
+        return [_as_version(each, name, version) for each in value]
     if not isinstance(value, dict):
         return value
     hidden = _HIDDEN[version].get(name, ())
-    renamed = {} if version == V1 else {new: old for old, new in OWN_NAMES.get(name, {}).items()}
+    v0_names = {} if version == V1 else {v1: v0 for v0, v1 in V1_NAMES.get(name, {}).items()}
     return {
-        renamed.get(key, key): _shown(part, key, version) if isinstance(part, (dict, list)) else part
+        v0_names.get(key, key): _as_version(part, key, version) if isinstance(part, (dict, list)) else part
         for key, part in value.items()
         if key not in hidden
-    }
-
-
-def _capitals(value: Any) -> Any:
-    """As some of Norce's samples write these two."""
-    if isinstance(value, list):
-        return [_capitals(each) for each in value]
-    if not isinstance(value, dict):
-        return value
-    names = {"person": "Person", "organization": "Organization", "intent": "Intent"}
-    return {
-        name: names.get(part, part) if name in ("type", "state") and isinstance(part, str) else _capitals(part)
-        for name, part in value.items()
     }
