@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 from adapter.config.checks import check_together
-from adapter.config.convert import Reader
+from adapter.config.convert import Converter
 from adapter.config.model import (
     CallbackConfig,
     Config,
@@ -64,9 +64,9 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     tree = document.read()
     if not isinstance(tree, dict):
         raise ConfigurationInvalid(problems)
-    reader = Reader(lambda at, message: problems.append(source.problem(at, message)), source.masked)
-    read = reader.read(ConfigFile, tree, "")
-    check_together(tree, reader)
+    converter = Converter(lambda at, message: problems.append(source.problem(at, message)), source.masked)
+    read = converter.convert(ConfigFile, tree, "")
+    check_together(tree, converter)
     if problems:
         raise ConfigurationInvalid(problems)
     merchants = {
@@ -99,5 +99,5 @@ def read_settings(
         strongest = (holders or paths[:1])[-1]
         problems.append(config.source.problem(joined(strongest, at), message))
 
-    settings = Reader(report, config.source.masked).read(type_, tree, "")
+    settings = Converter(report, config.source.masked).convert(type_, tree, "")
     return tuple(problems) if problems else cast("S", settings)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from adapter.config.convert import Reader, list_of
+from adapter.config.convert import Converter, list_of
 from adapter.config.model import (
     ONLY_FOR_ANSWERS,
     ONLY_FOR_NOTIFICATIONS,
@@ -34,111 +34,111 @@ def _members(tree: Any, *keys: str) -> Mapping[str, Any]:
     return tree if isinstance(tree, Mapping) else {}
 
 
-def check_together(tree: Mapping[str, Any], reader: Reader) -> None:
-    _check_addresses(tree, reader)
-    _check_senders(tree, reader)
-    _check_merchants(tree, reader)
-    _check_callbacks(tree, reader)
-    _check_routes(tree, reader)
+def check_together(tree: Mapping[str, Any], converter: Converter) -> None:
+    _check_addresses(tree, converter)
+    _check_senders(tree, converter)
+    _check_merchants(tree, converter)
+    _check_callbacks(tree, converter)
+    _check_routes(tree, converter)
 
 
-def _check_addresses(tree: Mapping[str, Any], reader: Reader) -> None:
-    url = reader.values.get("store.url", StoreConfig().url)
+def _check_addresses(tree: Mapping[str, Any], converter: Converter) -> None:
+    url = converter.values.get("store.url", StoreConfig().url)
     if not re.fullmatch(r"sqlite:///(?!:memory:)[^?#]+|postgresql\+psycopg://[^\s]+", url):
         remedy = "must be sqlite:/// and the path of a file, or postgresql+psycopg://user@host/database"
-        reader.report("store.url", remedy)
+        converter.report("store.url", remedy)
     if re.search(r"//[^/@]*:[^/@]*@", url) and not isinstance(url, Reference):
-        reader.report("store.url", f"holds a password; give the whole address by reference: {HOW_TO_REFER}")
+        converter.report("store.url", f"holds a password; give the whole address by reference: {HOW_TO_REFER}")
     server, operations = (
-        reader.values.get(f"{name}.port") if "port" in _members(tree, name) else default.port
+        converter.values.get(f"{name}.port") if "port" in _members(tree, name) else default.port
         for name, default in (("server", ServerConfig()), ("operations", OperationsConfig()))
     )
     if server and server == operations:
-        reader.report("operations.port", "must be another port than server.port")
-    socket = reader.values.get("operations.socket")
+        converter.report("operations.port", "must be another port than server.port")
+    socket = converter.values.get("operations.socket")
     if isinstance(socket, str) and (size := len(os.fsencode(socket))) > LONGEST_SOCKET_PATH_BYTES:
         longest = f"a Unix socket's path has at most {LONGEST_SOCKET_PATH_BYTES} bytes"
-        reader.report("operations.socket", f"is too long with {size} bytes: {longest}, so give a shorter one")
+        converter.report("operations.socket", f"is too long with {size} bytes: {longest}, so give a shorter one")
 
 
-def _check_senders(tree: Mapping[str, Any], reader: Reader) -> None:
+def _check_senders(tree: Mapping[str, Any], converter: Converter) -> None:
     senders = _members(tree, "senders")
     if not any(senders.get(kind) for kind in ("signed_urls", "header_secrets", "url_secrets")):
-        reader.report(
+        converter.report(
             "senders",
             "nobody may call this adapter; configure signed_urls, header_secrets or url_secrets, "
             'such as signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}',
         )
     adapter = _members(tree, "adapter")
     if senders.get("signed_urls") and adapter and adapter.get("public_url") is None:
-        reader.report("adapter.public_url", "is missing; senders.signed_urls signs addresses that begin with it")
+        converter.report("adapter.public_url", "is missing; senders.signed_urls signs addresses that begin with it")
     for name in _members(senders, "signed_urls", "keys"):
         at = under("senders.signed_urls.keys", name)
-        if isinstance(key := reader.values.get(at), Secret) and len(key.reveal().encode()) < SHORTEST_URL_KEY_BYTES:
-            reader.report(at, f"is too short for a key: at least {SHORTEST_URL_KEY_BYTES} bytes are needed")
+        if isinstance(key := converter.values.get(at), Secret) and len(key.reveal().encode()) < SHORTEST_URL_KEY_BYTES:
+            converter.report(at, f"is too short for a key: at least {SHORTEST_URL_KEY_BYTES} bytes are needed")
     merchants = _members(tree, "merchants")
     for kind in ("header_secrets", "url_secrets"):
         entries = senders.get(kind)
         for entry in range(len(entries) if isinstance(entries, list) else 0):
             at = f"senders.{kind}[{entry}]"
-            for index, merchant in enumerate(reader.values.get(f"{at}.merchants") or ()):
+            for index, merchant in enumerate(converter.values.get(f"{at}.merchants") or ()):
                 if merchant not in merchants:
-                    reader.report(f"{at}.merchants[{index}]", f"must be a merchant: {list_of(merchants, merchant)}")
-            if reader.values.get(f"{at}.parameter") in PARAMETERS_OF_SIGNED_URLS:
+                    converter.report(f"{at}.merchants[{index}]", f"must be a merchant: {list_of(merchants, merchant)}")
+            if converter.values.get(f"{at}.parameter") in PARAMETERS_OF_SIGNED_URLS:
                 taken = list_of(PARAMETERS_OF_SIGNED_URLS, join="and")
-                reader.report(f"{at}.parameter", f"must be another name; {taken} belong to signed URLs")
+                converter.report(f"{at}.parameter", f"must be another name; {taken} belong to signed URLs")
 
 
-def _check_merchants(tree: Mapping[str, Any], reader: Reader) -> None:
-    for at, value in reader.values.items():
+def _check_merchants(tree: Mapping[str, Any], converter: Converter) -> None:
+    for at, value in converter.values.items():
         if (
             IN_A_HEADER.fullmatch(at)
             and isinstance(value, Secret)
             and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value.reveal())
         ):
-            reader.report(at, "must be visible ASCII text, for it travels in a header")
+            converter.report(at, "must be visible ASCII text, for it travels in a header")
     routes, replaced = _members(tree, "routes"), "base_url" in _members(tree, "norce")
     for name, merchant in _members(tree, "merchants").items():
         at = under("merchants", name)
         if isinstance(merchant, Mapping) and "slug" not in merchant and not re.match(SLUG, name) and not replaced:
-            reader.report(f"{at}.slug", f"is missing, and the merchant's name is none; it must be {SLUG_IN_WORDS}")
+            converter.report(f"{at}.slug", f"is missing, and the merchant's name is none; it must be {SLUG_IN_WORDS}")
         channels = _members(merchant, "channels")
         places = {at: merchant} | {under(f"{at}.channels", channel): channels[channel] for channel in channels}
         for place, level in places.items():
             for route in _members(level, "routes"):
                 if route not in routes:
-                    reader.report(under(f"{place}.routes", route), f"must be a route: {list_of(routes, route)}")
+                    converter.report(under(f"{place}.routes", route), f"must be a route: {list_of(routes, route)}")
 
 
-def _check_callbacks(tree: Mapping[str, Any], reader: Reader) -> None:
+def _check_callbacks(tree: Mapping[str, Any], converter: Converter) -> None:
     for name in _members(tree, "callbacks"):
         at = under("callbacks", name)
-        soft_limit = reader.values.get(f"{at}.soft_limit")
-        deadline = reader.values.get(f"{at}.deadline", ValidationCallbackConfig().deadline)
+        soft_limit = converter.values.get(f"{at}.soft_limit")
+        deadline = converter.values.get(f"{at}.deadline", ValidationCallbackConfig().deadline)
         if soft_limit is not None and soft_limit >= deadline:
-            reader.report(f"{at}.soft_limit", "must be shorter than the deadline")
+            converter.report(f"{at}.soft_limit", "must be shorter than the deadline")
 
 
-def _check_routes(tree: Mapping[str, Any], reader: Reader) -> None:
+def _check_routes(tree: Mapping[str, Any], converter: Converter) -> None:
     callbacks = _members(tree, "callbacks")
     for name in _members(tree, "routes"):
         route, at = _members(tree, "routes", name), under("routes", name)
-        callback = reader.values.get(f"{at}.callback")
+        callback = converter.values.get(f"{at}.callback")
         if callback is not None and callback not in callbacks:
-            reader.report(f"{at}.callback", f"must be a callback: {list_of(callbacks, callback)}")
+            converter.report(f"{at}.callback", f"must be a callback: {list_of(callbacks, callback)}")
         kind = _members(callbacks, callback or "").get("kind")
         if kind in ("validation", "hook"):
             if "no_answer" not in route:
-                reader.report(
+                converter.report(
                     f"{at}.no_answer",
                     "is missing; it must be approve or reject: what a late, broken or missing answer counts as",
                 )
             for key in ONLY_FOR_NOTIFICATIONS:
                 if key in route:
-                    reader.report(f"{at}.{key}", f"is for notifications only; leave it out of a {kind}'s route")
+                    converter.report(f"{at}.{key}", f"is for notifications only; leave it out of a {kind}'s route")
         elif kind == "notification":
             for key in ONLY_FOR_ANSWERS:
                 if key in route:
-                    reader.report(
+                    converter.report(
                         f"{at}.{key}", "is for validations and hooks only; leave it out of a notification's route"
                     )

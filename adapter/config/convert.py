@@ -1,7 +1,7 @@
-"""
-A tree as declared types: of `adapter.config.model`, or of a plugin's settings.
+"""Conversion of a plain tree into declared types: those of `config.model` and a plugin's settings.
 
-It walks a tree beside a type and goes on after a mistake, which `msgspec.convert` does not, and says what is allowed.
+`msgspec.convert` stops at the first mistake. This walks the tree beside the type, reports every mistake with its path,
+and says what is allowed.
 """
 
 import difflib
@@ -22,78 +22,78 @@ from adapter.plugin import Secret, Url
 
 _DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)")
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-LISTS: dict[Any, Callable[[list[Any]], Any]] = {
-    list: list,
-    tuple: tuple,
-    set: set,
-    frozenset: frozenset,
-    Sequence: tuple,
-    Collection: tuple,
+_UNIONS = (Union, UnionType)
+_MAPPINGS = (dict, Mapping)
+_LISTS: dict[Any, Callable[[list[Any]], Any]] = {
+    **dict.fromkeys((tuple, Sequence, Collection), tuple),
+    **{kind: kind for kind in (list, set, frozenset)},
 }
-MAPPINGS = (dict, Mapping)
 
 
-class Reader:
+class Converter:
+    """A conversion that goes on after a mistake.
+
+    `values` holds the converted values by path, for checks that need several of them.
+
+    Args:
+        report: Takes the path and the message of a mistake.
+        mask: Removes values that came by reference from a message.
     """
-    Makes values of declared types from a tree, and goes on after a mistake: each is reported with its path.
 
-    `values` has what was read, by path, for checks that need several places; what could not be read is not in it.
-    """
-
-    def __init__(self, report: Callable[[str, str], None], masked: Callable[[str], str]) -> None:
+    def __init__(self, report: Callable[[str, str], None], mask: Callable[[str], str]) -> None:
         self.report = report
-        self.masked = masked
         self.values: dict[str, Any] = {}
+        self._mask = mask
 
-    def read(self, type_: Any, value: Any, path: str) -> Any:
-        result = NOTHING if value is NOTHING else self.read_anew(type_, value, path)
+    def convert(self, type_: Any, value: Any, path: str) -> Any:
+        """Return the value as `type_`, or `NOTHING` if a mistake was reported in it."""
+        result = NOTHING if value is NOTHING else self._convert(type_, value, path)
         if result is not NOTHING:
             self.values[path] = result
         return result
 
-    def read_anew(self, type_: Any, value: Any, path: str) -> Any:
-        base, _ = bare(type_)
+    def _convert(self, type_: Any, value: Any, path: str) -> Any:
+        base, _ = unwrap(type_)
         kind = class_of(base)
-        if kind in (Union, UnionType):
-            return self.union(type_, value, path)
+        if kind in _UNIONS:
+            return self._union(type_, value, path)
         if isinstance(value, Mapping) and is_struct(base):
-            return self.struct(base, value, path)
-        if isinstance(value, Mapping) and kind in MAPPINGS:
-            return self.mapping(type_, value, path)
-        if isinstance(value, list) and kind in LISTS and (kind is not tuple or Ellipsis in get_args(base)):
-            return self.list(type_, value, path)
-        return self.leaf(type_, value, path)
+            return self._struct(base, value, path)
+        if isinstance(value, Mapping) and kind in _MAPPINGS:
+            return self._mapping(type_, value, path)
+        if isinstance(value, list) and kind in _LISTS and (kind is not tuple or Ellipsis in get_args(base)):
+            return self._list(type_, value, path)
+        return self._leaf(type_, value, path)
 
-    def union(self, type_: Any, value: Any, path: str) -> Any:
-        base, notes = bare(type_)
+    def _union(self, type_: Any, value: Any, path: str) -> Any:
+        base, notes = unwrap(type_)
         members = [member for member in get_args(base) if member is not NoneType]
         if value is None and len(members) < len(get_args(base)):
             return None
-        if isinstance(value, Mapping):
-            structs = [member for member in members if is_struct(member)]
-            if len(structs) > 1:
-                return self.tagged(structs, value, path)
-            fitting = structs or [member for member in members if class_of(member) in MAPPINGS]
-        elif isinstance(value, list):
-            fitting = [member for member in members if class_of(member) in LISTS]
-        else:
-            fitting = []
-        if len(members) == 1:
-            fitting = members
-        return self.read_anew(noted(fitting[0], notes), value, path) if fitting else self.leaf(type_, value, path)
+        structs = [member for member in members if is_struct(member)]
+        if isinstance(value, Mapping) and len(structs) > 1:
+            return self._tagged(structs, value, path)
+        if len(members) > 1 and isinstance(value, Mapping):
+            members = structs or [member for member in members if class_of(member) in _MAPPINGS]
+        elif len(members) > 1:
+            members = [member for member in members if isinstance(value, list) and class_of(member) in _LISTS]
+        if not members:
+            return self._leaf(type_, value, path)
+        return self._convert(Annotated[(members[0], *notes)] if notes else members[0], value, path)
 
-    def tagged(self, structs: list[Any], value: Mapping[str, Any], path: str) -> Any:
+    def _tagged(self, structs: list[Any], value: Mapping[str, Any], path: str) -> Any:
         by_tag = {class_of(struct).__struct_config__.tag: struct for struct in structs}
         key = class_of(structs[0]).__struct_config__.tag_field
-        tag = self.read(Literal[tuple(by_tag)], value[key], under(path, key)) if key in value else None
         if key not in value:
             self.report(under(path, key), f"is missing; it must be {list_of(by_tag)}")
-        return self.read_anew(by_tag[tag], value, path) if tag in by_tag else NOTHING
+            return NOTHING
+        tag = self.convert(Literal[tuple(by_tag)], value[key], under(path, key))
+        return self._convert(by_tag[tag], value, path) if tag in by_tag else NOTHING
 
-    def struct(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
-        config = class_of(type_).__struct_config__
+    def _struct(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
+        tag_field = class_of(type_).__struct_config__.tag_field
         fields = {declared.encode_name: declared for declared in msgspec.structs.fields(type_)}
-        known = [config.tag_field, *fields] if config.tag_field else [*fields]
+        known = [tag_field, *fields] if tag_field else [*fields]
         for key in value:
             if key not in known:
                 allowed = list_of(known, key) if known else "no key at all"
@@ -101,64 +101,64 @@ class Reader:
         arguments = {}
         for key, declared in fields.items():
             if key in value:
-                arguments[declared.name] = self.read(declared.type, value[key], under(path, key))
+                arguments[declared.name] = self.convert(declared.type, value[key], under(path, key))
             elif declared.required:
-                self.report(under(path, key), f"is missing; it must be {_allowed_in(declared.type)}")
+                self.report(under(path, key), f"is missing; it must be {_allowed(declared.type)}")
                 arguments[declared.name] = NOTHING
         if NOTHING in arguments.values():
             return NOTHING
         try:
             return type_(**arguments)
         except (ValueError, TypeError) as error:
-            self.report(path, self.masked(str(error)))
+            self.report(path, self._mask(str(error)))
             return NOTHING
 
-    def mapping(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
-        of_key, of_value = get_args(bare(type_)[0]) or (str, Any)
+    def _mapping(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
+        of_key, of_value = get_args(unwrap(type_)[0]) or (str, Any)
         result = {}
         for name, member in value.items():
             at = under(path, name)
-            key = self.leaf(of_key, name, at, "the name ")
-            if (read := self.read(of_value, member, at)) is not NOTHING and key is not NOTHING:
-                result[key] = read
-        return self.sized(type_, len(value), result if len(result) == len(value) else NOTHING, path)
+            key = self._leaf(of_key, name, at, "the name ")
+            if (converted := self.convert(of_value, member, at)) is not NOTHING and key is not NOTHING:
+                result[key] = converted
+        return self._sized(type_, len(value), result if len(result) == len(value) else NOTHING, path)
 
-    def list(self, type_: Any, value: list[Any], path: str) -> Any:
-        base, _ = bare(type_)
+    def _list(self, type_: Any, value: list[Any], path: str) -> Any:
+        base, _ = unwrap(type_)
         of_item = (*get_args(base), Any)[0]
-        items = [self.read(of_item, item, under(path, index)) for index, item in enumerate(value)]
-        result = NOTHING if any(item is NOTHING for item in items) else LISTS[class_of(base)](items)
-        return self.sized(type_, len(value), result, path)
+        items = [self.convert(of_item, item, under(path, index)) for index, item in enumerate(value)]
+        result = NOTHING if any(item is NOTHING for item in items) else _LISTS[class_of(base)](items)
+        return self._sized(type_, len(value), result, path)
 
-    def sized(self, type_: Any, size: int, result: Any, path: str) -> Any:
+    def _sized(self, type_: Any, size: int, result: Any, path: str) -> Any:
         least, most = _bound(type_, "min_length"), _bound(type_, "max_length")
         if (least is not None and size < least) or (most is not None and size > most):
-            self.report(path, f"must be {_allowed_in(type_)}; there are {size}")
+            self.report(path, f"must be {_allowed(type_)}; there are {size}")
             return NOTHING
         return result
 
-    def leaf(self, type_: Any, value: Any, path: str, subject: str = "") -> Any:
-        base, _ = bare(type_)
-        message = f"{subject}must be {_allowed_in(type_)}{_contrast(base, value)}"
+    def _leaf(self, type_: Any, value: Any, path: str, subject: str = "") -> Any:
+        base, _ = unwrap(type_)
+        message = f"{subject}must be {_allowed(type_)}{_contrast(base, value)}"
         try:
             if base is timedelta:
-                return _duration(type_, value)
-            # A reference is text, as every name is; for a number it is the text that spells it.
-            spelt = base in (int, float, bool) and (isinstance(value, Reference) or subject != "")
-            return msgspec.convert(str(value) if spelt else value, type_, strict=not spelt, dec_hook=_custom)
+                return _duration_within(type_, value)
+            # References and names are text. A number is converted from the text that spells it.
+            spelled = base in (int, float, bool) and (isinstance(value, Reference) or subject != "")
+            return msgspec.convert(str(value) if spelled else value, type_, strict=not spelled, dec_hook=_custom)
         except msgspec.ValidationError as error:
-            if error.__cause__ is not None:  # what the type itself says: an address, a secret, a plugin's own
-                message = self.masked(str(error.__cause__))
-            elif " - at `" in str(error):  # within a type that is not walked, such as a dataclass
-                message = self.masked(str(error))
+            if error.__cause__ is not None:  # the message of the type itself: an address, a secret, a plugin's own
+                message = self._mask(str(error.__cause__))
+            elif " - at `" in str(error):  # inside a type that is not walked, such as a dataclass
+                message = self._mask(str(error))
         except ValueError:
             pass
         self.report(path, message)
         return NOTHING
 
 
-def bare(type_: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A type without its notes (`Annotated`) and other names, and the notes, the outermost last."""
+def unwrap(type_: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Return a type without `Annotated` and aliases, and its annotations, the outermost last."""
     notes: tuple[Any, ...] = ()
     while True:
         if get_origin(type_) is Annotated:
@@ -171,53 +171,48 @@ def bare(type_: Any) -> tuple[Any, tuple[Any, ...]]:
             return type_, notes
 
 
-def noted(type_: Any, notes: tuple[Any, ...]) -> Any:
-    return Annotated[(type_, *notes)] if notes else type_
-
-
 def class_of(type_: Any) -> Any:
-    base, _ = bare(type_)
+    """Return the class behind a type, `Union` or `UnionType` for a union, and `object` for anything else."""
+    base, _ = unwrap(type_)
     origin = get_origin(base) or base
     return origin if isinstance(origin, type) or origin is Union else object
 
 
 def is_struct(type_: Any) -> bool:
+    """Tell whether a type is a msgspec struct."""
     kind = class_of(type_)
     return kind is not Union and issubclass(kind, msgspec.Struct)
 
 
+def _metas(type_: Any) -> list[Meta]:
+    return [note for note in unwrap(type_)[1] if isinstance(note, Meta)]
+
+
 def _bound(type_: Any, name: str) -> Any:
-    notes = [note for note in bare(type_)[1] if isinstance(note, Meta)]
-    return next((bound for note in notes if (bound := getattr(note, name)) is not None), None)
+    return next((bound for note in _metas(type_) if (bound := getattr(note, name)) is not None), None)
 
 
 def _extra(type_: Any, name: str) -> Any:
-    notes = [note for note in bare(type_)[1] if isinstance(note, Meta)]
-    return next((extra for note in notes if (extra := (note.extra or {}).get(name)) is not None), None)
+    return next((extra for note in _metas(type_) if (extra := (note.extra or {}).get(name)) is not None), None)
 
 
 def _custom(type_: Any, value: Any) -> Any:
-    if issubclass(class_of(type_), Secret):
-        if not isinstance(value, Reference):
-            raise ValueError(f"is a secret, which is given by reference only: {HOW_TO_REFER}")
-        return type_(str(value))
+    if issubclass(class_of(type_), Secret) and not isinstance(value, Reference):
+        raise ValueError(f"is a secret, which is given by reference only: {HOW_TO_REFER}")
     if not isinstance(value, str):
-        raise ValueError(f"must be {_allowed_in(type_)}, not {_kind(value)}")
+        raise ValueError(f"must be {_allowed(type_)}, not {_kind(value)}")
     return type_(str(value))
 
 
-def _duration(type_: Any, value: Any) -> timedelta:
-    duration = _spelt_duration(value) if isinstance(value, str) else None
-    if duration is None:
-        raise ValueError("not a duration")
-    within = _extra(type_, "within")
-    if within and not _spelt_duration(within[0]) <= duration <= _spelt_duration(within[1]):
+def _duration_within(type_: Any, value: Any) -> timedelta:
+    duration, within = _duration(value), _extra(type_, "within")
+    if within and not _duration(within[0]) <= duration <= _duration(within[1]):
         raise ValueError("out of bounds")
     return duration
 
 
-def _spelt_duration(text: str) -> timedelta:
-    match = _DURATION.fullmatch(text)
+def _duration(value: Any) -> timedelta:
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("not a duration")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})
@@ -238,26 +233,23 @@ _WORDS = {
 }
 
 
-def _allowed_in(type_: Any) -> str:
-    base, notes = bare(type_)
+def _allowed(type_: Any) -> str:
+    """Describe the values of a type."""
     if allowed := _extra(type_, "allowed"):
         return str(allowed)
-    kind = class_of(base)
+    base, notes = unwrap(type_)
+    kind, arguments = class_of(base), get_args(base)
     if get_origin(base) is Literal:
-        return list_of(get_args(base))
-    if kind in (Union, UnionType):
-        members = [member for member in get_args(base) if member is not NoneType]
-        return " or ".join(dict.fromkeys(_allowed_in(noted(member, notes)) for member in members))
+        return list_of(arguments)
+    if kind in _UNIONS:
+        members = [Annotated[(member, *notes)] if notes else member for member in arguments if member is not NoneType]
+        return " or ".join(dict.fromkeys(map(_allowed, members)))
     if issubclass(kind, Enum):
         return list_of([member.value for member in kind])
-    if is_struct(base) or kind in MAPPINGS:
+    if is_struct(base) or kind in _MAPPINGS:
         return "a mapping" + _size(type_, "entry", "entries")
-    if kind in LISTS:
-        return (
-            f"a list{_size(type_, 'item', 'items')}, each {_allowed_in(get_args(base)[0])}"
-            if get_args(base)
-            else "a list"
-        )
+    if kind in _LISTS:
+        return f"a list{_size(type_, 'item', 'items')}, each {_allowed(arguments[0])}" if arguments else "a list"
     words = _WORDS.get(base) or f"a value of the type {getattr(base, '__name__', base)}"
     if within := _extra(type_, "within"):
         words += f", from {within[0]} to {within[1]}"
@@ -288,27 +280,23 @@ def _kind(value: Any) -> str:
 
 
 def _contrast(base: Any, value: Any) -> str:
-    """What was found in place of what is allowed, by its kind and never by its value."""
+    """Name the kind of the value that was found, never the value, if it is not of the kind that is allowed."""
     given, kind = _kind(value), class_of(base)
-    if given in ("a number", "true or false"):
-        if base is str:
-            return f", not {given}: put it in quotes"
-        if base is timedelta:
-            return f", not {given}: write its unit"
-    if kind in (Union, UnionType):
-        return f", not {given}"
+    if given in ("a number", "true or false") and base in (str, timedelta):
+        return f", not {given}: {'put it in quotes' if base is str else 'write its unit'}"
     if base in (int, float, Decimal):
         expected = "a number"
     elif base is bool:
         expected = "true or false"
-    elif is_struct(base) or kind in MAPPINGS:
+    elif is_struct(base) or kind in _MAPPINGS:
         expected = "a mapping"
     else:
-        expected = "a list" if kind in LISTS else "text"
+        expected = "a list" if kind in _LISTS else "" if kind in _UNIONS else "text"
     return "" if given == expected else f", not {given}"
 
 
 def list_of(names: Iterable[Any], given: str = "", join: str = "or") -> str:
+    """List names in words, and suggest the one that is most like `given`."""
     known = [str(name) for name in names]
     near = difflib.get_close_matches(given, known, n=1)
     listed = ", ".join(known) if len(known) < 2 else f"{', '.join(known[:-1])} {join} {known[-1]}"

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import NODEFAULT, Meta, Struct
 from msgspec.structs import FieldInfo
 
-from adapter.config.convert import bare, class_of, is_struct, list_of
+from adapter.config.convert import class_of, is_struct, list_of, unwrap
 from adapter.config.json_schema import file_schema, written
 from adapter.config.model import ONLY_FOR_ANSWERS, ConfigFile, RouteConfig
 from adapter.routing.routes import settings_types
@@ -177,7 +177,7 @@ def _entry(type_: Any, name: str, value: Any, described: set[str]) -> Iterator[s
 
 
 def _plain(type_: Any) -> Any:
-    base, _ = bare(type_)
+    base, _ = unwrap(type_)
     members = [member for member in get_args(base) if member is not NoneType]
     return _plain(members[0]) if class_of(base) in (Union, UnionType) and len(members) == 1 else base
 
@@ -199,7 +199,7 @@ def _inside(value: Any) -> list[Any]:
 
 def _about(field: FieldInfo) -> str:
     """What the file says of a key: its description, the values that it may have, and its default."""
-    notes = [note.description for note in bare(field.type)[1] if isinstance(note, Meta) and note.description]
+    notes = [note.description for note in unwrap(field.type)[1] if isinstance(note, Meta) and note.description]
     said = [notes[-1] if notes else cleandoc(_plain(field.type).__doc__)]
     if get_origin(_plain(field.type)) is Literal:
         said.append(f"It is {list_of(get_args(_plain(field.type)))}.")

@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator
 
 from adapter import config as configuration
 from adapter.config import ConfigurationInvalid, merged
-from adapter.config.convert import Reader
+from adapter.config.convert import Converter
 from adapter.config.json_schema import changeable, document_schema, file_schema
 from adapter.config.yaml_source import Document
 from adapter.plugin import Secret, Settings, Url
@@ -375,7 +375,7 @@ def test_what_is_merged_with_the_configuration_need_not_be_whole(settings: dict[
     document = BASIC | {"routes": {"wild": {"settings": settings}}}
     configured = {"by_name": {"a": {"size": 1}}, "box": {"content": 1}}
     problems: list[str] = []
-    Reader(lambda path, _: problems.append(path), str).read(Wild, merged(configured, settings), "")
+    Converter(lambda path, _: problems.append(path), str).convert(Wild, merged(configured, settings), "")
 
     assert wrong(document, WILD) == ([f"$.routes.wild.settings{at}"] if at else [])
     assert bool(problems) == bool(at), "the reader says otherwise"
