@@ -1,8 +1,7 @@
-"""
-`config.yaml` and the environment, read once into one frozen `Config`, or every problem with its line.
+"""The configuration: `config.yaml` and the environment become one frozen `Config`, or all problems with their lines.
 
-This room alone reads files and environment. `shape` says what may stand in the file, `document` reads it as a tree with
-lines, `reader` makes types of the tree, `together` checks what needs several places.
+Only this package reads files and the environment. `yaml_source` reads the file as a tree with lines, `convert` converts
+it to the types in `model`, and `checks` compares keys with each other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from adapter.config.model import (
     WhenConfig,
     merged,
 )
-from adapter.config.problems import ConfigurationInvalid, Problem, around, joined
+from adapter.config.problems import ConfigurationInvalid, Problem, joined, parent
 from adapter.config.yaml_source import Document
 from adapter.plugin import Settings
 
@@ -53,11 +52,12 @@ __all__ = [
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:
-    """
-    The configuration in the file at `path`, with references resolved from `environ` and from files beside it.
+    """Load the configuration at `path`; references come from `environ` and from files beside it.
 
-    Raises `ConfigurationInvalid` with every problem there is. Conditions, handlers and settings are checked by
-    `adapter.routing.routes`, which reports through `Config.problem` and `read_settings`.
+    `routing.routes` checks conditions, handlers and settings later, through `Config.problem` and `read_settings`.
+
+    Raises:
+        ConfigurationInvalid: With every problem of the file.
     """
     document = Document(path, environ)
     problems, source = document.problems, document.source
@@ -82,11 +82,15 @@ S = TypeVar("S", bound=Settings)
 def read_settings(
     config: Config, type_: type[S], tree: Mapping[str, Any], paths: Sequence[str]
 ) -> S | tuple[Problem, ...]:
-    """
-    Merged settings as the type that a handler declares, or every problem in them.
+    """Convert merged settings to the type that a handler declares, or return every problem in them.
 
-    `paths` are the places that `tree` was merged from, weakest first; a problem is shown at the strongest of them
-    that has the offending value. What no place has is missing from the weakest, the route itself.
+    A problem is shown at the strongest place that has the value. A missing value is shown at the weakest, the route.
+
+    Args:
+        config: The configuration that the settings belong to.
+        type_: The type of the settings.
+        tree: The merged settings.
+        paths: The paths that `tree` was merged from, weakest first.
     """
     problems: list[Problem] = []
     lines = config.source.lines
@@ -94,7 +98,7 @@ def read_settings(
     def report(at: str, message: str) -> None:
         nearest, holders = at, [path for path in paths if joined(path, at) in lines]
         while nearest and not holders:
-            nearest = around(nearest)
+            nearest = parent(nearest)
             holders = [path for path in paths if nearest and joined(path, nearest) in lines]
         strongest = (holders or paths[:1])[-1]
         problems.append(config.source.problem(joined(strongest, at), message))

@@ -1,6 +1,4 @@
-"""
-What only makes sense together: settings that need, exclude or name each other.
-"""
+"""Checks of keys that depend on each other: keys that need, exclude or name other keys."""
 
 import os
 import re
@@ -28,13 +26,19 @@ PARAMETERS_OF_SIGNED_URLS = ("merchant", "channel", "key", "sig")
 
 
 def _members(tree: Any, *keys: str) -> Mapping[str, Any]:
-    """The mapping at these keys, empty where there is none."""
+    """Return the mapping at these keys, or an empty one."""
     for key in keys:
         tree = tree.get(key) if isinstance(tree, Mapping) else None
     return tree if isinstance(tree, Mapping) else {}
 
 
 def check_together(tree: Mapping[str, Any], converter: Converter) -> None:
+    """Report the keys that do not fit together.
+
+    Args:
+        tree: The file as a plain tree.
+        converter: The converter of that tree, which has the converted values and takes the problems.
+    """
     _check_addresses(tree, converter)
     _check_senders(tree, converter)
     _check_merchants(tree, converter)
@@ -66,16 +70,16 @@ def _check_senders(tree: Mapping[str, Any], converter: Converter) -> None:
     if not any(senders.get(kind) for kind in ("signed_urls", "header_secrets", "url_secrets")):
         converter.report(
             "senders",
-            "nobody may call this adapter; configure signed_urls, header_secrets or url_secrets, "
+            "has no kind of caller; configure signed_urls, header_secrets or url_secrets, "
             'such as signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}',
         )
     adapter = _members(tree, "adapter")
     if senders.get("signed_urls") and adapter and adapter.get("public_url") is None:
-        converter.report("adapter.public_url", "is missing; senders.signed_urls signs addresses that begin with it")
+        converter.report("adapter.public_url", "is missing; signed URLs (senders.signed_urls) begin with it")
     for name in _members(senders, "signed_urls", "keys"):
         at = under("senders.signed_urls.keys", name)
         if isinstance(key := converter.values.get(at), Secret) and len(key.reveal().encode()) < SHORTEST_URL_KEY_BYTES:
-            converter.report(at, f"is too short for a key: at least {SHORTEST_URL_KEY_BYTES} bytes are needed")
+            converter.report(at, f"is too short: a key has at least {SHORTEST_URL_KEY_BYTES} bytes")
     merchants = _members(tree, "merchants")
     for kind in ("header_secrets", "url_secrets"):
         entries = senders.get(kind)
@@ -96,12 +100,14 @@ def _check_merchants(tree: Mapping[str, Any], converter: Converter) -> None:
             and isinstance(value, Secret)
             and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", value.reveal())
         ):
-            converter.report(at, "must be visible ASCII text, for it travels in a header")
+            converter.report(at, "must be visible ASCII text, because it is sent in a header")
     routes, replaced = _members(tree, "routes"), "base_url" in _members(tree, "norce")
     for name, merchant in _members(tree, "merchants").items():
         at = under("merchants", name)
         if isinstance(merchant, Mapping) and "slug" not in merchant and not re.match(SLUG, name) and not replaced:
-            converter.report(f"{at}.slug", f"is missing, and the merchant's name is none; it must be {SLUG_IN_WORDS}")
+            converter.report(
+                f"{at}.slug", f"is missing, and the merchant's name cannot replace it; it must be {SLUG_IN_WORDS}"
+            )
         channels = _members(merchant, "channels")
         places = {at: merchant} | {under(f"{at}.channels", channel): channels[channel] for channel in channels}
         for place, level in places.items():
@@ -131,14 +137,14 @@ def _check_routes(tree: Mapping[str, Any], converter: Converter) -> None:
             if "no_answer" not in route:
                 converter.report(
                     f"{at}.no_answer",
-                    "is missing; it must be approve or reject: what a late, broken or missing answer counts as",
+                    "is missing; it must be approve or reject, the verdict if the answer is late, broken or missing",
                 )
             for key in ONLY_FOR_NOTIFICATIONS:
                 if key in route:
-                    converter.report(f"{at}.{key}", f"is for notifications only; leave it out of a {kind}'s route")
+                    converter.report(f"{at}.{key}", f"is for notifications only; remove it from the route of a {kind}")
         elif kind == "notification":
             for key in ONLY_FOR_ANSWERS:
                 if key in route:
                     converter.report(
-                        f"{at}.{key}", "is for validations and hooks only; leave it out of a notification's route"
+                        f"{at}.{key}", "is for validations and hooks only; remove it from the route of a notification"
                     )

@@ -1,8 +1,7 @@
-"""
-Where things stand in the configuration: paths, lines, and the problems found there.
+"""Problems in the configuration, and the paths and lines where they are.
 
-Values are never part of a problem: any of them may be a secret in the wrong place. A value that came by reference is
-a `Reference` for as long as it is text, so that its `repr` shows where it came from and not what it is.
+A problem never holds a value, because any value may be a secret in the wrong place. Text that came by reference is a
+`Reference`: its `repr` shows the reference, not the text.
 """
 
 import json
@@ -15,11 +14,11 @@ HOW_TO_REFER = "${env:NAME} or ${file:PATH}"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """What is wrong at one place of the configuration, and what is allowed there."""
+    """A mistake at one place of the configuration, with what is allowed there."""
 
     file: str
-    line: int | None  # counted from 1; None where there is no line to show, such as a file that is not there
-    path: str  # "routes.export-payment.settings.base_url"; empty for the file as a whole
+    line: int | None  # from 1; None without a line, such as for a missing file
+    path: str  # such as "routes.export-payment.settings.base_url"; empty for the whole file
     message: str
 
     def __str__(self) -> str:
@@ -28,7 +27,7 @@ class Problem:
 
 
 class ConfigurationInvalid(Exception):
-    """The configuration cannot be used. `problems` are all of them, in the order of the file."""
+    """The configuration has problems: all of them, in the order of the file."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
@@ -36,7 +35,7 @@ class ConfigurationInvalid(Exception):
 
 
 class Reference(str):
-    """Text that `${env:NAME}` or `${file:PATH}` stands for. It is the text; its `repr` is the reference."""
+    """Text that came from `${env:NAME}` or `${file:PATH}`; its `repr` is the reference."""
 
     __slots__ = ("source",)
     source: str
@@ -52,7 +51,7 @@ class Reference(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The file that a `Config` was read from: where each value stands, and which texts must not be shown."""
+    """The file of a `Config`: the line of each value, and the texts that no message may show."""
 
     file: str
     lines: dict[str, int] = field(default_factory=dict)
@@ -62,21 +61,21 @@ class Source:
         return f"<{self.file}>"
 
     def problem(self, path: str, message: str) -> Problem:
-        """At the line of `path`, or of the nearest place around it that is in the file."""
+        """Return a problem at the line of `path`, or of the nearest parent that has a line."""
         nearest = path
         while nearest and nearest not in self.lines:
-            nearest = around(nearest)
+            nearest = parent(nearest)
         return Problem(file=self.file, line=self.lines.get(nearest), path=path, message=message)
 
     def masked(self, message: str) -> str:
-        """A message that somebody else wrote, without the texts that came by reference."""
+        """Return a foreign message without the texts that came by reference."""
         for text in sorted(self.resolved, key=len, reverse=True):
             message = message.replace(text, "***")
         return message
 
 
 def under(path: str, step: str | int) -> str:
-    """The path of a member or an item: `a.b`, `a[0]`, and `a["b c"]` where the name is not a plain one."""
+    """Return the path of a member or an item: `a.b`, `a[0]`, or `a["b c"]` if the name is not plain."""
     if isinstance(step, int):
         return f"{path}[{step}]"
     if not _PLAIN.fullmatch(step):
@@ -88,9 +87,11 @@ _PLAIN = re.compile(r"[A-Za-z0-9_-]+")
 _LAST_STEP = re.compile(r'(?:\.?[A-Za-z0-9_-]+|\[\d+\]|\["(?:[^"\\]|\\.)*"\])\Z')
 
 
-def around(path: str) -> str:
+def parent(path: str) -> str:
+    """Return the path without its last step."""
     return _LAST_STEP.sub("", path)
 
 
 def joined(path: str, rest: str) -> str:
+    """Return the path `rest` below `path`."""
     return path + rest if not rest or rest.startswith("[") else f"{path}.{rest}"

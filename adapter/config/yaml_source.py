@@ -1,5 +1,6 @@
-"""
-The file as a plain tree: YAML 1.2 with the line of every place, references resolved, and bounds against bombs.
+"""The configuration file as a plain tree, with the line of every value and with references resolved.
+
+The YAML is version 1.2, and bounds protect against bombs.
 """
 
 import dataclasses
@@ -18,16 +19,14 @@ from adapter.config.problems import HOW_TO_REFER, Problem, Reference, Source, un
 
 LARGEST_FILE_BYTES = 1024 * 1024
 LARGEST_SECRET_BYTES = 64 * 1024
-MOST_VALUES = 100_000  # after aliases are followed: a few lines of aliases can stand for billions
-DEEPEST = 64
+MAX_VALUES = 100_000  # with aliases expanded: a few lines of aliases can stand for billions of values
+MAX_DEPTH = 64
 
-NOTHING: Any = object()  # stands where a value could not be had, after its problem was reported
+NOTHING: Any = object()  # in place of a value whose problem was reported
 _REFERENCE = re.compile(r"\$\{(env|file):([^{}]+)\}")
 
 
 class _Unreadable(Exception):
-    """No tree can be had from the file. Carries the message and, where there is one, the line."""
-
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)
         self.message = message
@@ -35,65 +34,66 @@ class _Unreadable(Exception):
 
 
 class Document:
-    """Reads YAML 1.2 into a plain tree, resolves references, and remembers the line of every place."""
+    """A YAML file that becomes a plain tree. `source` has the lines, `problems` the mistakes so far."""
 
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
-        self.path = path
-        self.environ = environ
         self.source = Source(file=str(path))
         self.problems: list[Problem] = []
-        self.values = 0
+        self._path = path
+        self._environ = environ
+        self._values = 0
 
     def report(self, path: str, message: str, line: int | None = None) -> None:
+        """Add a problem, at `line` or else at the line of `path`."""
         problem = self.source.problem(path, message)
         self.problems.append(problem if line is None else dataclasses.replace(problem, line=line))
 
     def read(self) -> Any:
+        """Return the tree of the file, or `NOTHING` if it has none."""
         try:
-            root = _composed(_text(self.path, LARGEST_FILE_BYTES))
+            root = _composed(_read_text(self._path, LARGEST_FILE_BYTES))
             if not isinstance(root, MappingNode):
                 raise _Unreadable("must be a mapping: adapter, merchants, senders, callbacks, routes and so on")
             self.source.lines[""] = _line(root)
-            return self.value(root, "", 0)
+            return self._value(root, "", 0)
         except _Unreadable as unreadable:
             self.report("", unreadable.message, unreadable.line)
             return NOTHING
 
-    def value(self, node: Node, path: str, depth: int) -> Any:
-        self.values += 1
-        if self.values > MOST_VALUES or depth > DEEPEST:
-            raise _Unreadable(
-                f"holds too much: at most {MOST_VALUES} values, {DEEPEST} levels deep, aliases counted", _line(node)
-            )
+    def _value(self, node: Node, path: str, depth: int) -> Any:
+        self._values += 1
+        if self._values > MAX_VALUES or depth > MAX_DEPTH:
+            limits = f"at most {MAX_VALUES} values in {MAX_DEPTH} levels are allowed, with aliases expanded"
+            raise _Unreadable(f"is too large: {limits}", _line(node))
         if isinstance(node, MappingNode):
-            return self.mapping(node, path, depth)
+            return self._mapping(node, path, depth)
         if isinstance(node, SequenceNode):
             items = []
             for index, item in enumerate(node.value):
                 at = under(path, index)
                 self.source.lines[at] = _line(item)
-                items.append(self.value(item, at, depth + 1))
+                items.append(self._value(item, at, depth + 1))
             return items
-        return self.scalar(cast("ScalarNode", node), path)
+        return self._scalar(cast("ScalarNode", node), path)
 
-    def mapping(self, node: MappingNode, path: str, depth: int) -> dict[str, Any]:
+    def _mapping(self, node: MappingNode, path: str, depth: int) -> dict[str, Any]:
         members: dict[str, Any] = {}
         for key, member in node.value:
             if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
                 self.report(path, "has a key that is not plain text; merge keys (<<) are not YAML 1.2", _line(key))
                 continue
-            # As it is written: a channel may be called 1, a country NO, and neither has to be quoted.
+            # The name is the text of the file: a channel may be called 1, a country NO, without quotes.
             name = key.value
             at = under(path, name)
             if name in members:
                 first = self.source.lines[at]
-                self.report(at, f"stands here twice, first in line {first}; a key is given once", _line(key))
+                self.report(at, f"is given twice, first in line {first}", _line(key))
                 continue
             self.source.lines[at] = _line(key)
-            members[name] = self.value(member, at, depth + 1)
+            members[name] = self._value(member, at, depth + 1)
         return members
 
-    def scalar(self, node: ScalarNode, path: str) -> Any:
+    def _scalar(self, node: ScalarNode, path: str) -> Any:
         text: str = node.value
         kind = str(node.tag).removeprefix("tag:yaml.org,2002:")
         if kind == "null":
@@ -114,38 +114,38 @@ class Document:
         if kind not in ("str", "bool", "timestamp"):
             self.report(path, "has a tag; tags (!name) are not allowed, plain YAML values are")
             return NOTHING
-        return self.text(text, path)
+        return self._text(text, path)
 
-    def text(self, text: str, path: str) -> Any:
+    def _text(self, text: str, path: str) -> Any:
         if "${env:" not in text and "${file:" not in text:
             return text
         match = _REFERENCE.fullmatch(text)
         if match is None:
-            self.report(path, f"has a reference that is not the whole value; allowed is {HOW_TO_REFER} alone")
+            self.report(path, f"has a reference that is not the whole value; write {HOW_TO_REFER} alone")
             return NOTHING
         try:
-            resolved = self.resolved(match[1], match[2])
+            resolved = self._resolved(match[1], match[2])
         except _Unreadable as unreadable:
             self.report(path, f"{text} {unreadable.message}")
             return NOTHING
         self.source.resolved.add(resolved)
         return Reference(resolved, text)
 
-    def resolved(self, kind: str, name: str) -> str:
+    def _resolved(self, kind: str, name: str) -> str:
         if kind == "file":
-            text = _text(self.path.parent / name, LARGEST_SECRET_BYTES).removesuffix("\n").removesuffix("\r")
-        elif name in self.environ:
-            text = self.environ[name]
+            text = _read_text(self._path.parent / name, LARGEST_SECRET_BYTES).removesuffix("\n").removesuffix("\r")
+        elif name in self._environ:
+            text = self._environ[name]
         else:
-            raise _Unreadable("names an environment variable that is not set; set it before the start")
+            raise _Unreadable("is an environment variable that is not set; set it before the start")
         if not text.strip():
-            raise _Unreadable("is empty; a reference must lead to a value")
+            raise _Unreadable("is empty; a reference must have a value")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise _Unreadable("is not UTF-8; only text can be referred to")
+            raise _Unreadable("is not UTF-8; a reference must be text")
         return text
 
 
-def _text(path: Path, largest: int) -> str:
+def _read_text(path: Path, largest: int) -> str:
     try:
         with path.open("rb") as file:
             raw = file.read(largest + 1)
@@ -154,12 +154,12 @@ def _text(path: Path, largest: int) -> str:
     except ValueError:
         raise _Unreadable("cannot be read: not the name of a file") from None
     if len(raw) > largest:
-        raise _Unreadable(f"is larger than {largest} bytes, which is the most that is read")
+        raise _Unreadable(f"is larger than {largest} bytes, the limit")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise _Unreadable("is not UTF-8, the only encoding that is read", line) from None
+        raise _Unreadable("is not UTF-8; save it as UTF-8", line) from None
 
 
 def _composed(text: str) -> Node | None:
@@ -168,7 +168,7 @@ def _composed(text: str) -> Node | None:
     try:
         return cast("Node | None", yaml.compose(text))
     except MarkedYAMLError as error:
-        # Never str(error): it quotes the line, and the line may hold a secret.
+        # str(error) would quote the line, which may hold a secret.
         mark = error.problem_mark or error.context_mark
         what = re.sub(r"'[^'<]{2,}'", "'…'", str(error.problem or error.context))
         raise _Unreadable(f"is not YAML: {what}", mark.line + 1 if mark else None) from None
@@ -179,7 +179,7 @@ def _composed(text: str) -> Node | None:
     except YAMLError:
         raise _Unreadable("is not YAML") from None
     except RecursionError:
-        raise _Unreadable(f"is nested too deeply; at most {DEEPEST} levels are read") from None
+        raise _Unreadable(f"is nested too deeply; at most {MAX_DEPTH} levels are allowed") from None
 
 
 def _line(node: Node) -> int:

@@ -18,7 +18,7 @@ from msgspec import NODEFAULT, Meta, Struct
 from msgspec.structs import FieldInfo
 
 from adapter.config.convert import class_of, is_struct, list_of, unwrap
-from adapter.config.json_schema import file_schema, written
+from adapter.config.json_schema import file_schema, spelled
 from adapter.config.model import ONLY_FOR_ANSWERS, ConfigFile, RouteConfig
 from adapter.routing.routes import settings_types
 from tests import ROOT
@@ -234,7 +234,7 @@ def _as_yaml(name: str, value: Any) -> Iterator[str]:
 
 def _flow(value: Any) -> str:
     if isinstance(value, timedelta):
-        return written(value)
+        return spelled(value)
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(each)}" for key, each in value.items()) + "}"
     if isinstance(value, list | tuple):

@@ -258,14 +258,14 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "",
         1,
         "adapter.public_url",
-        "is missing; senders.signed_urls",
+        "is missing; signed URLs",
     ),
     "nothing for a public address to sign": (
         "public_url: https://adapter.example",
         "public_url: null",
         1,
         "adapter.public_url",
-        "is missing; senders.signed_urls",
+        "is missing; signed URLs",
     ),
     "port too large": (
         "senders:",
@@ -355,7 +355,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "  Norce_AB:\n",
         3,
         "merchants.Norce_AB.slug",
-        "is missing, and the merchant's name is none",
+        "is missing, and the merchant's name cannot replace it",
     ),
     "slug that is no host name": (
         "    routes: {}\n    ch",
@@ -390,7 +390,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "${env:NOT_SET}",
         4,
         "merchants.norce.tokens[0]",
-        "${env:NOT_SET} names an environment variable that is not set",
+        "${env:NOT_SET} is an environment variable that is not set",
     ),
     "variable empty": ("${env:NORCE_TOKEN}", "${env:EMPTY}", 4, "merchants.norce.tokens[0]", "${env:EMPTY} is empty"),
     "file not there": (
@@ -412,14 +412,14 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "Bearer ${env:NORCE_TOKEN}",
         4,
         "merchants.norce.tokens[0]",
-        "not the whole value; allowed is ${env:NAME} or ${file:PATH} alone",
+        "not the whole value; write ${env:NAME} or ${file:PATH} alone",
     ),
     "reference without a name": (
         "${env:NORCE_TOKEN}",
         "${env:}",
         4,
         "merchants.norce.tokens[0]",
-        "allowed is ${env:NAME}",
+        "write ${env:NAME}",
     ),
     "nobody may call": (
         '{signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}}',
@@ -703,13 +703,13 @@ BROKEN_FILES: dict[str, tuple[bytes, int | None, str]] = {
     "two documents": (b"a: b\n---\nc: d\n", 2, "is not YAML"),
     "an alias that is a secret by mistake": (f"a: *{CANARY}\n".encode(), 1, "undefined alias"),
     "too deep": (b"a: " + b"[" * 1000, None, "nested too deeply"),
-    "deep": (b"a: " + b"[" * 100 + b"]" * 100, 1, "64 levels deep"),
-    "an alias within itself": (b"a: &a [*a]\n", 1, "64 levels deep"),
+    "deep": (b"a: " + b"[" * 100 + b"]" * 100, 1, "in 64 levels"),
+    "an alias within itself": (b"a: &a [*a]\n", 1, "in 64 levels"),
     "too large": (b"#" * (LARGEST_FILE_BYTES + 1), None, "larger than 1048576 bytes"),
     "a billion laughs": (
         "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10 if n else ['x'])}]\n" for n in range(10)).encode(),
         1,
-        "aliases counted",
+        "aliases expanded",
     ),
 }
 
