@@ -10,11 +10,12 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
+import alembic.command
 import alembic.ddl.impl
 
 from adapter.deliveries.dispatcher import Dispatcher
 from adapter.handlers.jetshop import JetshopExport
-from adapter.ledger import lanes, store
+from adapter.ledger import lanes
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -116,7 +117,7 @@ def install(turn: Turn) -> None:
 
     # While it starts.
     after(alembic.ddl.impl.DefaultImpl, "create_table", "migration-in-the-middle")
-    after(store.command, "upgrade", "migration-before-commit")
+    after(alembic.command, "upgrade", "migration-before-commit")
     opened = Store.open.__func__  # type: ignore[attr-defined]
 
     def open_store(cls: type[Store], *arguments: Any, **named: Any) -> Store:

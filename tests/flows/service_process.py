@@ -22,27 +22,30 @@ COMMAND = Path(sysconfig.get_path("scripts")) / "norce-adapter"
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__])
 
+importlib.import_module("alembic.command")  # the service imports it when it opens the store
 for _module in pkgutil.walk_packages(adapter.__path__, "adapter."):
     if ".migrations" not in _module.name:  # Alembic's environment runs when it is imported
         importlib.import_module(_module.name)
 
 
-def start(config_path: Path, environ: dict[str, str], log_path: Path, *, command: bool = False) -> BaseProcess:
+def start(
+    config_path: Path, environ: dict[str, str], log_path: Path, *options: str, command: bool = False
+) -> BaseProcess:
     """Start `norce-adapter serve` with its output in a file."""
-    process = _CONTEXT.Process(target=_serve, args=(config_path, environ, log_path, command), daemon=True)
+    process = _CONTEXT.Process(target=_serve, args=(config_path, environ, log_path, options, command), daemon=True)
     process.start()
     return process
 
 
-def _serve(config_path: Path, environ: dict[str, str], log_path: Path, command: bool) -> None:
+def _serve(config_path: Path, environ: dict[str, str], log_path: Path, options: tuple[str, ...], command: bool) -> None:
     os.chdir(config_path.parent)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if command:
-        os.execve(COMMAND, [COMMAND, "serve", "--config", config_path], environ)
+        os.execve(COMMAND, [COMMAND, "serve", *options, "--config", config_path], environ)
     os.environ.clear()
     os.environ.update(environ)
     sys.path[:0] = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))
     warnings.simplefilter("error")
-    main(["serve", "--config", str(config_path)])
+    main(["serve", *options, "--config", str(config_path)])

@@ -189,11 +189,13 @@ def free_port() -> int:
 class Service:
     """A process of `norce-adapter serve`. Its log is a file of JSON lines."""
 
-    def __init__(self, config_path: Path, environ: dict[str, str], log_path: Path, *, command: bool = False) -> None:
+    def __init__(
+        self, config_path: Path, environ: dict[str, str], log_path: Path, *options: str, command: bool = False
+    ) -> None:
         self.log_path = log_path
         self.started_at = time.monotonic()
         log_path.touch()
-        self._process = service_process.start(config_path, environ, log_path, command=command)
+        self._process = service_process.start(config_path, environ, log_path, *options, command=command)
         self.pid: int = self._process.pid or 0
         self.address = self.operations_address = ""
 
@@ -324,15 +326,15 @@ class Site:
         path.write_text(json.dumps(self.config, indent=2))  # JSON is YAML 1.2
         return path
 
-    def launch(self, *, command: bool = False) -> Service:
+    def launch(self, *options: str, command: bool = False) -> Service:
         """Start a process and do not wait until it listens. `command` runs the installed command."""
         log_path = self.folder / f"service-{len(self.services)}.log"
-        service = Service(self.write_config(), self.environ, log_path, command=command)
+        service = Service(self.write_config(), self.environ, log_path, *options, command=command)
         self.services.append(service)
         return service
 
-    def start(self, *, command: bool = False) -> Service:
-        return self.launch(command=command).wait_until_serving()
+    def start(self, *options: str, command: bool = False) -> Service:
+        return self.launch(*options, command=command).wait_until_serving()
 
     def run_command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run a command of `norce-adapter` to its end."""

@@ -1,5 +1,6 @@
 """A service that cannot start reports every reason at once and ends with a specific exit code."""
 
+import json
 import socket
 
 from tests.flows.site import Site, make_order
@@ -71,3 +72,36 @@ def test_a_port_in_use_ends_the_start_and_releases_the_database(site: Site) -> N
     assert ended.stderr.splitlines()[-1] == f"cannot listen on 127.0.0.1:{port}: Address already in use"
     site.config["server"]["port"] = 0
     assert site.notify(site.start(command=True), make_order("after-all")) == 200
+
+
+def test_a_held_service_accepts_and_delivers_nothing_until_the_next_start(site: Site) -> None:
+    site.config["operations"]["socket"] = "operations.sock"
+    held = site.start("--hold")
+
+    assert site.notify(held, make_order("held")) == 200
+    assert site.validate(held, make_order("answered")).status_code == 200
+    assert site.http.get(f"{held.operations_address}/readyz").json()["held"] is True
+    paused = site.run_command("queues", "pause", "export-payment", "--why", "a test")
+    listed = site.run_command("queues", "list", "--output", "json")
+    assert (paused.returncode, paused.stdout) == (0, "2 paused\n"), paused.stderr
+    assert {row["state"] for row in json.loads(listed.stdout)} == {"paused"}
+    assert site.run_command("queues", "resume", "export-payment", "--why", "a test").returncode == 0
+    assert site.delivery("held")["state"] == "waiting"
+    assert site.delivery("held")["attempts"] == []
+    assert held.stop() == 0
+    assert not (site.folder / "operations.sock").exists()
+
+    site.start()
+    assert site.wait_for_end("held")["reason"] == "delivered"
+
+
+def test_the_socket_of_a_killed_service_is_replaced(site: Site) -> None:
+    site.config["operations"]["socket"] = "operations.sock"
+    site.start().kill()
+    left = site.run_command("queues", "pause", "export-payment", "--why", "a test")
+    site.start()
+    done = site.run_command("queues", "pause", "export-payment", "--why", "a test")
+
+    assert left.returncode == 1
+    assert f"no service answers at {site.folder / 'operations.sock'}" in left.stderr
+    assert (done.returncode, done.stdout) == (0, "2 paused\n")
