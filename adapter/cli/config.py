@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from adapter.cli.orders import asked
-from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, loaded, printable
+from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, load_config, printable
 from adapter.config.json_schema import file_schema
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceError
@@ -56,7 +56,7 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
 
     What else is in them is kept. The service must be running: Norce reads our schema from it.
     """
-    config = loaded(config_path)
+    config = load_config(config_path)
     channels = [each for each in config.channels if merchant in (None, each.merchant) and channel in (None, each.name)]
     if not channels:
         end(USAGE, "no such merchant and channel is configured")

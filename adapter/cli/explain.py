@@ -15,7 +15,16 @@ from jsonpointer import JsonPointer
 from sqlalchemy import select
 
 from adapter.cli.ledger import ID
-from adapter.cli.shared import NOTHING_MATCHED, USAGE, config_option, configured, end, output_option, printable, reading
+from adapter.cli.shared import (
+    NOTHING_MATCHED,
+    USAGE,
+    config_option,
+    end,
+    load_config_and_routes,
+    open_ledger,
+    output_option,
+    printable,
+)
 from adapter.conditions import MISSING, CompiledCondition, Result
 from adapter.config import Config
 from adapter.handlers.rules import RulesSettings
@@ -45,7 +54,7 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
     FILE is an order, an envelope or an event record, - for standard input; NOTIFICATION the number of one in the
     ledger. Nothing is sent, stored or changed, and no value of the order is shown.
     """
-    config, built = configured(config_path)
+    config, built = load_config_and_routes(config_path)
     if what.isascii() and what.isdecimal():
         kept = _notification(config, ID(what))
         order, channel = _order_in(kept.body, what), Channel(kept.merchant, kept.channel)
@@ -58,7 +67,7 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
     if callback not in built.callbacks:
         end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(built.callbacks))}")
     if channel not in config.channels:
-        click.echo("the order's merchant and channel are not configured, so no rules are shown", err=True)
+        click.echo("the order's merchant and channel are not load_config_and_routes, so no rules are shown", err=True)
     told = explained(built, built.callbacks[callback], order, channel)
     if output == "json":
         click.echo(json.dumps(told, ensure_ascii=False))
@@ -181,7 +190,7 @@ def _order_in(raw: bytes, what: str) -> dict[str, Any]:
 
 def _notification(config: Config, number: int) -> Any:
     n = notifications.c
-    with reading(config) as connection:
+    with open_ledger(config) as connection:
         row = connection.execute(select(n.callback, n.merchant, n.channel, n.body).where(n.id == number)).one_or_none()
     if row is None:
         end(NOTHING_MATCHED, f"there is no notification {number}; a file of that name is ./{number}")

@@ -22,20 +22,20 @@ from adapter.cli.shared import (
     STORE,
     TEXT,
     USAGE,
-    as_moment,
     config_option,
     end,
+    in_one_line,
     list_options,
-    loaded,
-    look_options,
-    one_line,
+    load_config,
+    open_ledger,
     options,
     order_option,
     output_option,
+    parse_moment,
     print_rows,
     printable,
     progress_bar,
-    reading,
+    read_options,
     route_option,
     service_options,
 )
@@ -75,8 +75,8 @@ matching_options = options(
     ),
     order_option,
     click.option("--code", type=TEXT, help="Only those whose last attempt said this code."),
-    click.option("--since", callback=as_moment, help="Only what ended then or later; UTC, if not said."),
-    click.option("--until", callback=as_moment, help="Only what ended before then."),
+    click.option("--since", callback=parse_moment, help="Only what ended then or later; UTC, if not said."),
+    click.option("--until", callback=parse_moment, help="Only what ended before then."),
     route_option,
     shop_options,
 )
@@ -113,17 +113,17 @@ def deliveries_group() -> None:
 def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List deliveries, the newest first."""
     matching = _asked(given, DeliveryFilter)
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         rows = Queries(connection).deliveries(matching, limit=limit)
     print_rows(rows, output, DELIVERY_COLUMNS)
 
 
 @deliveries_group.command("show")
 @click.argument("delivery_id", type=ID)
-@look_options
+@read_options
 def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
     """Show one delivery with its attempts."""
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         delivery = Queries(connection).delivery(delivery_id)
     _show(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
 
@@ -175,7 +175,9 @@ def _step_through(
     step = _asked({"matching": {"ids": ids, **given}, "by": by, "most": most, "unknown": unknown}, Step)
     total = None  # elsewhere, the ledger may be out of reach
     if to is None or dry_run:
-        counted = _count_dead_letters(loaded(config_path), step, leave_unknown=name == "retry" and unknown == "leave")
+        counted = _count_dead_letters(
+            load_config(config_path), step, leave_unknown=name == "retry" and unknown == "leave"
+        )
         total = sum(row["count"] for row in counted)
     if dry_run:
         print_rows(counted, output, COUNT_COLUMNS)
@@ -194,7 +196,7 @@ def _step_through(
 
 
 def _count_dead_letters(config: Config, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
-    with reading(config) as connection:
+    with open_ledger(config) as connection:
         rows = Queries(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
     if leave_unknown:
         left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
@@ -239,7 +241,7 @@ def notifications_group() -> None:
 @list_options
 def notifications_list(limit: int, output: str, config_path: Path, **given: str | None) -> None:
     """List notifications, the newest first."""
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         rows = Queries(connection).notifications(limit=limit, **given)
     print_rows(
         rows, output, ("id", "received_at", "order_id", "callback", "merchant", "channel", "source", "conflicts_with")
@@ -248,10 +250,10 @@ def notifications_list(limit: int, output: str, config_path: Path, **given: str 
 
 @notifications_group.command("show")
 @click.argument("notification_id", type=ID)
-@look_options
+@read_options
 def notifications_show(notification_id: int, output: str, config_path: Path) -> None:
     """Show one notification with its deliveries; never its body."""
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         notification = Queries(connection).notification(notification_id)
     missing = f"there is no notification {notification_id}"
     _show(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
@@ -275,13 +277,13 @@ def queues_group() -> None:
 
 
 @queues_group.command("list")
-@look_options
+@read_options
 def queues_list(output: str, config_path: Path) -> None:
     """List the queues: which run, which are paused by what, and what waits in them."""
     from adapter.cli.service import is_held
 
-    config = loaded(config_path)
-    with reading(config) as connection:
+    config = load_config(config_path)
+    with open_ledger(config) as connection:
         rows = Queries(connection).queues(seen_from_outside(database_at(config.store.url), connection))
     if is_held(config):
         rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
@@ -319,7 +321,7 @@ def _pause(
 # --- verdicts --------------------------------------------------------------------------------------------------------
 
 known_since_option = click.option(
-    "--since", callback=as_moment, help="Only what was known then or later; UTC, if not said."
+    "--since", callback=parse_moment, help="Only what was known then or later; UTC, if not said."
 )
 
 
@@ -336,7 +338,7 @@ def verdicts_group() -> None:
 @list_options
 def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
     """List verdicts, the newest first, with what counted in their stead."""
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         rows = Queries(connection).verdicts(**given)
     if output == "table":
         rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
@@ -345,10 +347,10 @@ def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
 
 @verdicts_group.command("stats")
 @known_since_option
-@look_options
+@read_options
 def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
     """Count them by route: how many differ from what was answered."""
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         rows = Queries(connection).count_verdicts(since=since)
     print_rows(rows, output)
 
@@ -365,8 +367,8 @@ def store_group() -> None:
 @config_option
 def store_check(config_path: Path) -> None:
     """Look for what must never be so; fail where something is."""
-    config = loaded(config_path)
-    with reading(config) as connection:
+    config = load_config(config_path)
+    with open_ledger(config) as connection:
         found = faults(connection)
     for each in found:
         click.echo(each, err=True)
@@ -376,11 +378,11 @@ def store_check(config_path: Path) -> None:
 
 
 @store_group.command("stats")
-@look_options
+@read_options
 def store_stats(output: str, config_path: Path) -> None:
     """How much there is of what, and who lives on it."""
-    config = loaded(config_path)
-    with reading(config) as connection:
+    config = load_config(config_path)
+    with open_ledger(config) as connection:
         now = seen_from_outside(database_at(config.store.url), connection)
         counted = figures(connection) | {"processes": Queries(connection).processes(now)}
     _show(counted, "processes", output)
@@ -390,7 +392,7 @@ def store_stats(output: str, config_path: Path) -> None:
 @list_options
 def store_actions(limit: int, output: str, config_path: Path) -> None:
     """List what people did to queues and deliveries: who, when and why."""
-    with reading(loaded(config_path)) as connection:
+    with open_ledger(load_config(config_path)) as connection:
         rows = Queries(connection).actions(limit)
     print_rows(rows, output, ("id", "at", "command", "who", "why", "matching", "changed"))
 
@@ -403,11 +405,11 @@ def store_migrate(config_path: Path) -> None:
     from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
 
     logs.configure(level=logs.WARNING)
-    config = loaded(config_path)
+    config = load_config(config_path)
     try:
         Store.open(config.store.url).close()
     except (StoreInUse, StoreUnavailable) as error:
-        end(STORE, one_line(error))
+        end(STORE, in_one_line(error))
     click.echo(f"{database_at(config.store.url).location} is up to date")
 
 
@@ -416,11 +418,11 @@ def store_migrate(config_path: Path) -> None:
 @config_option
 def store_backup(file: Path, config_path: Path) -> None:
     """Copy a SQLite store into FILE, beside the running service, as it is at one moment."""
-    config = loaded(config_path)
+    config = load_config(config_path)
     if database_at(config.store.url).shared:
         end(USAGE, f"a PostgreSQL is backed up by its own means, such as: pg_dump --format=custom --file={file} …")
     try:
-        with reading(config) as connection:
+        with open_ledger(config) as connection:
             size = back_up(connection, file)
     except FileExistsError as error:
         end(USAGE, str(error))

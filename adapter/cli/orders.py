@@ -21,13 +21,13 @@ from adapter.cli.shared import (
     config_option,
     end,
     limit_option,
-    loaded,
-    look_options,
+    load_config,
     options,
     output_option,
     print_rows,
     printable,
     progress_bar,
+    read_options,
 )
 from adapter.config import Config
 from adapter.identifiers import Channel
@@ -59,10 +59,10 @@ def orders_group() -> None:
 @click.option("--search", type=TEXT, help="Only what this text is found in (v0).")
 @click.option("--status", type=TEXT, multiple=True, help="Only orders in this state (v1); may be repeated.")
 @limit_option
-@look_options
+@read_options
 def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List the orders of a channel, the newest first. Nothing of a customer is shown."""
-    config = loaded(config_path)
+    config = load_config(config_path)
     channel = _channel(config, given.pop("merchant"), given.pop("channel"))
     statuses = {each.lower() for each in given.pop("status")}
     filters = {name: value for name, value in given.items() if value is not None}
@@ -88,10 +88,10 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
 @orders_group.command("show")
 @click.argument("order_id", metavar="ORDER", type=TEXT)
 @shop_options
-@look_options
+@read_options
 def orders_show(order_id: str, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
     """Show an order with its callbacks; as JSON the whole of it, customer and all."""
-    config = loaded(config_path)
+    config = load_config(config_path)
     its_channel = _channel(config, merchant, channel)
     read = asked(config, lambda norce: norce.order(its_channel, order_id))
     if output == "json":
@@ -114,7 +114,7 @@ def orders_show(order_id: str, merchant: str | None, channel: str | None, output
 @config_option
 def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, yes: bool, config_path: Path) -> None:
     """Delete an order at Norce. It cannot be undone."""
-    config = loaded(config_path)
+    config = load_config(config_path)
     its_channel = _channel(config, merchant, channel)
     if not yes:
         click.confirm(
@@ -136,7 +136,7 @@ def register(
     order_id: str, merchant: str | None, channel: str | None, *, remove: bool, output: str, config_path: Path
 ) -> None:
     """Put the configured callbacks on an order: add what is missing, take away what is stale. It may be repeated."""
-    config = loaded(config_path)
+    config = load_config(config_path)
     its_channel = _channel(config, merchant, channel)
 
     def work(norce: Norce) -> Coroutine[Any, Any, Any]:

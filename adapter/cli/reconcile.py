@@ -8,10 +8,10 @@ import click
 
 from adapter.cli.shared import (
     FAILED,
-    as_moment,
     end,
     options,
     output_option,
+    parse_moment,
     print_rows,
     printable,
     progress_bar,
@@ -24,7 +24,7 @@ COLUMNS = ("merchant", "events", "received", "missed", "others")
 
 @click.command()
 @click.option(
-    "--since", callback=as_moment, help="Read as far back as this moment, whatever was read before. UTC by default."
+    "--since", callback=parse_moment, help="Read as far back as this moment, whatever was read before. UTC by default."
 )
 @click.option("--dry-run", is_flag=True, help="Only count what is missing.")
 @options(output_option, service_options)

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
-from adapter.cli.shared import FAILED, USAGE, config_option, configured, end
+from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config_and_routes
 from adapter.config import Config
 from adapter.identifiers import Channel
 
@@ -42,7 +42,7 @@ def send(
     """
     Send FILE (an order, an envelope or an event record) to a callback, signed as Norce's registration would be.
     """
-    config, _ = configured(config_path)
+    config, _ = load_config_and_routes(config_path)
     if callback not in config.callbacks:
         end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
     instead = {"id": order_id, "merchant": merchant, "channel": channel}

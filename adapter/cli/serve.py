@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from adapter.cli.shared import FAILED, STORE, config_option, configured, end, one_line, stop_signal
+from adapter.cli.shared import FAILED, STORE, config_option, end, in_one_line, load_config_and_routes, stop_signal
 from adapter.config import Config
 from adapter.routing.routes import Routes
 
@@ -24,11 +24,11 @@ def serve(*, hold: bool, config_path: Path) -> None:
     from adapter.ledger.store import StoreInUse, StoreUnavailable
 
     logs.configure()
-    config, routes = configured(config_path)
+    config, routes = load_config_and_routes(config_path)
     try:
         uvloop.run(_serve(config, routes, hold=hold))
     except (StoreInUse, StoreUnavailable) as error:
-        end(STORE, one_line(error))
+        end(STORE, in_one_line(error))
     except PortInUse as error:
         end(FAILED, str(error))
     # Python would wait for a thread of `asyncio.to_thread` in which a plugin is still at work.
@@ -50,7 +50,7 @@ async def _serve(config: Config, routes: Routes, *, hold: bool) -> None:
 @config_option
 def check(config_path: Path) -> None:
     """Check the configuration, the handlers and their settings, and print every problem."""
-    _, routes = configured(config_path)
+    _, routes = load_config_and_routes(config_path)
     for warning in routes.warnings:
         click.echo(f"warning: {warning}", err=True)
     click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; all is well")

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import msgspec
 
-from adapter.cli.shared import FAILED, STORE, USAGE, end, loaded, printable
+from adapter.cli.shared import FAILED, STORE, USAGE, end, load_config, printable
 from adapter.config import Config
 
 PATIENCE_SECONDS = 30.0
@@ -78,7 +78,7 @@ def running_service(config_path: Path, to: str | None, token: str | None) -> Ite
         with httpx.Client(base_url=to, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS) as http:
             yield RunningService(http, to, remedy)
         return
-    socket_path = loaded(config_path).operations.socket
+    socket_path = load_config(config_path).operations.socket
     if socket_path is None:
         end(USAGE, "operations.socket is null, so give --to the URL of the operations port, and its token")
     name = str(Path(socket_path).absolute())

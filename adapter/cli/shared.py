@@ -73,8 +73,8 @@ def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], D
     return decorate
 
 
-look_options = options(output_option, config_option)
-list_options = options(limit_option, look_options)
+read_options = options(output_option, config_option)
+list_options = options(limit_option, read_options)
 service_options = options(
     click.option(
         "--to", metavar="URL", help="The operations port of a service on another host, such as http://10.0.0.5:8081."
@@ -89,7 +89,7 @@ service_options = options(
 )
 
 
-def as_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+def parse_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
     if value is None:
         return None
     moment = instant(value)
@@ -98,11 +98,11 @@ def as_moment(_context: click.Context, _parameter: click.Parameter, value: str |
     return to_milliseconds(moment)
 
 
-def configured(path: Path) -> tuple[Config, "Routes"]:
+def load_config_and_routes(path: Path) -> tuple[Config, "Routes"]:
     """Load the configuration and the handlers, or end with every problem."""
     from adapter.routing import routes
 
-    config = loaded(path)
+    config = load_config(path)
     try:
         return config, routes.build(config)
     except ConfigurationInvalid as error:
@@ -121,7 +121,7 @@ def end(code: int, message: str) -> NoReturn:
     sys.exit(code)
 
 
-def loaded(path: Path) -> Config:
+def load_config(path: Path) -> Config:
     """Load the configuration, or end with every problem. Commands that need no handlers work if one is broken."""
     try:
         return configuration.load(path, os.environ)
@@ -130,7 +130,7 @@ def loaded(path: Path) -> Config:
 
 
 @contextlib.contextmanager
-def reading(config: Config) -> Iterator["Connection"]:
+def open_ledger(config: Config) -> Iterator["Connection"]:
     """Give a connection that only reads the ledger, beside the running service. An error ends the command."""
     from sqlalchemy.exc import DBAPIError
 
@@ -142,11 +142,11 @@ def reading(config: Config) -> Iterator["Connection"]:
         with database.engine(read_only=True).connect() as connection:
             yield connection
     except (StoreMissing, StoreUnavailable) as error:
-        end(STORE, one_line(error))
+        end(STORE, in_one_line(error))
     except DBAPIError as error:
         is_old = any(words in str(error.orig) for words in ("no such table", "no such column", "does not exist"))
         remedy = "; its tables may be older than this version: norce-adapter store migrate" if is_old else ""
-        end(STORE, f"cannot read {database.location}: {one_line(error.orig)}{remedy}")
+        end(STORE, f"cannot read {database.location}: {in_one_line(error.orig)}{remedy}")
 
 
 def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
@@ -179,7 +179,7 @@ def printable(value: Any) -> str:
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
 
 
-def one_line(error: object) -> str:
+def in_one_line(error: object) -> str:
     """A message of a database's, which likes to have several."""
     return " ".join(str(error).split())
 

@@ -16,7 +16,7 @@ import uvloop
 from adapter import logs
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import PortInUse, http_server, listen, url_of
-from adapter.cli.shared import FAILED, USAGE, config_option, end, loaded, printable, reading, stop_signal
+from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config, open_ledger, printable, stop_signal
 from adapter.config import Config
 from adapter.identifiers import Channel
 from adapter.ledger.queries import DeliveryFilter, Queries
@@ -62,7 +62,7 @@ def simulate(
                 end(USAGE, "--adapter and --orders need a --scenario")
             uvloop.run(_serve(port, token or secrets.token_urlsafe(24), switches))
             return
-        config = loaded(config_path)
+        config = load_config(config_path)
         if config.senders.signed_urls is None:
             end(USAGE, "a scenario registers signed URLs: senders.signed_urls is needed")
         if orders is not None and scenario != "burst":
@@ -118,7 +118,7 @@ def service_at(address: str, config: Config) -> ServiceUnderTest:
             yield each.operation, dict(each.body)
 
     def deliveries(state: str | None) -> list[dict[str, Any]]:
-        with reading(config) as connection:
+        with open_ledger(config) as connection:
             return Queries(connection).deliveries(DeliveryFilter(state=state), limit=MAX_DELIVERIES)
 
     return ServiceUnderTest(channels=config.channels, registrations=wanted, deliveries=deliveries)
