@@ -93,7 +93,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         runner = Runner(
             make_norce=lambda: norce_client(config, metrics),
             clock=lambda: to_datetime(store.clock()),
-            replaced=metrics.loop_replaced,
+            replaced=lambda loop, route: metrics.plugin_loops_replaced.labels(loop, route).inc(),
         )
         stack.push_async_callback(runner.stop, PLUGINS_STOP_WITHIN)
 

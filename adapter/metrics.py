@@ -1,36 +1,16 @@
-"""
-Every metric there is, in one table. Labels are bounded: names from the configuration, never an order id.
+"""Every metric of the service, named in one table.
+
+An attribute has the name of its metric, without prefix and unit. Labels have few values: names from the configuration
+or from a closed list, never an order id.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client import metrics as library
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 10)
 SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600, 86400)
-
-
-class _Known:
-    """A metric that finds labels it has seen at once: the library checks and locks first, five times as long."""
-
-    _metrics: dict[tuple[str, ...], Any]
-
-    def labels(self, *values: str) -> Any:
-        return self._metrics.get(values) or library.MetricWrapperBase.labels(self, *values)  # type: ignore[type-var]
-
-
-class Counter(_Known, library.Counter):  # type: ignore[misc]
-    pass
-
-
-class Gauge(_Known, library.Gauge):  # type: ignore[misc]
-    pass
-
-
-class Histogram(_Known, library.Histogram):  # type: ignore[misc]
-    pass
 
 
 class Metrics:
@@ -38,81 +18,74 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()
-        counter, gauge, histogram = (self._maker(kind) for kind in (Counter, Gauge, Histogram))
+        counter, gauge, fast, slow = self._counter, self._gauge, self._fast, self._slow
+
         self.callbacks = counter("callbacks_total", "Callbacks answered.", ["callback", "kind", "status"])
-        self.refused = counter("callbacks_refused_total", "Callbacks answered 503 unread: too many at once.")
-        self.callback_duration = histogram(
-            "callback_duration_seconds", "From the body's arrival to the answer; for notifications, the accept time.",
-            ["kind"], buckets=FAST,
-        )  # fmt: skip
-        self.auth = counter("auth_total", "Callers identified, or refused.", ["scheme", "key", "result"])
-        self.norce_requests = counter(
-            "norce_requests_total", "Requests to Norce, by the number of the token (from 1).",
-            ["merchant", "token", "status"],
-        )  # fmt: skip
-        self.received = counter(
-            "notifications_received_total", "Notifications parsed.", ["merchant", "channel", "source"]
+        self.callbacks_refused = counter("callbacks_refused_total", "Callbacks refused because too many were running.")
+        self.callback_duration = fast("callback_duration_seconds", "Time from request to response.", ["kind"])
+        self.callback_deadline = gauge("callback_deadline_seconds", "The deadline for an answer.", ["callback"])
+        self.caller_patience = fast("caller_patience_seconds", "Time until a caller hung up.", ["callback"])
+        self.auth = counter("auth_total", "Callers identified or refused.", ["scheme", "key", "result"])
+
+        self.notifications_received = counter(
+            "notifications_received_total", "Notifications received.", ["merchant", "channel", "source"]
         )
-        self.stored = counter("notifications_stored_total", "Notifications by what became of them.", ["result"])
-        self.configuration = counter(
-            "configuration_documents_total", "Documents of Norce's configuration that were new, or could not be read.",
+        self.notifications_stored = counter("notifications_stored_total", "Notifications by result.", ["result"])
+        self.notifications_not_matched = counter(
+            "notifications_not_matched_total",
+            "Notifications that do not match their callback's condition.",
+            ["callback"],
+        )
+        self.notifications_missed = counter(
+            "notifications_missed_total", "Notifications found only in Norce's event log.", ["callback", "merchant"]
+        )
+        self.conditions_evaluated = counter("conditions_evaluated_total", "Conditions by result.", ["origin", "result"])
+
+        self.verdict_duration = fast(
+            "verdict_duration_seconds", "Time until the verdict of a route.", ["callback", "route", "verdict"]
+        )
+        self.verdicts_missing = counter("verdicts_missing_total", "Uses of no_answer.", ["callback", "route", "reason"])
+        self.verdicts_slow = counter("verdicts_slow_total", "Verdicts beyond the soft limit.", ["callback", "route"])
+        self.verdicts_unused = counter(
+            "verdicts_unused_total",
+            "Verdicts that were late or in shadow mode, and whether they would have changed the answer.",
+            ["callback", "route", "kind", "verdict", "result"],
+        )
+        self.verdicts_dropped = counter("verdicts_dropped_total", "Unused verdicts that could not be recorded.")
+
+        self.delivery_attempts = counter("delivery_attempts_total", "Attempts by outcome.", ["route", "outcome"])
+        self.delivery_attempt_duration = slow(
+            "delivery_attempt_duration_seconds", "Time from the claim to the record of an attempt.", ["route"]
+        )
+        self.delivery_end_to_end = slow("delivery_end_to_end_seconds", "Time from receipt to done.", ["route"])
+        self.deliveries = gauge("deliveries", "Deliveries that wait or are dead letters.", ["route", "state"])
+        self.oldest_waiting_age = gauge("oldest_waiting_age_seconds", "Age of the oldest waiting delivery.", ["route"])
+        self.queue_paused = gauge("queue_paused", "1 while a queue is paused.", ["route", "merchant", "channel"])
+        self.plugin_loops_replaced = counter(
+            "plugin_loops_replaced_total", "Event loops of plugins replaced because a handler blocked them.",
+            ["loop", "route"],
+        )  # fmt: skip
+
+        self.norce_requests = counter(
+            "norce_requests_total", "Requests to Norce, by number of the token.", ["merchant", "token", "status"]
+        )
+        self.reconciliations = counter("reconciliations_total", "Readings of an event log.", ["merchant", "result"])
+        self.configuration_documents = counter(
+            "configuration_documents_total", "Documents of Norce's configuration that were new or unreadable.",
             ["merchant", "channel", "result"],
         )  # fmt: skip
         self.configuration_valid = gauge(
-            "configuration_valid", "0 while a channel's document is wrong, and the last good one holds.",
+            "configuration_valid", "0 while a channel's document is invalid and the last valid one is in force.",
             ["merchant", "channel"],
         )  # fmt: skip
         self.channel_active = gauge(
-            "channel_active", "0 while Norce's configuration has us switched off.", ["merchant", "channel"]
+            "channel_active", "0 while Norce's configuration has this adapter switched off.", ["merchant", "channel"]
         )
-        self.missed = counter(
-            "notifications_missed_total", "Notifications that never came, found in Norce's event log.",
-            ["callback", "merchant"],
-        )  # fmt: skip
-        self.reconciliations = counter(
-            "reconciliations_total", "Readings of a merchant's event log, by how they ended.", ["merchant", "result"]
-        )
-        self.conditions = counter("conditions_evaluated_total", "Conditions decided.", ["origin", "result"])
-        self.disagreements = counter(
-            "notifications_disagreed_total",
-            "Notifications whose callback's condition does not hold here.",
-            ["callback"],
-        )
-        self.verdict_duration = histogram(
-            "verdict_duration_seconds", "Verdicts, from the asking of the route; to be seen against the deadline.",
-            ["callback", "route", "verdict"], buckets=FAST,
-        )  # fmt: skip
-        self.deadline = gauge("callback_deadline_seconds", "When a callback is answered at the latest.", ["callback"])
-        self.no_answers = counter(
-            "verdicts_missing_total", "Verdicts that are the route's no_answer.", ["callback", "route", "reason"]
-        )
-        self.slow_verdicts = counter("verdicts_slow_total", "Verdicts past the soft limit.", ["callback", "route"])
-        self.unheard_verdicts = counter(
-            "verdicts_unheard_total",
-            "Verdicts that came late, after the caller hung up, or from a shadow; and whether the answer was the same.",
-            ["callback", "route", "kind", "verdict", "result"],
-        )
-        self.patience = histogram(
-            "caller_patience_seconds", "How long callers waited that hung up.", ["callback"], buckets=FAST
-        )
-        self.verdicts_dropped = counter("verdicts_dropped_total", "Late verdicts that could not be written down.")
-        self.attempts = counter("delivery_attempts_total", "Attempts by how they ended.", ["route", "outcome"])
-        self.attempt_duration = histogram(
-            "delivery_attempt_duration_seconds", "From the claim to the record.", ["route"], buckets=SLOW
-        )
-        self.end_to_end = histogram("delivery_end_to_end_seconds", "From receipt to done.", ["route"], buckets=SLOW)
-        self.loops_replaced = counter(
-            "plugins_loops_replaced_total", "Loops of the plugins' that a handler held, and was left with.",
-            ["loop", "route"],
-        )  # fmt: skip
-        self.deliveries = gauge("deliveries", "Deliveries waiting or dead.", ["route", "state"])
-        self.oldest_waiting = gauge("oldest_waiting_age_seconds", "Age of the oldest waiting delivery.", ["route"])
-        self.queue_paused = gauge("queue_paused", "1 while the queue is paused.", ["route", "merchant", "channel"])
         self.store_available = gauge("store_available", "1 while the ledger can be written.")
-        self.build_info = gauge("build_info", "1.", ["version"])
+        self.build_info = gauge("build_info", "Always 1.", ["version"])
         self.build_info.labels(version).set(1)
 
-    def show(
+    def set_ledger_gauges(
         self,
         *,
         deliveries: Mapping[tuple[str, str], int],
@@ -120,26 +93,37 @@ class Metrics:
         paused: Iterable[tuple[str, str, str]],
         store_available: bool,
     ) -> None:
-        """Puts what is read from the ledger at each scrape into the gauges."""
-        for gauge in (self.deliveries, self.oldest_waiting, self.queue_paused):
+        """Replace the gauges that are read from the ledger at each scrape."""
+        for gauge in (self.deliveries, self.oldest_waiting_age, self.queue_paused):
             gauge.clear()
         for labels, count in deliveries.items():
             self.deliveries.labels(*labels).set(count)
         for route, age in oldest_waiting_seconds.items():
-            self.oldest_waiting.labels(route).set(age)
+            self.oldest_waiting_age.labels(route).set(age)
         for queue in paused:
             self.queue_paused.labels(*queue).set(1)
         self.store_available.set(store_available)
 
-    def loop_replaced(self, loop: str, route: str) -> None:
-        self.loops_replaced.labels(loop, route).inc()
-
     def text(self) -> bytes:
-        """All of it, in the Prometheus text format."""
+        """Return all metrics in the Prometheus text format."""
         return generate_latest(self.registry)
 
-    def _maker(self, kind: type) -> Callable:  # type: ignore[type-arg]
-        def make(name: str, text: str, labels: tuple[str, ...] | list[str] = (), **options: object) -> object:
-            return kind(f"norce_adapter_{name}", text, labels, registry=self.registry, **options)
+    def _counter(self, name: str, text: str, labels: Sequence[str] = ()) -> Counter:
+        counter = Counter(f"norce_adapter_{name}", text, labels, registry=self.registry)
+        # The library checks labels and takes a lock at each call, which takes five times as long.
+        counter.labels = functools.cache(counter.labels)  # type: ignore[method-assign]
+        return counter
 
-        return make
+    def _histogram(self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(f"norce_adapter_{name}", text, labels, buckets=buckets, registry=self.registry)
+        histogram.labels = functools.cache(histogram.labels)  # type: ignore[method-assign]
+        return histogram
+
+    def _fast(self, name: str, text: str, labels: Sequence[str]) -> Histogram:
+        return self._histogram(name, text, labels, FAST)
+
+    def _slow(self, name: str, text: str, labels: Sequence[str]) -> Histogram:
+        return self._histogram(name, text, labels, SLOW)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(f"norce_adapter_{name}", text, labels, registry=self.registry)

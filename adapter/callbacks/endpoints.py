@@ -244,7 +244,7 @@ class CallbackEndpoint:
     def _note_hang_up(self, request: VerdictRequest) -> None:
         # Norce documents no time limit of its own; this is how an integrator learns it.
         waited = time.monotonic() - request.received_at
-        self.metrics.patience.labels(request.callback.name).observe(waited)
+        self.metrics.caller_patience.labels(request.callback.name).observe(waited)
         log.warning("caller_hung_up", **request.facts, duration_ms=round(waited * 1000))
 
 

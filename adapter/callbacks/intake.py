@@ -34,14 +34,14 @@ class Intake:
 
     def routed(self, notification: ReceivedNotification, order: dict[str, Any]) -> ReceivedNotification:
         """The notification with the queues that want it, by the conditions on its order."""
-        self._metrics.received.labels(*notification.channel, notification.source).inc()
+        self._metrics.notifications_received.labels(*notification.channel, notification.source).inc()
         wanting = self.routes.wanting(self.routes.callbacks[notification.callback], order)
-        self._metrics.conditions.labels("callback", wanting.callback.value).inc()
+        self._metrics.conditions_evaluated.labels("callback", wanting.callback.value).inc()
         if wanting.callback is not Result.MATCHED:
             # Norce sent it, so the condition held there; where it does not hold here, somebody should know.
-            self._metrics.disagreements.labels(notification.callback).inc()
+            self._metrics.notifications_not_matched.labels(notification.callback).inc()
         for _, held in wanting.routes:
-            self._metrics.conditions.labels("route", held.value).inc()
+            self._metrics.conditions_evaluated.labels("route", held.value).inc()
         # A condition in error is owed, too: it is decided again when the delivery's turn comes, and ends as a dead
         # letter that a person sees.
         wanted = tuple(
@@ -53,7 +53,7 @@ class Intake:
     async def store(self, notification: ReceivedNotification) -> Received:
         """What became of it; on disk, once, when this returns. Raises `StoreUnavailable` where nothing was stored."""
         received = await self.inbox.receive(notification)
-        self._metrics.stored.labels(received.value).inc()
+        self._metrics.notifications_stored.labels(received.value).inc()
         if received in (Received.NEW, Received.RETRIED) and notification.wanted:
             self._wake()
         return received

@@ -161,7 +161,7 @@ def report_refusals(metrics: Metrics) -> Callable[[], None]:
 
     def on_refusal() -> None:
         nonlocal warned_at
-        metrics.refused.inc()
+        metrics.callbacks_refused.inc()
         if time.monotonic() > warned_at + WARN_EVERY_SECONDS:
             warned_at = time.monotonic()
             log.warning("overloaded")

@@ -292,7 +292,7 @@ class Dispatcher:
             next_at=settlement and settlement.due_at and settlement.due_at.isoformat(timespec="milliseconds"),
             duration_ms=now - claim.claimed_at,
         )
-        self._metrics.attempts.labels(queue.route.name, record.outcome).inc()
-        self._metrics.attempt_duration.labels(queue.route.name).observe(max(now - claim.claimed_at, 0) / 1000)
+        self._metrics.delivery_attempts.labels(queue.route.name, record.outcome).inc()
+        self._metrics.delivery_attempt_duration.labels(queue.route.name).observe(max(now - claim.claimed_at, 0) / 1000)
         if settlement is not None and settlement.state is State.DONE:
-            self._metrics.end_to_end.labels(queue.route.name).observe(max(now - claim.received_at, 0) / 1000)
+            self._metrics.delivery_end_to_end.labels(queue.route.name).observe(max(now - claim.received_at, 0) / 1000)

@@ -113,7 +113,7 @@ class OperationsEndpoints:
         except DBAPIError as error:  # while the store fails, all other metrics are needed most
             log.warning("ledger_unreadable", error_type=type(error).__name__)
             overview = Overview(by_route={}, oldest_waiting_seconds={}, paused={})
-        self._metrics.show(
+        self._metrics.set_ledger_gauges(
             deliveries=overview.by_route,
             oldest_waiting_seconds=overview.oldest_waiting_seconds,
             paused=overview.paused,

@@ -270,7 +270,7 @@ class Reconciliation:
 
     def _report_missed(self, notification: ReceivedNotification) -> None:
         merchant, channel = notification.channel
-        self._metrics.missed.labels(notification.callback, merchant).inc()
+        self._metrics.notifications_missed.labels(notification.callback, merchant).inc()
         log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=channel,
                     order_id=notification.order_id)  # fmt: skip
 

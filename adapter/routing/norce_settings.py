@@ -134,7 +134,7 @@ class NorceSettings:
                     log.warning("configuration_unreadable", merchant=channel.merchant, channel=channel.name,
                                 error_type=type(error).__name__)  # fmt: skip
                 self._unreadable.add(channel)
-                self._metrics.configuration.labels(*channel, "unreadable").inc()
+                self._metrics.configuration_documents.labels(*channel, "unreadable").inc()
                 return
             content = None
         self._unreadable.discard(channel)
@@ -168,7 +168,7 @@ class NorceSettings:
             except Exception as error:  # noqa: BLE001 - a bug in a handler's settings type must not end the polling
                 log.error("configuration_broke", merchant=merchant, channel=name, error_type=type(error).__name__)
                 places = ["$"]
-        self._metrics.configuration.labels(*channel, "refused" if places else "taken").inc()
+        self._metrics.configuration_documents.labels(*channel, "refused" if places else "taken").inc()
         self._metrics.configuration_valid.labels(*channel).set(not places)
         if places:
             log.error("configuration_refused", merchant=merchant, channel=name, places=places)

@@ -104,7 +104,7 @@ class Verdicts:
         if any(self._shadows.values()):
             runner.open("shadows")
         for each in answered:
-            metrics.deadline.labels(each.name).set(each.deadline.total_seconds())
+            metrics.callback_deadline.labels(each.name).set(each.deadline.total_seconds())
 
     async def answer(self, request: VerdictRequest) -> Answer:
         """Return the answer before the deadline, whatever the handlers and Norce do.
@@ -171,7 +171,7 @@ class Verdicts:
         if route.when is None:
             return Result.MATCHED
         held = wants(route, order.data)
-        self._metrics.conditions.labels("route", held.value).inc()
+        self._metrics.conditions_evaluated.labels("route", held.value).inc()
         return held
 
     def _context(self, request: VerdictRequest, route: Route, on: LoopName | None, seconds: float) -> Context[Any]:
@@ -239,9 +239,9 @@ class Verdicts:
         self._metrics.verdict_duration.labels(callback.name, route.name, verdict.label).observe(took)
         is_slow = took > callback.soft_limit.total_seconds()
         if is_slow:
-            self._metrics.slow_verdicts.labels(callback.name, route.name).inc()
+            self._metrics.verdicts_slow.labels(callback.name, route.name).inc()
         if missing is not None:
-            self._metrics.no_answers.labels(callback.name, route.name, missing).inc()
+            self._metrics.verdicts_missing.labels(callback.name, route.name, missing).inc()
         if missing not in NOT_ASKED:
             missed = missing in ("late", "blocks") or (missing == "failed" and is_slow)
             self._circuit_breaker.record((route.name, request.channel), missed=missed)
@@ -296,7 +296,7 @@ class Verdicts:
         route, is_late = verdict.route, kind == "late"
         decided = verdict.decided if verdict.missing is None else "failed"
         result = "differs" if differs and verdict.missing is None else "same"
-        self._metrics.unheard_verdicts.labels(request.callback.name, route.name, kind, decided, result).inc()
+        self._metrics.verdicts_unused.labels(request.callback.name, route.name, kind, decided, result).inc()
         self._log(request, verdict, kind=kind)
         since = request.received_at if is_late else verdict.started_at
         self._record(

@@ -443,14 +443,14 @@ def test_only_the_routes_that_want_it_are_owed(house: House, order: dict[str, An
 
 @on_both_stores
 def test_what_the_callbacks_condition_does_not_want_is_stored_and_counted(house: House, order: dict[str, Any]) -> None:
-    before = sample(house, "norce_adapter_notifications_disagreed_total", callback="order-status")
+    before = sample(house, "norce_adapter_notifications_not_matched_total", callback="order-status")
 
     answer = house.ask(order["id"], body={**order, "state": {"currentStatus": "declined"}})
 
     assert answer.status == 200
     [(_, owed)] = house.stored(order["id"])
     assert owed == []
-    assert sample(house, "norce_adapter_notifications_disagreed_total", callback="order-status") == before + 1
+    assert sample(house, "norce_adapter_notifications_not_matched_total", callback="order-status") == before + 1
 
 
 @on_both_stores

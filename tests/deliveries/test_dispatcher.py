@@ -354,7 +354,12 @@ async def working(
     if before is not None:
         await before(store, ids[KEY])
     await lease.enter()
-    runner = Runner(make_norce=norce, clock=clock.moment, patience=patience, replaced=metrics.loop_replaced)
+    runner = Runner(
+        make_norce=norce,
+        clock=clock.moment,
+        patience=patience,
+        replaced=lambda *which: metrics.plugin_loops_replaced.labels(*which).inc(),
+    )
     our_norce = norce()
     dispatcher = Dispatcher(
         {id_: Queue(route=of_route[key.route], channel=key.channel)
@@ -1312,7 +1317,7 @@ def test_a_handler_that_never_lets_go_is_a_dead_letter_whose_lane_stays_claimed_
         (line,) = [line for line in lines() if line["event"] == "plugins_loop_replaced"]
         assert (line["route"], line["level"]) == ("export", "error")
         labels = {"loop": "plugins-deliveries", "route": "export"}
-        assert work.metrics.registry.get_sample_value("norce_adapter_plugins_loops_replaced_total", labels) == 1
+        assert work.metrics.registry.get_sample_value("norce_adapter_plugin_loops_replaced_total", labels) == 1
 
     run(test)
 

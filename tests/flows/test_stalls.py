@@ -16,7 +16,7 @@ DEADLINE_SECONDS = 2.0
 SLACK_SECONDS = 1.0  # for a client that is itself one of thirty threads
 STORED = 20
 MISSING = 'verdicts_missing_total{{callback="{}",reason="{}",route="{}"}}'
-REPLACED = 'plugins_loops_replaced_total{{loop="{}",route="{}"}}'
+REPLACED = 'plugin_loops_replaced_total{{loop="{}",route="{}"}}'
 
 
 def add_hooks(site: Site, plugin: Path, how: str) -> None:

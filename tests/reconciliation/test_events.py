@@ -158,7 +158,7 @@ class House:
 
     def missed(self) -> float:
         """What an operator is alerted by."""
-        return float(self.metrics.missed.labels("order-status", "norce")._value.get())
+        return float(self.metrics.notifications_missed.labels("order-status", "norce")._value.get())
 
     def stored(self) -> list[tuple[str, str, int]]:
         """Order, source and how many deliveries, of each notification."""

@@ -879,7 +879,7 @@ def test_what_a_late_route_says_is_recorded_with_what_counted_in_its_stead(
     )  # fmt: skip
     assert logged.took_ms > DEADLINE.total_seconds() * 1000 * 0.8
     labels = {"callback": "order-rules", "route": "one", "kind": "late", "verdict": says, "result": result}
-    assert at.counted("verdicts_unheard_total", **labels) == 1
+    assert at.counted("verdicts_unused_total", **labels) == 1
 
 
 LATE_HOOKS: dict[str, tuple[dict[str, str], str, tuple[str, ...], str]] = {
@@ -906,7 +906,7 @@ def test_what_a_late_hook_says_is_recorded_as_it_would_have_counted(
 
     assert (logged.kind, logged.decided, logged.codes, logged.answered) == ("late", says, codes_, "approve")
     labels = {"callback": "cart-changed", "route": "one", "kind": "late", "verdict": says, "result": result}
-    assert at.counted("verdicts_unheard_total", **labels) == 1
+    assert at.counted("verdicts_unused_total", **labels) == 1
 
 
 def test_so_many_may_be_late_and_the_oldest_are_given_up_and_counted(tmp_path: Path) -> None:
@@ -1021,7 +1021,7 @@ def shadowed(
             logged = await at.recorded()
             labels = {"callback": logged.callback, "route": logged.route, "kind": "shadow", "verdict": logged.decided}
             (result,) = (
-                each for each in ("same", "differs") if at.counted("verdicts_unheard_total", **labels, result=each)
+                each for each in ("same", "differs") if at.counted("verdicts_unused_total", **labels, result=each)
             )
             return answer, logged, result
 
