@@ -1,4 +1,6 @@
-"""The configuration: `config.yaml` and the environment become one frozen `Config`, or all problems with their lines.
+"""The configuration: one frozen `Config` made from `config.yaml` and the environment.
+
+If the file has mistakes, all of them are reported, with their lines.
 
 Only this package reads files and the environment. `yaml_source` reads the file as a tree with lines, `convert` converts
 it to the types in `model`, and `checks` compares keys with each other.
@@ -27,18 +29,18 @@ from adapter.config.model import (
     WhenConfig,
     merged,
 )
-from adapter.config.problems import ConfigurationInvalid, Problem, joined, parent
+from adapter.config.problems import ConfigProblem, ConfigurationInvalid, joined, parent
 from adapter.config.yaml_source import Document
 from adapter.plugin import Settings
 
 __all__ = [
     "CallbackConfig",
     "Config",
+    "ConfigProblem",
     "ConfigurationInvalid",
     "HeaderSecretConfig",
     "HookCallbackConfig",
     "NotificationCallbackConfig",
-    "Problem",
     "RouteConfig",
     "SendersConfig",
     "SignedUrlsConfig",
@@ -52,7 +54,9 @@ __all__ = [
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:
-    """Load the configuration at `path`; references come from `environ` and from files beside it.
+    """Load the configuration at `path`.
+
+    References come from `environ` and from files, relative to the folder of `path`.
 
     `routing.routes` checks conditions, handlers and settings later, through `Config.problem` and `read_settings`.
 
@@ -81,8 +85,8 @@ S = TypeVar("S", bound=Settings)
 
 def read_settings(
     config: Config, type_: type[S], tree: Mapping[str, Any], paths: Sequence[str]
-) -> S | tuple[Problem, ...]:
-    """Convert merged settings to the type that a handler declares, or return every problem in them.
+) -> S | tuple[ConfigProblem, ...]:
+    """Convert merged settings to a handler's type, or return every problem in them.
 
     A problem is shown at the strongest place that has the value. A missing value is shown at the weakest, the route.
 
@@ -92,7 +96,7 @@ def read_settings(
         tree: The merged settings.
         paths: The paths that `tree` was merged from, weakest first.
     """
-    problems: list[Problem] = []
+    problems: list[ConfigProblem] = []
     lines = config.source.lines
 
     def report(at: str, message: str) -> None:

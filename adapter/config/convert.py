@@ -1,4 +1,4 @@
-"""Conversion of a plain tree into declared types: those of `config.model` and a plugin's settings.
+"""Conversion of a plain tree into declared types, of `config.model` or of a plugin.
 
 `msgspec.convert` stops at the first mistake. This walks the tree beside the type, reports every mistake with its path,
 and says what is allowed.
@@ -172,7 +172,7 @@ def unwrap(type_: Any) -> tuple[Any, tuple[Any, ...]]:
 
 
 def class_of(type_: Any) -> Any:
-    """Return the class behind a type, `Union` or `UnionType` for a union, and `object` for anything else."""
+    """Return the class behind a type, or `Union`, or `object` if it has no class."""
     base, _ = unwrap(type_)
     origin = get_origin(base) or base
     return origin if isinstance(origin, type) or origin is Union else object
@@ -280,7 +280,7 @@ def _kind(value: Any) -> str:
 
 
 def _contrast(base: Any, value: Any) -> str:
-    """Name the kind of the value that was found, never the value, if it is not of the kind that is allowed."""
+    """Name the kind of the value (never the value) if another kind is allowed."""
     given, kind = _kind(value), class_of(base)
     if given in ("a number", "true or false") and base in (str, timedelta):
         return f", not {given}: {'put it in quotes' if base is str else 'write its unit'}"

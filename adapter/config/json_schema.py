@@ -1,4 +1,4 @@
-"""JSON Schemas of `config.yaml`, for editors, and of this adapter's document in Norce's configuration.
+"""JSON Schemas of `config.yaml` and of our document in Norce's configuration.
 
 msgspec makes the schemas; this module rewrites them to our spelling of durations, references and secrets. `config.load`
 is the check, so a schema never refuses what `load` accepts. In the file, any text may be a reference, and so may a
@@ -108,7 +108,7 @@ def _route(name: str, type_: type[Settings], parts: dict[str, Any]) -> dict[str,
 
 
 def changeable(type_: type[Settings]) -> frozenset[str]:
-    """Return the settings that Norce's document may change: those that hold no `Url` and no `Secret`."""
+    """Return the settings that Norce may change: those without a `Url` or a `Secret`."""
     return frozenset(
         field.encode_name
         for field in msgspec.structs.fields(type_)
@@ -139,9 +139,9 @@ def _custom_types(info: Any, seen: list[Any]) -> Iterator[type]:
 def _settings(
     name: str, fields: Sequence[FieldInfo], parts: dict[str, Any], *, references: bool = False
 ) -> dict[str, Any]:
-    """Return the schema of a route's settings, and add the schemas that it refers to to `parts`.
+    """Return the schema of a route's settings; schemas that it refers to go to `parts`.
 
-    It requires nothing, since settings are merged: a missing one may stand in another place.
+    It requires nothing, since settings are merged: another place may have a missing one.
     """
 
     def components(types: Sequence[Any]) -> tuple[tuple[dict[str, Any], ...], dict[str, Any]]:
@@ -163,7 +163,7 @@ def _settings(
 
 
 def _custom(type_: type) -> dict[str, Any]:
-    """Return the schema of a type that is not msgspec's own. It must not be empty, so it has a comment."""
+    """Return the schema of a type that is not msgspec's own; it must not be empty."""
     if issubclass(type_, Secret):
         return dict(REFERENCE)
     return dict(_ADDRESS) if issubclass(type_, Url) else {"$comment": type_.__name__}
@@ -178,7 +178,7 @@ def _default(field: FieldInfo) -> dict[str, Any]:
 
 
 def _rewrite(schema: Any, *, references: bool = False, whole: bool = True) -> Any:
-    """Rewrite a schema of msgspec to our spelling. Unless it is for a whole value, it requires nothing."""
+    """Rewrite a schema of msgspec to our spelling; without `whole` it requires nothing."""
     rewrite = partial(_rewrite, references=references, whole=whole)
     if isinstance(schema, list):
         return [rewrite(each) for each in schema]
@@ -215,7 +215,7 @@ def _refuses_references(schema: dict[str, Any]) -> bool:
 
 
 def _spelled_default(default: Any, schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the default as the file spells it. A default of several members is left out: they have their own."""
+    """Return the default as the file spells it, unless it is that of a section."""
     items, parts = schema.get("items", {}), default if isinstance(default, list) else [default]
     if default is None or any(isinstance(part, dict) and part for part in parts):
         return {}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 import msgspec
 from msgspec import Meta
 
-from adapter.config.problems import Problem, Source, under
+from adapter.config.problems import ConfigProblem, Source, under
 from adapter.identifiers import Channel
 from adapter.plugin import Secret, Url
 
@@ -110,7 +110,7 @@ class OperationsConfig(_Section, frozen=True, kw_only=True):
 
 
 class RetentionConfig(_Section, frozen=True, kw_only=True):
-    """How long the ledger keeps things."""
+    """Times for which the ledger keeps things."""
 
     bodies: Annotated[
         timedelta, doc("Time to keep the body of a notification whose deliveries are done.", within=("1h", "3650d"))
@@ -186,7 +186,7 @@ class DispatcherConfig(_Section, frozen=True, kw_only=True):
 
 
 class QueuesConfig(_Section, frozen=True, kw_only=True):
-    """Pauses of a queue (one route for one merchant and channel) while its destination is down."""
+    """Pauses of a queue, one route for one merchant and channel, after failures."""
 
     pause_after: Annotated[
         int, doc("Orders that fail one after another before their queue pauses; 0: never.", ge=0, le=1000)
@@ -199,7 +199,7 @@ class QueuesConfig(_Section, frozen=True, kw_only=True):
 
 
 class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
-    """The circuit breaker of a validation or hook route; while it is open, the route's no_answer counts at once."""
+    """The circuit breaker of a route; while it is open, the no_answer counts at once."""
 
     failures: Annotated[
         int,
@@ -323,13 +323,13 @@ class _AnsweredCallbackConfig(_Section, frozen=True, kw_only=True):
 
 
 class ValidationCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
-    """May this order proceed? It is answered inside the deadline."""
+    """May this order proceed? It is approved or rejected in time."""
 
     kind: ClassVar[str] = "validation"
 
 
 class HookCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
-    """A change is about to be stored. The answer accepts it, refuses it or changes more, inside the deadline."""
+    """A change is about to be stored. It is accepted, refused or extended in time."""
 
     kind: ClassVar[str] = "hook"
     watch: Annotated[Pointer, doc("JSON pointer to the part of the order whose changes Norce announces.")]
@@ -343,7 +343,7 @@ CallbackConfig: TypeAlias = NotificationCallbackConfig | ValidationCallbackConfi
 
 
 class WhenConfig(_Section, frozen=True, kw_only=True):
-    """A further condition; the route wants an event if this and the callback's condition hold."""
+    """A further condition for the events that the route wants."""
 
     scope: Annotated[str, doc("JSON pointer to the part of the order that decides.")]
     schema: Annotated[Schema, SCHEMA] = True
@@ -417,7 +417,7 @@ class Config(ConfigFile, frozen=True, kw_only=True):
 
     source: Source
 
-    def problem(self, path: str, message: str) -> Problem:
+    def problem(self, path: str, message: str) -> ConfigProblem:
         """Return a problem at the line of `path`, such as "routes.export-payment.handler"."""
         return self.source.problem(path, message)
 
@@ -427,7 +427,10 @@ class Config(ConfigFile, frozen=True, kw_only=True):
         return tuple(Channel(merchant, name) for merchant, its in self.merchants.items() for name in its.channels)
 
     def settings(self, route: str, channel: Channel) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Return a route's merged settings for one channel, and the paths they come from, weakest first."""
+        """Return a route's settings for a channel, and the paths they are merged from.
+
+        The paths are in order, weakest first.
+        """
         merchant = self.merchants[channel.merchant]
         at_merchant = under("merchants", channel.merchant)
         at_channel = under(f"{at_merchant}.channels", channel.name)
@@ -442,7 +445,7 @@ class Config(ConfigFile, frozen=True, kw_only=True):
 
 
 def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge settings, weakest first: mappings are merged, everything else (null, lists) is replaced."""
+    """Merge settings, weakest first; only mappings are merged, the rest is replaced."""
     result: dict[str, Any] = {}
     for tree in trees:
         for key, value in tree.items():

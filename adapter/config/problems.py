@@ -13,7 +13,7 @@ HOW_TO_REFER = "${env:NAME} or ${file:PATH}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
+class ConfigProblem:
     """A mistake at one place of the configuration, with what is allowed there."""
 
     file: str
@@ -29,7 +29,7 @@ class Problem:
 class ConfigurationInvalid(Exception):
     """The configuration has problems: all of them, in the order of the file."""
 
-    def __init__(self, problems: Iterable[Problem]) -> None:
+    def __init__(self, problems: Iterable[ConfigProblem]) -> None:
         self.problems = tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
         super().__init__("\n".join(map(str, self.problems)))
 
@@ -60,12 +60,12 @@ class Source:
     def __repr__(self) -> str:
         return f"<{self.file}>"
 
-    def problem(self, path: str, message: str) -> Problem:
+    def problem(self, path: str, message: str) -> ConfigProblem:
         """Return a problem at the line of `path`, or of the nearest parent that has a line."""
         nearest = path
         while nearest and nearest not in self.lines:
             nearest = parent(nearest)
-        return Problem(file=self.file, line=self.lines.get(nearest), path=path, message=message)
+        return ConfigProblem(file=self.file, line=self.lines.get(nearest), path=path, message=message)
 
     def masked(self, message: str) -> str:
         """Return a foreign message without the texts that came by reference."""
@@ -75,7 +75,7 @@ class Source:
 
 
 def under(path: str, step: str | int) -> str:
-    """Return the path of a member or an item: `a.b`, `a[0]`, or `a["b c"]` if the name is not plain."""
+    """Return the path of a member or an item, such as `a.b`, `a[0]` or `a["b c"]`."""
     if isinstance(step, int):
         return f"{path}[{step}]"
     if not _PLAIN.fullmatch(step):

@@ -1,6 +1,6 @@
-"""The configuration file as a plain tree, with the line of every value and with references resolved.
+"""The configuration file as a plain tree with the line of every value.
 
-The YAML is version 1.2, and bounds protect against bombs.
+References are resolved, the YAML is version 1.2, and bounds protect against bombs.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from adapter.config.problems import HOW_TO_REFER, Problem, Reference, Source, under
+from adapter.config.problems import HOW_TO_REFER, ConfigProblem, Reference, Source, under
 
 LARGEST_FILE_BYTES = 1024 * 1024
 LARGEST_SECRET_BYTES = 64 * 1024
@@ -34,11 +34,11 @@ class _Unreadable(Exception):
 
 
 class Document:
-    """A YAML file that becomes a plain tree. `source` has the lines, `problems` the mistakes so far."""
+    """A YAML file; `source` has the lines, `problems` the mistakes so far."""
 
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
         self.source = Source(file=str(path))
-        self.problems: list[Problem] = []
+        self.problems: list[ConfigProblem] = []
         self._path = path
         self._environ = environ
         self._values = 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapter import config as configuration
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
-from adapter.config import Config, ConfigurationInvalid, Problem, read_settings
+from adapter.config import Config, ConfigProblem, ConfigurationInvalid, read_settings
 from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
 from adapter.orders import Order
@@ -94,7 +94,9 @@ class Selection:
 class Routes:
     """All routes and their callbacks. `warnings` are problems that do not prevent a start."""
 
-    def __init__(self, callbacks: Mapping[str, Callback], routes: Iterable[Route], warnings: Iterable[Problem]) -> None:
+    def __init__(
+        self, callbacks: Mapping[str, Callback], routes: Iterable[Route], warnings: Iterable[ConfigProblem]
+    ) -> None:
         self.callbacks = callbacks
         self.all = tuple(routes)
         self.warnings = tuple(warnings)
@@ -159,8 +161,8 @@ class _Builder:
     def __init__(self, config: Config, handlers: Mapping[str, EntryPoint]) -> None:
         self._config = config
         self._handlers = handlers
-        self._problems: list[Problem] = []
-        self._warnings: list[Problem] = []
+        self._problems: list[ConfigProblem] = []
+        self._warnings: list[ConfigProblem] = []
 
     def routes(self) -> Routes:
         callbacks = {name: self._callback(name, each) for name, each in self._config.callbacks.items()}

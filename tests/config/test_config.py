@@ -14,9 +14,9 @@ from ruamel.yaml import YAML
 
 from adapter.config import (
     Config,
+    ConfigProblem,
     ConfigurationInvalid,
     NotificationCallbackConfig,
-    Problem,
     ValidationCallbackConfig,
     load,
     merged,
@@ -80,7 +80,7 @@ def read(file: Path, text: str, environ: Mapping[str, str] = ENVIRON) -> Config:
     return load(file, environ)
 
 
-def problems_of(file: Path, text: str | bytes, environ: Mapping[str, str] = ENVIRON) -> tuple[Problem, ...]:
+def problems_of(file: Path, text: str | bytes, environ: Mapping[str, str] = ENVIRON) -> tuple[ConfigProblem, ...]:
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigurationInvalid) as raised:
         load(file, environ)
@@ -839,7 +839,7 @@ AT_MERCHANT = "merchants.norce.routes.export.settings"
 AT_CHANNEL = "merchants.norce.channels.1.routes.export.settings"
 
 
-def settings_of(file: Path, text: str, channel: str = "1") -> ShopSettings | tuple[Problem, ...]:
+def settings_of(file: Path, text: str, channel: str = "1") -> ShopSettings | tuple[ConfigProblem, ...]:
     config = read(file, text)
     return read_settings(config, ShopSettings, *config.settings("export", Channel("norce", channel)))
 
@@ -1003,7 +1003,7 @@ def test_what_a_plugin_says_about_a_referred_value_is_masked(file: Path) -> None
 def test_a_later_problem_is_shown_at_its_line(file: Path) -> None:
     config = read(file, LEVELS)
 
-    assert config.problem("routes.export.handler", "is not installed") == Problem(
+    assert config.problem("routes.export.handler", "is not installed") == ConfigProblem(
         file=str(file), line=8, path="routes.export.handler", message="is not installed"
     )
     assert config.problem("routes.export.when.schema", "is not there").line == 6
