@@ -178,7 +178,7 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
         norce,
         intake,
         Watermarks(store),
-        channels=frozenset(config.channels),
+        channels=config.channels,
         adapter_id=config.adapter.id,
         overlap=config.reconciliation.overlap,
         remembered=config.store.retention.rows,

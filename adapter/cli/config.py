@@ -14,7 +14,7 @@ from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, load_con
 from adapter.config.json_schema import file_schema
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceError
-from adapter.registrations.on_channels import STATIC, standing
+from adapter.registrations.on_channels import STATIC, channel_documents
 from adapter.routing.routes import settings_types
 
 SCHEMA_FILE = "config.schema.json"
@@ -73,7 +73,7 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
         return failed
 
     async def one(norce: Norce, channel: Channel) -> None:
-        documents = await standing(config, norce, channel)
+        documents = await channel_documents(config, norce, channel)
         for name, document in documents.items():
             if write:
                 await norce.call(channel, "put_configuration", body=document, path={"name": name})

@@ -88,7 +88,7 @@ class Reconciliation:
         self._norce = norce
         self._intake = intake
         self._watermarks = watermarks
-        self._channels = channels
+        self._channels = frozenset(channels)
         self._merchants = list(dict.fromkeys(channel.merchant for channel in channels))
         self._adapter_id = adapter_id
         self._overlap = overlap

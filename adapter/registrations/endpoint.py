@@ -1,8 +1,8 @@
-"""
-What stands on the public port beside the callbacks: registrations, and the documents that an adapter publishes.
+"""The public endpoint beside the callbacks: registrations, and the documents that an adapter publishes.
 
-Who registers is one of the merchant's own systems, so it shows what it shows Norce: one of the merchant's tokens as a
-bearer; or else a secret of `senders.header_secrets`. A signed callback URL opens nothing here: shoppers can see those.
+The merchant's own systems register callbacks. They authenticate with one of the merchant's tokens as a bearer token,
+or with a secret of `senders.header_secrets`. A signed callback URL is not accepted, because shoppers can see it.
+
 Facts: checkout protocol, sections 1.3 and 10.
 """
 
@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapter.callbacks import server as protocol
+from adapter.callbacks import server
 from adapter.callbacks.parsing import CallbackInvalid, check_order_id
 from adapter.callbacks.senders import RawCallback, Senders, Unauthenticated
 from adapter.config import Config
@@ -32,13 +32,13 @@ log = structlog.get_logger(__name__)
 REGISTRATIONS_PATH = "/api/v1/orders/{order_id}/registrations"
 SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
 DESCRIPTION_PATH = "/docs/v1/openapi.yaml"
+NO_ANSWER = "Norce did not answer. Please send it again."
 LATER = {"retry-after": "5"}
-# Of one merchant. Each is several requests to Norce, by whom shoppers are answered too: a shop that registers all its
-# orders at once takes a quarter of those that a merchant may have at a time, and no other merchant's place.
-AT_ONCE = 16
-MOST_WAITING = 200
-# Of all together: where Norce is silent for everybody, who waits for it must leave room for notifications to come in.
-MOST_OF_ALL = protocol.MOST_WAITING // 2
+# Of one merchant. Each makes several requests to Norce, and the client limits those of a merchant: the others are for
+# orders that a shopper waits for.
+MAX_AT_ONCE = 32
+# Of all merchants. If Norce answers nobody, registrations that wait for it must leave room for notifications.
+MAX_IN_TOTAL = server.MOST_WAITING // 2
 
 
 class _Refused(Exception):
@@ -51,29 +51,28 @@ class _Refused(Exception):
 
 
 class Registrations:
-    """`POST` puts our callbacks on an order, `DELETE` takes them off. Nothing is put where we are `switched_off`."""
+    """Registers our callbacks on an order (`POST`) or removes them (`DELETE`). Refuses a switched-off channel."""
 
     def __init__(self, config: Config, registrar: Registrar, switched_off: Container[Channel]) -> None:
         self._config = config
         self._registrar = registrar
         self._senders = Senders(config.senders)
         self._switched_off = switched_off
-        self._at_once = {merchant: asyncio.Semaphore(AT_ONCE) for merchant in config.merchants}
-        self._most = min(max(MOST_OF_ALL // len(config.merchants), AT_ONCE), MOST_WAITING)  # of one merchant
-        self._waiting = Counter[str]()
+        self._running = Counter[str]()  # by merchant
 
     @property
     def waiting(self) -> int:
-        """How many wait for Norce, and take nobody's time."""
-        return self._waiting.total()
+        """The number of requests that wait for Norce."""
+        return self._running.total()
 
     async def __call__(self, request: Request) -> Response:
+        """Answer one request, and log it."""
         order_id = request.path_params["order_id"]
         facts: dict[str, Any] = {"order_id": order_id if len(order_id) <= 64 else None}
         try:
-            channel = self._whose(request)
+            channel = self._authorized_channel(request)
             facts |= {"merchant": channel.merchant, "channel": channel.name}
-            done = await self._in_turn(request.method, channel, order_id)
+            done = await self._run(request.method, channel, order_id)
         except _Refused as refused:
             log.warning("registration_refused", code=refused.code, status_code=refused.status, **facts)
             body = {"code": refused.code, "message": refused.message}
@@ -82,19 +81,18 @@ class Registrations:
         log.info("callbacks_registered", **counts, **facts)
         return JSONResponse(msgspec.to_builtins(done))
 
-    async def _in_turn(self, method: str, channel: Channel, order_id: str) -> Registered:
-        if self._waiting[channel.merchant] >= self._most or self.waiting >= MOST_OF_ALL:
+    async def _run(self, method: str, channel: Channel, order_id: str) -> Registered:
+        if self._running[channel.merchant] >= MAX_AT_ONCE or self.waiting >= MAX_IN_TOTAL:
             raise _Refused(503, "overloaded", "Too many registrations wait for Norce. Please send it again.", LATER)
-        self._waiting[channel.merchant] += 1
+        self._running[channel.merchant] += 1
         try:
-            async with self._at_once[channel.merchant]:
-                return await self._do(method, channel, order_id)
-        except asyncio.CancelledError as error:  # the service stops, and has waited for as long as it does
-            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
+            return await self._register(method, channel, order_id)
+        except asyncio.CancelledError as error:  # the service stops
+            raise _Refused(503, "norce-unavailable", NO_ANSWER, LATER) from error
         finally:
-            self._waiting[channel.merchant] -= 1
+            self._running[channel.merchant] -= 1
 
-    async def _do(self, method: str, channel: Channel, order_id: str) -> Registered:
+    async def _register(self, method: str, channel: Channel, order_id: str) -> Registered:
         try:
             check_order_id(order_id)
             if method == "DELETE":
@@ -109,23 +107,23 @@ class Registrations:
         except OrderNotFound as error:
             raise _Refused(404, "order-not-found", "Norce has no such order.") from error
         except NorceUnavailable as error:
-            raise _Refused(503, "norce-unavailable", "Norce did not answer. Please send it again.", LATER) from error
+            raise _Refused(503, "norce-unavailable", NO_ANSWER, LATER) from error
         except NorceError as error:
             code = "norce-rejected" if isinstance(error, NorceRejected) else "norce-refused"
             raise _Refused(502, code, str(error)) from error
 
-    def _whose(self, request: Request) -> Channel:
+    def _authorized_channel(self, request: Request) -> Channel:
         headers = dict(request.headers.items())
         channel = Channel(headers.get("x-merchant", ""), headers.get("x-channel", ""))
-        if not self._may(headers, channel.merchant):
+        if not self._is_authorized(headers, channel.merchant):
             raise _Refused(401, "unauthorized", "The caller is not known.", {"www-authenticate": "Bearer"})
         if not all(channel):
-            raise _Refused(400, "order-bad-request", "x-merchant and x-channel say whose order it is.")
+            raise _Refused(400, "order-bad-request", "The headers x-merchant and x-channel are needed.")
         if channel not in self._config.channels:
             raise _Refused(404, "configuration-not-found", "This merchant and channel are not configured here.")
         return channel
 
-    def _may(self, headers: Mapping[str, str], merchant: str) -> bool:
+    def _is_authorized(self, headers: Mapping[str, str], merchant: str) -> bool:
         shown = headers.get("authorization", "").encode("latin-1")
         of_merchant = self._config.merchants.get(merchant)
         tokens = () if of_merchant is None else of_merchant.tokens
@@ -139,12 +137,15 @@ class Registrations:
 
 
 def openapi() -> bytes:
-    """Our own OpenAPI description. It is written by hand; that it says what the service does is for the tests."""
+    """Return our OpenAPI description. It is written by hand; a test compares it with the service."""
     return files("adapter").joinpath("openapi.yaml").read_bytes()
 
 
 def routes(registrations: Registrations, adapter_id: str, schema: Mapping[str, Any]) -> list[BaseRoute]:
-    """What the public port has beside the callbacks. `schema` is that of our document in Norce's configuration."""
+    """Return the routes of the public port beside the callbacks.
+
+    `schema` describes our document in Norce's configuration.
+    """
     document = msgspec.json.encode(schema)
 
     async def published(request: Request) -> Response:

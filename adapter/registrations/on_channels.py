@@ -1,40 +1,42 @@
-"""
-The documents in Norce's configuration that register our callbacks on every new order of a channel.
+"""Registration on every new order of a channel, by two documents in Norce's configuration.
 
-Facts: checkout protocol, sections 8.2 and 9. Every holder of the merchant's token can read every document.
+Facts: checkout protocol, sections 8.2 and 9. Everybody who holds the merchant's token can read every document.
 """
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
-from adapter.config import Config
+from adapter.config import Config, NotificationCallbackConfig
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceUnavailable, NotFound
-from adapter.registrations.on_orders import static_notifications, static_secret
+from adapter.registrations.on_orders import registration_body, static_url, url_secret
 
 STATIC = "static_notifications"
 
 
-async def standing(config: Config, norce: Norce, channel: Channel) -> dict[str, dict[str, Any]]:
-    """
-    The two documents that have a channel notify us of its new orders, as they are to be, by their names: ours, which
-    says where we are and holds the secret, and the channel's own list. What else is in them is kept, others' entries
-    too.
+async def channel_documents(config: Config, norce: Norce, channel: Channel) -> dict[str, dict[str, Any]]:
+    """Return the two documents as they should be, by name; Norce then notifies us of every new order.
 
-    Raises `NorceError`, and `LookupError` where no secret, or no public address, is configured.
+    Our own document gives our address and holds the secret. The channel's document lists the notifications. Everything
+    else in them stays as Norce has it, including the entries of other adapters.
+
+    Raises:
+        NorceError: If a document cannot be read or is not understood.
+        LookupError: If no secret or no public address is configured.
     """
     if config.adapter.public_url is None:
-        raise LookupError("adapter.public_url is needed: it is where Norce finds us")
+        raise LookupError("adapter.public_url is needed: Norce calls us there")
     adapter_id, base = config.adapter.id, str(config.adapter.public_url)
-    notifications = static_notifications(config, channel.merchant)
-    ours = await _document(norce, channel, adapter_id)
-    static = await _document(norce, channel, STATIC)
+    secret = static_secret(config, channel.merchant)
+    ours = await _read_document(norce, channel, adapter_id)
+    static = await _read_document(norce, channel, STATIC)
     order = _mapping(static.get("order"))
     listed = order.get("notifications") or []
     if not isinstance(listed, list):
-        raise NorceUnavailable(f"order.notifications of {STATIC} is no list, and is left as it is")
+        raise NorceUnavailable(f"order.notifications of {STATIC} is not a list; the document was left as it is")
     others = [each for each in listed if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)]
     return {
         adapter_id: {
@@ -43,19 +45,42 @@ async def standing(config: Config, norce: Norce, channel: Channel) -> dict[str, 
             "$schema": f"{base}/openapi/v1/schemas/{adapter_id}.json",
             "id": adapter_id,
             "adapter": {**_mapping(ours.get("adapter")), "publicUrl": base, "internalUrl": base},
-            "callbacks": {**_mapping(ours.get("callbacks")), "secret": static_secret(config, channel.merchant)},
+            "callbacks": {**_mapping(ours.get("callbacks")), "secret": secret},
         },
         STATIC: {
             "$schema": f"{norce.base_url(channel.merchant)}/configuration/openapi/v1/schemas/configuration.json",
             "active": True,
             **static,
             "id": STATIC,
-            "order": {**order, "notifications": [*others, *notifications]},
+            "order": {**order, "notifications": [*others, *static_notifications(config, channel.merchant)]},
         },
     }
 
 
-async def _document(norce: Norce, channel: Channel, name: str) -> dict[str, Any]:
+def static_notifications(config: Config, merchant: str) -> list[dict[str, Any]]:
+    """Return the notifications that a channel's document adds to every new order.
+
+    Norce fills in their address for each order, so they carry the secret of our document instead of a signature.
+    """
+    return [
+        registration_body(config, name, callback, str(static_url(config, merchant, name)))
+        for name, callback in config.callbacks.items()
+        if isinstance(callback, NotificationCallbackConfig)
+    ]
+
+
+def static_secret(config: Config, merchant: str) -> str:
+    """Return the secret for our document, quoted for a URL: the first value of the merchant's URL secret.
+
+    Raises `LookupError` if no URL secret is good for this merchant alone.
+    """
+    secret = url_secret(config, merchant)
+    if secret is None:
+        raise LookupError(f"senders.url_secrets has no secret that is good for merchant {merchant} alone")
+    return quote(secret.values[0].reveal(), safe="")
+
+
+async def _read_document(norce: Norce, channel: Channel, name: str) -> dict[str, Any]:
     try:
         content = await norce.call(channel, "read_configuration", path={"name": name})
     except NotFound:
@@ -63,9 +88,9 @@ async def _document(norce: Norce, channel: Channel, name: str) -> dict[str, Any]
     try:
         document = msgspec.json.decode(content)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise NorceUnavailable(f"{name} is no JSON") from error
+        raise NorceUnavailable(f"{name} is not JSON") from error
     if not isinstance(document, dict):
-        raise NorceUnavailable(f"{name} is no JSON object, and is left as it is")
+        raise NorceUnavailable(f"{name} is not a JSON object; the document was left as it is")
     return document
 
 

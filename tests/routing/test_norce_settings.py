@@ -18,10 +18,8 @@ from adapter.identifiers import Channel
 from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
-from adapter.norce.client import NorceError
 from adapter.orders import Order
 from adapter.plugin import Context, Problem, Secret, Settings, Url, ValidationHandler
-from adapter.registrations.on_channels import STATIC, standing
 from adapter.routing.from_config import norce_client
 from adapter.routing.norce_settings import NorceSettings, published_schema
 from adapter.routing.routes import build
@@ -501,16 +499,6 @@ def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_en
     assert house.limits().most == 15
 
 
-@pytest.mark.parametrize("static", [[], {"order": {"notifications": {"a": {}}}}], ids=["no object", "no list"])
-def test_a_document_of_the_channel_that_is_not_understood_is_not_overwritten(house: House, static: Any) -> None:
-    house.put(static, name=STATIC)
-
-    with pytest.raises(NorceError):
-        put_in_place(house)
-
-    assert found(house, STATIC) == static
-
-
 def test_what_is_no_json_is_wrong(house: House) -> None:
     house.line.instead = httpx.Response(200, content=b"<html>")
 
@@ -540,56 +528,3 @@ def test_a_document_that_stays_as_it_is_is_not_taken_again(house: House) -> None
     house.refresh()
 
     assert house.changed == changed
-
-
-# --- what we put there ------------------------------------------------------------------------------------------------
-
-
-def put_in_place(house: House) -> None:
-    async def work() -> None:
-        for name, each in (await standing(house.config, house.norce, CHANNEL)).items():
-            await house.norce.call(CHANNEL, "put_configuration", body=each, path={"name": name})
-
-    house.loop.run(work())
-
-
-def found(house: House, name: str) -> Any:
-    return house.simulator.records.documents[*CHANNEL, name]
-
-
-def test_a_channel_notifies_us_of_every_new_order(house: House) -> None:
-    put_in_place(house)
-
-    ours, static = found(house, "our_adapter"), found(house, STATIC)
-    assert ours == {
-        "active": True,
-        "$schema": "http://127.0.0.1:8080/openapi/v1/schemas/our_adapter.json",
-        "id": "our_adapter",
-        "adapter": {"publicUrl": "http://127.0.0.1:8080", "internalUrl": "http://127.0.0.1:8080"},
-        "callbacks": {"secret": "a%20secret%20%26%20more"},
-    }
-    [notification] = static["order"]["notifications"]
-    assert notification["adapterId"] == "our_adapter"
-    assert notification["reference"] == "order-status"
-    assert notification["invoke"].endswith("/order-status?secret={configuration.callbacks.secret}")
-    house.refresh()
-    assert house.value("configuration_valid", *CHANNEL) == 1
-
-
-def test_what_else_is_in_the_documents_stays_and_a_second_time_changes_nothing(house: House) -> None:
-    others = {"adapterId": "another", "scope": "/cart", "invoke": "http://127.0.0.1:9/x"}
-    stale = {"adapterId": "our_adapter", "scope": "/cart", "invoke": "http://127.0.0.1:9/old"}
-    house.put(document({"most": 3}, active=False, more=1))
-    house.put(
-        {"id": STATIC, "$schema": "x", "own": 1, "order": {"notifications": [stale, others], "b": 2}}, name=STATIC
-    )
-
-    put_in_place(house)
-    first = (found(house, "our_adapter"), found(house, STATIC))
-    put_in_place(house)
-
-    ours, static = first
-    assert (found(house, "our_adapter"), found(house, STATIC)) == first
-    assert (ours["active"], ours["more"], ours["routes"]["limit"]["settings"]) == (False, 1, {"most": 3})
-    assert (static["own"], static["order"]["b"]) == (1, 2)
-    assert [each["adapterId"] for each in static["order"]["notifications"]] == ["another", "our_adapter"]
