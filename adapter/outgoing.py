@@ -1,19 +1,19 @@
-"""
-The HTTP client that a handler gets: only the hosts in its settings, capped by its deadline, answers in our outcomes.
+"""The HTTP client for handlers: `context.http`.
 
-What it raises *is* the outcome table, so that a handler's happy path alone is already correct:
+It reaches only the hosts in the handler's settings and ends before the handler's deadline. Its exceptions are outcomes,
+so that a handler that contains only the success path is already correct:
 
-| happened | outcome |
+| event | outcome |
 |---|---|
 | no connection | `Retry` |
-| a GET or HEAD without answer | `Retry` |
-| another request without answer once it went out | `Unknown` |
+| a GET or HEAD without an answer | `Retry` |
+| another request that went out and has no answer | `Unknown` |
 | `raise_for_status()` on 408, 425, 429, 503 | `Retry`, after `Retry-After` |
 | on 401, 403 | `Misconfigured` |
 | on another 4xx, or a redirect | `Reject` |
-| on another 5xx | `Retry` for GET and HEAD, else `Unknown` |
+| on another 5xx | `Retry` for GET and HEAD, otherwise `Unknown` |
 
-An `httpx.AsyncClient` belongs to one event loop: make an `Outgoing` per loop, on it.
+An `httpx.AsyncClient` belongs to one event loop, so each loop has an `Outgoing` of its own.
 """
 
 import functools
@@ -28,37 +28,41 @@ import msgspec
 
 from adapter.plugin import Misconfigured, Reject, Retry, Settings, Unknown, Url
 
-LARGEST_ANSWER_BYTES = 1024 * 1024
+MAX_ANSWER_BYTES = 1024 * 1024
 CONNECT_TIMEOUT = timedelta(seconds=5)
 ENDS_BEFORE_DEADLINE = timedelta(milliseconds=100)
-READ_ONLY = frozenset({"GET", "HEAD", "OPTIONS"})
-LATER = frozenset({408, 425, 429, 503})
+READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+RETRIED_STATUSES = frozenset({408, 425, 429, 503})
 
 Origin = tuple[str, str, int]
 
 
-class Answer(httpx.Response):
-    """A response whose `raise_for_status` raises the outcomes of the table above."""
+class DestinationResponse(httpx.Response):
+    """A response whose `raise_for_status` raises outcomes."""
 
-    def raise_for_status(self) -> "Answer":
-        """Itself where the far side says 2xx. Raises `Retry`, `Misconfigured`, `Reject` or `Unknown`."""
+    def raise_for_status(self) -> "DestinationResponse":
+        """Return the response if its status is 2xx.
+
+        Raises:
+            Outcome: `Retry`, `Misconfigured`, `Reject` or `Unknown`, as the table of this module says.
+        """
         status = self.status_code
         if self.is_success:
             return self
         answered = f"{self.request.method} was answered {status}"
-        if status in LATER:
+        if status in RETRIED_STATUSES:
             raise Retry("destination-busy", answered, after=retry_after(self.headers.get("retry-after")))
         if status in (401, 403):
             raise Misconfigured("destination-unauthorized", answered)
         if status < 500:
             raise Reject("destination-refused", answered)
-        if self.request.method in READ_ONLY:
+        if self.request.method in READING_METHODS:
             raise Retry("destination-error", answered)
         raise Unknown("destination-error", answered)
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> timedelta | None:
-    """`Retry-After` (RFC 9110, 10.2.3) as a duration: seconds or a date; None where it is neither."""
+    """Parse `Retry-After` (RFC 9110, 10.2.3). Return None if it is neither seconds nor a date."""
     if value is None:
         return None
     try:
@@ -72,7 +76,7 @@ def retry_after(value: str | None, now: datetime | None = None) -> timedelta | N
 
 
 def origins(settings: Settings) -> frozenset[Origin]:
-    """The hosts that these settings name: the origin of every `Url` in them, however deep."""
+    """Return the origin of every `Url` in the settings, at any depth."""
     return frozenset(url.origin for url in _urls(settings))
 
 
@@ -90,35 +94,35 @@ def _urls(value: Any) -> Iterator[Url]:
             yield from _urls(item)
 
 
-# Who asks is limited, each in a way of its own: a queue in here is slow.
+# The callers limit their requests. A queue in the connection pool is slow.
 _UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=64)
 
 
 def connections() -> httpx.AsyncHTTPTransport:
-    """Connections of one event loop to whom it may be: no proxies, no environment, nothing tried twice."""
-    return httpx.AsyncHTTPTransport(verify=_trusted(), retries=0, trust_env=False, limits=_UNLIMITED)
+    """Return connections for one event loop, without proxies, environment and retries."""
+    return httpx.AsyncHTTPTransport(verify=_ssl_context(), retries=0, trust_env=False, limits=_UNLIMITED)
 
 
 @functools.cache
-def _trusted() -> ssl.SSLContext:
-    """Whom we trust. Read once: it takes 20 ms, and a loop that a plugin blocks is replaced while shoppers wait."""
+def _ssl_context() -> ssl.SSLContext:
+    # Created once: it takes 20 ms, and a blocked loop is replaced while shoppers wait.
     return httpx.create_ssl_context(trust_env=False)
 
 
 class Outgoing:
-    """The connections of one event loop. `client` makes the view of them that one call of a handler gets."""
+    """The connections of one event loop, shared by the clients of all calls on it."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._transport = transport or connections()
 
     def client(self, settings: Settings, deadline: datetime, clock: Callable[[], datetime]) -> httpx.AsyncClient:
-        """
-        A client for one call: it reaches the hosts in `settings` and ends before `deadline`, on `clock`.
+        """Create a client for one call of a handler.
 
-        It follows no redirects and reads no environment. Not to be closed: it owns nothing.
+        It reaches the hosts in `settings`, ends before `deadline` by `clock`, and follows no redirects. It owns
+        nothing, so it need not be closed.
         """
         guarded = _Guarded(self._transport, origins(settings), deadline, clock)
-        headers = {"accept-encoding": "identity"}  # an answer is as large as the bytes that are counted
+        headers = {"accept-encoding": "identity"}  # so that the limit on received bytes limits the answer
         return httpx.AsyncClient(transport=guarded, headers=headers, follow_redirects=False, trust_env=False)
 
     async def aclose(self) -> None:
@@ -140,37 +144,38 @@ class _Guarded(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
-        host = url.raw_host.decode("ascii")  # in the one spelling that the wire has, as in `Url.origin`
+        host = url.raw_host.decode("ascii")  # spelled as in `Url.origin`
         origin = (url.scheme, host, url.port or {"https": 443, "http": 80}.get(url.scheme, 0))
         if origin not in self._allowed:
-            raise Misconfigured("host-not-allowed", f"{url.host} is in no Url of this handler's settings")
+            raise Misconfigured("host-not-allowed", f"no Url in this handler's settings has the host {url.host}")
         left = (self._deadline - self._clock() - ENDS_BEFORE_DEADLINE).total_seconds()
         if left <= 0:
             raise Retry("no-time-left", "the deadline came before the request was sent")
         connect = min(left, CONNECT_TIMEOUT.total_seconds())
-        # In place of the client's own timeouts: what is left of the deadline is the only bound that counts.
+        # These replace the client's own timeouts: only the deadline counts.
         request.extensions["timeout"] = {"connect": connect, "pool": connect, "read": left, "write": left}
-        request.extensions["trace"] = self._may_be_sent
+        request.extensions["trace"] = self._check_deadline
         try:
             response = await self._transport.handle_async_request(request)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise Retry("destination-unreachable", type(error).__name__) from error
         except httpx.TransportError as error:
-            raise _without_answer(request, error) from error
+            raise _no_answer(request, type(error).__name__) from error
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
-            raise _without_answer(request, None, "the answer is compressed, which was not asked for")
-        return Answer(
+            raise _no_answer(request, "the answer is compressed, which was not requested")
+        return DestinationResponse(
             response.status_code,
             headers=response.headers,
             stream=_Capped(response, request),
             extensions=response.extensions,
         )
 
-    async def _may_be_sent(self, event: str, _facts: Mapping[str, Any]) -> None:
-        """
-        Asked by httpcore before it writes. A process may have been stopped since the request was begun, for longer than
-        its lease: others have looked it up by now, found nothing and sent it, and it must not go out a second time.
+    async def _check_deadline(self, event: str, _facts: Mapping[str, Any]) -> None:
+        """Stop a request whose deadline has passed, right before httpcore writes it.
+
+        The process may have been suspended for longer than its lease. By now another process may have looked up the
+        effect, found nothing and sent the request, and it must not go out a second time.
         """
         if not event.endswith((".send_request_headers.started", ".send_request_body.started")):
             return
@@ -181,7 +186,7 @@ class _Guarded(httpx.AsyncBaseTransport):
 
 
 class _Capped(httpx.AsyncByteStream):
-    """The body of an answer: at most a mebibyte, and broken off in our words."""
+    """The body of an answer, limited to `MAX_ANSWER_BYTES`. Its errors are outcomes."""
 
     def __init__(self, response: httpx.Response, request: httpx.Request) -> None:
         self._response = response
@@ -192,18 +197,18 @@ class _Capped(httpx.AsyncByteStream):
         try:
             async for chunk in self._response.stream:  # type: ignore[union-attr]
                 size += len(chunk)
-                if size > LARGEST_ANSWER_BYTES:
-                    raise _without_answer(self._request, None, "the answer is larger than 1 MiB")
+                if size > MAX_ANSWER_BYTES:
+                    raise _no_answer(self._request, "the answer is larger than 1 MiB")
                 yield chunk
         except httpx.TransportError as error:
-            raise _without_answer(self._request, error) from error
+            raise _no_answer(self._request, type(error).__name__) from error
 
     async def aclose(self) -> None:
         await self._response.aclose()
 
 
-def _without_answer(request: httpx.Request, error: Exception | None, why: str = "") -> Retry | Unknown:
-    message = f"{request.method} had no answer: {why or type(error).__name__}"
-    if request.method in READ_ONLY:
+def _no_answer(request: httpx.Request, reason: str) -> Retry | Unknown:
+    message = f"{request.method} had no answer: {reason}"
+    if request.method in READING_METHODS:
         return Retry("destination-no-answer", message)
     return Unknown("destination-no-answer", message)

@@ -1,22 +1,21 @@
-"""
-The door for plugin authors: handler classes, their context, their settings and their outcomes.
+"""The API for plugin authors: handlers with their context, settings and outcomes.
 
-A handler is a class in the entry-point group `norce_adapter.handlers`, made once without arguments. It keeps nothing
-between calls: what it needs to know about an order comes in the call, what it learned goes into its outcome. All
-methods are coroutines and run on an event loop of the plugins' own, so a handler that blocks delays other plugins,
-never the intake; Python can still not interrupt it.
+A handler is a class in the entry-point group `norce_adapter.handlers`. It is created once, without arguments, and keeps
+no state between calls: everything about an order arrives with the call, and everything learned leaves with the outcome.
+All methods are coroutines. They run on event loops for plugins, so a method that blocks delays other plugins, but never
+the intake of callbacks. Nothing can interrupt a method that blocks.
 
-| happened | outcome |
+| situation | outcome |
 |---|---|
 | the effect is there | return `Done(reference, facts)` |
-| nothing to do, and that is right | return `Skip(reason)` |
-| could not be tried, or the far side says "later" | raise `Retry` |
+| there is rightly nothing to do | return `Skip(reason)` |
+| it could not be tried, or the destination asks for a later try | raise `Retry` |
 | this order can never be taken | raise `Reject` |
-| the request went out and no answer came | raise `Unknown` |
+| a request went out and was not answered | raise `Unknown` |
 | a person must change the configuration | raise `Misconfigured` |
 
-What `context.http` raises is this table already (see `adapter.outgoing`). Any other exception is a bug in the handler:
-it is logged with its traceback and treated as `Unknown`.
+`context.http` raises these outcomes itself (see `adapter.outgoing`). Any other exception is a bug in the handler: it is
+logged with its traceback and treated as `Unknown`.
 """
 
 import re
@@ -64,14 +63,14 @@ __all__ = [
 ]
 
 _KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-_POINTER = re.compile(r"(/([^/~]|~[01])*)+")  # RFC 6901; the root, the empty pointer, is nobody's to patch
-LONGEST_CODE = 64
+_POINTER = re.compile(r"(/([^/~]|~[01])*)+")  # RFC 6901, without the empty pointer: the root cannot be patched
+MAX_CODE_LENGTH = 64
 
 
 def _checked_code(code: str) -> str:
-    if not _KEBAB.fullmatch(code) or len(code) > LONGEST_CODE:
+    if not _KEBAB.fullmatch(code) or len(code) > MAX_CODE_LENGTH:
         raise ValueError(
-            f"a code is kebab-case (such as item-out-of-stock), at most {LONGEST_CODE} characters; not {code!r}"
+            f"a code is kebab-case (such as item-out-of-stock) of at most {MAX_CODE_LENGTH} characters; not {code!r}"
         )
     return code
 
@@ -80,23 +79,24 @@ def _checked_code(code: str) -> str:
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """
-    The settings of a handler: subclass it, one annotated field a setting.
+    """Base class for a handler's settings, with one annotated field for each setting.
 
-    Describe each field with `Annotated[str, msgspec.Meta(description="…")]`. Fields of type `Url` say which hosts the
-    handler may reach; fields of type `Secret` are given by reference only. A `__post_init__` that raises `ValueError`
-    is how settings that only make sense together are checked; its message is shown with the place in the file.
+    Describe each field with `Annotated[str, msgspec.Meta(description="…")]`. A handler may reach only the hosts in its
+    fields of type `Url`. A field of type `Secret` accepts only a reference (`${env:NAME}` or `${file:PATH}`). To check
+    settings that depend on each other, raise `ValueError` in `__post_init__`: its message is shown with the place in
+    the configuration file.
     """
 
 
 class NoSettings(Settings, frozen=True, kw_only=True):
-    """What a handler has that declares no settings."""
+    """The settings of a handler that declares none."""
 
 
 class Undecided(Exception):
-    """
-    A condition ended in an error for this order, so that it neither holds nor does not: the order has something at its
-    scope that the schema cannot be evaluated on. `explain` shows what; a verdict is the route's `no_answer` meanwhile.
+    """A condition could not be evaluated on this order, so that it neither holds nor does not.
+
+    `scope` is the condition's pointer and `code` the reason; `norce-adapter explain` shows more. Raised by a validation
+    or a hook, it counts as no answer.
     """
 
     def __init__(self, scope: str, code: str) -> None:
@@ -105,13 +105,14 @@ class Undecided(Exception):
         self.code = code
 
     def __str__(self) -> str:
-        return f"the condition at {self.scope} could not be decided: {self.code}"
+        return f"the condition at {self.scope} could not be evaluated: {self.code}"
 
 
 class Conditional(Settings, frozen=True, kw_only=True, dict=True):
-    """
-    Settings with a condition in them, checked and compiled when they are read: subclass it for what is said about a
-    part of the order. A `__post_init__` of its own calls that of `super()`.
+    """Base class for settings that depend on a condition on the order.
+
+    The condition is checked and compiled when the settings are read. A `__post_init__` of a subclass must call
+    `super().__post_init__()`.
     """
 
     scope: Annotated[str, msgspec.Meta(description="JSON Pointer to the part of the order that decides.")]
@@ -131,7 +132,11 @@ class Conditional(Settings, frozen=True, kw_only=True, dict=True):
         return self.__dict__["compiled"]  # type: ignore[no-any-return]
 
     def holds(self, order: Order) -> bool:
-        """Whether the condition holds on this order. Raises `Undecided`."""
+        """Return True if the condition holds on this order.
+
+        Raises:
+            Undecided: The condition could not be evaluated.
+        """
         evaluation = self.compiled.evaluate(order.data, parsed=True)
         if evaluation.result is Result.ERROR:
             raise Undecided(self.scope, str(evaluation.code))
@@ -139,10 +144,10 @@ class Conditional(Settings, frozen=True, kw_only=True, dict=True):
 
 
 class Url(str):
-    """
-    An address that a handler may call: https, or http to this very machine. `origin` is what it may reach.
+    """An address that a handler may call: `https://…`, or `http://…` on this machine.
 
-    Raises `ValueError` for anything else, for credentials in the address, and for a query or fragment.
+    A trailing slash is removed. Creating one raises `ValueError` for any other address, and for one with credentials, a
+    query or a fragment.
     """
 
     __slots__ = ()
@@ -156,21 +161,21 @@ class Url(str):
             raise ValueError("is not an address")
         loopback = parts.host in ("localhost", "127.0.0.1", "::1")
         if not parts.host or not (parts.scheme == "https" or (parts.scheme == "http" and loopback)):
-            raise ValueError("must be an https:// address; http:// is taken for localhost, 127.0.0.1 and [::1] only")
+            raise ValueError("must be an https:// address; only localhost, 127.0.0.1 and [::1] may have http://")
         authority = text.partition("://")[2].partition("/")[0]
         if "@" in authority or "?" in text or "#" in text:
-            raise ValueError("must be a plain address: no user, password, query or fragment in it")
+            raise ValueError("must be an address without user, password, query and fragment")
         return super().__new__(cls, text.rstrip("/"))
 
     @property
     def origin(self) -> tuple[str, str, int]:
-        """Scheme, host and port: `("https", "shop.example", 443)`; the host as it is on the wire (`xn--…`)."""
+        """Scheme, host and port: `("https", "shop.example", 443)`. The host is ASCII (`xn--…`)."""
         parts = httpx.URL(self)
         return parts.scheme, parts.raw_host.decode("ascii"), parts.port or {"https": 443, "http": 80}[parts.scheme]
 
 
 class Secret:
-    """A value that never shows itself: `reveal()` where it is used, and nowhere else."""
+    """A secret that `repr`, `str` and encoders do not show. Call `reveal()` where it is used."""
 
     __slots__ = ("_value",)
 
@@ -195,44 +200,58 @@ class Secret:
 S = TypeVar("S", bound=Settings)
 
 
-# --- what a handler is given ----------------------------------------------------------------------------------------
+# --- arguments of a handler -----------------------------------------------------------------------------------------
 
 
 class Orders(Protocol):
-    """
-    Norce's orders, as the order's merchant and channel see them.
+    """Orders at Norce, as the order's merchant and channel see them.
 
-    What every method raises: `Retry` where Norce does not answer, answers 429 or 5xx; `Misconfigured` on 401 and 403;
-    `Reject` on another 4xx (`order-not-found`; `norce-rejected`, also where another adapter's hook refuses the change);
-    `Unknown` where a POST went out and no answer says what became of it. A change is made with our adapter id, so that
-    our own hooks are not asked about it; it may be slow, and change more than was sent.
+    Changes carry our adapter id, so that Norce does not call our own hooks for them. A change may be slow, and may
+    change more than was sent.
+
+    Every method raises:
+        Retry: Norce does not answer, or answers 429 or 5xx.
+        Misconfigured: Norce answers 401 or 403.
+        Reject: Norce answers another 4xx: `order-not-found`, or `norce-rejected` (another adapter's hook may have
+            refused the change).
+        Unknown: A POST went out and its result is not known.
     """
 
     async def read(self, order_id: str) -> Order:
-        """The order as Norce has it now."""
+        """Return the order as Norce has it now."""
         ...
 
     async def set_reference(self, order_id: str, reference: str) -> None:
-        """Writes the order's number in the other system on the order: `reference`. The same again does no harm."""
+        """Set the order's `reference`: its number in the other system. Repeating it does no harm."""
         ...
 
     async def set_attributes(self, order_id: str, attributes: Mapping[str, Any]) -> None:
-        """Sets these attributes of the order, and leaves the others. Use keys that carry your name."""
+        """Set these attributes of the order and keep the others. Use keys that carry your name."""
         ...
 
     async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
-        """
-        Any other operation on the order, by its name in docs/simulator.md; `path` are the parameters in its path:
-        `call("put_payment", order_id, payment, payment_id=…)`.
+        """Call another operation on the order and return the JSON of the answer, or None.
 
-        Answers what Norce does, as plain JSON; None for nothing. Norce has no concurrency control, and a PUT replaces
-        the whole: read right before, write only what is yours. Raises `KeyError` for an unknown operation.
+        Norce has no concurrency control, and a PUT replaces the whole member. So read right before you write, and write
+        only what is yours.
+
+        Args:
+            operation: A name from docs/simulator.md, such as `put_payment`.
+            order_id: The order's id.
+            body: The request body, as plain JSON.
+            path: The other parameters of the operation's path, such as `payment_id`.
+
+        Raises:
+            KeyError: There is no such operation.
         """
         ...
 
 
 class Log(Protocol):
-    """A structlog logger with the order, route and attempt bound. Only allow-listed fields leave the process."""
+    """A structlog logger with order, route and attempt bound.
+
+    Only allow-listed fields leave the process. Events are stable names, such as `order_seen`.
+    """
 
     def debug(self, event: str, **fields: Any) -> Any: ...
     def info(self, event: str, **fields: Any) -> Any: ...
@@ -242,7 +261,7 @@ class Log(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Previous:
-    """The last `Done` of this lane: what this route did for this order before."""
+    """The last `Done` of this route for this order."""
 
     reference: str | None
     facts: Mapping[str, Any]
@@ -251,72 +270,64 @@ class Previous:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(Generic[S]):
-    """
-    What surrounds one call of a handler.
+    """The surroundings of one call of a handler.
 
-    `attempt` counts from 1 and `first_attempt_at` is when it was 1; `deadline` is when this call is cancelled, on
-    `clock`. `previous` is the lane's last `Done`, for a handler to find that nothing has changed. `http` reaches the
-    hosts in the settings and no other, never later than the deadline. A handler that declares `computes` has neither
-    `http` nor `orders`: using them raises `Misconfigured`.
+    If the handler declares `computes`, using `http` or `orders` raises `Misconfigured`.
     """
 
-    settings: S
+    settings: S  # for this merchant and channel
     log: Log
-    http: httpx.AsyncClient
+    http: httpx.AsyncClient  # reaches only the hosts in the settings, and ends before the deadline
     orders: Orders
-    clock: Callable[[], datetime]
-    identity: str
+    clock: Callable[[], datetime]  # aware, in UTC
+    identity: str  # of the event; the same for repeats
     route: str
-    deadline: datetime
-    attempt: int = 1
+    deadline: datetime  # the call is cancelled then, by `clock`
+    attempt: int = 1  # counts from 1
     first_attempt_at: datetime
-    previous: Previous | None = None
+    previous: Previous | None = None  # to find out that nothing has changed since
 
     def key(self, name: str = "") -> str:
-        """
-        An idempotency key of 64 hexadecimal characters.
+        """Return an idempotency key of 64 hexadecimal characters.
 
-        The same for every attempt at this notification on this route, after a restart too; another for another `name`.
+        It is the same for every attempt at this notification on this route, also after a restart. Each `name` has a key
+        of its own, for handlers that send several requests.
         """
         return sha256(f"{self.identity}\n{self.route}\n{name}".encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notification:
-    """
-    A notification as a handler gets it.
+    """A notification, with the order to act on."""
 
-    `order` is the order to act on: as Norce has it now where the route re-reads it (the default), otherwise as it was
-    received. `received` is the order as it came, `raw` the whole body as it came, byte for byte.
-    """
-
-    id: int
+    id: int  # in the ledger
     merchant: str
     channel: str
     callback: str
-    order: Order
-    received: Order
-    raw: bytes = field(repr=False)
+    order: Order  # as Norce has it now; as it was received on a route with `refetch: false`
+    received: Order  # as it was received
+    raw: bytes = field(repr=False)  # the whole body as it was received
     received_at: datetime
 
 
-# --- what a handler answers -----------------------------------------------------------------------------------------
+# --- outcomes and answers -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """
-    The effect is there. `reference` is the destination's name for it; `facts` are kept with it, for the next call's
-    `context.previous`. Both are stored and shown to operators: no personal data.
+    """The effect is there.
+
+    Both fields are stored, shown to operators, and given to the next call as `context.previous`. They must not hold
+    personal data.
     """
 
-    reference: str | None = None
+    reference: str | None = None  # the destination's name for the effect, such as an invoice number
     facts: Mapping[str, str | int | bool | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """There was nothing to do, and that is right. The reason is kebab-case, such as `nothing-changed`."""
+    """There is rightly nothing to do. `reason` is kebab-case, such as `nothing-changed`."""
 
     reason: str
 
@@ -325,9 +336,11 @@ class Skip:
 
 
 class Outcome(Exception):
-    """
-    What a notification handler raises when it is not done. `code` is kebab-case and stable; it is logged and counted.
-    `message` is for the person who reads the dead letter: name members and rules, never a customer's values.
+    """Base class of the outcomes that a notification handler raises.
+
+    Args:
+        code: Kebab-case and stable; it is logged and counted. Anything else raises `ValueError`.
+        message: Stored for the person who reads the dead letter. Name members and rules, never a customer's values.
     """
 
     def __init__(self, code: str, message: str = "") -> None:
@@ -340,7 +353,11 @@ class Outcome(Exception):
 
 
 class Retry(Outcome):
-    """Nothing happened; try again, not before `after` where the destination asked for it (`Retry-After`)."""
+    """Nothing happened, and a later attempt may succeed.
+
+    `after` is the delay that the destination asked for (`Retry-After`). The next attempt is not earlier than that, and
+    not earlier than the route's schedule.
+    """
 
     def __init__(self, code: str, message: str = "", *, after: timedelta | None = None) -> None:
         super().__init__(code, message)
@@ -348,22 +365,28 @@ class Retry(Outcome):
 
 
 class Reject(Outcome):
-    """Nothing happened and nothing ever will with this order: a dead letter, with the reason a person will read."""
+    """Nothing happened, and no attempt with this order can succeed. It becomes a dead letter."""
 
 
 class Unknown(Outcome):
-    """The request went out and no answer says what became of it: looked up before anything is sent again."""
+    """A request went out and its result is not known.
+
+    It is looked up before anything is sent again.
+    """
 
 
 class Misconfigured(Outcome):
-    """Nothing happened because of the configuration (wrong credentials, say): the queue pauses, the work is kept."""
+    """Nothing happened, because the configuration is wrong.
+
+    The queue is paused and keeps its work. The attempt uses up nothing of the schedule.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Why a purchase may not go on. `code` is kebab-case: the shopper's front end shows or translates it."""
+    """A reason why a purchase may not proceed. The shopper's front end shows or translates it."""
 
-    code: str
+    code: str  # kebab-case
     message: str
 
     def __post_init__(self) -> None:
@@ -372,13 +395,19 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Patch:
-    """
-    One further change to the order, an operation of a JSON Patch (RFC 6902): made by `add`, `replace` or `remove`.
+    """One change to the order: an operation of a JSON Patch (RFC 6902).
 
-    `path` is a JSON Pointer (RFC 6901) from the root of the order, and lies inside the hook's `target`. `value` is
-    plain JSON; `Decimal` is written as a number. Setting a whole member or a whole array is safer at Norce than editing
-    an array by index. What is already as wanted is left out of the answer for you, so that a patch that comes back
-    round ends. Raises `ValueError` for another operation, or a path that is no pointer.
+    Create it with `add`, `replace` or `remove`. Prefer to set a whole member or a whole array: Norce is less reliable
+    when an array is changed by index. A patch that would change nothing is left out of the answer, so that a hook that
+    is called again for its own patch ends.
+
+    Args:
+        op: `add`, `replace` or `remove`.
+        path: JSON Pointer (RFC 6901) from the root of the order to a place inside the hook's `target`.
+        value: Plain JSON; a `Decimal` is written as a number.
+
+    Raises:
+        ValueError: `op` is another operation, or `path` is no pointer.
     """
 
     op: Literal["add", "replace", "remove"]
@@ -387,30 +416,33 @@ class Patch:
 
     def __post_init__(self) -> None:
         if self.op not in ("add", "replace", "remove"):
-            raise ValueError("a patch is add, replace or remove")
+            raise ValueError("the op of a patch is add, replace or remove")
         if not _POINTER.fullmatch(self.path):
-            raise ValueError("a patch has a JSON Pointer from the root of the order, such as /cart/items")
+            raise ValueError("the path of a patch is a JSON Pointer from the root of the order, such as /cart/items")
 
     @classmethod
     def add(cls, path: str, value: Any) -> "Patch":
-        """Sets a member, new or not; inserts into an array, at its end with `-`."""
+        """Set a member, or insert an element before an index of an array, at its end with `-`."""
         return cls("add", path, value)
 
     @classmethod
     def replace(cls, path: str, value: Any) -> "Patch":
-        """Sets what must be there already."""
+        """Set a member or an element that exists."""
         return cls("replace", path, value)
 
     @classmethod
     def remove(cls, path: str) -> "Patch":
-        """Takes away what is there; where nothing is, that is as wanted."""
+        """Remove a member or an element. Does nothing if it does not exist."""
         return cls("remove", path)
 
 
 class Refuse(Exception):
-    """
-    The change may not be stored. `code` is kebab-case and `message` for the shopper's front end; `inner` is the cause
-    as the system behind the handler names it (Norce's `innerErrorCode`).
+    """Raised by a hook handler to refuse a change.
+
+    Args:
+        code: Kebab-case; anything else raises `ValueError`.
+        message: Shown by the shopper's front end.
+        inner: The cause, in the words of the system behind the handler (Norce's `innerErrorCode`).
     """
 
     def __init__(self, code: str, message: str, *, inner: str | None = None) -> None:
@@ -423,7 +455,7 @@ class Refuse(Exception):
         return f"{self.code}: {self.message}"
 
 
-# --- what a handler is ----------------------------------------------------------------------------------------------
+# --- handlers -------------------------------------------------------------------------------------------------------
 
 
 class _Handler(ABC, Generic[S]):
@@ -438,62 +470,82 @@ class _Handler(ABC, Generic[S]):
 
 
 class NotificationHandler(_Handler[S]):
-    """
-    Acts on a notification, once for each route that wants it.
+    """Base class for handlers that act on notifications.
 
-    `repeatable = True` declares that repeating a request with the same key does no harm: a handler in doubt that has no
-    `lookup` is then simply called again. Without either, an unknown outcome waits for a person.
+    `repeatable = True` declares that repeating a request with the same idempotency key does no harm. After an unknown
+    outcome, a repeatable handler without a `lookup` is called again. A handler with neither waits for a person.
     """
 
     repeatable: ClassVar[bool] = False
 
     @abstractmethod
     async def deliver(self, notification: Notification, context: Context[S]) -> Done | Skip:
-        """Do it. The module says what to raise. The call is cancelled at its deadline; its outcome is then unknown."""
+        """Deliver the order to the destination.
+
+        The call is cancelled at its deadline; its outcome is then unknown. The deliveries of one order on one route run
+        one at a time.
+
+        Raises:
+            Outcome: `Retry`, `Reject`, `Unknown` or `Misconfigured`, as the table of this module says.
+        """
 
     async def lookup(self, notification: Notification, context: Context[S]) -> Done | None:
-        """
-        After an unknown outcome: is the effect there? `Done` where it is, None where nothing has happened.
+        """Look up the effect of an attempt with an unknown outcome.
 
-        Called instead of `deliver`, never before the deadline of the call in doubt has passed. What it raises leaves
-        the doubt and follows the retry schedule. Leave it out where the destination cannot be asked.
+        It is called instead of `deliver`, and not before the deadline of the attempt in doubt has passed. Leave it out
+        if the destination cannot be asked.
+
+        Returns:
+            `Done` if the effect is there; None if nothing happened, and `deliver` may be called again.
+
+        Raises:
+            Outcome: The doubt remains, and the next lookup follows the retry schedule.
         """
-        raise Unknown("no-lookup", "this handler cannot ask its destination")
+        raise Unknown("no-lookup", "this handler cannot look up the effect of a request")
 
 
 class ValidationHandler(_Handler[S]):
-    """
-    Says whether a purchase may go on. Asked again for every try of the shopper: cheap, and without side effects.
+    """Base class for handlers that decide whether a purchase may proceed.
 
-    `computes = True` declares pure computation: it is then run in place, without a hop to the plugins' event loop.
+    `computes = True` declares that the handler only computes. It is then called in place, without a change of thread,
+    and must not await anything.
     """
 
     computes: ClassVar[bool] = False
 
     @abstractmethod
     async def validate(self, order: Order, context: Context[S]) -> list[Problem]:
-        """What stands against this purchase; empty to approve. A raised exception counts as no answer."""
+        """Return the problems that stand against the purchase; an empty list approves.
+
+        It is called again for every try of the shopper. So it must be cheap and have no side effects. An exception, or
+        an answer after the deadline, counts as no answer: the route's `no_answer` is used.
+        """
 
 
 class HookHandler(_Handler[S]):
-    """
-    Answers a change that is about to be stored: accepts it, refuses it, or asks for further changes.
+    """Base class for handlers that answer a change before it is stored.
 
-    Called with the whole order, the change in it; what it was before and what has changed is not told (a callback of
-    its own for each watched part, or `context.orders.read`, say more). It may be called again for the same change, and
-    the change may still be refused by somebody else: no side effects. `computes = True` as for validations.
+    `computes = True` declares that the handler only computes, as for a `ValidationHandler`.
     """
 
     computes: ClassVar[bool] = False
 
     @abstractmethod
     async def change(self, order: Order, context: Context[S]) -> list[Patch]:
-        """
-        The further changes, empty to accept; raises `Refuse`. Any other exception counts as no answer, and so does a
-        patch that does not apply to the order or leaves the target.
+        """Return further changes to the order; an empty list accepts the change as it is.
+
+        `order` is the whole order with the change in it. Norce does not say what has changed: use one callback for each
+        watched part, or read the stored order with `context.orders.read`. The method may be called again for the same
+        change, which another adapter may still refuse. So it must have no side effects.
+
+        An exception other than `Refuse` counts as no answer, and so do patches that do not apply to the order or leave
+        the hook's `target`.
+
+        Raises:
+            Refuse: The change must not be stored.
         """
 
 
 def can_look_up(handler: type[NotificationHandler[Any]]) -> bool:
-    """Whether this handler can be asked what became of a request."""
+    """Return True if the handler has a `lookup` of its own."""
     return handler.lookup is not NotificationHandler.lookup

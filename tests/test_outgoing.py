@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.outgoing import CONNECT_TIMEOUT, LARGEST_ANSWER_BYTES, Outgoing, origins, retry_after
+from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, origins, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
@@ -176,13 +176,13 @@ def test_an_answer_without_end_is_left_after_a_mebibyte(method: str, expected: t
     raised = outcome(answering(200, stream=chunks), method)
 
     assert type(raised) is expected
-    assert chunks.sent == LARGEST_ANSWER_BYTES // 65536 + 1
+    assert chunks.sent == MAX_ANSWER_BYTES // 65536 + 1
 
 
 def test_an_answer_of_a_mebibyte_is_read() -> None:
     answer = request(answering(200, stream=Chunks(count=16, size=65536)))
 
-    assert len(answer.content) == LARGEST_ANSWER_BYTES
+    assert len(answer.content) == MAX_ANSWER_BYTES
 
 
 def test_a_compressed_answer_is_neither_asked_for_nor_unpacked() -> None:

@@ -16,7 +16,7 @@ import structlog
 
 from adapter.orders import Order, read_order
 from adapter.plugin import (
-    LONGEST_CODE,
+    MAX_CODE_LENGTH,
     Context,
     Done,
     Misconfigured,
@@ -162,7 +162,7 @@ NAMES = ["Skip", "Retry", "Reject", "Unknown", "Misconfigured", "Problem"]
 
 
 @pytest.mark.parametrize("make", CODED, ids=NAMES)
-@pytest.mark.parametrize("code", ["sold-out", "a", "http-404", "4", "a" * LONGEST_CODE])
+@pytest.mark.parametrize("code", ["sold-out", "a", "http-404", "4", "a" * MAX_CODE_LENGTH])
 def test_a_code_is_kebab_case(make: type, code: str) -> None:
     make(code)
 
@@ -170,7 +170,7 @@ def test_a_code_is_kebab_case(make: type, code: str) -> None:
 @pytest.mark.parametrize("make", CODED, ids=NAMES)
 @pytest.mark.parametrize(
     "code",
-    ["", "Sold-Out", "sold_out", "sold out", "-a", "a-", "a--b", "a\n", "såld", "a" * (LONGEST_CODE + 1)],
+    ["", "Sold-Out", "sold_out", "sold out", "-a", "a-", "a--b", "a\n", "såld", "a" * (MAX_CODE_LENGTH + 1)],
     ids=repr,
 )
 def test_a_code_that_is_not_kebab_case_is_refused(make: type, code: str) -> None:

@@ -75,7 +75,7 @@ def test_a_condition_that_cannot_be_decided_leaves_the_hook_without_an_answer() 
     for _ in range(300):
         nested = {"in": nested}
 
-    with pytest.raises(Undecided, match="condition at /cart/attributes/deep could not be decided"):
+    with pytest.raises(Undecided, match="condition at /cart/attributes/deep could not be evaluated"):
         asked(order(deep=nested), {**MEMBERS, "scope": "/cart/attributes/deep", "schema": deep})
 
 

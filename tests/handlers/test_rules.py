@@ -115,7 +115,7 @@ def test_a_rule_that_cannot_be_decided_is_no_answer():
     with pytest.raises(Undecided) as raised:
         validate(read_order(COMPLETED), in_an_array)
 
-    assert str(raised.value) == "the condition at /payments/0/state could not be decided: scope_in_array"
+    assert str(raised.value) == "the condition at /payments/0/state could not be evaluated: scope_in_array"
 
 
 @pytest.mark.parametrize(
