@@ -1,4 +1,4 @@
-"""`python -m crash`: says on stderr how it goes, and on the last line of stdout, as JSON, what it came to."""
+"""`python -m tests.crash`: progress on stderr, and the result as JSON on the last line of stdout."""
 
 import random
 import sys
@@ -15,19 +15,19 @@ from tests.databases import KINDS, postgres_server
 @click.command()
 @click.option("--kills", default=200, show_default=True, type=click.IntRange(1, 100_000))
 @click.option("--store", default="both", show_default=True, type=click.Choice([*KINDS, "both"]))
-@click.option("--seed", default="", help="Decides what is done in which order; the moments are the machine's own.")
+@click.option("--seed", default="", help="Decides what is done in which order, but not the moments.")
 @click.option(
     "--a-round", default=25, show_default=True, type=click.IntRange(1, 1000), help="Kills between two drains."
 )
 @click.option("--point", "only", multiple=True, type=click.Choice([*points.POINTS, RANDOM, RANDOM_START, FROZEN]))
-@click.option("--outages/--no-outages", default=True, show_default=True, help="Every other round has them.")
-@click.option("--mistake", type=click.Choice(list(MISTAKES)), help="Builds a mistake into the service.")
+@click.option("--outages/--no-outages", default=True, show_default=True, help="The store fails in every other round.")
+@click.option("--mistake", type=click.Choice(list(MISTAKES)), help="Build in a mistake, which the test must find.")
 def main(
     kills: int, store: str, seed: str, a_round: int, only: tuple[str, ...], outages: bool, mistake: str | None
 ) -> None:
-    """Kill the service so many times; fails where anything acknowledged was lost or anything was done twice."""
+    """Kill the service many times. Fail if anything acknowledged was lost or anything was done twice."""
     seed = seed or str(random.SystemRandom().randrange(1_000_000))
-    say(f"seed {seed}")
+    report(f"seed {seed}")
     stores = KINDS if store == "both" else (store,)
     with ExitStack() as stack:
         server = stack.enter_context(postgres_server()) if "postgresql" in stores else None
@@ -40,13 +40,13 @@ def main(
             only=only,
             outages=outages,
             mistake=mistake,
-            say=say,
+            report=report,
         )
     click.echo(counts.as_json())
-    sys.exit(0 if counts.all_is_well else 1)
+    sys.exit(0 if counts.passed else 1)
 
 
-def say(line: str) -> None:
+def report(line: str) -> None:
     click.echo(line, err=True)
 
 

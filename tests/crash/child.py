@@ -1,8 +1,6 @@
-"""
-The service as the harness runs it: `norce-adapter serve` with points to die at, and with shorter times.
+"""The service as the harness runs it: `norce-adapter serve` with shorter times and with points at which it dies.
 
-All its words are those of the service itself; only the code around it is ours. Where the harness is gone, so is this
-process, at once.
+Only the code around the service belongs to the test. The process ends as soon as the harness does.
 """
 
 import asyncio
@@ -18,10 +16,10 @@ import adapter.deliveries.dispatcher
 import adapter.ledger.lease
 from adapter.cli import main
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification
-from tests.crash.points import Turn, install
+from tests.crash.points import Killer, install
 from tests.crash.warehouse import WarehouseExport
 
-# A third of the lease is a heartbeat, and doubt is longer than a request may take: only the figures are smaller.
+# As in the service, a heartbeat is a third of the lease, and doubt lasts longer than a request may take.
 LEASE = timedelta(milliseconds=1500)
 BEAT = timedelta(milliseconds=500)
 SLACK = timedelta(milliseconds=600)
@@ -29,7 +27,7 @@ POLL = timedelta(milliseconds=500)
 STORE_RETRY = timedelta(milliseconds=100)
 
 
-def shorten() -> None:
+def shorten_times() -> None:
     adapter.ledger.lease.LEASE_MS = int(LEASE.total_seconds() * 1000)
     adapter.deliveries.dispatcher.HEARTBEAT = BEAT
     adapter.deliveries.dispatcher.SLACK = SLACK
@@ -37,62 +35,67 @@ def shorten() -> None:
     adapter.deliveries.dispatcher.STORE_RETRY = STORE_RETRY
 
 
-def answers_before_it_stores() -> None:
-    """A mistake that the harness must find: 200 for what is not on disk yet."""
+def answer_before_storing() -> None:
+    """Answer 200 before the notification is on disk. The harness must find this mistake."""
     receive = Inbox.receive
     pending: set[asyncio.Task[Any]] = set()
 
-    async def soon(inbox: Inbox, notification: ReceivedNotification) -> Received:
+    async def receive_later(inbox: Inbox, notification: ReceivedNotification) -> Received:
         task = asyncio.create_task(receive(inbox, notification))
         pending.add(task)
         task.add_done_callback(pending.discard)
         return Received.NEW
 
-    Inbox.receive = soon  # type: ignore[method-assign]
+    Inbox.receive = receive_later  # type: ignore[method-assign]
 
 
-def forgets_to_look() -> None:
-    """Another: in doubt it does not ask, and takes for granted that nothing has happened."""
+def skip_lookup() -> None:
+    """Treat every lane in doubt as if nothing had happened. The harness must find this mistake."""
 
-    async def nothing(*_: Any) -> None:
+    async def find_nothing(*_: Any) -> None:
         return None
 
-    WarehouseExport.lookup = nothing  # type: ignore[method-assign]
+    WarehouseExport.lookup = find_nothing  # type: ignore[method-assign]
 
 
-MISTAKES = {"answers-before-it-stores": answers_before_it_stores, "forgets-to-look": forgets_to_look}
+MISTAKES = {"answers-before-it-stores": answer_before_storing, "skips-the-lookup": skip_lookup}
 
 
 def serve(
     config: str,
     environ: dict[str, str],
-    orders: Connection,
-    said: Connection,
+    commands: Connection,
+    output: Connection,
     mistake: str | None,
     armed: tuple[str, int] | None,
 ) -> None:
-    """Serves in this process. `orders` tell at which point to die; where they end, the harness is gone."""
+    """Run the service in this process.
+
+    Args:
+        commands: Receives the points at which to die. The process ends when the harness closes it.
+        output: Takes the standard output and the standard error.
+    """
     os.environ.update(environ)
     sys.path += environ["PYTHONPATH"].split(os.pathsep)
     for number in (1, 2):
-        os.dup2(said.fileno(), number)
-    turn = Turn()
-    install(turn)
-    shorten()
+        os.dup2(output.fileno(), number)
+    killer = Killer()
+    install(killer)
+    shorten_times()
     if mistake is not None:
         MISTAKES[mistake]()
     if armed is not None:
-        turn.arm(*armed)
+        killer.arm(*armed)
 
     def listen() -> None:
         try:
             while True:
-                point, after, then_stop = orders.recv()
-                turn.arm(point, after)
+                point, after, then_stop = commands.recv()
+                killer.arm(point, after)
                 if then_stop:
                     os.kill(os.getpid(), signal.SIGTERM)
         except EOFError:
             os._exit(9)
 
-    threading.Thread(target=listen, name="crash-orders", daemon=True).start()
+    threading.Thread(target=listen, name="crash-commands", daemon=True).start()
     main(["serve", "--config", config])

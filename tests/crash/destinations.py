@@ -1,6 +1,6 @@
-"""
-What the orders are for: a shop that honours the idempotency key, and a warehouse that does not; both count what really
-happened, and break connections before and after that.
+"""The destinations: a shop that honours idempotency keys, and a warehouse that ignores them.
+
+Both count what really happened, and break connections before and after they act.
 """
 
 import asyncio
@@ -14,27 +14,28 @@ from starlette.types import Receive, Scope, Send
 
 from adapter.sandbox.jetshop_stand_in import DROPPED_AFTER, DROPPED_BEFORE, EXTENSION, Fault, JetshopStandIn
 
-LATE_SECONDS = 0.15  # far less than the time a request is left before anybody asks what became of it
+LATE_SECONDS = 0.15  # far less than the time between a request and its lookup
 
 
 class Warehouse:
-    """
-    Ships at every POST. `shipped` counts by order and snapshot; `order_of` has the snapshots as they came. Without
-    `moods` it is reliable; `answers_after` are the seconds from the shipment to the answer.
+    """A warehouse that ships at every POST. Without `rng` it is reliable.
+
+    `shipped` counts by order and snapshot; `order_of` has the snapshots in order of arrival. `answers_after` is the
+    time from the shipment to the answer, in seconds.
     """
 
-    def __init__(self, moods: random.Random | None = None) -> None:
+    def __init__(self, rng: random.Random | None = None) -> None:
         self.answers_after = 0.0
         self.shipped: Counter[tuple[str, str]] = Counter()
         self.order_of: dict[str, list[str]] = defaultdict(list)
-        self._moods = moods
-        self._acting: set[asyncio.Task[None]] = set()
+        self._rng = rng
+        self._late_shipments: set[asyncio.Task[None]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         try:
             await request.body()
-        except ClientDisconnect:  # killed in the middle of its request: nothing that anybody could act on
+        except ClientDisconnect:  # the service was killed while it sent the request
             return
         _, reference, snapshot = scope["path"].rsplit("/", 2)
         if request.method == "GET":
@@ -43,28 +44,28 @@ class Warehouse:
                 response = JSONResponse({}, 404)
             await response(scope, receive, send)
             return
-        mood = 0.5 if self._moods is None else self._moods.random()
-        if mood < 0.04:
+        chance = 0.5 if self._rng is None else self._rng.random()
+        if chance < 0.04:
             await JSONResponse({}, 503)(scope, receive, send)
             return
-        if mood < 0.08:
+        if chance < 0.08:
             await _hang_up(scope, receive)
             return
-        if mood < 0.16:  # it acts, though nobody may be waiting any more
-            acting = asyncio.create_task(self._late(reference, snapshot))
-            self._acting.add(acting)
-            acting.add_done_callback(self._acting.discard)
-            await asyncio.shield(acting)
+        if chance < 0.16:  # it acts, although the caller may be dead by then
+            shipment = asyncio.create_task(self._late(reference, snapshot))
+            self._late_shipments.add(shipment)
+            shipment.add_done_callback(self._late_shipments.discard)
+            await asyncio.shield(shipment)
         else:
             self._ship(reference, snapshot)
-        if mood > 0.96:
+        if chance > 0.96:
             await _hang_up(scope, receive)
             return
         await asyncio.sleep(self.answers_after)
         await JSONResponse({"number": f"W-{reference}"}, 201)(scope, receive, send)
 
     async def _late(self, reference: str, snapshot: str) -> None:
-        await asyncio.sleep(self._moods.uniform(0, LATE_SECONDS))
+        await asyncio.sleep(self._rng.uniform(0, LATE_SECONDS))
         self._ship(reference, snapshot)
 
     def _ship(self, reference: str, snapshot: str) -> None:
@@ -73,29 +74,29 @@ class Warehouse:
 
 
 class Shop(JetshopStandIn):
-    """The shop: the same key again changes nothing. Some orders meet a fault at their first request."""
+    """A shop for which the same key again changes nothing. The first request of some orders meets a fault."""
 
-    def __init__(self, moods: random.Random, *, username: str, password: str) -> None:
+    def __init__(self, rng: random.Random, *, username: str, password: str) -> None:
         super().__init__(username=username, password=password)
-        self._moods = moods
+        self._rng = rng
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(ClientDisconnect):  # killed in the middle of its request
+        with contextlib.suppress(ClientDisconnect):  # the service was killed while it sent the request
             await super().__call__(scope, receive, send)
 
-    def expects(self, name: str) -> None:
-        """An order will come."""
-        mood = self._moods.random()
-        if mood < 0.12:
+    def expect(self, name: str) -> None:
+        """Prepare for an order, perhaps with a fault at its first request."""
+        chance = self._rng.random()
+        if chance < 0.12:
             faults = (DROPPED_BEFORE, DROPPED_AFTER, Fault(acts=True, delay_seconds=LATE_SECONDS), Fault(status=503))
-            self.script(name, faults[int(mood / 0.03)])
+            self.script(name, faults[int(chance / 0.03)])
 
     def exported(self) -> Counter[str]:
-        """How often something came of a request, by order."""
+        """Count the requests that changed something, by order."""
         return Counter(entry.order_key for entry in list(self.journal) if entry.result != "unchanged")
 
-    def asked_again(self) -> int:
-        """PUTs that found done what they asked for: no harm here, yet not meant to be."""
+    def count_repeated_puts(self) -> int:
+        """Count the PUTs that changed nothing. They do no harm here, but a correct service sends none."""
         return sum(entry.result == "unchanged" for entry in list(self.journal))
 
 

@@ -1,9 +1,8 @@
-"""
-Kill, restart, repeat; drain and compare.
+"""The harness: kill, restart and repeat; then drain and compare.
 
-A round has a ledger, destinations and orders of its own, and so many kills. While it goes on, orders come in without a
-pause; at its end everything drains, and what was acknowledged is compared with what happened. On PostgreSQL two nodes
-share the ledger: one dies, the other lives.
+Each round has its own ledger, destinations, orders and kills. Orders arrive without a pause. At the end of a round all
+deliveries drain, and the harness compares the acknowledgements with what happened. On PostgreSQL two nodes share the
+ledger: one dies, the other lives.
 """
 
 import json
@@ -25,7 +24,7 @@ from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import DeliveryFilter, Queries
 from adapter.ledger.store import open_for_reading
 from adapter.sandbox.norce import Simulator
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.crash import points
 from tests.crash.destinations import Shop, Warehouse
 from tests.crash.node import Node
@@ -38,21 +37,18 @@ RANDOM, RANDOM_START = "at-a-random-moment", "at-a-random-moment-of-the-start"
 FROZEN = "frozen-past-its-lease"  # stopped, taken over from, continued; then killed at a random moment
 FROZEN_SECONDS = 2.5
 OUTAGES = {"sqlite": "disk-full", "postgresql": "database-down"}
-DRAINS_WITHIN = 60.0
-HEALS_WITHIN = 30.0
-STUCK_AT_MOST = 3  # rounds, then the run is given up
-DIES_WITHIN = 3.0  # at a point that is passed often; where it is not, at a random moment
-SERVES_WITHIN = 30.0
+MAX_STUCK_ROUNDS = 3  # then the run is given up
+SECONDS_TO_POINT = 3.0  # until a node has passed its point; then it dies at a random moment
 EXPECTED_ERRORS = {"store_unavailable", "lease_lost", "settle_given_up"}
 
 
 class Stuck(Exception):
-    """The service did not do in time what it has to do at all."""
+    """The service did not do something for so long that it hangs."""
 
 
 @dataclass
 class Counts:
-    """What a run came to. `faults` and `complaints` are words, to be read."""
+    """The result of a run. `faults` and `complaints` are texts for people."""
 
     kills: int = 0
     acknowledged: int = 0
@@ -63,7 +59,7 @@ class Counts:
     not_done: int = 0
     shipped: int = 0
     exported: int = 0
-    asked_again: int = 0
+    repeated_puts: int = 0
     repeats: int = 0
     conflicts: int = 0
     outages: int = 0
@@ -81,7 +77,7 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
 
     @property
-    def all_is_well(self) -> bool:
+    def passed(self) -> bool:
         wrong = self.lost or self.doubled or self.disordered or self.not_done or self.faults or self.complaints
         return not wrong
 
@@ -94,7 +90,7 @@ class Counts:
 
 
 class Round:
-    """Use as a context: processes and destinations are gone afterwards."""
+    """One round. The context ends its processes and destinations."""
 
     def __init__(
         self,
@@ -106,7 +102,7 @@ class Round:
         server: Server | None,
         outages: bool,
         mistake: str | None,
-        say: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
         self.kind = kind
         self.counts = Counts(rounds=1)
@@ -114,8 +110,8 @@ class Round:
         self._mistake = mistake
         self._server = server
         self._outages = outages
-        self._moods = random.Random(seed)
-        self._say = say
+        self._rng = random.Random(seed)
+        self._report = report
         self.name = name
         self._seed = seed
         self._open = ExitStack()
@@ -149,7 +145,7 @@ class Round:
         return self
 
     def __exit__(self, *failure: object) -> None:
-        self._shoppers.go_home()
+        self._shoppers.stop()
         for node in self._nodes:
             node.kill()
         self._open.close()
@@ -159,41 +155,39 @@ class Round:
     # --- killing ---
 
     def kill(self, point: str) -> None:
-        """Lets a node die at this point, or at a random moment where the point is not passed; others live on."""
+        """Let one node die at this point, or at a random moment if it does not pass the point."""
         if point in points.WHILE_STARTING or point == RANDOM_START:
-            victim = self._begin(None if point == RANDOM_START else point, self._turns(point))
+            victim = self._start_node(None if point == RANDOM_START else point, self._passes_before_death(point))
         else:
-            self._fill()
-            if not self._shoppers.wait_for(self._moods.randint(1, 12), HEALS_WITHIN):
+            self._start_missing_nodes()
+            if not self._shoppers.wait_for(self._rng.randint(1, 12), PATIENCE):
                 raise Stuck("nothing is acknowledged by a service that serves")
-            victim = self._moods.choice(self._nodes)
-            if point in points.WITH_A_FAILING_STORE or (
-                self._outages and point != FROZEN and self._moods.random() < 0.4
-            ):
+            victim = self._rng.choice(self._nodes)
+            if point in points.WITH_A_FAILING_STORE or (self._outages and point != FROZEN and self._rng.random() < 0.4):
                 self._attack_in_an_outage(victim, point)
             else:
                 self._attack(victim, point)
-        died_at = self._death(victim, point)
+        died_at = self._let_die(victim, point)
         self.counts.kills += 1
         self.counts.by_store[self.kind] += 1
         self.counts.by_point[died_at] += 1
         self._check_ledger()
 
     def drain(self) -> None:
-        """Lets everything that is owed be done, stops, and compares what was acknowledged with what happened."""
-        self._shoppers.go_home()
-        self._fill()
-        ends = time.monotonic() + DRAINS_WITHIN
+        """Wait until all deliveries are done, stop the nodes, and compare acknowledgements with what happened."""
+        self._shoppers.stop()
+        self._start_missing_nodes()
+        ends = time.monotonic() + PATIENCE
         while self._deliveries("waiting") and time.monotonic() < ends:
             time.sleep(0.05)
         for node in self._nodes:
             node.send(signal.SIGTERM)
         for node in list(self._nodes):
-            if not node.dies(SERVES_WITHIN):
+            if not node.wait_for_death(PATIENCE):
                 self.counts.faults.append("a node did not stop")
             elif node.exit_code != 0:
                 self.counts.faults.append(f"a node ended with {node.exit_code}: {''.join(node.noise)[-2000:]}")
-            self._bury(node)
+            self._remove_node(node)
         self._check_ledger()
         self._compare()
 
@@ -202,89 +196,89 @@ class Round:
             return
         if point == FROZEN:
             victim.send(signal.SIGSTOP)
-            victim.dies(FROZEN_SECONDS)
+            victim.wait_for_death(FROZEN_SECONDS)
             victim.send(signal.SIGCONT)
             return
-        victim.arm(point, self._turns(point), then_stop=point in points.WHILE_STOPPING)
+        victim.arm(point, self._passes_before_death(point), then_stop=point in points.WHILE_STOPPING)
 
     def _attack_in_an_outage(self, victim: Node, point: str) -> None:
-        """The store fails, the node may die meanwhile; where it does not, it has to recover by itself."""
+        """Make the store fail for a moment. A node that does not die must recover by itself."""
         self.counts.outages += 1
         with self._outage(victim):
-            victim.dies(self._moods.uniform(0, 0.4))
+            victim.wait_for_death(self._rng.uniform(0, 0.4))
             self._attack(victim, point)
-            victim.dies(self._moods.uniform(0, 0.6))
+            victim.wait_for_death(self._rng.uniform(0, 0.6))
         if point in points.WHILE_STOPPING:
             return
-        ends = time.monotonic() + HEALS_WITHIN
+        ends = time.monotonic() + PATIENCE
         while victim.alive and not self._shoppers.wait_for(1, 0.5):
             if time.monotonic() > ends:
-                raise Stuck(f"not healed {HEALS_WITHIN:g} s after the end of an outage")
+                raise Stuck(f"not recovered {PATIENCE:g} s after the end of an outage")
 
     @contextmanager
     def _outage(self, victim: Node) -> Iterator[None]:
         if self._server is None:
             log = self._folder / "ledger.db-wal"
             size = log.stat().st_size if log.exists() else 0
-            victim.largest_file(self._moods.choice((0, size + self._moods.randint(0, 20_000))))
+            victim.limit_file_size(self._rng.choice((0, size + self._rng.randint(0, 20_000))))
             try:
                 yield
             finally:
                 if victim.alive:
-                    victim.largest_file(None)
+                    victim.limit_file_size(None)
             return
-        self._server.stop(fast=self._moods.random() < 0.5)
+        self._server.stop(fast=self._rng.random() < 0.5)
         try:
             yield
         finally:
             self._server.start()
 
-    def _death(self, victim: Node, point: str) -> str:
-        """Waits for it, or brings it about; where it died."""
+    def _let_die(self, victim: Node, point: str) -> str:
+        """Wait for the death of a node or kill it, and return the point at which it died."""
         by_us = point in (RANDOM, RANDOM_START, FROZEN)
-        within = self._moods.uniform(0, 0.5) if by_us else DIES_WITHIN
-        named = victim.dies(within)
+        within = self._rng.uniform(0, 0.5) if by_us else SECONDS_TO_POINT
+        named = victim.wait_for_death(within)
         if named and not victim.killed:
-            said = "".join(victim.noise)[-2000:]
-            raise Stuck(f"a node ended by itself, with {victim.exit_code}, armed for {point}: {said}")
-        self._bury(victim)
+            output = "".join(victim.noise)[-2000:]
+            raise Stuck(f"a node ended by itself, with {victim.exit_code}, armed for {point}: {output}")
+        self._remove_node(victim)
         return point if named or by_us else RANDOM
 
-    def _turns(self, point: str) -> int:
-        """How often a point is passed until its turn comes."""
+    def _passes_before_death(self, point: str) -> int:
+        """Return how often a node passes a point until it dies there."""
         if point == "migration-in-the-middle":
-            return self._moods.randint(1, 8)
+            return self._rng.randint(1, 8)
         often = point in points.WHILE_WORKING and not point.startswith(("heartbeat", "lookup"))
-        return self._moods.randint(1, 12) if often else 1
+        return self._rng.randint(1, 12) if often else 1
 
     # --- nodes ---
 
-    def _begin(self, point: str | None = None, after: int = 1) -> Node:
+    def _start_node(self, point: str | None = None, after: int = 1) -> Node:
         node = Node(self._config, self._environ, mistake=self._mistake, point=point, after=after)
         self._nodes.append(node)
         return node
 
-    def _fill(self) -> None:
+    def _start_missing_nodes(self) -> None:
         while len(self._nodes) < (1 if self._server is None else 2):
-            self._begin()
+            self._start_node()
         for node in self._nodes:
-            if not node.serves(SERVES_WITHIN):
+            if not node.wait_until_serving(PATIENCE):
                 raise Stuck(f"a node does not serve ({node.exit_code}): {''.join(node.noise)[-2000:]}")
 
-    def _bury(self, node: Node) -> None:
+    def _remove_node(self, node: Node) -> None:
         self._nodes.remove(node)
-        node.kill()  # whatever is left of it
-        self.counts.errors.update(said["event"] for said in node.errors)
-        unexpected = [said for said in node.errors if said["event"] not in EXPECTED_ERRORS]
-        self.counts.complaints += [json.dumps(said)[:2000] for said in unexpected]
+        node.kill()  # if it still runs
+        self.counts.errors.update(event["event"] for event in node.errors)
+        unexpected = [event for event in node.errors if event["event"] not in EXPECTED_ERRORS]
+        self.counts.complaints += [json.dumps(event)[:2000] for event in unexpected]
         if node.noise:
             self.counts.complaints.append("".join(node.noise)[-2000:])
 
-    # --- what the ledger and the destinations say ---
+    # --- the ledger and the destinations ---
 
     def _check_ledger(self) -> None:
-        """`store check` finds nothing. Beside a node that lives, a thing may be wrong until its next heartbeat."""
-        ends = time.monotonic() + (3.0 if self._nodes else 0.0)
+        """Check that `store check` finds nothing. While a node lives, a fault may last until its next heartbeat."""
+        ends = time.monotonic() + (PATIENCE if self._nodes else 0.0)
         while True:
             found = self._read(faults)
             if not found or time.monotonic() > ends:
@@ -297,7 +291,7 @@ class Round:
 
     def _read(self, ask: Callable[[Any], Any]) -> Any:
         if not self.url.startswith("postgresql") and not (self._folder / "ledger.db").exists():
-            return []  # killed before there was one
+            return []  # killed before the file was made
         with open_for_reading(self.url).connect() as connection:
             try:
                 return ask(connection)
@@ -307,26 +301,26 @@ class Round:
                 raise
 
     def _compare(self) -> None:
-        told, counts = self._shoppers.told, self.counts
+        log, counts = self._shoppers.log, self.counts
         exported, shipped = self.shop.exported(), self.warehouse.shipped
-        lost = {(name, at) for name, at in told.acknowledged if not shipped[name, at] or not exported[name]}
+        lost = {(name, at) for name, at in log.acknowledged if not shipped[name, at] or not exported[name]}
         doubled = [key for key, times in (*shipped.items(), *exported.items()) if times > 1]
         disordered = [name for name, came in self.warehouse.order_of.items() if came != sorted(came)]
         strange = [name for name in (*exported, *self.warehouse.order_of) if name.endswith("-conflict")]
         not_done = [each for each in self._deliveries() if each["state"] != "done"]
-        counts.acknowledged = len(told.acknowledged)
-        counts.unanswered = len(told.unanswered)
+        counts.acknowledged = len(log.acknowledged)
+        counts.unanswered = len(log.unanswered)
         counts.lost, counts.doubled = len(lost), len(doubled)
         counts.disordered, counts.not_done = len(disordered), len(not_done)
         counts.shipped, counts.exported = sum(shipped.values()), sum(exported.values())
-        counts.asked_again = self.shop.asked_again()
-        counts.repeats, counts.conflicts = told.repeats, told.conflicts
-        counts.refused = told.statuses[503]
-        counts.complaints += told.complaints + [str(each) for each in self.shop.violations]
+        counts.repeated_puts = self.shop.count_repeated_puts()
+        counts.repeats, counts.conflicts = log.repeats, log.conflicts
+        counts.refused = log.statuses[503]
+        counts.complaints += log.complaints + [str(each) for each in self.shop.violations]
         counts.faults += [f"a conflict was delivered: {name}" for name in strange]
         for what, which in (("lost", lost), ("doubled", doubled), ("disordered", disordered), ("not done", not_done)):
             for each in list(which)[:5]:
-                self._say(f"{self.name}: {what}: {each}")
+                self._report(f"{self.name}: {what}: {each}")
 
 
 def run(
@@ -339,16 +333,16 @@ def run(
     only: tuple[str, ...] = (),
     mistake: str | None = None,
     outages: bool = True,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> Counts:
-    """So many kills, in rounds, on these stores in turn. `only` are the points; all of them where it is empty."""
+    """Kill the service `kills` times, in rounds, on each store in turn. `only` limits the points."""
     total, began = Counts(), time.monotonic()
     number = stuck_rounds = 0
-    bags: dict[str, list[str]] = {store: [] for store in stores}
+    points_left: dict[str, list[str]] = {store: [] for store in stores}
     while total.kills < kills:
         kind = stores[number % len(stores)]
         seed_of_round = f"{seed}/{number}"
-        moods = random.Random(seed_of_round)
+        rng = random.Random(seed_of_round)
         with tempfile.TemporaryDirectory(prefix="crash-") as folder, ExitStack() as stack:
             with_outages = outages and (number // len(stores)) % 2 == 1
             round_ = Round(
@@ -359,33 +353,33 @@ def run(
                 server=server if kind == "postgresql" else None,
                 outages=with_outages,
                 mistake=mistake,
-                say=say,
+                report=report,
             )
             stack.enter_context(round_)
             try:
                 for _ in range(min(kills_a_round, kills - total.kills)):
-                    bag = bags[kind]
-                    if not bag:
-                        bag += only or _bag(kind, outages=with_outages)
-                        moods.shuffle(bag)
+                    left = points_left[kind]
+                    if not left:
+                        left += only or _points_of(kind, outages=with_outages)
+                        rng.shuffle(left)
                     first = round_.counts.kills == 0 and not only
-                    round_.kill(moods.choice(IN_MIGRATION) if first else bag.pop())
+                    round_.kill(rng.choice(IN_MIGRATION) if first else left.pop())
                 round_.drain()
             except Stuck as error:
-                # Nothing was compared, so its kills prove nothing and are not counted.
+                # Nothing was compared, so its kills prove nothing and do not count.
                 round_.counts = Counts(rounds=1, faults=[f"{round_.name}: {error}"])
                 stuck_rounds += 1
             total.add(round_.counts)
         number += 1
         total.seconds = time.monotonic() - began
         outage = f" ({OUTAGES[kind]})" if with_outages else ""
-        say(
+        report(
             f"{kind}{outage}: {total.kills}/{kills} kills, {total.acknowledged} acknowledged, {total.lost} lost,"
             f" {total.doubled} doubled, {total.seconds:.0f} s"
         )
         for each in (*round_.counts.faults, *round_.counts.complaints):
-            say(f"  {each}")
-        if stuck_rounds == STUCK_AT_MOST:
+            report(f"  {each}")
+        if stuck_rounds == MAX_STUCK_ROUNDS:
             break
     return total
 
@@ -393,10 +387,10 @@ def run(
 IN_MIGRATION = ("migration-in-the-middle", "migration-before-commit", RANDOM_START)
 
 
-def _bag(kind: str, *, outages: bool) -> list[str]:
-    """The points of the next kills, in no order: each once, and as many random moments as make a quarter."""
+def _points_of(kind: str, *, outages: bool) -> list[str]:
+    """Return the points of the next kills: each once, and random moments for a quarter of the kills."""
     named = [*points.WHILE_STARTING, *points.WHILE_WORKING, *points.WHILE_STOPPING]
-    named = [point for point in named if point not in IN_MIGRATION]  # a round begins with one of those
+    named = [point for point in named if point not in IN_MIGRATION]  # every round begins with one of those
     if outages:
         named += points.WITH_A_FAILING_STORE
     if kind == "postgresql":
@@ -417,7 +411,7 @@ def _config(store_url: str, norce: str, warehouse: str, shop: str) -> dict[str, 
         "server": {"host": "127.0.0.1", "port": 0},
         "operations": {"port": 0, "socket": None},
         "store": {"url": store_url},
-        "norce": {"base_url": norce, "timeout": "300ms"},
+        "norce": {"base_url": norce, "timeout": "1s"},
         "dispatcher": {"grace": "300ms"},
         "queues": {"first_pause": "100ms", "max_pause": "200ms"},
         "merchants": {"fjallboden": {"tokens": ["${env:NORCE_TOKEN}"], "channels": {"se-b2c": {}}}},

@@ -1,8 +1,7 @@
-"""
-Named points of the service at which a process kills itself, when its turn comes. In the child only: methods are wrapped
-from outside, the service knows nothing of them.
+"""Named points of the service at which the child process kills itself.
 
-SIGKILL to oneself takes effect before the call returns, in whatever thread: nothing after a point happens any more.
+The child wraps methods of the service; the service itself has no such points. A SIGKILL to the own process takes effect
+before the call returns, in every thread. So nothing after a point happens.
 """
 
 import os
@@ -61,8 +60,8 @@ WITH_A_FAILING_STORE = {
 POINTS = WHILE_STARTING | WHILE_WORKING | WHILE_STOPPING | WITH_A_FAILING_STORE
 
 
-class Turn:
-    """Whose turn it is: the point, and how often it is passed until then."""
+class Killer:
+    """The armed point, and how often the process passes it before it dies there."""
 
     def __init__(self) -> None:
         self._armed: tuple[str, int] | None = None
@@ -71,7 +70,7 @@ class Turn:
         assert point in POINTS, point
         self._armed = (point, after)
 
-    def passing(self, point: str) -> None:
+    def pass_point(self, point: str) -> None:
         armed = self._armed
         if armed is None or armed[0] != point:
             return
@@ -80,8 +79,8 @@ class Turn:
         self._armed = (point, armed[1] - 1)
 
 
-def install(turn: Turn) -> None:
-    """Wraps the service's methods. Call it once, before the service starts."""
+def install(killer: Killer) -> None:
+    """Wrap methods of the service. Call this once, before the service starts."""
 
     def after(owner: Any, name: str, point: str, when: Callable[[Any], bool] = lambda answer: True) -> None:
         original = getattr(owner, name)
@@ -89,7 +88,7 @@ def install(turn: Turn) -> None:
         def wrapped(*arguments: Any, **named: Any) -> Any:
             answer = original(*arguments, **named)
             if when(answer):
-                turn.passing(point)
+                killer.pass_point(point)
             return answer
 
         setattr(owner, name, wrapped)
@@ -100,7 +99,7 @@ def install(turn: Turn) -> None:
         async def wrapped(*arguments: Any, **named: Any) -> Any:
             answer = await original(*arguments, **named)
             if when(answer):
-                turn.passing(point)
+                killer.pass_point(point)
             return answer
 
         setattr(owner, name, wrapped)
@@ -110,19 +109,19 @@ def install(turn: Turn) -> None:
 
         def wrapped(*arguments: Any, **named: Any) -> Any:
             if when(*arguments):
-                turn.passing(point)
+                killer.pass_point(point)
             return original(*arguments, **named)
 
         setattr(owner, name, wrapped)
 
-    # While it starts.
+    # During the start.
     after(alembic.ddl.impl.DefaultImpl, "create_table", "migration-in-the-middle")
     after(alembic.command, "upgrade", "migration-before-commit")
     opened = Store.open.__func__  # type: ignore[attr-defined]
 
     def open_store(cls: type[Store], *arguments: Any, **named: Any) -> Store:
         made: Store = opened(cls, *arguments, **named)
-        turn.passing("start-opened")
+        killer.pass_point("start-opened")
         return made
 
     Store.open = classmethod(open_store)  # type: ignore[method-assign]
@@ -132,7 +131,7 @@ def install(turn: Turn) -> None:
     for step in ("_bodies", "_rows"):
         after(Maintenance, step, "prune-before-commit")
 
-    # While it works.
+    # During operation.
     after(Inbox, "_receive", "accept-before-commit")
     awaited(Inbox, "receive", "accept-after-commit")
     after(Store, "_transaction", "commit-unheard")
@@ -149,7 +148,7 @@ def install(turn: Turn) -> None:
     after(Lease, "_renew", "heartbeat-before-commit")
     awaited(Lease, "renew", "heartbeat-after-commit")
 
-    # While it stops, and with a store that fails.
+    # During shutdown, and with a store that fails.
     before(Dispatcher, "stop", "stop-begins")
     awaited(Dispatcher, "stop", "stop-drained")
     before(Store, "close", "stop-closing")

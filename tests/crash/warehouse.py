@@ -1,4 +1,4 @@
-"""The harness's own handler, for a destination that takes no notice of keys: it ships once for every request."""
+"""A handler for the warehouse, a destination that ignores idempotency keys and ships at every request."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +14,7 @@ class WarehouseSettings(Settings, frozen=True, kw_only=True):
 
 
 class WarehouseExport(NotificationHandler[WarehouseSettings]):
-    """Has each snapshot of an order shipped. Not repeatable: the warehouse can only be asked."""
+    """Ships each snapshot of an order. It is not repeatable, but has a lookup."""
 
     async def deliver(self, notification: Notification, context: Context[WarehouseSettings]) -> Done:
         answer = await context.http.post(_address(notification, context))
@@ -33,11 +33,11 @@ def _address(notification: Notification, context: Context[WarehouseSettings]) ->
 
 
 def install(folder: Path) -> Path:
-    """Says in this folder, which belongs on the path of the service, that there is such a handler."""
-    said = folder / "crash_warehouse-1.dist-info"
-    said.mkdir(parents=True)
-    (said / "METADATA").write_text("Metadata-Version: 2.1\nName: crash-warehouse\nVersion: 1\n")
-    (said / "entry_points.txt").write_text(
+    """Write the metadata of a distribution with this handler into a folder for the path of the service."""
+    metadata = folder / "crash_warehouse-1.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: crash-warehouse\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(
         "[norce_adapter.handlers]\nwarehouse = tests.crash.warehouse:WarehouseExport\n"
     )
     return folder
