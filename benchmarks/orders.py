@@ -4,13 +4,14 @@ The orders that are sent: about 5 KB each, every id random, modified now.
 A body is prepared by putting an id and a moment into the same bytes: that is cheap enough to be done beside a load.
 """
 
+import hmac
 import json
 import secrets
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib.resources import files
 
-from adapter.callbacks.senders import signature
+from adapter.callbacks.senders import sign
 from adapter.identifiers import Channel
 
 KEY = "benchmark-key-of-enough-bytes"
@@ -53,7 +54,7 @@ def request(callback: str = CALLBACK, make: Callable[[str], bytes] = body) -> by
     """One callback as Norce sends it to a signed URL, head and body."""
     order_id = new_id()
     sent = make(order_id)
-    sig = signature(KEY.encode(), Channel(MERCHANT, CHANNEL), order_id, callback)
+    sig = sign(hmac.new(KEY.encode(), digestmod="sha256"), Channel(MERCHANT, CHANNEL), order_id, callback)
     path = f"/api/v1/callbacks/orders/{order_id}/{callback}?merchant={MERCHANT}&channel={CHANNEL}&key=k&sig={sig}"
     head = (
         f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"

@@ -6,6 +6,7 @@ answer is held against it.
 """
 
 import asyncio
+import hmac
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from starlette.routing import Route
 from adapter import config as configuration
 from adapter.callbacks import endpoints
 from adapter.callbacks import server as protocol
-from adapter.callbacks.senders import signature
+from adapter.callbacks.senders import sign
 from adapter.callbacks.server import CALLBACK_PATH, PublicApp
 from adapter.identifiers import Channel
 from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
@@ -247,7 +248,8 @@ def answered(case: Any, service: Service) -> Any:
 
 def signed(case: Any) -> None:
     order_id, callback = (str(case.path_parameters[name]) for name in ("order_id", "callback"))
-    sig = signature(ENVIRON["URL_KEY"].encode(), Channel("norce", "1"), order_id, callback)
+    keyed = hmac.new(ENVIRON["URL_KEY"].encode(), digestmod="sha256")
+    sig = sign(keyed, Channel("norce", "1"), order_id, callback)
     case.query = {"merchant": "norce", "channel": "1", "key": "k1", "sig": sig}
 
 

@@ -1,6 +1,4 @@
-"""
-Where every notification comes in, whoever brought it: who wants it is asked, and it is remembered with what is owed.
-"""
+"""The intake: the one way of a notification into the ledger, from callbacks and from reconciliation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +13,11 @@ from adapter.routing.routes import Routes
 
 
 class Intake:
-    """`queue_ids` are the ledger's, `wake` tells of work."""
+    """Selects the queues of a notification, and stores it.
+
+    Args:
+        wake: Called when a notification brings work for the dispatcher.
+    """
 
     def __init__(
         self,
@@ -33,17 +35,16 @@ class Intake:
         self._wake = wake
 
     def routed(self, notification: ReceivedNotification, order: dict[str, Any]) -> ReceivedNotification:
-        """The notification with the queues that want it, by the conditions on its order."""
+        """Return the notification with the queues whose conditions hold on its order. Never raises."""
         self._metrics.notifications_received.labels(*notification.channel, notification.source).inc()
         wanting = self.routes.wanting(self.routes.callbacks[notification.callback], order)
         self._metrics.conditions_evaluated.labels("callback", wanting.callback.value).inc()
         if wanting.callback is not Result.MATCHED:
-            # Norce sent it, so the condition held there; where it does not hold here, somebody should know.
+            # The condition held at Norce, or it would not have sent the notification. Operators watch this metric.
             self._metrics.notifications_not_matched.labels(notification.callback).inc()
         for _, held in wanting.routes:
             self._metrics.conditions_evaluated.labels("route", held.value).inc()
-        # A condition in error is owed, too: it is decided again when the delivery's turn comes, and ends as a dead
-        # letter that a person sees.
+        # A route whose condition ends in an error is included. The attempt evaluates it again and makes a dead letter.
         wanted = tuple(
             Wanted(queue_id=self._queue_ids[QueueKey(route.name, notification.channel)], refetch=route.refetch)
             for route, _ in wanting.routes
@@ -51,7 +52,7 @@ class Intake:
         return replace(notification, wanted=wanted)
 
     async def store(self, notification: ReceivedNotification) -> Received:
-        """What became of it; on disk, once, when this returns. Raises `StoreUnavailable` where nothing was stored."""
+        """Store the notification once, durably. Raises `StoreUnavailable` if nothing was stored."""
         received = await self.inbox.receive(notification)
         self._metrics.notifications_stored.labels(received.value).inc()
         if received in (Received.NEW, Received.RETRIED) and notification.wanted:

@@ -1,8 +1,8 @@
-"""
-What was sent. Only these functions build a `ReceivedNotification`, a `HookRequest` or a `ValidationRequest`, and they
-ask for the `Sender` that only `senders` hands out: a value of these types has passed every check.
+"""Parses verified requests into the values that the inbox and `verdicts` work with.
 
-The `scope` and `schema` in a notification's own body are data: Norce has decided on them already, and they never run.
+Only the `parse_*` functions build a `ReceivedNotification` or a `VerdictRequest`, and they require a `Sender`. So a
+value of these types has passed every check. `scope` and `schema` in the body of a notification are data: Norce has
+evaluated them, and they never run here.
 """
 
 import hashlib
@@ -18,13 +18,13 @@ from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_
 from adapter.routing.routes import Callback
 from adapter.verdicts.verdicts import VerdictRequest
 
-HEADERS = ("content-type", "x-merchant", "x-channel")  # the ones that are read here
+HEADERS = ("content-type", "x-merchant", "x-channel")  # read by this module
 LONGEST_ID = 64
-FURTHEST_AHEAD_MS = 10 * 60 * 1000
+FURTHEST_AHEAD_MS = 10 * 60 * 1000  # of a `lastModified` that counts
 
 
 class CallbackInvalid(Exception):
-    """A callback that cannot be taken as it is. `inner` names what is wrong with it, in kebab-case."""
+    """A callback that is refused for its form. `inner` names the fault, in kebab-case."""
 
     def __init__(self, inner: str, message: str) -> None:
         super().__init__(message)
@@ -32,25 +32,27 @@ class CallbackInvalid(Exception):
 
 
 class BadRequest(CallbackInvalid):
-    """The caller sent something that contradicts itself or the form: it must be mended at the caller's end."""
+    """The request contradicts itself or has the wrong form. The caller must correct it."""
 
 
 class NotJson(CallbackInvalid):
-    """The body does not say that it is JSON."""
+    """The content type is not a JSON type."""
 
 
 class ConfigurationNotFound(CallbackInvalid):
-    """The merchant or the channel is not in our configuration."""
+    """The merchant or channel is not in our configuration."""
 
 
 class Unresolved(CallbackInvalid):
-    """The URL holds literal braces: a placeholder that the caller did not fill in."""
+    """The order id holds braces: a placeholder that the caller did not replace."""
 
 
 def check_order_id(order_id: str) -> None:
-    """
-    Raises `Unresolved` on literal braces, `BadRequest` on an id that is empty, over 64 characters, holds a control
-    character or is a step in a path (`..`): it becomes part of a URL at Norce.
+    """Check that an order id can be part of a URL at Norce.
+
+    Raises:
+        Unresolved: The id holds braces.
+        BadRequest: It is empty, too long, not printable, or a step in a path (`..`).
     """
     if "{" in order_id or "}" in order_id:
         raise Unresolved("unresolved-placeholder", "The order id in the path is an unresolved placeholder.")
@@ -61,12 +63,18 @@ def check_order_id(order_id: str) -> None:
 def parse_notification(
     raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel], now: int
 ) -> tuple[ReceivedNotification, dict[str, Any]]:
-    """
-    The notification in a request, a bare order or `{"notification": …, "order": …}`, and the order as a plain tree.
-    `now` in milliseconds.
+    """Parse a notification: a bare order, or `{"notification": …, "order": …}`.
 
-    Raises `NotJson`, `BadRequest`, `ConfigurationNotFound`, `Unauthenticated` (a secret that is not good for this
-    merchant), `Unresolved`.
+    Args:
+        now: The time in milliseconds.
+
+    Returns:
+        The notification, and its order as a plain tree.
+
+    Raises:
+        BadRequest, NotJson, Unresolved: The request has the wrong form.
+        ConfigurationNotFound: The merchant or channel is not configured.
+        Unauthenticated: The secret is not valid for this merchant.
     """
     order, channel = _order_in(raw, sender, channels)
     modified = _micros(order.get("lastModified"), now)
@@ -83,11 +91,7 @@ def parse_notification(
 
 
 def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]) -> VerdictRequest:
-    """
-    The hook in a request: the order with the proposed change in it, of either version.
-
-    Raises what `parse_notification` raises.
-    """
+    """Parse a hook, whose body is the order with the proposed change in it. Raises as `parse_notification`."""
     order, channel = _order_in(raw, sender, channels)
     return VerdictRequest(callback=callback, channel=channel, order_id=raw.order_id, order=Order(raw.body, order))
 
@@ -95,17 +99,12 @@ def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: C
 def parse_validation(
     raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]
 ) -> VerdictRequest:
-    """
-    The validation in a request; its body is not looked at.
-
-    Raises `BadRequest`, `ConfigurationNotFound`, `Unauthenticated`, `Unresolved`.
-    """
+    """Parse a validation, whose body is ignored. Raises as `parse_notification`, without `NotJson`."""
     check_order_id(raw.order_id)
-    return VerdictRequest(callback=callback, channel=_whose(raw, sender, channels, {}), order_id=raw.order_id)
+    return VerdictRequest(callback=callback, channel=_channel_of(raw, sender, channels, {}), order_id=raw.order_id)
 
 
 def _order_in(raw: RawCallback, sender: Sender, channels: Container[Channel]) -> tuple[dict[str, Any], Channel]:
-    """The order in a body, and whose it is."""
     check_order_id(raw.order_id)
     media_type = raw.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not (
@@ -119,32 +118,32 @@ def _order_in(raw: RawCallback, sender: Sender, channels: Container[Channel]) ->
     order_id = order.get("id")
     if order_id is not None and order_id != raw.order_id:
         raise BadRequest("order-id-differs", "The order id in the path and the one in the body differ.")
-    return order, _whose(raw, sender, channels, order)
+    return order, _channel_of(raw, sender, channels, order)
 
 
-def _whose(raw: RawCallback, sender: Sender, channels: Container[Channel], order: Mapping[str, Any]) -> Channel:
+def _channel_of(raw: RawCallback, sender: Sender, channels: Container[Channel], order: Mapping[str, Any]) -> Channel:
     signed = sender.channel or (None, None)
-    merchant = _one_of("merchant", signed[0], raw.headers.get("x-merchant"), order.get("merchant"))
-    name = _one_of("channel", signed[1], raw.headers.get("x-channel"), order.get("channel"))
+    merchant = _agreed("merchant", signed[0], raw.headers.get("x-merchant"), order.get("merchant"))
+    name = _agreed("channel", signed[1], raw.headers.get("x-channel"), order.get("channel"))
     channel = Channel(merchant, name)
     if channel not in channels:
         raise ConfigurationNotFound("merchant-or-channel", "This merchant and channel are not configured here.")
     if not sender.may_speak_for(merchant):
-        raise Unauthenticated("the secret is not good for this merchant")
+        raise Unauthenticated("the secret is not valid for this merchant")
     return channel
 
 
-def _one_of(what: str, *values: Any) -> str:
-    """What is said at least once and never in two ways; an empty text says nothing."""
+def _agreed(member: str, *values: Any) -> str:
+    """Return the value that is given at least once, and never in two ways. Empty text counts as absent."""
     found = None
     for value in values:
         if value is None or value == "":
             continue
         if not isinstance(value, str) or (found is not None and value != found):
-            raise BadRequest(f"{what}-unclear", f"The {what} differs between the URL, the header and the body.")
+            raise BadRequest(f"{member}-unclear", f"The {member} differs between the URL, the header and the body.")
         found = value
     if found is None:
-        raise BadRequest(f"{what}-unclear", f"The {what} is given nowhere.")
+        raise BadRequest(f"{member}-unclear", f"The {member} is given nowhere.")
     return found
 
 
@@ -159,9 +158,10 @@ def _micros(value: Any, now: int) -> int | None:
 def _identity(
     callback: Callback, channel: Channel, raw: RawCallback, order: dict[str, Any], modified: int | None
 ) -> bytes:
-    """
-    Which event it is: merchant, channel, callback, order, when it was modified and the value at the scope; without a
-    moment the whole order. It begins with the moment, so that the ledger's index grows at its end.
+    """Return the same bytes for the same event.
+
+    An event is a callback of an order at a moment, with the value at the callback's scope; without a moment, with the
+    whole order. The moment comes first, so that the ledger's index grows at its end.
     """
     named: list[Any] = ["v1", *channel, callback.name, raw.order_id, modified]
     try:

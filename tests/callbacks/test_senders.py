@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter import config
-from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated, signature
+from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated, sign
 from adapter.identifiers import Channel
 from adapter.plugin import Secret
 
@@ -67,6 +67,10 @@ def refused(raw: RawCallback, by: Senders) -> str:
     with pytest.raises(Unauthenticated) as raised:
         by.identify(raw)
     return raised.value.reason
+
+
+def signature(key: bytes, channel: Channel, order_id: str, callback: str) -> str:
+    return sign(hmac.new(key, digestmod="sha256"), channel, order_id, callback)
 
 
 # --- the signature ---------------------------------------------------------------------------------------------------
