@@ -4,19 +4,19 @@ import asyncio
 import json
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from sqlalchemy import Connection
 
 from adapter.identifiers import Channel
-from adapter.ledger.claims import Claim, Claimed, QueueKey, QueueLimits, Record
+from adapter.ledger.claims import AttemptRecord, Claim, Claimed, QueueKey, QueueLimits
 from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import Attempt, Ending, Handling, PausePolicy, Result
+from adapter.ledger.settlement import Ending, Handling, PausePolicy, Result
 from adapter.ledger.store import Store
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 from tests.databases import rows
@@ -54,6 +54,10 @@ UNKNOWN = Ends(Unknown("connection-lost"), "unknown")
 RELEASED = Ends(Ending.RELEASED)
 NOT_THERE = Ends(Ending.NOT_THERE, due=0)
 MISCONFIGURED = Ends(Misconfigured("destination-unauthorized"))
+
+
+def delivered(reference: str, **facts: Any) -> Ends:
+    return Ends(Done(reference, facts), "delivered")
 
 
 def waiting(due: int) -> Ends:
@@ -118,17 +122,16 @@ class Ledger:
 
     async def settle_later(self, claim: Claim, ends: Ends = DELIVERED, **more: Any) -> bool:
         now = self.clock()
-        attempt = Attempt(
-            number=claim.attempt,
-            in_doubt=claim.in_doubt,
-            ended_at=moment(now),
-            doubt_ends_at=moment(now if ends.due is not None else claim.doubt_ends_at),
+        record = AttemptRecord(
+            claim=claim if ends.due is None else replace(claim, doubt_ends_at=now),
+            result=ends.result,
+            kind="deliver",
             handling=ends.handling,
             schedule=() if ends.due is None else [timedelta(milliseconds=max(ends.due - now, 0))] * 50,
             jitter=0,
+            **{"refetch": True, **more},
         )
-        more = {"kind": "deliver", "outcome": "done", **more}
-        return await self.lanes.settle(Record(claim=claim, result=ends.result, attempt=attempt, **more)) is not None
+        return await self.lanes.settle(record) is not None
 
     def owed(self, *snapshots: int, refetch: bool = True, order_id: str = "order-1") -> None:
         """Receives a notification for each snapshot, in this order."""
@@ -148,10 +151,6 @@ class Ledger:
         self.store.close()
         rows(self.url, "UPDATE processes SET lease_until = 0")
         return Ledger(self.url, self.clock, self._loop)
-
-
-def moment(milliseconds: int) -> datetime:
-    return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def body_of(order_id: str, snapshot: int, **members: Any) -> bytes:

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import structlog
 
@@ -45,14 +45,6 @@ class AttemptResult:
     result: Result
     kind: str = "deliver"
     still_runs: Run[Any] | None = None  # a handler that blocks its thread far past its deadline
-
-    @property
-    def outcome(self) -> str:
-        """The name of the result. A plugin's subclass of an outcome has the name of its base."""
-        if isinstance(self.result, Ending):
-            return self.result.value
-        kind: type = next(kind for kind in get_args(Result) if isinstance(self.result, kind))
-        return kind.__name__.lower()
 
 
 class Attempts:

@@ -16,14 +16,14 @@ import structlog
 
 from adapter.deliveries.attempt import AttemptResult, Attempts, Queue
 from adapter.identifiers import Channel
-from adapter.ledger.claims import Claim, QueueLimits, Record
+from adapter.ledger.claims import AttemptRecord, Claim, QueueLimits
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import Attempt, Settlement, State
+from adapter.ledger.settlement import Settlement, State
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
-from adapter.moments import in_milliseconds, to_datetime
-from adapter.plugin import Done, Outcome, Skip
+from adapter.moments import in_milliseconds
+from adapter.plugin import Misconfigured
 from adapter.routing.runner import Run
 
 log = structlog.get_logger(__name__)
@@ -224,39 +224,26 @@ class Dispatcher:
         self._wake_up.set()
 
     async def _settle(self, claim: Claim, queue: Queue, ended: AttemptResult) -> bool:
-        result = ended.result
-        attempt = Attempt(
-            number=claim.attempt,
-            in_doubt=claim.in_doubt,
-            ended_at=to_datetime(self._clock()),
-            doubt_ends_at=to_datetime(claim.doubt_ends_at),
+        record = AttemptRecord(
+            claim=claim,
+            result=ended.result,
+            kind=ended.kind,
             handling=queue.route.handling,
             schedule=queue.route.schedule,
             jitter=self._random(),
-        )
-        record = Record(
-            claim=claim,
-            result=result,
-            attempt=attempt,
-            kind=ended.kind,
-            outcome=ended.outcome,
-            code=result.code if isinstance(result, Outcome) else result.reason if isinstance(result, Skip) else None,
-            message=result.message if isinstance(result, Outcome) else None,
-            reference=result.reference if isinstance(result, Done) else None,
-            facts=result.facts if isinstance(result, Done) else None,
-            passes=queue.route.refetch,
-            keeps=ended.still_runs is not None,
+            refetch=queue.route.refetch,
+            keeps_lane=ended.still_runs is not None,
         )
         try:
             settlement = await self._until_stored(lambda: self._lanes.settle(record))
         except StoreUnavailable:
             log.error("settle_given_up", delivery_id=claim.delivery_id, route=queue.route.name)
             return False
-        except Exception as error:  # the handler's texts cannot be stored; its outcome still counts
+        except Exception as error:  # a text of the handler cannot be stored; its outcome still counts
             log.error("handler_failed", route=queue.route.name, delivery_id=claim.delivery_id,
                       order_id=claim.order_id, handler=queue.route.handler_name, exc_info=error)  # fmt: skip
-            bare = replace(record, message=None, reference=None, facts=None)
-            settlement = await self._until_stored(lambda: self._lanes.settle(bare))
+            without_text = replace(record, has_text=False)
+            settlement = await self._until_stored(lambda: self._lanes.settle(without_text))
         self._log_attempt(record, queue, settlement)
         return settlement is not None
 
@@ -269,12 +256,11 @@ class Dispatcher:
                     raise
                 await asyncio.sleep(STORE_RETRY.total_seconds())
 
-    def _log_attempt(self, record: Record, queue: Queue, settlement: Settlement | None) -> None:
+    def _log_attempt(self, record: AttemptRecord, queue: Queue, settlement: Settlement | None) -> None:
         claim, now = record.claim, self._clock()
         events = {State.DONE: "delivery_done", State.WAITING: "delivery_retried", State.DEAD: "delivery_dead"}
-        write = log.info if settlement and settlement.state is not State.DEAD else log.warning
-        if settlement is not None and settlement.pauses:
-            write = log.warning
+        is_bad = settlement is None or settlement.state is State.DEAD or isinstance(record.result, Misconfigured)
+        write = log.warning if is_bad else log.info
         write(
             events[settlement.state] if settlement else "lane_lost",
             delivery_id=claim.delivery_id,

@@ -1,16 +1,25 @@
-"""
-What passes between the lanes and those who work them, and the rows that it is made of and becomes.
-"""
+"""Claims and attempts: the values that dispatcher and lanes exchange, and the rows that they become."""
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 from adapter.identifiers import Channel
-from adapter.ledger.settlement import Attempt, PausedBy, QueueState, Reason, Result, Settlement, State
+from adapter.ledger.settlement import (
+    Attempt,
+    Handling,
+    PausedBy,
+    QueueState,
+    Reason,
+    Result,
+    Settlement,
+    State,
+    outcome_name,
+)
 from adapter.moments import to_datetime, to_milliseconds
-from adapter.plugin import Previous
+from adapter.plugin import Done, Outcome, Previous, Skip
 
 LONGEST_MESSAGE = 1000
 
@@ -24,25 +33,25 @@ class QueueKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueLimits:
-    """A queue to take work from: how many of its lanes all nodes may hold at once, how long a claim is in doubt."""
+    """A queue to claim from. `concurrency` limits its held lanes over all nodes."""
 
     queue_id: int
     concurrency: int
-    doubt_ms: int
+    doubt_ms: int  # time after a claim during which nobody else may act on the lane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A lane in this process's hands, with the delivery to try. `number` is the fence; `attempt` counts from 1."""
+    """A lane held by this process, with the delivery to attempt. Moments are milliseconds."""
 
     lane_id: int
     holder: int
-    number: int
+    number: int  # the fencing token
     in_doubt: bool
     doubt_ends_at: int
     queue_id: int
     delivery_id: int
-    attempt: int
+    attempt: int  # counts from 1
     first_attempt_at: int
     claimed_at: int
     notification_id: int
@@ -51,122 +60,52 @@ class Claim:
     order_id: str
     identity: bytes
     received_at: int
-    body: bytes | None
+    body: bytes | None  # None once pruned
     previous: Previous | None
 
     @property
     def fence(self) -> tuple[int, int]:
-        """What nobody else ever holds: the lane and the number of the claim."""
+        """Return the pair that identifies this claim for ever."""
         return self.lane_id, self.number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claimed:
-    """What a claim brought, and when the next queue will have a lane that is not due yet; None where nothing waits."""
+    """New claims, and when the next lane becomes due; None if no lane waits."""
 
     claims: list[Claim]
     next_due_at: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
-    """
-    How an attempt at a claim ended. `kind` is deliver or lookup; `outcome`, `code`, `message` and `reference` are for
-    people.
-
-    `passes` says whether a dead letter lets the lane go on (a route that re-reads the order needs only the newest).
-    `keeps` the lane in this process's hands: the handler has not really ended; `release` gives it up.
-    """
+class AttemptRecord:
+    """An attempt that has ended, with everything that decides what follows."""
 
     claim: Claim
     result: Result
-    attempt: Attempt
-    kind: str
-    outcome: str
-    code: str | None = None
-    message: str | None = None
-    reference: str | None = None
-    facts: Mapping[str, Any] | None = None
-    passes: bool = True
-    keeps: bool = False
+    kind: str  # deliver or lookup
+    handling: Handling
+    schedule: Sequence[timedelta]
+    jitter: float  # 0 to 1
+    refetch: bool  # then a dead letter lets the lane continue: the route needs only the newest snapshot
+    keeps_lane: bool = False  # the handler still blocks its thread; `release` ends it
+    has_text: bool = True  # False if the texts of the handler cannot be stored
+
+    @property
+    def outcome(self) -> str:
+        """Return the name of the result, for people and metrics."""
+        return outcome_name(self.result)
+
+    @property
+    def code(self) -> str | None:
+        """Return the reason that the handler gave."""
+        if isinstance(self.result, Skip):
+            return self.result.reason
+        return self.result.code if isinstance(self.result, Outcome) else None
 
 
-def goes_on(record: Record, settlement: Settlement) -> bool:
-    stopped = settlement.state is State.DEAD and (settlement.holds_lane or not record.passes)
-    return settlement.state is not State.WAITING and not stopped
-
-
-def claim_of(row: Any, lane: Any, *, holder: int, now: int, doubt_ms: int) -> Claim:
-    """A lane's row and that of its delivery with the notification, as the claim that was just made of them."""
-    return Claim(
-        lane_id=lane.id,
-        holder=holder,
-        number=lane.claim + 1,
-        in_doubt=lane.claim > lane.settled,
-        doubt_ends_at=now + doubt_ms,
-        queue_id=lane.queue_id,
-        delivery_id=row.delivery_id,
-        attempt=row.attempts,
-        first_attempt_at=row.first_attempt_at,
-        claimed_at=now,
-        notification_id=row.id,
-        callback=row.callback,
-        channel=Channel(row.merchant, row.channel),
-        order_id=row.order_id,
-        identity=row.identity,
-        received_at=row.received_at,
-        body=row.body,
-        previous=_previous(lane.previous),
-    )
-
-
-def delivery_after(record: Record, settlement: Settlement, now: int) -> dict[str, Any]:
-    return {
-        "delivery": record.claim.delivery_id,
-        "becomes": settlement.state.value,
-        "because": settlement.reason and settlement.reason.value,
-        "at": None if settlement.reason is None else now,
-        "uncounted": 0 if settlement.counts else 1,
-    }
-
-
-def lane_after(record: Record, settlement: Settlement, more: Collection[int], now: int) -> dict[str, Any]:
-    claim = record.claim
-    going_on = goes_on(record, settlement)
-    due = None
-    if settlement.state is State.WAITING:
-        due = now if settlement.due_at is None else to_milliseconds(settlement.due_at)
-    elif going_on and claim.lane_id in more:
-        due = now
-    done = None
-    if settlement.reason is Reason.DELIVERED:
-        done = json.dumps({"reference": record.reference, "facts": dict(record.facts or {}), "at": now})
-    return {
-        "lane": claim.lane_id,
-        "by": claim.holder if record.keeps else None,
-        "number": claim.number if settlement.known else None,
-        "delivery": None if going_on else claim.delivery_id,
-        "due": due,
-        "done": done,
-    }
-
-
-def attempt_row(record: Record, now: int) -> tuple[Any, ...]:
-    """The columns of the table after its key, in their order."""
-    return (
-        record.claim.delivery_id,
-        record.claim.number,
-        record.kind,
-        record.claim.claimed_at,
-        now,
-        record.outcome,
-        record.code,
-        None if record.message is None else record.message[:LONGEST_MESSAGE],
-        record.reference,
-    )
-
-
-def pausing_of(row: Any) -> QueueState:
+def queue_state(row: Any) -> QueueState:
+    """Read the state of a queue from its row."""
     return QueueState(
         paused_until=row.paused_until,
         paused_by=None if row.paused_by is None else PausedBy(row.paused_by),
@@ -176,17 +115,77 @@ def pausing_of(row: Any) -> QueueState:
     )
 
 
-def queue_columns(pausing: QueueState) -> dict[str, Any]:
+def queue_columns(state: QueueState) -> dict[str, Any]:
+    """Return the columns of a queue in this state."""
     return {
-        "paused_until": pausing.paused_until,
-        "paused_by": pausing.paused_by and pausing.paused_by.value,
-        "pause_reason": pausing.reason,
-        "failed_lanes": json.dumps(pausing.failed_lanes) if pausing.failed_lanes else None,
-        "pauses_in_row": pausing.pauses_in_row,
+        "paused_until": state.paused_until,
+        "paused_by": state.paused_by and state.paused_by.value,
+        "pause_reason": state.reason,
+        "failed_lanes": json.dumps(state.failed_lanes) if state.failed_lanes else None,
+        "pauses_in_row": state.pauses_in_row,
     }
 
 
-def _previous(text: str | None) -> Previous | None:
+def attempt_row(record: AttemptRecord, now: int) -> tuple[Any, ...]:
+    """Return the columns of an attempt after its key, in their order."""
+    message = record.result.message if record.has_text and isinstance(record.result, Outcome) else None
+    return (
+        record.claim.delivery_id,
+        record.claim.number,
+        record.kind,
+        record.claim.claimed_at,
+        now,
+        record.outcome,
+        record.code,
+        None if message is None else message[:LONGEST_MESSAGE],
+        record.result.reference if record.has_text and isinstance(record.result, Done) else None,
+    )
+
+
+def attempt_of(record: AttemptRecord, now: int, *, paused: bool = False) -> Attempt:
+    """Return the facts that `settle` needs."""
+    return Attempt(
+        number=record.claim.attempt,
+        in_doubt=record.claim.in_doubt,
+        ended_at=to_datetime(now),
+        doubt_ends_at=to_datetime(record.claim.doubt_ends_at),
+        handling=record.handling,
+        schedule=record.schedule,
+        jitter=record.jitter,
+        paused=paused,
+    )
+
+
+def continues(record: AttemptRecord, settlement: Settlement) -> bool:
+    """Return whether the lane goes on to its next delivery."""
+    stopped = settlement.state is State.DEAD and (settlement.holds_lane or not record.refetch)
+    return settlement.state is not State.WAITING and not stopped
+
+
+def lane_change(record: AttemptRecord, settlement: Settlement, due: Collection[int], now: int) -> dict[str, Any]:
+    """Return the new values of a settled lane. `due` holds the lanes in which another delivery waits."""
+    claim, is_free = record.claim, continues(record, settlement)
+    next_at = None
+    if settlement.state is State.WAITING:
+        next_at = now if settlement.due_at is None else to_milliseconds(settlement.due_at)
+    elif is_free and claim.lane_id in due:
+        next_at = now
+    previous = None
+    if settlement.reason is Reason.DELIVERED and isinstance(record.result, Done):
+        reference, facts = (record.result.reference, record.result.facts) if record.has_text else (None, {})
+        previous = json.dumps({"reference": reference, "facts": dict(facts), "at": now})
+    return {
+        "lane": claim.lane_id,
+        "holder": claim.holder if record.keeps_lane else None,
+        "settled": claim.number if settlement.known else None,
+        "delivery": None if is_free else claim.delivery_id,
+        "due": next_at,
+        "previous": previous,
+    }
+
+
+def previous_of(text: str | None) -> Previous | None:
+    """Read the last result of a lane from its column."""
     if text is None:
         return None
     value = json.loads(text)

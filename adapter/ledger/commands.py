@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 from sqlalchemy import Connection, insert, select, update
 
-from adapter.ledger.claims import pausing_of, queue_columns
+from adapter.ledger.claims import queue_columns, queue_state
 from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
 from adapter.ledger.retry import DeadLetter, lock_lanes, retry_dead_letters
 from adapter.ledger.schema import actions, deliveries, lanes, queues
@@ -171,8 +171,7 @@ class Commands:
         for row in rows:
             after = RUNNING
             if command == "pause":
-                by_a_person = {"paused_until": FOR_EVER, "paused_by": PausedBy.PERSON, "reason": pause.by.why}
-                after = replace(pausing_of(row), **by_a_person)  # type: ignore[arg-type]
+                after = replace(queue_state(row), paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=pause.by.why)
             connection.execute(update(queues).where(queues.c.id == row.id).values(queue_columns(after)))
         self._written(connection, command, pause.by, asked, len(rows))
         self._store.database.notify(connection)

@@ -1,25 +1,23 @@
-"""
-Handing out work, and recording what became of it: claim, settle, release.
+"""Lanes: claiming due work, settling attempts and releasing lanes.
 
-A lane (one order on one route) is what is claimed; one delivery of it is tried at a time, in the order of the
-snapshots, and nothing goes before a delivery that has been attempted. `claim` counts up for ever and is the fence: who
-settles with an older number has lost the lane and records nothing. A claim sets `next_at` to the moment when the doubt
-about it would end, so that a process which dies leaves the lane due at the right time, without anybody's doing.
+A lane is one order on one route. It is claimed as a whole; its deliveries are attempted one at a time in the order of
+their snapshots, and no delivery is placed before one that has been attempted. `claim` is the fencing token: it counts
+up for ever, and a process that settles with an older number has lost the lane and writes nothing. A claim sets
+`next_at` to the moment when its doubt ends, so that the lane of a process that dies becomes due at the right time.
 
-| lane | holder | next_at | current delivery | goes on by |
+| lane | holder | next_at | current delivery | continues with |
 |---|---|---|---|---|
 | idle | - | - | - | a notification |
 | due, or waiting for a retry | - | a moment | the attempted one, if any | a claim |
-| held | a process | when doubt would end | the one that is tried | a settlement; the end of the lease |
+| held | a process | end of the doubt | the one being attempted | a settlement, or the end of the lease |
 | stopped | - | - | the dead letter | a person |
 
-Locks are taken in one order everywhere: queues before lanes that nobody waits for (`SKIP LOCKED`), lanes by queue and
-order before queues.
+Locks have one order everywhere: lanes by queue and order, then queues. A claim locks queues first, but never waits
+for a lane (`SKIP LOCKED`).
 """
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -27,18 +25,18 @@ from sqlalchemy import Connection, bindparam, func, literal_column, select, upda
 
 from adapter.identifiers import Channel
 from adapter.ledger.claims import (
+    AttemptRecord,
     Claim,
     Claimed,
     QueueKey,
     QueueLimits,
-    Record,
+    attempt_of,
     attempt_row,
-    claim_of,
-    delivery_after,
-    goes_on,
-    lane_after,
-    pausing_of,
+    continues,
+    lane_change,
+    previous_of,
     queue_columns,
+    queue_state,
 )
 from adapter.ledger.databases import any_of
 from adapter.ledger.lease import Lease
@@ -58,48 +56,46 @@ from adapter.ledger.store import Store
 
 log = structlog.get_logger(__name__)
 
-# --- the statements: made once, for making them anew costs more than the database takes to run them ---
+# --- statements: built once, because building one costs more than running it ---
 
-# As a literal: a planner that sees a parameter does not take the index of what waits.
-_waiting = (deliveries.c.lane_id == lanes.c.id) & (deliveries.c.state == literal_column("'waiting'"))
-_turn = (
+# A literal: with a parameter, the planner does not use the index of waiting deliveries.
+_is_waiting = (deliveries.c.lane_id == lanes.c.id) & (deliveries.c.state == literal_column("'waiting'"))
+_next_delivery = (
     select(deliveries.c.id)
-    .where(_waiting)
+    .where(_is_waiting)
     .order_by(deliveries.c.snapshot_at, deliveries.c.id)
     .limit(1)
     .scalar_subquery()
 )
-_free = lanes.c.holder.is_(None) & lanes.c.next_at.is_not(None)
+_is_free = lanes.c.holder.is_(None) & lanes.c.next_at.is_not(None)
 
-# One step into the index for each queue: neither its waiting lanes nor its blocked ones cost anything.
-STANDS = select(
+# One index lookup per queue, whatever waits in it.
+QUEUES_WITH_DUE = select(
     queues,
     select(lanes.c.next_at)
-    .where(lanes.c.queue_id == queues.c.id, _free)
+    .where(lanes.c.queue_id == queues.c.id, _is_free)
     .order_by(lanes.c.next_at)
     .limit(1)
     .scalar_subquery()
     .label("due"),
 ).where(any_of(queues.c.id))
 QUEUES = select(queues).where(any_of(queues.c.id))
-LOCKED_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
-# Counted by ourselves: grouped, SQLite would rather walk through all lanes there are.
-HELD = select(lanes.c.queue_id).where(lanes.c.holder > 0)
-# The earliest lanes of a queue that nobody holds.
-DUE = (
+LOCK_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
+# Counted in Python: for a GROUP BY, SQLite walks through all lanes.
+HELD_QUEUES = select(lanes.c.queue_id).where(lanes.c.holder > 0)
+LOCK_DUE_LANES = (
     select(lanes)
-    .where(lanes.c.queue_id == bindparam("queue"), _free, lanes.c.next_at <= bindparam("now"))
+    .where(lanes.c.queue_id == bindparam("queue"), _is_free, lanes.c.next_at <= bindparam("now"))
     .order_by(lanes.c.next_at)
     .limit(bindparam("room"))
     .with_for_update(skip_locked=True, of=lanes)
 )
-# The delivery whose turn it is in each lane, or null. Asked when they are locked, in a statement of its own: the one
-# that locked them does not see what another node added to them while it looked.
-TURNS = select(lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _turn).label("delivery_id")).where(
-    any_of(lanes.c.id)
-)
-IDLE = update(lanes).where(any_of(lanes.c.id)).values(next_at=None)
-COUNT = (
+# Read after the lock, in a separate statement: the statement that locks does not see what others added meanwhile.
+CURRENT_DELIVERIES = select(
+    lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _next_delivery).label("delivery_id")
+).where(any_of(lanes.c.id))
+MAKE_IDLE = update(lanes).where(any_of(lanes.c.id)).values(next_at=None)
+COUNT_ATTEMPTS = (
     update(deliveries)
     .where(any_of(deliveries.c.id))
     .values(
@@ -107,78 +103,83 @@ COUNT = (
         first_attempt_at=func.coalesce(deliveries.c.first_attempt_at, bindparam("now")),
     )
 )
-CLAIMED = (
+CLAIMED_DELIVERIES = (
     select(deliveries.c.id.label("delivery_id"), deliveries.c.attempts, deliveries.c.first_attempt_at, notifications)
     .join_from(deliveries, notifications, deliveries.c.notification_id == notifications.c.id)
     .where(any_of(deliveries.c.id))
 )
-WITH_MORE = select(lanes.c.id).where(any_of(lanes.c.id), _turn.is_not(None))
+LANES_WITH_WAITING = select(lanes.c.id).where(any_of(lanes.c.id), _next_delivery.is_not(None))
 
 
 class Lanes:
-    """Work for one process, under its lease. `policy` says when a queue pauses."""
+    """The lanes of an open ledger, for one process under its lease. `policy` decides when a queue pauses."""
 
     def __init__(self, store: Store, lease: Lease, *, policy: PausePolicy) -> None:
         self._store = store
         self._clock = store.clock
         self._lease = lease
         self._policy = policy
-        self._turn = 0
+        self._claims_made = 0
         lane, delivery, database = lanes.c, deliveries.c, store.database
-        held = {"lane": lane.id, "by": lane.holder, "delivery": lane.current_delivery_id, "due": lane.next_at}
-        self._hold_each = database.updater(
-            lanes, held, "holder = {by}, claim = lanes.claim + 1, current_delivery_id = {delivery}, next_at = {due}"
+        held = {"lane": lane.id, "holder": lane.holder, "delivery": lane.current_delivery_id, "due": lane.next_at}
+        self._hold_lanes = database.updater(
+            lanes, held, "holder = {holder}, claim = lanes.claim + 1, current_delivery_id = {delivery}, next_at = {due}"
         )
-        self._let_go = database.updater(
+        self._settle_lanes = database.updater(
             lanes,
-            held | {"number": lane.settled, "done": lane.previous},
-            "holder = {by}, settled = coalesce({number}, lanes.settled), current_delivery_id = {delivery},"
-            " next_at = {due}, previous = coalesce({done}, lanes.previous)",
+            held | {"settled": lane.settled, "previous": lane.previous},
+            "holder = {holder}, settled = coalesce({settled}, lanes.settled), current_delivery_id = {delivery},"
+            " next_at = {due}, previous = coalesce({previous}, lanes.previous)",
         )
-        ended = {"delivery": delivery.id, "becomes": delivery.state, "because": delivery.reason}
-        self._end = database.updater(
+        ended = {"delivery": delivery.id, "state": delivery.state, "reason": delivery.reason}
+        self._settle_deliveries = database.updater(
             deliveries,
-            ended | {"at": delivery.ended_at, "uncounted": delivery.attempts},
-            "state = {becomes}, reason = {because}, ended_at = {at}, attempts = deliveries.attempts - {uncounted}",
+            ended | {"ended_at": delivery.ended_at, "uncounted": delivery.attempts},
+            "state = {state}, reason = {reason}, ended_at = {ended_at}, attempts = deliveries.attempts - {uncounted}",
         )
-        self._write_down = database.inserter(attempts, [column.name for column in attempts.c if column.name != "id"])
+        self._insert_attempts = database.inserter(
+            attempts, [column.name for column in attempts.c if column.name != "id"]
+        )
 
     async def open_queues(self, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
-        """
-        The queues' ids; those that are new are made. Pauses for broken credentials end here: whoever starts the service
-        has mended them.
+        """Return the ids of these queues, and create the missing ones.
+
+        This ends pauses for broken credentials: a person who restarts the service has corrected them.
         """
         return await self._store.write(self._open_queues, tuple(keys))
 
     async def claim(self, limits: Sequence[QueueLimits], most: int) -> Claimed:
-        """
-        Takes at most `most` due lanes, queue by queue in turn, never more of a queue than asked. Then it is on disk.
+        """Claim at most `most` due lanes, one queue after another, within each queue's limit.
 
-        Raises `StoreUnavailable`; the claims may be on disk all the same, and `give_back` undoes them.
+        Raises:
+            StoreUnavailable: The claims may be on disk all the same; `give_back` undoes them.
         """
         return await self._store.write(self._claim, (tuple(limits), most))
 
     async def give_back(self, held: Collection[tuple[int, int]]) -> int:
-        """Undoes the claims of this process whose fences are not among `held`: nobody has run them. How many."""
+        """Undo the claims of this process whose fences are not in `held`. Returns their number.
+
+        No handler has run for them: the store failed at their commit.
+        """
         return await self._store.write(self._give_back, set(held))
 
-    async def settle(self, record: Record) -> Settlement | None:
-        """Writes attempt, delivery, lane and queue in one transaction; None where the lane was lost meanwhile."""
+    async def settle(self, record: AttemptRecord) -> Settlement | None:
+        """Write attempt, delivery, lane and queue in one transaction. Returns None if the lane was lost meanwhile."""
         return await self._store.write(self._settle, record)
 
     async def release(self, claim: Claim) -> None:
-        """Gives up a lane that was settled and kept, once its handler has really ended."""
+        """Release a lane that was settled with `keeps_lane`, once its handler has ended."""
         await self._store.write(self._release, claim)
 
     # --- in the writer's thread, inside its transaction ---
 
     def _open_queues(self, connection: Connection, items: Sequence[Sequence[QueueKey]]) -> list[dict[QueueKey, int]]:
-        mended = queues.c.paused_by == PausedBy.MISCONFIGURED.value
-        connection.execute(update(queues).where(mended).values(queue_columns(RUNNING)))
+        misconfigured = queues.c.paused_by == PausedBy.MISCONFIGURED.value
+        connection.execute(update(queues).where(misconfigured).values(queue_columns(RUNNING)))
         rows = sorted({(key.route, *key.channel) for keys in items for key in keys})
         ending = "ON CONFLICT (route, merchant, channel) DO NOTHING"
-        add = self._store.database.inserter(queues, ("route", "merchant", "channel"), ending)
-        add(connection.connection.cursor(), rows)
+        insert = self._store.database.inserter(queues, ("route", "merchant", "channel"), ending)
+        insert(connection.connection.cursor(), rows)
         known = {
             QueueKey(row.route, Channel(row.merchant, row.channel)): row.id
             for row in connection.execute(select(queues))
@@ -186,122 +187,152 @@ class Lanes:
         return [{key: known[key] for key in keys} for keys in items]
 
     def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[QueueLimits], int]]) -> list[Claimed]:
-        return [self._take(connection, {ask.queue_id: ask for ask in limits}, most) for limits, most in items]
+        return [self._claim_due(connection, {each.queue_id: each for each in limits}, most) for limits, most in items]
 
-    def _take(self, connection: Connection, limits: Mapping[int, QueueLimits], most: int) -> Claimed:
+    def _claim_due(self, connection: Connection, limits: Mapping[int, QueueLimits], most: int) -> Claimed:
         now = self._clock()
         due = {
             row.id: max(row.due, row.paused_until or 0)
-            for row in connection.execute(STANDS, {"ids": list(limits)})
+            for row in connection.execute(QUEUES_WITH_DUE, {"ids": list(limits)})
             if row.due is not None and row.paused_until != FOR_EVER
         }
         later = min((moment for moment in due.values() if moment > now), default=None)
         ready = sorted(queue_id for queue_id, moment in due.items() if moment <= now)
         if not ready or most < 1:
             return Claimed(claims=[], next_due_at=later)
-        # One node at a time counts what is held of a queue; the intake does not wait for it.
-        locked = connection.execute(LOCKED_QUEUES, {"ids": ready}).all()
-        held = Counter(connection.execute(HELD).scalars())
-        self._turn += 1
-        first = self._turn % len(locked)
+        # The lock makes one node at a time count the held lanes of a queue. The inbox does not wait for it.
+        locked = connection.execute(LOCK_QUEUES, {"ids": ready}).all()
+        held = Counter(connection.execute(HELD_QUEUES).scalars())
+        self._claims_made += 1
+        first = self._claims_made % len(locked)  # each claim begins with the next queue
         taken: list[tuple[Any, QueueLimits]] = []
         for queue in (*locked[first:], *locked[:first]):
-            ask = limits[queue.id]
-            room = min(pausing_of(queue).room(ask.concurrency, now) - held[queue.id], most - len(taken))
+            limit = limits[queue.id]
+            room = min(queue_state(queue).room(limit.concurrency, now) - held[queue.id], most - len(taken))
             if room > 0:
-                some = connection.execute(DUE, {"queue": queue.id, "now": now, "room": room})
-                taken += [(lane, ask) for lane in some]
+                rows = connection.execute(LOCK_DUE_LANES, {"queue": queue.id, "now": now, "room": room})
+                taken += [(lane, limit) for lane in rows]
         claims = self._hold(connection, taken, now)
-        # Where nothing waited in a lane that was due, another one may still be.
+        # If a due lane had nothing waiting, another lane may be due already.
         return Claimed(claims=claims, next_due_at=later if len(claims) == len(taken) else now)
 
     def _hold(self, connection: Connection, taken: Sequence[tuple[Any, QueueLimits]], now: int) -> list[Claim]:
         if not taken:
             return []
-        turns = {row.id: row.delivery_id for row in connection.execute(TURNS, {"ids": [lane.id for lane, _ in taken]})}
-        idle = [lane_id for lane_id, delivery_id in turns.items() if delivery_id is None]  # it has been superseded
-        if idle:
-            connection.execute(IDLE, {"ids": idle})
-        held = {turns[lane.id]: (lane, ask) for lane, ask in taken if turns[lane.id] is not None}
+        rows = connection.execute(CURRENT_DELIVERIES, {"ids": [lane.id for lane, _ in taken]})
+        delivery_ids = {row.id: row.delivery_id for row in rows}
+        superseded = [lane_id for lane_id, delivery_id in delivery_ids.items() if delivery_id is None]
+        if superseded:
+            connection.execute(MAKE_IDLE, {"ids": superseded})
+        held = {delivery_ids[lane.id]: (lane, limit) for lane, limit in taken if delivery_ids[lane.id] is not None}
         if not held:
             return []
         holder = self._lease.process_id
-        rows = [
-            {"lane": lane.id, "by": holder, "delivery": delivery_id, "due": now + ask.doubt_ms}
-            for delivery_id, (lane, ask) in held.items()
+        changes = [
+            {"lane": lane.id, "holder": holder, "delivery": delivery_id, "due": now + limit.doubt_ms}
+            for delivery_id, (lane, limit) in held.items()
         ]
-        self._hold_each(connection.connection.cursor(), rows)
-        connection.execute(COUNT, {"ids": list(held), "now": now})
+        self._hold_lanes(connection.connection.cursor(), changes)
+        connection.execute(COUNT_ATTEMPTS, {"ids": list(held), "now": now})
         claims = {}
-        for row in connection.execute(CLAIMED, {"ids": list(held)}):
-            lane, ask = held[row.delivery_id]
-            claims[row.delivery_id] = claim_of(row, lane, holder=holder, now=now, doubt_ms=ask.doubt_ms)
+        for row in connection.execute(CLAIMED_DELIVERIES, {"ids": list(held)}):
+            lane, limit = held[row.delivery_id]
+            claims[row.delivery_id] = Claim(
+                lane_id=lane.id,
+                holder=holder,
+                number=lane.claim + 1,
+                in_doubt=lane.claim > lane.settled,
+                doubt_ends_at=now + limit.doubt_ms,
+                queue_id=lane.queue_id,
+                delivery_id=row.delivery_id,
+                attempt=row.attempts,
+                first_attempt_at=row.first_attempt_at,
+                claimed_at=now,
+                notification_id=row.id,
+                callback=row.callback,
+                channel=Channel(row.merchant, row.channel),
+                order_id=row.order_id,
+                identity=row.identity,
+                received_at=row.received_at,
+                body=row.body,
+                previous=previous_of(lane.previous),
+            )
         return [claims[delivery_id] for delivery_id in held]
 
     def _give_back(self, connection: Connection, items: Sequence[set[tuple[int, int]]]) -> list[int]:
-        answers = []
+        counts = []
         for held in items:
-            mine = select(lanes.c.id, lanes.c.claim).where(lanes.c.holder == self._lease.process_id)
-            ids = {row.id for row in connection.execute(mine) if (row.id, row.claim) not in held}
+            own = select(lanes.c.id, lanes.c.claim).where(lanes.c.holder == self._lease.process_id)
+            ids = {row.id for row in connection.execute(own) if (row.id, row.claim) not in held}
             for lane in lock_lanes(connection, ids):
-                # As if it had never been claimed; what was in doubt before still is.
+                # As before the claim: a lane that was in doubt stays so.
                 settled = lane.claim if lane.settled == lane.claim - 1 else lane.settled
                 freed = {"holder": None, "settled": settled, "next_at": self._clock()}
                 connection.execute(update(lanes).where(lanes.c.id == lane.id).values(freed))
                 current = deliveries.c.id == lane.current_delivery_id
                 connection.execute(update(deliveries).where(current).values(attempts=deliveries.c.attempts - 1))
-            answers.append(len(ids))
-        return answers
+            counts.append(len(ids))
+        return counts
 
-    def _settle(self, connection: Connection, records: Sequence[Record]) -> list[Settlement | None]:
+    def _settle(self, connection: Connection, records: Sequence[AttemptRecord]) -> list[Settlement | None]:
         now = self._clock()
         locked = {row.id: row for row in lock_lanes(connection, {record.claim.lane_id for record in records})}
         kept = [
             record
             for record in records
             if _is_held(locked.get(record.claim.lane_id), record.claim)
-            and not (record.keeps and _is_written(connection, record.claim))
+            and not (record.keeps_lane and _is_written(connection, record.claim))
         ]
-        pausing = self._queues(connection, kept)
+        states = self._lock_changing_queues(connection, kept, now)
         settlements: dict[tuple[int, int], Settlement] = {}
         for record in kept:
             claim = record.claim
-            was = pausing[claim.queue_id]
-            attempt = replace(record.attempt, paused=not was.is_running())
-            settlements[claim.fence] = settle(record.result, attempt)
-            pausing[claim.queue_id] = after = after_attempt(was, record.result, claim.lane_id, now, self._policy)
-            if after is not was:
+            before = states[claim.queue_id]
+            settlements[claim.fence] = settle(record.result, attempt_of(record, now, paused=not before.is_running()))
+            states[claim.queue_id] = after = after_attempt(before, record.result, claim.lane_id, now, self._policy)
+            if after is not before:
                 connection.execute(update(queues).where(queues.c.id == claim.queue_id).values(queue_columns(after)))
-                _tell(claim, was, after)
+                _log_change(claim, before, after)
         if kept:
             self._write(connection, [(record, settlements[record.claim.fence]) for record in kept], now)
-        # A connection that broke at the commit left it open whether this is written already: then it stands there.
-        again = [record for record in records if record.claim.fence not in settlements]
-        written = [record for record in again if _is_written(connection, record.claim)]
-        settlements |= {record.claim.fence: settle(record.result, record.attempt) for record in written}
+        # After a connection broke at the commit, the same record arrives again although it is on disk.
+        repeated = [record for record in records if record.claim.fence not in settlements]
+        written = [record for record in repeated if _is_written(connection, record.claim)]
+        settlements |= {record.claim.fence: settle(record.result, attempt_of(record, now)) for record in written}
         return [settlements.get(record.claim.fence) for record in records]
 
-    def _queues(self, connection: Connection, records: Sequence[Record]) -> dict[int, QueueState]:
-        """How the queues of these records stand; locked only where that may change, for they are everybody's."""
+    def _lock_changing_queues(
+        self, connection: Connection, records: Sequence[AttemptRecord], now: int
+    ) -> dict[int, QueueState]:
+        """Return the states of the queues. Locks only those that will change: every settlement needs them."""
         ids = {record.claim.queue_id for record in records}
-        stand = {row.id: pausing_of(row) for row in connection.execute(QUEUES, {"ids": list(ids)})}
-        changing = {
-            record.claim.queue_id
-            for record in records
-            if stand[(of := record.claim).queue_id]
-            is not after_attempt(stand[of.queue_id], record.result, of.lane_id, self._clock(), self._policy)
-        }
+        states = {row.id: queue_state(row) for row in connection.execute(QUEUES, {"ids": list(ids)})}
+        changing = set()
+        for record in records:
+            state = states[record.claim.queue_id]
+            if after_attempt(state, record.result, record.claim.lane_id, now, self._policy) is not state:
+                changing.add(record.claim.queue_id)
         if changing:
-            stand |= {row.id: pausing_of(row) for row in connection.execute(LOCKED_QUEUES, {"ids": list(changing)})}
-        return stand
+            states |= {row.id: queue_state(row) for row in connection.execute(LOCK_QUEUES, {"ids": list(changing)})}
+        return states
 
-    def _write(self, connection: Connection, settled: Sequence[tuple[Record, Settlement]], now: int) -> None:
+    def _write(self, connection: Connection, settled: Sequence[tuple[AttemptRecord, Settlement]], now: int) -> None:
         cursor = connection.connection.cursor()
-        self._end(cursor, [delivery_after(record, settlement, now) for record, settlement in settled])
-        going_on = [record.claim.lane_id for record, settlement in settled if goes_on(record, settlement)]
-        more = set(connection.execute(WITH_MORE, {"ids": going_on}).scalars()) if going_on else set()
-        self._let_go(cursor, [lane_after(record, settlement, more, now) for record, settlement in settled])
-        self._write_down(cursor, [attempt_row(record, now) for record, _ in settled])
+        changes = [
+            {
+                "delivery": record.claim.delivery_id,
+                "state": settlement.state.value,
+                "reason": settlement.reason and settlement.reason.value,
+                "ended_at": None if settlement.reason is None else now,
+                "uncounted": 0 if settlement.counts else 1,
+            }
+            for record, settlement in settled
+        ]
+        self._settle_deliveries(cursor, changes)
+        continuing = [record.claim.lane_id for record, settlement in settled if continues(record, settlement)]
+        due = set(connection.execute(LANES_WITH_WAITING, {"ids": continuing}).scalars()) if continuing else set()
+        self._settle_lanes(cursor, [lane_change(record, settlement, due, now) for record, settlement in settled])
+        self._insert_attempts(cursor, [attempt_row(record, now) for record, _ in settled])
 
     def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
         for claim in sorted(claims, key=lambda claim: (claim.queue_id, claim.order_id)):
@@ -310,12 +341,11 @@ class Lanes:
         return [None for _ in claims]
 
 
-def _tell(claim: Claim, was: QueueState, now: QueueState) -> None:
-    """One line where a queue begins to pause, or runs again."""
+def _log_change(claim: Claim, before: QueueState, after: QueueState) -> None:
     queue = {"queue_id": claim.queue_id, "merchant": claim.channel.merchant, "channel": claim.channel.name}
-    if now.paused_until != was.paused_until and now.paused_by is not None:
-        log.warning("queue_paused", code=now.reason, paused_by=now.paused_by.value, **queue)
-    elif now.is_running() and not was.is_running():
+    if after.paused_until != before.paused_until and after.paused_by is not None:
+        log.warning("queue_paused", code=after.reason, paused_by=after.paused_by.value, **queue)
+    elif after.is_running() and not before.is_running():
         log.info("queue_resumed", **queue)
 
 

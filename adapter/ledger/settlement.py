@@ -1,119 +1,129 @@
-"""
-What becomes of a delivery after an attempt: pure, values in, values out.
+"""Settlement: the next state of a delivery and of its queue after an attempt. Pure: values in, values out.
 
-A delivery is *waiting*, *done* or *dead*, always with a reason once it is not waiting. The one thing a reader would get
-wrong is doubt: an attempt *settles* its lane only when its outcome is known. After a crash, a deadline or a broken
-connection nobody knows whether the far side acted, the lane stays in doubt, and nothing is sent again before the
-handler has looked it up (or has declared that repeating does no harm).
+A delivery is waiting, done or dead, and has a reason once it no longer waits. Doubt is easy to get wrong: an attempt
+settles its lane only if its outcome is known. After a crash, a deadline or a broken connection it is unknown whether
+the destination acted. The lane is then in doubt, and nothing is sent again before the handler has looked it up, unless
+the handler declares that a repetition does no harm. `settle` computes the state of the delivery:
 
-| attempt ended with | in a lane not in doubt | after a lookup |
+| the attempt ended with | in a lane that is not in doubt | after a lookup |
 |---|---|---|
-| `Done` | done, delivered | done, delivered |
-| nothing there | - | waiting, due at once, doubt ended; dead: exhausted after the last attempt |
+| `Done` | done: delivered | done: delivered |
+| no effect found | - | waiting, due at once, no doubt; after the last attempt dead: exhausted |
 | `Skip`, moved on | done | - |
 | `Retry` | waiting by the schedule, then dead: exhausted | waiting, still in doubt, then dead: unknown |
 | `Reject` | dead: rejected | waiting, still in doubt, then dead: unknown |
-| condition in error | dead: condition | - |
-| a handler that never lets go of its thread | dead: unknown | the same |
-| `Retry`, `Unknown`, nothing there in a paused queue | as above, but the attempt does not count | the same |
+| a condition in error | dead: condition | - |
+| a handler that blocks its thread for good | dead: unknown | the same |
+| `Retry`, `Unknown` or no effect found, in a paused queue | the same, but the attempt does not count | the same |
 | `Misconfigured` | waiting, the queue pauses, the attempt does not count | the same, still in doubt |
-| `Unknown`, deadline, bug, shutdown | looked up when due; repeated where repeatable; else dead: unknown | as `Retry` |
+| `Unknown`, deadline, bug, shutdown | waiting for a lookup; a retry if repeatable; else dead: unknown | as `Retry` |
 | released before the handler ran | waiting, due at once, the attempt does not count | the same, still in doubt |
+
+`after_attempt` computes the state of the queue: it pauses after consecutive failures of different orders, when the
+destination asks for time (`Retry-After`), and on broken credentials. After the pause one lane is tried as a probe.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import Enum
+from typing import get_args
 
 from adapter.moments import in_milliseconds
 from adapter.plugin import Done, Misconfigured, NotificationHandler, Reject, Retry, Skip, Unknown, can_look_up
 
 LARGEST_JITTER = 0.2
 LONGEST_DEFERRAL = timedelta(hours=24)
+FOR_EVER = 253_402_300_799_000  # the last second of the year 9999: until a person resumes
 
 
 class State(Enum):
-    WAITING = "waiting"  # owed: due now, later, or being tried (then its lane has a holder)
-    DONE = "done"  # nothing more will happen; the reason says why that is right
-    DEAD = "dead"  # will not be tried again unless somebody retries it
+    """The states of a delivery."""
+
+    WAITING = "waiting"  # due now or later, or being attempted (then its lane has a holder)
+    DONE = "done"  # finished; the reason says how
+    DEAD = "dead"  # not attempted again unless a person retries it
 
 
 class Reason(Enum):
-    DELIVERED = "delivered"  # the handler said Done
-    SKIPPED = "skipped"  # the handler said that there was nothing to do
-    SUPERSEDED = "superseded"  # never tried: a newer snapshot of the order stands for it
-    MOVED_ON = "moved_on"  # what held on receipt no longer held on the order as Norce has it
-    DISCARDED = "discarded"  # a person said so
-    REJECTED = "rejected"  # the destination or the handler can never take this order
+    """The reasons why a delivery no longer waits."""
+
+    DELIVERED = "delivered"  # the handler returned Done
+    SKIPPED = "skipped"  # the handler found nothing to do
+    SUPERSEDED = "superseded"  # never attempted: a newer snapshot of the order replaces it
+    MOVED_ON = "moved_on"  # a condition that held on receipt no longer holds for the order at Norce
+    DISCARDED = "discarded"  # by a person
+    REJECTED = "rejected"  # the destination or the handler can never accept this order
     EXHAUSTED = "exhausted"  # the retry schedule is used up
-    UNKNOWN = "unknown"  # nobody knows whether the effect is there; only a person may go on
-    CONDITION = "condition"  # a condition could not be decided on this order
+    UNKNOWN = "unknown"  # the effect may or may not be there; only a person may continue
+    CONDITION = "condition"  # a condition could not be evaluated on this order
 
 
 class Ending(Enum):
-    """How an attempt ends when it is not the handler that says so."""
+    """The endings of an attempt that are not outcomes of the handler."""
 
     NOT_THERE = "not_there"  # the lookup found no effect
     MOVED_ON = "moved_on"
     CONDITION = "condition"
-    RELEASED = "released"  # given back before the handler was called
-    BLOCKED = "blocked"  # the handler blocks its thread far past its deadline, and cannot be stopped
+    RELEASED = "released"  # before the handler was called
+    BLOCKED = "blocked"  # the handler blocks its thread far past its deadline and cannot be stopped
 
 
 class Interrupted(Unknown):
-    """It is we who ended the attempt, or never began it: unknown, but it says nothing about the far side."""
+    """The service ended the attempt or never began it, so its outcome says nothing about the destination."""
 
 
 Result = Done | Skip | Retry | Reject | Unknown | Misconfigured | Ending
 
 
+def outcome_name(result: Result) -> str:
+    """Return the name of a result for people and metrics. A plugin's subclass has the name of its base."""
+    if isinstance(result, Ending):
+        return result.value
+    kind: type = next(kind for kind in get_args(Result) if isinstance(result, kind))
+    return kind.__name__.lower()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handling:
-    """What a route's handler can do about doubt."""
+    """The ways in which a handler can resolve doubt."""
 
     looks_up: bool
     repeatable: bool
 
     @classmethod
     def of(cls, handler: type[NotificationHandler]) -> "Handling":  # type: ignore[type-arg]
+        """Read them from a handler class."""
         return cls(looks_up=can_look_up(handler), repeatable=handler.repeatable)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """
-    The facts about an attempt that decide what follows. `number` counts from 1; `jitter` is 0 to 1. In a queue that is
-    paused a failure says nothing new about its order, so it uses up nothing of the schedule.
-    """
+    """The facts about an attempt that decide what follows."""
 
-    number: int
+    number: int  # counts from 1
     in_doubt: bool
     ended_at: datetime
     doubt_ends_at: datetime
     handling: Handling
     schedule: Sequence[timedelta]
-    jitter: float
-    paused: bool = False
+    jitter: float  # 0 to 1
+    paused: bool = False  # a failure in a paused queue says nothing about its order and uses up no retry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settlement:
-    """
-    What to record. `known` says whether the outcome is known, which is what ends a lane's doubt; `due_at` is set for
-    what waits; `counts` is False for an attempt that does not use up the schedule; `pauses` names why the queue stops.
-    """
+    """The next state of a delivery."""
 
     state: State
     reason: Reason | None = None
-    known: bool = True
-    due_at: datetime | None = None
-    counts: bool = True
-    pauses: str | None = None
+    known: bool = True  # a known outcome ends the lane's doubt
+    due_at: datetime | None = None  # set while the delivery waits
+    counts: bool = True  # False if the attempt does not use up the schedule
 
     @property
     def holds_lane(self) -> bool:
-        """Whether even a route that re-reads the order must stop here: an unknown effect is never sent past."""
+        """Return whether the lane must stop even if its route reads the order again."""
         return self.reason is Reason.UNKNOWN
 
 
@@ -124,11 +134,11 @@ def next_attempt_at(
     jitter: float,
     not_before: timedelta | None = None,
 ) -> datetime | None:
-    """
-    When to try again, or None when the schedule is used up. Never earlier than the schedule says, at most 20 % later.
+    """Return the time of the next attempt, or None if the schedule is used up.
 
-    A destination may ask for a later moment (`Retry-After`), never an earlier one, and never so late that a typo on its
-    side parks an order for a month.
+    It is never earlier than the schedule says and at most 20 % later. A destination may ask for a later time
+    (`Retry-After`), never an earlier one. The delay is capped, so that a typo at the destination cannot park an order
+    for a month.
     """
     if attempts > len(schedule):
         return None
@@ -139,14 +149,13 @@ def next_attempt_at(
 
 
 def settle(result: Result, attempt: Attempt) -> Settlement:
-    """What to record after an attempt that ended with `result`: the table above."""
+    """Return the next state of the delivery, by the table above."""
     match result:
         case Done():
             return Settlement(state=State.DONE, reason=Reason.DELIVERED)
-        case Ending.RELEASED:
-            return _again(attempt, counts=False)
-        case Misconfigured():
-            return _again(attempt, counts=False, pauses=result.code)
+        case Ending.RELEASED | Misconfigured():
+            known = not attempt.in_doubt
+            return Settlement(state=State.WAITING, known=known, due_at=attempt.ended_at, counts=False)
         case Ending.BLOCKED:
             return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
         case Ending.NOT_THERE:
@@ -167,75 +176,71 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
         case Retry():
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED, not_before=result.after)
         case Unknown() if attempt.handling.looks_up:
-            due = _due(attempt)
-            due = max(due or attempt.doubt_ends_at, attempt.doubt_ends_at)  # the last attempt is looked up, too
+            due = _due_at(attempt)
+            due = max(due or attempt.doubt_ends_at, attempt.doubt_ends_at)  # the last attempt is looked up as well
             return Settlement(state=State.WAITING, known=False, due_at=due, counts=not attempt.paused)
         case Unknown() if attempt.handling.repeatable:
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED)
     return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
 
 
-def _again(attempt: Attempt, *, counts: bool, pauses: str | None = None) -> Settlement:
-    known = not attempt.in_doubt
-    return Settlement(state=State.WAITING, known=known, due_at=attempt.ended_at, counts=counts, pauses=pauses)
-
-
 def _by_schedule(attempt: Attempt, *, known: bool, then: Reason, not_before: timedelta | None = None) -> Settlement:
-    due = _due(attempt, not_before)
+    due = _due_at(attempt, not_before)
     if due is None:
         return Settlement(state=State.DEAD, reason=then, known=known)
-    # The request in doubt must have had its time before anybody asks, or asks again.
+    # Before a lookup or a repetition, the request in doubt must have had its time.
     if then is Reason.UNKNOWN or attempt.handling.repeatable:
         due = max(due, attempt.doubt_ends_at)
     return Settlement(state=State.WAITING, known=known, due_at=due, counts=not attempt.paused)
 
 
-def _due(attempt: Attempt, not_before: timedelta | None = None) -> datetime | None:
+def _due_at(attempt: Attempt, not_before: timedelta | None = None) -> datetime | None:
     number = attempt.number
     if attempt.paused:
         number = min(number, len(attempt.schedule))
-        if number == 0:  # no retries at all; the pause itself is the wait
+        if number == 0:  # a schedule without retries: the pause is the delay
             return attempt.ended_at
     return next_attempt_at(attempt.schedule, number, attempt.ended_at, attempt.jitter, not_before)
 
 
-FOR_EVER = 253_402_300_799_000  # the last second of the year 9999: until a person resumes
-
-
 class PausedBy(Enum):
-    FAILURES = "failures"  # so many in a row, over different orders
+    """The causes of a pause."""
+
+    FAILURES = "failures"  # consecutive failures of different orders
     RETRY_AFTER = "retry_after"  # the destination asked for time
-    MISCONFIGURED = "misconfigured"  # until a person mends it and resumes, or the service starts anew
+    MISCONFIGURED = "misconfigured"  # ends when a person resumes the queue or restarts the service
     PERSON = "person"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PausePolicy:
-    """After how many orders that failed in a row a queue pauses (0: never), how long at first, and at the longest."""
+    """The rules for pausing a queue after failures."""
 
-    after_failures: int = 5
-    first: timedelta = timedelta(seconds=30)
+    after_failures: int = 5  # orders that failed one after another; 0: never
+    first: timedelta = timedelta(seconds=30)  # doubles with each further pause
     longest: timedelta = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueState:
-    """How a queue stands. `reason` is a code, or a person's words; moments are milliseconds."""
+    """The state of a queue: running, paused until a moment in milliseconds, or probing after that moment."""
 
     paused_until: int | None = None
     paused_by: PausedBy | None = None
-    reason: str | None = None
+    reason: str | None = None  # a code, or the words of a person
     failed_lanes: tuple[int, ...] = ()
     pauses_in_row: int = 0
 
     def is_paused(self, now: int) -> bool:
+        """Return whether the pause still lasts."""
         return self.paused_until is not None and self.paused_until > now
 
     def is_running(self) -> bool:
+        """Return whether there is neither a pause nor a probe."""
         return self.paused_until is None
 
     def room(self, concurrency: int, now: int) -> int:
-        """How many lanes may be tried at once: all, one as a probe, or none."""
+        """Return how many lanes may be held at once: all, one as a probe, or none."""
         if self.is_running():
             return concurrency
         return 0 if self.is_paused(now) else 1
@@ -245,15 +250,15 @@ RUNNING = QueueState()
 
 
 def after_attempt(queue: QueueState, result: Result, lane_id: int, now: int, policy: PausePolicy) -> QueueState:
-    """How the queue stands after an attempt on this lane; the same object where nothing has changed."""
+    """Return the state of the queue after an attempt on this lane, or the same object if nothing has changed."""
     match result:
         case Misconfigured():
             if queue.is_paused(now) and queue.paused_by is PausedBy.PERSON:
                 return queue
             return replace(queue, paused_until=FOR_EVER, paused_by=PausedBy.MISCONFIGURED, reason=result.code)
-        case Done() | Skip() | Reject() | Ending.NOT_THERE:  # the far side has answered
+        case Done() | Skip() | Reject() | Ending.NOT_THERE:  # the destination has answered
             return queue if queue == RUNNING or queue.is_paused(now) else RUNNING
-        case _ if queue.is_paused(now):  # it was under way when the pause began
+        case _ if queue.is_paused(now):  # the attempt began before the pause
             return queue
         case Interrupted():
             return queue
@@ -273,4 +278,4 @@ def after_attempt(queue: QueueState, result: Result, lane_id: int, now: int, pol
                 reason=result.code,
                 pauses_in_row=queue.pauses_in_row + 1,
             )
-    return queue  # it ended before the far side was asked: that says nothing about it
+    return queue  # the attempt ended before the destination was asked

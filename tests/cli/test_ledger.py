@@ -17,6 +17,7 @@ from adapter.cli.ledger import steps
 from adapter.cli.shared import printable
 from adapter.ledger.commands import Step
 from adapter.ledger.queries import Author, DeliveryFilter
+from adapter.plugin import Reject, Retry, Unknown
 from tests.cli.test_cli import (
     CONFIG,
     CONFIGURATION,
@@ -31,7 +32,7 @@ from tests.cli.test_cli import (
     write,
 )
 from tests.databases import rows
-from tests.ledgers import EXHAUSTED, NOON, REJECTED, UNKNOWN, Ledger, opened
+from tests.ledgers import NOON, Ends, Ledger, opened
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -57,10 +58,10 @@ def fill(ledger: Ledger) -> None:
     """1 is rejected, 2 exhausted, 3 unknown, 4 waits."""
     for order in ("order-1", "order-2", "order-3"):
         ledger.owed(1, order_id=order)
-    for claim, ends, code in zip(
-        ledger.claim(), (REJECTED, EXHAUSTED, UNKNOWN), ("no-such-shop", "busy", "lost"), strict=True
-    ):
-        ledger.settle(claim, ends, code=code, message="The shop says no.")
+    message = "The shop says no."
+    results = (Reject("no-such-shop", message), Retry("busy", message), Unknown("lost", message))
+    for claim, result in zip(ledger.claim(), results, strict=True):
+        ledger.settle(claim, Ends(result))
     ledger.owed(1, order_id=NASTY)
 
 

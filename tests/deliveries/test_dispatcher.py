@@ -24,7 +24,7 @@ from adapter.deliveries import dispatcher as dispatcher_module
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import SLACK, Dispatcher
 from adapter.identifiers import Channel
-from adapter.ledger.claims import Claim, Claimed, QueueKey, QueueLimits, Record
+from adapter.ledger.claims import AttemptRecord, Claim, Claimed, QueueKey, QueueLimits
 from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
@@ -139,7 +139,7 @@ class WatchedLanes(Lanes):
     def __init__(self, store: Store, lease: Lease, *, policy: PausePolicy) -> None:
         super().__init__(store, lease, policy=policy)
         self.claimed: asyncio.Queue[list[Claim]] = asyncio.Queue()
-        self.settled: asyncio.Queue[tuple[Record, Settlement | None]] = asyncio.Queue()
+        self.settled: asyncio.Queue[tuple[AttemptRecord, Settlement | None]] = asyncio.Queue()
         self.released: asyncio.Queue[Claim] = asyncio.Queue()
         self.lost: asyncio.Queue[str] = asyncio.Queue()
         self.claims = 0
@@ -161,7 +161,7 @@ class WatchedLanes(Lanes):
             await self.keep_back.wait()
         return taken
 
-    async def settle(self, record: Record) -> Settlement | None:
+    async def settle(self, record: AttemptRecord) -> Settlement | None:
         self._fail("settle")
         if record.claim.order_id in self.mistakes:
             raise ZeroDivisionError

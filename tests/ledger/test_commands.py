@@ -18,6 +18,7 @@ from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
 from adapter.ledger.settlement import FOR_EVER, Ending, PausePolicy
 from adapter.ledger.store import Store
+from adapter.plugin import Retry
 from tests.databases import Server
 from tests.ledgers import (
     CONDITION,
@@ -68,7 +69,7 @@ def dead(ledger: Ledger, *orders: str, ends: Ends = REJECTED, refetch: bool = Tr
         ledger.owed(1 if refetch else 2, order_id=order, refetch=refetch)
         queue = ledger.export if refetch else ledger.history
         (claim,) = [each for each in ledger.claim(queue) if each.order_id == order]
-        ledger.settle(claim, ends, passes=refetch, **more)
+        ledger.settle(claim, ends, refetch=refetch, **more)
 
 
 def query(ledger: Ledger, look: Callable[[Queries], Any]) -> Any:
@@ -172,8 +173,8 @@ def test_what_is_meant_is_changed_and_a_dry_run_counts_just_that(
     ledger: Ledger, name: str, given: tuple[dict[str, Any], list[int]]
 ) -> None:
     matching, expected = given
-    dead(ledger, "order-1", code="no-such-shop")
-    dead(ledger, "order-2", ends=EXHAUSTED, code="busy")
+    dead(ledger, "order-1")
+    dead(ledger, "order-2", ends=Ends(Retry("busy")))
     dead(ledger, "order-2", refetch=False)
     ledger.clock.now += HOUR
     dead(ledger, "order-4", ends=EXHAUSTED)
@@ -323,7 +324,7 @@ def test_send_wants_to_know_what_was_looked_at(ledger: Ledger) -> None:
 def test_a_letter_whose_handler_still_blocks_stays_dead_until_it_lets_go(ledger: Ledger, unknown: str) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
-    ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps=True)
+    ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps_lane=True)
 
     assert retry(ledger, 1, unknown=unknown).changed == 0
     ledger.do(ledger.lanes.release(claim))
@@ -401,7 +402,7 @@ def test_without_refetch_a_letter_stops_its_lane_and_goes_before_what_came_later
     while claims := ledger.claim(ledger.history):
         (claim,) = claims
         order.append(claim.delivery_id)
-        ledger.settle(claim, passes=False)
+        ledger.settle(claim, refetch=False)
     assert order == [1, 2, 3]
 
 
@@ -446,7 +447,7 @@ def test_discarding_a_letter_that_had_been_passed_leaves_the_lane_as_it_is(ledge
 def test_a_blocked_letter_is_discarded_once_its_handler_lets_go_and_the_lane_goes_on(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
-    ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps=True)
+    ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps_lane=True)
 
     assert discard(ledger, 1).changed == 0
     ledger.owed(2)

@@ -12,6 +12,7 @@ from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import MAX_CONFLICTS, Received
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
+from adapter.plugin import Reject
 from tests.ledgers import (
     CONDITION,
     DELIVERED,
@@ -29,6 +30,7 @@ from tests.ledgers import (
     Ends,
     Ledger,
     body_of,
+    delivered,
     in_doubt,
     make_many,
     receipt,
@@ -235,7 +237,7 @@ def test_a_route_that_does_not_refetch_gets_every_snapshot_in_order(ledger: Ledg
     for _ in range(3):
         claim = ledger.claim_one(ledger.history)
         seen.append(json.loads(claim.body or b"")["snapshot"])
-        ledger.settle(claim, passes=False)
+        ledger.settle(claim, refetch=False)
 
     assert seen == [1, 2, 3]
     assert ledger.claim(ledger.history) == []
@@ -243,7 +245,7 @@ def test_a_route_that_does_not_refetch_gets_every_snapshot_in_order(ledger: Ledg
 
 def test_nothing_is_put_before_a_delivery_that_was_tried(ledger: Ledger) -> None:
     ledger.owed(2, refetch=False)
-    ledger.settle(ledger.claim_one(ledger.history), waiting(NOON), passes=False)
+    ledger.settle(ledger.claim_one(ledger.history), waiting(NOON), refetch=False)
 
     ledger.owed(1, refetch=False)
 
@@ -269,7 +271,7 @@ def test_a_dead_letter_of_a_route_that_refetches_is_passed(ledger: Ledger, settl
 def test_a_dead_letter_of_a_route_that_does_not_refetch_holds_its_lane(ledger: Ledger, settlement: Ends) -> None:
     ledger.owed(1, 2, refetch=False)
 
-    ledger.settle(ledger.claim_one(ledger.history), settlement, passes=False)
+    ledger.settle(ledger.claim_one(ledger.history), settlement, refetch=False)
     ledger.owed(3, refetch=False)
     ledger.clock.now += 100 * HOUR
 
@@ -283,7 +285,7 @@ def test_an_unknown_outcome_always_holds_its_lane(ledger: Ledger, refetch: bool)
     ledger.owed(1, refetch=refetch)
     claim = ledger.claim_one(queue)
 
-    ledger.settle(claim, UNKNOWN, passes=refetch)
+    ledger.settle(claim, UNKNOWN, refetch=refetch)
     ledger.owed(2, refetch=refetch)
     ledger.clock.now += 100 * HOUR
 
@@ -296,8 +298,8 @@ def test_a_dead_letter_holds_its_own_lane_only(ledger: Ledger) -> None:
     ledger.owed(1, refetch=False, order_id="order-2")
     first, second = ledger.claim(ledger.history)
 
-    ledger.settle(first, UNKNOWN, passes=False)
-    ledger.settle(second, waiting(NOON), passes=False)
+    ledger.settle(first, UNKNOWN, refetch=False)
+    ledger.settle(second, waiting(NOON), refetch=False)
 
     assert [claim.order_id for claim in ledger.claim(ledger.history)] == ["order-2"]
 
@@ -307,7 +309,7 @@ def test_a_dead_letter_holds_its_own_lane_only(ledger: Ledger) -> None:
 def test_a_repeat_retries_a_dead_letter_whose_outcome_is_known(ledger: Ledger, settlement: Ends, refetch: bool) -> None:
     queue = ledger.export if refetch else ledger.history
     ledger.owed(1, refetch=refetch)
-    ledger.settle(ledger.claim_one(queue), settlement, passes=refetch)
+    ledger.settle(ledger.claim_one(queue), settlement, refetch=refetch)
 
     received = ledger.receive(receipt(wanted=[(queue, refetch)]))
 
@@ -404,7 +406,7 @@ def test_an_attempt_is_written_with_its_outcome(ledger: Ledger) -> None:
     claim = ledger.claim_one()
     ledger.clock.now += 250
 
-    ledger.settle(claim, REJECTED, outcome="reject", code="no-such-shop", message="x" * 5000)
+    ledger.settle(claim, Ends(Reject("no-such-shop", "x" * 5000), "rejected"))
 
     assert ledger.rows(
         "SELECT delivery_id, claim, kind, started_at, ended_at, outcome, code, length(message) FROM attempts"
@@ -413,7 +415,7 @@ def test_an_attempt_is_written_with_its_outcome(ledger: Ledger) -> None:
 
 def test_the_last_done_is_there_at_the_next_claim_of_the_lane(ledger: Ledger) -> None:
     ledger.owed(1)
-    ledger.settle(ledger.claim_one(), reference="shop-7", facts={"digest": "abc", "lines": 3})
+    ledger.settle(ledger.claim_one(), delivered("shop-7", digest="abc", lines=3))
     ledger.clock.now += HOUR
     ledger.owed(2)
 
@@ -470,8 +472,8 @@ def test_a_claim_that_is_kept_is_settled_once_too(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
 
-    assert ledger.settle(claim, MISCONFIGURED, keeps=True)
-    assert ledger.settle(claim, MISCONFIGURED, keeps=True)
+    assert ledger.settle(claim, MISCONFIGURED, keeps_lane=True)
+    assert ledger.settle(claim, MISCONFIGURED, keeps_lane=True)
 
     assert ledger.rows("SELECT count(*) FROM attempts") == [(1,)]
     assert ledger.rows("SELECT attempts FROM deliveries") == [(0,)]
@@ -482,7 +484,7 @@ def test_a_dead_letter_is_not_discarded_while_its_handler_still_runs(ledger: Led
     queue = ledger.export if refetch else ledger.history
     ledger.owed(1, refetch=refetch)
     claim = ledger.claim_one(queue)
-    ledger.settle(claim, UNKNOWN, passes=refetch, keeps=True)
+    ledger.settle(claim, UNKNOWN, refetch=refetch, keeps_lane=True)
     ledger.owed(2, refetch=refetch)
     commands = Commands(ledger.store)
     discard = Step(matching=DeliveryFilter(), by=Author(who="a person", why="it is there"))
@@ -642,7 +644,7 @@ def query(ledger: Ledger, look: Callable[[Queries], T]) -> T:
 def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> None:
     ledger.owed(1, order_id="order-1")
     ledger.owed(1, order_id="order-2", refetch=False)
-    ledger.settle(ledger.claim_one(), REJECTED, outcome="reject", code="no-such-shop", message="The shop is unknown.")
+    ledger.settle(ledger.claim_one(), Ends(Reject("no-such-shop", "The shop is unknown."), "rejected"))
 
     def ids(limit: int = 100, **asked: Any) -> list[int]:
         return [
@@ -659,9 +661,9 @@ def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> N
 
 def test_the_desk_shows_a_delivery_with_its_attempts(ledger: Ledger) -> None:
     ledger.owed(1)
-    ledger.settle(ledger.claim_one(), waiting(NOON + 5000), outcome="retry", code="destination-busy")
+    ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
     ledger.clock.now += 5000
-    ledger.settle(ledger.claim_one(), reference="shop-7")
+    ledger.settle(ledger.claim_one(), delivered("shop-7"))
 
     shown = query(ledger, lambda queries: queries.delivery(1))
 

@@ -31,6 +31,7 @@ from tests.ledgers import (
     HandClock,
     Ledger,
     body_of,
+    delivered,
     judge_many,
     make_many,
     opened,
@@ -213,7 +214,7 @@ def test_what_had_to_stay_is_looked_at_again(ledger: Ledger) -> None:
 
 def test_a_lane_with_something_younger_in_it_stays(ledger: Ledger) -> None:
     ledger.owed(1)
-    ledger.settle(ledger.claim_one(), reference="shop-1")
+    ledger.settle(ledger.claim_one(), delivered("shop-1"))
     ledger.clock.now = NOON + 300 * DAY
     ledger.owed(2)
     ledger.settle(ledger.claim_one())

@@ -54,7 +54,7 @@ from hypothesis.stateful import (
 from sqlalchemy import text
 
 from adapter.identifiers import Channel
-from adapter.ledger.claims import Claim, QueueKey, QueueLimits, Record
+from adapter.ledger.claims import AttemptRecord, Claim, QueueKey, QueueLimits
 from adapter.ledger.commands import Commands, Pause, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
@@ -437,9 +437,9 @@ class LedgerMachine(RuleBasedStateMachine):
             schedule=SCHEDULE,
             jitter=0.5,
         )
-        record = Record(
-            claim=claim, result=RESULTS[result], attempt=attempt, kind="deliver", outcome=result, reference=result,
-            passes=line.refetch, keeps=keeps,
+        record = AttemptRecord(
+            claim=claim, result=RESULTS[result], kind="deliver", handling=self.handling, schedule=SCHEDULE, jitter=0.5,
+            refetch=line.refetch, keeps_lane=keeps,
         )  # fmt: skip
 
         settlement = self.loop.run(node.lanes.settle(record))

@@ -321,7 +321,7 @@ def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: No
                 REJECTED if chance.random() < 0.2 else waiting(0) if chance.random() < 0.2 else None for _ in claims
             ]
             settled = [
-                node.settle_later(claim, *filter(None, [end]), passes=claim.queue_id == node.export)
+                node.settle_later(claim, *filter(None, [end]), refetch=claim.queue_id == node.export)
                 for claim, end in zip(claims, endings, strict=True)
             ]
             held.difference_update(claim.lane_id for claim in claims)

@@ -90,13 +90,13 @@ def waiting(due: datetime, **more: object) -> Settlement:
         pytest.param(
             MISCONFIGURED,
             FIRST,
-            waiting(NOON, counts=False, pauses="destination-unauthorized"),
+            waiting(NOON, counts=False),
             id="misconfigured",
         ),
         pytest.param(
             MISCONFIGURED,
             LAST,
-            waiting(NOON, counts=False, pauses="destination-unauthorized"),
+            waiting(NOON, counts=False),
             id="misconfigured, the last",
         ),
         pytest.param(Ending.BLOCKED, FIRST, dead(Reason.UNKNOWN, known=False), id="never lets go of its thread"),
@@ -151,7 +151,7 @@ def test_outside_doubt_what_follows_does_not_depend_on_the_handler(
         pytest.param(
             MISCONFIGURED,
             LOOKUP,
-            waiting(NOON, known=False, counts=False, pauses="destination-unauthorized"),
+            waiting(NOON, known=False, counts=False),
             id="lookup: misconfigured",
         ),
         pytest.param(
@@ -218,7 +218,7 @@ PAUSED_LAST_LOOKUP = replace(LAST_LOOKUP, paused=True)
         pytest.param(
             MISCONFIGURED,
             PAUSED_LAST,
-            waiting(NOON, counts=False, pauses="destination-unauthorized"),
+            waiting(NOON, counts=False),
             id="misconfigured",
         ),
     ],
@@ -231,10 +231,6 @@ def test_in_a_paused_queue_a_failure_uses_up_nothing_of_the_schedule(
 
 def test_only_an_unknown_outcome_holds_the_lane_of_a_route_that_refetches() -> None:
     assert [reason for reason in Reason if dead(reason).holds_lane] == [Reason.UNKNOWN]
-
-
-def test_the_pause_is_named_by_the_code_of_the_outcome() -> None:
-    assert settle(Misconfigured("wrong-shop-id"), FIRST).pauses == "wrong-shop-id"
 
 
 class Plain(NotificationHandler[Settings]):
