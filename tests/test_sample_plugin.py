@@ -108,7 +108,7 @@ def test_settings_that_are_right_pass(site: Site) -> None:
     checked = site.run_command("check")
 
     assert (checked.returncode, checked.stderr) == (0, "")
-    assert checked.stdout.endswith("2 callbacks, 1 routes; all is well\n")
+    assert checked.stdout.endswith("2 callbacks, 1 routes; no problems\n")
 
 
 def test_its_export_arrives(site: Site, external_services: ExternalServices) -> None:

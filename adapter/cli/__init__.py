@@ -1,8 +1,8 @@
-"""The commands. Exit codes are stable: 0 ok, 1 failed, 2 usage, 3 nothing matched, 4 configuration, 5 store.
+"""The commands of `norce-adapter`.
 
-Output for programs goes to standard output; logs, progress and errors go to standard error. A command imports only what
-it uses, so that it starts fast: `COMMANDS` names the module of each, and modules import large libraries where they use
-them.
+Exit codes are stable: 0 ok, 1 failed, 2 usage, 3 nothing matched, 4 configuration, 5 store. Results go to standard
+output; logs, progress and errors go to standard error. A command imports only what it uses, so that it starts fast:
+`COMMANDS` names its module, and modules import large libraries in their functions.
 """
 
 from importlib import import_module, metadata

@@ -1,6 +1,4 @@
-"""
-The commands about configuration: the schema of our file for editors, and what Norce's configuration is to hold.
-"""
+"""Commands about configuration: the schema of config.yaml, and our documents at Norce."""
 
 import copy
 import json
@@ -9,7 +7,7 @@ from typing import Any
 
 import click
 
-from adapter.cli.orders import asked
+from adapter.cli.orders import call_norce
 from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, load_config, printable
 from adapter.config.json_schema import file_schema
 from adapter.identifiers import Channel
@@ -22,17 +20,17 @@ SCHEMA_FILE = "config.schema.json"
 
 @click.group("config")
 def config_group() -> None:
-    """The configuration: of this service, and of our channels at Norce."""
+    """Print the schema of config.yaml, and write our documents at Norce."""
 
 
 @config_group.command("schema")
-@click.option("--write", is_flag=True, help=f"Write it into {SCHEMA_FILE} beside the configuration file.")
+@click.option("--write", is_flag=True, help=f"Write it to {SCHEMA_FILE} beside the configuration file.")
 @config_option
 def config_schema(*, write: bool, config_path: Path) -> None:
-    """Print the JSON Schema of config.yaml, with the settings of every installed handler, for editors."""
+    """Print the JSON Schema of config.yaml, with the settings of the installed handlers."""
     types, broken = settings_types()
     for name in broken:
-        click.echo(f"warning: the handler {name} cannot be imported, and is left out", err=True)
+        click.echo(f"warning: handler {name} cannot be imported and is left out", err=True)
     text = json.dumps(file_schema(types), indent=2, ensure_ascii=False)
     if not write:
         click.echo(text)
@@ -48,13 +46,13 @@ def config_schema(*, write: bool, config_path: Path) -> None:
 @config_group.command("norce")
 @click.option("--merchant", type=TEXT, help="Only this merchant's channels.")
 @click.option("--channel", type=TEXT, help="Only this channel.")
-@click.option("--write", is_flag=True, help="Put them in place, in place of only showing them.")
+@click.option("--write", is_flag=True, help="Write the documents to Norce instead of printing them.")
 @config_option
 def config_norce(merchant: str | None, channel: str | None, *, write: bool, config_path: Path) -> None:
-    """
-    Show the documents by which a channel notifies us of every new order, or put them in place.
+    """Print the documents at Norce that register our callbacks on every new order.
 
-    What else is in them is kept. The service must be running: Norce reads our schema from it.
+    Other content of the documents is kept. With --write, the service must be running, because Norce reads our schema
+    from it.
     """
     config = load_config(config_path)
     channels = [each for each in config.channels if merchant in (None, each.merchant) and channel in (None, each.name)]
@@ -66,9 +64,9 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
         for each in channels:
             try:
                 await one(norce, each)
-            except NorceError as error:  # of one merchant, say, whose token is old: the others go on
+            except NorceError as error:  # such as an old token of one merchant; continue with the others
                 failed.append((FAILED, f"{each.merchant}, channel {each.name}: {error}"))
-            except LookupError as error:  # of one that is not to register by itself, and has no secret for it
+            except LookupError as error:  # the channel has no secret for static registrations
                 failed.append((USAGE, f"{each.merchant}, channel {each.name}: {error}"))
         return failed
 
@@ -77,25 +75,25 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
         for name, document in documents.items():
             if write:
                 await norce.call(channel, "put_configuration", body=document, path={"name": name})
-                click.echo(printable(f"{channel.merchant}, channel {channel.name}: {name} is in place"))
+                click.echo(printable(f"{channel.merchant}, channel {channel.name}: {name} is written"))
             else:
                 click.echo(
                     json.dumps(_without_secrets(name, document, config.adapter.id), indent=2, ensure_ascii=False)
                 )
 
-    if failed := asked(config, work):
+    if failed := call_norce(config, work):
         end(min(code for code, _ in failed), "\n".join(printable(each) for _, each in failed))
 
 
 def _without_secrets(name: str, document: dict[str, Any], adapter_id: str) -> dict[str, Any]:
-    """As it is shown: without our secret, nor what another adapter's registrations may hold."""
+    """Hide our secret and the registrations of other adapters, which may hold theirs."""
     shown = copy.deepcopy(document)
     if name != STATIC:
-        shown["callbacks"]["secret"] = "***"  # noqa: S105 - what is shown in its place
+        shown["callbacks"]["secret"] = "***"  # noqa: S105 - shown instead of the secret
         return shown
     whose = [each.get("adapterId") if isinstance(each, dict) else None for each in shown["order"]["notifications"]]
     shown["order"]["notifications"] = [
-        each if owner == adapter_id else {"adapterId": owner, "***": "stays as it is"}
+        each if owner == adapter_id else {"adapterId": owner, "***": "kept"}
         for owner, each in zip(whose, shown["order"]["notifications"], strict=True)
     ]
     return shown

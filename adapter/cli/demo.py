@@ -1,4 +1,4 @@
-"""The command that runs the demo."""
+"""The command `demo`."""
 
 import json
 import sys
@@ -13,10 +13,10 @@ from adapter.sandbox.demo import DemoFailed, demo, walk
 
 
 @click.command("demo")
-@click.option("--exit", "then_exit", is_flag=True, help="End after the walk in place of serving on.")
+@click.option("--exit", "then_exit", is_flag=True, help="Exit after the walk.")
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def demo_command(then_exit: bool, output: str) -> None:
-    """Walk a purchase through the service, between an offline Norce Checkout and a stand-in for Jetshop."""
+    """Walk a purchase through the service, with an offline Norce Checkout and Jetshop."""
     logs.configure(level=logs.WARNING if then_exit or sys.stderr.isatty() else logs.INFO)
     try:
         uvloop.run(_demo(then_exit=then_exit, output=output))

@@ -67,7 +67,7 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
     if callback not in built.callbacks:
         end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(built.callbacks))}")
     if channel not in config.channels:
-        click.echo("the order's merchant and channel are not load_config_and_routes, so no rules are shown", err=True)
+        click.echo("the order's merchant and channel are not configured, so no rules are shown", err=True)
     told = explained(built, built.callbacks[callback], order, channel)
     if output == "json":
         click.echo(json.dumps(told, ensure_ascii=False))

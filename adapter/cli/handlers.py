@@ -1,4 +1,4 @@
-"""The command that lists the installed handlers."""
+"""The command `handlers list`."""
 
 from typing import Any
 
@@ -10,24 +10,24 @@ from adapter.routing import routes
 
 @click.group("handlers")
 def handlers_group() -> None:
-    """The handlers that installed packages offer."""
+    """List the handlers of installed packages."""
 
 
 @handlers_group.command("list")
 @output_option
 def handlers_list(output: str) -> None:
-    """List the installed handlers."""
+    """List the installed handlers with their package, kind and description."""
     rows = []
     for name, point in sorted(routes.installed().items()):
         row: dict[str, Any] = {"name": name, "from": point.dist.name if point.dist else None, "kind": None}
         try:
             handler = point.load()
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is listed as broken
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way
             row |= {"says": f"cannot be imported: {type(error).__name__}"}
         else:
             is_class = isinstance(handler, type)
             fitting = (name for name, kind in routes.KINDS.items() if is_class and issubclass(handler, kind))
-            row["kind"] = ", ".join(fitting) or "none of ours"
+            row["kind"] = ", ".join(fitting) or "none"
             row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
         rows.append(row)
     print_rows(rows, output)

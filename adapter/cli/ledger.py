@@ -1,9 +1,10 @@
-"""The commands about the ledger: deliveries, notifications, queues, verdicts and the store itself.
+"""Commands about the ledger: deliveries, notifications, queues, verdicts and the store.
 
 Commands that only read use the database. Commands that change deliveries or queues go through the running service.
-`store migrate` takes the lock of a ledger that no service uses.
+`store migrate` needs the lock of a ledger that no service uses.
 """
 
+import contextlib
 import getpass
 import json
 import os
@@ -22,6 +23,7 @@ from adapter.cli.shared import (
     STORE,
     TEXT,
     USAGE,
+    Decorator,
     config_option,
     end,
     in_one_line,
@@ -39,7 +41,6 @@ from adapter.cli.shared import (
     route_option,
     service_options,
 )
-from adapter.config import Config
 from adapter.ledger.clock import seen_from_outside
 from adapter.ledger.commands import MOST_A_STEP, Pause, Step
 from adapter.ledger.databases import database_at
@@ -49,53 +50,67 @@ from adapter.ledger.settlement import Reason, State
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
 VERDICT_COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
+NOTIFICATION_COLUMNS = (
+    "id", "received_at", "order_id", "callback", "merchant", "channel", "source", "conflicts_with",
+)  # fmt: skip
+QUEUE_COLUMNS = (
+    "route", "merchant", "channel", "state", "paused_by", "reason", "paused_until", "waiting", "running",
+)  # fmt: skip
+ACTION_COLUMNS = ("id", "at", "command", "who", "why", "matching", "changed")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
 ID = click.IntRange(0, 2**63 - 1)
-Asked = TypeVar("Asked", DeliveryFilter, Step, Pause)
+Body = TypeVar("Body", DeliveryFilter, Step, Pause)
 
 
-def _who() -> str:
+def _current_user() -> str:
     try:
         name = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container that runs under a bare number
+    except (KeyError, OSError, ImportError):  # a container may run under a number that has no name
         name = f"uid {os.getuid()}"
     return f"{name}@{socket.gethostname()}"
 
 
-shop_options = options(
-    click.option("--merchant", type=TEXT, help="Only this merchant's."),
-    click.option("--channel", type=TEXT, help="Only this channel's."),
+def since_option(what: str) -> Decorator:
+    return click.option("--since", callback=parse_moment, help=f"Only {what} at this moment or later; UTC by default.")
+
+
+channel_options = options(
+    click.option("--merchant", type=TEXT, help="Only of this merchant."),
+    click.option("--channel", type=TEXT, help="Only of this channel."),
 )
-matching_options = options(
-    click.option(
-        "--reason",
-        type=click.Choice([reason.value for reason in Reason]),
-        help="Only those that ended for this reason.",
-    ),
+filter_options = options(
+    click.option("--reason", type=click.Choice([each.value for each in Reason]), help="Only with this reason."),
     order_option,
-    click.option("--code", type=TEXT, help="Only those whose last attempt said this code."),
-    click.option("--since", callback=parse_moment, help="Only what ended then or later; UTC, if not said."),
-    click.option("--until", callback=parse_moment, help="Only what ended before then."),
+    click.option("--code", type=TEXT, help="Only if the last attempt ended with this code."),
+    since_option("deliveries that ended"),
+    click.option("--until", callback=parse_moment, help="Only deliveries that ended before this moment."),
     route_option,
-    shop_options,
+    channel_options,
 )
-by_options = options(
-    click.option("--why", type=TEXT, required=True, help="Why you do it. It is written down."),
-    click.option("--who", type=TEXT, default=_who, help="Who you are; your user and machine, if not said."),
+author_options = options(
+    click.option("--why", type=TEXT, required=True, help="Your reason. It is recorded."),
+    click.option("--who", type=TEXT, default=_current_user, help="Your name; by default your user and host."),
 )
-step_options = options(
+dead_letter_options = options(
     click.argument("ids", type=ID, nargs=-1),
-    click.option("--all", "everything", is_flag=True, help="All dead letters, where nothing else narrows it down."),
-    matching_options,
-    by_options,
-    click.option("--dry-run", is_flag=True, help="Only count what would be meant."),
-    click.option(
-        "--rate", type=click.IntRange(1, 100_000), help="At most so many a second; as fast as it goes if not."
-    ),
+    click.option("--all", "everything", is_flag=True, help="All dead letters; needed if there is no other filter."),
+    filter_options,
+    author_options,
+    click.option("--dry-run", is_flag=True, help="Only count the dead letters."),
+    click.option("--rate", type=click.IntRange(1, 100_000), help="Largest number per second; by default no limit."),
     output_option,
     service_options,
 )
+queue_options = options(
+    click.argument("route", type=TEXT), channel_options, author_options, output_option, service_options
+)
+
+
+@contextlib.contextmanager
+def _queries(config_path: Path) -> Iterator[Queries]:
+    with open_ledger(load_config(config_path)) as connection:
+        yield Queries(connection)
 
 
 # --- deliveries -----------------------------------------------------------------------------------------------------
@@ -103,18 +118,18 @@ step_options = options(
 
 @click.group("deliveries")
 def deliveries_group() -> None:
-    """What is owed, done and dead."""
+    """List, show, retry and discard deliveries."""
 
 
 @deliveries_group.command("list")
-@click.option("--state", type=click.Choice([state.value for state in State]))
-@matching_options
+@click.option("--state", type=click.Choice([each.value for each in State]), help="Only in this state.")
+@filter_options
 @list_options
-def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
-    """List deliveries, the newest first."""
-    matching = _asked(given, DeliveryFilter)
-    with open_ledger(load_config(config_path)) as connection:
-        rows = Queries(connection).deliveries(matching, limit=limit)
+def deliveries_list(limit: int, output: str, config_path: Path, **filters: Any) -> None:
+    """List deliveries, newest first."""
+    matching = _parse(filters, DeliveryFilter)
+    with _queries(config_path) as queries:
+        rows = queries.deliveries(matching, limit=limit)
     print_rows(rows, output, DELIVERY_COLUMNS)
 
 
@@ -122,35 +137,36 @@ def deliveries_list(limit: int, output: str, config_path: Path, **given: Any) ->
 @click.argument("delivery_id", type=ID)
 @read_options
 def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
-    """Show one delivery with its attempts."""
-    with open_ledger(load_config(config_path)) as connection:
-        delivery = Queries(connection).delivery(delivery_id)
-    _show(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
+    """Show a delivery with its attempts."""
+    with _queries(config_path) as queries:
+        delivery = queries.delivery(delivery_id)
+    _print_record(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
 
 
 @deliveries_group.command("retry")
-@step_options
+@dead_letter_options
 @click.option(
     "--unknown",
     type=click.Choice(["leave", "look-up", "send"]),
     default="leave",
     show_default=True,
-    help="Dead letters whose effect nobody knows: left out; looked up first; or sent again, for you have looked.",
+    help="For dead letters whose effect is unknown: leave them, have the handler look them up first, or send them "
+    "again, because you have looked at the destination.",
 )
 def deliveries_retry(**given: Any) -> None:
-    """Owe dead letters again, by their IDS or by what matches, with their whole schedule."""
-    _step_through("retry", **given)
+    """Retry dead letters, chosen by IDS or by options, with their whole schedule."""
+    _change_dead_letters("retry", **given)
 
 
 @deliveries_group.command("discard")
-@step_options
+@dead_letter_options
 def deliveries_discard(**given: Any) -> None:
-    """Be done with dead letters, by their IDS or by what matches; their lanes go on."""
-    _step_through("discard", unknown="leave", **given)
+    """Discard dead letters, chosen by IDS or by options. Their lanes continue."""
+    _change_dead_letters("discard", unknown="leave", **given)
 
 
-def _step_through(
-    name: str,
+def _change_dead_letters(
+    command: str,
     *,
     ids: tuple[int, ...],
     everything: bool,
@@ -163,67 +179,64 @@ def _step_through(
     config_path: Path,
     to: str | None,
     token: str | None,
-    **given: Any,
+    **filters: Any,
 ) -> None:
     from adapter.cli.service import running_service
 
-    narrowed = ids or any(value is not None for value in given.values())
-    if not narrowed and not everything:
-        end(USAGE, "say which: by their ids, by options such as --route or --reason, or --all")
-    most = min(MOST_A_STEP, rate or MOST_A_STEP)
-    by = {"who": who, "why": why}
-    step = _asked({"matching": {"ids": ids, **given}, "by": by, "most": most, "unknown": unknown}, Step)
-    total = None  # elsewhere, the ledger may be out of reach
-    if to is None or dry_run:
-        counted = _count_dead_letters(
-            load_config(config_path), step, leave_unknown=name == "retry" and unknown == "leave"
-        )
-        total = sum(row["count"] for row in counted)
+    if not (ids or everything or any(value is not None for value in filters.values())):
+        end(USAGE, "choose the dead letters by ids, by options such as --route or --reason, or by --all")
+    size = min(MOST_A_STEP, rate or MOST_A_STEP)
+    author = {"who": who, "why": why}
+    step = _parse({"matching": {"ids": ids, **filters}, "by": author, "most": size, "unknown": unknown}, Step)
+    total = None
+    if to is None or dry_run:  # the ledger of a service on another host may be out of reach
+        rows = _count_dead_letters(config_path, step, leave_unknown=command == "retry" and unknown == "leave")
+        total = sum(row["count"] for row in rows)
     if dry_run:
-        print_rows(counted, output, COUNT_COLUMNS)
+        print_rows(rows, output, COUNT_COLUMNS)
         return
     changed = 0
     if total != 0:
         with running_service(config_path, to, token) as service, progress_bar() as progress:
-            task = progress.add_task(name, total=total)
-            for number in steps(lambda step: service.run(name, step), step, rate):
+            task = progress.add_task(command, total=total)
+            for number in run_in_steps(lambda step: service.run(command, step), step, rate):
                 changed += number
                 progress.update(task, completed=changed)
-    done = {"retry": "retried", "discard": "discarded"}[name]
+    done = {"retry": "retried", "discard": "discarded"}[command]
     click.echo(json.dumps({done: changed}) if output == "json" else f"{changed} {done}")
     if not (changed or total):
-        end(NOTHING_MATCHED, "there is no such dead letter; `norce-adapter deliveries list --state dead` shows them")
+        end(NOTHING_MATCHED, "no dead letter matches; `norce-adapter deliveries list --state dead` lists them")
 
 
-def _count_dead_letters(config: Config, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
-    with open_ledger(config) as connection:
-        rows = Queries(connection).count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
+def _count_dead_letters(config_path: Path, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
+    with _queries(config_path) as queries:
+        rows = queries.count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
     if leave_unknown:
         left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
         rows = [row for row in rows if row["reason"] != Reason.UNKNOWN.value]
         if left:
-            click.echo(f"{left} unknown left out: nobody knows their effect; see --unknown", err=True)
+            click.echo(f"{left} left out, because their effect is unknown; see --unknown", err=True)
     return rows
 
 
-def steps(
-    ask: Callable[[Step], Any],
+def run_in_steps(
+    run: Callable[[Step], Any],
     step: Step,
     rate: int | None,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[int]:
-    """Asks for step after step, no more than `rate` deliveries a second; how many each has changed."""
+    """Run a command in steps, at most `rate` changes per second. Yield the changes of each."""
     while True:
-        began = clock()
-        done = ask(step)
-        yield done["changed"]
-        if done["after"] is None:
+        started_at = clock()
+        answer = run(step)
+        yield answer["changed"]
+        if answer["after"] is None:
             return
-        step = msgspec.structs.replace(step, after=done["after"], action=done["action"])
+        step = msgspec.structs.replace(step, after=answer["after"], action=answer["action"])
         if rate:
-            sleep(max(0.0, done["changed"] / rate - (clock() - began)))
+            sleep(max(0.0, answer["changed"] / rate - (clock() - started_at)))
 
 
 # --- notifications --------------------------------------------------------------------------------------------------
@@ -231,55 +244,44 @@ def steps(
 
 @click.group("notifications")
 def notifications_group() -> None:
-    """What Norce has told us."""
+    """List and show notifications."""
 
 
 @notifications_group.command("list")
 @order_option
-@click.option("--callback", type=TEXT, help="Only this callback's.")
-@shop_options
+@click.option("--callback", type=TEXT, help="Only of this callback.")
+@channel_options
 @list_options
-def notifications_list(limit: int, output: str, config_path: Path, **given: str | None) -> None:
-    """List notifications, the newest first."""
-    with open_ledger(load_config(config_path)) as connection:
-        rows = Queries(connection).notifications(limit=limit, **given)
-    print_rows(
-        rows, output, ("id", "received_at", "order_id", "callback", "merchant", "channel", "source", "conflicts_with")
-    )
+def notifications_list(limit: int, output: str, config_path: Path, **filters: str | None) -> None:
+    """List notifications, newest first."""
+    with _queries(config_path) as queries:
+        rows = queries.notifications(limit=limit, **filters)
+    print_rows(rows, output, NOTIFICATION_COLUMNS)
 
 
 @notifications_group.command("show")
 @click.argument("notification_id", type=ID)
 @read_options
 def notifications_show(notification_id: int, output: str, config_path: Path) -> None:
-    """Show one notification with its deliveries; never its body."""
-    with open_ledger(load_config(config_path)) as connection:
-        notification = Queries(connection).notification(notification_id)
+    """Show a notification with its deliveries, without its body."""
+    with _queries(config_path) as queries:
+        notification = queries.notification(notification_id)
     missing = f"there is no notification {notification_id}"
-    _show(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
+    _print_record(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
 
 
 # --- queues ---------------------------------------------------------------------------------------------------------
 
 
-queue_options = options(
-    click.argument("route", type=TEXT),
-    shop_options,
-    by_options,
-    output_option,
-    service_options,
-)
-
-
 @click.group("queues")
 def queues_group() -> None:
-    """A queue is one route for one merchant and channel: what can be paused."""
+    """List, pause and resume queues. A queue is one route for one merchant and channel."""
 
 
 @queues_group.command("list")
 @read_options
 def queues_list(output: str, config_path: Path) -> None:
-    """List the queues: which run, which are paused by what, and what waits in them."""
+    """List the queues with their state, their pause and their waiting deliveries."""
     from adapter.cli.service import is_held
 
     config = load_config(config_path)
@@ -287,71 +289,74 @@ def queues_list(output: str, config_path: Path) -> None:
         rows = Queries(connection).queues(seen_from_outside(database_at(config.store.url), connection))
     if is_held(config):
         rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
-    columns = ("route", "merchant", "channel", "state", "paused_by", "reason", "paused_until", "waiting", "running")
-    print_rows(rows, output, columns)
+    print_rows(rows, output, QUEUE_COLUMNS)
 
 
 @queues_group.command("pause")
 @queue_options
 def queues_pause(**given: Any) -> None:
-    """Try nothing of this ROUTE until it is resumed. The intake goes on, and the work is kept."""
-    _pause("pause", **given)
+    """Pause the queues of ROUTE until you resume them. Their deliveries wait meanwhile."""
+    _pause_or_resume("pause", **given)
 
 
 @queues_group.command("resume")
 @queue_options
 def queues_resume(**given: Any) -> None:
-    """Let this ROUTE go on at once, whatever paused it."""
-    _pause("resume", **given)
+    """Resume the queues of ROUTE at once, whatever the cause of their pause."""
+    _pause_or_resume("resume", **given)
 
 
-def _pause(
-    name: str, *, who: str, why: str, output: str, config_path: Path, to: str | None, token: str | None, **given: Any
+def _pause_or_resume(
+    command: str,
+    *,
+    who: str,
+    why: str,
+    output: str,
+    config_path: Path,
+    to: str | None,
+    token: str | None,
+    **filters: Any,
 ) -> None:
     from adapter.cli.service import running_service
 
-    pause = _asked({"by": {"who": who, "why": why}, **given}, Pause)
+    pause = _parse({"by": {"who": who, "why": why}, **filters}, Pause)
     with running_service(config_path, to, token) as service:
-        changed = service.run(name, pause)
-    click.echo(json.dumps({f"{name}d": changed}) if output == "json" else f"{changed} {name}d")
+        changed = service.run(command, pause)
+    click.echo(json.dumps({f"{command}d": changed}) if output == "json" else f"{changed} {command}d")
     if not changed:
-        end(NOTHING_MATCHED, f"there is no such queue of {pause.route}; `norce-adapter queues list` shows them")
+        end(NOTHING_MATCHED, f"route {pause.route} has no such queue; `norce-adapter queues list` lists them")
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------
-
-known_since_option = click.option(
-    "--since", callback=parse_moment, help="Only what was known then or later; UTC, if not said."
-)
+# --- verdicts -------------------------------------------------------------------------------------------------------
 
 
 @click.group("verdicts")
 def verdicts_group() -> None:
-    """What routes decided too late, or in the shadow."""
+    """List and count verdicts that had no effect: late ones, and those of shadow routes."""
 
 
 @verdicts_group.command("list")
-@click.option("--kind", type=click.Choice(["late", "shadow"]))
+@click.option("--kind", type=click.Choice(["late", "shadow"]), help="Only of this kind.")
 @route_option
 @order_option
-@known_since_option
+@since_option("verdicts")
 @list_options
-def verdicts_list(output: str, config_path: Path, **given: Any) -> None:
-    """List verdicts, the newest first, with what counted in their stead."""
-    with open_ledger(load_config(config_path)) as connection:
-        rows = Queries(connection).verdicts(**given)
+def verdicts_list(output: str, config_path: Path, **filters: Any) -> None:
+    """List these verdicts, newest first, with the result that was answered instead."""
+    with _queries(config_path) as queries:
+        rows = queries.verdicts(**filters)
     if output == "table":
         rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
     print_rows(rows, output, VERDICT_COLUMNS)
 
 
 @verdicts_group.command("stats")
-@known_since_option
+@since_option("verdicts")
 @read_options
 def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
-    """Count them by route: how many differ from what was answered."""
-    with open_ledger(load_config(config_path)) as connection:
-        rows = Queries(connection).count_verdicts(since=since)
+    """Count these verdicts by route, and how many differ from the answer."""
+    with _queries(config_path) as queries:
+        rows = queries.count_verdicts(since=since)
     print_rows(rows, output)
 
 
@@ -360,47 +365,48 @@ def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
 
 @click.group("store")
 def store_group() -> None:
-    """The database itself."""
+    """Check, measure, migrate and back up the database."""
 
 
 @store_group.command("check")
 @config_option
 def store_check(config_path: Path) -> None:
-    """Look for what must never be so; fail where something is."""
+    """Check the database for faults. Exit with 1 if there are any."""
     config = load_config(config_path)
+    location = database_at(config.store.url).location
     with open_ledger(config) as connection:
         found = faults(connection)
     for each in found:
         click.echo(each, err=True)
     if found:
-        end(FAILED, f"{database_at(config.store.url).location}: {len(found)} kinds of faults")
-    click.echo(f"{database_at(config.store.url).location}: all is well")
+        end(FAILED, f"{location}: {len(found)} kinds of faults")
+    click.echo(f"{location}: no faults")
 
 
 @store_group.command("stats")
 @read_options
 def store_stats(output: str, config_path: Path) -> None:
-    """How much there is of what, and who lives on it."""
+    """Show the number of rows, the size, and the processes that use the database."""
     config = load_config(config_path)
     with open_ledger(config) as connection:
         now = seen_from_outside(database_at(config.store.url), connection)
-        counted = figures(connection) | {"processes": Queries(connection).processes(now)}
-    _show(counted, "processes", output)
+        record = figures(connection) | {"processes": Queries(connection).processes(now)}
+    _print_record(record, "processes", output)
 
 
 @store_group.command("actions")
 @list_options
 def store_actions(limit: int, output: str, config_path: Path) -> None:
-    """List what people did to queues and deliveries: who, when and why."""
-    with open_ledger(load_config(config_path)) as connection:
-        rows = Queries(connection).actions(limit)
-    print_rows(rows, output, ("id", "at", "command", "who", "why", "matching", "changed"))
+    """List the changes that people made to queues and deliveries, newest first."""
+    with _queries(config_path) as queries:
+        rows = queries.actions(limit)
+    print_rows(rows, output, ACTION_COLUMNS)
 
 
 @store_group.command("migrate")
 @config_option
 def store_migrate(config_path: Path) -> None:
-    """Bring the tables up to date, without serving. `serve` does it by itself."""
+    """Bring the tables up to date, as `serve` does when it starts. No service may be running."""
     from adapter import logs
     from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
 
@@ -417,10 +423,10 @@ def store_migrate(config_path: Path) -> None:
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @config_option
 def store_backup(file: Path, config_path: Path) -> None:
-    """Copy a SQLite store into FILE, beside the running service, as it is at one moment."""
+    """Copy a SQLite database to FILE. The service may be running."""
     config = load_config(config_path)
     if database_at(config.store.url).shared:
-        end(USAGE, f"a PostgreSQL is backed up by its own means, such as: pg_dump --format=custom --file={file} …")
+        end(USAGE, f"back PostgreSQL up with its own tools, such as: pg_dump --format=custom --file={file} …")
     try:
         with open_ledger(config) as connection:
             size = back_up(connection, file)
@@ -429,25 +435,28 @@ def store_backup(file: Path, config_path: Path) -> None:
     click.echo(f"{file}: {size} bytes")
 
 
-def _show(
-    shown: dict[str, Any] | None, rows: str, output: str, columns: tuple[str, ...] | None = None, *, missing: str = ""
+# --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _print_record(
+    record: dict[str, Any] | None, rows: str, output: str, columns: tuple[str, ...] | None = None, *, missing: str = ""
 ) -> None:
-    """One thing with the rows that belong to it."""
-    if shown is None:
+    """Print a record, and below it the rows in its member `rows`."""
+    if record is None:
         end(NOTHING_MATCHED, missing)
     if output == "json":
-        click.echo(json.dumps(shown, ensure_ascii=False))
+        click.echo(json.dumps(record, ensure_ascii=False))
         return
-    for name, value in shown.items():
+    for name, value in record.items():
         if name != rows and value not in (None, []):
             click.echo(f"{name:18}{printable(value)}")
     click.echo()
-    if shown[rows]:
-        print_rows(shown[rows], "table", columns)
+    if record[rows]:
+        print_rows(record[rows], "table", columns)
 
 
-def _asked(given: dict[str, Any], kind: type[Asked]) -> Asked:
-    """What the service would not take either is wrong usage."""
+def _parse(given: dict[str, Any], kind: type[Body]) -> Body:
+    """Check options as the service does, so that a mistake in them is wrong usage."""
     try:
         return msgspec.convert(given, kind)
     except msgspec.ValidationError as error:

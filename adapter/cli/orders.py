@@ -1,7 +1,6 @@
-"""
-The commands that talk with Norce about orders: look at them, take one away, put our callbacks on one.
+"""Commands about orders at Norce: list, show, delete, and register our callbacks.
 
-They ask Norce as the service does, with the tokens in the configuration, and need no running service and no ledger.
+They call Norce with the tokens in the configuration. They need no running service and no ledger.
 """
 
 import asyncio
@@ -38,43 +37,43 @@ from adapter.registrations.on_orders import PLACES, Registrar
 from adapter.routing.from_config import norce_client
 
 COLUMNS = ("id", "reference", "status", "created", "total", "currency")
-A_PAGE = 100
-Asked = TypeVar("Asked")
+PAGE_SIZE = 100
+Answer = TypeVar("Answer")
 
-shop_options = options(
-    click.option("--merchant", type=TEXT, help="Whose order it is; may be left out where one is configured."),
-    click.option("--channel", type=TEXT, help="On which channel; may be left out where the merchant has one."),
+channel_options = options(
+    click.option("--merchant", type=TEXT, help="The merchant; may be left out if only one is configured."),
+    click.option("--channel", type=TEXT, help="The channel; may be left out if the merchant has only one."),
 )
 
 
 @click.group("orders")
 def orders_group() -> None:
-    """Orders as Norce has them."""
+    """List, show and delete orders at Norce."""
 
 
 @orders_group.command("list")
-@shop_options
-@click.option("--reference", type=TEXT, help="Only the orders with this reference.")
-@click.option("--cart-reference", type=TEXT, help="Only the orders of this cart.")
-@click.option("--search", type=TEXT, help="Only what this text is found in (v0).")
-@click.option("--status", type=TEXT, multiple=True, help="Only orders in this state (v1); may be repeated.")
+@channel_options
+@click.option("--reference", type=TEXT, help="Only orders with this reference.")
+@click.option("--cart-reference", type=TEXT, help="Only orders of this cart.")
+@click.option("--search", type=TEXT, help="Only orders that contain this text (norce.version v0).")
+@click.option("--status", type=TEXT, multiple=True, help="Only orders with this status; may be repeated.")
 @limit_option
 @read_options
 def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
-    """List the orders of a channel, the newest first. Nothing of a customer is shown."""
+    """List the orders of a channel, newest first, without data about customers."""
     config = load_config(config_path)
     channel = _channel(config, given.pop("merchant"), given.pop("channel"))
     statuses = {each.lower() for each in given.pop("status")}
     filters = {name: value for name, value in given.items() if value is not None}
     if "search" in filters and config.norce.version != V0:
-        end(USAGE, "--search is known to v0 of the Order API alone: norce.version")
+        end(USAGE, "--search needs v0 of the Order API; see norce.version")
     query = {"order_by": "created", "order_by_direction": "desc", **filters}
 
     async def read(norce: Norce) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         with progress_bar() as progress:
             task = progress.add_task("reading", total=None)
-            async for page in norce.pages(channel, limit=min(limit, A_PAGE), **query):
+            async for page in norce.pages(channel, limit=min(limit, PAGE_SIZE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
                 total = None if page.total is None else min(page.total, limit)
                 progress.update(task, completed=page.offset + page.count, total=total)
@@ -82,69 +81,69 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
                     break
         return rows[:limit]
 
-    print_rows(asked(config, read), output, COLUMNS)
+    print_rows(call_norce(config, read), output, COLUMNS)
 
 
 @orders_group.command("show")
 @click.argument("order_id", metavar="ORDER", type=TEXT)
-@shop_options
+@channel_options
 @read_options
 def orders_show(order_id: str, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
-    """Show an order with its callbacks; as JSON the whole of it, customer and all."""
+    """Show an order with its callbacks. JSON shows all of it, including the customer."""
     config = load_config(config_path)
-    its_channel = _channel(config, merchant, channel)
-    read = asked(config, lambda norce: norce.order(its_channel, order_id))
+    of_channel = _channel(config, merchant, channel)
+    answer = call_norce(config, lambda norce: norce.order(of_channel, order_id))
     if output == "json":
-        click.echo(read.raw)
+        click.echo(answer.raw)
         return
-    order = read.data
+    order = answer.data
     for name, value in _row(order).items():
         click.echo(f"{name:13} {printable('' if value is None else value)}")
     for place, *_ in PLACES.values():
         for each in order.get(place) or ():
-            # Up to the query: what stands there opens something.
+            # Without the query, which may hold a signature or a secret.
             address = str(each.get("invoke") or each.get("url") or "").partition("?")[0]
             click.echo(printable(f"{place[:-1]:13} {each.get('adapterId')}: {address}"))
 
 
 @orders_group.command("delete")
 @click.argument("order_id", metavar="ORDER", type=TEXT)
-@shop_options
-@click.option("--yes", is_flag=True, help="Do not ask whether it is meant.")
+@channel_options
+@click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @config_option
 def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, yes: bool, config_path: Path) -> None:
     """Delete an order at Norce. It cannot be undone."""
     config = load_config(config_path)
-    its_channel = _channel(config, merchant, channel)
+    of_channel = _channel(config, merchant, channel)
     if not yes:
         click.confirm(
-            f"Delete order {printable(order_id)} of {its_channel.merchant}, channel {its_channel.name}?",
+            f"Delete order {printable(order_id)} of {of_channel.merchant}, channel {of_channel.name}?",
             abort=True,
             err=True,
         )
-    asked(config, lambda norce: norce.call(its_channel, "delete_order", path={"order_id": order_id}))
+    call_norce(config, lambda norce: norce.call(of_channel, "delete_order", path={"order_id": order_id}))
     click.echo("deleted")
 
 
 @click.command("register")
 @click.argument("order_id", metavar="ORDER", type=TEXT)
-@shop_options
-@click.option("--remove", is_flag=True, help="Take our callbacks off, whatever they are, and nobody else's.")
+@channel_options
+@click.option("--remove", is_flag=True, help="Remove all callbacks of this adapter instead.")
 @output_option
 @config_option
 def register(
     order_id: str, merchant: str | None, channel: str | None, *, remove: bool, output: str, config_path: Path
 ) -> None:
-    """Put the configured callbacks on an order: add what is missing, take away what is stale. It may be repeated."""
+    """Register the configured callbacks on an order, and remove stale ones."""
     config = load_config(config_path)
-    its_channel = _channel(config, merchant, channel)
+    of_channel = _channel(config, merchant, channel)
 
     def work(norce: Norce) -> Coroutine[Any, Any, Any]:
         registrar = Registrar(config, norce)
-        return (registrar.deregister if remove else registrar.register)(its_channel, order_id)
+        return (registrar.deregister if remove else registrar.register)(of_channel, order_id)
 
     try:
-        done = msgspec.to_builtins(asked(config, work))
+        done = msgspec.to_builtins(call_norce(config, work))
     except LookupError as error:
         end(USAGE, str(error))
     if output == "json":
@@ -163,24 +162,24 @@ def _row(order: dict[str, Any]) -> dict[str, Any]:
 def _channel(config: Config, merchant: str | None, channel: str | None) -> Channel:
     merchant = merchant or _only(config.merchants, "--merchant")
     if merchant not in config.merchants:
-        end(USAGE, f"no merchant {printable(merchant)} is configured; there are: {', '.join(config.merchants)}")
+        end(USAGE, f"no merchant {printable(merchant)} is configured, only {', '.join(config.merchants)}")
     channels = config.merchants[merchant].channels
     channel = channel or _only(channels, "--channel")
     if channel not in channels:
-        end(USAGE, f"{merchant} has no channel {printable(channel)}; there are: {', '.join(channels)}")
+        end(USAGE, f"{merchant} has no channel {printable(channel)}, only {', '.join(channels)}")
     return Channel(merchant, channel)
 
 
 def _only(names: Any, option: str) -> str:
     if len(names) != 1:
-        end(USAGE, f"{option} is needed; there are: {', '.join(names)}")
+        end(USAGE, f"{option} is needed: {', '.join(names)}")
     return str(next(iter(names)))
 
 
-def asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) -> Asked:
-    """What Norce answers. Whatever it does not do ends the command, in one line."""
+def call_norce(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Answer]]) -> Answer:
+    """Call Norce and return the answer. An error ends the command."""
 
-    async def work_it() -> Asked:
+    async def run() -> Answer:
         norce = norce_client(config, Metrics(""))
         try:
             return await work(norce)
@@ -188,7 +187,7 @@ def asked(config: Config, work: Callable[[Norce], Coroutine[Any, Any, Asked]]) -
             await norce.aclose()
 
     try:
-        return asyncio.run(work_it())
+        return asyncio.run(run())
     except OrderNotFound as error:
         end(NOTHING_MATCHED, str(error))
     except NorceError as error:

@@ -1,4 +1,4 @@
-"""The command that has the running service look for notifications that never came."""
+"""The command `reconcile`: the running service looks for missing notifications."""
 
 import json
 from pathlib import Path
@@ -24,16 +24,16 @@ COLUMNS = ("merchant", "events", "received", "missed", "others")
 
 @click.command()
 @click.option(
-    "--since", callback=parse_moment, help="Read as far back as this moment, whatever was read before. UTC by default."
+    "--since", callback=parse_moment, help="Read back to this moment, even if that was read before; UTC by default."
 )
-@click.option("--dry-run", is_flag=True, help="Only count what is missing.")
+@click.option("--dry-run", is_flag=True, help="Only count the missing notifications.")
 @options(output_option, service_options)
 def reconcile(
     since: int | None, *, dry_run: bool, output: str, config_path: Path, to: str | None, token: str | None
 ) -> None:
-    """Read Norce's event log and bring in the notifications that never came.
+    """Read Norce's event log and receive the notifications that are missing.
 
-    Notifications that did come are left alone. Without --since, reading begins where it ended the last time.
+    Without --since, reading starts where it ended the last time.
     """
     from adapter.cli.service import running_service
 
@@ -42,15 +42,15 @@ def reconcile(
     error = None
     with running_service(config_path, to, token) as service, progress_bar(hidden=output == "json") as progress:
         tasks = {}
-        for line in service.run_by_line("reconcile", asked):
+        for line in service.run_line_by_line("reconcile", asked):
             merchant = line.get("merchant")
             if merchant is None:
-                error = line.get("error") or "it ended early"
+                error = line.get("error") or "the service ended early"
                 continue
             found[merchant] = {name: line.get(name) for name in COLUMNS}
             if merchant not in tasks:
                 tasks[merchant] = progress.add_task(merchant, total=None)
-            # Without a total: reading stops at what is known, so the length of the log says little.
+            # The length of the log is no total: reading stops where it ended the last time.
             text = f"{merchant}: {line['events']} events, {line['missed']} missed"
             progress.update(tasks[merchant], completed=line["events"], description=text)
     rows = list(found.values())
@@ -59,6 +59,6 @@ def reconcile(
     elif rows:
         print_rows(rows, output, COLUMNS)
         if dry_run:
-            click.echo("Nothing was brought in: it was a dry run.", err=True)
+            click.echo("Nothing was received, because this was a dry run.", err=True)
     if error is not None:
-        end(FAILED, f"the log was not read to its end: {printable(error)}")
+        end(FAILED, f"the event log was not read to its end: {printable(error)}")

@@ -1,4 +1,4 @@
-"""The command that sends an order to a callback, as Norce would."""
+"""The command `send`: sends an order to a callback, as Norce does."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ from rich.progress import track
 
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
-from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config_and_routes
+from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config
 from adapter.config import Config
 from adapter.identifiers import Channel
 
@@ -21,12 +21,12 @@ from adapter.identifiers import Channel
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--callback", required=True, help="The name of a configured callback.")
-@click.option("--to", "address", help="Where the service is; the configured port of this machine where left out.")
-@click.option("--merchant", help="In place of the order's own merchant.")
-@click.option("--channel", help="In place of the order's own channel.")
-@click.option("--order", "order_id", help="In place of the order's own id.")
+@click.option("--to", "address", help="The URL of the public port; by default the configured port on this host.")
+@click.option("--merchant", help="Replaces the merchant in the order.")
+@click.option("--channel", help="Replaces the channel in the order.")
+@click.option("--order", "order_id", help="Replaces the id in the order.")
 @click.option("--repeat", default=1, show_default=True, type=click.IntRange(1, 100_000), help="How often to send it.")
-@click.option("--expect", type=click.IntRange(100, 599), help="Fail where an answer has another status.")
+@click.option("--expect", type=click.IntRange(100, 599), help="Fail if an answer has another status.")
 @config_option
 def send(
     file: Path,
@@ -39,20 +39,21 @@ def send(
     expect: int | None,
     config_path: Path,
 ) -> None:
+    """Send FILE to a callback, at a signed URL as it is registered at Norce.
+
+    FILE is an order, an envelope or an event record of Norce's Notification API, as JSON.
     """
-    Send FILE (an order, an envelope or an event record) to a callback, signed as Norce's registration would be.
-    """
-    config, _ = load_config_and_routes(config_path)
+    config = load_config(config_path)
     if callback not in config.callbacks:
-        end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(config.callbacks))}")
-    instead = {"id": order_id, "merchant": merchant, "channel": channel}
-    body, order = _body(file, {name: value for name, value in instead.items() if value is not None})
-    order_id, merchant, channel = (order.get(name) for name in instead)
+        end(USAGE, f"no callback {callback} is configured, only {', '.join(sorted(config.callbacks))}")
+    replaced = {"id": order_id, "merchant": merchant, "channel": channel}
+    body, order = _read_order(file, {name: value for name, value in replaced.items() if value is not None})
+    order_id, merchant, channel = (order.get(name) for name in replaced)
     named = merchant and channel and order_id
     if not named or not (isinstance(merchant, str) and isinstance(channel, str) and isinstance(order_id, str)):
-        end(USAGE, "the order has no id, merchant or channel of its own: give --order, --merchant and --channel")
+        end(USAGE, "the order lacks an id, a merchant or a channel; give --order, --merchant and --channel")
     to = address or f"http://127.0.0.1:{config.server.port}"
-    url, headers = _authenticated(config, to, Channel(merchant, channel), order_id, callback)
+    url, headers = _authenticate(config, to, Channel(merchant, channel), order_id, callback)
     try:
         statuses = _post(url, headers, body, repeat)
     except httpx.HTTPError as error:
@@ -63,28 +64,28 @@ def send(
         end(FAILED, f"expected {expect} each time")
 
 
-def _body(file: Path, instead: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
-    """The bytes to send and the order in them: the file's own, unless something has to be put in its place."""
+def _read_order(file: Path, replaced: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
+    """Return the bytes to send and the order in them."""
     raw = file.read_bytes()
     try:
         tree = json.loads(raw)
     except ValueError:
         tree = None
     if not isinstance(tree, dict):
-        end(USAGE, f"{file} is no JSON object")
+        end(USAGE, f"{file} is not a JSON object")
     if isinstance(tree.get("payload"), dict):  # an event record of the Notification API
         tree = tree["payload"]
         raw = json.dumps(tree, ensure_ascii=False).encode()
     order = tree.get("order", tree)
     if not isinstance(order, dict):
-        end(USAGE, f"{file} holds no order")
-    if instead:
-        order.update(instead)
+        end(USAGE, f"{file} contains no order")
+    if replaced:
+        order.update(replaced)
         raw = json.dumps(tree, ensure_ascii=False).encode()
     return raw, order
 
 
-def _authenticated(
+def _authenticate(
     config: Config, to: str, channel: Channel, order_id: str, callback: str
 ) -> tuple[str, dict[str, str]]:
     headers = {"content-type": "application/json", "x-merchant": channel.merchant, "x-channel": channel.name}
@@ -98,7 +99,7 @@ def _authenticated(
     for in_url in config.senders.url_secrets:
         if in_url.merchants is None or channel.merchant in in_url.merchants:
             return f"{url}?{urlencode({in_url.parameter: in_url.values[0].reveal()})}", headers
-    return end(USAGE, f"no secret in senders is good for merchant {channel.merchant}")
+    return end(USAGE, f"no secret in senders is for merchant {channel.merchant}")
 
 
 def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""The commands that serve callbacks, and check the configuration without serving."""
+"""The commands `serve` and `check`."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from adapter.routing.routes import Routes
 
 
 @click.command()
-@click.option("--hold", is_flag=True, help="Take callbacks and commands, but deliver nothing until the next start.")
+@click.option("--hold", is_flag=True, help="Receive callbacks and commands, but hold every queue until the next start.")
 @config_option
 def serve(*, hold: bool, config_path: Path) -> None:
     """Serve callbacks until SIGTERM or SIGINT."""
@@ -31,7 +31,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
         end(STORE, in_one_line(error))
     except PortInUse as error:
         end(FAILED, str(error))
-    # Python would wait for a thread of `asyncio.to_thread` in which a plugin is still at work.
+    # A plugin may still block a thread of `asyncio.to_thread`, for which Python would wait.
     if threading.active_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -41,7 +41,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
 async def _serve(config: Config, routes: Routes, *, hold: bool) -> None:
     from adapter.app import running
 
-    with stop_signal() as stop:  # it may come while the service starts
+    with stop_signal() as stop:  # may be set while the service starts
         async with running(config, routes, hold=hold):
             await stop.wait()
 
@@ -49,8 +49,8 @@ async def _serve(config: Config, routes: Routes, *, hold: bool) -> None:
 @click.command()
 @config_option
 def check(config_path: Path) -> None:
-    """Check the configuration, the handlers and their settings, and print every problem."""
+    """Check the configuration, the handlers and their settings. Print every problem."""
     _, routes = load_config_and_routes(config_path)
     for warning in routes.warnings:
         click.echo(f"warning: {warning}", err=True)
-    click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; all is well")
+    click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; no problems")

@@ -1,4 +1,4 @@
-"""The way from a command to the running service: its Unix socket on this host, its operations port elsewhere."""
+"""The client for the running service, on this host or another."""
 
 import contextlib
 import re
@@ -13,13 +13,13 @@ import msgspec
 from adapter.cli.shared import FAILED, STORE, USAGE, end, load_config, printable
 from adapter.config import Config
 
-PATIENCE_SECONDS = 30.0
-# Reconciliation reports after each page, and may ask Norce twice for one; `norce.timeout` is at most a minute.
-PATIENCE_FOR_A_LINE_SECONDS = 180.0
+TIMEOUT_SECONDS = 30.0
+# A line comes after each page of an event log. A page may take two requests, and `norce.timeout` is at most a minute.
+TIMEOUT_OF_A_LINE_SECONDS = 180.0
 
 
 class RunningService:
-    """A running service that takes commands. Whatever it cannot do ends the process with a message."""
+    """A client for the commands of a running service. An error ends the process."""
 
     def __init__(self, http: httpx.Client, name: str, remedy: str) -> None:
         self._http = http
@@ -28,26 +28,26 @@ class RunningService:
 
     def run(self, command: str, body: Any) -> Any:
         """Run a command and return its answer."""
-        with self._errors_end_the_process("it may have been done all the same; `norce-adapter store actions` shows it"):
+        with self._end_on_error("the change may have been made; `norce-adapter store actions` lists the changes"):
             answer = self._http.post(f"/commands/{command}", content=msgspec.json.encode(body))
-            return self._checked(answer)
+            return self._parse(answer)
 
-    def run_by_line(self, command: str, body: Any) -> Iterator[dict[str, Any]]:
+    def run_line_by_line(self, command: str, body: Any) -> Iterator[dict[str, Any]]:
         """Run a command and yield each line of its answer as it comes."""
         content = msgspec.json.encode(body)
         with (
-            self._errors_end_the_process("run the command again"),
+            self._end_on_error("run the command again"),
             self._http.stream(
-                "POST", f"/commands/{command}", content=content, timeout=PATIENCE_FOR_A_LINE_SECONDS
+                "POST", f"/commands/{command}", content=content, timeout=TIMEOUT_OF_A_LINE_SECONDS
             ) as answer,
         ):
             if answer.status_code != 200:
                 answer.read()
-                self._checked(answer)
+                self._parse(answer)
             for line in answer.iter_lines():
                 yield msgspec.json.decode(line, type=dict[str, Any])
 
-    def _checked(self, answer: httpx.Response) -> Any:
+    def _parse(self, answer: httpx.Response) -> Any:
         content = answer.json()
         if answer.status_code != 200:
             message = content.get("message") if isinstance(content, dict) else None
@@ -56,7 +56,7 @@ class RunningService:
         return content
 
     @contextlib.contextmanager
-    def _errors_end_the_process(self, advice: str) -> Iterator[None]:
+    def _end_on_error(self, advice: str) -> Iterator[None]:
         try:
             yield
         except httpx.ConnectError:
@@ -64,32 +64,32 @@ class RunningService:
         except httpx.HTTPError as error:
             end(FAILED, f"no answer from {self._name} ({type(error).__name__}): {advice}")
         except ValueError:
-            end(FAILED, f"what answers at {self._name} is no norce-adapter")
+            end(FAILED, f"the server at {self._name} is no norce-adapter")
 
 
 @contextlib.contextmanager
 def running_service(config_path: Path, to: str | None, token: str | None) -> Iterator[RunningService]:
-    """Give the service at `to`, or else the one on this host, which the configuration names."""
+    """Connect to the service at `to`, or else to the Unix socket of the service on this host."""
     if to is not None:
         if not re.fullmatch(r"https?://([^/?#\s\[\]@]+|\[[0-9a-fA-F:.]+\](:\d+)?)/?", to):
             end(USAGE, "--to must be a URL such as http://10.0.0.5:8081")
         headers = {b"authorization": b"Bearer " + token.encode()} if token else {}
-        remedy = "Start it, or give another URL to --to"
-        with httpx.Client(base_url=to, headers=headers, trust_env=False, timeout=PATIENCE_SECONDS) as http:
+        remedy = "Start it, or correct the URL of --to"
+        with httpx.Client(base_url=to, headers=headers, trust_env=False, timeout=TIMEOUT_SECONDS) as http:
             yield RunningService(http, to, remedy)
         return
     socket_path = load_config(config_path).operations.socket
     if socket_path is None:
-        end(USAGE, "operations.socket is null, so give --to the URL of the operations port, and its token")
+        end(USAGE, "operations.socket is null, so give the URL of the operations port (--to) and its token")
     name = str(Path(socket_path).absolute())
     remedy = (
         "Start it with `norce-adapter serve`, or with `norce-adapter serve --hold` to change the ledger while nothing "
-        "is delivered; a service on another host is reached by --to"
+        "is delivered; for a service on another host, give --to"
     )
     try:
         client = _over_socket(socket_path)
     except PermissionError:
-        end(FAILED, f"{name} is for the user of the service alone; run the command as that user")
+        end(FAILED, f"only the user of the service may use {name}; run the command as that user")
     except OSError:
         end(FAILED, f"no service answers at {name}. {remedy}")
     with client as http:
@@ -97,7 +97,7 @@ def running_service(config_path: Path, to: str | None, token: str | None) -> Ite
 
 
 def is_held(config: Config) -> bool:
-    """Return whether the service on this host runs, and was started with `serve --hold`."""
+    """Return whether a service on this host runs that was started with `serve --hold`."""
     if config.operations.socket is None:
         return False
     try:
@@ -108,9 +108,9 @@ def is_held(config: Config) -> bool:
 
 
 def _over_socket(path: str) -> httpx.Client:
-    """Return a client for the service that listens at the socket. Raises `OSError` if none does."""
-    # By a connection of our own, because httpx leaves its socket open when it cannot connect.
+    """Return a client for the socket. Raises `OSError` if no service listens there."""
+    # httpx leaves its socket open if it cannot connect, so this connection finds the error first.
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.connect(path)
     transport = httpx.HTTPTransport(uds=path)
-    return httpx.Client(base_url="http://operations", transport=transport, trust_env=False, timeout=PATIENCE_SECONDS)
+    return httpx.Client(base_url="http://operations", transport=transport, trust_env=False, timeout=TIMEOUT_SECONDS)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from adapter.routing.routes import Routes
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
-WIDE = 1000  # columns, where nobody's terminal says how many: nothing is cut off in a pipe
+WIDTH_OF_A_PIPE = 1000  # columns; nothing is cut off
 
-Decorated = Callable[..., Any]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class _Text(click.ParamType[str]):
-    """An argument that a database can take: a terminal may send what is no text."""
+    """A text that a database can take: the bytes on a command line need not be valid UTF-8."""
 
     name = "text"
 
@@ -41,6 +41,17 @@ class _Text(click.ParamType[str]):
         except UnicodeEncodeError:
             self.fail("it is not valid UTF-8", parameter, context)
         return str(value)
+
+
+def options(*decorators: Decorator) -> Decorator:
+    """Combine options into one decorator. The help shows them in this order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
 
 
 TEXT = _Text()
@@ -55,24 +66,17 @@ config_option = click.option(
     help="The configuration file.",
 )
 output_option = click.option(
-    "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="For people or programs."
+    "--output",
+    type=click.Choice(["table", "json"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or JSON for programs.",
 )
-route_option = click.option("--route", type=TEXT, help="Only this route's.")
-order_option = click.option("--order", "order_id", type=TEXT, help="Only this order's.")
-limit_option = click.option("--limit", default=100, show_default=True, type=click.IntRange(1, 100_000))
-
-
-def options(*given: Callable[[Decorated], Decorated]) -> Callable[[Decorated], Decorated]:
-    """Several options as one decorator, in the order in which the help shows them."""
-
-    def decorate(function: Decorated) -> Decorated:
-        for each in reversed(given):
-            function = each(function)
-        return function
-
-    return decorate
-
-
+route_option = click.option("--route", type=TEXT, help="Only of this route.")
+order_option = click.option("--order", "order_id", type=TEXT, help="Only of this order.")
+limit_option = click.option(
+    "--limit", default=100, show_default=True, type=click.IntRange(1, 100_000), help="The largest number of rows."
+)
 read_options = options(output_option, config_option)
 list_options = options(limit_option, read_options)
 service_options = options(
@@ -83,13 +87,14 @@ service_options = options(
         "--token",
         envvar="NORCE_ADAPTER_OPERATIONS_TOKEN",
         show_envvar=True,
-        help="The token of that service (operations.token). Others on this host can see an option, but no variable.",
+        help="The operations.token of that service. Prefer the variable: other users of this host can see an option.",
     ),
     config_option,
 )
 
 
 def parse_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    """Convert the text of an option to milliseconds."""
     if value is None:
         return None
     moment = instant(value)
@@ -122,7 +127,7 @@ def end(code: int, message: str) -> NoReturn:
 
 
 def load_config(path: Path) -> Config:
-    """Load the configuration, or end with every problem. Commands that need no handlers work if one is broken."""
+    """Load the configuration, or end with every problem. It does not import the handlers."""
     try:
         return configuration.load(path, os.environ)
     except ConfigurationInvalid as error:
@@ -131,7 +136,7 @@ def load_config(path: Path) -> Config:
 
 @contextlib.contextmanager
 def open_ledger(config: Config) -> Iterator["Connection"]:
-    """Give a connection that only reads the ledger, beside the running service. An error ends the command."""
+    """Give a connection that only reads the ledger. An error ends the command."""
     from sqlalchemy.exc import DBAPIError
 
     from adapter.ledger.databases import StoreMissing, StoreUnavailable, database_at
@@ -145,7 +150,7 @@ def open_ledger(config: Config) -> Iterator["Connection"]:
         end(STORE, in_one_line(error))
     except DBAPIError as error:
         is_old = any(words in str(error.orig) for words in ("no such table", "no such column", "does not exist"))
-        remedy = "; its tables may be older than this version: norce-adapter store migrate" if is_old else ""
+        remedy = "; its tables may be older than this version, so run `norce-adapter store migrate`" if is_old else ""
         end(STORE, f"cannot read {database.location}: {in_one_line(error.orig)}{remedy}")
 
 
@@ -161,7 +166,7 @@ def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...]
         table = Table(*names, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*(Text("" if row[name] is None else printable(row[name])) for name in names))
-        Console(width=None if sys.stdout.isatty() else WIDE, highlight=False).print(table)
+        Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE, highlight=False).print(table)
     if not rows:
         sys.exit(NOTHING_MATCHED)
 
@@ -175,20 +180,20 @@ def progress_bar(*, hidden: bool = False) -> "Progress":
 
 
 def printable(value: Any) -> str:
-    """For a terminal: what Norce or a handler has sent must not move the cursor."""
+    """Escape control characters, so that text from elsewhere cannot control the terminal."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
 
 
 def in_one_line(error: object) -> str:
-    """A message of a database's, which likes to have several."""
+    """Return the message of a database without its line breaks."""
     return " ".join(str(error).split())
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator["asyncio.Event"]:
-    """Give an event that SIGTERM and SIGINT set. Afterwards they have their usual effect again.
+    """Give an event that SIGTERM and SIGINT set while the context lasts.
 
-    Only one part of a process may handle signals: two uvicorn servers would replace each other's handlers.
+    Only this function handles signals: two uvicorn servers would replace each other's handlers.
     """
     import asyncio
 

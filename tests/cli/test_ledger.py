@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from adapter.cli.ledger import steps
+from adapter.cli.ledger import run_in_steps
 from adapter.cli.shared import printable
 from adapter.ledger.commands import Step
 from adapter.ledger.queries import Author, DeliveryFilter
@@ -182,7 +182,7 @@ def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
 
     assert result.exit_code == OK
     assert sum(row["count"] for row in json.loads(result.stdout)) == 2
-    assert "1 unknown left out" in result.stderr
+    assert "1 left out, because their effect is unknown" in result.stderr
     assert before == (sql(config, "SELECT * FROM deliveries"), sql(config, "SELECT * FROM lanes"))
     assert sql(config, "SELECT 1 FROM actions") == []
 
@@ -284,7 +284,7 @@ class Paced:
 
     def run(self, rate: int | None) -> list[int]:
         first = Step(matching=DeliveryFilter(), by=Author(who="anna", why="x"))
-        return list(steps(self.ask, first, rate, clock=lambda: self.now, sleep=self.sleep))
+        return list(run_in_steps(self.ask, first, rate, clock=lambda: self.now, sleep=self.sleep))
 
 
 def test_no_more_than_so_many_a_second_are_changed() -> None:
@@ -430,7 +430,7 @@ def test_a_socket_of_another_user_is_told(served: Path, monkeypatch: pytest.Monk
     result = command("queues", "pause", "export", *BY, config=served)
 
     assert (result.exit_code, result.stdout) == (FAILED, "")
-    assert f"{served.parent}/operations.sock is for the user of the service alone" in result.stderr
+    assert f"only the user of the service may use {served.parent}/operations.sock" in result.stderr
 
 
 @pytest.mark.parametrize("url", ["10.0.0.5:8081", "ftp://host", "http://", "http://[", "http://a/b", "http://a b"])
@@ -502,7 +502,7 @@ def test_the_store_is_checked_measured_and_brought_up_to_date(config: Path) -> N
     for_programs = command("store", "stats", "--output", "json", config=config)
     migrated = command("store", "migrate", config=config)
 
-    assert (checked.exit_code, checked.stdout) == (OK, f"{config.parent}/ledger.db: all is well\n")
+    assert (checked.exit_code, checked.stdout) == (OK, f"{config.parent}/ledger.db: no faults\n")
     assert measured.stdout.splitlines()[0].split() == ["notifications", "4"]
     assert json.loads(for_programs.stdout)["deliveries"] == 4
     assert (migrated.exit_code, migrated.stdout) == (OK, f"{config.parent}/ledger.db is up to date\n")

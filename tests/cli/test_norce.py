@@ -136,8 +136,8 @@ def test_callbacks_are_put_on_an_order_and_taken_off(norce: Norce, config: Path)
         (["register", "nobody"], NOTHING_MATCHED, "no such order"),
         (["orders", "show", "nobody"], NOTHING_MATCHED, "no such order"),
         (["orders", "delete", "..", "--yes"], NOTHING_MATCHED, "of such an id"),
-        (["orders", "show", "o", "--merchant", "another"], USAGE, "there are: norce"),
-        (["orders", "list", "--channel", "9"], USAGE, "there are: 1"),
+        (["orders", "show", "o", "--merchant", "another"], USAGE, "only norce"),
+        (["orders", "list", "--channel", "9"], USAGE, "only 1"),
     ],
 )
 def test_what_is_not_there_ends_a_command_in_one_line(
