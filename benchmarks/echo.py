@@ -1,7 +1,6 @@
-"""
-The yardstick: uvicorn with one Starlette route that reads the body and answers a constant. It imports nothing of ours.
+"""The yardstick: uvicorn with one Starlette route that reads the body. It imports nothing of the adapter.
 
-    python benchmarks/echo.py PORT
+python benchmarks/echo.py PORT
 """
 
 import sys

@@ -1,9 +1,10 @@
-"""
-HTTP loads. Closed: so many connections, each sends its next request when the last answer is in. Open: requests fall due
-at a fixed rate, whatever the server does, and each is timed from the moment it was due, not from when it could be sent.
+"""HTTP loads, closed and open.
 
-Requests are prepared as bytes, and answers read just far enough to know their status and where they end. The generator
-sleeps until something is due: one that spins takes the core that the disk's own threads need.
+Closed: each of a number of connections sends its next request when it has the last answer. Open: requests are due at a
+fixed rate, and each is timed from the moment at which it was due, not from the moment at which it could be sent.
+
+Requests are prepared as bytes. Answers are read only as far as their status and their length. The generator sleeps
+until a request is due; if it span, it would take the core that the threads of the disk need.
 """
 
 import asyncio
@@ -27,11 +28,11 @@ FINEST_TICK_SECONDS = 0.00025
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What a load met: each request as (due or sent, answered, status), in the order of the answers."""
+    """The result of a load: each request as (due or sent, answered, status), in the order of the answers."""
 
     answers: list[tuple[float, float, int]]
     seconds: float
-    late_p99_ms: float = 0.0  # how late the open generator itself was, where a connection was free
+    late_p99_ms: float = 0.0  # how late the open generator was when a connection was free
 
     @property
     def per_second(self) -> float:
@@ -51,17 +52,17 @@ def percentile(ordered: list[float], percent: float) -> float:
 
 
 def closed(port: int, requests: Iterable[bytes], *, connections: int, seconds: float = 600.0) -> Load:
-    """Sends until the requests or the seconds are used up, and waits for what is under way."""
+    """Send until the requests or the seconds are used up, and wait for the last answers."""
     return _quietly(lambda: _closed(port, iter(requests), connections, seconds))
 
 
 def open_loop(port: int, requests: list[bytes], *, per_second: float, connections: int) -> Load:
-    """Sends every request when it is due, on a new connection where none is free, until there are `connections`."""
+    """Send every request when it is due. Open a new connection if none is free, up to `connections`."""
     return _quietly(lambda: _Open(port, requests, per_second, connections).run())
 
 
 def open_loops(port: int, *loads: tuple[list[bytes], float], connections: int) -> list[Load]:
-    """Several open loads at the same time, each given as its requests and how many of them are due a second."""
+    """Run several open loads at once. Each is given as its requests and their rate per second."""
 
     async def together() -> list[Load]:
         return await asyncio.gather(*(_Open(port, requests, rate, connections).run() for requests, rate in loads))
@@ -78,7 +79,7 @@ def beside(
     beside: Iterator[bytes],
     beside_connections: int,
 ) -> tuple[Load, Load]:
-    """An open load, and for as long a closed one beside it."""
+    """Run an open load and, for the same time, a closed one beside it."""
 
     async def both() -> tuple[Load, Load]:
         seconds = len(requests) / per_second
@@ -93,7 +94,7 @@ def beside(
 
 def _quietly(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     gc.collect()
-    gc.disable()  # a collection of so many requests would be seen as the server's latency
+    gc.disable()  # a collection would count as latency of the server
     try:
         return uvloop.run(make())
     finally:
@@ -101,10 +102,10 @@ def _quietly(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 class _Connection(asyncio.Protocol):
-    """One HTTP connection with one request at a time. `heard` is called with a status, or with UNANSWERED."""
+    """One HTTP connection with one request at a time. It calls `answered` with a status or with UNANSWERED."""
 
-    def __init__(self, heard: Callable[["_Connection", int], None]) -> None:
-        self._heard = heard
+    def __init__(self, answered: Callable[["_Connection", int], None]) -> None:
+        self._answered = answered
         self._buffer = b""
         self.transport: asyncio.WriteTransport | None = None
         self.begun: float | None = None
@@ -127,10 +128,10 @@ class _Connection(asyncio.Protocol):
         if len(buffer) < end + 4 + length:
             return
         self._buffer = b""
-        self._heard(self, int(head[9:12]))
+        self._answered(self, int(head[9:12]))
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._heard(self, UNANSWERED)
+        self._answered(self, UNANSWERED)
 
 
 async def _closed(port: int, requests: Iterator[bytes], connections: int, seconds: float) -> Load:
@@ -139,10 +140,10 @@ async def _closed(port: int, requests: Iterator[bytes], connections: int, second
     working = connections
     finished = loop.create_future()
 
-    def heard(connection: _Connection, status: int) -> None:
+    def answered(connection: _Connection, status: int) -> None:
         nonlocal working
         now = time.perf_counter()
-        if connection.begun is None:  # it was closed while it had nothing to do
+        if connection.begun is None:  # an idle connection was closed
             return
         answers.append((connection.begun, now, status))
         connection.begun = None
@@ -155,7 +156,7 @@ async def _closed(port: int, requests: Iterator[bytes], connections: int, second
         if not working and not finished.done():
             finished.set_result(None)
 
-    opened = [(await loop.create_connection(lambda: _Connection(heard), HOST, port))[1] for _ in range(connections)]
+    opened = [(await loop.create_connection(lambda: _Connection(answered), HOST, port))[1] for _ in range(connections)]
     started = time.perf_counter()
     ends = started + seconds
     for connection in opened:
@@ -226,14 +227,14 @@ class _Open:
     async def _open(self, request: bytes, due: float) -> None:
         loop = asyncio.get_running_loop()
         try:
-            _, connection = await loop.create_connection(lambda: _Connection(self._heard), HOST, self._port)
+            _, connection = await loop.create_connection(lambda: _Connection(self._answered), HOST, self._port)
         except OSError:
             self._opened -= 1
             self._note(due, UNANSWERED)
         else:
             connection.send(request, due)
 
-    def _heard(self, connection: _Connection, status: int) -> None:
+    def _answered(self, connection: _Connection, status: int) -> None:
         begun, connection.begun = connection.begun, None
         if begun is not None:
             self._note(begun, status)
@@ -252,7 +253,7 @@ class _Open:
             self._finished.set_result(None)
 
     def _give_up(self) -> None:
-        """What has no answer by now is counted with the time that it has waited."""
+        """Count the requests without an answer, with the time for which they have waited."""
         now = time.perf_counter()
         answered = {begun for begun, _, _ in self._answers}
         every = (self._started + number * self._interval for number in range(len(self._requests)))
@@ -260,7 +261,10 @@ class _Open:
 
 
 def _timer(seconds: float) -> int:
-    """A file descriptor that becomes readable at this interval: the event loops' own timers know whole milliseconds."""
+    """Return a file descriptor that becomes readable at this interval.
+
+    The timers of the event loops have a resolution of a millisecond.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     timer = libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
     if timer < 0:

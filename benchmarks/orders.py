@@ -1,7 +1,6 @@
-"""
-The orders that are sent: about 5 KB each, every id random, modified now.
+"""The orders that are sent: about 5 KB each, with a random id and the current time as `lastModified`.
 
-A body is prepared by putting an id and a moment into the same bytes: that is cheap enough to be done beside a load.
+An id and a time are inserted into the same bytes, which is cheap enough while a load runs.
 """
 
 import hmac
@@ -42,7 +41,7 @@ def body(order_id: str) -> bytes:
 
 
 def large(order_id: str, size: int = 1020 * 1024) -> bytes:
-    """The same order with as many lines in its cart as `size` bytes have room for."""
+    """Return the same order with as many lines in its cart as fit into `size` bytes."""
     order = json.loads(body(order_id))
     line = order["cart"]["items"][0]
     room = size - len(json.dumps(order))
@@ -51,7 +50,7 @@ def large(order_id: str, size: int = 1020 * 1024) -> bytes:
 
 
 def request(callback: str = CALLBACK, make: Callable[[str], bytes] = body) -> bytes:
-    """One callback as Norce sends it to a signed URL, head and body."""
+    """Return the head and the body of one callback as Norce sends it to a signed URL."""
     order_id = new_id()
     sent = make(order_id)
     sig = sign(hmac.new(KEY.encode(), digestmod="sha256"), Channel(MERCHANT, CHANNEL), order_id, callback)

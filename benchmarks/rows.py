@@ -1,9 +1,10 @@
-"""
-What is measured, group by group. Each function drives its servers in turn, a round at a time, and yields each round's
-figures: absolute ones, and the ratios within the round.
+"""The measurements of notifications, one function for each group.
 
-Wherever something was accepted, rows stored must be as many as 200s answered; where it is not so, the run fails. (What
-an overloaded server has not answered when the load gives up may be stored or not.)
+A function drives its servers in turn and yields the figures of each round: absolute ones, and the ratios within the
+round.
+
+A run fails if the number of stored rows is not the number of 200s. (Requests that an overloaded server has not answered
+when the load ends may be stored or not.)
 """
 
 import contextlib
@@ -16,8 +17,8 @@ from dataclasses import dataclass, field
 import load
 import orders
 import redis
+from processes import LeftOut, Processes, Server, settle
 from sqlalchemy import create_engine, text
-from stage import LeftOut, Server, Stage, settle
 from stores import SMALL_BODY, Database, Databases, fill, room_for
 
 CONNECTIONS = 64
@@ -30,9 +31,9 @@ Round = dict[str, float]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """What the groups have in hand. `scale` makes every size smaller, for trying the benchmark itself out."""
+    """The means of the groups. `scale` makes every size smaller, to try out the benchmark."""
 
-    stage: Stage
+    processes: Processes
     databases: Databases
     rounds: int
     seconds: float
@@ -44,17 +45,17 @@ class Bench:
 
 
 class Receiver:
-    """A server that keeps what it answers 200 to. `stored` counts what it has."""
+    """A server that stores every request to which it answers 200. `stored` counts its rows."""
 
     def __init__(self, name: str, server: Server, stored: Callable[[], int]) -> None:
         self.name = name
         self.server = server
         self._stored = stored
         self.accepted = 0
-        self.unanswered = 0  # given up by an open load: nobody knows what became of it
+        self.unanswered = 0  # when an open load ended; they may be stored
 
     def closed(self, requests: Iterable[bytes], *, connections: int = CONNECTIONS, seconds: float = 600) -> load.Load:
-        """A closed load, all of it answered 200."""
+        """Run a closed load, and exit unless every answer is 200."""
         met = load.closed(self.server.port, requests, connections=connections, seconds=seconds)
         self.accepted += met.statuses[200]
         if set(met.statuses) != {200}:
@@ -63,7 +64,7 @@ class Receiver:
         return met
 
     def open_loop(self, requests: list[bytes], *, per_second: float, connections: int = OPEN_CONNECTIONS) -> load.Load:
-        """An open load, whatever it is answered, and then quiet."""
+        """Run an open load with any answers, and wait until the server is idle."""
         met = load.open_loop(self.server.port, requests, per_second=per_second, connections=connections)
         self.accepted += met.statuses[200]
         self.unanswered += met.statuses[load.UNANSWERED]
@@ -81,7 +82,7 @@ class Receiver:
 
 
 class Measured(contextlib.ExitStack):
-    """Servers that run beside each other and are driven in turn, and checked at the end."""
+    """Servers that run beside each other. They are driven in turn, and checked at the end."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__()
@@ -89,16 +90,16 @@ class Measured(contextlib.ExitStack):
         self.receivers: dict[str, Receiver] = {}
 
     def echo(self) -> Server:
-        return self.enter_context(self._bench.stage.echo())
+        return self.enter_context(self._bench.processes.echo())
 
     def service(self, name: str, kind: str = "sqlite", **named: object) -> None:
         database = self._bench.databases.new(kind)
         self.callback(database.remove)
-        server = self.enter_context(self._bench.stage.service(database.url, **named))
+        server = self.enter_context(self._bench.processes.service(database.url, **named))
         self.receivers[name] = Receiver(name, server, lambda: database.stored)
 
     def peer(self, name: str, app: str, environment: dict[str, str], stored: Callable[[], int]) -> None:
-        server = self.enter_context(self._bench.stage.peer(app, environment))
+        server = self.enter_context(self._bench.processes.peer(app, environment))
         self.receivers[name] = Receiver(name, server, stored)
 
     def if_possible(self, key: str, start: Callable[[], None]) -> None:
@@ -113,7 +114,7 @@ class Measured(contextlib.ExitStack):
 
 
 def accept(bench: Bench) -> Iterator[Round]:
-    """Accepts on both stores, beside the echo, a commit or an insert for each, and the disk itself."""
+    """Accepts on both stores, beside the echo, a commit or an insert for each accept, and the disk."""
     with Measured(bench) as at:
         echo = at.echo()
         at.service("accept_sqlite")
@@ -121,7 +122,7 @@ def accept(bench: Bench) -> Iterator[Round]:
         at.if_possible("accept_postgres_over_insert_each", lambda: at.service("accept_postgres", "postgres"))
         at.if_possible("accept_postgres_over_insert_each", lambda: _insert_each(bench, at))
         for _ in range(bench.rounds):
-            row: Round = {"fdatasync_p50_ms": bench.stage.fdatasync_p50_ms()}
+            row: Round = {"fdatasync_p50_ms": bench.processes.fdatasync_p50_ms()}
             requests = orders.prepared(bench.scaled(40_000))
             met = load.closed(
                 echo.port, itertools.cycle(requests), connections=CONNECTIONS, seconds=bench.seconds
@@ -155,7 +156,7 @@ def open_loop(bench: Bench) -> Iterator[Round]:
         receiver = at.receivers["open_loop_2000"]
         receiver.closed(orders.prepared(500))
         for _ in range(bench.rounds):
-            row: Round = {"open_loop_2000_fdatasync_p50_ms": bench.stage.fdatasync_p50_ms()}
+            row: Round = {"open_loop_2000_fdatasync_p50_ms": bench.processes.fdatasync_p50_ms()}
             requests = orders.prepared(int(2000 * max(8 * min(bench.scale, 1), 2)))
             met = receiver.open_loop(requests, per_second=2000)
             row |= {
@@ -175,9 +176,9 @@ def open_loop(bench: Bench) -> Iterator[Round]:
 
 
 def slow_fsync(bench: Bench) -> Iterator[Round]:
-    """Groups against single commits on a disk that takes a millisecond more."""
+    """Group commits beside single commits, on a disk that takes a millisecond more."""
     try:
-        environment = bench.stage.slow_fsync()
+        environment = bench.processes.slow_fsync()
     except LeftOut as reason:
         bench.left_out["accept_sqlite_over_commit_each_slow_fsync"] = str(reason)
         return
@@ -193,7 +194,7 @@ def slow_fsync(bench: Bench) -> Iterator[Round]:
 
 
 def peers(bench: Bench) -> Iterator[Round]:
-    """The service beside receivers that are written as their frameworks' users write them."""
+    """Accepts beside receivers that are written as the users of their frameworks write them."""
     with Measured(bench) as at:
         at.service("peers_accept")
         at.if_possible("accept_sqlite_over_celery", lambda: _celery(bench, at))
@@ -207,7 +208,7 @@ def peers(bench: Bench) -> Iterator[Round]:
 
 
 def overload(bench: Bench) -> Iterator[Round]:
-    """Twice as many as it can take: it goes on taking as many, and tells the others to come again."""
+    """Twice the load that the service can take: it accepts as much as before and refuses the rest."""
     with Measured(bench) as at:
         at.service("overload")
         receiver = at.receivers["overload"]
@@ -234,7 +235,7 @@ def overload(bench: Bench) -> Iterator[Round]:
 
 
 def dispatch(bench: Bench) -> Iterator[Round]:
-    """Deliveries a second with a handler that does nothing, and 100 000 rows of various kinds waiting."""
+    """Deliveries a second with a handler that does nothing, while 100 000 rows of several kinds wait."""
     many, free = bench.scaled(100_000), bench.scaled(30_000)
     held: dict[str, dict[str, Database]] = {}
     for kind in STORES:
@@ -244,7 +245,7 @@ def dispatch(bench: Bench) -> Iterator[Round]:
             bench.left_out[f"dispatch_noop_{kind}_over_echo"] = str(reason)
     for of_kind in held.values():
         for name, database in of_kind.items():
-            with bench.stage.service(database.url, "delivers"):
+            with bench.processes.service(database.url, "delivers"):
                 pass  # makes the tables and the queues
             if name == "hot_lane":
                 fill(database, waiting=many, behind_one_order=True)
@@ -252,7 +253,7 @@ def dispatch(bench: Bench) -> Iterator[Round]:
                 fill(database, route="parked", waiting=many, paused=True)
     for _ in range(bench.rounds):
         row: Round = {}
-        with bench.stage.echo() as echo:
+        with bench.processes.echo() as echo:
             requests = itertools.cycle(orders.prepared(bench.scaled(10_000)))
             met = load.closed(echo.port, requests, connections=CONNECTIONS, seconds=bench.seconds)
             row["dispatch_echo_per_second"] = met.per_second
@@ -278,7 +279,7 @@ def dispatch(bench: Bench) -> Iterator[Round]:
 
 
 def latency(bench: Bench) -> Iterator[Round]:
-    """From the moment an order is accepted to the moment its delivery is recorded, at 200 orders a second."""
+    """Time from the accept of an order to the record of its delivery, at 200 orders a second."""
     with Measured(bench) as at:
         found: dict[str, Database] = {}
         for kind in STORES:
@@ -286,7 +287,7 @@ def latency(bench: Bench) -> Iterator[Round]:
                 found[kind] = bench.databases.new(kind)
             except LeftOut as reason:
                 bench.left_out[f"accepted_to_delivered_p95_ms_{kind}"] = str(reason)
-        servers = {kind: at.enter_context(bench.stage.service(db.url, "delivers")) for kind, db in found.items()}
+        servers = {kind: at.enter_context(bench.processes.service(db.url, "delivers")) for kind, db in found.items()}
         receivers = {
             kind: Receiver(f"latency_{kind}", servers[kind], lambda db=db: db.stored) for kind, db in found.items()
         }
@@ -311,10 +312,10 @@ def latency(bench: Bench) -> Iterator[Round]:
 
 
 def memory(bench: Bench) -> Iterator[Round]:
-    """What is resident after 20 000 requests, over the echo after as many."""
+    """Resident memory after 20 000 requests, over that of the echo after as many."""
     for _ in range(bench.rounds):
         requests = orders.prepared(bench.scaled(20_000))
-        with bench.stage.echo() as echo:
+        with bench.processes.echo() as echo:
             load.closed(echo.port, requests, connections=CONNECTIONS)
             row = {"rss_echo_mib": echo.rss_mib}
         with Measured(bench) as at:
@@ -327,9 +328,9 @@ def memory(bench: Bench) -> Iterator[Round]:
 
 
 def growth(bench: Bench) -> Iterator[Round]:
-    """What is resident after a million accepts more, over what was after the first 20 000. One round: it is long."""
+    """Growth of the resident memory from 20 000 accepts to a million more. One round, because it is long."""
     many = bench.scaled(1_000_000)
-    if not room_for(bench.stage.folder, many):
+    if not room_for(bench.processes.folder, many):
         bench.left_out["rss_growth_after_1m_accepts"] = "this disk has no room for a million orders"
         return
     with Measured(bench) as at:
@@ -351,18 +352,18 @@ def growth(bench: Bench) -> Iterator[Round]:
 def backlog(bench: Bench) -> Iterator[Round]:
     """Accepts into a ledger of a million delivered orders, and into an empty one."""
     many = bench.scaled(1_000_000)
-    small = not room_for(bench.stage.folder, many)
+    small = not room_for(bench.processes.folder, many)
     if small:
         print(f"  no room for {many} bodies of 5 KB: the million's are cut to {SMALL_BODY} bytes")
     full = bench.databases.new("sqlite")
-    with bench.stage.service(full.url):
+    with bench.processes.service(full.url):
         pass
     begun = time.perf_counter()
     fill(full, delivered=many, body_bytes=SMALL_BODY if small else None)
     print(
         f"  {many} rows filled in, {full.path.stat().st_size / 2**30:.1f} GiB, in {time.perf_counter() - begun:.0f} s"
     )
-    with bench.stage.service(full.url) as server:
+    with bench.processes.service(full.url) as server:
         filled = Receiver("backlog_1m_rows", server, lambda: full.stored - many)
         for number in range(-1, bench.rounds):  # the first one warms up
             with Measured(bench) as at:
@@ -418,7 +419,7 @@ def _insert_each(bench: Bench, at: Measured) -> None:
 
 
 def _celery(bench: Bench, at: Measured) -> None:
-    url = at.enter_context(bench.stage.redis())
+    url = at.enter_context(bench.processes.redis())
     at.peer("celery", "celery_redis", {"BROKER_URL": url}, lambda: int(redis.Redis.from_url(url).llen("celery")))
 
 
@@ -431,18 +432,16 @@ def _rows_of_peer(url: str) -> int:
 
 
 def _dispatched(bench: Bench, database: Database) -> float:
-    """
-    Deliveries recorded a second. The ledger itself says when each was, so that nobody has to look on while it works.
-    """
+    """Return the recorded deliveries a second, from the times in the ledger. Nothing reads it meanwhile."""
     done = "SELECT count(*) FROM deliveries WHERE state = 'done'"
     before = database.number(done)
-    with bench.stage.service(database.url, "delivers") as server:
+    with bench.processes.service(database.url, "delivers") as server:
         time.sleep(1.5)
         begin = time.time_ns() // 1_000_000
         time.sleep(bench.seconds * 1.25)
         end = time.time_ns() // 1_000_000
     after = database.number(done)
-    called = bench.stage.delivered(server)
+    called = bench.processes.delivered(server)
     if called != after - before:
         sys.exit(f"{called} deliveries handed to the handler, but {after - before} recorded")
     end = min(end, database.number("SELECT max(ended_at) FROM deliveries"))  # should all that was free be delivered

@@ -1,14 +1,15 @@
-"""
-Measures what the project claims, as ratios within one run: `make bench`, or `make bench ONLY="accept dispatch"`.
+"""Measurements of the project's claims, as ratios within one run: `make bench`, `make bench ONLY="accept dispatch"`.
 
-Every figure is the median of its rounds; a ratio is the median of the rounds' ratios. `results.json` keeps the figures
-and the rounds that they were taken from; a group that is not run keeps what it had.
+Every figure is the median of its rounds; a ratio is the median of the ratios of the rounds. `results.json` keeps the
+figures and their rounds. A group that does not run keeps its former figures.
 """
 
 import argparse
 import json
+import signal
 import sqlite3
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import rows
 import verdicts
+from processes import HERE, Processes
 from rows import Bench, Round
-from stage import HERE, Stage
 from stores import databases
 
-# The group's measurements, and how many rounds.
+# The function of each group, and its number of rounds.
 GROUPS: dict[str, tuple[Callable[[Bench], Iterator[Round]], int]] = {
     "accept": (rows.accept, 5),
     "open_loop": (rows.open_loop, 3),
@@ -69,9 +70,9 @@ BARS: dict[str, tuple[str, float]] = {
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("groups", nargs="*", metavar="GROUP", help=f"all, or some of: {', '.join(GROUPS)}")
-    options.add_argument("--rounds", type=int, help="in place of each group's own number")
+    options.add_argument("--rounds", type=int, help="instead of the number of each group")
     options.add_argument("--seconds", type=float, default=4.0, help="how long each server is driven in a round")
-    options.add_argument("--scale", type=float, default=1.0, help="of all sizes; below 1 only to try the benchmark out")
+    options.add_argument("--scale", type=float, default=1.0, help="of all sizes; below 1 only to try out the benchmark")
     options.add_argument("--results", type=Path, default=HERE / "results.json")
     given = options.parse_args()
     unknown = set(given.groups) - set(GROUPS)
@@ -79,15 +80,16 @@ def main() -> None:
         options.error(f"no such group: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
     begun = time.monotonic()
     left_out: dict[str, str] = {}
-    with tempfile.TemporaryDirectory(prefix="norce-adapter-bench-", dir=HERE) as folder:
-        stage = Stage(Path(folder))
-        print(stage.machine())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # the folder is removed then, too
+    with tempfile.TemporaryDirectory(prefix="tmp-bench-", dir=HERE) as folder:
+        processes = Processes(Path(folder))
+        print(processes.machine())
         print(f"SQLite {sqlite3.sqlite_version}: WAL, synchronous=FULL. Redis: appendfsync always.")
-        with databases(stage) as made:
+        with databases(processes) as made:
             for name in given.groups or GROUPS:
                 measure, usual = GROUPS[name]
                 bench = Bench(
-                    stage=stage, databases=made, rounds=given.rounds or usual, seconds=given.seconds,
+                    processes=processes, databases=made, rounds=given.rounds or usual, seconds=given.seconds,
                     scale=given.scale, left_out=left_out,
                 )  # fmt: skip
                 print(f"\n{name}: {measure.__doc__}", flush=True)
@@ -105,7 +107,7 @@ def summary(measured: list[Round]) -> dict[str, float]:
 
 
 def keep(path: Path, group: str, measured: list[Round]) -> None:
-    """Writes the figures again from all groups' rounds, with this group's in place of its former ones."""
+    """Replace the rounds of this group in the file, and compute all figures again."""
     former = json.loads(path.read_text()) if path.exists() else {}
     rounds = {name: former.get("rounds", {}).get(name, []) for name in GROUPS} | {group: measured}
     figures = {key: value for of_group in rounds.values() for key, value in summary(of_group).items()}

@@ -1,8 +1,7 @@
-"""
-The service as a process, with handlers that benchmarks need, and the same service with a commit for each accept.
+"""The service as a process with the handlers of the benchmarks, and the same service with a commit for each accept.
 
-    python benchmarks/servers.py service CONFIG
-    python benchmarks/servers.py commit_each CONFIG
+python benchmarks/servers.py service CONFIG
+python benchmarks/servers.py commit_each CONFIG
 """
 
 import asyncio
@@ -38,7 +37,7 @@ HELD_SECONDS = 60
 
 
 class Holds(NotificationHandler[NoSettings]):
-    """Never done: one lane is held, everything else stays owed, and the accept is measured alone."""
+    """Never ends: it holds one lane, all other deliveries wait, and only the accept is measured."""
 
     async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:
         await asyncio.Event().wait()
@@ -46,7 +45,7 @@ class Holds(NotificationHandler[NoSettings]):
 
 
 class Delivers(NotificationHandler[NoSettings]):
-    """Done at once, and counted: what is left is the dispatcher's own work."""
+    """Ends at once and counts: only the work of the dispatcher is measured."""
 
     delivered = 0
 
@@ -56,7 +55,7 @@ class Delivers(NotificationHandler[NoSettings]):
 
 
 class Compares(NotificationHandler[NoSettings]):
-    """Looks at a typed member of both orders, as they were received and as Norce has them."""
+    """Reads a typed member of both orders: the received one, and the one that Norce has."""
 
     async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:
         assert notification.order.cart.items != notification.received.cart.items
@@ -64,21 +63,21 @@ class Compares(NotificationHandler[NoSettings]):
 
 
 class Accepts(HookHandler[NoSettings]):
-    """Nothing against it: what is left is the way to the plugins' loop and back."""
+    """Accepts: only the way to the event loop of the plugins and back is measured."""
 
     async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
         return []
 
 
 class Approves(ValidationHandler[NoSettings]):
-    """Nothing against it, where the order could be read."""
+    """Approves every order that could be read."""
 
     async def validate(self, order: Order, context: Context[NoSettings]) -> list[Problem]:
         return []
 
 
 class Sleeps(HookHandler[NoSettings]):
-    """Never answers, and lets the others work meanwhile."""
+    """Never answers, and does not block its thread."""
 
     async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
         await asyncio.Event().wait()
@@ -86,15 +85,15 @@ class Sleeps(HookHandler[NoSettings]):
 
 
 class Blocks(HookHandler[NoSettings]):
-    """Holds its thread, as a synchronous client would."""
+    """Blocks its thread, as a synchronous client would."""
 
     async def change(self, order: Order, context: Context[NoSettings]) -> list[Patch]:
-        time.sleep(HELD_SECONDS)  # noqa: ASYNC251 - that is the point
+        time.sleep(HELD_SECONDS)  # noqa: ASYNC251 - it blocks on purpose
         return []
 
 
 class Spins(HookHandler[NoSettings]):
-    """Holds its thread and the interpreter with it, in four threads."""
+    """Computes in four threads, which compete for the interpreter."""
 
     spinning = 0
 
@@ -113,7 +112,7 @@ def _spin() -> None:
 
 
 class CommitEach(Store):
-    """A store without groups: each piece of work is a transaction of its own, committed where it is asked for."""
+    """A store without group commit: each piece of work is a transaction of its own."""
 
     own: Connection | None = None
 
@@ -132,7 +131,7 @@ HANDLERS = (Holds, Delivers, Compares, Rules, Accepts, Approves, Sleeps, Blocks,
 
 
 class _Installed:
-    """A handler as if a package had brought it."""
+    """A stand-in for the entry point of a handler."""
 
     dist = None
 
@@ -145,7 +144,7 @@ class _Installed:
 
 
 async def service(path: Path) -> None:
-    """The whole service, as `norce-adapter serve` runs it. At the end it leaves beside its config what it delivered."""
+    """Run the service as `norce-adapter serve` does. At the end, write the number of deliveries beside its config."""
     loaded = config.load(path, {})
     with stop_signal() as stop:
         async with app.running(loaded, routes.build(loaded, [_Installed(each) for each in HANDLERS])):  # type: ignore[misc]

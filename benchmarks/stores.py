@@ -1,7 +1,6 @@
-"""
-The databases of a run, and what is put into them beforehand.
+"""The databases of a run, and the rows that are put into them beforehand.
 
-Filling happens while no service runs, through the ledger's own tables: `fill` is the one place that knows them.
+`fill` writes the tables of the ledger while no service runs. Nothing else here knows these tables.
 """
 
 import contextlib
@@ -17,9 +16,9 @@ from typing import Any
 
 import orders
 import psycopg
+from processes import LeftOut, Processes
 from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, text
 from sqlalchemy.pool import NullPool
-from stage import LeftOut, Stage
 
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 
@@ -31,14 +30,14 @@ ROOM_FOR_A_ROW = 12_000  # a body of 5 KB takes two pages, and the tables and in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Database:
-    """One service's database. `url` is what its configuration says."""
+    """The database of one service. `url` is for its configuration."""
 
     kind: str
     url: str
     path: Path | None = None
 
     def engine(self) -> Engine:
-        """For reading beside a running service, or for filling while there is none."""
+        """Return an engine, to read beside a running service or to fill a database without one."""
         return create_engine(self.url, poolclass=NullPool)
 
     def number(self, statement: str, **values: Any) -> int:
@@ -57,15 +56,15 @@ class Database:
 
 
 class Databases:
-    """Makes databases: SQLite files, and those of a PostgreSQL that is started when it is first asked for."""
+    """Makes databases: SQLite files, and databases of a PostgreSQL that starts with the first of them."""
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    def __init__(self, processes: Processes) -> None:
+        self._stage = processes
         self._number = 0
         self._postgres: Any = None
 
     def new(self, kind: str) -> Database:
-        """An empty database of this kind. Raises `LeftOut`."""
+        """Return an empty database of this kind. May raise `LeftOut`."""
         if kind == "postgres":
             return Database(kind=kind, url=self.postgres_url("postgresql+psycopg"))
         self._number += 1
@@ -73,7 +72,7 @@ class Databases:
         return Database(kind=kind, url=f"sqlite:///{path}", path=path)
 
     def postgres_url(self, scheme: str = "postgresql") -> str:
-        """The address of a new database in the run's PostgreSQL, which shares the servers' core. Raises `LeftOut`."""
+        """Return the URL of a new database in PostgreSQL, which shares the core of the servers. May raise `LeftOut`."""
         if self._postgres is None:
             self._postgres = self._start_postgres()
         self._number += 1
@@ -116,10 +115,14 @@ def fill(
     delivered: int = 0,
     body_bytes: int | None = None,
 ) -> None:
-    """
-    Adds waiting deliveries until the route's queue has that many, each an order of its own or all of them of one that
-    waits for its next try; or so many that are delivered. `paused` pauses the queue for an hour. The service has been
-    started and stopped on this database before.
+    """Fill a database on which the service has run before.
+
+    Args:
+        waiting: Add waiting deliveries until the queue of the route has this number.
+        behind_one_order: All of them belong to one order, which waits for its next attempt.
+        paused: Pause the queue for an hour.
+        delivered: Add this number of delivered orders instead.
+        body_bytes: Cut the bodies to this length.
     """
     engine = _for_filling(database)
     with engine.begin() as connection:
@@ -139,11 +142,11 @@ def fill(
         if database.kind == "postgres":
             _set_sequences(connection)
     engine.dispose()
-    _bring_to_disk(database)
+    _flush_to_disk(database)
 
 
 class _Rows:
-    """Notifications with their deliveries and lanes, in the state in which the ledger would have left them."""
+    """Notifications with their deliveries and lanes, as the ledger leaves them."""
 
     def __init__(self, connection: Connection, queue_id: int, *, done: bool, body_bytes: int | None) -> None:
         self._connection = connection
@@ -203,7 +206,7 @@ class _Rows:
             self._insert(attempts, [{"id": i, "delivery_id": delivery, **attempt} for i, delivery in pairs])
 
     def _blocked_lane(self, lane_id: int, delivery_id: int, now: int) -> int:
-        """The one order, tried once and waiting for its next try: nothing goes before the delivery that was tried."""
+        """Return the lane of the one order, whose first delivery waits for its next attempt."""
         known = select(lanes.c.id).where(lanes.c.queue_id == self._queue_id, lanes.c.current_delivery_id.is_not(None))
         lane = {"claim": 1, "settled": 1, "current_delivery_id": delivery_id, "next_at": now + HOUR_MS}
         found = self._connection.execute(known).scalar()
@@ -231,7 +234,7 @@ def _for_filling(database: Database) -> Engine:
 
         @event.listens_for(engine, "connect")
         def fast(connection: sqlite3.Connection, _record: Any) -> None:
-            # Nobody else is here, and a half-filled database would be thrown away: nothing is written twice.
+            # No other process uses it, and a half-filled database is thrown away: no journal is needed.
             connection.execute("PRAGMA journal_mode = OFF")
             connection.execute("PRAGMA synchronous = OFF")
             connection.execute("PRAGMA cache_size = -262144")
@@ -240,7 +243,7 @@ def _for_filling(database: Database) -> Engine:
 
 
 def _set_sequences(connection: Connection) -> None:
-    """Where the database gives the ids, it goes on after those that were given here."""
+    """Let the ids that the database assigns begin after the ids that were assigned here."""
     for table in (queues, *_TABLES):
         name = connection.execute(text(f"SELECT pg_get_serial_sequence('{table.name}', 'id')")).scalar()
         if name is not None:
@@ -249,8 +252,8 @@ def _set_sequences(connection: Connection) -> None:
             )
 
 
-def _bring_to_disk(database: Database) -> None:
-    """So that what was filled in is not still being written while something is measured."""
+def _flush_to_disk(database: Database) -> None:
+    """Write everything to disk, so that nothing of it is written while something is measured."""
     if database.kind == "sqlite":
         with database.path.open("rb") as file:
             os.fsync(file.fileno())
@@ -262,7 +265,7 @@ def _bring_to_disk(database: Database) -> None:
 
 
 def room_for(folder: Path, rows: int) -> bool:
-    """Whether this disk has room for so many orders of 5 KB."""
+    """Tell whether this disk has room for this number of orders of 5 KB."""
     return shutil.disk_usage(folder).free > rows * ROOM_FOR_A_ROW
 
 
@@ -271,8 +274,8 @@ def _now() -> int:
 
 
 @contextlib.contextmanager
-def databases(stage: Stage) -> Iterator[Databases]:
-    made = Databases(stage)
+def databases(processes: Processes) -> Iterator[Databases]:
+    made = Databases(processes)
     try:
         yield made
     finally:

@@ -9,8 +9,8 @@ from typing import Any
 
 import load
 import orders
+from processes import Server, settle
 from rows import CONNECTIONS, Bench, Round, ratios, wait_until_delivered
-from stage import Server, settle
 
 DEADLINE_MS = 2000
 MANY_ROUTES = 100
@@ -20,7 +20,7 @@ MEMBERS = 150
 
 
 def hooks(bench: Bench) -> Iterator[Round]:
-    """Hooks with the order in the body, beside the echo: a small rule, a large one, a handler on the plugins' loop."""
+    """Hooks beside the echo: a small rule, a large one, and a handler on the event loop of the plugins."""
     routes = {
         "hook_small_rule": ("rules", {"rules": [_rule("small", _small())]}),
         "hook_large_rule": ("rules", {"rules": [_rule("large", _large())]}),
@@ -28,7 +28,7 @@ def hooks(bench: Bench) -> Iterator[Round]:
     }
     callbacks = {name.replace("_", "-"): route for name, route in routes.items()}
     database = bench.databases.new("sqlite")
-    with bench.stage.echo() as echo, _serving(bench, database.url, callbacks, deadline="2s") as server:
+    with bench.processes.echo() as echo, _serving(bench, database.url, callbacks, deadline="2s") as server:
         for _ in range(bench.rounds):
             row: Round = {}
             sent = {name: orders.prepared(bench.scaled(20_000), name.replace("_", "-")) for name in routes}
@@ -47,12 +47,12 @@ def hooks(bench: Bench) -> Iterator[Round]:
 
 
 def stalls(bench: Bench) -> Iterator[Round]:
-    """The slowest answer in a thousand over the deadline, with some of a hundred routes stalled in various ways."""
-    with socket.create_server(("127.0.0.1", 0), backlog=4096) as mute:
+    """The slowest answer in a thousand over the deadline, while some of a hundred routes stall."""
+    with socket.create_server(("127.0.0.1", 0), backlog=4096) as silent_norce:
         for _ in range(bench.rounds):
             row: Round = {}
             for stall, share in itertools.product(STALLS, SHARES):
-                row[f"verdict_p999_over_deadline_{stall}_{share}"] = _slowest(bench, stall, share, mute)
+                row[f"verdict_p999_over_deadline_{stall}_{share}"] = _slowest(bench, stall, share, silent_norce)
             yield row | {"verdict_p999_over_deadline": max(row.values())}
 
 
@@ -84,7 +84,7 @@ def pause(bench: Bench) -> Iterator[Round]:
     database = bench.databases.new("sqlite")
     callbacks = {"quiet": ("rules", {"rules": [_rule("small", _small())]})}
     with (
-        bench.stage.norce() as norce,
+        bench.processes.norce() as norce,
         _serving(bench, database.url, callbacks, deadline="2s", norce_port=norce.port, handler="compares") as server,
     ):
         for _ in range(bench.rounds):
@@ -101,8 +101,8 @@ def pause(bench: Bench) -> Iterator[Round]:
     database.remove()
 
 
-def _slowest(bench: Bench, stall: str, share: int, mute: socket.socket) -> float:
-    """One request in a hundred for each callback, so many of which stall; every one of them has to be answered."""
+def _slowest(bench: Bench, stall: str, share: int, silent_norce: socket.socket) -> float:
+    """Return the 99.9th percentile over the deadline. Exit unless every request is answered."""
     per_second = 200
     names = [f"hook-{number}" for number in range(MANY_ROUTES)]
     handlers: dict[str, tuple[str, dict[str, Any]]] = {
@@ -112,7 +112,7 @@ def _slowest(bench: Bench, stall: str, share: int, mute: socket.socket) -> float
     if kind == "validation":
         handlers = {name: ("approves", {}) for name in names}
     database = bench.databases.new("sqlite")
-    norce = mute.getsockname()[1]
+    norce = silent_norce.getsockname()[1]
     deadline = f"{DEADLINE_MS}ms"
     with _serving(bench, database.url, handlers, deadline=deadline, kind=kind, norce_port=norce) as server:
         called = names[:share] if stall == "norce" else names
@@ -140,7 +140,7 @@ def _serving(
     norce_port: int | None = None,
     handler: str = "holds",
 ) -> Iterator[Server]:
-    """The service with a callback of this kind for each handler and its settings; `handler` takes notifications."""
+    """Run the service with a callback of this kind for each handler. `handler` takes notifications."""
     watched = {"watch": "/cart", "target": "/cart"} if kind == "hook" else {}
     parts = {
         "callbacks": {name: {"kind": kind, "deadline": deadline, **watched} for name in callbacks},
@@ -151,7 +151,7 @@ def _serving(
     }
     if norce_port is not None:
         parts["norce"] = {"base_url": f"http://127.0.0.1:{norce_port}"}
-    with bench.stage.service(url, handler, more=parts) as server:
+    with bench.processes.service(url, handler, more=parts) as server:
         yield server
 
 
@@ -171,7 +171,7 @@ def _small() -> dict[str, Any]:
 
 
 def _large() -> dict[str, Any]:
-    """A schema of about 150 properties, which every cart meets; most are of members that it may have."""
+    """Return a schema of about 150 properties. Every cart meets it; most members are optional."""
     text = {"type": ["string", "null"], "maxLength": 100, "pattern": "^[A-Za-z0-9 -]*$"}
     more = {f"member{number}": text for number in range(MEMBERS // 3)}
     return {

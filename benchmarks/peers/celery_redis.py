@@ -1,4 +1,4 @@
-"""FastAPI + Celery + Redis, as their documentation has it: the order is a task, and enqueued before the answer."""
+"""FastAPI + Celery + Redis as documented: the order is a task, and is enqueued before the answer."""
 
 import os
 from typing import Any
@@ -12,7 +12,7 @@ celery = Celery("orders", broker=os.environ["BROKER_URL"])
 
 @celery.task
 def deliver(order_id: str, order: dict[str, Any]) -> None:
-    """What a worker would do; none runs here, and none takes time from the receiver."""
+    """Do nothing: no worker runs here, so none takes time from the receiver."""
 
 
 @app.post("/api/v1/callbacks/orders/{order_id}/{callback}")

@@ -1,4 +1,4 @@
-"""Starlette + psycopg + PostgreSQL: an insert and a commit for each request, over a pool of connections."""
+"""Starlette + psycopg + PostgreSQL: an insert and a commit for each request, with a connection pool."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""FastAPI + SQLAlchemy ORM + SQLite, as their documentation has it: a session for each request, a commit in each."""
+"""FastAPI + SQLAlchemy ORM + SQLite as documented: a session and a commit for each request."""
 
 import os
 from collections.abc import Iterator

@@ -1,6 +1,4 @@
-"""
-The processes of a run: every server on one core, the load on another, and all of it gone at the end.
-"""
+"""The processes of a run: every server on one core, the load on another."""
 
 import contextlib
 import json
@@ -24,11 +22,11 @@ HERE = Path(__file__).parent
 
 
 class LeftOut(Exception):
-    """This cannot be measured here, and why."""
+    """A measurement that is impossible on this machine, with the reason."""
 
 
 class Server:
-    """A running server. `port` is where it listens; `log` what it wrote, with others'."""
+    """A running server with its port. All servers write to one log."""
 
     def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         self._process = process
@@ -62,8 +60,8 @@ class Server:
         return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-class Stage:
-    """Where servers are started. `folder` is theirs, on the disk that is measured, and removed at the end."""
+class Processes:
+    """Starts servers. Their `folder` is on the disk that is measured, and is removed at the end."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +75,7 @@ class Stage:
 
     @contextlib.contextmanager
     def on_server_core(self) -> Iterator[None]:
-        """What is started in here stays on the servers' core."""
+        """Run the processes that are started inside on the core of the servers."""
         os.sched_setaffinity(0, {self.server_core})
         try:
             yield
@@ -109,7 +107,7 @@ class Stage:
 
     @contextlib.contextmanager
     def norce(self) -> Iterator[Server]:
-        """A Norce that has every order, of 3.9 MiB. It runs beside the load."""
+        """Start a Norce that has every order, of 3.9 MiB. It runs on the core of the load."""
         port = free_port()
         command = (sys.executable, str(HERE / "large_orders.py"), str(port))
         with self.running(*command, port=port, on_load_core=True) as server:
@@ -125,7 +123,7 @@ class Stage:
         environment: Mapping[str, str] | None = None,
         more: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> Iterator[Server]:
-        """The service on this store, from its first connection to its last record; `more` goes into its config."""
+        """Run the service on this store. `more` is added to its configuration."""
         port = free_port()
         path = self.config(url, handler, port, more or {})
         command = (sys.executable, str(HERE / "servers.py"), kind_of_server, str(path))
@@ -134,7 +132,7 @@ class Stage:
 
     @contextlib.contextmanager
     def peer(self, app: str, environment: Mapping[str, str]) -> Iterator[Server]:
-        """A receiver of `peers/`, run as its users run it."""
+        """Run a receiver of `peers/` as its users do."""
         port = free_port()
         command = (
             sys.executable, "-m", "uvicorn", "--app-dir", str(HERE / "peers"), f"{app}:app", "--port", str(port),
@@ -144,10 +142,7 @@ class Stage:
             yield server
 
     def config(self, url: str, handler: str, port: int, more: Mapping[str, Mapping[str, Any]]) -> Path:
-        """
-        A configuration file: a route for what is delivered, one whose queue a benchmark may pause, and what `more` adds
-        to the parts of the file.
-        """
+        """Write a configuration file with a route for deliveries, and one whose queue a benchmark may pause."""
         route = {
             "callback": CALLBACK,
             "when": {"scope": "/state/currentStatus", "schema": {"const": "completed"}},
@@ -180,12 +175,12 @@ class Stage:
         return path
 
     def delivered(self, server: Server) -> int:
-        """How often a service that has ended called its handler."""
+        """Return how often a service that has ended called its handler."""
         return int((self.folder / f"{server.port}.delivered").read_text())
 
     @contextlib.contextmanager
     def redis(self) -> Iterator[str]:
-        """A Redis that has each write on disk before it answers. Raises `LeftOut`."""
+        """Run a Redis that writes to disk before it answers. Raise `LeftOut` if there is none."""
         program = shutil.which("redis-server")
         if program is None:
             raise LeftOut("no redis-server is installed here")
@@ -199,7 +194,7 @@ class Stage:
             yield f"redis://127.0.0.1:{port}/0"
 
     def slow_fsync(self) -> Mapping[str, str]:
-        """An environment in which fsync and fdatasync take a millisecond more. Raises `LeftOut`."""
+        """Return an environment in which fsync and fdatasync take a millisecond more. May raise `LeftOut`."""
         compiler = shutil.which("cc")
         if compiler is None:
             raise LeftOut("no C compiler (cc) is installed here")
@@ -211,7 +206,7 @@ class Stage:
         return {"LD_PRELOAD": str(library)}
 
     def fdatasync_p50_ms(self) -> float:
-        """What it costs to bring a rewrite of 8 KB to this disk."""
+        """Measure a rewrite of 8 KB with fdatasync on this disk."""
         path, times = self.folder / "probe", []
         with path.open("wb", buffering=0) as probe:
             for _ in range(100):
@@ -243,5 +238,5 @@ def _lines(path: str) -> list[str]:
 
 
 def settle() -> Any:
-    """A moment of quiet: a slow server still works on what it was sent, and would take from the next one's time."""
+    """Wait half a second: a slow server still works, and would take time from the next one."""
     time.sleep(0.5)
