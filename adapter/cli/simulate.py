@@ -1,4 +1,4 @@
-"""The command `simulate`: serves an offline Norce Checkout, or plays a scenario against a running service.
+"""The command `simulate`, which serves an offline Norce Checkout or plays a scenario.
 
 A scenario uses the service's own configuration: its channels, its registrations with their signatures, and its ledger.
 """
@@ -47,9 +47,9 @@ def simulate(
     orders: int | None,
     config_path: Path,
 ) -> None:
-    """Serve an offline Norce Checkout and print its requests and callbacks, until SIGTERM or SIGINT.
+    """Serve an offline Norce Checkout until SIGTERM or SIGINT.
 
-    docs/simulator.md lists the switches. PUT /simulator/switches changes them later.
+    The command prints every request and every callback. docs/simulator.md lists the switches. PUT /simulator/switches changes them later.
 
     With --scenario: play a purchase against a running service that uses this Norce and is configured by --config, and
     print the result as JSON. The command fails if an order does not end as the scenario expects.
@@ -109,7 +109,7 @@ async def _play(scenario: str, shop: Shop, port: int, **settings: int) -> dict[s
 
 
 def service_at(address: str, config: Config) -> ServiceUnderTest:
-    """Return the service at this address for a scenario. Its ledger has to be readable from here."""
+    """Return the service at this address. Its ledger has to be readable from here."""
     senders = Senders(config.senders)
     config = msgspec.structs.replace(config, norce=msgspec.structs.replace(config.norce, version=V0))  # as `Caller`
 

@@ -10,7 +10,7 @@ from adapter.sandbox.norce import Simulator
 
 
 class Unexpected(Exception):
-    """A result that differs from what was expected. The message holds codes and counts, never an order."""
+    """A result that was not expected. The message holds codes and counts, never an order."""
 
 
 class Caller:
@@ -43,13 +43,11 @@ class Caller:
         channel: Channel | None = None,
         **path: str,
     ) -> Any:
-        """Call an operation and return the body of the answer.
+        """Call an operation of `norce.api` and return the body of its answer.
 
         Args:
-            name: The operation in `norce.api`.
-            body: JSON.
-            status: The expected status; any success if left out.
-            channel: The channel to call for; by default the order's.
+            status: The expected status; by default any success.
+            channel: By default the order's channel.
             path: The parameters in the path.
 
         Raises:

@@ -1,4 +1,4 @@
-"""A stand-in for Jetshop, the destination of the handler `jetshop`, for tests and the demo.
+"""A stand-in for Jetshop, the destination of the handler `jetshop`.
 
 It implements this project's own contract (`contract.yaml`) and knows nothing else about Jetshop. It is stricter than a
 shop: it answers 400 to a request that breaks the contract and remembers it in `violations`. It fails on request
@@ -37,9 +37,10 @@ EXTENSION = "norce_adapter.drop"  # the ASGI extension of `serve`: a function th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """A fault for one request: first the effect if it `acts`, then the delay, then a drop or an answer.
+    """A fault of one request.
 
-    A fault with neither `drop`, `status` nor `body` is only slow: after the delay it acts and answers as usual.
+    First comes the effect, if it `acts`; then the delay; then a drop or an answer. A fault with neither `drop`,
+    `status` nor `body` is only slow: after the delay it acts and answers as usual.
     """
 
     acts: bool = False
@@ -69,7 +70,7 @@ class Accepted(NamedTuple):
 
 
 class Violation(NamedTuple):
-    """A request that breaks the contract, and the rules that it breaks. Holds no values of the request."""
+    """A request that breaks the contract, without its values."""
 
     method: str
     path: str
@@ -114,7 +115,7 @@ class JetshopStandIn:
 
     @asynccontextmanager
     async def serve(self, port: int = 0) -> AsyncIterator[str]:
-        """Listen on a port of 127.0.0.1 (0: any free one), on the running event loop, and yield the URL."""
+        """Listen on a port of 127.0.0.1, by default any free one, and yield the URL."""
         with listen("127.0.0.1", port) as listening:
             config = uvicorn.Config(
                 self, http=_DroppingProtocol, ws="none", lifespan="off", log_config=None, access_log=False
@@ -275,7 +276,7 @@ async def _wait(receive: Receive, seconds: float) -> None:
 
 
 class _DroppingProtocol(H11Protocol):
-    """Hands the application a function that breaks the connection, because ASGI has no message for that."""
+    """A protocol that gives the application a function to break the connection."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -289,7 +290,7 @@ class _DroppingProtocol(H11Protocol):
 
 
 class _StandInServer(uvicorn.Server):
-    """A uvicorn server that leaves signals alone and stops at once, without waiting for slow answers."""
+    """A server that leaves signals alone, and does not wait for slow answers when it stops."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

@@ -1,7 +1,8 @@
-"""Scenarios: purchases played against a running service, which fail if an order is lost, doubled or ends elsewhere.
+"""Scenarios: purchases that are played against a running service.
 
 A scenario creates orders at a simulator, registers the service's callbacks on them and moves the orders through the
-API. A 200 to Norce does not show what became of an order, so `play` also reads the service's ledger.
+API. It fails if an order is lost, doubled or ends otherwise. The 200 that a notification gets does not show what became
+of the order, so `play` also reads the service's ledger.
 """
 
 import asyncio
@@ -110,7 +111,7 @@ class Shop(Caller):
         return order_id
 
     async def reserve(self, order_id: str, payment_id: str) -> None:
-        """Reserve the order's whole amount, as a payment adapter does before the order is accepted."""
+        """Reserve the order's whole amount, as a payment adapter does on acceptance."""
         its: dict[str, Any] = {"order_id": order_id, "payment_id": payment_id}
         amount = (await self.read(order_id))["total"]["includingVat"]
         payment = await self.ask("read_payment", **its)
@@ -120,6 +121,13 @@ class Shop(Caller):
         """Pay the order and complete it. The payment adapter calls the validations."""
         await self.ask("complete_payment", order_id=order_id, payment_id=await self.pay(order_id))
 
+    async def accept(self, order_id: str) -> str:
+        """Pay and validate the order, move it to `accepted`, and return the id of its payment."""
+        payment_id = await self.pay(order_id)
+        await self.ask("validate", order_id=order_id)
+        await self.move(order_id, PROCESSING, ACCEPTED)
+        return payment_id
+
     async def retry(self, order_id: str) -> None:
         """Let Norce retry its last event of an order, as a person can."""
         events = self.simulator.events(order_id)
@@ -128,7 +136,7 @@ class Shop(Caller):
         await self.simulator.wait_until_idle()
 
     def notified(self, order_id: str) -> list[tuple[str, list[int | None]]]:
-        """Return the order's status in each of its events, with the status of the answer to each attempt."""
+        """Return the order's status in each event, with the answers to its attempts."""
         return [
             (event["payload"]["order"]["state"]["currentStatus"], [each["status"] for each in event["attempts"]])
             for event in self.simulator.events(order_id)
@@ -142,7 +150,7 @@ class Shop(Caller):
         return deliveries
 
     async def finished_deliveries(self) -> dict[str, list[dict[str, Any]]]:
-        """Wait until no delivery is waiting and return them all, or raise `Unexpected` after a minute."""
+        """Wait until every delivery has ended and return them all, or raise `Unexpected`."""
         await self.simulator.wait_until_idle()
         ends = time.monotonic() + PATIENCE_SECONDS
         while waiting := [each for each in self.service.deliveries("waiting") if each["order_id"] in self.channels]:
@@ -170,7 +178,7 @@ def expect(what: str, found: Any, expected: Any) -> None:
 
 
 async def happy_purchase(shop: Shop) -> None:
-    """Ship, pay, validate and complete an order; it is delivered once."""
+    """Ship, pay, validate and complete an order; deliver once."""
     order_id = await shop.order()
     shipping = await shop.ask("start_shipping", order_id=order_id)
     await shop.ask("complete_shipping", order_id=order_id, shipping_id=shipping["shippingId"])
@@ -183,7 +191,7 @@ async def happy_purchase(shop: Shop) -> None:
 
 
 async def validation_denied_and_mended(shop: Shop) -> None:
-    """Deny an order that has no email address; with an address it is bought."""
+    """Deny an order without an email address; with an address it is bought."""
     customer = {"type": "person", "billing": {**_PERSON, "email": None}, "shipping": _PERSON}
     order_id = await shop.order(customer=customer)
     payment_id = await shop.pay(order_id)
@@ -201,9 +209,8 @@ async def validation_denied_and_mended(shop: Shop) -> None:
 async def declined_after_acceptance(shop: Shop) -> None:
     """Decline an accepted order; it is not delivered and can no longer be completed."""
     order_id = await shop.order()
-    await shop.pay(order_id)
-    await shop.ask("validate", order_id=order_id)
-    await shop.move(order_id, PROCESSING, ACCEPTED, DECLINED)
+    await shop.accept(order_id)
+    await shop.move(order_id, DECLINED)
     refusal = await shop.ask("put_state", {"currentStatus": COMPLETED}, order_id=order_id, status=400)
     expect("refusal", codes(refusal), ["order-error"])
     await shop.expect_status(order_id, DECLINED)
@@ -212,7 +219,7 @@ async def declined_after_acceptance(shop: Shop) -> None:
 
 
 async def voucher(shop: Shop) -> None:
-    """Pay with a gift card and, because it covers a part only, a second payment; there is one delivery."""
+    """Pay with a gift card, which covers a part only, and a second payment; deliver once."""
     order_id = await shop.order()
     card = {"adapterId": "awardit_adapter", "name": "Presentkort", "type": "voucher", "amount": 200.0}
     await shop.ask("add_payment", card | {"state": "confirmed", "reference": "GC-1"}, order_id=order_id)
@@ -226,11 +233,9 @@ async def voucher(shop: Shop) -> None:
 
 
 async def upsell_window(shop: Shop) -> None:
-    """Add an upsold line to an accepted order; any other line, or a line that a hook refuses, stays out."""
+    """Add lines to an accepted order: only upsold ones to which the hook agrees pass."""
     order_id = await shop.order()
-    payment_id = await shop.pay(order_id)
-    await shop.ask("validate", order_id=order_id)
-    await shop.move(order_id, PROCESSING, ACCEPTED)
+    payment_id = await shop.accept(order_id)
     cart = (await shop.read(order_id))["cart"]
     del cart["total"]
 
@@ -248,7 +253,7 @@ async def upsell_window(shop: Shop) -> None:
 
 
 async def address_change(shop: Shop) -> None:
-    """Change the address to the far north; the address hook patches the shipping in the same change."""
+    """Move the address to the far north; the address hook patches the shipping."""
     order_id = await shop.order()
     await shop.ask("start_shipping", order_id=order_id)
     north = {**_PERSON, "postalCode": "981 37", "city": "Kiruna"}
@@ -262,7 +267,7 @@ async def address_change(shop: Shop) -> None:
 
 
 async def back_to_checkout(shop: Shop) -> None:
-    """Cancel a payment, which unlocks the cart; change the cart, pay and complete. It is delivered once."""
+    """Cancel a payment, change the cart, pay again and complete; deliver once."""
     order_id = await shop.order()
     payment_id = await shop.pay(order_id)
     await shop.ask("validate", order_id=order_id)
@@ -282,7 +287,7 @@ async def back_to_checkout(shop: Shop) -> None:
 
 
 async def captured_after_completion(shop: Shop) -> None:
-    """Capture the payment of a completed order; its state does not change, and nothing more is delivered."""
+    """Capture the payment of a completed order; nothing more is delivered."""
     order_id = await shop.order()
     await shop.buy(order_id)
     await shop.finished_deliveries()
@@ -311,7 +316,7 @@ async def two_merchants(shop: Shop) -> None:
 
 
 async def burst(shop: Shop, orders: int = 100) -> None:
-    """Create, validate and complete many orders at the same time; each is delivered once."""
+    """Create, validate and complete many orders in parallel; deliver each once."""
     at_once = asyncio.Semaphore(AT_ONCE)
 
     async def purchase() -> str:
@@ -330,7 +335,7 @@ async def burst(shop: Shop, orders: int = 100) -> None:
 
 
 async def outage(shop: Shop) -> None:
-    """Cut the connection: no order is bought unvalidated, and an event that is retried twice is delivered once."""
+    """Cut the connection: nothing is bought unvalidated, and a retried event is delivered."""
     order_id = await shop.order()
     payment_id = await shop.pay(order_id)
     shop.connection.is_cut = True
@@ -354,7 +359,7 @@ async def outage(shop: Shop) -> None:
 
 
 async def removed_order(shop: Shop) -> None:
-    """Remove an order: nothing is delivered. Delete another before its event arrives: it is a dead letter."""
+    """Remove an order: no delivery. Delete one before its event arrives: a dead letter."""
     removed = await shop.order()
     await shop.move(removed, PROCESSING, REMOVED)
     deleted = await shop.order()

@@ -1,4 +1,4 @@
-"""The demo: a purchase with a denied validation, a changed cart, a lost notification, an export and a dead letter.
+"""The demo: a purchase that shows validations, hooks, a lost notification and an export.
 
 The service runs as in production, with a ledger on disk and HTTP on loopback. A simulator plays Norce, a stand-in
 plays Jetshop. Orders move through Norce's API, and Norce calls the service by itself. Everything that the demo prints
@@ -76,7 +76,7 @@ class DemoFailed(Exception):
 
 @contextlib.asynccontextmanager
 async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterator[Demo]:
-    """Run the service between a simulator and a stand-in, in a temporary folder. Uses free ports if these are taken."""
+    """Run the service with a simulator and a stand-in. If a port is taken, use another."""
     async with contextlib.AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="norce-adapter-demo-")))
         keys = {name: secrets.token_hex(32) for name in ("norce-token", "jetshop-password", "url-key")}
@@ -117,9 +117,10 @@ async def demo(*, port: int = 8080, operations_port: int = 8081) -> AsyncIterato
 
 
 async def walk(demo: Demo, say: Say) -> dict[str, Any]:
-    """Play the purchase, tell it line by line, and return the statuses and counts that were seen.
+    """Play the purchase and return the observed statuses and counts.
 
-    Leaves the completed order beside the configuration, as `order-completed.json`.
+    Calls `say` with each line of the story. Leaves the completed order beside the configuration, in
+    `order-completed.json`.
 
     Raises:
         DemoFailed: The purchase took another course.

@@ -1,4 +1,4 @@
-"""The simulator: an offline Norce Checkout that behaves as documented, from the creation of an order to `completed`.
+"""The simulator: an offline Norce Checkout that behaves as documented.
 
 `orders` holds the rules, `checkout` the order service, `endpoints` the HTTP endpoints of all services. `callbacks`
 calls adapters. `other_adapters` plays the adapters of a platform, of payments and of shippings.

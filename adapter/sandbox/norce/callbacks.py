@@ -1,4 +1,4 @@
-"""The callbacks that Norce sends: validations, hooks, notifications, and the calls of payment actions.
+"""The callbacks that Norce sends: validations, hooks, notifications and payment actions.
 
 Only loopback addresses are called. A callback to any other address, like those in every sample, counts as not
 answered, with the reason `not-loopback`; the simulator opens no connection and resolves no name.
@@ -46,25 +46,6 @@ TOO_LATE, NOT_LOOPBACK = "too-late", "not-loopback"
 _PLACEHOLDER = re.compile(r"\{(order_id|(?:order|configuration|config)\.[\w.-]+)\}")
 
 
-class _NotLoopback(httpx.TransportError):
-    """The address is not on this machine."""
-
-
-class _LoopbackOnly(httpx.AsyncBaseTransport):
-    def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
-        self._transport = transport
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if request.url.scheme not in ("http", "https") or not _is_loopback(request.url.host):
-            raise _NotLoopback(NOT_LOOPBACK)
-        if (request.url.port or 0) > 65535:
-            raise httpx.InvalidURL("there is no such port")
-        return await self._transport.handle_async_request(request)
-
-    async def aclose(self) -> None:
-        await self._transport.aclose()
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallbackAnswer:
     """The answer to a callback. Without a status, `reason` says why there is none."""
@@ -86,7 +67,7 @@ class CallbackAnswer:
 
 @dataclass(kw_only=True, eq=False)
 class Callbacks:
-    """The sending side of a simulator. Notifications are sent in the background; see `wait_until_idle`."""
+    """The client side of a simulator. It sends notifications in the background."""
 
     records: Records
     switches: Callable[[], Switches]
@@ -97,8 +78,7 @@ class Callbacks:
 
     def __post_init__(self) -> None:
         limits = httpx.Limits(max_connections=200, max_keepalive_connections=50)
-        inner = self.transport or httpx.AsyncHTTPTransport(limits=limits, trust_env=False)
-        self._http = httpx.AsyncClient(transport=_LoopbackOnly(inner), trust_env=False, timeout=None)  # noqa: S113
+        self._http = httpx.AsyncClient(transport=self.transport, limits=limits, trust_env=False, timeout=None)  # noqa: S113
         self._running: set[asyncio.Task[Any]] = set()
 
     # --- validations ---
@@ -177,7 +157,7 @@ class Callbacks:
     # --- notifications ---
 
     def notify(self, before: Order, after: Order) -> None:
-        """Record and send an event for each notification whose scope has changed to a value that fits its schema."""
+        """Record and send an event for each notification whose condition now holds."""
         for notification in after["notifications"]:
             compiled = condition(notification)
             if compiled is None or same(compiled.value(before), compiled.value(after)):
@@ -265,24 +245,7 @@ class Callbacks:
         **whose: str | None,
     ) -> CallbackAnswer:  # fmt: skip
         began = time.monotonic()
-        try:
-            async with asyncio.timeout(seconds), self._http.stream(
-                method, url, headers=headers, content=content
-            ) as response:  # fmt: skip
-                body = bytearray()
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > MAX_ANSWER_BYTES:
-                        break
-            is_whole = len(body) <= MAX_ANSWER_BYTES
-            answer = CallbackAnswer(status=response.status_code if is_whole else None, body=bytes(body),
-                                    reason="" if is_whole else "too-large")  # fmt: skip
-        except TimeoutError:
-            answer = CallbackAnswer(status=None, reason=TOO_LATE)
-        except _NotLoopback:
-            answer = CallbackAnswer(status=None, reason=NOT_LOOPBACK)
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            answer = CallbackAnswer(status=None, reason=type(error).__name__)
+        answer = await self._answer(method, url, headers, content, seconds)
         self.records.journal.add(
             url=url,
             at=to_text(to_milliseconds(self.now())),
@@ -294,6 +257,30 @@ class Callbacks:
             **whose,
         )
         return answer
+
+    async def _answer(
+        self, method: str, url: str, headers: dict[str, str], content: bytes | None, seconds: float
+    ) -> CallbackAnswer:
+        body = bytearray()
+        try:
+            target = httpx.URL(url)
+            if not _is_loopback(target):
+                return CallbackAnswer(status=None, reason=NOT_LOOPBACK)
+            if (target.port or 0) > 65535:
+                raise httpx.InvalidURL("there is no such port")
+            async with (
+                asyncio.timeout(seconds),
+                self._http.stream(method, target, headers=headers, content=content) as response,
+            ):
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > MAX_ANSWER_BYTES:
+                        return CallbackAnswer(status=None, reason="too-large")
+                return CallbackAnswer(status=response.status_code, body=bytes(body))
+        except TimeoutError:
+            return CallbackAnswer(status=None, reason=TOO_LATE)
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            return CallbackAnswer(status=None, reason=type(error).__name__)
 
     def _with_placeholders(self, url: str, adapter_id: Any, order: Order) -> str:
         document = self.records.documents.get((order["merchant"], order["channel"], str(adapter_id)), {})
@@ -338,13 +325,12 @@ def _validation_error(error: Mapping[str, Any]) -> dict[str, Any]:
     return {"code": "validation-failed", **known}
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
+def _is_loopback(url: httpx.URL) -> bool:
+    if url.scheme not in ("http", "https"):
         return False
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(url.host).is_loopback
+    return url.host == "localhost"
 
 
 def _uuid7(now: datetime, chance: random.Random) -> uuid.UUID:

@@ -78,7 +78,7 @@ class Checkout:
         return prefix + "".join(self.chance.choices(string.ascii_letters + string.digits, k=24))
 
     def stored(self, request: ApiRequest) -> Order:
-        """Return the order in the request's path, or raise `Refused`. Other channels' orders are not found."""
+        """Return the order in the path if it belongs to the channel, or raise `Refused`."""
         order_id = request.path["order_id"]
         order = self.records.orders.get(order_id)
         if order is None or (order["merchant"], order["channel"]) != (request.merchant, request.channel):
@@ -96,7 +96,7 @@ class Checkout:
         return order
 
     async def change(self, name: str, request: ApiRequest) -> Any:
-        """Carry out an operation that changes an order and return the body of its answer, or raise `Refused`."""
+        """Carry out a change and return the body of its answer, or raise `Refused`."""
         for _ in range(MAX_TRIES):
             base = self.stored(request)
             proposed, answer = CHANGES[name](base, request)

@@ -1,4 +1,4 @@
-"""The HTTP endpoints: every operation of `norce.api` at its path, and the simulator's own page, journal and switches.
+"""The HTTP endpoints of the services, the page, the journal and the switches.
 
 The token is the only credential; the headers name the merchant and channel. Faults are injected outside of everything
 else, so a request whose answer is lost was carried out.

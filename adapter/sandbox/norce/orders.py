@@ -1,7 +1,8 @@
-"""The rules of an order: a change takes an order and returns the next one, or raises `Refused`.
+"""The rules of an order.
 
-The module is pure. It never changes an order in place; ids and times come with the request. Nobody writes
-`state.transitions`: `after_hooks` and `_moved` derive it from the status before and after.
+The module is pure. A change takes an order and returns the next one, or raises `Refused`. It never changes an order in
+place; ids and times come with the request. No caller and no hook writes `state.transitions`: `_moved` derives it from
+the status before and after.
 """
 
 import functools
@@ -74,7 +75,7 @@ class Refused(Exception):
 
 
 class ValidationFailed(Refused):
-    """An order that may not proceed. `errors` come from the order service and from all validations."""
+    """An order that may not proceed, with the errors of Norce and of all validations."""
 
     def __init__(self, errors: list[dict[str, Any]]) -> None:
         super().__init__("order-validation", "The order is not valid.")
@@ -224,7 +225,7 @@ def adding(kind: str) -> Change:
 
 
 def removing(kind: str, parameter: str) -> Change:
-    """Return the change that removes the part of this kind whose id is a parameter of the path."""
+    """Return the change that removes the part whose id is this parameter of the path."""
 
     def remove(order: Order, request: ApiRequest) -> tuple[Order, None]:
         position = find(order[kind], request.path[parameter])
@@ -326,7 +327,7 @@ def condition(registered: Mapping[str, Any]) -> CompiledCondition | None:
 
 
 def watching_hooks(order: Order) -> Iterator[tuple[dict[str, Any], CompiledCondition]]:
-    """Yield the hooks that can be called, each with the condition that finds the value it watches."""
+    """Yield the hooks that can be called, each with a condition on its scope."""
     for hook in order["hooks"]:
         watched = condition({"scope": hook.get("scope")})
         if watched is not None and hook["scope"].split("/")[1] in WATCHED:
@@ -359,7 +360,7 @@ def _is_inside(path: str, target: str) -> bool:
 
 
 def after_patches(base: Order, proposed: Order, request: ApiRequest) -> Order:
-    """Return the patched order with the ids and members that only Norce writes, or raise `Refused`."""
+    """Return the patched order with what only Norce writes, or raise `Refused`."""
     state, cart = proposed.get("state"), proposed.get("cart")
     if not (state and cart is not None and _validator("order").is_valid(proposed)):
         raise Refused("order-error", "The hooks' patches left no valid order.")

@@ -1,4 +1,4 @@
-"""The simulator's memory: orders, configuration documents and events, and a journal of its requests.
+"""The records of the simulator: orders, configuration documents, events and a journal.
 
 The journal holds addresses and statuses. It never holds a body or a query: these may contain a signature or a secret.
 """

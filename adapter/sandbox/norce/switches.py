@@ -1,4 +1,4 @@
-"""Switches: how the simulator behaves where Norce's documentation is silent, and which faults it injects.
+"""Switches that answer open questions about Norce, and that inject faults.
 
 Every default is what is documented or, if nothing is, what an adapter should assume. No default is a promise by Norce.
 """
