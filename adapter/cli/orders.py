@@ -73,7 +73,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
         rows: list[dict[str, Any]] = []
         with progress_bar() as progress:
             task = progress.add_task("reading", total=None)
-            async for page in norce.pages(channel, limit=min(limit, PAGE_SIZE), **query):
+            async for page in norce.order_pages(channel, limit=min(limit, PAGE_SIZE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
                 total = None if page.total is None else min(page.total, limit)
                 progress.update(task, completed=page.offset + page.count, total=total)

@@ -1,1 +1,1 @@
-"""Norce Checkout, as we call it."""
+"""Norce's APIs: the table of their operations, and the client that calls them."""

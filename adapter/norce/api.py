@@ -1,9 +1,8 @@
-"""
-Norce's APIs as one table: what may be asked, where, with what, and what is answered. Pure; nobody is called here.
+"""The table of Norce's APIs: the address, body and answers of each operation. Pure.
 
-Client, simulator, documentation and tests are made from it, so that no address is spelled twice. What one would get
-wrong: what is declared is not all that can come. Any operation may answer any 4xx or 5xx, and with a body of either
-kind (`error`); a change answers 200 without a body, and may have changed more than was sent (hooks).
+The client, the sandbox and the tests use this table. The declared errors are not all that can come: an operation may
+answer any 4xx or 5xx, with a body of either kind (`error`). A change answers 200 without a body, and hooks may have
+changed more than was sent.
 
 Facts: checkout protocol, sections 1.2, 1.3, 4, 8.4, 9 and, for what other adapters offer, 10 and 11.
 """
@@ -20,7 +19,7 @@ from urllib.parse import quote
 V0, V1 = "v0", "v1"
 AUTHORIZATION, MERCHANT, CHANNEL, ADAPTER_ID = "authorization", "x-merchant", "x-channel", "x-adapterid"
 
-# The codes that Norce's services put into an error, and their statuses. Where a code has two, the operation says which.
+# The codes in the errors of Norce's services, and their statuses. The operation tells which of two is used.
 CODES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {
         "order-bad-request": (400,),
@@ -42,38 +41,34 @@ CODES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Operation:
-    """
-    One operation. `path` is what follows `…/checkout/{service}`; `body` and `answers` name a schema (`schema`), or
-    None where there is no body; `errors` and `query` are per version, as declared.
-    """
+    """One operation of Norce's APIs, as declared."""
 
     name: str
     service: str
     method: str
-    path: str
+    path: str  # after `…/checkout/{service}`
     versions: tuple[str, ...]
-    body: str | None = None
-    query: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    headers: tuple[str, ...] = (AUTHORIZATION, MERCHANT, CHANNEL)  # required, none of them empty
+    body: str | None = None  # name of its schema
+    query: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by version
+    headers: tuple[str, ...] = (AUTHORIZATION, MERCHANT, CHANNEL)  # required and not empty
     optional_headers: tuple[str, ...] = ()
-    answers: Mapping[int, str | None]
-    errors: Mapping[str, tuple[int, ...]]
-    error: str = "error"  # the schema of what is answered with an error
+    answers: Mapping[int, str | None]  # by status: name of the body's schema
+    errors: Mapping[str, tuple[int, ...]]  # by version
+    error: str = "error"  # name of the schema of an error's body
 
     def template(self, version: str) -> str:
-        """The path from the root of the Checkout services, with the parameters in braces."""
+        """Return the path below the Checkout services, with its parameters in braces."""
         return f"/{self.service}{self.path.replace('{version}', version)}"
 
     def url(self, base_url: str, version: str, /, **parameters: str) -> str:
-        """
-        The address below a base such as `https://slug.api-se.playground.norce.tech/checkout`.
+        """Return the address below a base such as `https://slug.api-se.norce.tech/checkout`.
 
-        Raises `ValueError` on a parameter that would lead to another operation: nothing, or a step in a path (`..`).
+        Raises `ValueError` if a parameter is empty, `.` or `..`: it would lead to another operation.
         """
         quoted = {name: quote(value, safe="") for name, value in parameters.items()}
         path = self.template(version).format_map(quoted)
         if not {"", ".", ".."}.isdisjoint(path[1:].split("/")):
-            raise ValueError("a parameter of the path is empty, or a step in it")
+            raise ValueError("a parameter of the path is empty, . or ..")
         return base_url.rstrip("/") + path
 
 
@@ -84,7 +79,7 @@ def _order(
     *,
     body: str | None = None,
     answers: Mapping[int, str | None] = MappingProxyType({200: None}),
-    declared: tuple[int, ...] = (401, 404),  # by v1; v0 declares the same errors for all
+    declared: tuple[int, ...] = (401, 404),  # by v1; v0 declares the same errors for every operation
     v0: tuple[int, ...] = (400, 401, 404, 500),
     query: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     error: str = "error",
@@ -116,7 +111,7 @@ def _configuration(
         body=body,
         headers=(AUTHORIZATION,),  # merchant and channel are in the path
         answers={200: answer},
-        errors={V1: (400, 401) if method == "PUT" else (400, 401, 404)},  # a PUT makes what is missing
+        errors={V1: (400, 401) if method == "PUT" else (400, 401, 404)},  # a PUT creates what is missing
     )
 
 
@@ -163,7 +158,7 @@ def _of_adapter(
 
 
 _CHANGED = (400, 401, 404)
-_CALLBACKS = (400, 403)  # v1, for what it registers; v0 declares what it always does
+_CALLBACKS = (400, 403)  # by v1, for registrations
 _PEOPLE = tuple(
     f"{whose}_{what}[]"
     for whose in ("billing", "shipping")
@@ -198,7 +193,7 @@ OPERATIONS: tuple[Operation, ...] = (
     _order("patch_consents", "PATCH", "/{order_id}/consents", body="consents", declared=_CHANGED),
     _order("patch_consent", "PATCH", "/{order_id}/consents/{consent_id}", body="consent", declared=_CHANGED),
     _order("remove_consent", "DELETE", "/{order_id}/consents/{consent_id}", declared=_CHANGED),
-    # --- callbacks. An answer to an addition has no id: read the order and find it ---------------------------------
+    # --- callbacks; the answer to an addition has no id, so read the order to find it ------------------------------
     _order("add_validation", "POST", "/{order_id}/validations", body="validation", declared=_CALLBACKS),
     _order("put_validation", "PUT", "/{order_id}/validations/{validation_id}", body="validation", declared=_CALLBACKS),
     _order("remove_validation", "DELETE", "/{order_id}/validations/{validation_id}", declared=_CALLBACKS),
@@ -237,7 +232,7 @@ OPERATIONS: tuple[Operation, ...] = (
                   query=("channel", "adapter_id", "reference", "order_id", "offset", "limit")),
     _notification("read_event", "GET", "/{event_id}", "notification-event", errors=(401, 404)),
     _notification("retry_event", "POST", "/{event_id}/retry", None, errors=(401, 404)),
-    # --- other adapters, as far as an order needs them to get to its end -------------------------------------------
+    # --- other adapters, as far as an order needs them to be completed ---------------------------------------------
     _of_adapter("norce-adapter", "create_from_basket", "POST", _PLATFORM, body="basket",
                 answers={200: "created", 201: "created"}, errors=(400, 401, 404, 409)),
     _of_adapter("norce-adapter", "refresh_from_basket", "PUT", f"{_PLATFORM}/{{order_id}}", answers={200: "order"}),
@@ -262,10 +257,9 @@ BY_NAME: Mapping[str, Operation] = MappingProxyType({each.name: each for each in
 
 @functools.cache
 def schema(name: str) -> dict[str, Any]:
-    """
-    The JSON Schema of a body, by the name that an operation gives it; complete, so that nothing has to be fetched.
+    """Return the JSON Schema of a body, with everything that it refers to.
 
-    Raises `KeyError`.
+    `name` is what an operation calls it. Raises `KeyError`.
     """
     documents = _documents()
     bodies = documents["bodies"]["$id"]

@@ -1,9 +1,8 @@
-"""
-Norce's APIs in our words, for all merchants: any operation of `norce.operations` by its name, and what we ask most.
+"""The client for Norce's APIs, for all merchants.
 
-Errors are Norce's facts, not outcomes: a validation turns `OrderNotFound` into a 404, a delivery into a dead letter.
-What one would get wrong: a change that was not answered may have been made (`NorceUnclear`), and is never sent again
-from here. A read that was not answered is; and so is whatever could not even be connected.
+Its errors are facts about Norce, not outcomes: a validation turns `OrderNotFound` into a 404, a delivery into a dead
+letter. A change without an answer may have been made (`NorceUnclear`), so the client never sends it again. It repeats a
+read once, and whatever could not be sent.
 
 Facts: checkout protocol, sections 1.2, 1.3, 4, 8.4 and 9. A client belongs to one event loop.
 """
@@ -27,28 +26,27 @@ from adapter.orders import NotAnOrder, Order, decode, order_in, read_order
 from adapter.outgoing import connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
-LARGEST_ORDER_BYTES = 4 * 1024 * 1024  # and whatever else is not a list
-LARGEST_ANSWER_BYTES = 64 * 1024 * 1024  # a page of a hundred orders
-# Of one merchant, so that one whose Norce is silent takes nobody else's place. Not left to the client's own pool: that
-# looks at every request that waits whenever one ends, and kept the event loop for 15 s while 300 of them waited.
-MOST_READS_AT_ONCE = 64
-MOST_PAGES = 100_000
-# Nothing went out, whatever was to be done.
-NEVER_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
-REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # here all of them say how something is to be
+MAX_ORDER_BYTES = 4 * 1024 * 1024  # of an order and of every other answer that is not a list
+MAX_LIST_BYTES = 64 * 1024 * 1024  # of a page of a hundred orders
+# Of one merchant, so that a merchant whose Norce does not answer leaves connections to the others. The pool of httpx is
+# no alternative: it looks at all waiting requests when one ends, and blocked the event loop for 15 s with 300 of them.
+MAX_REQUESTS_AT_ONCE = 64
+MAX_PAGES = 100_000
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # in Norce's APIs these set a state, so repeating is harmless
 
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-# The escape of half a character (RFC 8259, section 8.2), where no backslash is escaped.
-_HALF = re.compile(
+# The escape of a lone surrogate (RFC 8259, section 8.2), in a text without escaped backslashes.
+_LONE_SURROGATE = re.compile(
     rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
     rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
 )
 T = TypeVar("T")
-Used = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
+TokenUsed = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
 
 
 class NorceError(Exception):
-    """What came of a request that was not done. `code` is Norce's own for it, where it gave one."""
+    """A request to Norce that failed. `code` is Norce's own code, if it gave one."""
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
@@ -56,11 +54,14 @@ class NorceError(Exception):
 
 
 class NorceRejected(NorceError):
-    """Norce will not do this (400, 409 and other 4xx), and says why with a `code`."""
+    """Norce rejects the request (400, 409 and other 4xx) and gives the reason in `code`."""
 
 
 class NotFound(NorceRejected):
-    """Norce does not have what was asked for (404), or cannot have it: then it was not asked."""
+    """Norce does not have the thing (404).
+
+    For an id that Norce cannot have, no request is sent.
+    """
 
 
 class OrderNotFound(NotFound):
@@ -68,11 +69,11 @@ class OrderNotFound(NotFound):
 
 
 class NorceRefused(NorceError):
-    """Norce does not take this merchant's tokens (401, 403). Check `merchants.<merchant>.tokens`."""
+    """Norce refuses this merchant's tokens (401, 403). Check `merchants.<merchant>.tokens`."""
 
 
 class NorceUnavailable(NorceError):
-    """Norce did not answer in time, or with an error, or with nonsense. `after`: it said when to come again."""
+    """Norce gave no usable answer in time. `after` is its `Retry-After`."""
 
     def __init__(self, message: str, after: timedelta | None = None, code: str | None = None) -> None:
         super().__init__(message, code)
@@ -80,16 +81,16 @@ class NorceUnavailable(NorceError):
 
 
 class NorceTooLarge(NorceUnavailable):
-    """An answer was broken off, for it went on beyond what such an answer has. A smaller page may help."""
+    """The answer to a read exceeds the limit. A smaller page may help."""
 
 
 class NorceUnclear(NorceUnavailable):
-    """The same of a change that went out: it may have been made."""
+    """A change was sent and has no usable answer. Norce may have made it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """A merchant at Norce: where its Checkout services are (`…/checkout`), and its tokens, tried in turn."""
+    """A merchant's access to Norce: the address of its Checkout services, and its tokens."""
 
     base_url: str
     tokens: tuple[Secret, ...]
@@ -97,26 +98,23 @@ class Account:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page(Generic[T]):
-    """
-    A part of a list, which begins at `offset`. `count` is how many are on it: `items`, and those that could not be
-    read. `total`: how many there are in all, where Norce said so.
-    """
+    """A part of a list."""
 
     offset: int
     items: list[T]
-    count: int
-    total: int | None
+    count: int  # the items, and those that could not be read
+    total: int | None  # length of the list, if Norce says so
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """An event record of the Notification API (section 8.4). `payload` is `{notification, order}`, untouched."""
+    """An event record of the Notification API (section 8.4)."""
 
     id: str
     created_at: datetime
     merchant: str
     channel: str
     order_id: str
-    payload: msgspec.Raw
+    payload: msgspec.Raw  # `{notification, order}`
     adapter_id: str | None = None
     reference: str | None = None
 
@@ -126,13 +124,18 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
 
 
 class _Pagination(msgspec.Struct, rename="camel"):
-    total_size: int | None = None  # `size` is something else in each version, and is not looked at
+    total_size: int | None = None  # `size` has another meaning in each version and is not used
 
 
 class Norce:
-    """
-    A client for all merchants. `timeout` bounds a whole request; `version` is that of the Order API (v0 or v1). `used`
-    hears which token was taken; `transport` is for tests.
+    """A client for all merchants.
+
+    Args:
+        accounts: By merchant.
+        timeout: Of a whole request.
+        version: Of the Order API, v0 or v1.
+        used: Called after each request.
+        transport: For tests.
     """
 
     def __init__(
@@ -142,7 +145,7 @@ class Norce:
         adapter_id: str,
         timeout: timedelta,
         version: str = V0,
-        used: Used = lambda _merchant, _token, _status: None,
+        used: TokenUsed = lambda _merchant, _token, _status: None,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._accounts = accounts
@@ -150,12 +153,12 @@ class Norce:
         self._timeout = timeout
         self._version = version
         self._used = used
-        self._reading = {merchant: asyncio.Semaphore(MOST_READS_AT_ONCE) for merchant in accounts}
+        self._at_once = {merchant: asyncio.Semaphore(MAX_REQUESTS_AT_ONCE) for merchant in accounts}
         self._client = httpx.AsyncClient(
             transport=transport or connections(),
-            # One client for all merchants: what Norce sets for one is not shown for another, nor kept for each order.
+            # One client serves all merchants, so a cookie of one must not be sent for another, nor kept for each order.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            # So that an answer is as large as the bytes that are counted.
+            # Compressed answers would be larger than the bytes that are counted.
             headers={"accept-encoding": "identity"},
             trust_env=False,
             follow_redirects=False,
@@ -177,30 +180,35 @@ class Norce:
             return await self.call(channel, "read_order", within=within, path={"order_id": order_id})
         except NotFound as error:
             raise OrderNotFound("Norce has no such order", error.code) from error
-        except NorceRejected as error:  # neither that it is there, nor that it is not
+        except NorceRejected as error:  # does not say whether the order exists
             raise NorceUnavailable(str(error), code=error.code) from error
 
     async def events(self, merchant: str, *, offset: int = 0, limit: int = 100, **filters: str) -> Page[Event]:
-        """A page of our own adapter's events of a merchant, from all its channels. Raises `NorceError`."""
-        asked = {"adapter_id": self._adapter_id, "offset": str(offset), "limit": str(limit), **filters}
-        content = await self.call(Channel(merchant, ""), "list_events", query=asked)
-        return _page(content, offset, Event)
-
-    async def pages(self, channel: Channel, *, limit: int = 50, **filters: str) -> AsyncIterator[Page[dict[str, Any]]]:
-        """
-        The orders of a channel, page by page: until `totalSize` is reached or a page is empty, whatever `size` says.
+        """Return a page of our adapter's events in all channels of a merchant.
 
         Raises `NorceError`.
         """
+        query = {"adapter_id": self._adapter_id, "offset": str(offset), "limit": str(limit), **filters}
+        content = await self.call(Channel(merchant, ""), "list_events", query=query)
+        return _page(content, offset, Event)
+
+    async def order_pages(
+        self, channel: Channel, *, limit: int = 50, **filters: str
+    ) -> AsyncIterator[Page[dict[str, Any]]]:
+        """Yield the orders of a channel page by page.
+
+        The list ends when `totalSize` is reached or a page is empty. Raises `NorceError`.
+        """
         offset = 0
-        for _ in range(MOST_PAGES):
-            asked = {**filters, "offset": str(offset), "limit": str(limit)}
-            page = _page(await self.call(channel, "list_orders", query=asked), offset, dict[str, Any])
+        for _ in range(MAX_PAGES):
+            query = {**filters, "offset": str(offset), "limit": str(limit)}
+            page = _page(await self.call(channel, "list_orders", query=query), offset, dict[str, Any])
             if page.count:
                 yield page
             offset += page.count
             if not page.count or (page.total is not None and offset >= page.total):
                 return
+        raise NorceUnavailable("the list of orders has no end")
 
     async def call(
         self,
@@ -212,12 +220,21 @@ class Norce:
         path: Mapping[str, str] = MappingProxyType({}),
         within: timedelta | None = None,
     ) -> bytes:
-        """
-        What an operation of `norce.operations` answers, as bytes; empty where it has no body.
+        """Call an operation and return the bytes of its answer, which are empty if it has no body.
 
-        Two tokens are tried in turn where one is refused. `path` are the other parameters in its path. An
-        empty channel name is for what belongs to the merchant as a whole. Raises `NorceError`, and `KeyError` for an
-        unknown operation.
+        If Norce refuses a token, the next one is tried.
+
+        Args:
+            channel: With an empty name for what belongs to the merchant as a whole.
+            name: Of the operation, in `norce.api`.
+            body: Encoded as JSON.
+            query: Parameters after the path.
+            path: The parameters in the path, except merchant and channel.
+            within: Shortens the configured timeout.
+
+        Raises:
+            NorceError: If the request failed.
+            KeyError: If there is no such operation.
         """
         operation = BY_NAME[name]
         account = self._accounts[channel.merchant]
@@ -226,8 +243,8 @@ class Norce:
         try:
             url = operation.url(account.base_url, version, **parameters)
         except ValueError as error:
-            nothing = OrderNotFound if operation.service == "order" else NotFound
-            raise nothing("Norce can have nothing of such an id") from error
+            not_found = OrderNotFound if operation.service == "order" else NotFound
+            raise not_found("Norce can have nothing of this id") from error
         request = {
             "method": operation.method,
             "url": url,
@@ -239,67 +256,67 @@ class Norce:
             headers[ADAPTER_ID] = self._adapter_id
         if operation.body is not None:
             headers["content-type"] = "application/json"
-        most = LARGEST_ANSWER_BYTES if name.startswith("list_") else LARGEST_ORDER_BYTES
+        max_bytes = MAX_LIST_BYTES if name.startswith("list_") else MAX_ORDER_BYTES
         seconds = min(within or self._timeout, self._timeout).total_seconds()
         sent = False
         try:
-            async with asyncio.timeout(seconds), self._reading[channel.merchant]:
+            async with asyncio.timeout(seconds), self._at_once[channel.merchant]:
                 for number, token in enumerate(account.tokens, 1):
                     headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
                     sent = True
-                    answer = await self._sent(request | {"headers": headers}, most)
+                    answer = await self._send(request | {"headers": headers}, max_bytes)
                     self._used(channel.merchant, number, answer.status_code)
                     if answer.status_code not in (401, 403):
                         break
         except (httpx.HTTPError, TimeoutError) as error:
-            went_out = sent and operation.method != "GET" and not isinstance(error, NEVER_SENT)
-            kind = NorceUnclear if went_out else NorceUnavailable
-            raise kind(f"no answer from Norce: {type(error).__name__}") from error
-        except _TooLarge as error:
-            kind = NorceTooLarge if operation.method == "GET" else NorceUnclear
-            raise kind(f"Norce's answer is larger than {most // 2**20} MiB") from error
+            went_out = sent and operation.method != "GET" and not isinstance(error, NOT_SENT)
+            failure = NorceUnclear if went_out else NorceUnavailable
+            raise failure(f"no answer from Norce: {type(error).__name__}") from error
         return _content(answer, operation)
 
-    async def _sent(self, request: dict[str, Any], most: int) -> httpx.Response:
-        """Tried once more where nothing can have been done by the first try. Raises `httpx.HTTPError`, `_TooLarge`."""
+    async def _send(self, request: dict[str, Any], max_bytes: int) -> httpx.Response:
         try:
-            return await self._once(request, most)
+            return await self._send_once(request, max_bytes)
         except httpx.TransportError as error:
-            if request["method"] != "GET" and not isinstance(error, NEVER_SENT):
+            if request["method"] != "GET" and not isinstance(error, NOT_SENT):
                 raise
-            return await self._once(request, most)
+            return await self._send_once(request, max_bytes)
 
-    async def _once(self, request: dict[str, Any], most: int) -> httpx.Response:
-        """An answer that goes on beyond what anything of Norce's has is broken off, and counts as none."""
+    async def _send_once(self, request: dict[str, Any], max_bytes: int) -> httpx.Response:
         async with self._client.stream(**request, timeout=self._timeout.total_seconds()) as answer:
             chunks, size = [], 0
             async for chunk in answer.aiter_bytes():
                 size += len(chunk)
-                if size > most:
-                    raise _TooLarge
+                if size > max_bytes:
+                    failure = NorceTooLarge if request["method"] == "GET" else NorceUnclear
+                    raise failure(f"Norce's answer is larger than {max_bytes // 2**20} MiB")
                 chunks.append(chunk)
-        return httpx.Response(answer.status_code, headers=_plain(answer.headers), content=b"".join(chunks))
+        # The body is decoded, so its headers must not say that it is encoded.
+        headers = [(name, value) for name, value in answer.headers.raw if name.lower() != b"content-encoding"]
+        return httpx.Response(answer.status_code, headers=headers, content=b"".join(chunks))
 
     def base_url(self, merchant: str) -> str:
-        """Where the merchant's Checkout services are."""
+        """Return the address of the merchant's Checkout services."""
         return self._accounts[merchant].base_url
 
     def for_handlers(self, channel: Channel) -> "HandlerOrders":
-        """The same as a handler sees it, through `context.orders`."""
+        """Return the view of Norce that a handler has in `context.orders`."""
         return HandlerOrders(self, channel)
 
     async def aclose(self) -> None:
+        """Close all connections."""
         await self._client.aclose()
 
 
 class HandlerOrders:
-    """`adapter.plugin.Orders` for one merchant and channel: Norce's facts as outcomes."""
+    """`adapter.plugin.Orders` for one channel. Raises outcomes, not the client's errors."""
 
     def __init__(self, norce: Norce, channel: Channel) -> None:
         self._norce = norce
         self._channel = channel
 
     async def read(self, order_id: str) -> Order:
+        """Return the order as Norce has it now."""
         return self.parse(await self.read_bytes(order_id), order_id)
 
     async def read_bytes(self, order_id: str) -> bytes:
@@ -310,7 +327,7 @@ class HandlerOrders:
             raise _outcome(error, "GET") from error
 
     def parse(self, content: bytes, order_id: str) -> Order:
-        """Decode the bytes of an order completely. Raises `Retry` if they hold another order or none."""
+        """Decode an order completely. Raises `Retry` if `content` is not this order."""
         try:
             order = parse_order(content, order_id)
             return read_order(order.raw, order.data)
@@ -320,12 +337,15 @@ class HandlerOrders:
             raise Retry("norce-unavailable", "Norce's answer is nested too deeply") from error
 
     async def set_reference(self, order_id: str, reference: str) -> None:
+        """Set the order's reference."""
         await self.call("put_reference", order_id, reference)
 
     async def set_attributes(self, order_id: str, attributes: Mapping[str, Any]) -> None:
+        """Set some of the order's attributes; the others stay."""
         await self.call("patch_attributes", order_id, attributes)
 
     async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
+        """Call an operation of `norce.api` on the order and return its answer, decoded."""
         known = BY_NAME[operation]
         try:
             content = await self._norce.call(self._channel, operation, body=body, path={"order_id": order_id, **path})
@@ -335,20 +355,17 @@ class HandlerOrders:
                 if known.method == "GET":
                     raise
                 if any(known.answers.values()):
-                    raise NorceUnclear(str(error)) from error  # it was made, and must not be made again
+                    raise NorceUnclear(str(error)) from error  # Norce made the change; repeating would make another
                 return None
         except NorceError as error:
             raise _outcome(error, known.method) from error
 
 
-class _TooLarge(Exception):
-    """More bytes than are read of such an answer."""
-
-
 def parse_order(content: bytes, order_id: str) -> Order:
-    """Decode the `data` of an order that Norce has answered. Raises `NorceUnavailable` if it is not this order.
+    """Decode the `data` of an order that Norce has answered.
 
-    A page of a proxy, for example, is no order: no condition would hold on it, and the event would be lost.
+    Raises `NorceUnavailable` if it is not this order. A page of a proxy, for example, is no order: no condition would
+    hold on it, and the event would be lost.
     """
     try:
         data = order_in(decode(content))
@@ -360,7 +377,8 @@ def parse_order(content: bytes, order_id: str) -> Order:
 
 
 def base_url(environment: str, slug: str) -> str:
-    """Where a merchant's Checkout services are: `…/checkout`. Production has no environment segment."""
+    """Return the address of a merchant's Checkout services: `…/checkout`."""
+    # Production has no segment for the environment.
     segment = "" if environment == "production" else f"{environment}."
     return f"https://{slug}.api-se.{segment}norce.tech/checkout"
 
@@ -389,46 +407,35 @@ def _content(answer: httpx.Response, operation: Operation) -> bytes:
     code = _code(answer)
     said = f"Norce answered {status}{'' if code is None else f', {code}'}"
     if status == 404:
-        if not _is_norces(answer):
-            raise NorceUnavailable(f"{said}, with what is not Norce's: a page of a proxy's, say")
+        if not _is_from_norce(answer):
+            raise NorceUnavailable(f"{said}, and not in Norce's form: perhaps from a proxy")
         is_of_order = code == "order-not-found" or (code is None and operation.service == "order")
         raise (OrderNotFound if is_of_order else NotFound)(said, code)
     if status in (408, 425, 429) or status < 400:
         raise NorceUnavailable(said, retry_after(answer.headers.get("retry-after")), code)
     if status < 500:
         raise NorceRejected(said, code)
-    kind = NorceUnavailable if operation.method == "GET" or status == 503 else NorceUnclear
-    raise kind(said, retry_after(answer.headers.get("retry-after")), code)
+    failure = NorceUnavailable if operation.method == "GET" or status == 503 else NorceUnclear
+    raise failure(said, retry_after(answer.headers.get("retry-after")), code)
 
 
-def _is_norces(answer: httpx.Response) -> bool:
-    """
-    Whether Norce itself says that it has not got something: with no body, an error of its own or a problem (RFC 7807).
-    A gateway whose Norce is away says 404 too, to whatever is asked, and every delivery would end as a dead letter.
+def _is_from_norce(answer: httpx.Response) -> bool:
+    """Tell whether a 404 is Norce's own: empty, an error of Norce or a problem (RFC 7807).
+
+    A gateway that cannot reach Norce also answers 404, to everything, and every delivery would become a dead letter.
     """
     if not answer.content:
         return True
-    try:
-        said = msgspec.json.decode(answer.content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return isinstance(said, dict) and not {"code", "type", "title"}.isdisjoint(said)
-
-
-def _plain(headers: httpx.Headers) -> list[tuple[bytes, bytes]]:
-    """Without how the body was packed: it is unpacked."""
-    return [(name, value) for name, value in headers.raw if name.lower() != b"content-encoding"]
+    body = _json_or_none(answer.content)
+    return isinstance(body, dict) and not {"code", "type", "title"}.isdisjoint(body)
 
 
 def _code(answer: httpx.Response) -> str | None:
+    """Return the code of an error, of the first in a list, or of a problem's `type`.
+
+    A text that does not look like a code is ignored: it may contain a customer's values.
     """
-    The code of `{code, message}`, of the first in a list of them, or of a problem (RFC 7807): the last part of its
-    `type`. Anything that does not look like a code is left alone: it may hold a customer's values.
-    """
-    try:
-        error = msgspec.json.decode(answer.content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+    error = _json_or_none(answer.content)
     if isinstance(error, list) and error:
         error = error[0]
     if not isinstance(error, dict):
@@ -439,14 +446,20 @@ def _code(answer: httpx.Response) -> str | None:
     return code if isinstance(code, str) and len(code) <= 64 and _CODE.fullmatch(code) else None
 
 
+def _json_or_none(content: bytes) -> Any:
+    with contextlib.suppress(NorceUnavailable):
+        return _decoded(content, Any)
+    return None
+
+
 def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
     try:
         read = _decoded(content, _Listed)
-    except NorceUnavailable:  # half an emoji, cut off in one of them, must not hide all others
-        read = _decoded(_HALF.sub(rb"\\ufffd", content.replace(rb"\\", rb"\u005c")), _Listed)
+    except NorceUnavailable:  # a cut-off emoji in one item must not hide the others
+        read = _decoded(_LONE_SURROGATE.sub(rb"\\ufffd", content.replace(rb"\\", rb"\u005c")), _Listed)
     items = []
     for each in read.data:
-        with contextlib.suppress(NorceUnavailable):  # one that is not as documented must not hide all others
+        with contextlib.suppress(NorceUnavailable):  # an item in another form must not hide the others
             items.append(_decoded(bytes(each), kind))
     return Page(offset=offset, items=items, count=len(read.data), total=read.pagination.total_size)
 
@@ -460,5 +473,5 @@ def _decoded(content: bytes, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(content, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        # Never its message: it may quote the answer.
+        # Without the decoder's message, which may quote the answer.
         raise NorceUnavailable("Norce's answer is not as documented") from error

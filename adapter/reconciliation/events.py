@@ -1,7 +1,7 @@
-"""Reconciliation with Norce's event log: finds the notifications that never came, and stores them.
+"""Reconciliation with Norce's event log: finds notifications that never came.
 
-Norce documents no retry policy, so it may attempt a notification only once. A missing notification goes through the
-same intake as a callback, where its identity ensures that it is stored once. Reconciliation retries no dead letter.
+Norce documents no retry policy, so it may attempt a notification only once. A missing notification is stored through
+the same intake as a callback, where its identity ensures that it is stored once. Reconciliation retries no dead letter.
 
 The event log cannot be filtered by time, its order is not documented, and its clock differs from ours. So the log is
 read from its newest end, whichever end that is, until a whole page is older than the watermark minus `overlap`. A log
@@ -49,7 +49,7 @@ NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class LogProgress(msgspec.Struct, kw_only=True):
-    """What reconciliation has found in one merchant's event log so far."""
+    """The findings in one merchant's event log so far."""
 
     merchant: str
     events: int = 0
@@ -131,8 +131,8 @@ class Reconciliation:
     ) -> AsyncIterator[LogProgress]:
         """Read every merchant's log, and yield the progress after each page.
 
-        If a merchant's log cannot be read to its end, the next run begins where this one began. The other merchants
-        are read all the same; then one error names all that failed.
+        If a merchant's log cannot be read to its end, the next run begins where this one began. The other merchants are
+        read all the same; then one error names all that failed.
 
         Args:
             since: Where to begin, instead of the watermark.
@@ -231,9 +231,10 @@ class Reconciliation:
         raise NorceUnavailable("the log has no end")
 
     def _descends(self, moments: Sequence[datetime]) -> bool:
-        """Tell whether a page shows that the log gets older. Too few events or equal times do not show it.
+        """Tell whether a page shows that the log gets older in reading order.
 
-        Every event may be up to `overlap` newer than one before it, since Norce may write it late.
+        Too few events or equal times do not show it. Every event may be up to `overlap` newer than one before it, since
+        Norce may write it late.
         """
         third = len(moments) // 3
         if third < MIN_THIRD or min(moments[:third]) <= max(moments[-third:]):
@@ -275,16 +276,17 @@ class Reconciliation:
                     order_id=notification.order_id)  # fmt: skip
 
     def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
-        """Return the two identities under which a callback may have stored the event, or None if it is not ours.
+        """Return the two identities under which a callback may have stored the event.
 
-        They differ if `lastModified` was too far in the future to count when the callback came.
+        None stands for an event that is not ours. The two differ if `lastModified` was too far in the future to count
+        when the callback came.
         """
         now = self._parse(event, self._clock())
         ahead = None if now is None else self._parse(event, LONG_AGO)
         return None if now is None or ahead is None else (now[0].identity, ahead[0].identity)
 
     def _parse(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
-        """Return the notification that a callback would have brought, and its order; or None if there is none."""
+        """Return the notification that a callback would have brought, and its order."""
         callback, channel = self._callback(event), Channel(event.merchant, event.channel)
         if callback is None or channel not in self._channels:
             return None
@@ -322,13 +324,13 @@ class _EventLog:
 
     async def page_from(self, offset: int) -> Page[Event]:
         """Read the page that begins at `offset`."""
-        return await self._read(offset, self._size)
+        return await self._read_page(offset, self._size)
 
     async def page_until(self, end: int) -> Page[Event]:
         """Read the page that ends at `end`, or at the end of the log if it has become shorter."""
         while True:
             offset = max(end - self._size, 0)
-            page = await self._read(offset, end - offset)
+            page = await self._read_page(offset, end - offset)
             if page.total is not None and 0 < page.total <= offset:
                 end = page.total
             elif not page.count or offset + page.count >= min(end, page.total or end):
@@ -336,7 +338,7 @@ class _EventLog:
             else:
                 self._size = page.count  # shorter than asked for: the events before `end` are missing
 
-    async def _read(self, offset: int, limit: int) -> Page[Event]:
+    async def _read_page(self, offset: int, limit: int) -> Page[Event]:
         while True:
             try:
                 return await self._norce.events(self._merchant, offset=offset, limit=limit)

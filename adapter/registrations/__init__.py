@@ -1,1 +1,1 @@
-"""Our callbacks at Norce: on one order, on every new order, and through the public endpoint."""
+"""Registration of our callbacks at Norce."""

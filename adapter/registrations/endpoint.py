@@ -1,7 +1,7 @@
-"""The public endpoint beside the callbacks: registrations, and the documents that an adapter publishes.
+"""The public port beside the callbacks: registrations, and the published documents.
 
-The merchant's own systems register callbacks. They authenticate with one of the merchant's tokens as a bearer token,
-or with a secret of `senders.header_secrets`. A signed callback URL is not accepted, because shoppers can see it.
+The merchant's own systems register callbacks. They authenticate with one of the merchant's tokens as a bearer token, or
+with a secret of `senders.header_secrets`. A signed callback URL is not accepted, because shoppers can see it.
 
 Facts: checkout protocol, sections 1.3 and 10.
 """
@@ -51,7 +51,10 @@ class _Refused(Exception):
 
 
 class Registrations:
-    """Registers our callbacks on an order (`POST`) or removes them (`DELETE`). Refuses a switched-off channel."""
+    """The endpoint that registers our callbacks on an order, or removes them.
+
+    On a channel that Norce's configuration switches off, it only removes them.
+    """
 
     def __init__(self, config: Config, registrar: Registrar, switched_off: Container[Channel]) -> None:
         self._config = config
@@ -137,7 +140,7 @@ class Registrations:
 
 
 def openapi() -> bytes:
-    """Return our OpenAPI description. It is written by hand; a test compares it with the service."""
+    """Return our OpenAPI description. A test compares it with the service."""
     return files("adapter").joinpath("openapi.yaml").read_bytes()
 
 

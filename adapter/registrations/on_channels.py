@@ -18,7 +18,7 @@ STATIC = "static_notifications"
 
 
 async def channel_documents(config: Config, norce: Norce, channel: Channel) -> dict[str, dict[str, Any]]:
-    """Return the two documents as they should be, by name; Norce then notifies us of every new order.
+    """Return the two documents that register us on every new order, by name.
 
     Our own document gives our address and holds the secret. The channel's document lists the notifications. Everything
     else in them stays as Norce has it, including the entries of other adapters.
@@ -70,7 +70,7 @@ def static_notifications(config: Config, merchant: str) -> list[dict[str, Any]]:
 
 
 def static_secret(config: Config, merchant: str) -> str:
-    """Return the secret for our document, quoted for a URL: the first value of the merchant's URL secret.
+    """Return the secret for our document: the merchant's URL secret, quoted for a URL.
 
     Raises `LookupError` if no URL secret is good for this merchant alone.
     """

@@ -1,7 +1,7 @@
-"""Registration of our callbacks on one order, and their removal. Both may be repeated with the same result.
+"""Registration of our callbacks on one order, and their removal.
 
-An order's callbacks are compared with the configuration, one by one. Missing ones are added first, then stale ones are
-removed. Callbacks of other adapters are left alone.
+Both may be repeated. An order's callbacks are compared with the configuration, one by one. Missing ones are added
+first, then stale ones are removed. Callbacks of other adapters are left alone.
 
 Norce returns no id for an addition and documents no concurrency control. So this process handles one order once at a
 time. Two processes may both add a callback; the next call finds it twice and removes one. Until then, identity makes
@@ -54,7 +54,7 @@ class Registration:
         return PLACES[self.kind][1]
 
     def is_met_by(self, stored: Mapping[str, Any]) -> bool:
-        """Tell whether a callback on the order has the same effect. Members that Norce does not show count as equal."""
+        """Tell whether a callback on the order is the same. Omitted members count as equal."""
         rest = {name: value for name, value in self.body.items() if name not in ("invoke", "url")}
         same = all(stored.get(name) in (None, value) for name, value in rest.items())
         return same and _address(stored) in self.addresses
@@ -74,15 +74,18 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registered:
-    """The names of our callbacks on an order, by what was done. A removed one without a name has its id here."""
+    """The names of our callbacks on an order, by what was done with them."""
 
     added: tuple[str, ...] = ()
-    removed: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()  # an id, if the callback is no longer configured
     kept: tuple[str, ...] = ()
 
 
 class Registrar:
-    """Registers the configured callbacks. Raises `NorceError`, and `LookupError` if there is no key to sign with."""
+    """Registers the configured callbacks on orders.
+
+    Raises `NorceError`, and `LookupError` if no key to sign with is configured.
+    """
 
     def __init__(self, config: Config, norce: Norce) -> None:
         self._config = config
@@ -91,9 +94,10 @@ class Registrar:
         self._locks = WeakValueDictionary[tuple[str, str], asyncio.Lock]()  # by merchant and order id
 
     async def register(self, channel: Channel, order_id: str) -> Registered:
-        """Add missing callbacks; remove those that are stale, doubled or signed with a key that is no longer valid.
+        """Add missing callbacks, and remove stale and doubled ones.
 
-        If Norce rejects one, the others are added all the same, nothing is removed, and the error is raised.
+        A callback that is signed with a key that is no longer valid is stale. If Norce rejects one, the others are
+        added all the same, nothing is removed, and the error is raised.
         """
         async with self._lock(channel, order_id):
             wanted = list(registrations(self._config, self._senders, channel, order_id))
@@ -160,7 +164,7 @@ class Registrar:
 def registrations(
     config: Config, senders: Senders, channel: Channel, order_id: str, *, public_url: str | None = None
 ) -> Iterator[Registration]:
-    """Yield every configured callback as it should be on this order, in the configured version of the Order API.
+    """Yield every configured callback as it should be on this order.
 
     Raises `LookupError` if no key to sign with is configured.
     """
@@ -177,7 +181,7 @@ def registrations(
 
 
 def static_url(config: Config, merchant: str, callback: str) -> str | None:
-    """Return the URL template of a notification that Norce's configuration registers; None without a secret."""
+    """Return the URL template of a static notification, or None without a secret for it."""
     secret = url_secret(config, merchant)
     if secret is None:
         return None
@@ -188,8 +192,8 @@ def static_url(config: Config, merchant: str, callback: str) -> str | None:
 def url_secret(config: Config, merchant: str) -> UrlSecretConfig | None:
     """Return the URL secret that is good for this merchant alone, or None.
 
-    Everybody with the merchant's token can read it, and perhaps a shopper's browser. So it must not be good for
-    another merchant.
+    Everybody with the merchant's token can read it, and perhaps a shopper's browser. So it must not be good for another
+    merchant.
     """
     good = (each for each in config.senders.url_secrets if set(each.merchants or config.merchants) == {merchant})
     return next(good, None)

@@ -18,8 +18,9 @@ from jsonschema import Draft202012Validator
 from adapter.identifiers import Channel
 from adapter.norce.api import OPERATIONS, Operation, schema
 from adapter.norce.client import (
-    LARGEST_ORDER_BYTES,
-    MOST_READS_AT_ONCE,
+    MAX_ORDER_BYTES,
+    MAX_PAGES,
+    MAX_REQUESTS_AT_ONCE,
     Account,
     HandlerOrders,
     Norce,
@@ -210,7 +211,7 @@ def test_a_token_is_in_no_error() -> None:
     assert "canary-token" not in repr(raised.value)
 
 
-LARGE = b'{"id": "order-1", "filler": "' + b"x" * LARGEST_ORDER_BYTES + b'"}'
+LARGE = b'{"id": "order-1", "filler": "' + b"x" * MAX_ORDER_BYTES + b'"}'
 DEEP = b'{"id": "order-1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"  # beyond the decoder of every Python
 ANSWERS: list[Any] = [
     pytest.param(httpx.Response(404), OrderNotFound, Reject, id="404"),
@@ -297,14 +298,14 @@ def test_the_time_is_for_both_tokens_together() -> None:
 
 def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_beside_them() -> None:
     async def work() -> tuple[int, Order]:
-        silent = [None] * MOST_READS_AT_ONCE
+        silent = [None] * MAX_REQUESTS_AT_ONCE
         transport = FakeNorce(*silent, httpx.Response(200, json=ORDER))
         account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"),))
         accounts = {"fjallboden": account, "annan": account}
         norce = Norce(accounts, adapter_id="our_adapter", timeout=timedelta(minutes=1), transport=transport)
         reads = [
             asyncio.create_task(norce.order(Channel("fjallboden", "se-b2c"), f"order-{number}"))
-            for number in range(3 * MOST_READS_AT_ONCE)
+            for number in range(3 * MAX_REQUESTS_AT_ONCE)
         ]
         for _ in range(10):
             await asyncio.sleep(0)
@@ -320,7 +321,7 @@ def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_besid
 
     asked, beside = asyncio.run(work())
 
-    assert asked == MOST_READS_AT_ONCE + 1
+    assert asked == MAX_REQUESTS_AT_ONCE + 1
     assert beside.id == "order-1"
 
 
@@ -446,7 +447,7 @@ def test_a_list_is_read_to_its_end_whatever_the_size_of_its_pages(
     count: int, *, total: bool, most: int, limit: int
 ) -> None:
     async def work(norce: Norce) -> list[str]:
-        pages = norce.pages(CHANNEL, limit=limit)
+        pages = norce.order_pages(CHANNEL, limit=limit)
         return [order["id"] async for page in pages for order in page.items]
 
     transport = Listing(count, total=total, most=most)
@@ -617,7 +618,7 @@ def test_an_answer_that_never_ends_is_broken_off() -> None:
     with pytest.raises(NorceUnavailable):
         ask(transport, lambda norce: norce.order(CHANNEL, "order-1"))
 
-    assert transport.sent <= 2 * LARGEST_ORDER_BYTES
+    assert transport.sent <= 2 * MAX_ORDER_BYTES
 
 
 def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
@@ -635,7 +636,7 @@ def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]
     halved = json.dumps({"data": [event(1, description="@"), event(2, description="#")]})
     content = halved.replace('"#"', r'"\ud83d"').replace('"@"', f'"{text}"')
 
-    page = ask(FakeNorce(httpx.Response(200, text=content)), lambda norce: norce.pages(CHANNEL).__anext__())
+    page = ask(FakeNorce(httpx.Response(200, text=content)), lambda norce: norce.order_pages(CHANNEL).__anext__())
 
     expected = "".join("\ufffd" if "\ud800" <= each <= "\udfff" else each for each in json.loads(f'"{text}"'))
     assert [each["description"] for each in page.items] == [expected, "\ufffd"]
@@ -645,3 +646,17 @@ def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]
 def test_a_page_that_is_none_is_no_answer(body: Any) -> None:
     with pytest.raises(NorceUnavailable):
         ask(FakeNorce(httpx.Response(200, json=body)), lambda norce: norce.events("fjallboden"))
+
+
+def test_a_list_of_orders_that_never_ends_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_PAGES >= 100_000  # five million orders of the default page size
+    monkeypatch.setattr("adapter.norce.client.MAX_PAGES", 3)
+    transport = Listing(10, total=False, most=1)
+
+    async def work(norce: Norce) -> list[str]:
+        return [order["id"] async for page in norce.order_pages(CHANNEL) for order in page.items]
+
+    with pytest.raises(NorceUnavailable, match="no end"):
+        ask(transport, work)
+
+    assert len(transport.asked) == 3

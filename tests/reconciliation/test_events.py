@@ -30,7 +30,7 @@ from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
-from adapter.norce.client import LARGEST_ANSWER_BYTES, Norce, NorceError
+from adapter.norce.client import MAX_LIST_BYTES, Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
 from adapter.reconciliation.events import PAGE_SIZE, LogProgress
 from adapter.registrations.on_orders import Registrar
@@ -413,7 +413,7 @@ class Capped(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         limit = int(request.url.params.get("limit", "0"))
         if limit > self._most and self._too_large:
-            return httpx.Response(200, content=b" " * (LARGEST_ANSWER_BYTES + 1))
+            return httpx.Response(200, content=b" " * (MAX_LIST_BYTES + 1))
         url = request.url.copy_merge_params({"limit": str(min(limit, self._most))})
         answer = await self._inner.handle_async_request(httpx.Request("GET", url, headers=request.headers))
         said = json.loads(await answer.aread())
