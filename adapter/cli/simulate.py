@@ -49,10 +49,10 @@ def simulate(
 ) -> None:
     """Serve an offline Norce Checkout until SIGTERM or SIGINT.
 
-    The command prints every request and every callback. docs/simulator.md lists the switches. PUT /simulator/switches changes them later.
+    The command prints every request and every callback. docs/simulator.md lists the switches.
 
-    With --scenario: play a purchase against a running service that uses this Norce and is configured by --config, and
-    print the result as JSON. The command fails if an order does not end as the scenario expects.
+    With --scenario: play a purchase against a running service, and print the result as JSON. The service has to use
+    this Norce, and --config has to be its configuration. The command fails if an order does not end as it should.
     """
     logs.configure(level=logs.WARNING)
     try:
