@@ -1,10 +1,9 @@
-"""
-Does this schema hold at this pointer? Pure: values in, an answer out; nothing is fetched and nothing hangs.
+"""Conditions: a JSON Schema for the value at a JSON Pointer in the order.
 
-A condition is checked in full when it is compiled, so that `evaluate` never raises, whatever the order looks like. What
-one would get wrong: *missing* is an answer of its own. Where the scope leads nowhere the schema is not asked, not even
-`true` or `{"not": {}}`; null at the scope is a value like any other. And a limit on the size of a schema does not bound
-the time that it takes: what counts is how often it is asked on how large a value (`_Cost`).
+This module is pure: it never fetches, and it never hangs. `compile` checks a condition completely, so `evaluate` never
+raises, whatever the order looks like. A missing value has a code of its own: the schema is then not evaluated, not even
+`true` or `{"not": {}}`. Null at the scope is a value. A limit on the size of a schema does not bound its time. `_Cost`
+bounds how often the schema is evaluated, and on how large a value.
 """
 
 import json
@@ -29,86 +28,89 @@ from adapter.orders import Json
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DIALECT_FAMILY = "https://json-schema.org/draft/2020-12/"
-LONGEST_SCOPE, MOST_SCOPE_TOKENS = 1_024, 32
-LARGEST_SCHEMA = 1024 * 1024  # bytes, written compactly
-DEEPEST = 64  # of a schema, of its subschemas after `$ref` expansion, and of the value at a scope
-MOST_NODES = 20_000  # of a schema, after `$ref` expansion
-LONGEST_PATTERN = 4_096
-# A schema of n nodes asked about a value of m parts takes at most n * m steps of, measured, 5 to 500 ns, and holds the
-# interpreter meanwhile. Two million are room for 100 nodes and 20 000 parts; a large order has a few thousand parts.
-MOST_STEPS = 2_000_000
-# Compiled size in bytes -> nodes that the pattern counts as, for each character that it reads. Linear time is not the
-# same for all: measured, at worst 0.7 us a character up to 8 KiB and 8.5 us at 256 KiB, and a node takes about 0.1 us.
+MAX_SCOPE_LENGTH, MAX_SCOPE_TOKENS = 1_024, 32
+MAX_SCHEMA_BYTES = 1024 * 1024  # as compact JSON
+MAX_DEPTH = 64  # of a schema, of its subschemas after `$ref` expansion, and of the value at a scope
+MAX_NODES = 20_000  # of a schema, after `$ref` expansion
+MAX_PATTERN_LENGTH = 4_096
+# A schema of n nodes takes at most n * m steps on a value of m parts. A step takes 5 to 500 ns (measured) and holds the
+# interpreter. Two million steps allow 100 nodes and 20 000 parts; a large order has a few thousand parts.
+MAX_STEPS = 2_000_000
+# Compiled size of a pattern in bytes -> the number of nodes that it counts as, per character that it reads. Measured, a
+# character takes at most 0.7 us up to 8 KiB and 8.5 us at 256 KiB, and a node takes about 0.1 us.
 PATTERN_SIZES = {8 * 1024: 8, 32 * 1024: 20, 256 * 1024: 90}
 
 _REMEDIES = {
     "scope_empty": "a condition needs a scope, a JSON Pointer such as /state/currentStatus",
     "scope_syntax": "write a JSON Pointer: it starts with /, and ~ is written ~0 and / in a name ~1",
-    "scope_empty_token": "there is a / too many; every name between slashes needs at least one character",
-    "scope_too_long": f"at most {LONGEST_SCOPE} characters and {MOST_SCOPE_TOKENS} names are allowed",
-    "schema_type": "a schema is an object, true or false, and JSON throughout (keys are text, numbers are finite)",
-    "schema_invalid": "this is not valid JSON Schema draft 2020-12",
-    "dialect": f"leave $schema out or write exactly {DIALECT}; $vocabulary is not supported",
-    "too_large": f"a schema has at most {LARGEST_SCHEMA} bytes",
-    "too_deep": f"a schema is at most {DEEPEST} levels deep, also after following its $ref",
-    "expansion": f"a schema has at most {MOST_NODES} nodes after following its $ref; below unevaluatedProperties and "
-    "unevaluatedItems they count several times, a long pattern as up to 90",
-    "ref_remote": "a $ref points into this schema; other documents are never fetched, copy them into $defs",
-    "ref_unresolvable": "this $ref leads nowhere; it points at a part of this schema, such as #/$defs/name",
-    "recursive_ref": "this $ref comes back to itself for the same value; a recursive schema has to go into the value "
-    "first, through properties or items for example",
-    "pattern_too_long": f"a pattern has at most {LONGEST_PATTERN} characters",
-    "pattern_unsupported": "not a regular expression that is decided in linear time: no look-around, no "
-    "back-references, no large repetitions of large classes (maxLength is better)",
+    "scope_empty_token": "a name between two slashes is empty; remove one /",
+    "scope_too_long": f"at most {MAX_SCOPE_LENGTH} characters and {MAX_SCOPE_TOKENS} names are allowed",
+    "schema_type": "a schema is an object, true or false, and plain JSON (keys are text, numbers are finite)",
+    "schema_invalid": "this is not valid in JSON Schema draft 2020-12",
+    "dialect": f"remove $schema, or write exactly {DIALECT}; $vocabulary is not supported",
+    "too_large": f"a schema has at most {MAX_SCHEMA_BYTES} bytes",
+    "too_deep": f"a schema is at most {MAX_DEPTH} levels deep, also after following its $ref",
+    "expansion": f"a schema has at most {MAX_NODES} nodes after following its $ref; unevaluatedProperties and "
+    "unevaluatedItems multiply the nodes below them, and a long pattern counts up to 90 times",
+    "ref_remote": "a $ref must point into this schema, because nothing is fetched; copy the other document into $defs",
+    "ref_unresolvable": "this $ref has no target; it must point to a part of this schema, such as #/$defs/name",
+    "recursive_ref": "this $ref returns to itself on the same value; a recursive schema must go into the value, "
+    "such as through properties or items",
+    "pattern_too_long": f"a pattern has at most {MAX_PATTERN_LENGTH} characters",
+    "pattern_unsupported": "this regular expression cannot be matched in linear time; avoid look-around, "
+    "back-references and large repetitions of large classes (use maxLength)",
 }
 
 
 class Result(Enum):
+    """The results of an evaluation."""
+
     MATCHED = "matched"
     NOT_MATCHED = "not_matched"
-    ERROR = "error"  # could not be decided, and will not be on another try with the same value
+    ERROR = "error"  # it cannot be decided, now or later, for the same value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """
-    What became of one condition on one tree. It names places, never values, so it may be logged.
+    """The evaluation of one condition on one tree.
 
-    Codes where it did not match: `scope_missing`, `schema`. Where it is an error: `scope_in_array`, `too_deep`,
-    `too_costly` (a smaller scope helps), `number_too_large` (beyond 64 bits, and the schema asks about numbers),
-    `not_json`, `engine`.
+    It names places and never values, so it may be logged.
+
+    Codes of a condition that does not match: `scope_missing`, `schema`. Codes of an error: `scope_in_array`,
+    `too_deep`, `too_costly` (use a smaller scope), `number_too_large` (beyond 64 bits, and the schema compares
+    numbers), `not_json`, `engine`.
     """
 
     result: Result
-    code: str | None  # None where it matched
-    where: str | None  # JSON Pointer into the tree: the scope, or as much of it as there is
+    code: str | None  # None if it matched
+    where: str | None  # JSON Pointer into the tree: the scope, or the part of it that exists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailingKeyword:
-    """
-    The reason why a condition does not hold: a keyword and two places. It holds no value, so it may be logged.
+    """The reason why a condition does not match: a keyword and two places.
 
-    A search that reached its bound names the deepest keyword that it found.
+    It holds no value, so it may be logged. A search that reached its bound names the deepest keyword that it found.
     """
 
-    keyword: str | None  # None: the schema at this place is `false`
+    keyword: str | None  # None if the schema at this place is `false`
     schema: str  # JSON Pointer into the schema; a step through a reference is written /$ref
-    where: str  # JSON Pointer into the tree; for `required`, of the member that is missing
+    where: str  # JSON Pointer into the tree; for `required`, to the missing member
 
 
 class Missing(Enum):
+    """The type of `MISSING`."""
+
     MISSING = "missing"
 
 
-MISSING: Final = Missing.MISSING  # what `value` answers where the scope leads nowhere; null is a value
+MISSING: Final = Missing.MISSING  # the scope has no value in the tree; null is a value
 
 
 class ConditionInvalid(Exception):
-    """
-    The configuration holds a scope or a schema that cannot be decided safely; the message says what is allowed.
+    """A scope or schema in the configuration that cannot be evaluated safely.
 
-    `where` is `scope`, or a JSON Pointer into the schema ("" is the whole of it).
+    The message says what is allowed. `where` is `scope`, or a JSON Pointer into the schema ("" is the whole schema).
     """
 
     def __init__(self, code: str, where: str, hint: str = "") -> None:
@@ -119,12 +121,12 @@ class ConditionInvalid(Exception):
 
 
 def parse_scope(text: str) -> tuple[str, ...]:
-    """The names that lead to the scope, unescaped. Raises `ConditionInvalid`."""
+    """Return the unescaped names of a scope; raise `ConditionInvalid` if it is not valid."""
     if text is None or text == "":
         raise ConditionInvalid("scope_empty", "scope")
     if not isinstance(text, str):
         raise ConditionInvalid("scope_syntax", "scope", "it has to be text")
-    if len(text) > LONGEST_SCOPE:
+    if len(text) > MAX_SCOPE_LENGTH:
         raise ConditionInvalid("scope_too_long", "scope")
     if text.startswith("#"):
         raise ConditionInvalid("scope_syntax", "scope", "drop the #")
@@ -134,7 +136,7 @@ def parse_scope(text: str) -> tuple[str, ...]:
         tokens = tuple(JsonPointer(text).parts)
     except JsonPointerException:
         raise ConditionInvalid("scope_syntax", "scope", "a ~ is followed by neither 0 nor 1") from None
-    if len(tokens) > MOST_SCOPE_TOKENS:
+    if len(tokens) > MAX_SCOPE_TOKENS:
         raise ConditionInvalid("scope_too_long", "scope")
     if "" in tokens:
         raise ConditionInvalid("scope_empty_token", "scope")
@@ -143,41 +145,40 @@ def parse_scope(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """A scope and a schema as they were configured. A schema that is absent or null holds for every value."""
+    """A scope and a schema as configured; an absent or null schema matches every value."""
 
     scope: str | None
     schema: Json = True
 
     def compile(self) -> "CompiledCondition":
-        """Check everything that can be checked without a value. Raises `ConditionInvalid`."""
+        """Check the condition completely; raise `ConditionInvalid` if it is not valid."""
         return CompiledCondition(self)
 
 
 class CompiledCondition:
-    """
-    A condition that was found decidable. Made by `Condition.compile`; may be shared between threads.
+    """A checked condition, made by `Condition.compile`. Threads may share it.
 
-    `schema` is what is decided, as plain JSON of its own: to be read, not changed.
+    `schema` is a copy as plain JSON. Read it, but do not change it.
     """
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
-        self._tokens = parse_scope(condition.scope)  # type: ignore[arg-type]  # None has a refusal of its own
+        self._tokens = parse_scope(condition.scope)  # type: ignore[arg-type]  # it refuses None by its own code
         self._scope = str(condition.scope)
         self.schema: Json = _plain_copy(True if condition.schema is None else condition.schema)
         self._cost = _Cost(self.schema)
         self._is_valid = _engine(self.schema).is_valid
-        # Answers are made beforehand: making one takes longer than most schemas do.
+        # Evaluations are made once: making one takes longer than evaluating most schemas.
         places = [JsonPointer.from_parts(self._tokens[:end]).path for end in range(len(self._tokens) + 1)]
         self._matched = Evaluation(result=Result.MATCHED, code=None, where=self._scope)
         self._not_matched = Evaluation(result=Result.NOT_MATCHED, code="schema", where=self._scope)
         self._in_array = [Evaluation(result=Result.ERROR, code="scope_in_array", where=place) for place in places]
-        self._missing = [  # the first name on the way that is not there
+        self._missing = [  # by the first name that is missing
             Evaluation(result=Result.NOT_MATCHED, code="scope_missing", where=place) for place in places[1:]
         ]
 
     def value(self, tree: object) -> Any:
-        """What stands at the scope, or `MISSING`; also where the way there leads through an array."""
+        """Return the value at the scope, or `MISSING`, also if the scope leads through an array."""
         for token in self._tokens:
             if not isinstance(tree, dict) or token not in tree:
                 return MISSING
@@ -185,35 +186,40 @@ class CompiledCondition:
         return tree
 
     def evaluate(self, tree: object, *, parsed: bool = False) -> Evaluation:
-        """
-        Decide. Never raises and never takes long, whatever the tree. `parsed`: it is JSON for certain, for our own
-        parser made it, which may save looking at every part of it; the answer is the same.
+        """Evaluate the condition. It never raises and never takes long, whatever the tree.
+
+        Args:
+            tree: The order as plain JSON.
+            parsed: Our own parser made the tree, so it is JSON for certain. This can save a walk through the tree and
+                never changes the result.
         """
         value = self.value(tree)
         if value is MISSING:
-            return self._why_missing(tree)
+            return self._missing_at(tree)
         try:
-            looks = self._cost.depends_on(value) and not (parsed and self._cost.is_small(value))
-            if looks and (code := self._cost.refusal(value)):
+            walks = self._cost.depends_on(value) and not (parsed and self._cost.is_small(value))
+            if walks and (code := self._cost.refusal(value)):
                 return Evaluation(result=Result.ERROR, code=code, where=self._scope)
             return self._matched if self._is_valid(value) else self._not_matched
         except (KeyboardInterrupt, SystemExit):
             raise
-        except (ValueError, TypeError):  # a lone surrogate, a key that is no text, a date: not from our parser
+        except (ValueError, TypeError):  # not from our parser: a lone surrogate, a key that is not text, a date
             return Evaluation(result=Result.ERROR, code="not_json", where=self._scope)
-        except BaseException:  # noqa: BLE001 -- a panic in the engine is no Exception, and must not stop the intake
+        except BaseException:  # noqa: BLE001 -- a panic in the engine is not an Exception, and must not stop the process
             return Evaluation(result=Result.ERROR, code="engine", where=self._scope)
 
     def reason(self, tree: object) -> FailingKeyword | None:
-        """
-        Find the keyword that fails, in bounded time. None if the condition matches, cannot be decided or has nothing at
-        its scope, and if the bound was reached before any keyword was found.
+        """Find the keyword that fails, in bounded time.
+
+        Returns:
+            None if the schema does not fail: the condition matches, ends in an error or has no value at its scope.
+            Also None if the search reached its bound before it found a keyword.
         """
         if self.evaluate(tree) != self._not_matched:
             return None
         return _Search(self.schema, self._cost).find(self.value(tree), self._scope)
 
-    def _why_missing(self, tree: object) -> Evaluation:
+    def _missing_at(self, tree: object) -> Evaluation:
         for depth, token in enumerate(self._tokens):
             if isinstance(tree, list):
                 return self._in_array[depth]
@@ -229,10 +235,10 @@ class CompiledCondition:
 def _engine(
     schema: Any, size_limit: int = max(PATTERN_SIZES), registry: jsonschema_rs.Registry | None = None
 ) -> jsonschema_rs.Draft202012Validator:
-    """
-    What decides. `offline` and the empty registry of `_Cost` are two locks on one door: either keeps us from fetching.
+    """Compile a schema. Use only `is_valid` of the result.
 
-    Only `is_valid` may be asked: its error iterator can take seconds on a recursive schema, and its texts hold values.
+    The error iterator can take seconds on a recursive schema, and its messages hold values. Two measures prevent
+    fetching: `offline`, and the registry without retrieval in `_Cost`.
     """
     try:
         return jsonschema_rs.Draft202012Validator(
@@ -248,8 +254,8 @@ def _engine(
         raise ConditionInvalid("schema_invalid", "") from error
 
 
-# Where subschemas stand: asked about the same value as the schema around them, about a part of it, or not at all
-# unless a `$ref` points there. `dependencies` is no longer in the draft, but the engine still decides it.
+# Keywords with subschemas: for the same value as the schema around them, for a part of it, or for no value unless a
+# `$ref` points there. `dependencies` has left the draft, but the engine still evaluates it.
 _SAME_VALUE = frozenset(("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "dependentSchemas", "dependencies"))
 _OF_OBJECTS = ("properties", "patternProperties", "additionalProperties", "propertyNames", "unevaluatedProperties")
 _OF_ARRAYS = ("items", "prefixItems", "contains", "unevaluatedItems")
@@ -263,17 +269,16 @@ _SCALARS = frozenset((str, int, float, bool, type(None)))
 
 
 class _Cost:
-    """
-    How much work a schema is for each part of a value: counted and bounded at compile, compared with the value later.
+    """The work of a schema per part of a value, bounded at compile time.
 
-    The count follows every `$ref`, as the engine does, and keeps two figures for each subschema: `ask`, the nodes that
-    decide it, and `mark`, those that find out what it evaluated, for an `unevaluated*` beside or above it. The engine
-    asks again while it marks, so nesting `unevaluated*` multiplies: measured, 2.6 to 3.7 times a level, 10 s at 18.
+    The count follows every `$ref`, as the engine does. It has two figures for each subschema: `ask`, the nodes that
+    evaluate it, and `mark`, the nodes that find what it evaluated, for an `unevaluated*` beside or above it. The engine
+    evaluates again while it marks, so nested `unevaluated*` multiply: by 2.6 to 3.7 per level (measured), 10 s at 18.
 
-    A `$ref` back to a schema that is being followed counts once. That bounds the work since the engine remembers, for
-    such a schema, its answer on each object and array: however much a recursive schema fans out, it is asked once for
-    each of them, and for each other value once per way back. It remembers nothing in time where a cycle stays on the
-    same value (12 definitions that refer to each other ran for minutes), so those are refused.
+    A `$ref` back to a schema that is being followed counts once. This bounds the work, because the engine remembers the
+    result of such a schema for each object and array: it evaluates the schema once for each of them, and for each other
+    value once per reference back. It does not remember in time if a cycle stays on the same value (12 definitions that
+    refer to each other ran for minutes), so such cycles are refused.
     """
 
     def __init__(self, schema: Any) -> None:
@@ -283,7 +288,7 @@ class _Cost:
         )
         self._checked = {id(METASCHEMAS[uri].contents) for uri in METASCHEMAS}
         self.pattern_weights: dict[str, int] = {}
-        self._following: dict[object, int] = {}  # the schemas on the way here, and how far into the value each was
+        self._following: dict[object, int] = {}  # the schemas being followed, with their depth in the value
         self._nodes = 0
         self._returns: list[object] = []
         self._dynamic_names = {"meta"}  # the metaschema's own
@@ -297,39 +302,39 @@ class _Cost:
         except ValueError as error:
             raise ConditionInvalid("ref_unresolvable", "", "an $id or $ref is not a URI") from error
         self.patterns = bool(self.pattern_weights)
-        # Each remembered schema is asked from every way back. Within the limit, a value of 100 parts is always decided.
+        # Every reference back evaluates each remembered schema. The limit always allows a value of 100 parts.
         self.weight = ask * max(1, len(set(self._returns)) * len(self._returns))
-        if self.weight > MOST_NODES:
+        if self.weight > MAX_NODES:
             raise ConditionInvalid("expansion", "", "it is recursive in too many places")
 
     def depends_on(self, value: object) -> bool:
-        """Whether `refusal` has to be asked: not for the scalars that most conditions look at."""
+        """Tell whether `refusal` depends on this value. It does not for most scalars."""
         return type(value) not in _SCALARS or self.numbers or self.patterns
 
     def is_small(self, value: object) -> bool:
-        """Whether a JSON value is seen at once to be one without a refusal: by its text, in a quarter of the time."""
-        if self.numbers or (self.patterns and self.weight > MOST_STEPS // 2000):  # it would hardly ever be
+        """Tell from the text of a JSON value, in a quarter of the time, that it has no refusal."""
+        if self.numbers or (self.patterns and self.weight > MAX_STEPS // 2000):  # it hardly ever would be
             return False
         try:
             text = msgspec.json.encode(value)
         except RecursionError:
             return False
-        opening = text.count(b"{") + text.count(b"[")  # at least as many as it is deep
-        size = 1 + opening + text.count(b",") + (len(text) if self.patterns else 0)  # at least what `refusal` counts
-        return opening <= DEEPEST and size * self.weight <= MOST_STEPS
+        opening = text.count(b"{") + text.count(b"[")  # never less than the depth
+        size = 1 + opening + text.count(b",") + (len(text) if self.patterns else 0)  # never less than in `refusal`
+        return opening <= MAX_DEPTH and size * self.weight <= MAX_STEPS
 
     def refusal(self, value: object) -> str | None:
-        """The code under which the engine is not asked about this value."""
+        """Return the error code of a value that is not evaluated, or None."""
         parts, size = [value], 1
-        for _ in range(DEEPEST + 1):
-            # Beyond 64 bits the engine compares slowly, and `uniqueItems` each with each: 4 000 of them took 5 s.
+        for _ in range(MAX_DEPTH + 1):
+            # The engine compares numbers beyond 64 bits slowly: `uniqueItems` took 5 s for 4 000 of them.
             if self.numbers and any(type(part) is int and not -(2**63) <= part < 2**63 for part in parts):
                 return "number_too_large"
             if self.patterns:
                 size += sum(len(part) for part in parts if type(part) is str)
             containers = [part for part in parts if type(part) not in _SCALARS]
-            size += sum(map(len, containers))  # type: ignore[arg-type]  # what has no length is not JSON: TypeError
-            if size * self.weight > MOST_STEPS:
+            size += sum(map(len, containers))  # type: ignore[arg-type]  # not JSON without a length: TypeError
+            if size * self.weight > MAX_STEPS:
                 return "too_costly"
             if not containers:
                 return None
@@ -346,7 +351,7 @@ class _Cost:
         return "too_deep"
 
     def _check(self, schema: Any, resolver: Any, where: str) -> None:
-        """Every subschema once, used or not: its dialect, its patterns, and that its references lead somewhere."""
+        """Check dialect, patterns and references of every subschema, used or not."""
         if not isinstance(schema, dict):
             return
         self._checked.add(id(schema))
@@ -365,12 +370,15 @@ class _Cost:
             self._check(subschema, resolver, where + place)
 
     def _count(self, schema: Any, resolver: Any, where: str, *, into: int, depth: int) -> tuple[int, int]:
-        """`ask` and `mark` of a subschema. `into` counts the steps into the value; `depth` bounds our own recursion."""
+        """Return `ask` and `mark` of a subschema.
+
+        `into` counts the steps into the value, and `depth` bounds the recursion.
+        """
         own = self._own_nodes(schema, where)
         self._nodes += own
-        if self._nodes > MOST_NODES:
+        if self._nodes > MAX_NODES:
             raise ConditionInvalid("expansion", where)
-        if depth > DEEPEST:
+        if depth > MAX_DEPTH:
             raise ConditionInvalid("too_deep", where)
         if not isinstance(schema, dict):
             return own, own
@@ -392,7 +400,7 @@ class _Cost:
                 mark += asked
         if any(keyword in schema for keyword in _UNEVALUATED):
             ask += mark
-        if ask > MOST_NODES:
+        if ask > MAX_NODES:
             raise ConditionInvalid("expansion", where)
         return ask, mark
 
@@ -411,7 +419,7 @@ class _Cost:
             del self._following[target]
 
     def _dynamic_anchors(self, resolved: Any) -> tuple[int | None, ...]:
-        """Where each `$dynamicRef` leads from here: under other anchors the same schema is another one."""
+        """Return the targets of each `$dynamicRef`: they tell apart two uses of one schema."""
         leads: dict[str, int | None] = dict.fromkeys(self._dynamic_names)
         contents = resolved.contents
         if isinstance(contents, dict) and (name := contents.get("$dynamicAnchor")):
@@ -430,7 +438,7 @@ class _Cost:
             raise ConditionInvalid("ref_unresolvable", where) from error
         except Unresolvable as error:
             raise ConditionInvalid("ref_remote", where) from error
-        if id(resolved.contents) not in self._checked:  # it stands where no schema was expected
+        if id(resolved.contents) not in self._checked:  # no keyword says that it is a schema
             _check_metaschema(resolved.contents, where)
             self._checked.add(id(resolved.contents))
             self._unchecked.append((resolved.contents, resolved.resolver, where))
@@ -447,7 +455,7 @@ class _Cost:
         return nodes + sum(self._pattern_weight(pattern, where + place) for pattern, place in _patterns(schema))
 
     def _pattern_weight(self, pattern: str, where: str) -> int:
-        if len(pattern) > LONGEST_PATTERN:
+        if len(pattern) > MAX_PATTERN_LENGTH:
             raise ConditionInvalid("pattern_too_long", where)
         if pattern not in self.pattern_weights:
             for size, weight in PATTERN_SIZES.items():
@@ -462,33 +470,33 @@ class _Cost:
         return self.pattern_weights[pattern]
 
 
-# Keywords that are decided together with those beside them.
+# Keywords that need those beside them.
 _TOGETHER = {
     "if": ("then", "else"),
     "additionalProperties": ("properties", "patternProperties"),
     "items": ("prefixItems",),
     "contains": ("minContains", "maxContains"),
 }
-# Keywords in the order in which they are tried; the others come first. A keyword follows those that it depends on, and
-# those that tell less come late.
+# The order in which a search tries keywords, after all other keywords. A keyword follows those that it depends on, and
+# keywords that explain little come late.
 _TRIED_LAST = (
     *("$ref", "allOf", "if", "dependentSchemas", "dependencies"),
     *("properties", "patternProperties", "propertyNames", "additionalProperties", "prefixItems", "items", "contains"),
     *("not", "anyOf", "oneOf", "$dynamicRef", *_UNEVALUATED),
 )
-_BASE = "https://schema.invalid/"  # what references are relative to where no $id says otherwise
-# A step is one node of a schema on one character of a value; a compilation counts as this many characters. Measured,
-# a search takes at most a second.
-_STEPS_OF_A_SEARCH, _COMPILING = 20_000_000, 50
-_LONGEST_WAY = 400  # names in the place in the schema
+_BASE = "https://schema.invalid/"  # the base of references, without an $id
+# A step is one node of a schema on one character of a value; a compilation counts as this many characters. A search
+# takes at most about a second (measured).
+_MAX_SEARCH_STEPS, _COMPILATION_WEIGHT = 20_000_000, 50
+_MAX_SEARCH_DEPTH = 400  # names in a JSON Pointer into the schema
 
 
 class _SearchEnded(Exception):
-    """The bound was reached."""
+    """The search reached its bound."""
 
 
 class _Step(NamedTuple):
-    """A subschema and the part of the value that it applies to, with the steps to both."""
+    """A subschema and the part of the value that it applies to, with the names to both."""
 
     subschema: Any
     schema: tuple[str, ...]
@@ -497,10 +505,10 @@ class _Step(NamedTuple):
 
 
 class _Search:
-    """
-    The search for the keyword that fails: each keyword by itself is put to the engine, then what is below it.
+    """A search for the failing keyword of a schema that does not match a value.
 
-    Its bound counts work, not time, so that the answer is always the same.
+    It evaluates one keyword after another, and goes on below the first that fails. The bound counts work, not time, so
+    the same search always has the same result.
     """
 
     def __init__(self, schema: Any, cost: _Cost) -> None:
@@ -511,21 +519,23 @@ class _Search:
         self._registry = jsonschema_rs.Registry([(uri, self._schema)])
         self._resolver = Registry().with_resource(uri, DRAFT202012.create_resource(self._schema)).resolver()
         self._engines: dict[int, tuple[Any, int, jsonschema_rs.Draft202012Validator]] = {}
-        self._steps_left = _STEPS_OF_A_SEARCH
+        self._steps_left = _MAX_SEARCH_STEPS
 
     def find(self, value: Any, scope: str) -> FailingKeyword | None:
         return self._find(self._schema, value, "", scope)
 
     def _find(self, schema: Any, value: Any, at: str, where: str) -> FailingKeyword | None:
-        """Find the failing keyword of a schema that does not hold."""
+        """Find the failing keyword of a subschema."""
         found = None
         with suppress(_SearchEnded, ConditionInvalid, Unresolvable, ValueError):
-            while at.count("/") < _LONGEST_WAY:
+            while at.count("/") < _MAX_SEARCH_DEPTH:
                 if schema is False:
                     return FailingKeyword(keyword=None, schema=at, where=where)
-                failing = (each for each in _in_order(schema) if self._fails(_alone(schema, each), value))
+                failing = (each for each in _search_order(schema) if self._fails(_only(schema, each), value))
                 keyword = next(failing, None)
-                if keyword is None:  # such as a `$dynamicRef`, which leads elsewhere without the schemas around it
+                if (
+                    keyword is None
+                ):  # such as for a `$dynamicRef`, which has another target without the schemas around it
                     break
                 missing = [name for name in schema[keyword] if name not in value] if keyword == "required" else []
                 place = where + _pointer(missing[:1])
@@ -541,8 +551,8 @@ class _Search:
         return found
 
     def _deepest(self, branches: list[_Step], at: str, where: str) -> FailingKeyword | None:
-        """Find the one failure that is deepest in the value: most likely its branch is the one that was meant."""
-        if not all(self._fails(branch.subschema, branch.part) for branch in branches):  # `oneOf`: more than one holds
+        """Find the failure that is deepest in the value: its branch fits best. None for a tie."""
+        if not all(self._fails(branch.subschema, branch.part) for branch in branches):  # `oneOf`: several match
             return None
         failures = [
             self._find(branch.subschema, branch.part, at + _pointer(branch.schema), where) for branch in branches
@@ -551,7 +561,7 @@ class _Search:
         return failures[depths.index(max(depths))] if depths.count(max(depths)) == 1 else None
 
     def _steps(self, schema: dict[str, Any], keyword: str, value: Any) -> Iterator[_Step]:
-        """What is below a failing keyword; nothing where its subschemas do not tell why it fails."""
+        """Yield the subschemas of a failing keyword; none if they cannot explain the failure."""
         below = schema[keyword]
         match keyword:
             case "$ref":
@@ -581,9 +591,9 @@ class _Search:
                 for name in value:
                     yield _Step(below, (keyword,), name, (name,))
             case "additionalProperties":
-                alone = _alone(schema, keyword)
+                only = _only(schema, keyword)
                 for name, part in value.items():
-                    if self._fails(alone, {name: part}):
+                    if self._fails(only, {name: part}):
                         yield _Step(below, (keyword,), part, (name,))
             case "prefixItems":
                 for index, (branch, part) in enumerate(zip(below, value, strict=False)):
@@ -598,7 +608,7 @@ class _Search:
             weight = self._weight
             if not any(word in text for word in (b'"$ref"', b'"$dynamicRef"', b'"unevaluated')):
                 weight = min(weight, _size(schema) * (self._pattern_weight if b'"pattern' in text else 1))
-            self._spend(weight * _COMPILING)
+            self._spend(weight * _COMPILATION_WEIGHT)
             self._engines[id(schema)] = schema, weight, _engine(schema, registry=self._registry)
         _, weight, engine = self._engines[id(schema)]
         self._spend(weight * len(json.dumps(value)))
@@ -610,20 +620,20 @@ class _Search:
             raise _SearchEnded
 
 
-def _in_order(schema: Any) -> list[str]:
+def _search_order(schema: Any) -> list[str]:
     known = [keyword for keyword in schema if not keyword.startswith("$") or keyword in _TRIED_LAST]
     return sorted(known, key=lambda keyword: _TRIED_LAST.index(keyword) if keyword in _TRIED_LAST else -1)
 
 
-def _alone(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
-    """What decides a keyword by itself. It is asked after those that it depends on, which hold."""
+def _only(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
+    """Return a schema of one keyword and the keywords that it needs."""
     if keyword in _UNEVALUATED:
         return schema
     return {each: schema[each] for each in (keyword, *_TOGETHER.get(keyword, ())) if each in schema}
 
 
 def _absolute(schema: Any, base: str) -> Any:
-    """A copy whose references mean the same wherever a part of it stands."""
+    """Return a copy with absolute references, so that each part can be evaluated alone."""
     if not isinstance(schema, dict):
         return schema
     base = urljoin(base, schema.get("$id", ""))
@@ -643,18 +653,18 @@ def _absolute(schema: Any, base: str) -> Any:
 
 
 def _plain_copy(schema: Any) -> Any:
-    """The schema as plain JSON of our own, which nobody can change, small enough and checked against the metaschema."""
+    """Return a checked copy of the schema as plain JSON; raise `ConditionInvalid`."""
     if not isinstance(schema, (dict, bool)):
         raise ConditionInvalid("schema_type", "")
     nodes, level = 1, [("", schema)]
-    for depth in range(DEEPEST + 1):
+    for depth in range(MAX_DEPTH + 1):
         below: list[tuple[str, Any]] = []
         for where, value in level:
             if isinstance(value, (dict, list)):
-                nodes += len(value)  # before they are gathered: YAML can name one list a million times
-                if depth == DEEPEST:
+                nodes += len(value)  # before collecting them: YAML aliases can repeat one list a million times
+                if depth == MAX_DEPTH:
                     raise ConditionInvalid("too_deep", where)
-                if nodes > MOST_NODES:
+                if nodes > MAX_NODES:
                     raise ConditionInvalid("expansion", where)
                 if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
                     raise ConditionInvalid("schema_type", where)
@@ -668,7 +678,7 @@ def _plain_copy(schema: Any) -> Any:
         size = len(text.encode())
     except ValueError as error:  # NaN, infinity, a lone surrogate
         raise ConditionInvalid("schema_type", "") from error
-    if size > LARGEST_SCHEMA:
+    if size > MAX_SCHEMA_BYTES:
         raise ConditionInvalid("too_large", "")
     plain = json.loads(text)
     _check_metaschema(plain, "")
@@ -679,14 +689,14 @@ def _check_metaschema(schema: Any, where: str) -> None:
     if not isinstance(schema, (dict, bool)):
         raise ConditionInvalid("schema_type", where)
     try:
-        # Without `format_checker` patterns would be judged by Python's regular expressions, which are not ECMA's.
+        # The default `format_checker` would check patterns as Python's regular expressions, not as ECMA's.
         Draft202012Validator.check_schema(schema, format_checker=None)
     except SchemaError as error:
         raise ConditionInvalid("schema_invalid", where + _pointer(error.absolute_path)) from None
 
 
 def _subschemas(schema: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """Keyword, place and subschema; what is no subschema (a list of names in `dependencies`) is left out."""
+    """Yield keyword, place and subschema; skip the lists of names in `dependencies`."""
     for keyword, value in schema.items():
         if keyword not in _WITH_SUBSCHEMAS:
             continue

@@ -1,7 +1,6 @@
-"""
-`explain`: who wants this event, and why. Decisions and reasons are the service's own.
+"""The command `explain`: which routes want an event, and why.
 
-It reads what the service reads, an order with people in it, and shows of it names, places and kinds: never a value.
+Decisions and reasons are the service's own. The output has names, places and kinds of the order, never a value.
 """
 
 import json
@@ -33,26 +32,25 @@ from adapter.ledger.schema import notifications
 from adapter.orders import NotAnOrder, decode, order_in
 from adapter.routing.routes import Callback, Routes, wants
 
-_RESULTS = {"matched": "wants it", "not_matched": "does not want it", "error": "cannot tell"}
+_RESULTS = {"matched": "wants it", "not_matched": "does not want it", "error": "cannot be evaluated"}
 _ERRORS = {
-    "scope_in_array": "the scope leads through an array, which no condition can",
-    "too_deep": "it is nested too deeply to be decided",
-    "too_costly": "it is too large for this schema; a smaller scope helps",
-    "number_too_large": "it has a number beyond 64 bits, and the schema asks about numbers",
+    "scope_in_array": "the scope leads through an array, which is not possible",
+    "too_deep": "the value is nested too deeply",
+    "too_costly": "the value is too large for this schema; use a smaller scope",
+    "number_too_large": "the value has a number beyond 64 bits, and the schema compares numbers",
 }
 
 
 @click.command()
 @click.argument("what", metavar="FILE|NOTIFICATION")
-@click.option("--callback", help="The name of a configured callback; a notification's own, if not said.")
+@click.option("--callback", help="Name of a configured callback. Default: that of the notification.")
 @output_option
 @config_option
 def explain(what: str, callback: str | None, output: str, config_path: Path) -> None:
-    """
-    Show for each route of a callback whether it wants an event, and why.
+    """Show which routes of a callback want an event, and why.
 
-    FILE is an order, an envelope or an event record, - for standard input; NOTIFICATION the number of one in the
-    ledger. Nothing is sent, stored or changed, and no value of the order is shown.
+    FILE holds an order, an envelope or an event record; - is standard input. NOTIFICATION is the number of a
+    notification in the ledger. The command sends, stores and changes nothing, and shows no value of the order.
     """
     config, built = load_config_and_routes(config_path)
     if what.isascii() and what.isdecimal():
@@ -68,44 +66,48 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
         end(USAGE, f"no callback {callback} is configured; there are: {', '.join(sorted(built.callbacks))}")
     if channel not in config.channels:
         click.echo("the order's merchant and channel are not configured, so no rules are shown", err=True)
-    told = explained(built, built.callbacks[callback], order, channel)
+    explanation = explained(built, built.callbacks[callback], order, channel)
     if output == "json":
-        click.echo(json.dumps(told, ensure_ascii=False))
+        click.echo(json.dumps(explanation, ensure_ascii=False))
     else:
-        for line in in_words(told):
+        for line in in_words(explanation):
             click.echo(printable(line))
 
 
 def explained(built: Routes, callback: Callback, order: dict[str, Any], channel: Channel) -> dict[str, Any]:
+    """Return the explanation of one event as plain values.
+
+    Args:
+        built: All routes.
+        callback: The callback of the event.
+        order: The order as plain JSON.
+        channel: The channel whose settings have the rules, for routes with the handler `rules`.
     """
-    Everything about one event, as plain values. The rules of the handler `rules` are settings, which a
-    channel may have for itself.
-    """
-    told: dict[str, Any] = {
+    explanation: dict[str, Any] = {
         "callback": callback.name,
         "kind": callback.kind,
-        "condition": _told(callback.condition, order),
+        "condition": _explain_condition(callback.condition, order),
         "routes": [],
     }
     for route in built.of(callback.name):
         result = wants(route, order)
         settings = route.settings.get(channel) if result is Result.MATCHED else None
         rules = settings.rules if isinstance(settings, RulesSettings) else ()
-        told["routes"].append(
+        explanation["routes"].append(
             {
                 "route": route.name,
                 "handler": route.handler_name,
                 "result": result.value,
                 "no_answer": route.no_answer,
-                "when": _told(route.when, order),
-                "rules": [{"code": rule.code, "rule": _told(rule.compiled, order)} for rule in rules],
+                "when": _explain_condition(route.when, order),
+                "rules": [{"code": rule.code, "rule": _explain_condition(rule.compiled, order)} for rule in rules],
             }
         )
-    return told
+    return explanation
 
 
 def kind(value: Any) -> str:
-    """What a value is, and never which one."""
+    """Return the kind of a value in words, never the value."""
     if value is MISSING:
         return "missing"
     if value is None or isinstance(value, bool):
@@ -115,8 +117,7 @@ def kind(value: Any) -> str:
     return "string" if isinstance(value, str) else "number"
 
 
-def _told(condition: CompiledCondition | None, order: dict[str, Any]) -> Any:
-    """What became of a condition; None where there is none."""
+def _explain_condition(condition: CompiledCondition | None, order: dict[str, Any]) -> dict[str, Any] | None:
     if condition is None:
         return None
     evaluation, reason = condition.evaluate(order), condition.reason(order)
@@ -134,41 +135,38 @@ def _told(condition: CompiledCondition | None, order: dict[str, Any]) -> Any:
     }
 
 
-def in_words(told: dict[str, Any]) -> Iterator[str]:
-    """The same for people, line by line."""
-    yield f"callback {told['callback']}, a {told['kind']}"
-    if told["condition"]:
-        yield f"  {_sentence(told['condition'])}"
-    for route in told["routes"]:
-        follows = ""
+def in_words(explanation: dict[str, Any]) -> Iterator[str]:
+    """Yield the explanation as lines for people."""
+    yield f"callback {explanation['callback']}, a {explanation['kind']}"
+    if explanation["condition"]:
+        yield f"  {_sentence(explanation['condition'])}"
+    for route in explanation["routes"]:
+        effect = ""
         if route["result"] == Result.ERROR.value:
-            follows = (
-                f": its no_answer counts, {route['no_answer']}" if route["no_answer"] else ": a dead letter, condition"
-            )
-        yield f"route {route['route']} (handler {route['handler']}) {_RESULTS[route['result']]}{follows}"
+            no_answer = route["no_answer"]
+            effect = f": its no_answer counts, {no_answer}" if no_answer else ": a dead letter with reason condition"
+        yield f"route {route['route']} (handler {route['handler']}) {_RESULTS[route['result']]}{effect}"
         if route["when"]:
             yield f"  when {_sentence(route['when'])}"
         for rule in route["rules"]:
             yield f"  rule {rule['code']}: {_sentence(rule['rule'])}"
 
 
-def _sentence(seen: dict[str, Any]) -> str:
-    at = f"{seen['at']} ({seen['kind_at']})"
-    if seen["code"] is None:
+def _sentence(condition: dict[str, Any]) -> str:
+    at = f"{condition['at']} ({condition['kind_at']})"
+    if condition["code"] is None:
         why = "holds"
-    elif seen["code"] == "scope_missing":
-        why = f"does not hold, since nothing is at {seen['at']}"
-    elif seen["code"] != "schema":
-        why = f"cannot be decided: {_ERRORS.get(seen['code'], seen['code'])}, at {at}"
-    elif seen["schema_at"] is None:
-        why = "does not hold; no reason was found in the schema"
-    elif seen["schema_at"] is None:
+    elif condition["code"] == "scope_missing":
+        why = f"does not hold: there is no {condition['at']}"
+    elif condition["code"] != "schema":
+        why = f"cannot be evaluated: {_ERRORS.get(condition['code'], condition['code'])}, at {at}"
+    elif condition["schema_at"] is None:
         why = "does not hold; the schema is too large to find the keyword"
-    elif seen["keyword"] is None:
-        why = f"does not hold: the schema at {seen['schema_at'] or 'its root'} is false, for {at}"
+    elif condition["keyword"] is None:
+        why = f"does not hold: the schema at {condition['schema_at'] or 'its root'} is false, for {at}"
     else:
-        why = f"does not hold: {seen['keyword']} fails at {at}; in the schema at {seen['schema_at']}"
-    return f"{seen['scope']} ({seen['kind']}) {why}"
+        why = f"does not hold: {condition['keyword']} fails at {at}; in the schema at {condition['schema_at']}"
+    return f"{condition['scope']} ({condition['kind']}) {why}"
 
 
 def _bytes_of(name: str) -> bytes:

@@ -22,7 +22,7 @@ import msgspec
 from jsonpatch import AddOperation, JsonPatchException, RemoveOperation, ReplaceOperation
 from jsonpointer import JsonPointer, JsonPointerException
 
-from adapter.conditions import DEEPEST, MISSING
+from adapter.conditions import MAX_DEPTH, MISSING
 from adapter.plugin import Patch
 
 Place: TypeAlias = tuple[str, ...]  # the names of a pointer, unescaped
@@ -33,7 +33,7 @@ _REMEDIES = {
     "only from a target that holds the whole array",
     "does-not-apply": "there is nothing to set; replace needs the member itself, add the object or array around it",
     "contradicts": "a route before this one asks for another value here; only one of them can have its way",
-    "not-json": f"a value is plain JSON, or a finite Decimal, at most {DEEPEST} levels deep, and text is valid Unicode",
+    "not-json": f"a value is plain JSON or a finite Decimal, at most {MAX_DEPTH} levels deep, with valid Unicode",
 }
 
 
@@ -162,7 +162,7 @@ def _operation(patch: Patch) -> dict[str, Any]:
     try:
         patch.path.encode()
         operation = {"op": patch.op, "path": patch.path}
-        return operation if patch.op == "remove" else operation | {"value": _json(patch.value, DEEPEST)}
+        return operation if patch.op == "remove" else operation | {"value": _json(patch.value, MAX_DEPTH)}
     except (ValueError, OverflowError) as error:
         raise PatchInvalid("not-json", patch.path) from error
 

@@ -96,9 +96,9 @@ def test_it_says_of_each_route_whether_it_wants_the_event_and_why(config):
         "route expensive (handler log) does not want it",
         "  when /total (object of 1) does not hold: minimum fails at /total/includingVat (number); in the schema at "
         "/properties/includingVat/minimum",
-        "route paid (handler log) cannot tell: a dead letter, condition",
-        "  when /payments/0/state (missing) cannot be decided: "
-        "the scope leads through an array, which no condition can, at /payments (array of 1)",
+        "route paid (handler log) cannot be evaluated: a dead letter with reason condition",
+        "  when /payments/0/state (missing) cannot be evaluated: "
+        "the scope leads through an array, which is not possible, at /payments (array of 1)",
     ]
 
 
@@ -112,7 +112,7 @@ def test_it_says_which_rules_hold(config):
         "  rule no-phone: /customer/billing (object of 1) does not hold: required fails at /customer/billing/phone "
         "(missing); in the schema at /required",
         "  rule too-much: /cart/items (array of 1) holds",
-        "  rule no-member: /customer/loyalty (missing) does not hold, since nothing is at /customer/loyalty",
+        "  rule no-member: /customer/loyalty (missing) does not hold: there is no /customer/loyalty",
     ]
 
 
@@ -178,7 +178,7 @@ def test_a_name_that_would_move_the_cursor_is_spelt_out(config):
 
     assert result.exit_code == OK
     assert "\x1b" not in result.stdout
-    assert r"nothing is at /\x1b[2Jtotal" in result.stdout
+    assert r"there is no /\x1b[2Jtotal" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from jsonpath.exceptions import JSONPatchError, JSONPointerError
 
-from adapter.conditions import DEEPEST
+from adapter.conditions import MAX_DEPTH
 from adapter.plugin import Patch
 from adapter.verdicts.patches import PatchInvalid, encode, merge
 
@@ -203,7 +203,7 @@ def test_what_does_not_apply_takes_its_whole_list_along(patch):
         b"bytes",
         object(),
         CYCLIC,
-        nested(DEEPEST + 1),
+        nested(MAX_DEPTH + 1),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -220,7 +220,7 @@ def test_a_path_that_is_no_text_is_never_answered():
 
 
 def test_a_value_may_be_as_deep_as_conditions_can_look():
-    assert merged([add("/cart/a", nested(DEEPEST))]) == [add("/cart/a", nested(DEEPEST))]
+    assert merged([add("/cart/a", nested(MAX_DEPTH))]) == [add("/cart/a", nested(MAX_DEPTH))]
 
 
 @pytest.mark.parametrize(
