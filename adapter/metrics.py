@@ -1,7 +1,7 @@
 """Every metric of the service, named in one table.
 
-An attribute has the name of its metric, without prefix and unit. Labels have few values: names from the configuration
-or from a closed list, never an order id.
+An attribute has the name of its metric, without the prefix `norce_adapter_` and the unit. Labels have few values: names
+from the configuration or from a closed list, never an order id.
 """
 
 import functools
@@ -14,7 +14,7 @@ SLOW = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 3600, 86400)
 
 
 class Metrics:
-    """The service's metrics, in a registry of their own. All names begin with `norce_adapter_`."""
+    """The service's metrics, in a registry of their own."""
 
     def __init__(self, version: str) -> None:
         self.registry = CollectorRegistry()

@@ -241,7 +241,7 @@ def test_a_frequent_line_is_written_soon_and_no_later_than_the_next_other() -> N
                 written.set()
 
         stream = Stream()
-        lines = logs._Lines(stream, gathers=True)
+        lines = logs._LineWriter(stream, buffers=True)
         lines.info("one", frequent=True)
         lines.info("two", frequent=True)
         assert stream.getvalue() == ""

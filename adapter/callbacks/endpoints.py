@@ -1,4 +1,4 @@
-"""The way of a callback through the service. Newcomers start here, with `CallbackEndpoint._respond`.
+"""The way of a callback through the service: start with `CallbackEndpoint._respond`.
 
 `STATUS` is the table of the refusals that Norce gets. Nothing that a caller sends is answered 500. The server refuses
 some requests before they come here (see `server`).
@@ -97,7 +97,7 @@ class Responded(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CallbackEndpoint:
-    """The ASGI application of `/api/v1/callbacks/orders/{order_id}/{callback}`, for callbacks of all kinds.
+    """The ASGI application that receives callbacks of all kinds.
 
     Args:
         clock: The ledger's clock, in milliseconds.
@@ -239,7 +239,7 @@ class CallbackEndpoint:
         if not answer.problems:
             return EMPTY, "approved"
         body = [{"adapterId": self.adapter_id, "code": each.code, "message": each.message} for each in answer.problems]
-        return _json(400, body), "rejected"
+        return _json_response(400, body), "rejected"
 
     def _note_hang_up(self, request: VerdictRequest) -> None:
         # Norce documents no time limit of its own; this is how an integrator learns it.
@@ -251,7 +251,7 @@ class CallbackEndpoint:
 def _hook_response(answer: Answer) -> tuple[Response, str]:
     if (refusal := answer.refusal) is not None:
         body = {"code": refusal.code, "message": refusal.message, "innerErrorCode": refusal.inner}
-        return _json(400, body), "refused"
+        return _json_response(400, body), "refused"
     if not answer.patches:
         return NO_PATCHES, "accepted"
     return Response(answer.document, media_type="application/json"), "patched"
@@ -277,7 +277,7 @@ def _refusal(error: Exception) -> Responded:
         headers["allow"] = error.allowed
     if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"  # the rest of the body is not read
-    return Responded(response=_json(status, body, headers), facts=facts)
+    return Responded(response=_json_response(status, body, headers), facts=facts)
 
 
 def _facts(sender: Sender, channel: Channel, result: str, routes: int) -> dict[str, Any]:
@@ -298,5 +298,5 @@ def _pairs(query: str) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in (pair.partition("=") for pair in query.split("&") if pair)]
 
 
-def _json(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
+def _json_response(status: int, body: Any, headers: dict[str, str] | None = None) -> Response:
     return Response(msgspec.json.encode(body), status_code=status, headers=headers, media_type="application/json")

@@ -1,4 +1,4 @@
-"""The intake: the one way of a notification into the ledger, from callbacks and from reconciliation."""
+"""The intake: the one way of notifications into the ledger, whatever their source."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -35,7 +35,7 @@ class Intake:
         self._wake = wake
 
     def routed(self, notification: ReceivedNotification, order: dict[str, Any]) -> ReceivedNotification:
-        """Return the notification with the queues whose conditions hold on its order. Never raises."""
+        """Return the notification with the queues that want its order. Never raises."""
         self._metrics.notifications_received.labels(*notification.channel, notification.source).inc()
         wanting = self.routes.wanting(self.routes.callbacks[notification.callback], order)
         self._metrics.conditions_evaluated.labels("callback", wanting.callback.value).inc()

@@ -91,7 +91,10 @@ def parse_notification(
 
 
 def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]) -> VerdictRequest:
-    """Parse a hook, whose body is the order with the proposed change in it. Raises as `parse_notification`."""
+    """Parse a hook: the body is the order with the proposed change in it.
+
+    Raises what `parse_notification` raises.
+    """
     order, channel = _order_in(raw, sender, channels)
     return VerdictRequest(callback=callback, channel=channel, order_id=raw.order_id, order=Order(raw.body, order))
 
@@ -99,7 +102,10 @@ def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: C
 def parse_validation(
     raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]
 ) -> VerdictRequest:
-    """Parse a validation, whose body is ignored. Raises as `parse_notification`, without `NotJson`."""
+    """Parse a validation: the body is ignored.
+
+    Raises what `parse_notification` raises, except `NotJson`.
+    """
     check_order_id(raw.order_id)
     return VerdictRequest(callback=callback, channel=_channel_of(raw, sender, channels, {}), order_id=raw.order_id)
 
@@ -134,7 +140,7 @@ def _channel_of(raw: RawCallback, sender: Sender, channels: Container[Channel], 
 
 
 def _agreed(member: str, *values: Any) -> str:
-    """Return the value that is given at least once, and never in two ways. Empty text counts as absent."""
+    """Return the one value that is given. Empty text counts as absent."""
     found = None
     for value in values:
         if value is None or value == "":

@@ -1,8 +1,9 @@
-"""Identifies the callers of callbacks: by a signature in the URL, or by a secret in a header or in the query.
+"""Identifies the senders of callbacks, by a signature in the URL or by a secret.
 
-A signed URL is no secret: the shopper's browser sees the order that it stands on (Norce's public reference front end
-loads it). So a signature is valid for one callback of one order. All secrets are tried, and compared as bytes in
-constant time. The caller gets the same refusal for every reason; log and metric have the reason.
+A secret is in a header or in the query. A signed URL is no secret: the shopper's browser sees the order that it stands
+on (Norce's public reference front end loads it). So a signature is valid for one callback of one order. All secrets are
+tried, and compared as bytes in constant time. The caller gets the same refusal for every reason; log and metric have
+the reason.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from adapter.identifiers import Channel
 
 
 class Unauthenticated(Exception):
-    """The caller did not prove that it may call. `reason` is for the log, never for the caller."""
+    """The caller did not prove that it may call. Log the `reason`, never send it."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -120,7 +121,7 @@ class Senders:
         return found
 
     def signed_url(self, public_url: str, channel: Channel, order_id: str, callback: str) -> str:
-        """Return a callback URL signed with the first key. Raises `LookupError` if no key is configured."""
+        """Return a URL signed with the first key. Raises `LookupError` without a key."""
         return self.signed_urls(public_url, channel, order_id, callback)[0]
 
     def signed_urls(self, public_url: str, channel: Channel, order_id: str, callback: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The HTTP server of the public port and of the operations port: uvicorn with limits on heads and on load.
+"""The HTTP server of both ports: uvicorn with limits on heads and on load.
 
 uvicorn limits neither the size nor the duration of a request's head (measured: it takes one of 5 MB, and one that sends
 a byte a second keeps its connection for ever). Here such a connection is closed. The limits of the body are in
@@ -54,7 +54,7 @@ COLLECT_AFTER = 20_000  # more objects made than freed
 
 
 class PortInUse(Exception):
-    """A port cannot be listened on. Choose another in `server.port` or `operations.port`, or stop its user."""
+    """A port is taken. Choose another `server.port` or `operations.port`, or free it."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -80,7 +80,7 @@ def url_of(listening: socket.socket) -> str:
 
 
 class PublicApp:
-    """The ASGI application of the public port: the callback endpoint, and the other routes through a router.
+    """The ASGI application of the public port.
 
     Callbacks bypass the router, which takes ten times as long to find the same. There is no Starlette around it: the
     endpoint answers its own errors.
@@ -112,7 +112,7 @@ async def http_server(
     on_refusal: Callable[[], None] = lambda: None,
     waiting: Callable[[], int] = lambda: 0,
 ) -> AsyncIterator[None]:
-    """Serve an application on a listening socket. On leaving, answer the running requests first.
+    """Serve an application on a listening socket, until its last answer.
 
     Args:
         on_refusal: Called for each request that is refused because too many are running.
@@ -170,7 +170,7 @@ def report_refusals(metrics: Metrics) -> Callable[[], None]:
 
 
 class GuardedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with an end in time and in size for each head and a 503 where too many requests run."""
+    """uvicorn's protocol with limits on heads, and a 503 while too many requests run."""
 
     def __init__(
         self,
@@ -271,9 +271,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
 
 class _HeadBuffer:
-    """A transport that holds the head of a response until its body comes, and writes both in one packet.
+    """A transport that writes the head and the body of a response in one packet.
 
-    The server writes the body right after the head, so the caller wakes once.
+    It holds the head until the body comes, which the server writes right after it. So the caller wakes once.
     """
 
     # Not 100 (Continue): it has no body, and the caller waits for it.

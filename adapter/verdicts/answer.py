@@ -66,13 +66,17 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
         return self.refusal is not None or bool(self.problems)
 
 
-def verdict_of(route: Route, outcome: Callable[[], Any], started_at: float, ended_at: float | None = None) -> Verdict:
-    """Return the verdict of a handler. `outcome` returns what the handler returned, or raises what it raised."""
+def verdict_of(route: Route, result: Callable[[], Any], started_at: float, ended_at: float | None = None) -> Verdict:
+    """Return the verdict of a handler.
+
+    Args:
+        result: Returns what the handler returned, or raises what it raised.
+    """
     value: Any = None
     error: BaseException | None = None
     reason = "failed"
     try:
-        value = outcome()
+        value = result()
     except LoopAbandoned as abandoned:
         is_to_blame = abandoned.blocked_by is not None and abandoned.blocked_by.name == route.name
         error, reason = abandoned, "blocks" if is_to_blame else "held-up"
@@ -108,7 +112,10 @@ def no_answer(
 
 
 def combine(callback: Callback, order: Order | None, verdicts: Sequence[Verdict]) -> Answer:
-    """Return the answer that these verdicts make. A route whose patches cannot be used gets its `no_answer`."""
+    """Return the answer that these verdicts make.
+
+    A route whose patches cannot be used gets its `no_answer`.
+    """
     patches: list[Patch] = []
     if order is not None and any(verdict.patches for verdict in verdicts):
         patches, refused = merge(order.data, [verdict.patches for verdict in verdicts], callback.target)
@@ -131,7 +138,7 @@ def combine(callback: Callback, order: Order | None, verdicts: Sequence[Verdict]
 
 
 def _is_text(value: object) -> bool:
-    """Return True if the value can be written as JSON text; one that cannot would spoil the whole answer."""
+    """Return True if JSON can hold the text; otherwise it would spoil the whole answer."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:

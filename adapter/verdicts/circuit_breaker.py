@@ -24,7 +24,10 @@ class CircuitBreaker:
         self._open_until: dict[Key, float] = {}
 
     def is_open(self, key: Key) -> bool:
-        """Return True if the route must not be asked now. Once `open_for` is over, the first caller gets False."""
+        """Return True if the route must not be asked now.
+
+        After `open_for` the first caller gets False, and must `record` its result.
+        """
         until = self._open_until.get(key)
         if until is None:
             return False

@@ -1,15 +1,13 @@
-"""
-What a hook answers: the patches that its routes ask for, checked on a copy of the order and made into one JSON Patch
-(RFC 6902). Pure; the order is never changed.
+"""Merges the patches of a hook's routes into one JSON Patch (RFC 6902).
 
-Every route has seen the same order, so each list is applied to that order, not to what the lists before it make of it.
-What counts is then what a list asks *for*: the value at each place that it sets. Two lists contradict each other where
-they ask for different values, and what holds already is not answered, whichever list made it so. A wish that holds
-already is still a wish: otherwise two routes could undo each other's changes in turn, for ever.
+Pure; the order is never changed. All routes saw the same order, so each list is applied to a copy of that order, not to
+the result of the lists before it. What counts is the value that a list wants at each place. Two lists contradict each
+other if they want different values. A value that the order already has is not sent, but it counts as wanted: otherwise
+two routes could undo each other's changes in turn, for ever.
 
-What one would get wrong are arrays. Inserting and removing moves the other elements, so the place of such a change is
-the whole array, and it is the whole array that is answered: positions in it mean nothing after another route's change,
-and Norce does not say how it treats them.
+Adding or removing an element of an array moves the others. So the place of such a change is the whole array, and the
+answer replaces the whole array: a position means something else after another route's change, and Norce does not
+document how it treats positions.
 """
 
 import math
@@ -25,26 +23,27 @@ from jsonpointer import JsonPointer, JsonPointerException
 from adapter.conditions import MAX_DEPTH, MISSING
 from adapter.plugin import Patch
 
-Place: TypeAlias = tuple[str, ...]  # the names of a pointer, unescaped
+Place: TypeAlias = tuple[str, ...]  # the unescaped names of a pointer
 
 _OPERATIONS = {"add": AddOperation, "replace": ReplaceOperation, "remove": RemoveOperation}
 _REMEDIES = {
-    "outside-target": "it is not inside the hook's target, or the callback has none; an element of an array is moved "
-    "only from a target that holds the whole array",
-    "does-not-apply": "there is nothing to set; replace needs the member itself, add the object or array around it",
-    "contradicts": "a route before this one asks for another value here; only one of them can have its way",
-    "not-json": f"a value is plain JSON or a finite Decimal, at most {MAX_DEPTH} levels deep, with valid Unicode",
+    "outside-target": "it is not inside the hook's target, or the callback has none; to add or remove an element of an "
+    "array, the target must hold the whole array",
+    "does-not-apply": "its place does not exist; replace needs the member itself, add the object or array around it",
+    "contradicts": "an earlier route wants another value here",
+    "not-json": f"a value must be plain JSON or a finite Decimal, at most {MAX_DEPTH} levels deep, with valid Unicode",
 }
 
 
 class PatchInvalid(Exception):
-    """
-    A route's patches cannot be answered, none of its list: mend the handler, the callback's `target`, or the order of
-    the routes. `reason` is kebab-case, `path` the pointer; neither tells a value.
+    """The patches of a route cannot be used, so its whole list is left out.
+
+    Correct the handler, the callback's `target`, or the order of the routes. `reason` is in kebab-case, `path` is the
+    pointer; neither contains a value.
     """
 
     def __init__(self, reason: str, path: str) -> None:
-        super().__init__(f"the patch of {path} cannot be answered: {reason}: {_REMEDIES[reason]}")
+        super().__init__(f"the patch of {path} cannot be used: {reason}: {_REMEDIES[reason]}")
         self.reason = reason
         self.path = path
 
@@ -52,57 +51,66 @@ class PatchInvalid(Exception):
 def merge(
     order: Any, asked: Sequence[Sequence[Patch]], target: str | None
 ) -> tuple[list[Patch], list[PatchInvalid | None]]:
-    """
-    The patches to answer, which apply in their order, and for each list of `asked` None, or why all of it is left out.
+    """Merge the patches of several routes.
 
-    Inside `target` only; where it is None nothing may be patched. What is already as wanted is not answered: a value
-    that equals the one in the order (as JSON: 1 is 1.0 and not true), and `remove` of what is not there.
+    Left out is what the order already has: a value that is equal (as JSON: 1 is 1.0, and not true), and the removal of
+    an absent member.
+
+    Args:
+        asked: One list of patches for each route.
+        target: The pointer that all patches must be inside; with None no patch is allowed.
+
+    Returns:
+        The patches to send, to be applied in their order, and for each list of `asked` the error for which it was left
+        out, or None.
     """
     if not any(asked):
         return [], [None] * len(asked)
-    confines = None if target is None else tuple(JsonPointer(target).parts)
+    inside = None if target is None else tuple(JsonPointer(target).parts)
     tree, answer = order, list[Patch]()
-    accepted: list[_Wishes] = []
+    accepted: list[_Changes] = []
     refused: list[PatchInvalid | None] = []
     for patches in asked:
         try:
-            wishes = _Wishes(order, patches, confines)
+            changes = _Changes(order, patches, inside)
             for earlier in accepted:
-                wishes.check_agrees(earlier)
+                changes.check_agrees(earlier)
         except PatchInvalid as error:
             refused.append(error)
             continue
         refused.append(None)
-        accepted.append(wishes)
-        for patch in wishes.unmet(tree):
+        accepted.append(changes)
+        for patch in changes.unmet(tree):
             answer.append(patch)
             tree = _applied(tree, patch)
     return answer, refused
 
 
 def encode(patches: Sequence[Patch]) -> bytes:
-    """The JSON array that Norce takes; `Decimal` becomes a number. Raises `PatchInvalid` on what is not JSON."""
+    """Encode patches as Norce expects them. Raises `PatchInvalid` if a value is not JSON."""
     return _ENCODER.encode([_operation(patch) for patch in patches])
 
 
-class _Wishes:
-    """What one list asks for: the outermost places that it sets, on its own copy of the order."""
+class _Changes:
+    """The outermost places that one list of patches sets, on its own copy of the order."""
 
-    def __init__(self, order: Any, patches: Sequence[Patch], confines: Place | None) -> None:
+    def __init__(self, order: Any, patches: Sequence[Patch], inside: Place | None) -> None:
         self.tree = order
-        self.places: dict[Place, Patch | None] = {}  # with the patch itself where it is the only one for its place
-        self._above: set[Place] = set()  # what holds one of them
+        self.places: dict[Place, Patch | None] = {}  # its patch, if that is the only one of its place
+        self._above: set[Place] = set()  # the places around them
         for patch in patches:
             place = tuple(JsonPointer(patch.path).parts)
-            gone = patch.op == "remove" and _at(self.tree, place) is MISSING
-            moves = not gone and patch.op != "replace" and isinstance(_at(self.tree, place[:-1]), list)
-            if moves:
+            is_absent = patch.op == "remove" and _value_at(self.tree, place) is MISSING
+            moves_elements = (
+                not is_absent and patch.op != "replace" and isinstance(_value_at(self.tree, place[:-1]), list)
+            )
+            if moves_elements:
                 place = place[:-1]
-            if confines is None or place[: len(confines)] != confines:
+            if inside is None or place[: len(inside)] != inside:
                 raise PatchInvalid("outside-target", patch.path)
-            if not gone:
+            if not is_absent:
                 self.tree = _applied(self.tree, patch)
-            self._add(place, None if moves else patch)
+            self._add(place, None if moves_elements else patch)
 
     def _add(self, place: Place, patch: Patch | None) -> None:
         outer, inner = self._related(place)
@@ -115,24 +123,24 @@ class _Wishes:
         self._above.update(place[:end] for end in range(len(place)))
 
     def _related(self, place: Place) -> tuple[list[Place], list[Place]]:
-        """The places that are this one or hold it, and those inside it. Found without a look at all the others."""
+        """Return the places that are or hold this one, and those inside it."""
         outer = [place[:end] for end in range(len(place) + 1) if place[:end] in self.places]
         within = self.places if place in self._above else ()
         return outer, [each for each in within if each != place and each[: len(place)] == place]
 
-    def check_agrees(self, earlier: "_Wishes") -> None:
-        """Raises `PatchInvalid` where the two ask for different values."""
+    def check_agrees(self, earlier: "_Changes") -> None:
+        """Raise `PatchInvalid` if the two want different values."""
         for place in self.places:
             outer, inner = earlier._related(place)
             if not all(_agree(self.tree, place, earlier.tree, each) for each in outer + inner):
                 raise PatchInvalid("contradicts", _pointer(place))
 
     def unmet(self, tree: Any) -> list[Patch]:
-        """What is still to be answered where the order has become `tree`."""
+        """Return the patches that `tree` still lacks."""
         patches = []
         for place, patch in self.places.items():
-            wanted, there = _at(self.tree, place), _at(tree, place)
-            if _same(wanted, there):
+            wanted, there = _value_at(self.tree, place), _value_at(tree, place)
+            if _equal(wanted, there):
                 continue
             if patch is None:
                 path = _pointer(place)
@@ -145,7 +153,7 @@ class _Wishes:
 
 
 def _applied(tree: Any, patch: Patch) -> Any:
-    """The tree with the patch applied. It shares with the old one what lies beside the way there."""
+    """Return a patched tree, which shares all unchanged parts with the old one."""
     operation = _operation(patch)
     parts = JsonPointer(patch.path).parts
     new = node = copy(tree)
@@ -162,13 +170,17 @@ def _operation(patch: Patch) -> dict[str, Any]:
     try:
         patch.path.encode()
         operation = {"op": patch.op, "path": patch.path}
-        return operation if patch.op == "remove" else operation | {"value": _json(patch.value, MAX_DEPTH)}
+        return operation if patch.op == "remove" else operation | {"value": _copied(patch.value, MAX_DEPTH)}
     except (ValueError, OverflowError) as error:
         raise PatchInvalid("not-json", patch.path) from error
 
 
-def _json(value: Any, depth: int) -> Any:
-    """A copy of our own. Raises `ValueError` or `OverflowError` on what is not JSON; `Decimal` stays what it is."""
+def _copied(value: Any, depth: int) -> Any:
+    """Return a copy of a JSON value, in which a `Decimal` stays one.
+
+    Raises:
+        ValueError, OverflowError: The value is not JSON.
+    """
     kind = type(value)
     if value is None or kind is bool:
         return value
@@ -180,14 +192,13 @@ def _json(value: Any, depth: int) -> Any:
     if depth == 0:
         raise ValueError
     if kind is dict and all(type(name) is str and name.encode() is not None for name in value):
-        return {name: _json(part, depth - 1) for name, part in value.items()}
+        return {name: _copied(part, depth - 1) for name, part in value.items()}
     if kind in (list, tuple):
-        return [_json(part, depth - 1) for part in value]
+        return [_copied(part, depth - 1) for part in value]
     raise ValueError
 
 
-def _at(tree: Any, place: Place) -> Any:
-    """What stands at a place, or `MISSING`."""
+def _value_at(tree: Any, place: Place) -> Any:
     try:
         for part in place:
             tree = tree[JsonPointer.get_part(tree, part)]
@@ -197,22 +208,22 @@ def _at(tree: Any, place: Place) -> Any:
 
 
 def _agree(one: Any, its: Place, other: Any, others: Place) -> bool:
-    """Whether two trees have the same to say where a place of one is a place of the other, or lies inside it."""
+    """Return True if two trees agree where one of two places holds the other."""
     length = min(len(its), len(others))
-    one, other = _at(one, its[:length]), _at(other, its[:length])
-    if _same(one, other):
+    one, other = _value_at(one, its[:length]), _value_at(other, its[:length])
+    if _equal(one, other):
         return True
     inner = (its + others[len(its) :])[length:]
     for part in inner:
         if isinstance(one, list) or isinstance(other, list):
-            return False  # the same position may be another element by now
+            return False  # a position may hold another element by now
         one = one.get(part, MISSING) if isinstance(one, dict) else MISSING
         other = other.get(part, MISSING) if isinstance(other, dict) else MISSING
-    return bool(inner) and _same(one, other)
+    return bool(inner) and _equal(one, other)
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal; without recursion, since an order may be deep."""
+def _equal(one: Any, other: Any) -> bool:
+    """Compare two JSON values, without recursion because an order may be deep."""
     pairs = [(one, other)]
     while pairs:
         one, other = pairs.pop()
@@ -226,13 +237,13 @@ def _same(one: Any, other: Any) -> bool:
             if len(one) != len(other):
                 return False
             pairs += zip(one, other, strict=True)
-        elif isinstance(one, bool) or isinstance(other, bool) or _as_read(one) != _as_read(other):
+        elif isinstance(one, bool) or isinstance(other, bool) or _as_number(one) != _as_number(other):
             return False
     return True
 
 
-def _as_read(scalar: Any) -> Any:
-    """A `Decimal` as it will come back from Norce: 987.20 as the float 987.2."""
+def _as_number(scalar: Any) -> Any:
+    """Return a number as Norce will send it back: the Decimal 987.20 as the float 987.2."""
     return msgspec.json.decode(str(scalar)) if isinstance(scalar, Decimal) else scalar
 
 

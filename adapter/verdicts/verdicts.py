@@ -1,4 +1,4 @@
-"""Answers validations and hooks: asks all routes of a callback about one order, inside one deadline.
+"""Answers validations and hooks with the verdicts of all routes, inside one deadline.
 
 At the deadline the answer goes out with the verdicts that are there. A route that is late, broken or cannot be asked
 gets its `no_answer`. Norce stops waiting at a time that it documents nowhere (the payment providers in front of it wait
@@ -119,7 +119,7 @@ class Verdicts:
             if order is None:
                 if not self._enforced[name] and not self._shadows[name]:
                     return Answer(verdicts=())
-                order = await self._read(request)
+                order = await self._read_order(request)
             answer = combine(request.callback, order, await self._ask_routes(request, order))
         except OrderNotFound as error:
             raise OrderMissing from error
@@ -132,7 +132,7 @@ class Verdicts:
         asyncio.get_running_loop().call_soon(self._report, request, answer, order)
         return answer
 
-    async def _read(self, request: VerdictRequest) -> Order:
+    async def _read_order(self, request: VerdictRequest) -> Order:
         within = timedelta(seconds=request.answer_by - time.monotonic())
         return await self._waiting_for(self._norce.order(request.channel, request.order_id, within=within))
 
@@ -205,7 +205,10 @@ class Verdicts:
         return no_answer(route, reason, started_at=run.started_at)
 
     def _let_finish(self, run: Run[Any], then: Callable[[], None]) -> None:
-        """Let a run go on after its answer, and call `then` at its end. The oldest of too many is cancelled."""
+        """Let a run go on after its answer, and call `then` at its end.
+
+        Of too many such runs, the oldest is cancelled.
+        """
         if len(self._unfinished) >= MOST_UNFINISHED:
             oldest = next(iter(self._unfinished))
             del self._unfinished[oldest]
@@ -249,7 +252,7 @@ class Verdicts:
     def _log(self, request: VerdictRequest, verdict: Verdict, **more: str) -> None:
         route, error = verdict.route, verdict.error
         took = verdict.ended_at - verdict.started_at
-        facts = request.facts | {"route": route.name, "outcome": verdict.label} | more
+        facts = request.facts | {"route": route.name, "decided": verdict.label} | more
         facts["duration_ms"] = round(took * 1000, 2)
         if verdict.missing is None:
             is_slow = took > request.callback.soft_limit.total_seconds()
@@ -259,7 +262,7 @@ class Verdicts:
             facts["where"] = error.path
         elif error is not None:
             facts["error_type"] = type(error).__name__
-        log.warning("verdict", **facts, handler=route.handler_name, reason=verdict.missing, result=route.no_answer)
+        log.warning("verdict", **facts, handler=route.handler_name, reason=verdict.missing, no_answer=route.no_answer)
         if verdict.missing == "failed":
             log.error("handler_failed", route=route.name, handler=route.handler_name, exc_info=error)
 

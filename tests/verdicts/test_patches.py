@@ -278,7 +278,7 @@ def test_the_message_names_the_place_and_the_remedy_and_no_value():
 
     assert answer == []
     assert str(error) == (
-        "the patch of /cart/note cannot be answered: does-not-apply: there is nothing to set; replace needs the "
+        "the patch of /cart/note cannot be used: does-not-apply: its place does not exist; replace needs the "
         "member itself, add the object or array around it"
     )
 

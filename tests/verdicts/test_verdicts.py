@@ -760,7 +760,7 @@ def test_a_verdict_past_the_soft_limit_counts_and_is_counted_and_logged(tmp_path
         at = asyncio.run(ask())
 
     assert at.counted("verdicts_slow_total", callback="order-rules", route="one") == 1
-    assert [(line["log_level"], line["outcome"]) for line in logged if line["event"] == "verdict"] == [
+    assert [(line["log_level"], line["decided"]) for line in logged if line["event"] == "verdict"] == [
         ("warning", "approve")
     ]
 
@@ -770,7 +770,7 @@ def test_every_verdict_is_one_line(tmp_path: Path) -> None:
         changed(tmp_path, hook("zeta", "patch") + hook("mu", "refuse") + hook("alpha", "accept"))
 
     assert {line["event"] for line in logged} == {"verdict"}
-    assert [(line["route"], line["outcome"], line["log_level"]) for line in logged] == [
+    assert [(line["route"], line["decided"], line["log_level"]) for line in logged] == [
         ("zeta", "patch", "info"), ("mu", "refuse", "info"), ("alpha", "accept", "info")
     ]  # fmt: skip
     assert all(
@@ -792,9 +792,11 @@ def test_an_answer_that_did_not_come_is_logged_with_its_reason(tmp_path: Path) -
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]  # a loop of another test may say something
     verdict, failed = (line for line in lines if line["event"] in ("verdict", "handler_failed"))
     assert (failed["event"], failed["exception"][0]["type"]) == ("handler_failed", "builtins.ValueError")
-    told = {name: verdict[name] for name in ("event", "level", "outcome", "reason", "result", "error_type", "handler")}
+    told = {
+        name: verdict[name] for name in ("event", "level", "decided", "reason", "no_answer", "error_type", "handler")
+    }
     assert told == {
-        "event": "verdict", "level": "warning", "outcome": "no_answer", "reason": "failed", "result": "reject",
+        "event": "verdict", "level": "warning", "decided": "no_answer", "reason": "failed", "no_answer": "reject",
         "error_type": "ValueError", "handler": "broken",
     }  # fmt: skip
     assert "canary" not in stream.getvalue()
@@ -805,7 +807,7 @@ def test_patches_that_cannot_be_answered_are_logged_with_their_place(tmp_path: P
         changed(tmp_path, hook("one", "patch", more=wishing(path="/customer/type", value="canary")))
 
     [line] = logged
-    assert (line["reason"], line["where"], line["result"]) == ("outside-target", "/customer/type", "approve")
+    assert (line["reason"], line["where"], line["no_answer"]) == ("outside-target", "/customer/type", "approve")
     assert "canary" not in str(logged)
 
 
