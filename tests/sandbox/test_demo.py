@@ -4,6 +4,7 @@ import asyncio
 import copy
 import json
 import socket
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -17,28 +18,41 @@ from adapter.sandbox.demo import Demo, DemoFailed, demo, walk
 from adapter.sandbox.jetshop_stand_in import Accepted
 
 SECRETS = ("norce-token", "jetshop-password", "url-key")
-SUMMARY = {
-    "registered": 3,
-    "validation": {"denied": 400, "approved": 200},
-    "hook": {"accepted": 200, "patched": 200, "refused": 400},
-    "notification": 200,
-    "healed": 1,
-    "repeated": 200,
-    "exports": 1,
-    "rejected": 1,
-}
 
 
-def url(running: Demo, order: dict[str, Any], callback: str) -> str:
-    senders = Senders(running.config.senders)
-    return senders.signed_url(
-        running.service.public_address, Channel(order["merchant"], order["channel"]), order["id"], callback
-    )
+@dataclass(frozen=True)
+class Played:
+    """A demo after the walk, and after the completed order was sent five more times."""
+
+    running: Demo
+    summary: dict[str, Any]
+    story: str
+    written: dict[str, Any]
+    repeated: list[int]
+    deliveries: list[dict[str, Any]]
 
 
-def deliveries(running: Demo) -> list[dict[str, Any]]:
-    with open_for_reading(running.config.store.url).connect() as connection:
-        return Queries(connection).deliveries()
+@pytest.fixture(scope="module")
+def played() -> Played:
+    lines: list[str] = []
+
+    async def play() -> Played:
+        async with demo(port=0, operations_port=0) as running, httpx.AsyncClient(trust_env=False) as http:
+            summary = await walk(running, lines.append)
+            order = completed(running)
+            senders = Senders(running.config.senders)
+            channel = Channel(order["merchant"], order["channel"])
+            url = senders.signed_url(running.service.public_address, channel, order["id"], "order-status")
+            bodies = (order, dict(reversed(order.items())), {"order": order, "notification": {}}, order,
+                      copy.deepcopy(order))  # fmt: skip
+            repeated = [(await http.post(url, json=body)).status_code for body in bodies]
+            with open_for_reading(running.config.store.url).connect() as connection:
+                deliveries = Queries(connection).deliveries()
+            written = json.loads(running.config_path.with_name("order-completed.json").read_text("utf-8"))
+        # The service has ended, so nothing more is sent.
+        return Played(running, summary, "\n".join(lines), written, repeated, deliveries)
+
+    return asyncio.run(play())
 
 
 def completed(running: Demo) -> dict[str, Any]:
@@ -46,47 +60,51 @@ def completed(running: Demo) -> dict[str, Any]:
     return order
 
 
-def test_the_demo_ends_with_one_export_and_one_dead_letter() -> None:
-    said: list[str] = []
-
-    async def play() -> tuple[dict[str, Any], list[Any], list[Any], list[dict[str, Any]]]:
-        async with demo(port=0, operations_port=0) as running:
-            summary = await walk(running, said.append)
-            return summary, list(running.jetshop.journal), list(running.jetshop.violations), deliveries(running)
-
-    summary, journal, violations, owed = asyncio.run(play())
-
-    assert summary == SUMMARY
-    [accepted] = journal
+def test_the_demo_ends_with_one_export_and_one_dead_letter(played: Played) -> None:
+    assert played.summary == {
+        "registered": 3,
+        "validation": {"denied": 400, "approved": 200},
+        "hook": {"accepted": 200, "patched": 200, "refused": 400},
+        "notification": 200,
+        "healed": 1,
+        "repeated": 200,
+        "exports": 1,
+        "rejected": 1,
+    }
+    [accepted] = played.running.jetshop.journal
     assert (accepted.document["orderReference"], accepted.result) == ("100245", "created")
-    assert violations == []
-    assert sorted((each["state"], each["reason"]) for each in owed) == [("dead", "rejected"), ("done", "delivered")]
-    assert any("denied: 400" in line for line in said)
-    assert any("approved: 200" in line for line in said)
-    assert any('patched: 200, add /cart/attributes/priceList "volume"' in line for line in said)
-    assert any("refused: 400, too-many-of-a-kind: Högst tio av samma sort" in line for line in said)
+    assert sorted((each["state"], each["reason"]) for each in played.deliveries) == [
+        ("dead", "rejected"),
+        ("done", "delivered"),
+    ]
 
 
-def test_an_order_that_is_sent_five_more_times_is_exported_once() -> None:
-    async def play() -> tuple[list[int], list[Any], int]:
-        async with demo(port=0, operations_port=0) as running, httpx.AsyncClient(trust_env=False) as http:
-            await walk(running, lambda _line: None)
-            order = completed(running)
-            shuffled = dict(reversed(order.items()))
-            answers = [
-                await http.post(url(running, order, "order-status"), json=body)
-                for body in (order, shuffled, {"order": order, "notification": {}}, order, copy.deepcopy(order))
-            ]
-            before = len(deliveries(running))
-            journal = running.jetshop.journal
-        # The service has ended, so nothing more is sent.
-        return [answer.status_code for answer in answers], list(journal), before
+def test_the_story_tells_the_verdicts(played: Played) -> None:
+    assert "denied: 400" in played.story
+    assert "approved: 200" in played.story
+    assert 'patched: 200, add /cart/attributes/priceList "volume"' in played.story
+    assert "refused: 400, too-many-of-a-kind: Högst tio av samma sort" in played.story
 
-    statuses, journal, owed = asyncio.run(play())
 
-    assert statuses == [200] * 5
-    assert len(journal) == 1
-    assert owed == 2
+def test_an_order_that_is_sent_five_more_times_is_exported_once(played: Played) -> None:
+    assert played.repeated == [200] * 5
+    assert len(played.running.jetshop.journal) == 1
+    assert len(played.deliveries) == 2
+
+
+def test_norce_calls_only_the_service(played: Played) -> None:
+    norce, address = played.running.norce, played.running.service.public_address
+    urls = [each.url for each in norce.journal.read(limit=1000) if each.kind != "request"]
+    attempts = [attempt["status"] for event in norce.events() for attempt in event["attempts"]]
+
+    assert urls
+    assert all(each.startswith(f"{address}/api/v1/callbacks/orders/") for each in urls)
+    assert attempts == [200] * 4, "two orders are accepted and completed; the lost event is sent on request"
+
+
+def test_the_completed_order_is_written_beside_the_configuration(played: Played) -> None:
+    assert played.written == completed(played.running)
+    assert played.written["state"]["currentStatus"] == "completed"
 
 
 def test_the_demo_uses_free_ports_if_its_own_are_taken() -> None:
@@ -117,53 +135,24 @@ def test_the_secrets_are_private_and_the_folder_is_removed() -> None:
 
     folder, modes = asyncio.run(play())
 
-    assert modes == [0o600] * len(SECRETS)
+    assert modes == [0o600] * 3
     assert not folder.exists()
 
 
-def test_norce_calls_only_the_service() -> None:
-    async def play() -> tuple[list[str], str, list[int | None]]:
-        async with demo(port=0, operations_port=0) as running:
-            await walk(running, lambda _line: None)
-            journal = running.norce.journal.read(limit=1000)
-            called = [each.url for each in journal if each.kind != "request"]
-            attempts = [attempt["status"] for event in running.norce.events() for attempt in event["attempts"]]
-            return called, running.service.public_address, attempts
-
-    called, address, attempts = asyncio.run(play())
-
-    assert called
-    assert all(each.startswith(f"{address}/api/v1/callbacks/orders/") for each in called)
-    assert attempts == [200] * 4, "accepted and completed twice; the lost event is sent on request"
-
-
-def test_the_completed_order_is_written_beside_the_configuration() -> None:
-    async def play() -> tuple[Any, Any]:
-        async with demo(port=0, operations_port=0) as running:
-            await walk(running, lambda _line: None)
-            written = running.config_path.with_name("order-completed.json").read_text("utf-8")
-            return json.loads(written), completed(running)
-
-    written, order = asyncio.run(play())
-
-    assert written == order
-    assert order["state"]["currentStatus"] == "completed"
-
-
 @pytest.mark.parametrize(
-    ("switch", "value", "says"),
+    ("switch", "value", "message"),
     [
         ("server_errors", 1.0, r"create_order was answered 500 \(internal-server-error\)"),
         ("validation_seconds", 0.0, "validate was answered 200"),
     ],
 )
-def test_an_unexpected_answer_of_norce_fails_the_demo(switch: str, value: float, says: str) -> None:
+def test_an_unexpected_answer_of_norce_fails_the_demo(switch: str, value: float, message: str) -> None:
     async def play() -> None:
         async with demo(port=0, operations_port=0) as running:
             running.norce.set_switches(**{switch: value})
             await walk(running, lambda _line: None)
 
-    with pytest.raises(DemoFailed, match=says):
+    with pytest.raises(DemoFailed, match=message):
         asyncio.run(play())
 
 

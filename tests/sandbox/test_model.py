@@ -1,4 +1,4 @@
-"""Whatever is done to an order, in whatever order: what the simulator promises of states, hooks and notifications."""
+"""Properties of the simulator under random changes: states, hooks and notifications."""
 
 import itertools
 from typing import Any
@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from tests.simulators import shop
 
-# Section 3 of the protocol, written down a second time.
+# Checkout protocol, section 3; deliberately not taken from the code.
 MOVES = {
     ("checkout", "processing"), ("processing", "checkout"), ("processing", "accepted"), ("accepted", "completed"),
     ("accepted", "declined"), ("checkout", "removed"), ("processing", "removed"), ("accepted", "removed"),
@@ -29,7 +29,7 @@ SCHEMAS = (
     {"type": "object"},
 )
 NOTHING = object()
-# What a hook does when it is asked; by its number, so that Hypothesis can make the case smaller.
+# Answers of hooks. Rules use their numbers, so that Hypothesis can shrink a case.
 HOOKS: tuple[Any, ...] = (
     [],
     httpx.Response(400, json={"code": "refused"}),
@@ -44,7 +44,7 @@ few = st.integers(0, 3)
 
 
 class Checkouts(RuleBasedStateMachine):
-    """One order at Norce, and everybody who changes it or is told."""
+    """An order at Norce, with its changes, hooks and notifications."""
 
     @initialize()
     def begin(self) -> None:
@@ -61,7 +61,7 @@ class Checkouts(RuleBasedStateMachine):
             self.context.__exit__(None, None, None)
 
     def change(self, name: str, body: Any = None, **path: str) -> None:
-        """Carries it out, and writes down what has to follow."""
+        """Carry out an operation and record the notifications that have to follow."""
         norce, before = self.norce, self.history[-1]
         refusals = len([None for each in norce.simulator.journal.read(kind="hook") if each.status not in (200, None)])
         answer = norce.ask(name, body, order_id=self.order_id, headers={"x-adapterid": "own"}, **path)
@@ -108,7 +108,7 @@ class Checkouts(RuleBasedStateMachine):
 
     @rule(checked=st.just(True), number=st.integers(1, 4))
     def towards_the_end(self, checked: bool, number: int) -> None:
-        """The way that Hypothesis would seldom find."""
+        """Move the order towards `completed`, which random moves seldom reach."""
         self.consent(checked)
         for status in STATUSES[1 : 1 + min(number, 3)]:
             self.state(status)
@@ -156,7 +156,7 @@ class Checkouts(RuleBasedStateMachine):
             self.history.append(self.norce.read(self.order_id))
 
     @invariant()
-    def the_state_moves_as_documented(self) -> None:
+    def states_move_as_documented(self) -> None:
         state = self.history[-1]["state"]
         statuses = [each["status"] for each in state["transitions"]]
 
@@ -165,13 +165,13 @@ class Checkouts(RuleBasedStateMachine):
         assert set(itertools.pairwise(statuses)) <= MOVES
 
     @invariant()
-    def a_notification_is_sent_exactly_on_a_change_that_holds(self) -> None:
+    def a_notification_is_sent_exactly_for_a_change_that_fits_its_schema(self) -> None:
         for path, values in self.expected.items():
             scope, _ = self.registered[path]
             assert [resolve_pointer(each, scope) for each in self.norce.receiver.bodies(path)] == values
 
     @invariant()
-    def only_what_an_order_has_is_there(self) -> None:
+    def totals_and_ids_are_kept(self) -> None:
         order = self.history[-1]
         shippings = [each for each in order["shippings"] if each["state"] != "removed"]
         amounts = [each["total"]["includingVat"] for each in (order["cart"], *shippings)]
@@ -181,7 +181,7 @@ class Checkouts(RuleBasedStateMachine):
         assert all(each["id"] for part in ("payments", "shippings", "consents") for each in order[part])
 
     @invariant()
-    def hooks_of_the_caller_are_left_out(self) -> None:
+    def hooks_of_the_caller_are_not_called(self) -> None:
         own = {each["invoke"] for each in self.history[-1]["hooks"] if each["adapterId"] == "own"}
 
         assert not own & {str(each.url) for each in self.norce.receiver.got}

@@ -206,7 +206,7 @@ def test_every_code_of_norce_is_answered_with_its_status(norce: Shop) -> None:
         ("list_events", "v1", None, 200),
     ],
 )  # fmt: skip
-def test_the_requests_of_norces_collections_are_accepted(
+def test_requests_of_norces_collections_are_accepted(
     norce: Shop, name: str, version: str, body: Any, status: int
 ) -> None:
     stage = Stage(norce)
@@ -267,7 +267,7 @@ def test_a_body_that_is_no_order_is_a_bad_request(norce: Shop, raw: bytes) -> No
 # --- an order and its rules -------------------------------------------------------------------------------------------
 
 
-def test_v1_shows_the_same_order_in_its_own_words(norce: Shop) -> None:
+def test_v1_shows_the_same_order_with_its_own_names(norce: Shop) -> None:
     order_id = norce.create(SAMPLE)
     norce.pay(order_id, upsell={"eligible": True})
     norce.ask("add_hook", HOOK | {"reference": "r"}, version="v1", order_id=order_id)
@@ -332,7 +332,7 @@ def test_a_part_that_the_state_locks_does_not_change(norce: Shop) -> None:
     assert order["customer"] == {"type": "person", "billing": ADDRESS}
 
 
-def test_the_total_follows_the_cart_and_the_shippings_that_count(norce: Shop) -> None:
+def test_the_total_is_that_of_the_cart_and_of_shippings_that_are_not_removed(norce: Shop) -> None:
     order_id = norce.create()
     shipping = {"total": PRICE, "vatRate": 0.25}
     ids = [norce.ask("add_shipping", shipping, order_id=order_id, status=201).json()["id"] for _ in range(2)]
@@ -357,7 +357,7 @@ def test_attributes_are_merged_and_everything_else_is_replaced(norce: Shop) -> N
     assert (order["payments"][0]["id"], order["payments"][0].get("reference")) == (payment_id, None)
 
 
-def test_transactions_are_kept_beside_the_order(norce: Shop) -> None:
+def test_transactions_are_not_part_of_the_order(norce: Shop) -> None:
     order_id = norce.create()
     path = {"order_id": order_id, "payment_id": norce.pay(order_id)}
     norce.ask("add_transaction", {"requestJson": "{"}, **path, status=400)
@@ -381,7 +381,7 @@ def test_an_equal_write_changes_nothing(norce: Shop) -> None:
 
 
 @pytest.mark.parametrize("scope", ["/payments/0/state", "/cart/items/0", "state", "", "/a//b"])
-def test_a_scope_that_cannot_be_watched_is_refused(norce: Shop, scope: str) -> None:
+def test_a_scope_inside_an_array_or_without_a_pointer_is_refused(norce: Shop, scope: str) -> None:
     order_id = norce.create()
 
     norce.ask("add_hook", HOOK | {"scope": scope}, version="v1", order_id=order_id, status=400)
@@ -484,7 +484,7 @@ def test_a_basket_becomes_an_order_and_is_bought(norce: Shop) -> None:
     assert order["shippings"][0]["tmsReference"]
 
 
-def test_a_payment_that_is_not_valid_stays_in_checkout_and_can_be_taken_back(norce: Shop) -> None:
+def test_an_invalid_order_stays_in_checkout_and_its_payment_can_be_cancelled(norce: Shop) -> None:
     order_id = norce.create(consents=[{"id": "c1", "required": True}])
     payment_id = norce.ask("start_payment", order_id=order_id).json()["paymentId"]
     refused = norce.ask("complete_payment", order_id=order_id, payment_id=payment_id, status=400)
@@ -501,7 +501,7 @@ def test_a_payment_that_is_not_valid_stays_in_checkout_and_can_be_taken_back(nor
 # --- configuration ----------------------------------------------------------------------------------------------------
 
 
-def test_documents_come_and_go_with_their_channel(norce: Shop) -> None:
+def test_documents_belong_to_a_channel(norce: Shop) -> None:
     path = {"merchant": "norce", "channel": "se"}
     other = {"$schema": DOCUMENT["$schema"], "id": "admin_meta"}
     assert norce.ask("put_configurations", [DOCUMENT, other], **path, status=200).json() == [DOCUMENT, other]
@@ -597,7 +597,7 @@ def test_switches_are_read_and_set_over_http(norce: Shop) -> None:
 
 
 @pytest.mark.parametrize("name", questions())
-def test_every_switch_is_set_from_text_and_asks_a_question(name: str) -> None:
+def test_every_switch_can_be_set_from_text_and_has_a_question(name: str) -> None:
     question, default = questions()[name]
     text = str(default).lower() if isinstance(default, bool) else str(default)
 
@@ -640,7 +640,7 @@ def test_norces_clock_may_be_ahead(norce: Shop) -> None:
 
 
 @pytest.mark.parametrize(("switch", "created"), [("answers_lost", 1), ("connections_broken", 0)])
-def test_a_broken_connection_leaves_the_caller_in_doubt(switch: str, created: int) -> None:
+def test_a_broken_connection_does_not_show_if_the_request_was_carried_out(switch: str, created: int) -> None:
     async def broken() -> int:
         async with Simulator(token="t") as simulator, httpx.AsyncClient(trust_env=False) as http:
             simulator.set_switches(**{switch: 1})

@@ -49,7 +49,7 @@ def once(order_ids: list[str]) -> list[dict[str, Any]]:
     ],
     ids=["each once", "with others", "one is lost", "one is doubled", "one is dead"],
 )
-def test_a_burst_counts_what_the_ledger_has(ledger: Ledger, lost: int, doubled: int, says: str | None) -> None:
+def test_a_burst_finds_lost_and_doubled_orders(ledger: Ledger, lost: int, doubled: int, says: str | None) -> None:
     summary = played("burst", ledger, orders=5)
 
     assert (summary["lost"], summary["doubled"]) == (lost, doubled)
@@ -62,7 +62,7 @@ def test_a_service_that_does_nothing_passes_no_scenario(name: str) -> None:
     assert played(name, lambda _ids: [])["unmet"]
 
 
-def test_a_delivery_of_an_order_that_was_declined_is_found() -> None:
+def test_a_delivery_of_a_declined_order_is_found() -> None:
     assert played("declined-after-acceptance", once)["unmet"] == "deliveries: ['delivered'], not []"
 
 
