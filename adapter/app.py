@@ -71,30 +71,26 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def running(config: Config, routes: Routes, *, hold: bool = False) -> AsyncIterator[Service]:
-    """Run the service. With `hold`, it takes callbacks and commands but delivers nothing.
+    """Run the service. With `hold`, it receives callbacks and commands but delivers nothing.
 
     Raises:
-        StoreInUse: another process has the ledger.
+        StoreInUse: another process uses the ledger.
         StoreUnavailable: the ledger cannot be opened.
-        PortInUse: a port or the Unix socket cannot be listened on.
+        PortInUse: a port or the Unix socket is not available.
     """
     async with contextlib.AsyncExitStack() as stack:
         health, metrics = Health(is_held=hold), Metrics(VERSION)
         store = Store.open(config.store.url)
         stack.callback(store.close)
-        base = _Base(config=config, routes=routes, store=store, metrics=metrics)
         health.checks["store"] = lambda: not store.failing
+        builder = _PartsBuilder(config=config, routes=routes, store=store, metrics=metrics)
         verdict_log = VerdictLog(store, dropped=metrics.verdicts_dropped.inc)
         stack.push_async_callback(verdict_log.flush)
         norce = norce_client(config, metrics)
         stack.push_async_callback(norce.aclose)
         if any(route.callback.kind != "notification" and not route.computes for route in routes.all):
             stack.enter_context(short_thread_slices())
-        runner = Runner(
-            make_norce=lambda: norce_client(config, metrics),
-            clock=lambda: to_datetime(store.clock()),
-            replaced=lambda loop, route: metrics.plugin_loops_replaced.labels(loop, route).inc(),
-        )
+        runner = builder.runner()
         stack.push_async_callback(runner.stop, PLUGINS_STOP_WITHIN)
 
         lease = Lease(store, version=VERSION)
@@ -102,32 +98,19 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         lanes = Lanes(store, lease, policy=pause_policy(config))
         queues = await lanes.open_queues(queue_keys(config, routes))
         attempts = Attempts(runner=runner, norce=norce, clock=store.clock)
-        dispatcher = base.dispatcher(queues, lanes, lease, attempts, hold=hold)
-        norce_settings = NorceSettings(
-            config, routes, norce, published_schema(config, routes),
-            stored=StoredDocuments(store), metrics=metrics, changed=dispatcher.wake,
-        )  # fmt: skip
+        dispatcher = builder.dispatcher(queues, lanes, lease, attempts, hold=hold)
+        norce_settings = builder.norce_settings(norce, dispatcher)
         await _read_norce_settings(config, norce_settings)
         dispatcher.switched_off = norce_settings.switched_off
-        intake = intake_of(routes, store, queues, metrics, dispatcher.wake)
-        verdicts = Verdicts(
-            routes,
-            runner=runner,
-            norce=norce,
-            metrics=metrics,
-            clock=store.clock,
-            circuit_breaker=CircuitBreaker(
-                failures=config.circuit_breaker.failures, open_for=config.circuit_breaker.open_for
-            ),
-            record=verdict_log.record,
-        )
-        endpoint = base.callback_endpoint(intake, verdicts, norce_settings)
+        intake = Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=dispatcher.wake)
+        verdicts = builder.verdicts(runner, norce, verdict_log)
+        endpoint = builder.callback_endpoint(intake, verdicts, norce_settings)
         registrations = Registrations(config, Registrar(config, norce), norce_settings.switched_off)
         reconciler = reconciliation(config, norce, intake, store, metrics)
 
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
-        # The operations listeners are the first to open and the last to close: operators watch a shutdown there.
+        # The operations listeners open first and close last, so that operators can watch a shutdown.
         operations = OperationsEndpoints(health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run)
         operations_address = await _serve_operations(stack, config, operations)
         for name, work in (
@@ -142,7 +125,6 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         stack.callback(store.database.listen(_from_any_thread(dispatcher.wake)))
         dispatching = asyncio.create_task(dispatcher.run())
         health.checks["dispatcher"] = lambda: not dispatching.done()
-
         public_listener = contextlib.AsyncExitStack()
 
         async def stop_working() -> None:
@@ -151,14 +133,9 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             await dispatching
 
         stack.push_async_callback(stop_working)
-        beside = routes_beside_callbacks(registrations, config.adapter.id, norce_settings.schema)
+        app = PublicApp(endpoint, routes_beside_callbacks(registrations, config.adapter.id, norce_settings.schema))
         await public_listener.enter_async_context(
-            http_server(
-                PublicApp(endpoint, beside),
-                public,
-                report_refusals(metrics),
-                lambda: verdicts.waiting + registrations.waiting,
-            )
+            http_server(app, public, report_refusals(metrics), waiting=lambda: verdicts.waiting + registrations.waiting)
         )
         health.started = True
         service = Service(public_address=url_of(public), operations_address=operations_address)
@@ -173,7 +150,6 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
 
 
 def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, metrics: Metrics) -> Reconciliation:
-    """Return the reconciliation with the event logs of all merchants."""
     return Reconciliation(
         norce,
         intake,
@@ -187,20 +163,21 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
     )
 
 
-def intake_of(
-    routes: Routes, store: Store, queues: Mapping[QueueKey, int], metrics: Metrics, wake: Callable[[], None]
-) -> Intake:
-    return Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=wake)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Base:
-    """The values that most parts need, and the parts that need many of them."""
+class _PartsBuilder:
+    """The values that most parts need, and a method for each part that takes many arguments."""
 
     config: Config
     routes: Routes
     store: Store
     metrics: Metrics
+
+    def runner(self) -> Runner:
+        return Runner(
+            make_norce=lambda: norce_client(self.config, self.metrics),
+            clock=lambda: to_datetime(self.store.clock()),
+            replaced=lambda loop, route: self.metrics.plugin_loops_replaced.labels(loop, route).inc(),
+        )
 
     def dispatcher(
         self, queues: Mapping[QueueKey, int], lanes: Lanes, lease: Lease, attempts: Attempts, *, hold: bool
@@ -218,6 +195,29 @@ class _Base:
             random=random.random,
             shared=self.store.shared,
             held=hold,
+        )
+
+    def norce_settings(self, norce: Norce, dispatcher: Dispatcher) -> NorceSettings:
+        return NorceSettings(
+            self.config,
+            self.routes,
+            norce,
+            published_schema(self.config, self.routes),
+            stored=StoredDocuments(self.store),
+            metrics=self.metrics,
+            changed=dispatcher.wake,
+        )
+
+    def verdicts(self, runner: Runner, norce: Norce, verdict_log: VerdictLog) -> Verdicts:
+        given = self.config.circuit_breaker
+        return Verdicts(
+            self.routes,
+            runner=runner,
+            norce=norce,
+            metrics=self.metrics,
+            clock=self.store.clock,
+            circuit_breaker=CircuitBreaker(failures=given.failures, open_for=given.open_for),
+            record=verdict_log.record,
         )
 
     def callback_endpoint(self, intake: Intake, verdicts: Verdicts, norce_settings: NorceSettings) -> CallbackEndpoint:
@@ -239,8 +239,8 @@ class _Base:
 async def _read_norce_settings(config: Config, norce_settings: NorceSettings) -> None:
     """Apply the settings in Norce's configuration before the first callback is answered.
 
-    Until Norce answers, what it said the last time holds. The first read has a short limit of its own, because no lease
-    is renewed and no signal heard meanwhile.
+    Until Norce answers, its last stored settings apply. The time limit is short, because meanwhile no lease is renewed
+    and no signal is handled.
     """
     if config.norce.refresh:
         await norce_settings.restore()
@@ -250,7 +250,7 @@ async def _read_norce_settings(config: Config, norce_settings: NorceSettings) ->
 
 
 async def _serve_operations(stack: contextlib.AsyncExitStack, config: Config, endpoints: OperationsEndpoints) -> str:
-    """Serve the operations application on its port and its Unix socket. Return the address of the port."""
+    """Serve operations on the port and the Unix socket. Return the address of the port."""
     given = config.operations
     port = listen(given.host, given.port)
     stack.callback(port.close)
@@ -262,7 +262,7 @@ async def _serve_operations(stack: contextlib.AsyncExitStack, config: Config, en
 
 
 def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that any thread may call to have `function` called on the running event loop."""
+    """Return a function by which any thread can call `function` on this event loop."""
     loop = asyncio.get_running_loop()
 
     def call() -> None:
@@ -274,7 +274,7 @@ def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
 
 @contextlib.asynccontextmanager
 async def _background_task(name: str, work: Coroutine[None, None, None], health: Health) -> AsyncIterator[None]:
-    """Run work that never ends by itself. If it does end, the service is not ready, and the log has the reason."""
+    """Run work that should not end. If it ends, the service is no longer ready."""
     task = asyncio.create_task(work)
     health.checks[name] = lambda: not task.done()
     task.add_done_callback(_log_failure)

@@ -1,1 +1,1 @@
-"""The operations port: health, metrics and commands."""
+"""Operations: health, metrics and commands, on a port and a Unix socket."""

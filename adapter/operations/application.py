@@ -1,7 +1,7 @@
-"""The operations application: health, metrics and commands. It is for operators and must not face the internet.
+"""The operations application: health, metrics and commands. Keep it off the internet.
 
-Alive means that the event loop answers. Ready means that callbacks can be taken: the ledger can be written and the
-service is not stopping.
+Alive means that the event loop answers. Ready means that the service can receive callbacks: the ledger can be written,
+and the service is not stopping.
 """
 
 import asyncio
@@ -33,7 +33,7 @@ LARGEST_COMMAND_BYTES = 1024 * 1024
 
 
 class Reconcile(Protocol):
-    """`Reconciliation.run`: reads Norce's event logs, and reports after each page."""
+    """The type of `Reconciliation.run`, which yields the progress after each page."""
 
     def __call__(self, *, since: datetime | None, dry_run: bool) -> AsyncIterator[LogProgress]: ...
 
@@ -50,7 +50,10 @@ class CommandTooLarge(Exception):
 
 
 class OperationsEndpoints:
-    """The endpoints of the operations application. `wake` is called after each command, since there may be new work."""
+    """The endpoints of the operations application.
+
+    `wake` is called after each command, because a command may create work for the dispatcher.
+    """
 
     def __init__(
         self,
@@ -73,7 +76,10 @@ class OperationsEndpoints:
         return self._application(lambda _request: None)
 
     def for_port(self, token: Secret | None) -> Starlette:
-        """Return the application for the port. Commands need the bearer token; without one, all are refused."""
+        """Return the application for the port. Commands need the bearer token.
+
+        Without a configured token, the port refuses every command.
+        """
         return self._application(lambda request: _refuse_without_token(request, token))
 
     def _application(self, refuse: Callable[[Request], Response | None]) -> Starlette:
@@ -110,7 +116,7 @@ class OperationsEndpoints:
         try:
             with self._store.read_connection() as connection:
                 overview = Queries(connection).overview(self._store.clock())
-        except DBAPIError as error:  # while the store fails, all other metrics are needed most
+        except DBAPIError as error:  # the other metrics are needed most while the store fails
             log.warning("ledger_unreadable", error_type=type(error).__name__)
             overview = Overview(by_route={}, oldest_waiting_seconds={}, paused={})
         self._metrics.set_ledger_gauges(
@@ -125,7 +131,7 @@ class OperationsEndpoints:
         try:
             body = await _read_body(request)
             if name == "reconcile":
-                lines = self._reconciled(msgspec.json.decode(body, type=ReconcileCommand))
+                lines = self._run_reconciliation(msgspec.json.decode(body, type=ReconcileCommand))
                 return StreamingResponse(lines, media_type="application/x-ndjson")
             answer = await self._commands.do(name, body)
         except NoSuchCommand as error:
@@ -142,11 +148,11 @@ class OperationsEndpoints:
         self._wake()
         return JSONResponse(answer)
 
-    async def _reconciled(self, asked: ReconcileCommand) -> AsyncIterator[bytes]:
-        """Yield a line of JSON after each page. If the run ends early, the last line has the reason."""
+    async def _run_reconciliation(self, command: ReconcileCommand) -> AsyncIterator[bytes]:
+        """Yield a line of JSON per page. If the run ends early, the last line has the error."""
         missed: dict[str, int] = {}
         try:
-            async for found in self._reconcile(since=asked.since, dry_run=asked.dry_run):
+            async for found in self._reconcile(since=command.since, dry_run=command.dry_run):
                 missed[found.merchant] = found.missed
                 yield msgspec.json.encode(found) + b"\n"
                 if self._health.stopping:  # a shutdown does not wait for a long log
@@ -154,7 +160,7 @@ class OperationsEndpoints:
                     return
         except (NorceError, StoreUnavailable) as error:
             yield msgspec.json.encode({"error": str(error)}) + b"\n"
-        log.info("command_done", command="reconcile", count=0 if asked.dry_run else sum(missed.values()))
+        log.info("command_done", command="reconcile", count=0 if command.dry_run else sum(missed.values()))
 
 
 def _refuse_without_token(request: Request, token: Secret | None) -> Response | None:

@@ -1,4 +1,4 @@
-"""The health of the service, as the probes report it."""
+"""The health of the service, which the probes report."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 @dataclass(kw_only=True)
 class Health:
-    """The state of the service. `checks` has a function by name for each part; it returns True if the part works.
+    """The state of the service. A check returns True while its part works.
 
-    A destination that is down does not make the service unready, because the intake must go on.
+    A destination that is down does not make the service unready, because it must keep receiving callbacks.
     """
 
     started: bool = False
@@ -17,6 +17,6 @@ class Health:
     checks: dict[str, Callable[[], bool]] = field(default_factory=dict)
 
     def results(self) -> dict[str, bool]:
-        """Return the result of every check. The service can take callbacks if all are True."""
+        """Return the result of every check. The service is ready if all are True."""
         checked = {name: check() for name, check in self.checks.items()}
         return {"started": self.started, "not_stopping": not self.stopping} | checked

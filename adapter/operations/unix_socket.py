@@ -1,4 +1,4 @@
-"""The Unix socket of the operations application, which only the user of the service may use."""
+"""The Unix socket of the operations application. Only the user of the service may use it."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from adapter.callbacks.server import PortInUse
 
 @contextlib.contextmanager
 def listening_at(path: Path) -> Iterator[socket.socket]:
-    """Listen on a Unix socket with mode 0600, and remove its file at the end.
+    """Listen on a Unix socket with mode 0600, and remove its file afterwards.
 
-    A file that a killed process left behind is replaced.
+    The file of a killed process is replaced.
 
     Raises:
         PortInUse: another process listens there, or the socket cannot be created.
@@ -25,7 +25,7 @@ def listening_at(path: Path) -> Iterator[socket.socket]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(path)
             listening.bind(str(path))
-            # Nobody can connect before `listen`, so the mode that the umask gave it until here does no harm.
+            # Connecting is impossible before `listen`, so nobody could use the mode that the umask gave.
             path.chmod(0o600)
             listening.listen()
             created = _identity(path)
@@ -36,7 +36,7 @@ def listening_at(path: Path) -> Iterator[socket.socket]:
             yield listening
         finally:
             with contextlib.suppress(OSError):
-                if _identity(path) == created:  # another service may have replaced it meanwhile
+                if _identity(path) == created:  # another service may have replaced it
                     path.unlink()
     finally:
         listening.close()
@@ -45,7 +45,7 @@ def listening_at(path: Path) -> Iterator[socket.socket]:
 def _remove_stale(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise FileExistsError(None, "a file that is no socket is there")
+            raise FileExistsError(None, "the file there is not a socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(str(path))

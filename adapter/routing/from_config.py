@@ -1,4 +1,4 @@
-"""Builds parts of lower layers from the configuration, which they cannot import themselves."""
+"""Parts of lower layers, built from the configuration that they cannot import."""
 
 from collections.abc import Mapping
 
@@ -50,10 +50,10 @@ def norce_accounts(config: Config) -> Mapping[str, Account]:
 
 
 def norce_client(config: Config, metrics: Metrics, transport: httpx.AsyncBaseTransport | None = None) -> Norce:
-    """Return a client for Norce on the running event loop. Tests may give another transport."""
+    """Return a client for Norce on the running event loop."""
     for name, merchant in config.merchants.items():
         for number, _ in enumerate(merchant.tokens, 1):
-            metrics.norce_requests.labels(name, str(number), "200")  # so that an unused token is seen to be at 0
+            metrics.norce_requests.labels(name, str(number), "200")  # show the count of an unused token as 0
     return Norce(
         norce_accounts(config),
         adapter_id=config.adapter.id,

@@ -63,7 +63,7 @@ def test_a_file_that_is_no_socket_is_left_alone(path: Path, kind: str) -> None:
     path.parent.mkdir()
     {"file": path.touch, "folder": path.mkdir, "link": lambda: path.symlink_to("/dev/null")}[kind]()
 
-    with pytest.raises(PortInUse, match="a file that is no socket is there"):
+    with pytest.raises(PortInUse, match="the file there is not a socket"):
         listening_at(path).__enter__()
 
     assert os.path.lexists(path)
