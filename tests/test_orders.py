@@ -41,13 +41,13 @@ def members(order: Order) -> dict[str, Any]:
 # --- the view -------------------------------------------------------------------------------------------------------
 
 
-def test_the_bytes_are_kept_as_they_came() -> None:
+def test_raw_is_the_unchanged_body() -> None:
     spelled = b' {"id" : "order-1",\n"total": {"includingVat": 1.50}, "id": "order-1"}\n'
 
     assert read_order(spelled).raw == spelled
 
 
-def test_a_real_order_is_read_whole() -> None:
+def test_a_real_order_is_decoded_completely() -> None:
     order = read_order(COMPLETED)
 
     assert order.set_aside == ()
@@ -58,7 +58,7 @@ def test_a_real_order_is_read_whole() -> None:
     assert order.data == TREE
 
 
-def test_a_tree_that_was_decoded_already_is_not_decoded_again() -> None:
+def test_a_decoded_tree_is_not_decoded_again() -> None:
     data = order_in(decode(COMPLETED))
 
     assert read_order(COMPLETED, data).data is data
@@ -77,7 +77,7 @@ def test_a_tree_that_was_decoded_already_is_not_decoded_again() -> None:
         ('"12.30"', Decimal("12.30")),
     ],
 )
-def test_an_amount_is_what_is_written(written: str, exact: Decimal) -> None:
+def test_an_amount_is_exact(written: str, exact: Decimal) -> None:
     order = read_order(b'{"id": "order-1", "total": {"includingVat": %s}}' % written.encode())
 
     assert order.total.including_vat == exact
@@ -127,7 +127,7 @@ def test_a_name_that_looks_like_a_number_is_a_name() -> None:
     assert order_of(customer={"billing": {"givenName": "Nan"}}).customer.billing.given_name == "Nan"
 
 
-def test_what_the_view_does_not_know_is_in_the_data() -> None:
+def test_unknown_members_are_in_the_data() -> None:
     order = order_of(loyalty={"level": 3}, cart={"items": [{"sku": "A", "logistics": {"weight": 5}}]})
 
     assert order.data["loyalty"] == {"level": 3}
@@ -135,7 +135,7 @@ def test_what_the_view_does_not_know_is_in_the_data() -> None:
     assert order.set_aside == ()
 
 
-def test_a_value_that_an_enumeration_gets_later_is_kept() -> None:
+def test_new_values_of_enumerations_are_kept() -> None:
     order = order_of(
         state={"currentStatus": "on-hold"},
         customer={"type": "robot"},
@@ -216,7 +216,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(place=st.sampled_from(PLACES), value=JSON_VALUES)
-def test_a_member_of_the_wrong_type_costs_itself_and_nothing_beside_it(place: tuple[Any, ...], value: Any) -> None:
+def test_only_the_member_of_a_wrong_type_is_set_aside(place: tuple[Any, ...], value: Any) -> None:
     tree = copy.deepcopy(TREE)
     put(tree, place, value)
 
@@ -234,7 +234,7 @@ def test_a_member_of_the_wrong_type_costs_itself_and_nothing_beside_it(place: tu
 
 
 @given(value=JSON_VALUES)
-def test_an_order_of_whatever_members_is_shown_at_least_with_its_ids(value: Any) -> None:
+def test_an_order_with_any_members_keeps_its_ids(value: Any) -> None:
     names = [name for name in TREE if name not in ("id", "merchant", "channel")]
     tree = {**TREE, **dict.fromkeys(names, value)}
 
@@ -243,7 +243,7 @@ def test_an_order_of_whatever_members_is_shown_at_least_with_its_ids(value: Any)
     assert (order.id, order.merchant, order.channel) == (TREE["id"], TREE["merchant"], TREE["channel"])
 
 
-def test_an_order_of_nothing_but_odd_members_is_shown_with_its_ids_alone() -> None:
+def test_an_order_with_many_odd_members_has_only_its_ids() -> None:
     order = order_of(merchant="m", channel="1", currency="SEK", payments=[{"id": n} for n in range(100)])
 
     assert (order.id, order.merchant, order.channel, order.currency) == ("order-1", "m", "1", None)
@@ -287,7 +287,7 @@ def test_an_order_is_decoded_at_the_first_look() -> None:
 
 
 @pytest.mark.parametrize("look", [lambda order: order.data, lambda order: order.id], ids=["data", "a member"])
-def test_a_look_at_what_is_no_order_raises(look: Callable[[Order], Any]) -> None:
+def test_looking_at_something_else_than_an_order_raises(look: Callable[[Order], Any]) -> None:
     with pytest.raises(NotAnOrder):
         look(Order(b"{"))
 
@@ -338,7 +338,7 @@ def test_an_order_can_be_copied() -> None:
         pytest.param(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, id="a hundred thousand objects"),
     ],
 )
-def test_what_is_not_strict_json_is_no_order(raw: bytes) -> None:
+def test_only_strict_json_is_an_order(raw: bytes) -> None:
     with pytest.raises(NotAnOrder):
         decode(raw)
     with pytest.raises(NotAnOrder):
@@ -346,12 +346,12 @@ def test_what_is_not_strict_json_is_no_order(raw: bytes) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"[]", b"null", b'"order"', b"7", b"true"], ids=bytes.decode)
-def test_what_is_not_an_object_is_no_order(raw: bytes) -> None:
+def test_only_an_object_is_an_order(raw: bytes) -> None:
     with pytest.raises(NotAnOrder):
         read_order(raw)
 
 
-def test_of_equal_keys_the_last_one_wins_in_the_view_and_in_the_data() -> None:
+def test_the_last_of_equal_keys_wins() -> None:
     order = read_order(b'{"id": "first", "id": "last", "currency": "NOK", "currency": "SEK"}')
 
     assert (order.id, order.currency) == ("last", "SEK")
@@ -363,13 +363,13 @@ def nested(depth: int) -> bytes:
 
 
 @pytest.mark.parametrize("depth", [1100, 5000, 50_000])
-def test_what_is_nested_too_deeply_is_no_order(depth: int) -> None:
+def test_an_object_nested_too_deeply_is_no_order(depth: int) -> None:
     with pytest.raises(NotAnOrder):
         read_order(nested(depth))
 
 
 @pytest.mark.parametrize("depth", range(200, 1000, 100))
-def test_near_the_limit_which_is_the_interpreters_an_order_is_read_or_refused(depth: int) -> None:
+def test_an_order_near_the_interpreters_limit_of_nesting_is_read_or_refused(depth: int) -> None:
     try:
         order = read_order(nested(depth))
     except NotAnOrder:
@@ -385,7 +385,7 @@ def test_a_decent_depth_is_read() -> None:
 
 
 @given(st.binary(max_size=40))
-def test_whatever_the_bytes_are_it_is_an_order_or_not_an_order(raw: bytes) -> None:
+def test_any_bytes_are_an_order_or_raise_not_an_order(raw: bytes) -> None:
     try:
         assert isinstance(read_order(raw), Order)
     except NotAnOrder:
@@ -402,7 +402,7 @@ def test_whatever_the_bytes_are_it_is_an_order_or_not_an_order(raw: bytes) -> No
     ],
     ids=["envelope", "bare", "null member", "a member of that name"],
 )
-def test_the_order_is_the_body_or_its_member_of_that_name(tree: Any, inner: Any) -> None:
+def test_the_order_is_the_body_or_its_member_order(tree: Any, inner: Any) -> None:
     assert order_in(tree) == inner
 
 
@@ -422,7 +422,7 @@ def test_the_order_is_the_body_or_its_member_of_that_name(tree: Any, inner: Any)
         (b'{"a": 1, "a": 2}', b'{"a": 2}'),
     ],
 )
-def test_equal_values_have_one_spelling(one: bytes, other: bytes) -> None:
+def test_equal_values_have_equal_bytes(one: bytes, other: bytes) -> None:
     assert canonical(decode(one)) == canonical(decode(other))
 
 
@@ -437,19 +437,19 @@ def test_equal_values_have_one_spelling(one: bytes, other: bytes) -> None:
         (b'{"a": ""}', b'{"a": null}'),
     ],
 )
-def test_other_values_have_another_spelling(one: bytes, other: bytes) -> None:
+def test_different_values_have_different_bytes(one: bytes, other: bytes) -> None:
     assert canonical(decode(one)) != canonical(decode(other))
 
 
 @given(JSON_VALUES)
-def test_the_spelling_says_the_same_value(value: Any) -> None:
+def test_canonical_bytes_hold_the_same_value(value: Any) -> None:
     spelled = canonical(value)
 
     assert json.loads(spelled) == value
     assert canonical(json.loads(spelled)) == spelled
 
 
-def test_what_is_nested_too_deeply_has_no_spelling() -> None:
+def test_a_value_nested_too_deeply_has_no_canonical_bytes() -> None:
     deep: Any = 1
     for _ in range(5000):
         deep = [deep]
@@ -482,7 +482,7 @@ def test_a_moment_is_aware_utc_or_none(text: Any, moment: datetime | None) -> No
 
 
 @given(st.text(max_size=30) | JSON_VALUES)
-def test_no_text_breaks_the_reading_of_a_moment(value: Any) -> None:
+def test_any_text_is_a_moment_or_none(value: Any) -> None:
     moment = instant(value)
 
     assert moment is None or moment.tzinfo is UTC

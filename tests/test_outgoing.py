@@ -83,7 +83,7 @@ def outcome(destination: Destination, method: str = "GET", **more: Any) -> Outco
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
-def test_a_success_is_handed_on() -> None:
+def test_a_success_is_returned() -> None:
     assert request(answering(201, json={"number": "7"}), "PUT").json() == {"number": "7"}
 
 
@@ -112,7 +112,7 @@ STATUSES: dict[int, tuple[type[Outcome], type[Outcome]]] = {  # for GET and HEAD
 
 @pytest.mark.parametrize("method", [*SAFE, *UNSAFE])
 @pytest.mark.parametrize("status", STATUSES)
-def test_a_status_is_an_outcome(status: int, method: str) -> None:
+def test_each_status_is_an_outcome(status: int, method: str) -> None:
     expected = STATUSES[status][method in UNSAFE]
 
     raised = outcome(answering(status), method)
@@ -123,7 +123,7 @@ def test_a_status_is_an_outcome(status: int, method: str) -> None:
 
 @pytest.mark.parametrize("method", [*SAFE, *UNSAFE])
 @pytest.mark.parametrize("error", [httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout])
-def test_where_no_connection_was_made_nothing_has_happened(error: type[httpx.TransportError], method: str) -> None:
+def test_a_request_without_a_connection_is_a_retry(error: type[httpx.TransportError], method: str) -> None:
     raised = outcome(failing(error("canary 10.0.0.1")), method)
 
     assert (type(raised), raised.code) == (Retry, "destination-unreachable")
@@ -137,7 +137,7 @@ LOST = [httpx.ReadTimeout, httpx.ReadError, httpx.WriteError, httpx.WriteTimeout
 @pytest.mark.parametrize(
     ("method", "expected"), [*((each, Retry) for each in SAFE), *((each, Unknown) for each in UNSAFE)]
 )
-def test_where_no_answer_came_only_a_request_that_changes_nothing_is_simply_repeated(
+def test_a_write_without_an_answer_is_unknown_and_a_read_is_a_retry(
     error: type[httpx.TransportError], method: str, expected: type[Outcome]
 ) -> None:
     raised = outcome(failing(error("canary")), method)
@@ -153,7 +153,7 @@ class BreaksOff(httpx.AsyncByteStream):
 
 
 @pytest.mark.parametrize(("method", "expected"), [("GET", Retry), ("PUT", Unknown)])
-def test_an_answer_that_breaks_off_is_no_answer(method: str, expected: type[Outcome]) -> None:
+def test_an_incomplete_answer_is_no_answer(method: str, expected: type[Outcome]) -> None:
     assert type(outcome(answering(200, stream=BreaksOff()), method)) is expected
 
 
@@ -170,7 +170,7 @@ class Chunks(httpx.AsyncByteStream):
 
 
 @pytest.mark.parametrize(("method", "expected"), [("GET", Retry), ("PUT", Unknown)])
-def test_an_answer_without_end_is_left_after_a_mebibyte(method: str, expected: type[Outcome]) -> None:
+def test_an_endless_answer_is_cut_off_after_a_mebibyte(method: str, expected: type[Outcome]) -> None:
     chunks = Chunks(count=1000, size=65536)
 
     raised = outcome(answering(200, stream=chunks), method)
@@ -185,7 +185,7 @@ def test_an_answer_of_a_mebibyte_is_read() -> None:
     assert len(answer.content) == MAX_ANSWER_BYTES
 
 
-def test_a_compressed_answer_is_neither_asked_for_nor_unpacked() -> None:
+def test_compression_is_neither_requested_nor_accepted() -> None:
     bomb = gzip.compress(b"0" * 50_000_000)
     destination = answering(200, content=bomb, headers={"content-encoding": "gzip"})
 
@@ -218,21 +218,21 @@ def test_a_compressed_answer_is_neither_asked_for_nor_unpacked() -> None:
         pytest.param(None, None, id="no header"),
     ],
 )
-def test_retry_after_is_seconds_or_a_date_or_nothing(value: str | None, seconds: int | None) -> None:
+def test_retry_after_is_seconds_or_a_date(value: str | None, seconds: int | None) -> None:
     after = retry_after(value, NOON)
 
     assert after == (None if seconds is None else timedelta(seconds=seconds))
 
 
 @given(st.text(max_size=40) | st.datetimes(timezones=st.just(UTC)).map(format_datetime))
-def test_no_retry_after_is_an_error_or_a_moment_in_the_past(value: str) -> None:
+def test_any_retry_after_is_a_delay_or_none(value: str) -> None:
     after = retry_after(value, NOON)
 
     assert after is None or after >= timedelta(0)
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 503])
-def test_a_busy_destination_says_when_to_come_again(status: int) -> None:
+def test_a_busy_destination_delays_the_retry(status: int) -> None:
     raised = outcome(answering(status, headers={"retry-after": "120"}), "PUT")
 
     assert isinstance(raised, Retry)
@@ -242,7 +242,7 @@ def test_a_busy_destination_says_when_to_come_again(status: int) -> None:
 # --- hosts ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_hosts_are_those_of_every_address_in_the_settings_however_deep() -> None:
+def test_the_origins_are_those_of_every_url_in_the_settings() -> None:
     settings = ShopSettings(
         auth=Auth(token_url=Url("https://login.example:8443/token")),
         mirrors=(Url("https://mirror.example"),),
@@ -290,7 +290,7 @@ def test_a_host_that_is_not_in_the_settings_is_not_reached(url: str) -> None:
         ("http://[::1]:9000", "http://[::1]:9000/orders"),
     ],
 )
-def test_a_host_is_known_in_every_spelling(declared: str, called: str) -> None:
+def test_a_host_is_recognised_in_every_spelling(declared: str, called: str) -> None:
     destination = answering()
 
     request(destination, url=called, settings=ShopSettings(base_url=Url(declared)))
@@ -326,9 +326,7 @@ def test_the_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyP
     ],
     ids=["long", "short"],
 )
-def test_a_request_ends_before_the_deadline_whatever_the_handler_asked_for(
-    left: timedelta, read: float, connect: float
-) -> None:
+def test_a_request_ends_before_the_deadline(left: timedelta, read: float, connect: float) -> None:
     destination = answering()
 
     request(destination, left=left, timeout=3600)
@@ -338,7 +336,7 @@ def test_a_request_ends_before_the_deadline_whatever_the_handler_asked_for(
 
 
 @pytest.mark.parametrize("left", [timedelta(milliseconds=100), timedelta(0), timedelta(seconds=-5)], ids=str)
-def test_without_time_left_nothing_is_sent(left: timedelta) -> None:
+def test_nothing_is_sent_after_the_deadline(left: timedelta) -> None:
     destination = answering()
 
     raised = outcome(destination, "PUT", left=left)
@@ -374,7 +372,7 @@ def test_the_connections_outlive_the_client_of_one_call() -> None:
         pytest.param(2, Unknown, "destination-no-answer", b"PUT /orders/1 HTTP/1.1", id="before-the-body"),
     ],
 )
-def test_a_process_that_was_stopped_past_its_deadline_sends_nothing_when_it_goes_on(
+def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
     readings: int, outcome: type[Outcome], code: str, arrived: bytes
 ) -> None:
     """Over TCP: the clock says how late it is at the first so many readings, and after them that it is too late."""

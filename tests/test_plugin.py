@@ -61,7 +61,7 @@ CANARY = "canary-19811218"
         ("http://[::1]:9000/", "http://[::1]:9000", ("http", "::1", 9000)),
     ],
 )
-def test_an_address_is_https_or_this_machine(text: str, kept: str, origin: tuple[str, str, int]) -> None:
+def test_an_address_is_https_or_loopback(text: str, kept: str, origin: tuple[str, str, int]) -> None:
     url = Url(text)
 
     assert (url, url.origin) == (kept, origin)
@@ -101,7 +101,7 @@ def test_an_address_is_https_or_this_machine(text: str, kept: str, origin: tuple
         "https://shop.example/a\tb",
     ],
 )
-def test_an_address_that_is_anything_else_is_refused(text: str) -> None:
+def test_other_addresses_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"address"):
         Url(text)
 
@@ -118,7 +118,7 @@ class SecretSettings(Settings, frozen=True, kw_only=True):
     password: Secret
 
 
-def test_a_secret_is_shown_by_nothing_but_reveal() -> None:
+def test_only_reveal_shows_a_secret() -> None:
     secret = Secret(CANARY)
 
     shown = [
@@ -178,7 +178,7 @@ def test_a_code_that_is_not_kebab_case_is_refused(make: type, code: str) -> None
         make(code)
 
 
-def test_an_outcome_is_its_code_and_what_a_person_reads() -> None:
+def test_the_text_of_an_outcome_is_its_code_and_message() -> None:
     assert str(Reject("no-such-shop", "The shop is unknown.")) == "no-such-shop: The shop is unknown."
     assert str(Unknown("no-answer")) == "no-answer"
     assert Retry("busy", after=timedelta(seconds=5)).after == timedelta(seconds=5)
@@ -193,18 +193,18 @@ def test_a_patch_is_one_operation_of_a_json_patch() -> None:
 
 
 @pytest.mark.parametrize("op", ["test", "move", "copy", "Add", ""])
-def test_a_patch_of_another_operation_cannot_be_made(op: str) -> None:
+def test_a_patch_of_another_operation_is_refused(op: str) -> None:
     with pytest.raises(ValueError, match="add, replace or remove"):
         Patch(op, "/cart/a")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", ["", "cart", "cart/a", "/cart/~2", "/cart/~", "#/cart"])
-def test_a_patch_of_the_root_or_of_what_is_no_pointer_cannot_be_made(path: str) -> None:
+def test_a_patch_of_the_root_or_without_a_pointer_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="JSON Pointer"):
         Patch.add(path, 1)
 
 
-def test_a_refusal_is_its_code_what_the_shopper_reads_and_the_cause() -> None:
+def test_a_refusal_has_a_code_a_message_and_a_cause() -> None:
     refusal = Refuse("out-of-stock", "One item is sold out.", inner="E17")
 
     assert (str(refusal), refusal.code, refusal.inner) == ("out-of-stock: One item is sold out.", "out-of-stock", "E17")
@@ -214,7 +214,7 @@ def test_a_refusal_is_its_code_what_the_shopper_reads_and_the_cause() -> None:
 
 
 @pytest.mark.parametrize("outcome", [Retry, Reject, Unknown, Misconfigured])
-def test_an_outcome_is_an_exception_that_passes_through_anything(outcome: type[Outcome]) -> None:
+def test_an_outcome_passes_through_context_managers(outcome: type[Outcome]) -> None:
     @asynccontextmanager
     async def around() -> AsyncIterator[None]:
         yield
@@ -270,7 +270,7 @@ def test_a_key_differs_by_name_by_route_and_by_event() -> None:
     assert all(len(key) == 64 and int(key, 16) >= 0 for key in keys)
 
 
-def test_a_notification_shows_nothing_of_its_order() -> None:
+def test_the_repr_of_a_notification_shows_no_values() -> None:
     order = read_order(json.dumps({"id": "order-1", "customer": {"billing": {"email": CANARY}}}).encode())
     notification = Notification(
         id=1,
@@ -335,16 +335,16 @@ class Rule(ValidationHandler[ShopSettings]):
         (Rule, ShopSettings),
     ],
 )
-def test_a_handler_says_its_settings_as_its_type(handler: type[Shop], expected: type[Settings]) -> None:
+def test_the_settings_type_is_the_parameter_of_the_base_class(handler: type[Shop], expected: type[Settings]) -> None:
     assert handler.settings_type is expected
 
 
 @pytest.mark.parametrize(("handler", "expected"), [(Shop, False), (Child, False), (Member, True)])
-def test_a_handler_can_look_up_where_it_says_how(handler: type[Shop], expected: bool) -> None:
+def test_a_handler_can_look_up_if_it_has_a_lookup(handler: type[Shop], expected: bool) -> None:
     assert can_look_up(handler) is expected
 
 
-def test_a_handler_that_lacks_its_method_cannot_be_made() -> None:
+def test_a_handler_without_its_method_cannot_be_created() -> None:
     class Half(NotificationHandler[NoSettings]):
         pass
 

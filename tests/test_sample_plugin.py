@@ -64,7 +64,7 @@ def site(tmp_path: Path, external_services: ExternalServices, sample_plugin: Pat
         yield site
 
 
-def test_its_handlers_are_listed_with_their_package(site: Site) -> None:
+def test_installed_handlers_are_listed_with_their_package(site: Site) -> None:
     listed = site.run_command("handlers", "list", "--output", "json")
 
     assert listed.returncode == 0
@@ -79,7 +79,7 @@ def test_its_handlers_are_listed_with_their_package(site: Site) -> None:
     assert {row["from"] for row in rows.values()} == {"norce-adapter", "norce-adapter-sample"}
 
 
-def test_without_its_package_its_handlers_are_a_problem_of_the_configuration(site: Site) -> None:
+def test_a_handler_without_its_package_is_a_problem(site: Site) -> None:
     del site.environ["PYTHONPATH"]
 
     checked = site.run_command("check")
@@ -88,7 +88,7 @@ def test_without_its_package_its_handlers_are_a_problem_of_the_configuration(sit
     assert "routes.export-to-erp.handler: no installed handler has this name" in checked.stderr
 
 
-def test_its_settings_are_checked_at_their_lines(site: Site) -> None:
+def test_settings_of_a_plugin_are_checked_at_their_lines(site: Site) -> None:
     settings = site.config["routes"]["export-to-erp"]["settings"]
     settings |= {"url": "ftp://erp.example", "company": 0, "colour": "blue"}
     lines = site.write_config().read_text().splitlines()
@@ -104,14 +104,14 @@ def test_its_settings_are_checked_at_their_lines(site: Site) -> None:
         assert problem.startswith(f"{site.folder / 'config.yaml'}:{line}: routes.export-to-erp.settings.{key}: ")
 
 
-def test_settings_that_are_right_pass(site: Site) -> None:
+def test_correct_settings_pass(site: Site) -> None:
     checked = site.run_command("check")
 
     assert (checked.returncode, checked.stderr) == (0, "")
     assert checked.stdout.endswith("2 callbacks, 1 routes; no problems\n")
 
 
-def test_its_export_arrives(site: Site, external_services: ExternalServices) -> None:
+def test_the_export_of_a_plugin_arrives(site: Site, external_services: ExternalServices) -> None:
     erp = Erp()
     site.config["routes"]["export-to-erp"]["settings"]["url"] = f"{external_services.add(erp.app)}/api"
     service = site.start()
@@ -124,7 +124,7 @@ def test_its_export_arrives(site: Site, external_services: ExternalServices) -> 
     assert erp.puts == 1
 
 
-def test_an_erp_that_is_down_is_a_retry_without_a_word_of_the_plugins_about_it(site: Site) -> None:
+def test_a_destination_that_is_down_is_a_retry(site: Site) -> None:
     service = site.start()
 
     site.notify(service, make_order("for-nobody"))

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -19,19 +19,17 @@ from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
 from adapter.orders import Order, read_order
 from adapter.plugin import (
-    Context,
     Done,
     NoSettings,
-    Notification,
-    NotificationHandler,
     Reject,
     Secret,
-    Skip,
     Unknown,
 )
 from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
 from tests import PATIENCE
+from tests.asynchronous import asynchronous
+from tests.deliveries.handlers import Blocks, LooksUp, Plain, Repeatable, wait_forever
 
 NOON = 1_770_120_000_000
 SECOND = timedelta(seconds=1)
@@ -44,49 +42,6 @@ CLAIM = Claim(
     order_id="order-1", identity=b"a", received_at=NOON, body=b'{"id": "order-1"}', previous=None,
 )  # fmt: skip
 IN_DOUBT = replace(CLAIM, number=2, in_doubt=True)
-
-Does = Callable[[], Coroutine[Any, Any, Any]]
-
-
-class Plain(NotificationHandler[NoSettings]):
-    """Does what it is given, and remembers the calls."""
-
-    def __init__(self, does: Does) -> None:
-        self._does = does
-        self.calls: list[str] = []
-        self.seen: list[Notification] = []
-        self.began = threading.Event()
-
-    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
-        self.seen.append(notification)
-        return await self._called("deliver")  # type: ignore[no-any-return]
-
-    async def _called(self, kind: str) -> Any:
-        self.calls.append(kind)
-        self.thread = threading.get_ident()
-        self.began.set()
-        return await self._does()
-
-    async def has_begun(self) -> None:
-        assert await asyncio.to_thread(self.began.wait, PATIENCE)
-
-
-class Asking(Plain):
-    async def lookup(self, notification: Notification, context: Context[NoSettings]) -> Done | None:
-        return await self._called("lookup")  # type: ignore[no-any-return]
-
-
-class Repeating(Plain):
-    repeatable = True
-
-
-async def done() -> Done:
-    return Done("shop-7")
-
-
-async def for_ever() -> Done:
-    await asyncio.Event().wait()
-    raise AssertionError
 
 
 def queue(handler: Plain, *, timeout: timedelta = 30 * SECOND, refetch: bool = False) -> Queue:
@@ -142,10 +97,6 @@ async def trying(patience: timedelta = PATIENCE * SECOND) -> AsyncIterator[Tryin
         await reader.aclose()
 
 
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(test())
-
-
 def told(ended: AttemptResult) -> tuple[type, str, str]:
     assert isinstance(ended.result, Unknown)
     return type(ended.result), ended.result.code, ended.kind
@@ -158,71 +109,61 @@ def told(ended: AttemptResult) -> tuple[type, str, str]:
     ("claim", "handler", "calls"),
     [
         pytest.param(CLAIM, Plain, ["deliver"], id="first"),
-        pytest.param(IN_DOUBT, Asking, ["lookup"], id="in doubt: looked up"),
-        pytest.param(IN_DOUBT, Repeating, ["deliver"], id="in doubt: repeated"),
+        pytest.param(IN_DOUBT, LooksUp, ["lookup"], id="in doubt: looked up"),
+        pytest.param(IN_DOUBT, Repeatable, ["deliver"], id="in doubt: repeated"),
     ],
 )
-def test_a_claim_is_delivered_or_looked_up(claim: Claim, handler: type[Plain], calls: list[str]) -> None:
-    async def test() -> None:
-        tried = handler(done)
-        async with trying() as trial:
-            ended = await trial.run(claim, queue(tried))
+@asynchronous
+async def test_a_claim_is_delivered_or_looked_up(claim: Claim, handler: type[Plain], calls: list[str]) -> None:
+    tried = handler(Done("shop-7"))
+    async with trying() as trial:
+        ended = await trial.run(claim, queue(tried))
 
-        assert (ended.result, ended.kind, outcome_name(ended.result)) == (Done("shop-7"), calls[0], "done")
-        assert tried.calls == calls
-
-    run(test)
+    assert (ended.result, ended.kind, outcome_name(ended.result)) == (Done("shop-7"), calls[0], "done")
+    assert tried.calls == calls
 
 
-def test_what_can_neither_be_looked_up_nor_repeated_asks_nobody_and_blames_nobody() -> None:
-    async def test() -> None:
-        handler = Plain(done)
-        async with trying() as trial:
-            ended = await trial.run(IN_DOUBT, queue(handler))
+@asynchronous
+async def test_an_attempt_in_doubt_without_lookup_is_interrupted_without_a_call() -> None:
+    handler = Plain(Done("shop-7"))
+    async with trying() as trial:
+        ended = await trial.run(IN_DOUBT, queue(handler))
 
-        assert told(ended) == (Interrupted, "in-doubt", "deliver")
-        assert (handler.calls, outcome_name(ended.result)) == ([], "unknown")
-
-    run(test)
+    assert told(ended) == (Interrupted, "in-doubt", "deliver")
+    assert (handler.calls, outcome_name(ended.result)) == ([], "unknown")
 
 
 @pytest.mark.parametrize("body", [None, b"{", b"[]"], ids=["pruned", "malformed", "no object"])
-def test_a_body_that_holds_no_order_is_rejected_unasked(body: bytes | None) -> None:
-    async def test() -> None:
-        handler = Plain(done)
-        async with trying() as trial:
-            ended = await trial.run(replace(CLAIM, body=body), queue(handler))
+@asynchronous
+async def test_a_body_without_an_order_is_rejected_without_a_call(body: bytes | None) -> None:
+    handler = Plain(Done("shop-7"))
+    async with trying() as trial:
+        ended = await trial.run(replace(CLAIM, body=body), queue(handler))
 
-        assert isinstance(ended.result, Reject)
+    assert isinstance(ended.result, Reject)
+    assert handler.calls == []
+
+
+@asynchronous
+async def test_no_handler_starts_while_the_service_stops() -> None:
+    handler = LooksUp(Done("shop-7"))
+    async with trying() as trial:
+        trial.attempts.stopping = True
+
+        assert await trial.run(CLAIM, queue(handler)) == AttemptResult(result=Ending.RELEASED)
+        assert await trial.run(IN_DOUBT, queue(handler)) == AttemptResult(result=Ending.RELEASED, kind="lookup")
         assert handler.calls == []
 
-    run(test)
 
+@asynchronous
+async def test_no_handler_starts_whose_deadline_is_later_than_the_doubt_of_its_claim() -> None:
+    handler = Plain(Done("shop-7"))
+    async with trying() as trial:
+        trial.now = CLAIM.doubt_ends_at - 30_000 + 1
 
-def test_nothing_is_begun_while_the_service_stops() -> None:
-    async def test() -> None:
-        handler = Asking(done)
-        async with trying() as trial:
-            trial.attempts.stopping = True
-
-            assert await trial.run(CLAIM, queue(handler)) == AttemptResult(result=Ending.RELEASED)
-            assert await trial.run(IN_DOUBT, queue(handler)) == AttemptResult(result=Ending.RELEASED, kind="lookup")
-            assert handler.calls == []
-
-    run(test)
-
-
-def test_nothing_is_begun_that_would_not_end_before_the_doubt_about_its_claim() -> None:
-    async def test() -> None:
-        handler = Plain(done)
-        async with trying() as trial:
-            trial.now = CLAIM.doubt_ends_at - 30_000 + 1
-
-            assert await trial.run(CLAIM, queue(handler)) == AttemptResult(result=Ending.RELEASED)
-            trial.now -= 1
-            assert (await trial.run(CLAIM, queue(handler))).result == Done("shop-7")
-
-    run(test)
+        assert await trial.run(CLAIM, queue(handler)) == AttemptResult(result=Ending.RELEASED)
+        trial.now -= 1
+        assert (await trial.run(CLAIM, queue(handler))).result == Done("shop-7")
 
 
 class Reader:
@@ -240,148 +181,115 @@ class Reader:
         return read_order(content)
 
 
-def test_an_order_is_decoded_on_the_handlers_thread() -> None:
+@asynchronous
+async def test_an_order_is_decoded_on_the_handlers_thread() -> None:
     """An order of 4 MiB takes up to a second, which no verdict on the service's loop can wait for."""
+    reader, handler = Reader(), Plain(Done("shop-7"))
+    async with trying() as trial:
+        trial.attempts = Attempts(runner=trial.runner, norce=cast("Any", reader), clock=lambda: NOON)
+        await trial.run(CLAIM, queue(handler, refetch=True))
 
-    async def test() -> None:
-        reader, handler = Reader(), Plain(done)
-        async with trying() as trial:
-            trial.attempts = Attempts(runner=trial.runner, norce=cast("Any", reader), clock=lambda: NOON)
-            await trial.run(CLAIM, queue(handler, refetch=True))
-
-        assert reader.read_on == threading.get_ident()
-        assert reader.parsed_on == handler.thread
-        (notification,) = handler.seen
-        assert (notification.order.currency, notification.received.currency) == ("SEK", None)
-
-    run(test)
+    assert reader.read_on == threading.get_ident()
+    assert [reader.parsed_on] == handler.threads
+    ((notification, _),) = handler.seen
+    assert (notification.order.currency, notification.received.currency) == ("SEK", None)
 
 
 # --- what is cut short ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("claim", [CLAIM, IN_DOUBT], ids=["deliver", "lookup"])
-def test_a_deadline_speaks_for_the_destination_and_a_cancellation_of_ours_does_not(claim: Claim) -> None:
-    async def test() -> None:
-        kind = "lookup" if claim.in_doubt else "deliver"
-        async with trying() as trial:
-            late = await trial.run(claim, queue(Asking(for_ever), timeout=SHORTLY))
-            handler = Asking(for_ever)
-            cancelled = trial.begin(claim, queue(handler))
-            await handler.has_begun()
-            trial.attempts.cancel("shutdown")
+@asynchronous
+async def test_a_passed_deadline_is_unknown_and_a_cancellation_is_interrupted(claim: Claim) -> None:
+    kind = "lookup" if claim.in_doubt else "deliver"
+    async with trying() as trial:
+        late = await trial.run(claim, queue(LooksUp(wait_forever), timeout=SHORTLY))
+        handler = LooksUp(wait_forever)
+        cancelled = trial.begin(claim, queue(handler))
+        await handler.has_begun()
+        trial.attempts.cancel("shutdown")
 
-            assert told(late) == (Unknown, "deadline-passed", kind)
-            assert told(await cancelled) == (Interrupted, "shutdown", kind)
-
-    run(test)
+        assert told(late) == (Unknown, "deadline-passed", kind)
+        assert told(await cancelled) == (Interrupted, "shutdown", kind)
 
 
-def test_the_reason_for_a_cancellation_is_that_of_the_handlers_that_ran_then() -> None:
-    async def test() -> None:
-        async with trying() as trial:
-            handler = Asking(for_ever)
-            before = trial.begin(CLAIM, queue(handler))
-            await handler.has_begun()
-            trial.attempts.cancel("lease-lost")
-            assert told(await before) == (Interrupted, "lease-lost", "deliver")
+@asynchronous
+async def test_a_cancellation_gives_its_reason_only_to_handlers_that_run() -> None:
+    async with trying() as trial:
+        handler = LooksUp(wait_forever)
+        before = trial.begin(CLAIM, queue(handler))
+        await handler.has_begun()
+        trial.attempts.cancel("lease-lost")
+        assert told(await before) == (Interrupted, "lease-lost", "deliver")
 
-            after = await trial.run(CLAIM, queue(Asking(for_ever), timeout=SHORTLY))
+        after = await trial.run(CLAIM, queue(LooksUp(wait_forever), timeout=SHORTLY))
 
-            assert told(after) == (Unknown, "deadline-passed", "deliver")
-
-    run(test)
+        assert told(after) == (Unknown, "deadline-passed", "deliver")
 
 
-def test_a_handler_that_is_cancelled_and_ends_all_the_same_has_the_word() -> None:
-    async def test() -> None:
-        async def hurries() -> Done:
-            try:
-                return await for_ever()
-            except asyncio.CancelledError:
-                return Done("just-in-time")
+@asynchronous
+async def test_the_outcome_of_a_cancelled_handler_counts() -> None:
+    async def hurries(*_: Any) -> Done:
+        try:
+            return await wait_forever()
+        except asyncio.CancelledError:
+            return Done("just-in-time")
 
-        async with trying() as trial:
-            handler = Plain(hurries)
-            ends = trial.begin(CLAIM, queue(handler))
-            await handler.has_begun()
-            trial.attempts.cancel("shutdown")
+    async with trying() as trial:
+        handler = Plain(hurries)
+        ends = trial.begin(CLAIM, queue(handler))
+        await handler.has_begun()
+        trial.attempts.cancel("shutdown")
 
-            assert (await ends).result == Done("just-in-time")
-
-    run(test)
-
-
-class Holds:
-    """Holds its thread until it is told to let go."""
-
-    def __init__(self) -> None:
-        self.let_go = threading.Event()
-        self.thread: threading.Thread | None = None
-
-    async def __call__(self) -> Done:
-        self.thread = threading.current_thread()
-        self.let_go.wait(PATIENCE)
-        return Done("late")
-
-    async def ends(self) -> None:
-        self.let_go.set()
-        assert self.thread is not None
-        await asyncio.to_thread(self.thread.join, PATIENCE)
+        assert (await ends).result == Done("just-in-time")
 
 
 @pytest.mark.parametrize("claim", [CLAIM, IN_DOUBT], ids=["deliver", "lookup"])
-def test_a_handler_that_holds_its_thread_far_past_its_deadline_still_runs(claim: Claim) -> None:
-    async def test() -> None:
-        holds = Holds()
-        async with trying(patience=2 * SHORTLY) as trial:
-            ended = await trial.run(claim, queue(Asking(holds), timeout=SHORTLY))
+@asynchronous
+async def test_a_handler_that_blocks_far_past_its_deadline_still_runs(claim: Claim) -> None:
+    holds = Blocks()
+    async with trying(patience=2 * SHORTLY) as trial:
+        ended = await trial.run(claim, queue(LooksUp(holds), timeout=SHORTLY))
 
-            assert (ended.result, outcome_name(ended.result)) == (Ending.BLOCKED, "blocked")
-            assert ended.still_runs is not None
-            holds.let_go.set()
-            await asyncio.wait_for(ended.still_runs.stopped.wait(), PATIENCE)
-            await holds.ends()
-
-    run(test)
+        assert (ended.result, outcome_name(ended.result)) == (Ending.BLOCKED, "blocked")
+        assert ended.still_runs is not None
+        holds.go_on.set()
+        await asyncio.wait_for(ended.still_runs.stopped.wait(), PATIENCE)
+        await holds.ends()
 
 
-def test_what_shares_a_loop_that_is_given_up_is_in_doubt_or_was_never_begun() -> None:
-    async def test() -> None:
-        holds, beside, behind = Holds(), Asking(for_ever), Asking(done)
-        async with trying(patience=2 * SHORTLY) as trial:
-            begun = trial.begin(CLAIM, queue(beside))
-            await beside.has_begun()
-            holding = Plain(holds)
-            held = trial.begin(CLAIM, queue(holding, timeout=SHORTLY))
-            await holding.has_begun()
-            waits = trial.begin(CLAIM, queue(behind))
-            too_late = trial.begin(CLAIM, queue(behind, timeout=timedelta(0)))  # its deadline passes behind the other
+@asynchronous
+async def test_other_attempts_on_an_abandoned_loop_are_interrupted_or_released() -> None:
+    holds, beside, behind = Blocks(), LooksUp(wait_forever), LooksUp(Done("shop-7"))
+    async with trying(patience=2 * SHORTLY) as trial:
+        begun = trial.begin(CLAIM, queue(beside))
+        await beside.has_begun()
+        holding = Plain(holds)
+        held = trial.begin(CLAIM, queue(holding, timeout=SHORTLY))
+        await holding.has_begun()
+        waits = trial.begin(CLAIM, queue(behind))
+        too_late = trial.begin(CLAIM, queue(behind, timeout=timedelta(0)))  # its deadline passes behind the other
 
-            assert told(await begun) == (Interrupted, "loop-abandoned", "deliver")
-            assert await waits == await too_late == AttemptResult(result=Ending.RELEASED)
-            assert (await held).result is Ending.BLOCKED
-            await holds.ends()
-            assert behind.calls == []
-
-    run(test)
+        assert told(await begun) == (Interrupted, "loop-abandoned", "deliver")
+        assert await waits == await too_late == AttemptResult(result=Ending.RELEASED)
+        assert (await held).result is Ending.BLOCKED
+        await holds.ends()
+        assert behind.calls == []
 
 
-def test_what_never_began_before_its_deadline_is_released_when_the_thread_lets_go() -> None:
-    async def test() -> None:
-        holds, behind = Holds(), Plain(done)
-        async with trying() as trial:
-            holding = Plain(holds)
-            held = trial.begin(CLAIM, queue(holding))
-            await holding.has_begun()
-            too_late = trial.begin(CLAIM, queue(behind, timeout=SHORTLY))
-            await asyncio.wait((too_late,), timeout=2 * SHORTLY.total_seconds())
-            assert not too_late.done()
+@asynchronous
+async def test_an_attempt_that_never_began_before_its_deadline_is_released() -> None:
+    holds, behind = Blocks(), Plain(Done("shop-7"))
+    async with trying() as trial:
+        holding = Plain(holds)
+        held = trial.begin(CLAIM, queue(holding))
+        await holding.has_begun()
+        too_late = trial.begin(CLAIM, queue(behind, timeout=SHORTLY))
+        await asyncio.wait((too_late,), timeout=2 * SHORTLY.total_seconds())
+        assert not too_late.done()
 
-            holds.let_go.set()
+        holds.go_on.set()
 
-            assert await too_late == AttemptResult(result=Ending.RELEASED)
-            assert (await held).result == Done("late")
-            assert behind.calls == []
-
-    run(test)
+        assert await too_late == AttemptResult(result=Ending.RELEASED)
+        assert (await held).result == Done("late")
+        assert behind.calls == []

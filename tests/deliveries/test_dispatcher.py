@@ -6,10 +6,10 @@ import json
 import logging
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -25,7 +25,6 @@ from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import SLACK, Dispatcher
 from adapter.identifiers import Channel
 from adapter.ledger.claims import AttemptRecord, Claim, Claimed, QueueKey, QueueLimits
-from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
@@ -34,6 +33,7 @@ from adapter.ledger.retry import DeadLetter, retry_dead_letters
 from adapter.ledger.settlement import PausePolicy, Reason, Settlement
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
 from adapter.plugin import (
     Context,
@@ -52,7 +52,10 @@ from adapter.plugin import (
 from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
 from tests import PATIENCE
+from tests.asynchronous import asynchronous
 from tests.databases import rows
+from tests.deliveries.handlers import Blocks, LooksUp, Plain, Repeatable, Step, wait_forever
+from tests.ledgers import HandClock
 
 NOON = 1_770_120_000_000
 CANARY = "19811218-9876"
@@ -60,53 +63,6 @@ SECOND = timedelta(seconds=1)
 NORCE_TIMEOUT = 20 * SECOND
 SHORTLY = SECOND  # long enough for a handler to begin
 KEY = QueueKey("export", Channel("fjallboden", "1"))
-
-Step = Done | Skip | BaseException | Callable[[Notification, Context[NoSettings]], Awaitable[Any]] | None
-
-
-class HandClock(Clock):
-    """Moves when the test moves it."""
-
-    def __init__(self) -> None:
-        self.now = NOON
-
-    def __call__(self) -> int:
-        return self.now
-
-    def read(self, connection: Connection, *, alone: bool = False) -> int:
-        return self.now
-
-    def moment(self) -> datetime:
-        return datetime.fromtimestamp(self.now / 1000, UTC)
-
-
-class Plain(NotificationHandler[NoSettings]):
-    """Does what it is told, one step a call, and remembers the calls."""
-
-    def __init__(self, *steps: Step) -> None:
-        self.steps = list(steps)
-        self.calls: list[str] = []
-        self.seen: list[tuple[Notification, Context[NoSettings]]] = []
-
-    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
-        return await self._step("deliver", notification, context)  # type: ignore[no-any-return]
-
-    async def _step(self, kind: str, notification: Notification, context: Context[NoSettings]) -> Any:
-        self.calls.append(kind)
-        self.seen.append((notification, context))
-        step = self.steps.pop(0) if self.steps else Done()
-        if isinstance(step, BaseException):
-            raise step
-        return await step(notification, context) if callable(step) else step
-
-
-class Asking(Plain):
-    async def lookup(self, notification: Notification, context: Context[NoSettings]) -> Done | None:
-        return await self._step("lookup", notification, context)  # type: ignore[no-any-return]
-
-
-class Repeating(Plain):
-    repeatable = True
 
 
 class FakeNorce:
@@ -356,7 +312,7 @@ async def working(
     await lease.enter()
     runner = Runner(
         make_norce=norce,
-        clock=clock.moment,
+        clock=lambda: to_datetime(clock.now),
         patience=patience,
         replaced=lambda *which: metrics.plugin_loops_replaced.labels(*which).inc(),
     )
@@ -378,14 +334,6 @@ async def working(
         await runner.stop(timedelta(seconds=PATIENCE))
         await our_norce.aclose()
         store.close()
-
-
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    async def bounded() -> None:
-        async with asyncio.timeout(2 * PATIENCE):
-            await test()
-
-    asyncio.run(bounded())
 
 
 @pytest.fixture(autouse=True)
@@ -418,122 +366,110 @@ class OwnOutcome(Outcome):
         pytest.param(Reject("no-shop"), Plain, ("dead", "rejected", False, "no-shop", None), id="reject"),
         pytest.param(Unknown("no-answer"), Plain, ("dead", "unknown", True, "no-answer", None), id="unknown"),
         pytest.param(
-            Unknown("no-answer"), Asking, ("waiting", None, True, "no-answer", None), id="unknown, looks up"
+            Unknown("no-answer"), LooksUp, ("waiting", None, True, "no-answer", None), id="unknown, looks up"
         ),
         pytest.param(
-            Unknown("no-answer"), Repeating, ("waiting", None, False, "no-answer", None), id="unknown, repeatable"
+            Unknown("no-answer"), Repeatable, ("waiting", None, False, "no-answer", None), id="unknown, repeatable"
         ),
         pytest.param(
             Misconfigured("unauthorized"), Plain, ("waiting", None, False, "unauthorized", None), id="misconfigured"
         ),
         pytest.param(
-            RuntimeError("bug"), Asking, ("waiting", None, True, "handler-failed", None), id="bug, looks up"
+            RuntimeError("bug"), LooksUp, ("waiting", None, True, "handler-failed", None), id="bug, looks up"
         ),
         pytest.param(RuntimeError("bug"), Plain, ("dead", "unknown", True, "handler-failed", None), id="bug"),
         pytest.param(None, Plain, ("dead", "unknown", True, "handler-failed", None), id="returns nothing"),
         pytest.param(OwnOutcome("mine"), Plain, ("dead", "unknown", True, "handler-failed", None), id="own outcome"),
         pytest.param(
-            SystemExit(1), Asking, ("waiting", None, True, "handler-failed", None), id="tries to end the process"
+            SystemExit(1), LooksUp, ("waiting", None, True, "handler-failed", None), id="tries to end the process"
         ),
     ],
 )  # fmt: skip
-def test_what_a_handler_says_is_what_the_row_says(
+@asynchronous
+async def test_each_outcome_becomes_a_row(
     store_url: str, step: Step, handler: type[Plain], expected: tuple[Any, ...]
 ) -> None:
-    async def test() -> None:
-        async with working(store_url, route(handler(step))) as work:
-            await work.owe()
+    async with working(store_url, route(handler(step))) as work:
+        await work.owe()
 
+        row = await work.settled()
+
+        assert tuple(row[name] for name in ("state", "reason", "in_doubt", "code", "reference")) == expected
+
+
+@asynchronous
+async def test_a_handler_gets_the_current_and_the_received_order(store_url: str) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler)) as work:
+        await work.owe(currency="SEK")
+        await work.settled()
+
+        ((notification, context),) = handler.seen
+        assert (notification.order.currency, notification.received.currency) == ("SEK", None)
+        assert notification.raw == notification.received.raw
+        assert (notification.merchant, notification.channel, notification.callback) == (
+            "fjallboden", "1", "order-status",
+        )  # fmt: skip
+        assert (context.attempt, context.route, context.previous) == (1, "export", None)
+        assert context.deadline == to_datetime(work.clock.now) + 30 * SECOND
+
+
+@asynchronous
+async def test_a_route_without_refetch_acts_on_the_received_order(store_url: str) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler, refetch=False)) as work:
+        await work.owe(currency="SEK")
+        await work.settled()
+
+        assert handler.seen[0][0].order.currency is None
+        assert work.norce.asked == []
+
+
+@asynchronous
+async def test_a_retry_is_due_on_time_with_the_same_key_and_the_next_number(store_url: str) -> None:
+    handler = Plain(Retry("busy", after=90 * SECOND), Done())
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        row = await work.settled()
+        assert row["next_at"] == "2026-02-03T12:01:30.000Z"
+
+        work.move_to(NOON + 89_999)
+        assert await work.a_turn() == []
+        work.move_to(NOON + 90_000)
+        row = await work.settled()
+
+        assert (row["state"], row["tries"]) == ("done", 2)
+        first, second = (context for _, context in handler.seen)
+        assert (first.attempt, second.attempt) == (1, 2)
+        assert first.first_attempt_at == second.first_attempt_at
+        assert first.key() == second.key()
+
+
+@asynchronous
+async def test_a_delivery_is_dead_when_its_schedule_is_used_up(store_url: str) -> None:
+    handler = Plain(*(Retry("busy") for _ in range(10)))
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        row = await work.settled()
+        while row["state"] == "waiting":
+            work.move_to(row["next_at"])
             row = await work.settled()
 
-            assert tuple(row[name] for name in ("state", "reason", "in_doubt", "code", "reference")) == expected
-
-    run(test)
+        assert (row["state"], row["reason"], row["tries"]) == ("dead", "exhausted", 4)
 
 
-def test_a_handler_is_given_the_order_as_norce_has_it_now_and_as_it_came(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler)) as work:
-            await work.owe(currency="SEK")
-            await work.settled()
+@asynchronous
+async def test_the_next_delivery_of_a_lane_gets_its_last_done(store_url: str) -> None:
+    handler = Plain(Done("shop-7", {"digest": "abc"}))
+    async with working(store_url, route(handler)) as work:
+        await work.owe(snapshot=1)
+        await work.settled()
+        await work.owe(snapshot=2)
+        await work.settled()
 
-            ((notification, context),) = handler.seen
-            assert (notification.order.currency, notification.received.currency) == ("SEK", None)
-            assert notification.raw == notification.received.raw
-            assert (notification.merchant, notification.channel, notification.callback) == (
-                "fjallboden", "1", "order-status",
-            )  # fmt: skip
-            assert (context.attempt, context.route, context.previous) == (1, "export", None)
-            assert context.deadline == work.clock.moment() + 30 * SECOND
-
-    run(test)
-
-
-def test_a_route_that_does_not_refetch_acts_on_the_order_as_it_came(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler, refetch=False)) as work:
-            await work.owe(currency="SEK")
-            await work.settled()
-
-            assert handler.seen[0][0].order.currency is None
-            assert work.norce.asked == []
-
-    run(test)
-
-
-def test_a_retry_comes_at_its_moment_with_the_same_key_and_the_next_number(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain(Retry("busy", after=90 * SECOND), Done())
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            row = await work.settled()
-            assert row["next_at"] == "2026-02-03T12:01:30.000Z"
-
-            work.move_to(NOON + 89_999)
-            assert await work.a_turn() == []
-            work.move_to(NOON + 90_000)
-            row = await work.settled()
-
-            assert (row["state"], row["tries"]) == ("done", 2)
-            first, second = (context for _, context in handler.seen)
-            assert (first.attempt, second.attempt) == (1, 2)
-            assert first.first_attempt_at == second.first_attempt_at
-            assert first.key() == second.key()
-
-    run(test)
-
-
-def test_a_delivery_is_dead_when_its_schedule_is_used_up(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain(*(Retry("busy") for _ in range(10)))
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            row = await work.settled()
-            while row["state"] == "waiting":
-                work.move_to(row["next_at"])
-                row = await work.settled()
-
-            assert (row["state"], row["reason"], row["tries"]) == ("dead", "exhausted", 4)
-
-    run(test)
-
-
-def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain(Done("shop-7", {"digest": "abc"}))
-        async with working(store_url, route(handler)) as work:
-            await work.owe(snapshot=1)
-            await work.settled()
-            await work.owe(snapshot=2)
-            await work.settled()
-
-            previous = handler.seen[1][1].previous
-            assert previous is not None
-            assert (previous.reference, previous.facts) == ("shop-7", {"digest": "abc"})
-
-    run(test)
+        previous = handler.seen[1][1].previous
+        assert previous is not None
+        assert (previous.reference, previous.facts) == ("shop-7", {"digest": "abc"})
 
 
 @pytest.mark.parametrize(
@@ -544,163 +480,147 @@ def test_the_last_done_of_the_lane_is_handed_to_the_next_delivery(store_url: str
         pytest.param(Done("\ud800"), id="a text that is no Unicode"),
     ],
 )
-def test_a_done_that_cannot_be_written_as_it_is_is_done_all_the_same(store_url: str, said: Done) -> None:
-    async def test() -> None:
-        async with working(store_url, route(Plain(said))) as work:
-            await work.owe()
+@asynchronous
+async def test_a_done_that_cannot_be_stored_is_done_without_its_texts(store_url: str, said: Done) -> None:
+    async with working(store_url, route(Plain(said))) as work:
+        await work.owe()
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert (row["state"], row["reason"], row["reference"]) == ("done", "delivered", None)
-            assert not work.store.failing
-
-    run(test)
+        assert (row["state"], row["reason"], row["reference"]) == ("done", "delivered", None)
+        assert not work.store.failing
 
 
-def test_an_exception_of_a_handler_is_logged_once_with_its_places_and_without_what_it_says(
+@asynchronous
+async def test_an_exception_is_logged_once_with_its_frames_and_without_its_message(
     store_url: str, lines: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    async def test() -> None:
-        async def bug(_notification: Notification, _context: Context[NoSettings]) -> Done:
-            number = CANARY
-            raise RuntimeError(f"cannot parse {number}")
+    async def bug(_notification: Notification, _context: Context[NoSettings]) -> Done:
+        number = CANARY
+        raise RuntimeError(f"cannot parse {number}")
 
-        async with working(store_url, route(Asking(bug))) as work:
-            await work.owe(customer={"billing": {"nationalIdentificationNumber": CANARY}})
-            row = await work.settled()
+    async with working(store_url, route(LooksUp(bug))) as work:
+        await work.owe(customer={"billing": {"nationalIdentificationNumber": CANARY}})
+        row = await work.settled()
 
-        failed = [line for line in lines() if line["event"] == "handler_failed"]
-        assert len(failed) == 1
-        assert failed[0]["exception"][0]["type"] == "builtins.RuntimeError"
-        assert any(" in bug" in frame for frame in failed[0]["exception"][0]["frames"])
-        assert CANARY not in json.dumps(lines())
-        assert CANARY not in json.dumps(row)
-
-    run(test)
+    failed = [line for line in lines() if line["event"] == "handler_failed"]
+    assert len(failed) == 1
+    assert failed[0]["exception"][0]["type"] == "builtins.RuntimeError"
+    assert any(" in bug" in frame for frame in failed[0]["exception"][0]["frames"])
+    assert CANARY not in json.dumps(lines())
+    assert CANARY not in json.dumps(row)
 
 
-def test_every_attempt_is_one_line_and_one_count(store_url: str, lines: Callable[[], list[dict[str, Any]]]) -> None:
-    async def test() -> None:
-        async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
-            await work.owe()
-            work.move_to((await work.settled())["next_at"])
-            await work.settled()
+@asynchronous
+async def test_every_attempt_is_logged_and_counted_once(
+    store_url: str, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+        await work.owe()
+        work.move_to((await work.settled())["next_at"])
+        await work.settled()
 
-        told = [(line["event"], line["attempt"]) for line in lines() if line["event"].startswith("delivery_")]
-        assert told == [("delivery_retried", 1), ("delivery_done", 2)]
-        counted = {
-            outcome: work.metrics.registry.get_sample_value(
-                "norce_adapter_delivery_attempts_total", {"route": "export", "outcome": outcome}
-            )
-            for outcome in ("retry", "done")
-        }
-        assert counted == {"retry": 1, "done": 1}
-
-    run(test)
+    told = [(line["event"], line["attempt"]) for line in lines() if line["event"].startswith("delivery_")]
+    assert told == [("delivery_retried", 1), ("delivery_done", 2)]
+    counted = {
+        outcome: work.metrics.registry.get_sample_value(
+            "norce_adapter_delivery_attempts_total", {"route": "export", "outcome": outcome}
+        )
+        for outcome in ("retry", "done")
+    }
+    assert counted == {"retry": 1, "done": 1}
 
 
-def test_what_becomes_due_just_after_a_claim_is_claimed_at_once(
+@asynchronous
+async def test_a_delivery_that_becomes_due_right_after_a_claim_is_claimed_at_once(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher_module, "POLL", timedelta(hours=1))
 
-    async def test() -> None:
-        async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
-            await work.owe()
-            due = int(datetime.fromisoformat((await work.settled())["next_at"]).timestamp() * 1000)
+    async with working(store_url, route(Plain(Retry("busy"), Done("shop-7")))) as work:
+        await work.owe()
+        due = int(datetime.fromisoformat((await work.settled())["next_at"]).timestamp() * 1000)
 
-            def later() -> None:
-                work.clock.now = max(work.clock.now, due)
+        def later() -> None:
+            work.clock.now = max(work.clock.now, due)
 
-            work.lanes.after_claim = later  # the next claim finds nothing, and what is due is due by then
-            work.dispatcher.wake()
+        work.lanes.after_claim = later  # the next claim finds nothing, and what is due is due by then
+        work.dispatcher.wake()
 
-            row = await work.settled()  # long before the dispatcher would have looked again by itself
-            assert row["state"] == "done"
-
-    run(test)
+        row = await work.settled()  # long before the dispatcher would have looked again by itself
+        assert row["state"] == "done"
 
 
 class Busier(Retry):
     """A plugin's own shade of an outcome."""
 
 
-def test_a_plugins_own_shade_of_an_outcome_is_counted_under_our_name(store_url: str) -> None:
-    async def test() -> None:
-        async with working(store_url, route(Plain(Busier("busy")))) as work:
-            await work.owe()
+@asynchronous
+async def test_a_subclass_of_an_outcome_is_counted_under_the_name_of_its_base(store_url: str) -> None:
+    async with working(store_url, route(Plain(Busier("busy")))) as work:
+        await work.owe()
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert [attempt["outcome"] for attempt in row["attempts"]] == ["retry"]
-
-    run(test)
+        assert [attempt["outcome"] for attempt in row["attempts"]] == ["retry"]
 
 
 # --- doubt ----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_in_doubt_is_looked_up_before_anything_is_sent_again(store_url: str) -> None:
-    async def test() -> None:
-        handler = Asking(Unknown("no-answer"), None, Done("shop-7"))
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            work.move_to((await work.settled())["next_at"])
-            await work.settled()
-            row = await work.settled()
+@asynchronous
+async def test_a_lane_in_doubt_is_looked_up_before_anything_is_sent_again(store_url: str) -> None:
+    handler = LooksUp(Unknown("no-answer"), None, Done("shop-7"))
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        work.move_to((await work.settled())["next_at"])
+        await work.settled()
+        row = await work.settled()
 
-            assert handler.calls == ["deliver", "lookup", "deliver"]
-            assert (row["state"], row["reason"]) == ("done", "delivered")
-            assert [each["outcome"] for each in row["attempts"]] == ["unknown", "not_there", "done"]
-
-    run(test)
+        assert handler.calls == ["deliver", "lookup", "deliver"]
+        assert (row["state"], row["reason"]) == ("done", "delivered")
+        assert [each["outcome"] for each in row["attempts"]] == ["unknown", "not_there", "done"]
 
 
-def test_what_a_lookup_finds_is_not_sent_again(store_url: str) -> None:
-    async def test() -> None:
-        handler = Asking(Unknown("no-answer"), Done("shop-7"))
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            work.move_to((await work.settled())["next_at"])
-            row = await work.settled()
+@asynchronous
+async def test_an_order_that_a_lookup_finds_is_not_sent_again(store_url: str) -> None:
+    handler = LooksUp(Unknown("no-answer"), Done("shop-7"))
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        work.move_to((await work.settled())["next_at"])
+        row = await work.settled()
 
-            assert handler.calls == ["deliver", "lookup"]
-            assert (row["state"], row["in_doubt"], row["reference"]) == ("done", False, "shop-7")
-
-    run(test)
+        assert handler.calls == ["deliver", "lookup"]
+        assert (row["state"], row["in_doubt"], row["reference"]) == ("done", False, "shop-7")
 
 
-def test_a_lookup_waits_until_the_request_in_doubt_has_had_its_time(store_url: str) -> None:
-    async def test() -> None:
-        handler = Asking(Unknown("no-answer"), Done())
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            await work.settled()
-            doubt_ends = NOON + int((30 * SECOND + NORCE_TIMEOUT + SLACK).total_seconds() * 1000)
+@asynchronous
+async def test_a_lookup_waits_until_the_deadline_of_the_attempt_in_doubt(store_url: str) -> None:
+    handler = LooksUp(Unknown("no-answer"), Done())
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        await work.settled()
+        doubt_ends = NOON + int((30 * SECOND + NORCE_TIMEOUT + SLACK).total_seconds() * 1000)
 
-            work.move_to(doubt_ends - 1)
-            assert await work.a_turn() == []
-            assert handler.calls == ["deliver"]
-            work.move_to(doubt_ends)
-            await work.settled()
+        work.move_to(doubt_ends - 1)
+        assert await work.a_turn() == []
+        assert handler.calls == ["deliver"]
+        work.move_to(doubt_ends)
+        await work.settled()
 
-            assert handler.calls == ["deliver", "lookup"]
-
-    run(test)
+        assert handler.calls == ["deliver", "lookup"]
 
 
 @pytest.mark.parametrize("step", [Reject("refused"), Retry("busy"), Unknown("no-answer"), RuntimeError()], ids=repr)
-def test_a_lookup_that_finds_nothing_out_leaves_the_doubt(store_url: str, step: Exception) -> None:
-    async def test() -> None:
-        async with working(store_url, route(Asking(Unknown("no-answer"), step))) as work:
-            await work.owe()
-            work.move_to((await work.settled())["next_at"])
+@asynchronous
+async def test_a_lookup_that_fails_leaves_the_doubt(store_url: str, step: Exception) -> None:
+    async with working(store_url, route(LooksUp(Unknown("no-answer"), step))) as work:
+        await work.owe()
+        work.move_to((await work.settled())["next_at"])
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert (row["state"], row["in_doubt"]) == ("waiting", True)
-
-    run(test)
+        assert (row["state"], row["in_doubt"]) == ("waiting", True)
 
 
 async def died_in_hand(store: Store, queue_id: int) -> None:
@@ -723,37 +643,33 @@ async def died_in_hand(store: Store, queue_id: int) -> None:
 @pytest.mark.parametrize(
     ("handler", "calls", "expected"),
     [
-        pytest.param(Asking, ["lookup"], ("done", "delivered"), id="looked up"),
-        pytest.param(Repeating, ["deliver"], ("done", "delivered"), id="repeated"),
+        pytest.param(LooksUp, ["lookup"], ("done", "delivered"), id="looked up"),
+        pytest.param(Repeatable, ["deliver"], ("done", "delivered"), id="repeated"),
         pytest.param(Plain, [], ("dead", "unknown"), id="for a person"),
     ],
 )
-def test_after_a_crash_nothing_is_sent_blindly(
+@asynchronous
+async def test_after_a_crash_nothing_is_sent_without_a_lookup(
     store_url: str, handler: type[Plain], calls: list[str], expected: tuple[str, str]
 ) -> None:
-    async def test() -> None:
-        shop = handler()
-        async with working(store_url, route(shop, refetch=False), before=died_in_hand) as work:
-            row = await work.settled()
+    shop = handler()
+    async with working(store_url, route(shop, refetch=False), before=died_in_hand) as work:
+        row = await work.settled()
 
-            assert shop.calls == calls
-            assert (row["state"], row["reason"]) == expected
-
-    run(test)
+        assert shop.calls == calls
+        assert (row["state"], row["reason"]) == expected
 
 
-def test_a_handler_that_is_repeated_gets_the_same_key(store_url: str) -> None:
-    async def test() -> None:
-        shop = Repeating(Unknown("no-answer"), Done())
-        async with working(store_url, route(shop)) as work:
-            await work.owe()
-            work.move_to((await work.settled())["next_at"])
-            await work.settled()
+@asynchronous
+async def test_a_repeatable_handler_gets_the_same_key_again(store_url: str) -> None:
+    shop = Repeatable(Unknown("no-answer"), Done())
+    async with working(store_url, route(shop)) as work:
+        await work.owe()
+        work.move_to((await work.settled())["next_at"])
+        await work.settled()
 
-            first, second = (context.key("order") for _, context in shop.seen)
-            assert first == second
-
-    run(test)
+        first, second = (context.key("order") for _, context in shop.seen)
+        assert first == second
 
 
 # --- the order as norce has it now ----------------------------------------------------------------------------------
@@ -761,52 +677,46 @@ def test_a_handler_that_is_repeated_gets_the_same_key(store_url: str) -> None:
 COMPLETED = Condition("/state/currentStatus", {"const": "completed"}).compile()
 
 
-def test_what_no_longer_holds_on_the_order_as_it_is_now_is_done_as_moved_on(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler, when=COMPLETED)) as work:
-            await work.owe(state={"currentStatus": "declined"})
+@asynchronous
+async def test_an_order_that_no_longer_meets_the_condition_has_moved_on(store_url: str) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler, when=COMPLETED)) as work:
+        await work.owe(state={"currentStatus": "declined"})
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert handler.calls == []
-            assert (row["state"], row["reason"]) == ("done", "moved_on")
-
-    run(test)
+        assert handler.calls == []
+        assert (row["state"], row["reason"]) == ("done", "moved_on")
 
 
-def test_a_condition_that_cannot_be_decided_is_a_dead_letter(store_url: str) -> None:
-    async def test() -> None:
-        deep: Any = "completed"
-        for _ in range(100):
-            deep = [deep]
-        handler = Plain()
-        async with working(store_url, route(handler, when=COMPLETED)) as work:
-            await work.owe(state={"currentStatus": deep})
+@asynchronous
+async def test_a_condition_that_cannot_be_evaluated_makes_a_dead_letter(store_url: str) -> None:
+    deep: Any = "completed"
+    for _ in range(100):
+        deep = [deep]
+    handler = Plain()
+    async with working(store_url, route(handler, when=COMPLETED)) as work:
+        await work.owe(state={"currentStatus": deep})
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert handler.calls == []
-            assert (row["state"], row["reason"]) == ("dead", "condition")
-
-    run(test)
+        assert handler.calls == []
+        assert (row["state"], row["reason"]) == ("dead", "condition")
 
 
-def test_a_lookup_asks_whatever_the_order_has_become(store_url: str) -> None:
-    async def test() -> None:
-        handler = Asking(Unknown("no-answer"), Done("shop-7"))
-        async with working(store_url, route(handler, when=COMPLETED)) as work:
-            await work.owe()
-            row = await work.settled()
-            work.norce.orders["order-1"]["state"] = {"currentStatus": "declined"}
-            work.move_to(row["next_at"])
+@asynchronous
+async def test_a_lookup_runs_although_the_condition_no_longer_holds(store_url: str) -> None:
+    handler = LooksUp(Unknown("no-answer"), Done("shop-7"))
+    async with working(store_url, route(handler, when=COMPLETED)) as work:
+        await work.owe()
+        row = await work.settled()
+        work.norce.orders["order-1"]["state"] = {"currentStatus": "declined"}
+        work.move_to(row["next_at"])
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert handler.calls == ["deliver", "lookup"]
-            assert row["reason"] == "delivered"
-
-    run(test)
+        assert handler.calls == ["deliver", "lookup"]
+        assert row["reason"] == "delivered"
 
 
 @pytest.mark.parametrize(
@@ -823,157 +733,126 @@ def test_a_lookup_asks_whatever_the_order_has_become(store_url: str) -> None:
         pytest.param(httpx.Response(404), ("dead", "rejected", None), id="404"),
     ],
 )
-def test_an_order_that_cannot_be_read_again_is_not_handled(
+@asynchronous
+async def test_an_order_that_cannot_be_read_again_is_not_delivered(
     store_url: str, answer: httpx.Response | Exception, expected: tuple[str, str | None, int | None]
 ) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler, when=COMPLETED)) as work:
-            work.norce.answers = [answer, answer]  # without an answer, it is asked once more
-            await work.owe()
+    handler = Plain()
+    async with working(store_url, route(handler, when=COMPLETED)) as work:
+        work.norce.answers = [answer, answer]  # without an answer, it is asked once more
+        await work.owe()
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert handler.calls == []
-            due = row["next_at"] and datetime.fromisoformat(row["next_at"]) - work.clock.moment()
-            assert (row["state"], row["reason"], due and due.total_seconds()) == expected
-
-    run(test)
+        assert handler.calls == []
+        due = row["next_at"] and datetime.fromisoformat(row["next_at"]) - to_datetime(work.clock.now)
+        assert (row["state"], row["reason"], due and due.total_seconds()) == expected
 
 
-def test_what_a_channel_is_owed_waits_while_it_is_switched_off(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler), merchants=("fjallboden", "annan")) as work:
-            off = {("fjallboden", "1")}
-            work.dispatcher.switched_off = off
-            await work.owe()
-            await work.owe("order-2", merchant="annan")
+@asynchronous
+async def test_deliveries_of_a_channel_wait_while_it_is_switched_off(store_url: str) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler), merchants=("fjallboden", "annan")) as work:
+        off = {("fjallboden", "1")}
+        work.dispatcher.switched_off = off
+        await work.owe()
+        await work.owe("order-2", merchant="annan")
 
-            assert (await work.settled())["order_id"] == "order-2"
-            await work.a_turn()
-            assert handler.calls == ["deliver"]
-            off.clear()
-            work.dispatcher.wake()
+        assert (await work.settled())["order_id"] == "order-2"
+        await work.a_turn()
+        assert handler.calls == ["deliver"]
+        off.clear()
+        work.dispatcher.wake()
 
-            assert (await work.settled())["order_id"] == "order-1"
-
-    run(test)
+        assert (await work.settled())["order_id"] == "order-1"
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_norce_refusing_our_token_pauses_the_queue_and_keeps_the_work(store_url: str, status: int) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler)) as work:
-            work.norce.answers = [httpx.Response(status)]
-            await work.owe()
-            row = await work.settled()
-            await work.owe("order-2")
+@asynchronous
+async def test_a_refused_token_at_norce_pauses_the_queue_and_keeps_the_work(store_url: str, status: int) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler)) as work:
+        work.norce.answers = [httpx.Response(status)]
+        await work.owe()
+        row = await work.settled()
+        await work.owe("order-2")
 
-            assert await work.a_turn() == []
-            assert handler.calls == []
-            assert (row["state"], row["tries"]) == ("waiting", 0)
-            assert work.pauses() == {("export", "fjallboden", "1"): "norce-unauthorized"}
-
-    run(test)
+        assert await work.a_turn() == []
+        assert handler.calls == []
+        assert (row["state"], row["tries"]) == ("waiting", 0)
+        assert work.pauses() == {("export", "fjallboden", "1"): "norce-unauthorized"}
 
 
-def test_where_too_little_time_is_left_the_handler_is_not_begun(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler)) as work:
+@asynchronous
+async def test_a_claim_with_too_little_time_left_is_released(store_url: str) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler)) as work:
 
-            async def dawdle() -> None:
-                work.clock.now += int((NORCE_TIMEOUT + SLACK).total_seconds() * 1000) + 1
+        async def dawdle() -> None:
+            work.clock.now += int((NORCE_TIMEOUT + SLACK).total_seconds() * 1000) + 1
 
-            work.norce.answers = [dawdle]
-            await work.owe()
-            released, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
-            row = await work.settled()
+        work.norce.answers = [dawdle]
+        await work.owe()
+        released, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+        row = await work.settled()
 
-            assert (released.outcome, settlement and settlement.counts) == ("released", False)
-            assert handler.calls == ["deliver"]
-            assert (row["state"], row["tries"]) == ("done", 1)
-
-    run(test)
+        assert (released.outcome, settlement and settlement.counts) == ("released", False)
+        assert handler.calls == ["deliver"]
+        assert (row["state"], row["tries"]) == ("done", 1)
 
 
 # --- deadlines ------------------------------------------------------------------------------------------------------
 
 
-async def for_ever(_notification: Notification, _context: Context[NoSettings]) -> Done:
-    await asyncio.Event().wait()
-    raise AssertionError
+@asynchronous
+async def test_a_handler_is_cancelled_at_its_deadline_and_its_outcome_is_unknown(store_url: str) -> None:
+    async with working(store_url, route(LooksUp(wait_forever), timeout=SHORTLY)) as work:
+        await work.owe()
+
+        row = await work.settled()
+
+        assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "deadline-passed")
 
 
-def test_a_handler_that_does_not_end_is_cancelled_and_its_outcome_unknown(store_url: str) -> None:
-    async def test() -> None:
-        async with working(store_url, route(Asking(for_ever), timeout=SHORTLY)) as work:
-            await work.owe()
-
-            row = await work.settled()
-
-            assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "deadline-passed")
-
-    run(test)
-
-
-def test_what_a_handler_still_says_after_its_deadline_is_recorded(store_url: str) -> None:
-    async def test() -> None:
-        async def late(_notification: Notification, _context: Context[NoSettings]) -> Done:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                return Done("late")
-            raise AssertionError
-
-        async with working(store_url, route(Plain(late), timeout=SHORTLY)) as work:
-            await work.owe()
-
-            row = await work.settled()
-
-            assert (row["state"], row["reference"]) == ("done", "late")
-
-    run(test)
-
-
-def test_the_lane_stays_claimed_until_a_handler_that_blocks_has_really_ended(store_url: str) -> None:
-    async def test() -> None:
-        entered, go_on = threading.Event(), threading.Event()
-        deadline_passed = asyncio.Event()
-
-        async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
-            entered.set()
-            go_on.wait(PATIENCE)
+@asynchronous
+async def test_an_outcome_after_the_deadline_is_recorded(store_url: str) -> None:
+    async def late(_notification: Notification, _context: Context[NoSettings]) -> Done:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
             return Done("late")
+        raise AssertionError
 
-        def hear(_logger: Any, _level: str, fields: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-            if fields["event"] == "deadline_passed":
-                deadline_passed.set()
-            return fields
+    async with working(store_url, route(Plain(late), timeout=SHORTLY)) as work:
+        await work.owe()
 
-        structlog.configure(processors=[hear, structlog.processors.JSONRenderer()])
-        async with working(store_url, route(Plain(blocks), timeout=SHORTLY)) as work:
-            await work.owe()
-            assert await asyncio.to_thread(entered.wait, PATIENCE)
-            await deadline_passed.wait()
-            work.move_to(NOON + 3_600_000)
-            assert await work.a_turn() == []
-            assert work.dispatcher.running == 1
+        row = await work.settled()
 
-            go_on.set()
-            row = await work.settled()
-
-            assert (row["state"], row["reference"]) == ("done", "late")
-
-    try:
-        run(test)
-    finally:
-        structlog.reset_defaults()
+        assert (row["state"], row["reference"]) == ("done", "late")
 
 
-def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop(store_url: str) -> None:
+@asynchronous
+async def test_a_lane_stays_claimed_until_a_handler_that_blocks_has_ended(
+    store_url: str, lines: Callable[[], list[dict[str, Any]]]
+) -> None:
+    blocks = Blocks()
+    async with working(store_url, route(Plain(blocks), timeout=SHORTLY)) as work:
+        await work.owe()
+        await blocks.has_begun()
+        while not any(line["event"] == "deadline_passed" for line in lines()):
+            await work.a_turn()
+        work.move_to(NOON + 3_600_000)
+        assert await work.a_turn() == []
+        assert work.dispatcher.running == 1
+
+        blocks.go_on.set()
+        row = await work.settled()
+
+        assert (row["state"], row["reference"]) == ("done", "late")
+
+
+@asynchronous
+async def test_a_handler_that_is_no_coroutine_fails_on_the_plugins_thread(store_url: str) -> None:
     threads: list[int] = []
 
     class Synchronous(NotificationHandler[NoSettings]):
@@ -981,16 +860,13 @@ def test_a_handler_that_is_no_coroutine_fails_alone_and_not_on_the_services_loop
             threads.append(threading.get_ident())
             return Done()
 
-    async def test() -> None:
-        async with working(store_url, route(Synchronous())) as work:
-            await work.owe()
+    async with working(store_url, route(Synchronous())) as work:
+        await work.owe()
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert (row["state"], row["code"]) == ("dead", "handler-failed")
-            assert threads != [threading.get_ident()]
-
-    run(test)
+        assert (row["state"], row["code"]) == ("dead", "handler-failed")
+        assert threads != [threading.get_ident()]
 
 
 # --- limits ---------------------------------------------------------------------------------------------------------
@@ -1019,58 +895,52 @@ class Counting(NotificationHandler[NoSettings]):
             assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE)
 
 
-def test_no_more_of_a_queue_are_tried_at_once_than_its_concurrency(store_url: str) -> None:
-    async def test() -> None:
-        handler = Counting()
-        async with working(store_url, route(handler, concurrency=2)) as work:
-            for number in range(5):
-                await work.owe(f"order-{number}")
-            await handler.has_begun(2)
-            assert work.dispatcher.running == 2
+@asynchronous
+async def test_the_concurrency_of_a_queue_limits_its_attempts(store_url: str) -> None:
+    handler = Counting()
+    async with working(store_url, route(handler, concurrency=2)) as work:
+        for number in range(5):
+            await work.owe(f"order-{number}")
+        await handler.has_begun(2)
+        assert work.dispatcher.running == 2
 
-            handler.go_on.set()
-            for _ in range(5):
-                assert (await work.settled())["state"] == "done"
+        handler.go_on.set()
+        for _ in range(5):
+            assert (await work.settled())["state"] == "done"
 
-            assert handler.peak == 2
-
-    run(test)
+        assert handler.peak == 2
 
 
-def test_no_more_are_tried_at_once_than_there_are_slots(store_url: str) -> None:
-    async def test() -> None:
-        handler = Counting()
-        routes = route(handler), route(handler, name="other")
-        async with working(store_url, *routes, slots=3) as work:
-            for number in range(4):
-                await work.owe(f"order-{number}")
-                await work.owe(f"order-{number}", route="other")
-            await handler.has_begun(3)
+@asynchronous
+async def test_the_slots_limit_all_attempts(store_url: str) -> None:
+    handler = Counting()
+    routes = route(handler), route(handler, name="other")
+    async with working(store_url, *routes, slots=3) as work:
+        for number in range(4):
+            await work.owe(f"order-{number}")
+            await work.owe(f"order-{number}", route="other")
+        await handler.has_begun(3)
 
-            handler.go_on.set()
-            for _ in range(8):
-                await work.settled()
+        handler.go_on.set()
+        for _ in range(8):
+            await work.settled()
 
-            assert handler.peak == 3
-
-    run(test)
+        assert handler.peak == 3
 
 
-def test_one_queue_that_is_full_does_not_hold_up_another(store_url: str) -> None:
-    async def test() -> None:
-        full, free = Counting(), Plain()
-        async with working(store_url, route(full, concurrency=1), route(free, name="other")) as work:
-            await work.owe("order-1")
-            await work.owe("order-2")
-            await full.has_begun(1)
+@asynchronous
+async def test_a_full_queue_does_not_delay_another(store_url: str) -> None:
+    full, free = Counting(), Plain()
+    async with working(store_url, route(full, concurrency=1), route(free, name="other")) as work:
+        await work.owe("order-1")
+        await work.owe("order-2")
+        await full.has_begun(1)
 
-            await work.owe("order-3", route="other")
-            row = await work.settled()
+        await work.owe("order-3", route="other")
+        row = await work.settled()
 
-            assert (row["route"], row["state"]) == ("other", "done")
-            full.go_on.set()
-
-    run(test)
+        assert (row["route"], row["state"]) == ("other", "done")
+        full.go_on.set()
 
 
 # --- pauses ---------------------------------------------------------------------------------------------------------
@@ -1109,59 +979,53 @@ OUTAGES = {
 
 
 @pytest.mark.parametrize("says", OUTAGES.values(), ids=OUTAGES)
-def test_an_outage_costs_one_call_a_pause_and_ends_with_every_order_delivered(
+@asynchronous
+async def test_an_outage_costs_one_call_for_each_pause_and_loses_no_order(
     store_url: str, says: Callable[[], Awaitable[None]]
 ) -> None:
-    async def test() -> None:
-        shop = Shop()
-        async with working(store_url, route(shop)) as work:
-            shop.says["fjallboden"] = says
-            for number in range(20):
-                await work.owe(f"order-{number}")
-            await work.quiet()
-            at_first = shop.calls
-            assert at_first < 5 + 4  # the failures in a row that it takes, and what was under way then
-            assert work.pauses().keys() == {("export", "fjallboden", "1")}
+    shop = Shop()
+    async with working(store_url, route(shop)) as work:
+        shop.says["fjallboden"] = says
+        for number in range(20):
+            await work.owe(f"order-{number}")
+        await work.quiet()
+        at_first = shop.calls
+        assert at_first < 5 + 4  # the failures in a row that it takes, and what was under way then
+        assert work.pauses().keys() == {("export", "fjallboden", "1")}
 
-            for probe in range(6):
-                work.move_to(work.paused_until())
-                await work.quiet()
-                assert shop.calls == at_first + probe + 1
-            assert work.states() == {("waiting", None): 20}
-
-            shop.says.clear()
+        for probe in range(6):
             work.move_to(work.paused_until())
             await work.quiet()
-            work.move_to(work.clock.now + 3_600_000)  # what its own schedule still kept
+            assert shop.calls == at_first + probe + 1
+        assert work.states() == {("waiting", None): 20}
+
+        shop.says.clear()
+        work.move_to(work.paused_until())
+        await work.quiet()
+        work.move_to(work.clock.now + 3_600_000)  # what its own schedule still kept
+        await work.quiet()
+
+        assert work.states() == {("done", "delivered"): 20}
+        assert shop.taken == {f"order-{number}": 1 for number in range(20)}
+        assert work.pauses() == {}
+
+
+@asynchronous
+async def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store_url: str) -> None:
+    shop = Shop()
+    async with working(store_url, route(shop, schedule=(5 * SECOND,)), policy=PausePolicy(after_failures=3)) as work:
+        shop.says["fjallboden"] = OUTAGES["busy"]
+        for number in range(3):
+            await work.owe(f"order-{number}")
+        await work.quiet()
+        for _ in range(9):  # each three times as a probe, where two attempts would be its last
+            work.move_to(max(work.paused_until(), work.clock.now + 60_000))  # one of them is due by then
             await work.quiet()
+        calls = shop.calls
 
-            assert work.states() == {("done", "delivered"): 20}
-            assert shop.taken == {f"order-{number}": 1 for number in range(20)}
-            assert work.pauses() == {}
-
-    run(test)
-
-
-def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store_url: str) -> None:
-    async def test() -> None:
-        shop = Shop()
-        async with working(
-            store_url, route(shop, schedule=(5 * SECOND,)), policy=PausePolicy(after_failures=3)
-        ) as work:
-            shop.says["fjallboden"] = OUTAGES["busy"]
-            for number in range(3):
-                await work.owe(f"order-{number}")
-            await work.quiet()
-            for _ in range(9):  # each three times as a probe, where two attempts would be its last
-                work.move_to(max(work.paused_until(), work.clock.now + 60_000))  # one of them is due by then
-                await work.quiet()
-            calls = shop.calls
-
-            assert calls == 3 + 9
-            assert work.states() == {("waiting", None): 3}
-            assert [work.shown(number)["tries"] for number in (1, 2, 3)] == [1, 1, 1]
-
-    run(test)
+        assert calls == 3 + 9
+        assert work.states() == {("waiting", None): 3}
+        assert [work.shown(number)["tries"] for number in (1, 2, 3)] == [1, 1, 1]
 
 
 async def hang() -> None:
@@ -1176,108 +1040,78 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("says", TROUBLES.values(), ids=TROUBLES)
-def test_the_trouble_of_one_merchant_is_not_anothers(store_url: str, says: Callable[[], Awaitable[None]]) -> None:
-    async def test() -> None:
-        shop = Shop()
-        async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
-            shop.says["annan"] = says
-            for number in range(20):
-                await work.owe(f"his-{number}", merchant="annan")
-            for number in range(5):
-                await work.owe(f"hers-{number}")
-            while work.states("fjallboden") != {("done", "delivered"): 5}:
-                await work.settled()
+@asynchronous
+async def test_an_outage_of_one_merchant_does_not_affect_another(
+    store_url: str, says: Callable[[], Awaitable[None]]
+) -> None:
+    shop = Shop()
+    async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
+        shop.says["annan"] = says
+        for number in range(20):
+            await work.owe(f"his-{number}", merchant="annan")
+        for number in range(5):
+            await work.owe(f"hers-{number}")
+        while work.states("fjallboden") != {("done", "delivered"): 5}:
+            await work.settled()
 
-            assert work.states("annan") == {("waiting", None): 20}
-            assert work.pauses().keys() <= {("export", "annan", "1")}
-
-    run(test)
-
-
-def test_a_merchants_token_that_norce_refuses_pauses_that_merchants_queue_alone(store_url: str) -> None:
-    async def test() -> None:
-        shop = Shop()
-        async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
-            work.norce.refuses.add("annan")
-            for number in range(5):
-                await work.owe(f"his-{number}", merchant="annan")
-                await work.owe(f"hers-{number}")
-            await work.quiet()
-
-            assert work.states("fjallboden") == {("done", "delivered"): 5}
-            assert work.states("annan") == {("waiting", None): 5}
-            assert work.pauses() == {("export", "annan", "1"): "norce-unauthorized"}
-
-    run(test)
+        assert work.states("annan") == {("waiting", None): 20}
+        assert work.pauses().keys() <= {("export", "annan", "1")}
 
 
-def test_broken_credentials_pause_until_the_service_starts_anew(store_url: str) -> None:
-    async def test() -> None:
-        shop = Shop()
-        async with working(store_url, route(shop)) as work:
-            shop.says["fjallboden"] = TROUBLES["refusing the credentials"]
-            await work.owe()
-            await work.quiet()
-            shop.says.clear()
-            work.move_to(NOON + 365 * 86_400_000)
-            assert await work.a_turn() == []
-            assert shop.calls == 1
+@asynchronous
+async def test_a_refused_token_pauses_only_the_queue_of_its_merchant(store_url: str) -> None:
+    shop = Shop()
+    async with working(store_url, route(shop), merchants=("fjallboden", "annan")) as work:
+        work.norce.refuses.add("annan")
+        for number in range(5):
+            await work.owe(f"his-{number}", merchant="annan")
+            await work.owe(f"hers-{number}")
+        await work.quiet()
 
-            await work.lanes.open_queues([KEY])
-            work.dispatcher.wake()
+        assert work.states("fjallboden") == {("done", "delivered"): 5}
+        assert work.states("annan") == {("waiting", None): 5}
+        assert work.pauses() == {("export", "annan", "1"): "norce-unauthorized"}
+
+
+@asynchronous
+async def test_broken_credentials_pause_the_queue_until_the_next_start(store_url: str) -> None:
+    shop = Shop()
+    async with working(store_url, route(shop)) as work:
+        shop.says["fjallboden"] = TROUBLES["refusing the credentials"]
+        await work.owe()
+        await work.quiet()
+        shop.says.clear()
+        work.move_to(NOON + 365 * 86_400_000)
+        assert await work.a_turn() == []
+        assert shop.calls == 1
+
+        await work.lanes.open_queues([KEY])
+        work.dispatcher.wake()
+        row = await work.settled()
+        while row["state"] == "waiting":
             row = await work.settled()
-            while row["state"] == "waiting":
-                row = await work.settled()
 
-            assert (row["state"], row["tries"]) == ("done", 1)
-
-    run(test)
+        assert (row["state"], row["tries"]) == ("done", 1)
 
 
-def test_what_a_shutdown_cuts_short_pauses_nothing(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain(*[for_ever] * 6)
-        async with working(store_url, route(handler, concurrency=8)) as work:
-            for number in range(6):
-                await work.owe(f"order-{number}")
-            while len(handler.calls) < 6:
-                await work.a_turn()
+@asynchronous
+async def test_attempts_cut_short_by_a_shutdown_pause_no_queue(store_url: str) -> None:
+    handler = Plain(*[wait_forever] * 6)
+    async with working(store_url, route(handler, concurrency=8)) as work:
+        for number in range(6):
+            await work.owe(f"order-{number}")
+        while len(handler.calls) < 6:
+            await work.a_turn()
 
-            await work.dispatcher.stop(timedelta(0))
+        await work.dispatcher.stop(timedelta(0))
 
-            assert work.states() == {("dead", "unknown"): 6}
-            assert work.rows("SELECT paused_until, failed_lanes FROM queues") == [(None, None)]
-
-    run(test)
+        assert work.states() == {("dead", "unknown"): 6}
+        assert work.rows("SELECT paused_until, failed_lanes FROM queues") == [(None, None)]
 
 
 # --- a handler that never lets go of its thread ---------------------------------------------------------------------
 
 HELD = timedelta(seconds=1)
-
-
-class Holds:
-    """A step that holds its thread until it is told to let go."""
-
-    def __init__(self) -> None:
-        self.entered, self.let_go = threading.Event(), threading.Event()
-        self.threads: list[threading.Thread] = []
-
-    async def __call__(self, _notification: Notification, _context: Context[NoSettings]) -> Done:
-        self.threads.append(threading.current_thread())
-        self.entered.set()
-        self.let_go.wait(PATIENCE * 2)
-        return Done("late")
-
-    async def has_begun(self) -> None:
-        assert await asyncio.to_thread(self.entered.wait, PATIENCE)
-
-    async def ends(self) -> None:
-        """Lets go; when this returns, everything that was on its loop has ended."""
-        self.let_go.set()
-        for thread in self.threads:
-            await asyncio.to_thread(thread.join, PATIENCE)
-            assert not thread.is_alive()
 
 
 @asynccontextmanager
@@ -1291,156 +1125,142 @@ async def watched(url: str, *routes: Route, **more: Any) -> AsyncIterator[Work]:
             await asyncio.gather(watching, return_exceptions=True)
 
 
-def test_a_handler_that_never_lets_go_is_a_dead_letter_whose_lane_stays_claimed_until_its_thread_does(
+@asynchronous
+async def test_a_blocked_delivery_is_a_dead_letter_whose_lane_stays_claimed(
     store_url: str, lines: Callable[[], list[dict[str, Any]]]
 ) -> None:
-    async def test() -> None:
-        holds = Holds()
-        async with watched(store_url, route(Plain(holds), timeout=SHORTLY, concurrency=2), slots=1) as work:
-            await work.owe("order-1")
-            row = await work.settled()
-            assert (row["state"], row["reason"], row["in_doubt"]) == ("dead", "unknown", True)
-            assert [each["outcome"] for each in row["attempts"]] == ["blocked"]
-            assert work.rows("SELECT holder, next_at FROM lanes") == [(work.lease.process_id, None)]
+    holds = Blocks()
+    async with watched(store_url, route(Plain(holds), timeout=SHORTLY, concurrency=2), slots=1) as work:
+        await work.owe("order-1")
+        row = await work.settled()
+        assert (row["state"], row["reason"], row["in_doubt"]) == ("dead", "unknown", True)
+        assert [each["outcome"] for each in row["attempts"]] == ["blocked"]
+        assert work.rows("SELECT holder, next_at FROM lanes") == [(work.lease.process_id, None)]
 
-            await work.owe("order-2")  # by the one slot, on the new loop
-            row = await work.settled()
-            assert (row["order_id"], row["state"], row["tries"]) == ("order-2", "done", 1)
+        await work.owe("order-2")  # by the one slot, on the new loop
+        row = await work.settled()
+        assert (row["order_id"], row["state"], row["tries"]) == ("order-2", "done", 1)
 
-            await holds.ends()
-            await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
-            assert work.rows("SELECT holder, next_at, settled FROM lanes WHERE order_id = 'order-1'") == [
-                (None, None, 0)
-            ]
-            assert (work.shown(1)["state"], len(work.shown(1)["attempts"])) == ("dead", 1)
-
-        (line,) = [line for line in lines() if line["event"] == "plugins_loop_replaced"]
-        assert (line["route"], line["level"]) == ("export", "error")
-        labels = {"loop": "plugins-deliveries", "route": "export"}
-        assert work.metrics.registry.get_sample_value("norce_adapter_plugin_loops_replaced_total", labels) == 1
-
-    run(test)
-
-
-def test_a_lane_whose_thread_is_held_counts_among_those_of_its_queue(store_url: str) -> None:
-    async def test() -> None:
-        holds, other = Holds(), Plain()
-        routes = route(Plain(holds), timeout=SHORTLY, concurrency=1), route(other, name="other")
-        async with watched(store_url, *routes, slots=1) as work:
-            await work.owe("order-1")
-            await work.settled()
-            await work.owe("order-2")
-            await work.owe("order-3", route="other")
-            row = await work.settled()
-            assert row["order_id"] == "order-3"
-            assert await work.a_turn() == []
-
-            await holds.ends()
-            row = await work.settled()
-
-            assert (row["order_id"], row["state"]) == ("order-2", "done")
-
-    run(test)
-
-
-def test_what_shared_the_loop_is_in_doubt_and_does_nothing_more(store_url: str) -> None:
-    async def test() -> None:
-        holds, began, effects = Holds(), asyncio.Event(), []
-        go_on = asyncio.Event()
-        loop = asyncio.get_running_loop()
-
-        async def waits(_notification: Notification, _context: Context[NoSettings]) -> Done:
-            loop.call_soon_threadsafe(began.set)
-            await go_on.wait()
-            effects.append("sent")
-            return Done()
-
-        async def wakes_it_and_holds(notification: Notification, context: Context[NoSettings]) -> Done:
-            go_on.set()
-            return await holds(notification, context)
-
-        neighbour = Asking(waits, Done("shop-7"))
-        holder = route(Plain(wakes_it_and_holds), name="holder", timeout=SHORTLY)
-        async with watched(store_url, route(neighbour), holder) as work:
-            await work.owe("order-1")
-            await began.wait()
-            await work.owe("order-2", route="holder")
-            rows_ = {row["order_id"]: row for row in [await work.settled(), await work.settled()]}
-            assert rows_["order-2"]["reason"] == "unknown"
-            beside = rows_["order-1"]
-            assert (beside["state"], beside["in_doubt"], beside["code"]) == ("waiting", True, "loop-abandoned")
-            await holds.ends()
-            assert effects == []
-
-            work.move_to(beside["next_at"])
-            row = await work.settled()
-
-            assert neighbour.calls == ["deliver", "lookup"]
-            assert (row["state"], row["reference"]) == ("done", "shop-7")
-            assert effects == []
-
-    run(test)
-
-
-def test_what_had_not_begun_on_a_loop_that_is_given_up_is_delivered_on_the_next(store_url: str) -> None:
-    async def test() -> None:
-        holds, waiting = Holds(), Plain()
-        routes = route(Plain(holds), name="holder", timeout=SHORTLY), route(waiting)
-        async with watched(store_url, *routes) as work:
-            await work.owe("order-1", route="holder")
-            await holds.has_begun()
-            await work.owe("order-2")
-            settled = [await work.settled() for _ in range(3)]
-
-            row = next(row for row in settled if row["state"] == "done")
-            assert [each["outcome"] for each in row["attempts"]] == ["released", "done"]
-            assert (row["order_id"], row["tries"], row["in_doubt"]) == ("order-2", 1, False)
-            await holds.ends()
-            assert waiting.calls == ["deliver"]
-
-    run(test)
-
-
-def test_a_stop_does_not_wait_for_a_thread_that_is_held(store_url: str) -> None:
-    async def test() -> None:
-        holds = Holds()
-        async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
-            await work.owe()
-            await work.settled()
-
-            async with asyncio.timeout(PATIENCE):
-                await work.dispatcher.stop(timedelta(seconds=PATIENCE * 5))
-
-            assert (work.shown()["state"], work.shown()["reason"]) == ("dead", "unknown")
-            assert work.rows("SELECT holder FROM lanes") == [(work.lease.process_id,)]
-        assert not holds.let_go.is_set()
         await holds.ends()
+        await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
+        assert work.rows("SELECT holder, next_at, settled FROM lanes WHERE order_id = 'order-1'") == [(None, None, 0)]
+        assert (work.shown(1)["state"], len(work.shown(1)["attempts"])) == ("dead", 1)
 
-    run(test)
+    (line,) = [line for line in lines() if line["event"] == "plugins_loop_replaced"]
+    assert (line["route"], line["level"]) == ("export", "error")
+    labels = {"loop": "plugins-deliveries", "route": "export"}
+    assert work.metrics.registry.get_sample_value("norce_adapter_plugin_loops_replaced_total", labels) == 1
 
 
-def test_a_dead_letter_is_not_retried_while_its_handler_still_runs(store_url: str) -> None:
+@asynchronous
+async def test_a_blocked_lane_counts_for_the_concurrency_of_its_queue(store_url: str) -> None:
+    holds, other = Blocks(), Plain()
+    routes = route(Plain(holds), timeout=SHORTLY, concurrency=1), route(other, name="other")
+    async with watched(store_url, *routes, slots=1) as work:
+        await work.owe("order-1")
+        await work.settled()
+        await work.owe("order-2")
+        await work.owe("order-3", route="other")
+        row = await work.settled()
+        assert row["order_id"] == "order-3"
+        assert await work.a_turn() == []
+
+        await holds.ends()
+        row = await work.settled()
+
+        assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+
+@asynchronous
+async def test_other_handlers_on_an_abandoned_loop_are_in_doubt_and_do_nothing_more(store_url: str) -> None:
+    holds, began, effects = Blocks(), asyncio.Event(), []
+    go_on = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def waits(_notification: Notification, _context: Context[NoSettings]) -> Done:
+        loop.call_soon_threadsafe(began.set)
+        await go_on.wait()
+        effects.append("sent")
+        return Done()
+
+    async def wakes_it_and_holds(notification: Notification, context: Context[NoSettings]) -> Done:
+        go_on.set()
+        return await holds(notification, context)
+
+    neighbour = LooksUp(waits, Done("shop-7"))
+    holder = route(Plain(wakes_it_and_holds), name="holder", timeout=SHORTLY)
+    async with watched(store_url, route(neighbour), holder) as work:
+        await work.owe("order-1")
+        await began.wait()
+        await work.owe("order-2", route="holder")
+        rows_ = {row["order_id"]: row for row in [await work.settled(), await work.settled()]}
+        assert rows_["order-2"]["reason"] == "unknown"
+        beside = rows_["order-1"]
+        assert (beside["state"], beside["in_doubt"], beside["code"]) == ("waiting", True, "loop-abandoned")
+        await holds.ends()
+        assert effects == []
+
+        work.move_to(beside["next_at"])
+        row = await work.settled()
+
+        assert neighbour.calls == ["deliver", "lookup"]
+        assert (row["state"], row["reference"]) == ("done", "shop-7")
+        assert effects == []
+
+
+@asynchronous
+async def test_a_delivery_that_had_not_begun_on_an_abandoned_loop_runs_on_the_next(store_url: str) -> None:
+    holds, waiting = Blocks(), Plain()
+    routes = route(Plain(holds), name="holder", timeout=SHORTLY), route(waiting)
+    async with watched(store_url, *routes) as work:
+        await work.owe("order-1", route="holder")
+        await holds.has_begun()
+        await work.owe("order-2")
+        settled = [await work.settled() for _ in range(3)]
+
+        row = next(row for row in settled if row["state"] == "done")
+        assert [each["outcome"] for each in row["attempts"]] == ["released", "done"]
+        assert (row["order_id"], row["tries"], row["in_doubt"]) == ("order-2", 1, False)
+        await holds.ends()
+        assert waiting.calls == ["deliver"]
+
+
+@asynchronous
+async def test_stopping_does_not_wait_for_a_blocked_thread(store_url: str) -> None:
+    holds = Blocks()
+    async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
+        await work.owe()
+        await work.settled()
+
+        async with asyncio.timeout(PATIENCE):
+            await work.dispatcher.stop(timedelta(seconds=PATIENCE * 5))
+
+        assert (work.shown()["state"], work.shown()["reason"]) == ("dead", "unknown")
+        assert work.rows("SELECT holder FROM lanes") == [(work.lease.process_id,)]
+    assert not holds.go_on.is_set()
+    await holds.ends()
+
+
+@asynchronous
+async def test_a_dead_letter_is_not_retried_while_its_handler_still_runs(store_url: str) -> None:
     def retry(connection: Connection, items: Sequence[None]) -> list[int]:
         return [
             retry_dead_letters(connection, [DeadLetter(1, 1)], NOON, reasons=Reason, ends_doubt=True) for _ in items
         ]
 
-    async def test() -> None:
-        holds = Holds()
-        async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
-            await work.owe()
-            await work.settled()
-            assert await work.store.write(retry, None) == 0
+    holds = Blocks()
+    async with watched(store_url, route(Plain(holds), timeout=SHORTLY)) as work:
+        await work.owe()
+        await work.settled()
+        assert await work.store.write(retry, None) == 0
 
-            await holds.ends()
-            await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
-            assert await work.store.write(retry, None) == 1
-            work.dispatcher.wake()
-            row = await work.settled()
+        await holds.ends()
+        await asyncio.wait_for(work.lanes.released.get(), PATIENCE)
+        assert await work.store.write(retry, None) == 1
+        work.dispatcher.wake()
+        row = await work.settled()
 
-            assert (row["state"], row["tries"]) == ("done", 1)
-
-    run(test)
+        assert (row["state"], row["tries"]) == ("done", 1)
 
 
 # --- the lease ------------------------------------------------------------------------------------------------------
@@ -1468,277 +1288,251 @@ def at_every_moment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("at_every_moment")
-def test_the_lease_is_renewed_for_as_long_as_the_service_runs(store_url: str) -> None:
-    async def test() -> None:
-        async with leased(store_url, route(Plain())) as work:
-            await work.lease.two_beats()
-            work.clock.now += LEASE_MS - 1
-            await work.lease.two_beats()
-            work.clock.now += LEASE_MS - 1
-            await work.lease.two_beats()
+@asynchronous
+async def test_the_lease_is_renewed_with_every_heartbeat(store_url: str) -> None:
+    async with leased(store_url, route(Plain())) as work:
+        await work.lease.two_beats()
+        work.clock.now += LEASE_MS - 1
+        await work.lease.two_beats()
+        work.clock.now += LEASE_MS - 1
+        await work.lease.two_beats()
 
-            held = work.rows("SELECT id, lease_until FROM processes")
-            assert held == [(work.lease.process_id, work.clock.now + LEASE_MS)]
-            assert work.lease.until == work.clock.now + LEASE_MS
-            assert work.lease.entered.qsize() == 1
-
-    run(test)
+        held = work.rows("SELECT id, lease_until FROM processes")
+        assert held == [(work.lease.process_id, work.clock.now + LEASE_MS)]
+        assert work.lease.until == work.clock.now + LEASE_MS
+        assert work.lease.entered.qsize() == 1
 
 
 @pytest.mark.usefixtures("at_every_moment")
-def test_a_lease_that_is_lost_cancels_what_runs_and_the_work_goes_on_under_another(store_url: str) -> None:
-    async def test() -> None:
-        handler = Asking(for_ever, Done("shop-2"), Done("shop-1"))
-        async with leased(store_url, route(handler)) as work:
-            await work.owe("order-1")
-            while not handler.calls:
-                await work.a_turn()
-            work.lease.entered.get_nowait()
-            work.rows("DELETE FROM processes")
+@asynchronous
+async def test_a_lost_lease_cancels_all_handlers_and_work_continues_under_a_new_one(store_url: str) -> None:
+    handler = LooksUp(wait_forever, Done("shop-2"), Done("shop-1"))
+    async with leased(store_url, route(handler)) as work:
+        await work.owe("order-1")
+        while not handler.calls:
+            await work.a_turn()
+        work.lease.entered.get_nowait()
+        work.rows("DELETE FROM processes")
 
-            record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
-            assert (record.code, settlement) == ("lease-lost", None)
-            await asyncio.wait_for(work.lease.entered.get(), PATIENCE)
-            assert work.rows("SELECT id FROM processes") == [(work.lease.process_id,)]
-            await work.owe("order-2")
-            row = await work.settled()
-            assert (row["order_id"], row["state"]) == ("order-2", "done")
+        record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+        assert (record.code, settlement) == ("lease-lost", None)
+        await asyncio.wait_for(work.lease.entered.get(), PATIENCE)
+        assert work.rows("SELECT id FROM processes") == [(work.lease.process_id,)]
+        await work.owe("order-2")
+        row = await work.settled()
+        assert (row["order_id"], row["state"]) == ("order-2", "done")
 
-            assert work.shown(1)["in_doubt"]
-            ((due,),) = work.rows("SELECT next_at FROM lanes WHERE order_id = 'order-1'")
-            work.move_to(due)
-            row = await work.settled()
-            assert handler.calls == ["deliver", "deliver", "lookup"]
-            assert (row["order_id"], row["state"], row["reference"]) == ("order-1", "done", "shop-1")
-
-    run(test)
+        assert work.shown(1)["in_doubt"]
+        ((due,),) = work.rows("SELECT next_at FROM lanes WHERE order_id = 'order-1'")
+        work.move_to(due)
+        row = await work.settled()
+        assert handler.calls == ["deliver", "deliver", "lookup"]
+        assert (row["order_id"], row["state"], row["reference"]) == ("order-1", "done", "shop-1")
 
 
 @pytest.mark.usefixtures("at_every_moment")
-def test_where_the_store_fails_until_the_lease_is_nearly_over_only_one_that_others_share_cancels(
+@asynchronous
+async def test_a_store_that_fails_until_the_lease_ends_cancels_only_if_it_is_shared(
     store_url: str,
 ) -> None:
     """Nobody else takes the lanes of a file."""
+    handler = Counting()
+    async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
+        await work.owe()
+        await handler.has_begun(1)
+        await work.lease.two_beats()
+        work.lease.failing = True
+        work.clock.now = work.lease.until - BEAT_MS
+        await work.lease.two_beats()
+        assert work.dispatcher.running == 1
+        assert work.lanes.settled.empty()
 
-    async def test() -> None:
-        handler = Counting()
-        async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
-            await work.owe()
-            await handler.has_begun(1)
-            await work.lease.two_beats()
-            work.lease.failing = True
-            work.clock.now = work.lease.until - BEAT_MS
-            await work.lease.two_beats()
-            assert work.dispatcher.running == 1
-            assert work.lanes.settled.empty()
-
-            work.clock.now = work.lease.until
-            await work.lease.two_beats()
-            if not work.store.shared:
-                handler.go_on.set()
-            row = await work.settled()
-
-            if work.store.shared:
-                assert (row["state"], row["in_doubt"], row["code"]) == ("dead", True, "lease-lost")
-            else:
-                assert (row["state"], row["in_doubt"]) == ("done", False)
+        work.clock.now = work.lease.until
+        await work.lease.two_beats()
+        if not work.store.shared:
             handler.go_on.set()
+        row = await work.settled()
 
-    run(test)
+        if work.store.shared:
+            assert (row["state"], row["in_doubt"], row["code"]) == ("dead", True, "lease-lost")
+        else:
+            assert (row["state"], row["in_doubt"]) == ("done", False)
+        handler.go_on.set()
 
 
 @pytest.mark.usefixtures("at_every_moment")
-def test_a_store_that_is_well_again_in_time_cancels_nothing(store_url: str) -> None:
-    async def test() -> None:
-        handler = Counting()
-        async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
-            await work.owe()
-            await handler.has_begun(1)
-            work.lease.failing = True
-            await work.lease.two_beats()
-            work.clock.now = work.lease.until - BEAT_MS
-            work.lease.failing = False
-            await work.lease.two_beats()
-            work.clock.now += LEASE_MS - BEAT_MS
-            await work.lease.two_beats()
+@asynchronous
+async def test_a_store_that_recovers_before_the_lease_ends_cancels_nothing(store_url: str) -> None:
+    handler = Counting()
+    async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
+        await work.owe()
+        await handler.has_begun(1)
+        work.lease.failing = True
+        await work.lease.two_beats()
+        work.clock.now = work.lease.until - BEAT_MS
+        work.lease.failing = False
+        await work.lease.two_beats()
+        work.clock.now += LEASE_MS - BEAT_MS
+        await work.lease.two_beats()
 
-            handler.go_on.set()
+        handler.go_on.set()
 
-            assert (await work.settled())["state"] == "done"
-            assert work.lease.entered.qsize() == 1
-
-    run(test)
+        assert (await work.settled())["state"] == "done"
+        assert work.lease.entered.qsize() == 1
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_waits_for_what_runs_and_takes_nothing_more(store_url: str) -> None:
-    async def test() -> None:
-        handler = Counting()
-        async with working(store_url, route(handler)) as work:
-            await work.owe("order-1")
-            await handler.has_begun(1)
-            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
-            await work.owe("order-2")
+@asynchronous
+async def test_stopping_waits_for_running_attempts_and_claims_nothing(store_url: str) -> None:
+    handler = Counting()
+    async with working(store_url, route(handler)) as work:
+        await work.owe("order-1")
+        await handler.has_begun(1)
+        stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
+        await work.owe("order-2")
 
-            handler.go_on.set()
-            await stopping
+        handler.go_on.set()
+        await stopping
 
-            assert (work.shown(1)["state"], work.shown(2)["state"]) == ("done", "waiting")
-            assert work.shown(2)["tries"] == 0
-
-    run(test)
+        assert (work.shown(1)["state"], work.shown(2)["state"]) == ("done", "waiting")
+        assert work.shown(2)["tries"] == 0
 
 
-def test_what_still_runs_after_the_grace_is_cancelled_and_in_doubt(store_url: str) -> None:
-    async def test() -> None:
-        begun = threading.Event()
+@asynchronous
+async def test_attempts_longer_than_the_grace_are_cancelled_and_in_doubt(store_url: str) -> None:
+    begun = threading.Event()
 
-        async def hangs(_notification: Notification, _context: Context[NoSettings]) -> Done:
-            begun.set()
-            await asyncio.Event().wait()
-            raise AssertionError
+    async def hangs(_notification: Notification, _context: Context[NoSettings]) -> Done:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
 
-        async with working(store_url, route(Asking(hangs))) as work:
-            await work.owe()
-            await asyncio.to_thread(begun.wait, PATIENCE)
+    async with working(store_url, route(LooksUp(hangs))) as work:
+        await work.owe()
+        await asyncio.to_thread(begun.wait, PATIENCE)
 
-            await work.dispatcher.stop(timedelta(0))
+        await work.dispatcher.stop(timedelta(0))
 
-            row = work.shown()
-            assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "shutdown")
-
-    run(test)
+        row = work.shown()
+        assert (row["state"], row["in_doubt"], row["code"]) == ("waiting", True, "shutdown")
 
 
-def test_what_cannot_be_cancelled_is_left_claimed_for_the_next_start(
+@asynchronous
+async def test_a_lane_whose_handler_cannot_be_cancelled_stays_claimed(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher_module, "CANCEL_GRACE", timedelta(milliseconds=1))
 
-    async def test() -> None:
-        entered, go_on = threading.Event(), threading.Event()
+    entered, go_on = threading.Event(), threading.Event()
 
-        async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
-            entered.set()
-            go_on.wait(PATIENCE)
-            return Done()
+    async def blocks(_notification: Notification, _context: Context[NoSettings]) -> Done:
+        entered.set()
+        go_on.wait(PATIENCE)
+        return Done()
 
-        async with working(store_url, route(Asking(blocks))) as work:
-            await work.owe()
-            await asyncio.to_thread(entered.wait, PATIENCE)
+    async with working(store_url, route(LooksUp(blocks))) as work:
+        await work.owe()
+        await asyncio.to_thread(entered.wait, PATIENCE)
 
-            await work.dispatcher.stop(timedelta(0))
+        await work.dispatcher.stop(timedelta(0))
 
-            row = work.shown()
-            assert (row["state"], row["in_doubt"], row["attempts"]) == ("waiting", True, [])
-            go_on.set()
-
-    run(test)
+        row = work.shown()
+        assert (row["state"], row["in_doubt"], row["attempts"]) == ("waiting", True, [])
+        go_on.set()
 
 
-def test_what_is_claimed_while_the_service_stops_is_given_back(store_url: str) -> None:
+@asynchronous
+async def test_a_lane_claimed_while_the_service_stops_is_released(store_url: str) -> None:
     """Otherwise an order of which nothing was ever sent would be in doubt, and perhaps wait for a person."""
+    handler = Plain()
+    async with working(store_url, route(handler)) as work:
+        work.lanes.keep_back = asyncio.Event()
+        await work.owe()
+        while not await asyncio.wait_for(work.lanes.claimed.get(), PATIENCE):
+            pass
+        stopping = asyncio.create_task(work.dispatcher.stop(timedelta(0)))
+        await asyncio.sleep(0)
+        work.lanes.keep_back.set()
 
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler)) as work:
-            work.lanes.keep_back = asyncio.Event()
-            await work.owe()
-            while not await asyncio.wait_for(work.lanes.claimed.get(), PATIENCE):
-                pass
-            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(0)))
-            await asyncio.sleep(0)
-            work.lanes.keep_back.set()
+        await stopping
 
-            await stopping
-
-            assert work.dispatcher.running == 0
-            row = work.shown()
-            assert handler.calls == []
-            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
-
-    run(test)
+        assert work.dispatcher.running == 0
+        row = work.shown()
+        assert handler.calls == []
+        assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
 
 
-def test_what_is_being_read_again_while_the_service_stops_is_given_back(store_url: str) -> None:
-    async def test() -> None:
-        handler, reading, go_on = Plain(), asyncio.Event(), asyncio.Event()
+@asynchronous
+async def test_a_lane_whose_order_is_being_read_while_the_service_stops_is_released(store_url: str) -> None:
+    handler, reading, go_on = Plain(), asyncio.Event(), asyncio.Event()
 
-        async def slowly() -> None:
-            reading.set()
-            await go_on.wait()
+    async def slowly() -> None:
+        reading.set()
+        await go_on.wait()
 
-        async with working(store_url, route(handler)) as work:
-            work.norce.answers = [slowly]
-            await work.owe()
-            await reading.wait()
-            stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
-            await asyncio.sleep(0)
-            go_on.set()
+    async with working(store_url, route(handler)) as work:
+        work.norce.answers = [slowly]
+        await work.owe()
+        await reading.wait()
+        stopping = asyncio.create_task(work.dispatcher.stop(timedelta(seconds=PATIENCE)))
+        await asyncio.sleep(0)
+        go_on.set()
 
-            await stopping
+        await stopping
 
-            row = work.shown()
-            assert handler.calls == []
-            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
-
-    run(test)
+        row = work.shown()
+        assert handler.calls == []
+        assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
 
 
 # --- a store that fails ---------------------------------------------------------------------------------------------
 
 
-def test_a_record_is_tried_until_the_store_takes_it(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@asynchronous
+async def test_settling_is_retried_until_the_store_recovers(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
-    async def test() -> None:
-        handler = Plain(Done("shop-7"))
-        async with working(store_url, route(handler)) as work:
-            work.lanes.failures["settle"] = 3
-            await work.owe()
+    handler = Plain(Done("shop-7"))
+    async with working(store_url, route(handler)) as work:
+        work.lanes.failures["settle"] = 3
+        await work.owe()
 
-            row = await work.settled()
+        row = await work.settled()
 
-            assert handler.calls == ["deliver"]
-            assert (row["state"], row["reference"]) == ("done", "shop-7")
-
-    run(test)
+        assert handler.calls == ["deliver"]
+        assert (row["state"], row["reference"]) == ("done", "shop-7")
 
 
-def test_work_goes_on_when_the_store_takes_claims_again(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@asynchronous
+async def test_claiming_is_retried_until_the_store_recovers(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
-    async def test() -> None:
-        async with working(store_url, route(Plain())) as work:
-            work.lanes.failures["claim"] = 3
-            await work.owe()
+    async with working(store_url, route(Plain())) as work:
+        work.lanes.failures["claim"] = 3
+        await work.owe()
 
-            assert (await work.settled())["state"] == "done"
-
-    run(test)
+        assert (await work.settled())["state"] == "done"
 
 
-def test_a_record_that_no_store_takes_before_the_end_leaves_the_lane_in_doubt(
+@asynchronous
+async def test_an_attempt_that_is_never_stored_leaves_its_lane_in_doubt(
     store_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dispatcher_module, "STORE_RETRY", timedelta(milliseconds=1))
 
-    async def test() -> None:
-        handler = Counting()
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            await handler.has_begun(1)
-            work.lanes.failures["settle"] = 1_000_000
-            handler.go_on.set()
+    handler = Counting()
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        await handler.has_begun(1)
+        work.lanes.failures["settle"] = 1_000_000
+        handler.go_on.set()
 
-            await work.dispatcher.stop(timedelta(0))
+        await work.dispatcher.stop(timedelta(0))
 
-            row = work.shown()
-            assert (row["state"], row["in_doubt"]) == ("waiting", True)
-
-    run(test)
+        row = work.shown()
+        assert (row["state"], row["in_doubt"]) == ("waiting", True)
 
 
 @pytest.fixture
@@ -1747,108 +1541,100 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_claims_that_are_on_disk_although_the_store_failed_are_run_once_and_without_doubt(store_url: str) -> None:
-    async def test() -> None:
-        busy, handler = Counting(), Asking()
-        async with working(store_url, route(busy), route(handler, name="other")) as work:
-            await work.owe("order-1")
-            await busy.has_begun(1)
-            work.lanes.left_open["claim"] = 1
-            await work.owe("order-2", route="other")
-            await work.owe("order-3", route="other")
+@asynchronous
+async def test_claims_committed_without_an_answer_run_once_and_without_doubt(store_url: str) -> None:
+    busy, handler = Counting(), LooksUp()
+    async with working(store_url, route(busy), route(handler, name="other")) as work:
+        await work.owe("order-1")
+        await busy.has_begun(1)
+        work.lanes.left_open["claim"] = 1
+        await work.owe("order-2", route="other")
+        await work.owe("order-3", route="other")
 
-            rows_ = [await work.settled(), await work.settled()]
+        rows_ = [await work.settled(), await work.settled()]
 
-            assert not work.lanes.lost.empty()
-            assert handler.calls == ["deliver", "deliver"]
-            assert [context.attempt for _, context in handler.seen] == [1, 1]
-            assert [(row["state"], row["tries"], len(row["attempts"])) for row in rows_] == [("done", 1, 1)] * 2
-            busy.go_on.set()  # what was running meanwhile has not been given back
-            row = await work.settled()
-            assert (row["order_id"], row["state"], row["tries"]) == ("order-1", "done", 1)
-            assert busy.peak == 1
-
-    run(test)
+        assert not work.lanes.lost.empty()
+        assert handler.calls == ["deliver", "deliver"]
+        assert [context.attempt for _, context in handler.seen] == [1, 1]
+        assert [(row["state"], row["tries"], len(row["attempts"])) for row in rows_] == [("done", 1, 1)] * 2
+        busy.go_on.set()  # what was running meanwhile has not been given back
+        row = await work.settled()
+        assert (row["order_id"], row["state"], row["tries"]) == ("order-1", "done", 1)
+        assert busy.peak == 1
 
 
 @pytest.mark.usefixtures("impatient")
-def test_what_was_in_doubt_before_such_a_claim_still_is(store_url: str) -> None:
-    async def test() -> None:
-        handler = Asking(Unknown("no-answer"), Done("shop-7"))
-        async with working(store_url, route(handler)) as work:
-            await work.owe()
-            row = await work.settled()
-            work.lanes.left_open["claim"] = 1
-            work.move_to(row["next_at"])
-            row = await work.settled()
+@asynchronous
+async def test_a_claim_committed_without_an_answer_keeps_earlier_doubt(store_url: str) -> None:
+    handler = LooksUp(Unknown("no-answer"), Done("shop-7"))
+    async with working(store_url, route(handler)) as work:
+        await work.owe()
+        row = await work.settled()
+        work.lanes.left_open["claim"] = 1
+        work.move_to(row["next_at"])
+        row = await work.settled()
 
-            assert not work.lanes.lost.empty()
-            assert handler.calls == ["deliver", "lookup"]
-            assert (row["state"], row["tries"]) == ("done", 2)
-
-    run(test)
+        assert not work.lanes.lost.empty()
+        assert handler.calls == ["deliver", "lookup"]
+        assert (row["state"], row["tries"]) == ("done", 2)
 
 
-def test_a_stop_gives_back_claims_that_are_on_disk_although_the_store_failed(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler)) as work:
-            await work.a_turn()  # it looks again only when it is told to
-            work.lanes.left_open["claim"] = 1
-            await work.owe()
-            await asyncio.wait_for(work.lanes.lost.get(), PATIENCE)
+@asynchronous
+async def test_stopping_releases_claims_committed_without_an_answer(store_url: str) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler)) as work:
+        await work.a_turn()  # it looks again only when it is told to
+        work.lanes.left_open["claim"] = 1
+        await work.owe()
+        await asyncio.wait_for(work.lanes.lost.get(), PATIENCE)
 
-            await work.dispatcher.stop(timedelta(0))
+        await work.dispatcher.stop(timedelta(0))
 
-            row = work.shown()
-            assert handler.calls == []
-            assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
-            assert work.rows("SELECT holder FROM lanes") == [(None,)]
-
-    run(test)
+        row = work.shown()
+        assert handler.calls == []
+        assert (row["state"], row["in_doubt"], row["tries"]) == ("waiting", False, 0)
+        assert work.rows("SELECT holder FROM lanes") == [(None,)]
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_lane_whose_attempt_met_a_mistake_of_ours_is_never_taken_for_one_that_nobody_ran(store_url: str) -> None:
-    async def test() -> None:
-        handler = Plain()
-        async with working(store_url, route(handler)) as work:
-            work.lanes.mistakes.add("order-1")
-            await work.owe("order-1")
-            while not handler.calls or work.dispatcher.running:
-                await work.a_turn()
-            work.lanes.left_open["claim"] = 1
-            await work.owe("order-2")
-            row = await work.settled()
-            await work.quiet()
+@asynchronous
+async def test_a_lane_whose_attempt_met_our_own_bug_stays_in_doubt(
+    store_url: str,
+) -> None:
+    handler = Plain()
+    async with working(store_url, route(handler)) as work:
+        work.lanes.mistakes.add("order-1")
+        await work.owe("order-1")
+        while not handler.calls or work.dispatcher.running:
+            await work.a_turn()
+        work.lanes.left_open["claim"] = 1
+        await work.owe("order-2")
+        row = await work.settled()
+        await work.quiet()
 
-            assert (row["order_id"], row["state"]) == ("order-2", "done")
-            assert not work.lanes.lost.empty()
-            assert handler.calls == ["deliver", "deliver"]
-            assert (work.shown(1)["state"], work.shown(1)["in_doubt"]) == ("waiting", True)
-
-    run(test)
+        assert (row["order_id"], row["state"]) == ("order-2", "done")
+        assert not work.lanes.lost.empty()
+        assert handler.calls == ["deliver", "deliver"]
+        assert (work.shown(1)["state"], work.shown(1)["in_doubt"]) == ("waiting", True)
 
 
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("step", [Done("shop-7"), Retry("busy"), Reject("no-shop")], ids=repr)
-def test_a_record_that_is_on_disk_although_the_store_failed_is_not_written_again(store_url: str, step: Step) -> None:
-    async def test() -> None:
-        handler = Plain(step)
-        async with working(store_url, route(handler)) as work:
-            work.lanes.left_open["settle"] = 1
-            await work.owe()
+@asynchronous
+async def test_an_attempt_settled_without_an_answer_is_not_settled_again(store_url: str, step: Step) -> None:
+    handler = Plain(step)
+    async with working(store_url, route(handler)) as work:
+        work.lanes.left_open["settle"] = 1
+        await work.owe()
 
-            record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
-            await work.quiet()
+        record, settlement = await asyncio.wait_for(work.lanes.settled.get(), PATIENCE)
+        await work.quiet()
 
-            assert not work.lanes.lost.empty()
-            row = work.shown()
-            assert settlement is not None
-            assert settlement.state.value == row["state"]
-            assert (row["tries"], row["in_doubt"], len(row["attempts"])) == (1, False, 1)
-            labels = {"route": "export", "outcome": record.outcome}
-            assert work.metrics.registry.get_sample_value("norce_adapter_delivery_attempts_total", labels) == 1
-            assert handler.calls == ["deliver"]
-
-    run(test)
+        assert not work.lanes.lost.empty()
+        row = work.shown()
+        assert settlement is not None
+        assert settlement.state.value == row["state"]
+        assert (row["tries"], row["in_doubt"], len(row["attempts"])) == (1, False, 1)
+        labels = {"route": "export", "outcome": record.outcome}
+        assert work.metrics.registry.get_sample_value("norce_adapter_delivery_attempts_total", labels) == 1
+        assert handler.calls == ["deliver"]

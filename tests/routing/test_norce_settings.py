@@ -190,7 +190,7 @@ def document(settings: Any = None, **members: Any) -> dict[str, Any]:
     )
 
 
-def test_without_a_document_the_file_says_it_all(house: House) -> None:
+def test_without_a_document_the_settings_of_the_file_hold(house: House) -> None:
     house.refresh()
 
     assert (house.limits("1").most, house.limits("2").most) == (5, 10)
@@ -198,7 +198,7 @@ def test_without_a_document_the_file_says_it_all(house: House) -> None:
     assert house.value("configuration_valid", *CHANNEL) == 1
 
 
-def test_a_document_is_the_strongest_and_for_its_channel_alone(house: House) -> None:
+def test_a_document_overrides_the_settings_of_its_channel(house: House) -> None:
     house.put(document({"most": 3, "names": {"a": "b"}}))
 
     house.refresh()
@@ -208,7 +208,7 @@ def test_a_document_is_the_strongest_and_for_its_channel_alone(house: House) -> 
     assert house.limits("2").most == 10
 
 
-def test_a_merchant_whose_norce_is_silent_is_in_no_other_merchants_way(tmp_path: Path) -> None:
+def test_a_merchant_whose_norce_is_silent_delays_no_other(tmp_path: Path) -> None:
     """At the start there are five seconds, and then deliveries leave."""
     silent = {"tokens": ["${env:TOKEN}"], "channels": {f"c{number}": {} for number in range(20)}}
     merchants = {"silent": silent} | TREE["merchants"]
@@ -227,7 +227,7 @@ def test_a_merchant_whose_norce_is_silent_is_in_no_other_merchants_way(tmp_path:
         assert house.settings.switched_off == {CHANNEL}
 
 
-def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -> None:
+def test_a_setting_removed_from_a_document_is_as_in_the_file(house: House) -> None:
     house.put(document({"most": 3}))
     house.refresh()
 
@@ -237,7 +237,7 @@ def test_what_a_document_does_not_say_any_more_is_as_in_the_file(house: House) -
     assert house.limits().most == 5
 
 
-def test_a_document_that_is_deleted_is_none(house: House) -> None:
+def test_a_deleted_document_has_no_effect(house: House) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
 
@@ -262,9 +262,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize(("wrong", "place"), WRONG.values(), ids=WRONG)
-def test_a_document_that_is_wrong_keeps_the_last_good_one_and_its_places_are_told(
-    house: House, wrong: Any, place: str
-) -> None:
+def test_a_wrong_document_is_reported_and_the_last_good_one_holds(house: House, wrong: Any, place: str) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
 
@@ -290,7 +288,7 @@ def test_a_document_that_is_wrong_keeps_the_last_good_one_and_its_places_are_tol
     [httpx.ConnectError("down"), httpx.Response(500), httpx.Response(401), httpx.Response(429)],
     ids=["down", "500", "401", "429"],
 )
-def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
+def test_a_norce_that_does_not_answer_changes_nothing_and_is_logged_once(
     house: House, instead: httpx.Response | Exception
 ) -> None:
     house.put(document({"most": 3}, active=False))
@@ -309,7 +307,7 @@ def test_a_norce_that_does_not_answer_changes_nothing_and_is_told_of_once(
     ]
 
 
-def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_then(house: House) -> None:
+def test_the_last_good_document_holds_after_a_restart(house: House) -> None:
     house.put(document({"most": 3}, active=False, callbacks={"secret": "canary"}))
     house.refresh()
     house.put(document({"most": 0}, active=True))
@@ -326,7 +324,7 @@ def test_what_was_taken_holds_after_a_restart_however_silent_or_wrong_norce_is_t
     assert b"canary" not in house.loop.run(StoredDocuments(house.store).all())[CHANNEL]
 
 
-def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_checked(house: House) -> None:
+def test_a_switch_is_restored_before_documents_are_checked(house: House) -> None:
     """To check one takes up to three seconds, ten took 26 s of a start: no lease is renewed, and no signal heard."""
     stored = StoredDocuments(house.store)
     BEGUN.clear()
@@ -352,7 +350,7 @@ def test_after_a_restart_what_is_switched_off_is_known_before_a_document_is_chec
     assert house.limits().most == 15
 
 
-def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -> None:
+def test_a_deleted_document_has_no_effect_after_a_restart(house: House) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
     house.simulator.records.documents.pop((*CHANNEL, "our_adapter"), None)
@@ -363,7 +361,7 @@ def test_a_document_that_was_deleted_is_none_after_a_restart_too(house: House) -
     assert (house.limits().most, house.settings.switched_off) == (5, set())
 
 
-def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_not_the_switch(house: House) -> None:
+def test_a_restored_document_that_a_new_version_refuses_keeps_its_switch(house: House) -> None:
     stored = StoredDocuments(house.store)
     house.loop.run(stored.keep(CHANNEL, json.dumps(document({"fewest": 3}, active=False)).encode()))
     house.loop.run(stored.keep(Channel("gone", "1"), b"{}"))
@@ -376,7 +374,7 @@ def test_what_the_handlers_of_a_new_version_do_not_take_is_as_in_the_file_but_no
     assert house.value("configuration_valid", *CHANNEL) == 0
 
 
-def test_each_channels_last_document_is_kept_on_either_store(empty_url: str) -> None:
+def test_each_channels_last_document_is_stored(empty_url: str) -> None:
     store = Store.open(empty_url)
     stored = StoredDocuments(store)
 
@@ -411,7 +409,7 @@ class Stumbling(StoredDocuments):
 
 
 @pytest.mark.parametrize("last", [document({"most": 3}), None], ids=["another", "none"])
-def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_time(house: House, last: Any) -> None:
+def test_a_document_that_could_not_be_stored_holds_and_is_stored_later(house: House, last: Any) -> None:
     house.put(document({"most": 4}))
     house.refresh()
     house.settings = house.reader(Stumbling(house.store))
@@ -441,7 +439,7 @@ def test_what_the_ledger_could_not_keep_holds_all_the_same_and_is_kept_the_next_
     ],
     ids=["a page", "nothing", "a problem without a code"],
 )
-def test_a_404_without_a_code_of_norces_takes_no_document_away(house: House, instead: httpx.Response) -> None:
+def test_a_404_without_norces_code_removes_no_document(house: House, instead: httpx.Response) -> None:
     house.put(document({"most": 3}, active=False))
     house.refresh()
 
@@ -457,7 +455,7 @@ def test_a_404_without_a_code_of_norces_takes_no_document_away(house: House, ins
     assert (house.limits().most, house.settings.switched_off) == (5, set())
 
 
-def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothing(house: House) -> None:
+def test_a_bug_in_a_settings_type_makes_the_document_wrong(house: House) -> None:
     house.put(document({"most": 14}))
     house.put(document({"most": 4}), channel="2")
 
@@ -469,7 +467,7 @@ def test_a_document_on_which_a_handlers_own_check_breaks_is_wrong_and_ends_nothi
     assert "canary" not in json.dumps(told)
 
 
-def test_of_a_document_with_many_mistakes_a_few_are_told(house: House) -> None:
+def test_a_document_with_many_mistakes_is_logged_with_a_few(house: House) -> None:
     house.put(document({"names": {"k" * 1000 + str(number): 1 for number in range(100)}}))
 
     with capture_logs() as told:
@@ -479,7 +477,7 @@ def test_of_a_document_with_many_mistakes_a_few_are_told(house: House) -> None:
     assert len(json.dumps(line)) < 3000
 
 
-def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_end_is_checked_again(
+def test_a_check_leaves_the_loop_free_and_is_repeated_if_interrupted(
     house: House,
 ) -> None:
     house.put(document({"most": 15}))
@@ -499,7 +497,7 @@ def test_nobody_waits_while_a_document_is_checked_and_one_that_was_not_to_its_en
     assert house.limits().most == 15
 
 
-def test_what_is_no_json_is_wrong(house: House) -> None:
+def test_a_document_that_is_not_json_is_wrong(house: House) -> None:
     house.line.instead = httpx.Response(200, content=b"<html>")
 
     house.refresh()
@@ -520,7 +518,7 @@ def test_a_channel_is_switched_off_and_on_again(house: House) -> None:
     assert house.value("channel_active", *CHANNEL) == 1
 
 
-def test_a_document_that_stays_as_it_is_is_not_taken_again(house: House) -> None:
+def test_an_unchanged_document_is_not_applied_again(house: House) -> None:
     house.put(document({"most": 3}))
     house.refresh()
     changed = house.changed

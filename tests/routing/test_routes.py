@@ -163,7 +163,7 @@ def test_a_callback_without_routes_is_known(tmp_path: Path) -> None:
     assert made(tmp_path, export()).of("order-rules") == ()
 
 
-def test_settings_are_read_for_every_merchant_and_channel_the_strongest_last(tmp_path: Path) -> None:
+def test_settings_are_merged_for_every_channel(tmp_path: Path) -> None:
     routes = made(tmp_path, CALLBACKS + "routes: {export: {callback: order-status, handler: export}}\n")
 
     [route] = routes.all
@@ -174,7 +174,7 @@ def test_settings_are_read_for_every_merchant_and_channel_the_strongest_last(tmp
     }
 
 
-def test_what_a_handler_can_do_about_doubt_is_known(tmp_path: Path) -> None:
+def test_a_route_knows_how_its_handler_ends_a_doubt(tmp_path: Path) -> None:
     routes = made(
         tmp_path,
         CALLBACKS + "routes: {export: {callback: order-status, handler: export},"
@@ -220,7 +220,7 @@ routes:
     ids=["both", "the callback's alone", "neither", "nothing there", "null", "another shape", "an error in when",
          "an error in the callback's"],
 )  # fmt: skip
-def test_a_route_wants_what_the_callback_and_its_own_condition_want(
+def test_a_route_wants_orders_that_meet_both_conditions(
     tmp_path: Path, order: Any, callback: str, wanted: dict[str, str]
 ) -> None:
     routes = made(tmp_path, CALLBACKS + ROUTES)
@@ -240,14 +240,14 @@ def test_a_route_wants_what_the_callback_and_its_own_condition_want(
         ({"state": {"currentStatus": "declined"}, "items": [1]}, ["not_matched"] * 3),
     ],
 )
-def test_deciding_again_asks_both_conditions(tmp_path: Path, order: Any, results: list[str]) -> None:
+def test_wants_evaluates_both_conditions(tmp_path: Path, order: Any, results: list[str]) -> None:
     routes = made(tmp_path, CALLBACKS + ROUTES)
 
     assert [wants(route, order) for route in routes.all] == [Result(result) for result in results]
 
 
 @pytest.mark.parametrize("order", [None, 1, "x", [], [[]], {"state": {}}], ids=repr)
-def test_no_order_makes_wanting_raise(tmp_path: Path, order: Any) -> None:
+def test_selecting_never_raises(tmp_path: Path, order: Any) -> None:
     routes = made(tmp_path, CALLBACKS + ROUTES)
 
     for route in routes.all:
@@ -264,7 +264,7 @@ def export(**members: str) -> str:
     return CALLBACKS + "routes:\n  export:\n" + "".join(f"    {name}: {value}\n" for name, value in said.items())
 
 
-def test_a_handler_that_is_not_installed_is_a_problem_that_names_those_that_are(tmp_path: Path) -> None:
+def test_the_problem_of_an_unknown_handler_names_the_installed_ones(tmp_path: Path) -> None:
     assert one_problem(tmp_path, export(handler="shopify")) == (
         "7 routes.export.handler: no installed handler has this name; installed: " + ", ".join(sorted(HANDLERS))
     )
@@ -291,7 +291,7 @@ def test_a_hook_has_a_deadline_a_soft_limit_and_a_target(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("handler", ["check", "export"])
-def test_only_a_hook_handler_answers_a_hook(tmp_path: Path, handler: str) -> None:
+def test_a_hook_needs_a_hook_handler(tmp_path: Path, handler: str) -> None:
     text = f"callbacks: {{set: {{kind: hook, watch: /cart}}}}\nroutes:\n  export: {{callback: set, handler: {handler},"
 
     assert one_problem(tmp_path, f"{text} no_answer: approve}}\n") == (
@@ -306,7 +306,7 @@ def test_a_handler_of_another_kind_is_a_problem(tmp_path: Path, handler: str) ->
     )
 
 
-def test_a_notification_handler_answers_no_validation(tmp_path: Path) -> None:
+def test_a_validation_needs_a_validation_handler(tmp_path: Path) -> None:
     text = export(callback="order-rules", no_answer="approve")
 
     assert one_problem(tmp_path, text) == (
@@ -323,12 +323,12 @@ def test_a_notification_handler_answers_no_validation(tmp_path: Path) -> None:
         ("exploding", "the handler cannot be created: RuntimeError: no licence"),
     ],
 )
-def test_a_handler_that_fails_at_its_import_or_making_is_a_problem(tmp_path: Path, handler: str, message: str) -> None:
+def test_a_handler_that_cannot_be_imported_or_created_is_a_problem(tmp_path: Path, handler: str, message: str) -> None:
     assert one_problem(tmp_path, export(handler=handler)) == f"7 routes.export.handler: {message}"
 
 
 @pytest.mark.parametrize("handler", ["abstract", "demanding"])
-def test_a_class_that_cannot_be_made_is_a_problem(tmp_path: Path, handler: str) -> None:
+def test_a_handler_class_that_cannot_be_created_is_a_problem(tmp_path: Path, handler: str) -> None:
     assert one_problem(tmp_path, export(handler=handler)).startswith(
         "7 routes.export.handler: the handler cannot be created: TypeError"
     )
@@ -346,11 +346,13 @@ def test_a_class_that_cannot_be_made_is_a_problem(tmp_path: Path, handler: str) 
     ],
     ids=["no pointer", "empty", "no schema", "another document", "look-ahead", "another dialect"],
 )
-def test_a_condition_that_cannot_be_decided_safely_is_a_problem_at_its_line(tmp_path: Path, when: str, at: str) -> None:
+def test_a_condition_that_cannot_be_evaluated_safely_is_a_problem_at_its_line(
+    tmp_path: Path, when: str, at: str
+) -> None:
     assert one_problem(tmp_path, export(when=when)).startswith(f"8 routes.export.when.{at}: ")
 
 
-def test_a_callbacks_condition_is_checked_though_no_route_has_it(tmp_path: Path) -> None:
+def test_the_condition_of_a_callback_without_routes_is_checked(tmp_path: Path) -> None:
     text = export().replace("routes:\n", "  unused: {kind: notification, scope: nowhere}\nroutes:\n")
 
     assert one_problem(tmp_path, text).startswith("4 callbacks.unused.scope: ")
@@ -366,16 +368,14 @@ def test_a_callbacks_condition_is_checked_though_no_route_has_it(tmp_path: Path)
         (f"{{password: {SECRET}}}", "settings.password: "),
     ],
 )
-def test_settings_that_the_handler_does_not_take_are_a_problem_at_their_line(
-    tmp_path: Path, settings: str, message: str
-) -> None:
+def test_wrong_settings_are_a_problem_at_their_line(tmp_path: Path, settings: str, message: str) -> None:
     problem = problems(tmp_path, export(settings=settings))[0]
 
     assert problem.startswith(f"8 routes.export.{message}")
     assert SECRET not in problem
 
 
-def test_a_setting_of_one_merchant_or_channel_is_a_problem_at_its_own_place(tmp_path: Path) -> None:
+def test_a_wrong_setting_of_a_channel_is_a_problem_at_its_own_place(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text((HEAD + export()).replace("shop: two", "shop: 2").replace("shop: other}", "shop: other, x: 1}"))
     points: Any = [Point("export", Export)]
@@ -389,11 +389,11 @@ def test_a_setting_of_one_merchant_or_channel_is_a_problem_at_its_own_place(tmp_
     ]
 
 
-def test_a_problem_that_all_merchants_share_is_told_once(tmp_path: Path) -> None:
+def test_a_problem_of_all_merchants_is_reported_once(tmp_path: Path) -> None:
     assert len(problems(tmp_path, export(settings="{url: nowhere}"))) == 1
 
 
-def test_settings_that_do_not_fit_together_are_told_in_the_handlers_words(tmp_path: Path) -> None:
+def test_inconsistent_settings_are_reported_with_the_handlers_message(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text((HEAD + export()).replace("shop: two", "shop: closed"))
     points: Any = [Point("export", Export)]
@@ -404,7 +404,7 @@ def test_settings_that_do_not_fit_together_are_told_in_the_handlers_words(tmp_pa
     assert raised.value.problems[0].line == 7
 
 
-def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+def test_all_problems_are_reported_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = (
         "callbacks:\n"
         "  bad-scope: {kind: notification, scope: nowhere}\n"
@@ -435,7 +435,7 @@ def test_all_problems_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("state", ["checkout", "processing", "accepted"])
-def test_a_condition_on_a_passing_state_is_warned_of_at_its_line(tmp_path: Path, state: str) -> None:
+def test_a_condition_on_a_passing_state_is_a_warning_at_its_line(tmp_path: Path, state: str) -> None:
     text = export(when=f"{{scope: /state/currentStatus, schema: {{const: {state}}}}}")
 
     [warning] = made(tmp_path, text).warnings
@@ -445,7 +445,7 @@ def test_a_condition_on_a_passing_state_is_warned_of_at_its_line(tmp_path: Path,
     assert "enum" in warning.message
 
 
-def test_a_callback_on_a_passing_state_is_warned_of_too(tmp_path: Path) -> None:
+def test_a_callback_on_a_passing_state_is_a_warning(tmp_path: Path) -> None:
     text = export().replace("enum: [accepted, completed]", "const: accepted")
 
     assert [warning.path for warning in made(tmp_path, text).warnings] == ["callbacks.order-status.schema"]
@@ -463,12 +463,12 @@ def test_a_callback_on_a_passing_state_is_warned_of_too(tmp_path: Path) -> None:
     ],
     ids=["none", "a last state", "an enum", "another scope", "any", "the order as it came"],
 )
-def test_other_conditions_are_not_warned_of(tmp_path: Path, members: dict[str, str]) -> None:
+def test_other_conditions_are_no_warning(tmp_path: Path, members: dict[str, str]) -> None:
     assert made(tmp_path, export(**members)).warnings == ()
 
 
 @pytest.mark.parametrize("scope", ["/payments/0/state", "/cart/items/0", "/shippings/state"])
-def test_a_scope_inside_an_array_is_warned_of(tmp_path: Path, scope: str) -> None:
+def test_a_scope_inside_an_array_is_a_warning(tmp_path: Path, scope: str) -> None:
     [warning] = made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings
 
     assert warning.path == "routes.export.when.scope"
@@ -476,5 +476,5 @@ def test_a_scope_inside_an_array_is_warned_of(tmp_path: Path, scope: str) -> Non
 
 
 @pytest.mark.parametrize("scope", ["/payments", "/cart/items", "/paymentsOfOthers/0"])
-def test_an_array_itself_is_not(tmp_path: Path, scope: str) -> None:
+def test_a_scope_of_an_array_is_no_warning(tmp_path: Path, scope: str) -> None:
     assert made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings == ()

@@ -25,6 +25,8 @@ from adapter.plugin import (
 )
 from adapter.routing.runner import DeadlinePassed, HandlerWaits, LoopAbandoned, LoopName, Run, Runner
 from tests import PATIENCE
+from tests.asynchronous import asynchronous
+from tests.deliveries.handlers import Blocks, wait_forever
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 AT_ONCE = timedelta(0)
@@ -65,21 +67,6 @@ def compute(runner: Runner, handler: Handler) -> Any:
     return runner.compute(handler, context(runner, None))
 
 
-class Blocks:
-    """A handler that holds its thread until it is told to let go."""
-
-    def __init__(self) -> None:
-        self.entered, self.let_go = threading.Event(), threading.Event()
-
-    async def __call__(self, _context: Context[ShopSettings]) -> Done:
-        self.entered.set()
-        self.let_go.wait(PATIENCE)
-        return Done("late")
-
-    async def has_begun(self) -> None:
-        assert await asyncio.to_thread(self.entered.wait, PATIENCE)
-
-
 def norce() -> Norce:
     account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
     transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"id": request.url.path.split("/")[-1]}))
@@ -96,10 +83,6 @@ async def running() -> AsyncIterator[Runner]:
         yield runner
     finally:
         await runner.stop(timedelta(seconds=PATIENCE))
-
-
-def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(test())
 
 
 @dataclass
@@ -132,11 +115,6 @@ async def watched() -> AsyncIterator[Watched]:
         await runner.stop(timedelta(seconds=PATIENCE))
 
 
-async def for_ever(_context: Context[ShopSettings]) -> Done:
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
 async def done(_context: Context[ShopSettings]) -> Done:
     return Done(str(threading.get_ident()))
 
@@ -144,217 +122,193 @@ async def done(_context: Context[ShopSettings]) -> Done:
 # --- results --------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_handler_returns_is_the_result() -> None:
-    async def test() -> None:
-        async def done(_context: Context[ShopSettings]) -> Done:
-            return Done("shop-7")
+@asynchronous
+async def test_the_result_is_the_value_that_the_handler_returns() -> None:
+    async def done(_context: Context[ShopSettings]) -> Done:
+        return Done("shop-7")
 
-        async with running() as runner:
-            run = deliver(runner, done)
+    async with running() as runner:
+        run = deliver(runner, done)
 
-            assert await run.wait(timedelta(seconds=PATIENCE)) == Done("shop-7")
-            assert await run.wait() == Done("shop-7")
-
-    run(test)
+        assert await run.wait(timedelta(seconds=PATIENCE)) == Done("shop-7")
+        assert await run.wait() == Done("shop-7")
 
 
-def test_what_a_handler_raises_is_raised_to_the_caller() -> None:
-    async def test() -> None:
-        async def raises(_context: Context[ShopSettings]) -> Done:
-            raise Misconfigured("wrong-shop-id")
+@asynchronous
+async def test_an_exception_of_the_handler_is_raised_to_the_caller() -> None:
+    async def raises(_context: Context[ShopSettings]) -> Done:
+        raise Misconfigured("wrong-shop-id")
 
-        async with running() as runner:
-            run = deliver(runner, raises)
+    async with running() as runner:
+        run = deliver(runner, raises)
 
-            with pytest.raises(Misconfigured, match="wrong-shop-id"):
-                await run.wait(timedelta(seconds=PATIENCE))
-
-    run(test)
+        with pytest.raises(Misconfigured, match="wrong-shop-id"):
+            await run.wait(timedelta(seconds=PATIENCE))
 
 
-def test_handlers_run_on_a_thread_of_their_own_one_for_deliveries_and_one_for_answers() -> None:
-    async def test() -> None:
-        threads = [threading.get_ident()]
+@asynchronous
+async def test_deliveries_and_answers_run_on_threads_of_their_own() -> None:
+    threads = [threading.get_ident()]
 
-        async def note(_context: Context[ShopSettings]) -> Done:
-            threads.append(threading.get_ident())
-            return Done()
+    async def note(_context: Context[ShopSettings]) -> Done:
+        threads.append(threading.get_ident())
+        return Done()
 
-        async with running() as runner:
-            await deliver(runner, note).wait()
-            await answer(runner, note).wait()
+    async with running() as runner:
+        await deliver(runner, note).wait()
+        await answer(runner, note).wait()
 
-            assert len(set(threads)) == 3
-
-    run(test)
+        assert len(set(threads)) == 3
 
 
 @pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
-def test_a_handler_that_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
-    async def test() -> None:
-        async def ends(_context: Context[ShopSettings]) -> Done:
-            raise end
+@asynchronous
+async def test_a_handler_that_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
+    async def ends(_context: Context[ShopSettings]) -> Done:
+        raise end
 
-        async def done(_context: Context[ShopSettings]) -> Done:
-            return Done()
+    async def done(_context: Context[ShopSettings]) -> Done:
+        return Done()
 
-        async with running() as runner:
-            with pytest.raises(RuntimeError):
-                await deliver(runner, ends).wait(timedelta(seconds=PATIENCE))
+    async with running() as runner:
+        with pytest.raises(RuntimeError):
+            await deliver(runner, ends).wait(timedelta(seconds=PATIENCE))
 
-            after = deliver(runner, done)
-            assert await after.wait(timedelta(seconds=PATIENCE)) == Done()
-
-    run(test)
+        after = deliver(runner, done)
+        assert await after.wait(timedelta(seconds=PATIENCE)) == Done()
 
 
-def test_a_handler_that_is_no_coroutine_fails_and_not_on_the_callers_thread() -> None:
+@asynchronous
+async def test_a_handler_that_is_no_coroutine_fails_on_its_own_thread() -> None:
     threads: list[int] = []
 
     def synchronous(_context: Context[ShopSettings]) -> Any:
         threads.append(threading.get_ident())
         return Done()
 
-    async def test() -> None:
-        async with running() as runner:
-            with pytest.raises(TypeError):
-                await answer(runner, synchronous).wait()
+    async with running() as runner:
+        with pytest.raises(TypeError):
+            await answer(runner, synchronous).wait()
 
-            assert threads != [threading.get_ident()]
-
-    run(test)
+        assert threads != [threading.get_ident()]
 
 
 # --- deadlines ------------------------------------------------------------------------------------------------------
 
 
-def test_a_caller_gives_up_at_the_deadline_although_the_handler_blocks_its_thread() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with running() as runner:
-            run = deliver(runner, blocks)
-            await blocks.has_begun()
+@asynchronous
+async def test_waiting_ends_at_the_deadline_although_the_handler_blocks() -> None:
+    blocks = Blocks()
+    async with running() as runner:
+        run = deliver(runner, blocks)
+        await blocks.has_begun()
 
-            with pytest.raises(DeadlinePassed):
-                await run.wait(SHORTLY)
-            blocks.let_go.set()
-
-    run(test)
+        with pytest.raises(DeadlinePassed):
+            await run.wait(SHORTLY)
+        blocks.go_on.set()
 
 
-def test_ended_waits_for_a_handler_that_is_late_and_tells_what_it_did() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with running() as runner:
-            run = deliver(runner, blocks)
-            await blocks.has_begun()
-            with pytest.raises(DeadlinePassed):
-                await run.wait(AT_ONCE)
-            ended = asyncio.create_task(run.wait())
-            await asyncio.sleep(0)
-            assert not ended.done()
+@asynchronous
+async def test_waiting_without_a_deadline_returns_a_late_result() -> None:
+    blocks = Blocks()
+    async with running() as runner:
+        run = deliver(runner, blocks)
+        await blocks.has_begun()
+        with pytest.raises(DeadlinePassed):
+            await run.wait(AT_ONCE)
+        ended = asyncio.create_task(run.wait())
+        await asyncio.sleep(0)
+        assert not ended.done()
 
-            blocks.let_go.set()
+        blocks.go_on.set()
 
-            assert await ended == Done("late")
-
-    run(test)
+        assert await ended == Done("late")
 
 
-def test_a_handler_that_awaits_is_cancelled_when_it_is_told() -> None:
-    async def test() -> None:
-        async with running() as runner:
-            run = deliver(runner, for_ever)
+@asynchronous
+async def test_a_handler_is_cancelled_at_its_await() -> None:
+    async with running() as runner:
+        run = deliver(runner, wait_forever)
 
-            run.cancel()
+        run.cancel()
 
-            with pytest.raises(asyncio.CancelledError):
-                await run.wait()
-
-    run(test)
+        with pytest.raises(asyncio.CancelledError):
+            await run.wait()
 
 
-def test_a_handler_that_blocks_hears_of_its_cancellation_when_it_lets_go() -> None:
-    async def test() -> None:
-        blocks = Blocks()
+@asynchronous
+async def test_a_handler_that_blocks_is_cancelled_at_its_next_await() -> None:
+    blocks = Blocks()
 
-        async def blocks_and_awaits(context: Context[ShopSettings]) -> Done:
-            await blocks(context)
-            await asyncio.Event().wait()
-            raise AssertionError
+    async def blocks_and_awaits(context: Context[ShopSettings]) -> Done:
+        await blocks(context)
+        await asyncio.Event().wait()
+        raise AssertionError
 
-        async with running() as runner:
-            run = deliver(runner, blocks_and_awaits)
-            await blocks.has_begun()
-            run.cancel()
-            with pytest.raises(DeadlinePassed):
-                await run.wait(AT_ONCE)
+    async with running() as runner:
+        run = deliver(runner, blocks_and_awaits)
+        await blocks.has_begun()
+        run.cancel()
+        with pytest.raises(DeadlinePassed):
+            await run.wait(AT_ONCE)
 
-            blocks.let_go.set()
+        blocks.go_on.set()
 
-            with pytest.raises(asyncio.CancelledError):
-                await run.wait()
-
-    run(test)
+        with pytest.raises(asyncio.CancelledError):
+            await run.wait()
 
 
-def test_answers_go_out_while_a_delivery_blocks_its_loop() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with running() as runner:
-            delivery = deliver(runner, blocks)
-            await blocks.has_begun()
+@asynchronous
+async def test_answers_run_while_a_delivery_blocks_its_loop() -> None:
+    blocks = Blocks()
+    async with running() as runner:
+        delivery = deliver(runner, blocks)
+        await blocks.has_begun()
 
-            await asyncio.wait_for(answer(runner, done).wait(), PATIENCE)
-            blocks.let_go.set()
-            await delivery.wait()
-
-    run(test)
+        await asyncio.wait_for(answer(runner, done).wait(), PATIENCE)
+        blocks.go_on.set()
+        await delivery.wait()
 
 
 # --- a loop that is held far past a deadline ------------------------------------------------------------------------
 
 
-def test_a_loop_that_a_handler_holds_is_replaced_and_the_next_deliveries_run_on_the_new_one() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with watched() as watch:
-            with capture_logs() as logged:
-                held = deliver(watch.runner, blocks, SHORTLY)
-
-                assert await watch.has_replaced() == ("plugins-deliveries", "export")
-            told = {"loop": "plugins-deliveries", "route": "export"}
-            assert logged == [{"event": "plugins_loop_replaced", "log_level": "error", **told}]
-            with pytest.raises(LoopAbandoned) as abandoned:
-                await held.wait()
-            assert abandoned.value.blocked_by is held
-            after = await deliver(watch.runner, done).wait()
-            assert after.reference not in ("", str(watch.thread.ident))
-            assert watch.thread.is_alive()
-
-            blocks.let_go.set()
-            await watch.has_ended()
-            assert watch.replaced.empty()
-
-    run(test)
-
-
-def test_a_run_is_over_only_when_its_thread_has_let_go() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with watched() as watch:
+@asynchronous
+async def test_a_blocked_loop_is_replaced() -> None:
+    blocks = Blocks()
+    async with watched() as watch:
+        with capture_logs() as logged:
             held = deliver(watch.runner, blocks, SHORTLY)
-            await watch.has_replaced()
-            over = asyncio.create_task(held.stopped.wait())
-            await asyncio.wait((over,), timeout=SHORTLY.total_seconds())
-            assert not over.done()
 
-            blocks.let_go.set()
+            assert await watch.has_replaced() == ("plugins-deliveries", "export")
+        told = {"loop": "plugins-deliveries", "route": "export"}
+        assert logged == [{"event": "plugins_loop_replaced", "log_level": "error", **told}]
+        with pytest.raises(LoopAbandoned) as abandoned:
+            await held.wait()
+        assert abandoned.value.blocked_by is held
+        after = await deliver(watch.runner, done).wait()
+        assert after.reference not in ("", str(watch.thread.ident))
+        assert watch.thread.is_alive()
 
-            await asyncio.wait_for(over, PATIENCE)
-            await watch.has_ended()
+        blocks.go_on.set()
+        await watch.has_ended()
+        assert watch.replaced.empty()
 
-    run(test)
+
+@asynchronous
+async def test_a_run_has_stopped_only_when_its_thread_goes_on() -> None:
+    blocks = Blocks()
+    async with watched() as watch:
+        held = deliver(watch.runner, blocks, SHORTLY)
+        await watch.has_replaced()
+        over = asyncio.create_task(held.stopped.wait())
+        await asyncio.wait((over,), timeout=SHORTLY.total_seconds())
+        assert not over.done()
+
+        blocks.go_on.set()
+
+        await asyncio.wait_for(over, PATIENCE)
+        await watch.has_ended()
 
 
 class Neighbour:
@@ -399,206 +353,185 @@ async def _a_thread_that_ends(go_on: asyncio.Event) -> None:
 @pytest.mark.parametrize(
     "wait", [_woken_by_the_one_that_blocks, _woken_at_every_turn, _a_timer_that_passes, _a_thread_that_ends]
 )
-def test_its_neighbours_are_cancelled_before_they_do_anything_more(
+@asynchronous
+async def test_other_handlers_on_an_abandoned_loop_are_cancelled_before_their_next_step(
     wait: Callable[[asyncio.Event], Coroutine[Any, Any, Any]],
 ) -> None:
-    async def test() -> None:
-        blocks, neighbour = Blocks(), Neighbour(wait)
+    blocks, neighbour = Blocks(), Neighbour(wait)
 
-        async def wakes_it_and_blocks(context: Context[ShopSettings]) -> Done:
-            neighbour.go_on.set()  # it is ready to go on from here, and goes on when this one lets go
-            return await blocks(context)
+    async def wakes_it_and_blocks(context: Context[ShopSettings]) -> Done:
+        neighbour.go_on.set()  # it is ready to go on from here, and goes on when this one lets go
+        return await blocks(context)
 
-        async with watched() as watch:
-            beside = deliver(watch.runner, neighbour)
-            assert await asyncio.to_thread(neighbour.began.wait, PATIENCE)
-            held = deliver(watch.runner, wakes_it_and_blocks, SHORTLY)
-            await watch.has_replaced()
+    async with watched() as watch:
+        beside = deliver(watch.runner, neighbour)
+        assert await asyncio.to_thread(neighbour.began.wait, PATIENCE)
+        held = deliver(watch.runner, wakes_it_and_blocks, SHORTLY)
+        await watch.has_replaced()
 
-            with pytest.raises(LoopAbandoned) as abandoned:
-                await beside.wait()
-            assert (abandoned.value.blocked_by, abandoned.value.begun) == (held, True)
-            assert neighbour.effects == []
-            blocks.let_go.set()
-            await watch.has_ended()
-            assert neighbour.effects == ["cancelled"]
-
-    run(test)
+        with pytest.raises(LoopAbandoned) as abandoned:
+            await beside.wait()
+        assert (abandoned.value.blocked_by, abandoned.value.begun) == (held, True)
+        assert neighbour.effects == []
+        blocks.go_on.set()
+        await watch.has_ended()
+        assert neighbour.effects == ["cancelled"]
 
 
-def test_a_handler_that_had_not_begun_when_its_loop_was_given_up_never_does() -> None:
-    async def test() -> None:
-        blocks, neighbour = Blocks(), Neighbour(_woken_at_every_turn)
-        async with watched() as watch:
-            deliver(watch.runner, blocks, SHORTLY)
-            await blocks.has_begun()
-            waits = deliver(watch.runner, neighbour)
-            await watch.has_replaced()
+@asynchronous
+async def test_a_handler_that_had_not_begun_on_an_abandoned_loop_never_does() -> None:
+    blocks, neighbour = Blocks(), Neighbour(_woken_at_every_turn)
+    async with watched() as watch:
+        deliver(watch.runner, blocks, SHORTLY)
+        await blocks.has_begun()
+        waits = deliver(watch.runner, neighbour)
+        await watch.has_replaced()
 
-            with pytest.raises(LoopAbandoned) as abandoned:
-                await waits.wait()
-            assert not abandoned.value.begun
-            blocks.let_go.set()
-            await watch.has_ended()
-            assert not neighbour.began.is_set()
-
-    run(test)
+        with pytest.raises(LoopAbandoned) as abandoned:
+            await waits.wait()
+        assert not abandoned.value.begun
+        blocks.go_on.set()
+        await watch.has_ended()
+        assert not neighbour.began.is_set()
 
 
-def test_a_handler_that_blocks_and_then_awaits_is_cancelled_there() -> None:
-    async def test() -> None:
-        blocks, effects = Blocks(), []
+@asynchronous
+async def test_an_abandoned_handler_is_cancelled_at_its_next_await() -> None:
+    blocks, effects = Blocks(), []
 
-        async def blocks_and_sends(context: Context[ShopSettings]) -> Done:
-            await blocks(context)
-            await asyncio.sleep(0)
-            effects.append("sent")
-            return Done()
+    async def blocks_and_sends(context: Context[ShopSettings]) -> Done:
+        await blocks(context)
+        await asyncio.sleep(0)
+        effects.append("sent")
+        return Done()
 
-        async with watched() as watch:
-            deliver(watch.runner, blocks_and_sends, SHORTLY)
-            await watch.has_replaced()
+    async with watched() as watch:
+        deliver(watch.runner, blocks_and_sends, SHORTLY)
+        await watch.has_replaced()
 
-            blocks.let_go.set()
-            await watch.has_ended()
+        blocks.go_on.set()
+        await watch.has_ended()
 
-            assert effects == []
-
-    run(test)
+        assert effects == []
 
 
-def test_a_task_of_a_plugins_own_that_holds_the_loop_is_found_out_too() -> None:
-    async def test() -> None:
-        blocks = Blocks()
+@asynchronous
+async def test_a_task_of_a_plugin_that_blocks_its_loop_is_detected() -> None:
+    blocks = Blocks()
 
-        async def leaves_a_task(context: Context[ShopSettings]) -> Done:
-            await asyncio.create_task(blocks(context))
-            return Done()
+    async def leaves_a_task(context: Context[ShopSettings]) -> Done:
+        await asyncio.create_task(blocks(context))
+        return Done()
 
-        async with watched() as watch:
-            held = deliver(watch.runner, leaves_a_task, SHORTLY)
+    async with watched() as watch:
+        held = deliver(watch.runner, leaves_a_task, SHORTLY)
 
-            assert await watch.has_replaced() == ("plugins-deliveries", "unknown")
-            with pytest.raises(LoopAbandoned) as abandoned:
-                await held.wait()
-            assert abandoned.value.blocked_by is None
-            blocks.let_go.set()
-            await watch.has_ended()
-
-    run(test)
+        assert await watch.has_replaced() == ("plugins-deliveries", "unknown")
+        with pytest.raises(LoopAbandoned) as abandoned:
+            await held.wait()
+        assert abandoned.value.blocked_by is None
+        blocks.go_on.set()
+        await watch.has_ended()
 
 
-def test_an_answer_that_holds_its_loop_is_given_up_and_deliveries_go_on() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with watched() as watch:
-            thread = watch.runner._loops["answers"]._thread
-            with pytest.raises(LoopAbandoned):
-                await answer(watch.runner, blocks, SHORTLY).wait()
+@asynchronous
+async def test_an_answer_that_blocks_its_loop_does_not_stop_deliveries() -> None:
+    blocks = Blocks()
+    async with watched() as watch:
+        thread = watch.runner._loops["answers"]._thread
+        with pytest.raises(LoopAbandoned):
+            await answer(watch.runner, blocks, SHORTLY).wait()
 
-            assert await watch.has_replaced() == ("plugins-answers", "export")
-            await answer(watch.runner, done).wait()
-            after = await deliver(watch.runner, done).wait()
-            assert after.reference == str(watch.thread.ident)
-            blocks.let_go.set()
-            await asyncio.to_thread(thread.join, PATIENCE)
-
-    run(test)
+        assert await watch.has_replaced() == ("plugins-answers", "export")
+        await answer(watch.runner, done).wait()
+        after = await deliver(watch.runner, done).wait()
+        assert after.reference == str(watch.thread.ident)
+        blocks.go_on.set()
+        await asyncio.to_thread(thread.join, PATIENCE)
 
 
-def test_a_handler_may_hold_its_loop_until_its_deadline() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with running() as runner:
-            run = deliver(runner, blocks)
-            await blocks.has_begun()
-            runner._loops["deliveries"].is_blocked(AT_ONCE)  # asks for the sign of life that does not come
+@asynchronous
+async def test_a_handler_may_block_its_loop_until_its_deadline() -> None:
+    blocks = Blocks()
+    async with running() as runner:
+        run = deliver(runner, blocks)
+        await blocks.has_begun()
+        runner._loops["deliveries"].is_blocked(AT_ONCE)  # asks for the sign of life that does not come
 
+        assert not runner._loops["deliveries"].is_blocked(AT_ONCE)
+        blocks.go_on.set()
+        await run.wait()
+
+
+@asynchronous
+async def test_a_loop_that_answers_is_not_blocked_however_late_its_handlers_are() -> None:
+    async with running() as runner:
+        late = deliver(runner, wait_forever, timedelta(minutes=-1))
+        await deliver(runner, done).wait()
+        for _ in range(3):
             assert not runner._loops["deliveries"].is_blocked(AT_ONCE)
-            blocks.let_go.set()
-            await run.wait()
-
-    run(test)
-
-
-def test_a_loop_that_gives_a_sign_of_life_is_not_held_however_late_its_handlers_are() -> None:
-    async def test() -> None:
-        async with running() as runner:
-            late = deliver(runner, for_ever, timedelta(minutes=-1))
             await deliver(runner, done).wait()
-            for _ in range(3):
-                assert not runner._loops["deliveries"].is_blocked(AT_ONCE)
-                await deliver(runner, done).wait()
 
-            late.cancel()
-
-    run(test)
+        late.cancel()
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------
 
 
-def test_stopping_returns_although_a_handler_blocks_its_thread() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        runner = Runner(make_norce=norce, clock=lambda: NOON)
-        delivery = deliver(runner, blocks)
-        await blocks.has_begun()
+@asynchronous
+async def test_stopping_returns_although_a_handler_blocks() -> None:
+    blocks = Blocks()
+    runner = Runner(make_norce=norce, clock=lambda: NOON)
+    delivery = deliver(runner, blocks)
+    await blocks.has_begun()
 
-        await asyncio.wait_for(runner.stop(SHORTLY), PATIENCE)
+    await asyncio.wait_for(runner.stop(SHORTLY), PATIENCE)
 
-        assert not blocks.let_go.is_set()
-        blocks.let_go.set()
-        assert await delivery.wait() == Done("late")
-        await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
-
-    run(test)
+    assert not blocks.go_on.is_set()
+    blocks.go_on.set()
+    assert await delivery.wait() == Done("late")
+    await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
 
 
-def test_stopping_does_not_wait_for_a_thread_that_was_given_up() -> None:
-    async def test() -> None:
-        blocks = Blocks()
-        async with watched() as watch:
-            deliver(watch.runner, blocks, SHORTLY)
-            await watch.has_replaced()
+@asynchronous
+async def test_stopping_does_not_wait_for_an_abandoned_thread() -> None:
+    blocks = Blocks()
+    async with watched() as watch:
+        deliver(watch.runner, blocks, SHORTLY)
+        await watch.has_replaced()
 
-        assert watch.thread.is_alive()
-        blocks.let_go.set()
-        await watch.has_ended()
-
-    run(test)
+    assert watch.thread.is_alive()
+    blocks.go_on.set()
+    await watch.has_ended()
 
 
 # --- the context ----------------------------------------------------------------------------------------------------
 
 
-def test_a_handler_reaches_its_own_hosts_and_norce_through_its_context() -> None:
-    async def test() -> None:
-        seen: list[Any] = []
+@asynchronous
+async def test_the_context_reaches_the_hosts_in_the_settings_and_norce() -> None:
+    seen: list[Any] = []
 
-        async def looks_around(context: Context[ShopSettings]) -> Done:
-            answer = await context.http.get(f"{context.settings.base_url}/orders")
-            order = await context.orders.read("order-9")
-            seen.extend([answer.text, order.id, context.clock(), context.route, context.identity])
-            return Done()
+    async def looks_around(context: Context[ShopSettings]) -> Done:
+        answer = await context.http.get(f"{context.settings.base_url}/orders")
+        order = await context.orders.read("order-9")
+        seen.extend([answer.text, order.id, context.clock(), context.route, context.identity])
+        return Done()
 
-        async with running() as runner:
-            await deliver(runner, looks_around).wait()
+    async with running() as runner:
+        await deliver(runner, looks_around).wait()
 
-            assert seen == ["shop.example", "order-9", NOON, "export", "ab"]
-
-    run(test)
+        assert seen == ["shop.example", "order-9", NOON, "export", "ab"]
 
 
-def test_a_handler_that_computes_runs_in_place() -> None:
-    async def test() -> None:
-        async with running() as runner:
-            assert compute(runner, done) == Done(str(threading.get_ident()))
-
-    run(test)
+@asynchronous
+async def test_a_handler_that_computes_runs_in_place() -> None:
+    async with running() as runner:
+        assert compute(runner, done) == Done(str(threading.get_ident()))
 
 
-def test_a_handler_that_declares_computes_and_waits_is_closed() -> None:
+@asynchronous
+async def test_a_handler_that_declares_computes_and_waits_is_closed() -> None:
     closed: list[bool] = []
 
     async def waits(_context: Context[ShopSettings]) -> Done:
@@ -608,27 +541,22 @@ def test_a_handler_that_declares_computes_and_waits_is_closed() -> None:
             closed.append(True)
         return Done()
 
-    async def test() -> None:
-        async with running() as runner:
-            with pytest.raises(HandlerWaits):
-                compute(runner, waits)
+    async with running() as runner:
+        with pytest.raises(HandlerWaits):
+            compute(runner, waits)
 
-            assert closed == [True]
-
-    run(test)
+        assert closed == [True]
 
 
 @pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
-def test_a_handler_that_computes_and_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
+@asynchronous
+async def test_a_handler_that_computes_and_tries_to_end_the_process_fails_alone(end: BaseException) -> None:
     async def ends(_context: Context[ShopSettings]) -> Done:
         raise end
 
-    async def test() -> None:
-        async with running() as runner:
-            with pytest.raises(RuntimeError, match="tried to end the process"):
-                compute(runner, ends)
-
-    run(test)
+    async with running() as runner:
+        with pytest.raises(RuntimeError, match="tried to end the process"):
+            compute(runner, ends)
 
 
 async def _calls_out(context: Context[Any]) -> None:
@@ -640,10 +568,8 @@ async def _reads_an_order(context: Context[Any]) -> None:
 
 
 @pytest.mark.parametrize("calls", [_calls_out, _reads_an_order], ids=["http", "orders"])
-def test_a_handler_that_computes_may_not_call_other_systems(calls: Handler) -> None:
-    async def test() -> None:
-        async with running() as runner:
-            with pytest.raises(Misconfigured, match="computes-only"):
-                compute(runner, calls)
-
-    run(test)
+@asynchronous
+async def test_a_handler_that_computes_may_not_call_other_systems(calls: Handler) -> None:
+    async with running() as runner:
+        with pytest.raises(Misconfigured, match="computes-only"):
+            compute(runner, calls)
