@@ -1,1 +1,4 @@
-"""The bundled handlers. They enter through the entry points, as everybody's do, and import `adapter.plugin` alone."""
+"""The bundled handlers, registered as entry points like any plugin.
+
+They import only `adapter.plugin` and their own package.
+"""

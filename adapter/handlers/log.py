@@ -1,23 +1,22 @@
-"""
-`log`: the smallest handler there is, for trying a route before anything is sent anywhere.
+"""The handler `log`, for trying a route before anything is sent.
 
-It does not log the order. One line says that an order was seen and in which state; whatever else stands in the order
-is personal data, or may be.
+It logs one line with the order's id and state. Everything else in an order may be personal data.
 """
 
 from adapter.plugin import Context, Done, NoSettings, Notification, NotificationHandler
 
-# Norce's order states (https://docs.norce.io/api-reference/nco/openapi/order/schemas/state); any other text is not
-# repeated, since it could say anything.
+# Norce's order states (https://docs.norce.io/api-reference/nco/openapi/order/schemas/state). No other text is logged,
+# because it could contain anything.
 STATES = frozenset({"checkout", "processing", "accepted", "completed", "declined", "removed"})
 
 
 class LogHandler(NotificationHandler[NoSettings]):
-    """Logs one line `order_seen` for each notification. Repeating it does no harm."""
+    """The handler `log`. It logs one line `order_seen` for each notification."""
 
     repeatable = True
 
     async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done:
+        """Log the line."""
         status = (notification.order.state.current_status or "").lower()
         context.log.info(
             "order_seen",

@@ -1,8 +1,7 @@
-"""
-`patch`: further changes to an order that is about to be stored, from the configuration, with no code to write.
+"""The handler `patch`: changes from the configuration to an order that is to be stored.
 
-Each change is asked for where its condition holds, so a change that is there already asks for nothing more. A condition
-that could not be decided leaves the whole hook without an answer, and the route's `no_answer` decides.
+A change is requested if its condition holds. If a condition cannot be evaluated, the hook has no result and the route's
+`no_answer` is used.
 """
 
 from typing import Annotated, Any, Literal
@@ -13,16 +12,19 @@ from adapter.plugin import Conditional, Context, HookHandler, Order, Patch, Sett
 
 
 class Change(Conditional, frozen=True, kw_only=True):
-    """One change, and when it is wanted."""
+    """One change, with its condition."""
 
     op: Annotated[
         Literal["add", "replace", "remove"],
-        msgspec.Meta(description="`add` sets a member, new or not; `replace` and `remove` need it to be there."),
+        msgspec.Meta(
+            description="`add` sets a member, new or not; `replace` needs an existing one; `remove` of a missing one "
+            "changes nothing."
+        ),
     ] = "add"
     path: Annotated[
-        str, msgspec.Meta(description="JSON Pointer to what is changed, inside the target of the callback.")
+        str, msgspec.Meta(description="JSON Pointer to the changed member, inside the target of the callback.")
     ]
-    value: Annotated[Any, msgspec.Meta(description="What it is set to; plain JSON.")] = msgspec.UNSET
+    value: Annotated[Any, msgspec.Meta(description="The new value, plain JSON.")] = msgspec.UNSET
 
     def __post_init__(self) -> None:
         if (self.op == "remove") is not (self.value is msgspec.UNSET):
@@ -32,20 +34,26 @@ class Change(Conditional, frozen=True, kw_only=True):
 
     @property
     def patch(self) -> Patch:
-        """What is asked for where the condition holds."""
+        """The change as a patch."""
         return self.__dict__["patch"]  # type: ignore[no-any-return]
 
 
 class PatchSettings(Settings, frozen=True, kw_only=True):
+    """The settings of the handler `patch`."""
+
     changes: Annotated[
-        tuple[Change, ...], msgspec.Meta(min_length=1, description="The changes, asked for in this order.")
+        tuple[Change, ...], msgspec.Meta(min_length=1, description="The changes, requested in this order.")
     ]
 
 
 class PatchHandler(HookHandler[PatchSettings]):
-    """Asks for every change whose condition holds on the order as it would be stored. Raises `Undecided`."""
+    """The handler `patch`."""
 
     computes = True
 
     async def change(self, order: Order, context: Context[PatchSettings]) -> list[Patch]:
+        """Return every change whose condition holds on the order as it would be stored.
+
+        Raises `Undecided` if a condition cannot be evaluated.
+        """
         return [change.patch for change in context.settings.changes if change.holds(order)]

@@ -1,12 +1,10 @@
-"""
-`rules`: may this purchase go on, may this change be stored? Conditions from the configuration, with no code to write.
+"""The handler `rules`: refuses a purchase or a change by configured conditions.
 
-A rule says what must *hold*: its problem is reported where the condition did not match. A missing scope does not match
-either, so `{scope: …, schema: {type: string}}` demands that the member is there. A condition that could not be decided
-is neither: then there is no answer, and the route's `no_answer` decides.
+A rule gives a condition that must *hold*; its problem is reported if the condition does not match. A missing scope does
+not match, so `{scope: …, schema: {type: string}}` requires the member. If a condition cannot be evaluated, there is no
+result and the route's `no_answer` is used.
 
-The same settings serve both kinds of callback. A validation is told every problem, a hook is refused with the first:
-Norce takes one.
+A validation returns every problem. A hook is refused with the first one, since Norce takes only one.
 """
 
 import re
@@ -27,13 +25,13 @@ from adapter.plugin import (
     ValidationHandler,
 )
 
-DEFAULT = "default"  # the message for every other culture
+DEFAULT = "default"  # for cultures without a message of their own
 _CULTURE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z]{2})*")  # a language, or one with a region; as Norce's order has it
 _Text: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
 
 
 class Rule(Conditional, frozen=True, kw_only=True):
-    """What must hold for a purchase to go on or a change to be stored, and what is answered where it does not."""
+    """A condition that must hold, and the problem that is reported if it does not."""
 
     code: Annotated[
         str,
@@ -44,7 +42,7 @@ class Rule(Conditional, frozen=True, kw_only=True):
     message: Annotated[
         _Text | dict[str, _Text],
         msgspec.Meta(
-            description="What to tell the shopper: a text, or a text for each culture of an order (`sv-SE`), language "
+            description="The text for the shopper, or a text for each culture of an order (`sv-SE`), language "
             "(`sv`), and `default`. No values of the order are put into it."
         ),
     ]
@@ -54,7 +52,10 @@ class Rule(Conditional, frozen=True, kw_only=True):
         self.__dict__["problems"] = self._problems()
 
     def _problems(self) -> dict[str, Problem]:
-        """The problem for each culture, in lower case, and for each language: its own, or that of its first culture."""
+        """Return the problem for each culture and language, in lower case.
+
+        A language without a text of its own has that of its first culture.
+        """
         if isinstance(self.message, str):
             return {DEFAULT: Problem(self.code, self.message)}
         problems: dict[str, Problem] = {}
@@ -71,33 +72,38 @@ class Rule(Conditional, frozen=True, kw_only=True):
         return problems
 
     def problem(self, culture: str | None) -> Problem:
-        """What stands against a purchase or a change for which the rule does not hold, in the words of its culture."""
+        """Return the problem in the words of a culture."""
         problems: dict[str, Problem] = self.__dict__["problems"]
         wanted = (culture or DEFAULT).lower()
         return problems.get(wanted) or problems.get(wanted.partition("-")[0]) or problems[DEFAULT]
 
 
 class RulesSettings(Settings, frozen=True, kw_only=True):
+    """The settings of the handler `rules`."""
+
     rules: Annotated[
         tuple[Rule, ...],
         msgspec.Meta(
             min_length=1,
-            description="The rules. A validation is told of all that do not hold, a hook of the first, in this order.",
+            description="The rules, in order. A validation reports all that do not hold, a hook only the first.",
         ),
     ]
 
 
 class Rules(ValidationHandler[RulesSettings], HookHandler[RulesSettings]):
-    """Tells a validation the problem of every rule that does not hold, and refuses a hook's change with the first."""
+    """The handler `rules`, for validations and hooks."""
 
     computes = True
 
     async def validate(self, order: Order, context: Context[RulesSettings]) -> list[Problem]:
-        """Raises `Undecided`."""
+        """Return the problem of every rule that does not hold. Raises `Undecided`."""
         return list(_broken(order, context.settings))
 
     async def change(self, order: Order, context: Context[RulesSettings]) -> list[Patch]:
-        """Never asks for further changes. Raises `Refuse`, and `Undecided` where that comes first."""
+        """Refuse the change with the first problem, or accept it without further changes.
+
+        Raises `Refuse`, or `Undecided` if such a condition comes first.
+        """
         problem = next(_broken(order, context.settings), None)
         if problem is not None:
             raise Refuse(problem.code, problem.message)
@@ -107,5 +113,5 @@ class Rules(ValidationHandler[RulesSettings], HookHandler[RulesSettings]):
 def _broken(order: Order, settings: RulesSettings) -> Iterator[Problem]:
     for rule in settings.rules:
         if not rule.holds(order):
-            culture = order.data.get("culture")  # the view of a large order takes seconds, and shoppers wait here
+            culture = order.data.get("culture")  # from `data`: decoding the view of a large order takes seconds
             yield rule.problem(culture if isinstance(culture, str) else None)

@@ -30,7 +30,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from adapter.callbacks.server import listen, url_of
-from adapter.handlers.jetshop.contract import contract, misses
+from adapter.handlers.jetshop.contract import contract, violations
 
 EXTENSION = "norce_adapter.drop"  # the ASGI extension of `serve`: a function that breaks the connection
 
@@ -226,7 +226,7 @@ class _Operation:
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             rules.append("the body is not declared as application/json")
         try:
-            return rules + misses(self.body, msgspec.json.decode(body))
+            return rules + violations(self.body, msgspec.json.decode(body))
         except msgspec.DecodeError:
             return [*rules, "the body is not JSON"]
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jsonpointer import JsonPointer
 
 from adapter.handlers.jetshop import JetshopExport
-from adapter.handlers.jetshop.contract import contract, misses, schema
+from adapter.handlers.jetshop.contract import contract, schema, violations
 from adapter.handlers.jetshop.mapping import canonical, order_key, payment_information, payment_path
 from adapter.handlers.jetshop.settings import JetshopSettings
 from adapter.orders import Order, read_order
@@ -392,7 +392,7 @@ def test_the_sample_of_the_api_reference_cannot_be_exported_and_says_why():
     assert str(raised.value) == (
         "order-validation: currency is not three letters (ISO 4217); "
         "payments: none is reserved, captured, confirmed or pending; "
-        "state.transitions: none is completed, so that there is no moment to export; "
+        "state.transitions: none is completed, so there is no time to export; "
         "country is not two letters (ISO 3166-1); "
         "culture is not a language and a country such as sv-SE"
     )
@@ -403,7 +403,7 @@ def test_what_the_mapping_lets_through_is_still_held_against_the_contract():
 
     reject = refusal({"/payments": many}, amount_tolerance="10000000000000")
 
-    assert reject.message == "the document breaks the contract: /totals/payments breaks `pattern`"
+    assert reject.message == "the document violates the contract: /totals/payments breaks `pattern`"
 
 
 def test_members_that_are_no_money_may_be_odd():
@@ -467,7 +467,7 @@ def test_money_adds_up_in_the_document_and_is_rounded_half_up(amounts, vat, scal
     assert sum(sent) == Decimal(document["totals"]["payments"])
     assert Decimal(prices["exVat"]) + Decimal(prices["vat"]) == Decimal(prices["incVat"])
     texts = [payment["amount"] for payment in document["payments"]] + [*prices.values(), document["totals"]["payments"]]
-    assert all(not misses("Money", text) and len(text.partition(".")[2]) == scale for text in texts)
+    assert all(not violations("Money", text) and len(text.partition(".")[2]) == scale for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -972,7 +972,7 @@ def test_the_stand_in_refuses_and_remembers_what_breaks_the_contract(violate, ru
     answer = violate(shop)
 
     assert answer.status_code == 400
-    assert misses("Problem", answer.json()) == []
+    assert violations("Problem", answer.json()) == []
     assert any(rule in broken for broken in shop.violations[0].rules)
     assert CANARY not in repr(shop.violations)
     assert shop.journal == []
@@ -1007,7 +1007,7 @@ def test_the_stand_in_creates_keeps_and_updates():
         (200, "updated"),
     ]
     assert len({answer.json()["orderNumber"] for answer in answers}) == 1
-    assert all(misses("ExportResult", answer.json()) == [] for answer in answers)
+    assert all(violations("ExportResult", answer.json()) == [] for answer in answers)
     assert ask(shop, "GET").json() == other
     assert shop.exports("7") == 2
     assert shop.journal[0] == Accepted(order_key="7", idempotency_key="k" * 16, document=DOCUMENT, result="created")
@@ -1092,4 +1092,4 @@ def test_the_contract_says_whose_it_is_and_compiles():
     assert "project-defined, not published by Jetshop" in contract()["info"]["title"]
     for name in contract()["components"]["schemas"]:
         schema(name)
-    assert misses("PaymentInformation", DOCUMENT) == []
+    assert violations("PaymentInformation", DOCUMENT) == []

@@ -1,7 +1,6 @@
-"""
-`jetshop`: exports the payment information of a completed order to Jetshop.
+"""The handler `jetshop`: exports the payment information of a completed order to Jetshop.
 
-What is sent, and where, is this project's own contract (`contract.yaml`). Jetshop publishes none for this.
+Jetshop publishes no contract for this export, so it follows our own (`contract.yaml`).
 """
 
 from adapter.handlers.jetshop.client import JetshopExport

@@ -1,22 +1,21 @@
-"""
-The export itself: one PUT for each order, classified; one GET where nobody knows what became of the PUT.
+"""The handler class: one PUT for each order, and a GET if its result is unknown.
 
-`context.http` already raises the outcomes of what has no answer and of most statuses. Here stand only the answers that
-mean something of their own under this project's contract (`contract.yaml`). An answer's text is never logged, stored or
-shown: a destination that explains what it did not like may well quote the customer.
+`context.http` raises the outcome of a missing answer and of most statuses. This module adds the answers that have a
+meaning of their own in our contract (`contract.yaml`). The text of an answer is never logged, stored or shown, because
+it may quote the customer.
 """
 
 import re
 from base64 import b64encode
 from datetime import timedelta
 from hashlib import sha256
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 import msgspec
 from jsonpointer import JsonPointer, JsonPointerException
 
-from adapter.handlers.jetshop.contract import misses
+from adapter.handlers.jetshop.contract import violations
 from adapter.handlers.jetshop.mapping import canonical, order_key, payment_information, payment_path
 from adapter.handlers.jetshop.settings import BasicAuth, BearerAuth, JetshopSettings
 from adapter.plugin import (
@@ -31,19 +30,20 @@ from adapter.plugin import (
     Unknown,
 )
 
-MOST_PLACES = 10
+MAX_PLACES = 10
+REJECTED = {400: "jetshop-bad-request", 409: "order-conflict", 422: "jetshop-validation"}
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,7}")
 
 
 class JetshopExport(NotificationHandler[JetshopSettings]):
-    """
-    Exports the payment information of a completed order.
+    """The handler `jetshop`.
 
-    Not `repeatable`: by our contract a PUT may be repeated, but nothing says that a destination keeps to it, so that a
-    request without an answer is looked up. A document that is the lane's last one, byte for byte, is not sent again.
+    It is not `repeatable`. Our contract allows a repeated PUT, but a destination may not keep to it, so a PUT without
+    an answer is looked up.
     """
 
     async def deliver(self, notification: Notification, context: Context[JetshopSettings]) -> Done | Skip:
+        """Send the payment information, unless it equals the last document of this order."""
         export = _Export(notification, context.settings)
         if context.previous is not None and context.previous.facts.get("payload") == export.hash:
             return Skip("nothing-changed")
@@ -53,29 +53,27 @@ class JetshopExport(NotificationHandler[JetshopSettings]):
             headers=_headers(context.settings)
             | {"Content-Type": "application/json", "Idempotency-Key": context.key(export.hash)},
         )
-        _raise_special(answer, export, context)
+        _check_status(answer, export, context)
         return export.done(answer.raise_for_status())
 
     async def lookup(self, notification: Notification, context: Context[JetshopSettings]) -> Done | None:
-        """Done where the very document that would be sent now is stored; another document, or none, is None."""
+        """Return Done if the destination has exactly the document that would be sent now."""
         export = _Export(notification, context.settings)
         answer = await context.http.get(export.url, headers=_headers(context.settings))
         if answer.status_code == 404:
             return None
-        _raise_special(answer, export, context)
-        stored = _json(answer.raise_for_status())
+        _check_status(answer, export, context)
+        stored = _decoded(answer.raise_for_status())
         if stored == export.document:
             return Done(export.key, {"payload": export.hash, "result": "found"})
-        if misses("PaymentInformation", stored):
-            # It says neither what is stored nor that nothing is; the doubt remains.
-            raise Retry(
-                "jetshop-broken-answer", f"GET was answered {answer.status_code} with a body against the contract"
-            )
+        if violations("PaymentInformation", stored):
+            # Such an answer does not show whether the export is stored, so the doubt remains.
+            raise Retry("jetshop-broken-answer", f"GET was answered {answer.status_code}, against the contract")
         return None
 
 
 class _Export:
-    """One order as it would be sent now. Raises `Reject` where it cannot be."""
+    """One order as it would be sent now. Raises `Reject` if it cannot be sent."""
 
     def __init__(self, notification: Notification, settings: JetshopSettings) -> None:
         self.key = order_key(notification.order, settings)
@@ -85,44 +83,37 @@ class _Export:
         self.hash = sha256(self.body).hexdigest()
 
     def done(self, answer: httpx.Response) -> Done:
-        result = _json(answer)
-        against = (
-            misses("ExportResult", result) if answer.status_code in (200, 201) else ["its status is unknown to it"]
-        )
-        if not against and result["orderKey"] != self.key:
-            against = ["/orderKey is not the key of the request"]
+        result = _decoded(answer)
+        if answer.status_code not in (200, 201):
+            against = ["the status is not in it"]
+        else:
+            against = violations("ExportResult", result)
+            if not against and result["orderKey"] != self.key:
+                against = ["/orderKey is not the key of the request"]
         if against:
             raise Unknown(
                 "jetshop-broken-answer",
-                f"PUT was answered {answer.status_code}, against the contract: {'; '.join(against[:MOST_PLACES])}",
+                f"PUT was answered {answer.status_code}, against the contract: {'; '.join(against[:MAX_PLACES])}",
             )
         return Done(result.get("orderNumber") or self.key, {"payload": self.hash, "result": result["result"]})
 
 
-def _raise_special(answer: httpx.Response, export: _Export, context: Context[JetshopSettings]) -> None:
-    """Raises the outcome of an answer that means something of its own; returns for every other."""
+def _check_status(answer: httpx.Response, export: _Export, context: Context[JetshopSettings]) -> None:
+    """Raise the outcome of a status that has a meaning of its own; return for every other."""
     status = answer.status_code
-    said = f"{answer.request.method} was answered {status}{_objections(answer, export.document)}"
-    if status == 400:
-        raise Reject("jetshop-bad-request", said)
-    if status == 422:
-        raise Reject("jetshop-validation", said)
+    message = f"{answer.request.method} was answered {status}{_objections(answer, export.document)}"
+    if status in REJECTED:
+        raise Reject(REJECTED[status], message)
     if status in (401, 403):
-        raise Misconfigured("jetshop-unauthorized", f"{said}: check auth and shop_id")
+        raise Misconfigured("jetshop-unauthorized", f"{message}: check auth and shop_id")
     if status == 404:
-        _raise_not_found(said, context)
-    if status == 409:
-        raise Reject("order-conflict", said)
+        # The shop may create its order later than Norce completes it. The order of the two is not documented.
+        grace = timedelta(seconds=context.settings.not_found_grace_seconds)
+        if context.clock() - context.first_attempt_at < grace:
+            raise Retry("jetshop-order-not-found", f"{message}: perhaps not there yet")
+        raise Reject("jetshop-order-not-found", f"{message}, for longer than not_found_grace_seconds: check key_source")
     if 300 <= status < 400:
-        raise Misconfigured("jetshop-redirected", f"{said}: base_url is not the address of the export itself")
-
-
-def _raise_not_found(said: str, context: Context[JetshopSettings]) -> NoReturn:
-    """The shop may create its order later than Norce completes it; who does so first is not documented."""
-    grace = timedelta(seconds=context.settings.not_found_grace_seconds)
-    if context.clock() - context.first_attempt_at < grace:
-        raise Retry("jetshop-order-not-found", f"{said}: perhaps not there yet")
-    raise Reject("jetshop-order-not-found", f"{said}, for longer than not_found_grace_seconds: check key_source")
+        raise Misconfigured("jetshop-redirected", f"{message}: base_url is not the address of the export")
 
 
 def _headers(settings: JetshopSettings) -> dict[str, str]:
@@ -138,27 +129,26 @@ def _headers(settings: JetshopSettings) -> dict[str, str]:
     return headers
 
 
-def _json(answer: httpx.Response) -> Any:
+def _decoded(answer: httpx.Response) -> Any:
     try:
         return msgspec.json.decode(answer.content)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return None  # null breaks every schema of the contract
+        return None  # violates every schema of the contract
 
 
 def _objections(answer: httpx.Response, document: dict[str, Any]) -> str:
-    """
-    What may be shown of a refusal: its code, and which places of our own document it names.
+    """Return the parts of a refusal that may be shown: its code, and places in our document.
 
-    Its messages may not, and neither may a path that is none of ours: both are the other side's words.
+    Its messages and other paths may not, since they may quote the customer.
     """
-    problem = _json(answer)
+    problem = _decoded(answer)
     if not isinstance(problem, dict):
         return ""
     code = problem.get("code")
     shown = f" ({code})" if isinstance(code, str) and len(code) <= 64 and _CODE.fullmatch(code) else ""
     details = problem.get("details")
     paths = [detail.get("path") for detail in details if isinstance(detail, dict)] if isinstance(details, list) else []
-    places = [path for path in paths[:MOST_PLACES] if isinstance(path, str) and _is_place(path, document)]
+    places = [path for path in paths[:MAX_PLACES] if isinstance(path, str) and _is_place(path, document)]
     return shown + (f" for {', '.join(places)}" if places else "")
 
 

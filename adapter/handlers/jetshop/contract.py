@@ -1,7 +1,6 @@
-"""
-The pinned contract in `contract.yaml`, read once, when first asked for.
+"""The contract of the export in `contract.yaml`, loaded on first use.
 
-It is this project's contract and not Jetshop's: who keeps to it agrees with us, and nothing follows about Jetshop.
+It is this project's contract, not Jetshop's.
 """
 
 from collections.abc import Sequence
@@ -15,21 +14,21 @@ from ruamel.yaml import YAML
 
 @cache
 def contract() -> dict[str, Any]:
-    """The whole document. Shared by all who ask: to be read, not changed."""
+    """Return the contract as an OpenAPI description. It is shared, so do not change it."""
     tree: dict[str, Any] = YAML(typ="safe", pure=True).load(files(__package__).joinpath("contract.yaml").read_bytes())
     return tree
 
 
 @cache
 def schema(name: str) -> jsonschema_rs.Draft202012Validator:
-    """One of the contract's schemas, compiled."""
+    """Return a schema of the contract, compiled."""
     return jsonschema_rs.Draft202012Validator(
         {"$ref": f"#/components/schemas/{name}", "components": contract()["components"]}, validate_formats=True
     )
 
 
-def misses(name: str, document: Any) -> list[str]:
-    """Where a document breaks a schema of the contract, and the keyword that it breaks there; never a value."""
+def violations(name: str, document: Any) -> list[str]:
+    """Return the violations of a schema of the contract: place and keyword, never a value."""
     return [
         f"{_pointer(e.instance_path)} breaks `{_keyword(e.schema_path)}`" for e in schema(name).iter_errors(document)
     ]

@@ -1,45 +1,44 @@
-"""
-From a completed order to the document that the contract describes. Pure: an order and settings in, a dict out.
+"""The mapping of a completed order to the document of the contract. Pure.
 
-Every finding is collected before the order is refused, so that the person who reads the dead letter sees all of them
-at once. A finding names a member and a rule, never a value: what does not fit may be an address in the wrong place.
+All problems of an order are collected, so that a dead letter shows them at once. A problem names a member and a rule,
+never a value, which may be an address in the wrong place.
 
-Amounts are rounded first and summed afterwards. The other way round would be closer to the order by a fraction of a
-cent, and would send sums that do not add up.
+Amounts are rounded before they are summed. Otherwise the exported sums would not add up.
 
-Facts about Norce: https://docs.norce.io/api-reference/nco/openapi/order-read (members, states, `removed`); enumerations
-come in either case, so they are compared without it. The target is this project's own contract (`contract.yaml`).
+Facts about Norce: https://docs.norce.io/api-reference/nco/openapi/order-read (members, states, `removed`). Norce sends
+enumerations in either case, so case is ignored.
 """
 
 import re
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_UP, Context, Decimal
+from functools import reduce
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 from jsonpointer import JsonPointer
 
-from adapter.handlers.jetshop.contract import misses
+from adapter.handlers.jetshop.contract import violations
 from adapter.handlers.jetshop.settings import JetshopSettings
 from adapter.plugin import Order, Reject
 
-MOST_FINDINGS = 25
-INVALID = "order-validation"  # from the error codes of Norce's own platform adapter, as is the next
+MAX_PROBLEMS = 25
+INVALID = "order-validation"  # this and the next are codes of Norce's own platform adapter
 UNPAID = "payment-error"
 
 _ARITHMETIC = Context(prec=60, rounding=ROUND_HALF_UP)
-_LARGEST_EXPONENT = 11  # of an amount: the contract has room for twelve digits before the point
+_MAX_EXPONENT = 11  # of an amount: the contract allows twelve digits before the point
 _ZERO = Decimal(0)
 
-# Members that count as absent where their type did not fit. Without these the document could not be right.
-_NOT_TO_BE_GUESSED = re.compile(r"\$(\.cart|\.(total|payments|shippings|cart\.total|state|currency)([.\[].*)?)?")
+# A member of a wrong type counts as absent in the view. Without one of these the document could be wrong.
+_NEEDED_MEMBERS = re.compile(r"\$(\.cart|\.(total|payments|shippings|cart\.total|state|currency)([.\[].*)?)?")
 
 _PAYMENT_TYPES = ("default", "prepaid", "voucher")
 _CUSTOMER_TYPES = ("person", "organization")
-# Money that went back. Named where the sums show it, so that a person sees why; never exported.
-_GIVEN_BACK = ("credited", "refunded", "cancelled")
+# Returned money. Never exported, but named if the sums do not match, so that a person sees the reason.
+_RETURNED = ("credited", "refunded", "cancelled")
 _SHIPPINGS_LEFT_OUT = ("removed", "failed")
 _CURRENCY = re.compile(r"[A-Za-z]{3}")
 _COUNTRY = re.compile(r"[A-Za-z]{2}")
@@ -47,11 +46,14 @@ _CULTURE = re.compile(r"[A-Za-z]{2,3}(-[A-Za-z0-9]{2,8})*")
 
 
 def order_key(order: Order, settings: JetshopSettings) -> str:
-    """What the shop knows the order by: the first of `key_source` that has a value. Raises `Reject`."""
+    """Return the order's key in the shop: the first of `key_source` that has a value.
+
+    Raises `Reject` if there is none.
+    """
     for source in settings.key_source:
-        # A reference of an odd type counts as absent in the view; the next source would then name another order.
+        # A reference of a wrong type counts as absent in the view, and the next source may name another order.
         if f"$.{source}" in order.set_aside or (source == "cart.reference" and "$.cart" in order.set_aside):
-            raise Reject(INVALID, f"{source} is not text, so that the order's key is not known")
+            raise Reject(INVALID, f"{source} is not text, so the order's key is unknown")
         if key := _key_from(order, source):
             if key in (".", ".."):
                 raise Reject(INVALID, f"{source} cannot be part of an address")
@@ -60,7 +62,7 @@ def order_key(order: Order, settings: JetshopSettings) -> str:
 
 
 def payment_path(order_key: str, settings: JetshopSettings) -> str:
-    """The path of the order's payment information, below `base_url`."""
+    """Return the path of the order's payment information, below `base_url`."""
     values = {"shopId": settings.shop_id, "orderKey": order_key}
     return re.sub(
         r"\{(shopId|orderKey)\}", lambda match: quote(values[match[1]], safe=""), settings.path_payment_information
@@ -68,27 +70,26 @@ def payment_path(order_key: str, settings: JetshopSettings) -> str:
 
 
 def payment_information(order: Order, settings: JetshopSettings) -> dict[str, Any]:
-    """
-    The document to send, valid by the contract.
+    """Return the document to send, which fits the contract.
 
-    Raises `Reject` with everything that stands against it: `payment-error` where only the payments do not cover the
-    order, `order-validation` otherwise.
+    Raises `Reject` with all problems: `payment-error` if only the payments do not cover the order, `order-validation`
+    otherwise.
     """
     return _Mapping(order, settings).document()
 
 
 def canonical(document: dict[str, Any]) -> bytes:
-    """The document as it is sent and as it is hashed: sorted keys, no white space."""
+    """Return the document as it is sent and hashed: with sorted keys and without white space."""
     return msgspec.json.encode(document, order="sorted")
 
 
 class _Mapping:
-    """One order on its way into one document, and what was found on the way."""
+    """The mapping of one order, with its problems."""
 
     def __init__(self, order: Order, settings: JetshopSettings) -> None:
         self.order = order
         self.settings = settings
-        self.findings: list[tuple[str, str]] = []
+        self.problems: list[tuple[str, str]] = []
 
     def document(self) -> dict[str, Any]:
         order = self.order
@@ -122,44 +123,44 @@ class _Mapping:
                 "customer": self.customer(),
             }
         )
-        # Lists are needed even where they are empty.
+        # The contract requires the lists even if they are empty.
         document["payments"] = [_without_empty(payment) for payment in payments]
         document["shippings"] = [_without_empty(shipping) for shipping in shippings]
-        if not self.findings:
-            for miss in misses("PaymentInformation", document):
-                self.found(INVALID, f"the document breaks the contract: {miss}")
-        if self.findings:
+        if not self.problems:
+            for violation in violations("PaymentInformation", document):
+                self.report(INVALID, f"the document violates the contract: {violation}")
+        if self.problems:
             raise self.refusal()
         return document
 
-    # --- findings ---
+    # --- problems ---
 
-    def found(self, code: str, text: str) -> None:
-        self.findings.append((code, text))
+    def report(self, code: str, text: str) -> None:
+        self.problems.append((code, text))
 
     def refusal(self) -> Reject:
-        code = INVALID if any(code == INVALID for code, _ in self.findings) else UNPAID
-        texts = list(dict.fromkeys(text for _, text in self.findings))
-        more = [f"and {len(texts) - MOST_FINDINGS} more"] if len(texts) > MOST_FINDINGS else []
-        return Reject(code, "; ".join(texts[:MOST_FINDINGS] + more))
+        code = INVALID if any(code == INVALID for code, _ in self.problems) else UNPAID
+        texts = list(dict.fromkeys(text for _, text in self.problems))
+        more = [f"and {len(texts) - MAX_PROBLEMS} more"] if len(texts) > MAX_PROBLEMS else []
+        return Reject(code, "; ".join(texts[:MAX_PROBLEMS] + more))
 
     def unreadable_members(self) -> None:
         for path in self.order.set_aside:
-            if _NOT_TO_BE_GUESSED.fullmatch(path):
+            if _NEEDED_MEMBERS.fullmatch(path):
                 name = path.removeprefix("$").removeprefix(".") or "the order"
-                self.found(INVALID, f"{name} holds a value of a wrong type")
+                self.report(INVALID, f"{name} holds a value of a wrong type")
 
     # --- single members ---
 
     def needed(self, value: str | None, member: str) -> str:
         if not value or not value.strip():
-            self.found(INVALID, f"{member} is missing")
+            self.report(INVALID, f"{member} is missing")
         return value or ""
 
     def one_of(self, value: str | None, allowed: Sequence[str], member: str) -> str:
         folded = (value or "").strip().lower()
         if folded not in allowed:
-            self.found(INVALID, f"{member} is not {_either(allowed)}")
+            self.report(INVALID, f"{member} is not {_either(allowed)}")
         return folded
 
     def matching(
@@ -167,10 +168,10 @@ class _Mapping:
     ) -> str | None:
         if not value or not value.strip():
             if needed:
-                self.found(INVALID, f"{member} is missing; it must be {rule}")
+                self.report(INVALID, f"{member} is missing; it must be {rule}")
             return None
         if not pattern.fullmatch(value):
-            self.found(INVALID, f"{member} is not {rule}")
+            self.report(INVALID, f"{member} is not {rule}")
         return value.upper()
 
     def culture(self) -> str | None:
@@ -178,34 +179,34 @@ class _Mapping:
         return self.order.culture
 
     def completed_at(self) -> str | None:
-        """The last time, since an order may be completed more than once; transitions come in their order."""
+        # An order may be completed more than once; the last time counts. Transitions are in order.
         for transition in reversed(self.order.state.transitions):
             if (transition.status or "").lower() == "completed":
                 moment = _utc(transition.time_stamp)
                 if moment is None:
-                    self.found(INVALID, "state.transitions: the last completed has no timeStamp that is a moment")
+                    self.report(INVALID, "state.transitions: the last completed has no valid timeStamp")
                 return moment
-        self.found(INVALID, "state.transitions: none is completed, so that there is no moment to export")
+        self.report(INVALID, "state.transitions: none is completed, so there is no time to export")
         return None
 
     # --- money ---
 
     def money(self, amount: Decimal | None, member: str) -> Decimal | None:
-        """The amount, rounded; None where it cannot be exported, which was then found."""
+        """Return the rounded amount, or report the problem and return None."""
         if amount is None:
-            self.found(INVALID, f"{member} is missing")
+            self.report(INVALID, f"{member} is missing")
         elif not amount.is_finite():
-            self.found(INVALID, f"{member} is not a finite number")
+            self.report(INVALID, f"{member} is not a finite number")
         elif amount < 0:
-            self.found(INVALID, f"{member} is negative")
-        elif amount and amount.adjusted() > _LARGEST_EXPONENT:
-            self.found(INVALID, f"{member} has more than twelve digits before the decimal point")
+            self.report(INVALID, f"{member} is negative")
+        elif amount and amount.adjusted() > _MAX_EXPONENT:
+            self.report(INVALID, f"{member} has more than twelve digits before the decimal point")
         else:
             return self.rounded(amount)
         return None
 
     def rounded(self, amount: Decimal) -> Decimal:
-        # `abs` makes an ordinary zero of a negative one.
+        # `abs` turns negative zero into zero.
         return abs(amount.quantize(Decimal(1).scaleb(-self.settings.money_scale), context=_ARITHMETIC))
 
     def money_text(self, amount: Decimal) -> str:
@@ -219,7 +220,7 @@ class _Mapping:
         if including is None or excluding is None:
             return {}
         if including < excluding:
-            self.found(INVALID, f"{member} is less with VAT than without")
+            self.report(INVALID, f"{member} is less with VAT than without")
             return {}
         return self.price_of(including, excluding)
 
@@ -237,10 +238,10 @@ class _Mapping:
 
     def vat_rate(self, rate: Decimal | None, member: str) -> str:
         if rate is None:
-            self.found(INVALID, f"{member} is missing")
+            self.report(INVALID, f"{member} is missing")
             return ""
         if not rate.is_finite() or not 0 <= rate <= 1:
-            self.found(INVALID, f"{member} is not a fraction from 0 to 1 (0.25 is 25 %)")
+            self.report(INVALID, f"{member} is not a fraction from 0 to 1 (0.25 is 25 %)")
             return ""
         text = f"{abs(rate.quantize(Decimal('1E-8'), context=_ARITHMETIC)):f}"
         return text.rstrip("0").rstrip(".")
@@ -250,17 +251,17 @@ class _Mapping:
     def payments(self, currency: str | None, total: dict[str, str]) -> list[dict[str, Any]]:
         exported = []
         left_out = []
-        before = len(self.findings)
+        before = len(self.problems)
         for index, payment in enumerate(self.order.payments):
             at = f"payments[{index}]"
             state = (payment.state or "").strip().lower()
             if state not in self.settings.include_states:
                 if state != "removed":
-                    left_out.append(f"{at} is {state}" if state in _GIVEN_BACK else at)
+                    left_out.append(f"{at} is {state}" if state in _RETURNED else at)
                 continue
             amount = self.money(payment.amount, f"{at}.amount")
             if currency and (payment.currency or "").upper() != currency:
-                self.found(UNPAID, f"{at}.currency is not the order's")
+                self.report(UNPAID, f"{at}.currency is not the order's")
             exported.append(
                 {
                     "id": self.needed(payment.id, f"{at}.id"),
@@ -273,8 +274,8 @@ class _Mapping:
                     "currency": (payment.currency or "").upper(),
                 }
             )
-        # A sum over payments that were not understood would only be a second name for the first finding.
-        if total and len(self.findings) == before:
+        # After a problem with a payment, a wrong sum would only repeat it.
+        if total and len(self.problems) == before:
             self.compare(exported, Decimal(total["incVat"]), left_out)
         elif not exported and not total:
             self.none_to_export(left_out)
@@ -286,21 +287,21 @@ class _Mapping:
             return
         difference = abs(_ARITHMETIC.subtract(_sum(payment["amount"] for payment in exported), total))
         if difference > self.settings.amount_tolerance:
-            self.found(
+            self.report(
                 UNPAID, "payments do not add up to total.includingVat within amount_tolerance" + _left_out(left_out)
             )
 
     def none_to_export(self, left_out: Sequence[str]) -> None:
-        self.found(UNPAID, f"payments: none is {_either(self.settings.include_states)}" + _left_out(left_out))
+        self.report(UNPAID, f"payments: none is {_either(self.settings.include_states)}" + _left_out(left_out))
 
     def method(self, adapter_id: str, name: str, at: str) -> dict[str, str | None]:
         for key in (f"{adapter_id}:{name}", adapter_id, name, "*"):
             if method := self.settings.method_map.get(key):
                 return {"code": method.code, "name": method.name}
         if self.settings.unmapped == "fail":
-            self.found(
+            self.report(
                 INVALID,
-                f"{at} has no entry in method_map, which is asked for adapterId:name, adapterId, name and * "
+                f"{at} has no entry in method_map under adapterId:name, adapterId, name or * "
                 "(add one, or set unmapped to passthrough)",
             )
         return {"code": adapter_id, "name": name}
@@ -376,14 +377,11 @@ def _key_from(order: Order, source: str) -> str:
 
 
 def _sum(amounts: Iterable[str]) -> Decimal:
-    total = _ZERO
-    for amount in amounts:
-        total = _ARITHMETIC.add(total, Decimal(amount))
-    return total
+    return reduce(_ARITHMETIC.add, map(Decimal, amounts), _ZERO)
 
 
 def _utc(text: str | None) -> str | None:
-    """An ISO 8601 moment in UTC and milliseconds; one without a zone is UTC already, as all of Norce's are."""
+    """Return an ISO 8601 time in UTC and milliseconds. A time without a zone is in UTC."""
     try:
         moment = datetime.fromisoformat(text or "")
         moment = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
@@ -393,7 +391,7 @@ def _utc(text: str | None) -> str | None:
 
 
 def _without_empty(tree: dict[str, Any]) -> dict[str, Any]:
-    """Without members that say nothing: null, blank text, and objects that are empty or become so."""
+    """Return the tree without null, blank text and empty objects."""
     kept: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):

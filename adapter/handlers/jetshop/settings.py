@@ -1,12 +1,10 @@
-"""
-What an integrator sets for `jetshop`, and what would otherwise only show with the first order.
+"""The settings of `jetshop` and their checks.
 
-`unmapped: fail` without a `method_map` would refuse every order that was paid, so it is a problem of the configuration
-and found by `norce-adapter check`. There are no timeouts here: the route has them.
+`unmapped: fail` without a `method_map` would refuse every paid order, so `norce-adapter check` reports it. Timeouts
+belong to the route.
 """
 
 import re
-from collections.abc import Iterable
 from decimal import Decimal
 from typing import Annotated, Literal, TypeAlias
 
@@ -16,7 +14,7 @@ from adapter.plugin import Secret, Settings, Url
 
 PaymentState: TypeAlias = Literal["reserved", "captured", "confirmed", "pending"]
 
-# What this handler sets itself: a second value would be sent beside ours, or in its place.
+# The handler or the HTTP client sets these. A second value would be sent beside theirs, or instead.
 RESERVED_HEADERS = frozenset(
     {"accept", "authorization", "connection", "content-encoding", "content-length", "content-type", "host"}
     | {"idempotency-key", "te", "trailer", "transfer-encoding", "upgrade"}
@@ -24,12 +22,12 @@ RESERVED_HEADERS = frozenset(
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a token, RFC 9110, 5.6.2
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-# No pointer to anywhere: the order key is stored and shown to operators, and an e-mail address would do as one.
+# Only attributes, since the order key is stored and shown to operators: another pointer could name an e-mail address.
 _ATTRIBUTE = re.compile(r"(/cart)?/attributes/([^~]|~[01])+")
 
 
 class BasicAuth(Settings, frozen=True, kw_only=True, tag_field="type", tag="basic"):
-    """HTTP Basic: what Jetshop's integration service is seen to use."""
+    """HTTP Basic, which Jetshop's integration service uses."""
 
     username: Annotated[str, msgspec.Meta(min_length=1, description="User name; without a colon.")]
     password: Annotated[Secret, msgspec.Meta(description="Password, by reference.")]
@@ -40,7 +38,7 @@ class BasicAuth(Settings, frozen=True, kw_only=True, tag_field="type", tag="basi
 
 
 class BearerAuth(Settings, frozen=True, kw_only=True, tag_field="type", tag="bearer"):
-    """`Authorization: Bearer …`, for a bridge that wants one."""
+    """`Authorization: Bearer …`, for a bridge."""
 
     token: Annotated[Secret, msgspec.Meta(description="The token, by reference.")]
 
@@ -49,7 +47,7 @@ class BearerAuth(Settings, frozen=True, kw_only=True, tag_field="type", tag="bea
 
 
 class HeaderAuth(Settings, frozen=True, kw_only=True, tag_field="type", tag="header"):
-    """One secret in a header of its own, for a bridge that wants one."""
+    """A secret in a header of its own, for a bridge."""
 
     name: Annotated[str, msgspec.Meta(min_length=1, description="Name of the header, such as `x-api-key`.")]
     value: Annotated[Secret, msgspec.Meta(description="Its whole value, by reference.")]
@@ -60,7 +58,7 @@ class HeaderAuth(Settings, frozen=True, kw_only=True, tag_field="type", tag="hea
 
 
 class Method(Settings, frozen=True, kw_only=True):
-    """A payment method as the shop names it."""
+    """A payment method of the shop."""
 
     code: Annotated[str, msgspec.Meta(min_length=1, description="The shop's code of the payment method.")]
     name: Annotated[str | None, msgspec.Meta(description="Its name for people; left out of the export if absent.")] = (
@@ -69,6 +67,8 @@ class Method(Settings, frozen=True, kw_only=True):
 
 
 class JetshopSettings(Settings, frozen=True, kw_only=True):
+    """The settings of the handler `jetshop`."""
+
     base_url: Annotated[
         Url,
         msgspec.Meta(
@@ -145,7 +145,7 @@ class JetshopSettings(Settings, frozen=True, kw_only=True):
             _check_header_name("headers", name, RESERVED_HEADERS)
             if not _HEADER_VALUE.fullmatch(value):
                 raise ValueError(f"headers: {name} must have a value of plain ASCII text on one line")
-        if isinstance(self.auth, HeaderAuth) and self.auth.name.lower() in _lower(self.headers):
+        if isinstance(self.auth, HeaderAuth) and self.auth.name.lower() in map(str.lower, self.headers):
             raise ValueError(f"headers: {self.auth.name} is what auth sends; leave it out of headers")
         _check_path(self.path_payment_information)
         for source in self.key_source:
@@ -158,14 +158,10 @@ class JetshopSettings(Settings, frozen=True, kw_only=True):
             raise ValueError("amount_tolerance must be zero or more")
         if self.unmapped == "fail" and not self.method_map:
             raise ValueError(
-                "method_map is empty, so that every paid order would be refused: name the shop's code for each payment "
+                "method_map is empty, so every paid order would be refused: give the shop's code for each payment "
                 'adapter (klarna_checkout_adapter: {code: …}), or one for all ("*": {code: …}), or set unmapped to '
                 "passthrough"
             )
-
-
-def _lower(names: Iterable[str]) -> frozenset[str]:
-    return frozenset(name.lower() for name in names)
 
 
 def _check_header_name(where: str, name: str, reserved: frozenset[str]) -> None:
@@ -185,7 +181,7 @@ def _check_path(path: str) -> None:
     if unknown := sorted(set(names) - {"shopId", "orderKey"}):
         raise ValueError(f"path_payment_information takes {{shopId}} and {{orderKey}}, not {{{unknown[0]}}}")
     if "orderKey" not in names:
-        raise ValueError("path_payment_information needs {orderKey}: without it every order has the same address")
+        raise ValueError("path_payment_information needs {orderKey}: without it all orders have the same address")
     rest = _PLACEHOLDER.sub("x", path)
     if not re.fullmatch(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)+/?", rest) or {".", ".."} & set(rest.split("/")):
         raise ValueError("path_payment_information must be a plain path that starts with /, without a query")
