@@ -285,7 +285,7 @@ REFUSALS = {
     "culture": ({"/culture": f"{CANARY}!"}, "order-validation", "culture is not a language and a country"),
     "not-completed": ({"/state/currentStatus": CANARY}, "order-validation", "state.currentStatus is not completed"),
     "never-completed": ({"/state/transitions": []}, "order-validation", "state.transitions: none is completed"),
-    "no-moment": ({"/state/transitions/3/timeStamp": CANARY}, "order-validation", "has no timeStamp"),
+    "no-moment": ({"/state/transitions/3/timeStamp": CANARY}, "order-validation", "has no valid timeStamp"),
     "order-id": ({"/id": None}, "order-validation", "id is missing"),
     "merchant": ({"/merchant": " "}, "order-validation", "merchant is missing"),
     "channel": ({"/channel": ABSENT}, "order-validation", "channel is missing"),
