@@ -1,4 +1,4 @@
-"""The typed view of an order: exact, forgiving about what is optional, and silent about what it holds."""
+"""`adapter.orders`: exact amounts, tolerant of odd members, and no values in a `repr`."""
 
 import copy
 import json
@@ -147,7 +147,7 @@ def test_new_values_of_enumerations_are_kept() -> None:
 
 
 def nulled(tree: Any) -> Iterator[Any]:
-    """The order once for every member, with that member null."""
+    """Yield the order once for every member, with that member null."""
     for path in paths(tree):
         changed = copy.deepcopy(tree)
         put(changed, path, None)
@@ -155,7 +155,7 @@ def nulled(tree: Any) -> Iterator[Any]:
 
 
 def paths(tree: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Where every member of an order stands."""
+    """Yield the place of every member of an order."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield (*at, key)
@@ -183,7 +183,7 @@ def removed(tree: Any, path: tuple[str | int, ...]) -> Any:
 def test_null_is_the_same_as_absent() -> None:
     for path, with_null in nulled(TREE):
         if "attributes" in path[:-1]:
-            continue  # free form: what is in there is the sender's
+            continue  # free form
         without = read_order(json.dumps(removed(TREE, path)).encode())
         order = read_order(json.dumps(with_null).encode())
 
@@ -406,7 +406,7 @@ def test_the_order_is_the_body_or_its_member_order(tree: Any, inner: Any) -> Non
     assert order_in(tree) == inner
 
 
-# --- one spelling ---------------------------------------------------------------------------------------------------
+# --- canonical bytes ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The HTTP client of a handler: its hosts and no other, its deadline, and what happens on the wire as our outcomes."""
+"""`adapter.outgoing`: hosts, deadlines, and answers as outcomes."""
 
 import asyncio
 import gzip
@@ -34,7 +34,7 @@ class ShopSettings(Settings, frozen=True, kw_only=True):
 
 
 class Destination(httpx.AsyncBaseTransport):
-    """Answers by a function, and remembers the requests."""
+    """A transport that answers by a function and remembers the requests."""
 
     def __init__(self, answer: Callable[[httpx.Request], httpx.Response]) -> None:
         self._answer = answer
@@ -65,7 +65,7 @@ def request(
     left: timedelta = timedelta(seconds=30),
     **more: Any,
 ) -> httpx.Response:
-    """One request of a handler that takes the happy path alone."""
+    """Send one request, as a handler with only the success path does."""
 
     async def handler() -> httpx.Response:
         http = Outgoing(destination).client(settings or ShopSettings(), NOON + left, lambda: NOON)
@@ -87,7 +87,7 @@ def test_a_success_is_returned() -> None:
     assert request(answering(201, json={"number": "7"}), "PUT").json() == {"number": "7"}
 
 
-STATUSES: dict[int, tuple[type[Outcome], type[Outcome]]] = {  # for GET and HEAD, and for the others
+STATUSES: dict[int, tuple[type[Outcome], type[Outcome]]] = {  # for GET and HEAD, and for other methods
     301: (Reject, Reject),
     302: (Reject, Reject),
     304: (Reject, Reject),
@@ -158,7 +158,7 @@ def test_an_incomplete_answer_is_no_answer(method: str, expected: type[Outcome])
 
 
 class Chunks(httpx.AsyncByteStream):
-    """Sends without saying how much."""
+    """A body of unknown length."""
 
     def __init__(self, count: int, size: int) -> None:
         self.count, self.size, self.sent = count, size, 0
@@ -375,7 +375,7 @@ def test_the_connections_outlive_the_client_of_one_call() -> None:
 def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
     readings: int, outcome: type[Outcome], code: str, arrived: bytes
 ) -> None:
-    """Over TCP: the clock says how late it is at the first so many readings, and after them that it is too late."""
+    """Send a request over TCP. After so many readings, the clock is past the deadline."""
     read: list[bytes] = []
 
     async def destination(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

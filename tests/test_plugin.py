@@ -1,4 +1,4 @@
-"""The door for plugin authors: settings that cannot be wrong, secrets that do not show, outcomes and keys."""
+"""`adapter.plugin`: settings, secrets, outcomes, keys and handler classes."""
 
 import asyncio
 import copy
@@ -252,7 +252,7 @@ def context(identity: str = "ab", route: str = "export", attempt: int = 1) -> Co
 
 
 def test_a_key_is_the_same_for_every_attempt_and_after_a_restart() -> None:
-    # Written out: a key that changed with a new version would let an order through twice.
+    # Spelled out: a key that changes with a new version would send an order twice.
     assert context().key() == "6532d2086f8ae1f16cae43d43efa76cc34e2a566ce09ff16889127eaac9fc408"
     assert context(attempt=1).key("order") == context(attempt=9).key("order")
 

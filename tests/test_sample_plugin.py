@@ -1,4 +1,4 @@
-"""A plugin as strangers ship it: a package of its own, built and installed, found by its entry points."""
+"""A plugin in a package of its own: built, installed, and found by its entry points."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.flows.site import (
 
 
 class Erp:
-    """A small ERP: takes an order, and tells what it has."""
+    """A small ERP that stores orders and shows them."""
 
     def __init__(self) -> None:
         self.orders: dict[str, dict[str, Any]] = {}

@@ -237,7 +237,7 @@ class Dispatcher:
         try:
             settlement = await self._until_stored(lambda: self._lanes.settle(record))
         except StoreUnavailable:
-            log.error("settle_given_up", delivery_id=claim.delivery_id, route=queue.route.name)
+            log.error("settlement_not_stored", delivery_id=claim.delivery_id, route=queue.route.name)
             return False
         except Exception as error:  # a text of the handler cannot be stored; its outcome still counts
             log.error("handler_failed", route=queue.route.name, delivery_id=claim.delivery_id,

@@ -165,10 +165,10 @@ class NorceSettings:
             try:
                 # In a thread, because it may take seconds.
                 places = await asyncio.to_thread(self._check, channel, content, settings)
-            except Exception as error:  # noqa: BLE001 - a bug in a handler's settings type must not end the polling
-                log.error("configuration_broke", merchant=merchant, channel=name, error_type=type(error).__name__)
+            except Exception as error:  # noqa: BLE001 - a bug in a settings type must not end the polling
+                log.error("document_check_failed", merchant=merchant, channel=name, error_type=type(error).__name__)
                 places = ["$"]
-        self._metrics.configuration_documents.labels(*channel, "refused" if places else "taken").inc()
+        self._metrics.configuration_documents.labels(*channel, "refused" if places else "applied").inc()
         self._metrics.configuration_valid.labels(*channel).set(not places)
         if places:
             log.error("configuration_refused", merchant=merchant, channel=name, places=places)
@@ -178,7 +178,7 @@ class NorceSettings:
         self._switch(channel, active=content is None or msgspec.json.decode(content).get("active", True))
         self._changed()
         if content is not None:
-            log.info("configuration_taken", merchant=merchant, channel=name)
+            log.info("configuration_applied", merchant=merchant, channel=name)
         return True
 
     def _check(self, channel: Channel, content: bytes | None, settings: dict[str, Settings]) -> list[str]:

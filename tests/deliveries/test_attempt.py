@@ -1,4 +1,4 @@
-"""One attempt, from a claim to how it ended, without a ledger: what is cut short, and with which reason."""
+"""`adapter.deliveries.attempt` without a ledger: one attempt, from its claim to its result."""
 
 import asyncio
 import threading
@@ -102,7 +102,7 @@ def told(ended: AttemptResult) -> tuple[type, str, str]:
     return type(ended.result), ended.result.code, ended.kind
 
 
-# --- what is tried at all -------------------------------------------------------------------------------------------
+# --- complete attempts ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ async def test_no_handler_starts_whose_deadline_is_later_than_the_doubt_of_its_c
 
 
 class Reader:
-    """A client for Norce that notes on which thread it reads and decodes."""
+    """A client for Norce that remembers the threads on which it reads and decodes."""
 
     def for_handlers(self, channel: Channel) -> "Reader":
         return self
@@ -195,7 +195,7 @@ async def test_an_order_is_decoded_on_the_handlers_thread() -> None:
     assert (notification.order.currency, notification.received.currency) == ("SEK", None)
 
 
-# --- what is cut short ----------------------------------------------------------------------------------------------
+# --- interrupted attempts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("claim", [CLAIM, IN_DOUBT], ids=["deliver", "lookup"])
@@ -268,7 +268,9 @@ async def test_other_attempts_on_an_abandoned_loop_are_interrupted_or_released()
         held = trial.begin(CLAIM, queue(holding, timeout=SHORTLY))
         await holding.has_begun()
         waits = trial.begin(CLAIM, queue(behind))
-        too_late = trial.begin(CLAIM, queue(behind, timeout=timedelta(0)))  # its deadline passes behind the other
+        too_late = trial.begin(
+            CLAIM, queue(behind, timeout=timedelta(0))
+        )  # its deadline passes while it waits for the thread
 
         assert told(await begun) == (Interrupted, "loop-abandoned", "deliver")
         assert await waits == await too_late == AttemptResult(result=Ending.RELEASED)

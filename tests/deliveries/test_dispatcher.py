@@ -1,4 +1,4 @@
-"""Claim, run, record: a real ledger and real plugin loops, with handlers and a Norce that remember what was asked."""
+"""`adapter.deliveries.dispatcher` with a real ledger and real plugin loops, and a fake Norce."""
 
 import asyncio
 import io
@@ -66,13 +66,13 @@ KEY = QueueKey("export", Channel("fjallboden", "1"))
 
 
 class FakeNorce:
-    """Answers with the orders it has, or with what it was told to answer first."""
+    """Answers with the prepared `answers` first, and then with its orders."""
 
     def __init__(self) -> None:
         self.orders: dict[str, dict[str, Any]] = {}
         self.answers: list[httpx.Response | Exception | Callable[[], Awaitable[None]]] = []
         self.asked: list[str] = []
-        self.refuses: set[str] = set()  # merchants whose token it does not take
+        self.refuses: set[str] = set()  # merchants whose token is refused
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
         order_id = request.url.path.rpartition("/")[2]
@@ -90,7 +90,7 @@ class FakeNorce:
 
 
 class WatchedLanes(Lanes):
-    """Says what was claimed, settled and released, can keep a claim back, and can fail as a database does."""
+    """Lanes that report what was claimed, settled and released, and can delay a claim or fail."""
 
     def __init__(self, store: Store, lease: Lease, *, policy: PausePolicy) -> None:
         super().__init__(store, lease, policy=policy)
@@ -100,8 +100,8 @@ class WatchedLanes(Lanes):
         self.lost: asyncio.Queue[str] = asyncio.Queue()
         self.claims = 0
         self.failures = {"claim": 0, "settle": 0}
-        self.mistakes: set[str] = set()  # orders whose record meets a mistake of ours
-        self.left_open = {"claim": 0, "settle": 0}  # it is on disk, but the answer to the commit is lost
+        self.mistakes: set[str] = set()  # orders on which settling meets a bug of ours
+        self.left_open = {"claim": 0, "settle": 0}  # commits whose answer gets lost
         self.keep_back: asyncio.Event | None = None
         self.after_claim: Callable[[], None] = lambda: None
 
@@ -143,7 +143,7 @@ class WatchedLanes(Lanes):
 
 
 class WatchedLease(Lease):
-    """Says when it was renewed and entered, and can fail as a database does."""
+    """A lease that reports when it was entered and renewed, and can fail."""
 
     def __init__(self, store: Store, *, version: str) -> None:
         super().__init__(store, version=version)
@@ -165,7 +165,7 @@ class WatchedLease(Lease):
         return renewed
 
     async def two_beats(self) -> None:
-        """Until two renewals have been tried that began after this call."""
+        """Wait for two renewals that begin after this call."""
         while not self.renewed.empty():
             self.renewed.get_nowait()
         for _ in range(3):  # the first may have been under way
@@ -174,7 +174,7 @@ class WatchedLease(Lease):
 
 @dataclass
 class Work:
-    """A dispatcher at work. Its queues are known by their route and merchant."""
+    """A running dispatcher. `queue_ids` are by route and merchant."""
 
     url: str
     store: Store
@@ -196,7 +196,7 @@ class Work:
         merchant: str = "fjallboden",
         **now: Any,
     ) -> None:
-        """Norce notifies of an order. `now`: what the order is by the time it is read again."""
+        """Store a notification of an order. `now` are members that the order has when it is read again."""
         order = {"id": order_id, "merchant": merchant, "channel": "1", "state": {"currentStatus": "completed"}}
         self.norce.orders[order_id] = {**order, **now}
         await Inbox(self.store).receive(
@@ -214,7 +214,7 @@ class Work:
         self.dispatcher.wake()
 
     async def settled(self) -> dict[str, Any]:
-        """The next delivery that is settled, as people see it."""
+        """Return the next delivery that is settled, as `deliveries show` prints it."""
         record, _ = await asyncio.wait_for(self.lanes.settled.get(), PATIENCE)
         return self.shown(record.claim.delivery_id)
 
@@ -232,14 +232,14 @@ class Work:
             return dict(Queries(connection).overview(self.clock.now).paused)
 
     def move_to(self, moment: str | int) -> None:
-        """The clock at a moment, and the dispatcher told to look."""
+        """Set the clock and wake the dispatcher."""
         if isinstance(moment, str):
             moment = int(datetime.fromisoformat(moment).timestamp() * 1000)
         self.clock.now = moment
         self.dispatcher.wake()
 
     async def a_turn(self) -> list[Claim]:
-        """What a claim takes that began after this call."""
+        """Return the claims of a turn that begins after this call."""
         for _ in range(2):  # the first may have been under way
             while not self.lanes.claimed.empty():
                 self.lanes.claimed.get_nowait()
@@ -248,7 +248,7 @@ class Work:
         return claims
 
     async def quiet(self) -> None:
-        """Until nothing is tried any more, and nothing is due that may be."""
+        """Wait until no attempt runs and no delivery is due."""
         while True:
             idle, claims = not self.dispatcher.running, self.lanes.claims
             await self.a_turn()
@@ -292,7 +292,7 @@ async def working(
     patience: timedelta = timedelta(seconds=PATIENCE),
     before: Callable[[Store, int], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Work]:
-    """A dispatcher over an empty database. `before` is what went on there before its process began."""
+    """Run a dispatcher on an empty database. `before` is called before its process starts."""
     clock, fake, metrics = HandClock(), FakeNorce(), Metrics("test")
     store = Store.open(url, clock=clock)
 
@@ -338,7 +338,7 @@ async def working(
 
 @pytest.fixture(autouse=True)
 def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
-    """What has been logged, as it leaves the process."""
+    """The log lines as they leave the process."""
     stream, root = io.StringIO(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     logs.configure(stream=stream)
@@ -352,7 +352,7 @@ def lines() -> Iterator[Callable[[], list[dict[str, Any]]]]:
 
 
 class OwnOutcome(Outcome):
-    """What a plugin must not invent."""
+    """An outcome of a plugin's own, which is a bug."""
 
 
 @pytest.mark.parametrize(
@@ -544,15 +544,15 @@ async def test_a_delivery_that_becomes_due_right_after_a_claim_is_claimed_at_onc
         def later() -> None:
             work.clock.now = max(work.clock.now, due)
 
-        work.lanes.after_claim = later  # the next claim finds nothing, and what is due is due by then
+        work.lanes.after_claim = later  # the next claim finds nothing, and the delivery becomes due
         work.dispatcher.wake()
 
-        row = await work.settled()  # long before the dispatcher would have looked again by itself
+        row = await work.settled()  # long before the next poll
         assert row["state"] == "done"
 
 
 class Busier(Retry):
-    """A plugin's own shade of an outcome."""
+    """A subclass of an outcome in a plugin."""
 
 
 @asynchronous
@@ -624,7 +624,7 @@ async def test_a_lookup_that_fails_leaves_the_doubt(store_url: str, step: Except
 
 
 async def died_in_hand(store: Store, queue_id: int) -> None:
-    """A process has claimed what is owed, and is gone; the doubt about it has ended."""
+    """A process claimed the delivery and died. Its doubt has ended."""
     await Inbox(store).receive(
         ReceivedNotification(
             identity=b"in-hand", channel=Channel("fjallboden", "1"), callback="order-status", order_id="order-1",
@@ -739,7 +739,7 @@ async def test_an_order_that_cannot_be_read_again_is_not_delivered(
 ) -> None:
     handler = Plain()
     async with working(store_url, route(handler, when=COMPLETED)) as work:
-        work.norce.answers = [answer, answer]  # without an answer, it is asked once more
+        work.norce.answers = [answer, answer]  # a read without an answer is repeated once
         await work.owe()
 
         row = await work.settled()
@@ -873,7 +873,7 @@ async def test_a_handler_that_is_no_coroutine_fails_on_the_plugins_thread(store_
 
 
 class Counting(NotificationHandler[NoSettings]):
-    """Holds every call until told to go on, and knows how many there were at once."""
+    """Keeps every call waiting until `go_on`, and counts how many run at the same time."""
 
     def __init__(self) -> None:
         self.running = self.peak = 0
@@ -947,7 +947,7 @@ async def test_a_full_queue_does_not_delay_another(store_url: str) -> None:
 
 
 class Shop(NotificationHandler[NoSettings]):
-    """A destination with a memory. What it `says` to a merchant's orders, while it takes none of them."""
+    """A destination that remembers orders. `says` are merchants whose orders it refuses, and how."""
 
     repeatable = True
 
@@ -990,7 +990,7 @@ async def test_an_outage_costs_one_call_for_each_pause_and_loses_no_order(
             await work.owe(f"order-{number}")
         await work.quiet()
         at_first = shop.calls
-        assert at_first < 5 + 4  # the failures in a row that it takes, and what was under way then
+        assert at_first < 5 + 4  # the failures in a row that pause a queue, and the attempts under way then
         assert work.pauses().keys() == {("export", "fjallboden", "1")}
 
         for probe in range(6):
@@ -1002,7 +1002,7 @@ async def test_an_outage_costs_one_call_for_each_pause_and_loses_no_order(
         shop.says.clear()
         work.move_to(work.paused_until())
         await work.quiet()
-        work.move_to(work.clock.now + 3_600_000)  # what its own schedule still kept
+        work.move_to(work.clock.now + 3_600_000)  # orders that wait by their own schedule
         await work.quiet()
 
         assert work.states() == {("done", "delivered"): 20}
@@ -1018,7 +1018,7 @@ async def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store
         for number in range(3):
             await work.owe(f"order-{number}")
         await work.quiet()
-        for _ in range(9):  # each three times as a probe, where two attempts would be its last
+        for _ in range(9):  # each order is the probe three times; two attempts would be its last
             work.move_to(max(work.paused_until(), work.clock.now + 60_000))  # one of them is due by then
             await work.quiet()
         calls = shop.calls
@@ -1109,7 +1109,7 @@ async def test_attempts_cut_short_by_a_shutdown_pause_no_queue(store_url: str) -
         assert work.rows("SELECT paused_until, failed_lanes FROM queues") == [(None, None)]
 
 
-# --- a handler that never lets go of its thread ---------------------------------------------------------------------
+# --- a handler that blocks its thread ------------------------------------------------------------------------------
 
 HELD = timedelta(seconds=1)
 
@@ -1137,7 +1137,7 @@ async def test_a_blocked_delivery_is_a_dead_letter_whose_lane_stays_claimed(
         assert [each["outcome"] for each in row["attempts"]] == ["blocked"]
         assert work.rows("SELECT holder, next_at FROM lanes") == [(work.lease.process_id, None)]
 
-        await work.owe("order-2")  # by the one slot, on the new loop
+        await work.owe("order-2")  # in the only slot, on the new loop
         row = await work.settled()
         assert (row["order_id"], row["state"], row["tries"]) == ("order-2", "done", 1)
 
@@ -1268,7 +1268,7 @@ async def test_a_dead_letter_is_not_retried_while_its_handler_still_runs(store_u
 
 @asynccontextmanager
 async def leased(url: str, *routes: Route) -> AsyncIterator[Work]:
-    """With a heart that beats all the time."""
+    """Run a dispatcher that renews its lease all the time."""
     async with working(url, *routes) as work:
         beating = asyncio.create_task(work.dispatcher.keep_lease())
         try:
@@ -1335,7 +1335,7 @@ async def test_a_lost_lease_cancels_all_handlers_and_work_continues_under_a_new_
 async def test_a_store_that_fails_until_the_lease_ends_cancels_only_if_it_is_shared(
     store_url: str,
 ) -> None:
-    """Nobody else takes the lanes of a file."""
+    """No other process can take the lanes of a SQLite file."""
     handler = Counting()
     async with leased(store_url, route(handler, timeout=60 * SECOND)) as work:
         await work.owe()
@@ -1445,7 +1445,7 @@ async def test_a_lane_whose_handler_cannot_be_cancelled_stays_claimed(
 
 @asynchronous
 async def test_a_lane_claimed_while_the_service_stops_is_released(store_url: str) -> None:
-    """Otherwise an order of which nothing was ever sent would be in doubt, and perhaps wait for a person."""
+    """Otherwise an order that was never sent would be in doubt, and might wait for a person."""
     handler = Plain()
     async with working(store_url, route(handler)) as work:
         work.lanes.keep_back = asyncio.Event()
@@ -1557,7 +1557,7 @@ async def test_claims_committed_without_an_answer_run_once_and_without_doubt(sto
         assert handler.calls == ["deliver", "deliver"]
         assert [context.attempt for _, context in handler.seen] == [1, 1]
         assert [(row["state"], row["tries"], len(row["attempts"])) for row in rows_] == [("done", 1, 1)] * 2
-        busy.go_on.set()  # what was running meanwhile has not been given back
+        busy.go_on.set()  # the running attempt has kept its lane
         row = await work.settled()
         assert (row["order_id"], row["state"], row["tries"]) == ("order-1", "done", 1)
         assert busy.peak == 1
@@ -1583,7 +1583,7 @@ async def test_a_claim_committed_without_an_answer_keeps_earlier_doubt(store_url
 async def test_stopping_releases_claims_committed_without_an_answer(store_url: str) -> None:
     handler = Plain()
     async with working(store_url, route(handler)) as work:
-        await work.a_turn()  # it looks again only when it is told to
+        await work.a_turn()  # the next claim follows only a wake-up
         work.lanes.left_open["claim"] = 1
         await work.owe()
         await asyncio.wait_for(work.lanes.lost.get(), PATIENCE)

@@ -1,4 +1,4 @@
-"""What Norce's configuration says about our channels is taken where it is right; otherwise the last good one holds."""
+"""`adapter.routing.norce_settings`: good documents take effect, and otherwise the last good one holds."""
 
 import asyncio
 import json
@@ -86,7 +86,7 @@ class Point:
 
 
 class Line(httpx.AsyncBaseTransport):
-    """On to Norce, or to nobody."""
+    """A transport to the simulator, or with a fixed answer."""
 
     def __init__(self, simulator: Simulator) -> None:
         self._inner = httpx.ASGITransport(simulator.app)
@@ -99,7 +99,7 @@ class Line(httpx.AsyncBaseTransport):
 
 
 class SilentFor(httpx.AsyncBaseTransport):
-    """On to Norce, which never answers one merchant."""
+    """A transport to a Norce that never answers one merchant."""
 
     def __init__(self, merchant: str, inner: httpx.AsyncBaseTransport) -> None:
         self._merchant, self._inner = merchant, inner
@@ -111,7 +111,7 @@ class SilentFor(httpx.AsyncBaseTransport):
 
 
 class House:
-    """A Norce, and the process that reads its documents: another one can begin on the same ledger."""
+    """The simulator, and a process that reads its documents and can be restarted on its ledger."""
 
     def __init__(self, folder: Path, **changed: Any) -> None:
         self.store = Store.open(f"sqlite:///{folder / 'ledger.db'}")
@@ -137,13 +137,13 @@ class House:
         )
 
     def restart(self) -> None:
-        """A new process, which has heard nothing of Norce yet."""
+        """Start a new process, which has not read from Norce yet."""
         self.routes = build(self.config, [Point()])  # type: ignore[list-item]
         self.settings = self.reader(StoredDocuments(self.store))
         self.loop.run(self.settings.restore())
 
     def _ours(self, request: httpx.Request) -> httpx.Response:
-        """What Norce finds at our address."""
+        """Answer Norce's requests to our address."""
         assert request.url.path == "/openapi/v1/schemas/our_adapter.json"
         return httpx.Response(200, json=self.schema)
 
@@ -151,7 +151,7 @@ class House:
         self.changed += 1
 
     def put(self, document: Any, *, channel: str = "1", name: str = "our_adapter") -> None:
-        """As an integrator does in the admin UI, past the simulator's checks where it is wrong."""
+        """Store a document, as in the admin UI, without the simulator's checks."""
         self.simulator.records.documents["norce", channel, name] = document
 
     def refresh(self) -> None:
@@ -209,7 +209,7 @@ def test_a_document_overrides_the_settings_of_its_channel(house: House) -> None:
 
 
 def test_a_merchant_whose_norce_is_silent_delays_no_other(tmp_path: Path) -> None:
-    """At the start there are five seconds, and then deliveries leave."""
+    """The start waits five seconds for documents, and then deliveries begin."""
     silent = {"tokens": ["${env:TOKEN}"], "channels": {f"c{number}": {} for number in range(20)}}
     merchants = {"silent": silent} | TREE["merchants"]
     with opened(tmp_path, merchants=merchants, norce=TREE["norce"] | {"timeout": "1m"}) as house:
@@ -325,7 +325,7 @@ def test_the_last_good_document_holds_after_a_restart(house: House) -> None:
 
 
 def test_a_switch_is_restored_before_documents_are_checked(house: House) -> None:
-    """To check one takes up to three seconds, ten took 26 s of a start: no lease is renewed, and no signal heard."""
+    """Checking ten documents took 26 s at a start, in which no lease is renewed and no signal handled."""
     stored = StoredDocuments(house.store)
     BEGUN.clear()
     GO_ON.clear()
@@ -339,7 +339,7 @@ def test_a_switch_is_restored_before_documents_are_checked(house: House) -> None
         house.line.instead = httpx.ConnectError("down")
         checking = asyncio.create_task(reader.refresh())
         await asyncio.to_thread(BEGUN.wait, 10)
-        checking.cancel()  # the time for a first look is over
+        checking.cancel()  # the start does not wait longer
         GO_ON.set()
         await asyncio.wait([checking])
         assert house.limits().most == 5
@@ -397,7 +397,7 @@ def test_each_channels_last_document_is_stored(empty_url: str) -> None:
 
 
 class Stumbling(StoredDocuments):
-    """A ledger that is away once."""
+    """A ledger that fails once."""
 
     away = True
 
@@ -484,7 +484,7 @@ def test_a_check_leaves_the_loop_free_and_is_repeated_if_interrupted(
 
     async def broken_off() -> None:
         checking = asyncio.create_task(house.settings.refresh())
-        await asyncio.to_thread(BEGUN.wait)  # the loop is free meanwhile
+        await asyncio.to_thread(BEGUN.wait)  # needs a free loop
         checking.cancel()
         GO_ON.set()
         await asyncio.wait([checking])

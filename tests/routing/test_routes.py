@@ -81,7 +81,7 @@ class Change(HookHandler[Shop]):
 
 
 class Abstract(NotificationHandler[Settings]):
-    """Lacks what it must have."""
+    """A class without its abstract method."""
 
 
 class Demanding(Export):
@@ -130,7 +130,7 @@ def made(folder: Path, text: str, handlers: dict[str, Any] = HANDLERS) -> Routes
 
 
 def problems(folder: Path, text: str) -> list[str]:
-    """Line, path and message of each problem, the line counted from the first after the common part."""
+    """Return line, path and message of each problem. Lines count from the end of the common part."""
     with pytest.raises(ConfigurationInvalid) as raised:
         made(folder, text)
     first = HEAD.count("\n")
@@ -142,7 +142,7 @@ def one_problem(folder: Path, text: str) -> str:
     return problem
 
 
-# --- what is made -----------------------------------------------------------------------------------------------------
+# --- built routes ---------------------------------------------------------------------------------------------------
 
 
 def test_routes_belong_to_their_callback_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_the_bundled_handlers_are_installed() -> None:
     assert {"rules", "log", "jetshop"} <= set(installed())
 
 
-# --- who wants --------------------------------------------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------------------------------------------
 
 ROUTES = """\
 routes:
@@ -255,11 +255,11 @@ def test_selecting_never_raises(tmp_path: Path, order: Any) -> None:
     assert isinstance(routes.wanting(routes.callbacks["order-status"], order).callback, Result)
 
 
-# --- what can be wrong ------------------------------------------------------------------------------------------------
+# --- problems -------------------------------------------------------------------------------------------------------
 
 
 def export(**members: str) -> str:
-    """A valid route `export`, with other members."""
+    """Return a valid route `export` with these members changed."""
     said = {"callback": "order-status", "handler": "export"} | members
     return CALLBACKS + "routes:\n  export:\n" + "".join(f"    {name}: {value}\n" for name, value in said.items())
 

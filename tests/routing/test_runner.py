@@ -1,4 +1,4 @@
-"""Handlers under a deadline, on the plugins' own event loops: what a caller hears, and when it really ended."""
+"""`adapter.routing.runner`: handlers under a deadline, on the plugins' own event loops."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ from tests.deliveries.handlers import Blocks, wait_forever
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 AT_ONCE = timedelta(0)
 SHORTLY = timedelta(milliseconds=200)
-HELD = timedelta(seconds=1)  # how long a handler may hold its loop past its deadline, where loops are watched
+HELD = timedelta(seconds=1)  # how long a handler may block a watched loop past its deadline
 OFTEN = timedelta(milliseconds=10)
 
 
@@ -87,7 +87,7 @@ async def running() -> AsyncIterator[Runner]:
 
 @dataclass
 class Watched:
-    """A runner whose loops are looked after all the time. `replaced`: which loop, and the route that held it."""
+    """A runner whose loops are watched. `replaced` are the loops, and the routes that blocked them."""
 
     runner: Runner
     replaced: "asyncio.Queue[tuple[str, str]]"
@@ -97,7 +97,7 @@ class Watched:
         return await asyncio.wait_for(self.replaced.get(), PATIENCE)
 
     async def has_ended(self) -> None:
-        """The first thread has let go, and everything that was on its loop has ended."""
+        """Wait until the first thread and everything on its loop have ended."""
         await asyncio.to_thread(self.thread.join, PATIENCE)
         assert not self.thread.is_alive()
 
@@ -270,7 +270,7 @@ async def test_answers_run_while_a_delivery_blocks_its_loop() -> None:
         await delivery.wait()
 
 
-# --- a loop that is held far past a deadline ------------------------------------------------------------------------
+# --- a loop that is blocked past a deadline -------------------------------------------------------------------------
 
 
 @asynchronous
@@ -312,7 +312,7 @@ async def test_a_run_has_stopped_only_when_its_thread_goes_on() -> None:
 
 
 class Neighbour:
-    """A handler that shares the loop with one that blocks it: it waits, and then would do something."""
+    """A handler on the loop that another one blocks. It waits, and would then have an effect."""
 
     def __init__(self, wait: Callable[[asyncio.Event], Coroutine[Any, Any, Any]]) -> None:
         self._wait = wait
@@ -336,7 +336,7 @@ async def _woken_by_the_one_that_blocks(go_on: asyncio.Event) -> None:
 
 
 async def _woken_at_every_turn(go_on: asyncio.Event) -> None:
-    while not go_on.is_set():  # noqa: ASYNC110 - to be ready at any moment is the point
+    while not go_on.is_set():  # noqa: ASYNC110 - it must be ready at any moment
         await asyncio.sleep(0)
 
 
@@ -360,7 +360,7 @@ async def test_other_handlers_on_an_abandoned_loop_are_cancelled_before_their_ne
     blocks, neighbour = Blocks(), Neighbour(wait)
 
     async def wakes_it_and_blocks(context: Context[ShopSettings]) -> Done:
-        neighbour.go_on.set()  # it is ready to go on from here, and goes on when this one lets go
+        neighbour.go_on.set()  # ready from now on; it runs when this handler ends
         return await blocks(context)
 
     async with watched() as watch:
@@ -456,7 +456,7 @@ async def test_a_handler_may_block_its_loop_until_its_deadline() -> None:
     async with running() as runner:
         run = deliver(runner, blocks)
         await blocks.has_begun()
-        runner._loops["deliveries"].is_blocked(AT_ONCE)  # asks for the sign of life that does not come
+        runner._loops["deliveries"].is_blocked(AT_ONCE)  # sends a ping that is not answered
 
         assert not runner._loops["deliveries"].is_blocked(AT_ONCE)
         blocks.go_on.set()
@@ -490,7 +490,7 @@ async def test_stopping_returns_although_a_handler_blocks() -> None:
     assert not blocks.go_on.is_set()
     blocks.go_on.set()
     assert await delivery.wait() == Done("late")
-    await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # nothing is left behind for other tests
+    await runner._loops["deliveries"].stop(timedelta(seconds=PATIENCE))  # leaves nothing behind for other tests
 
 
 @asynchronous

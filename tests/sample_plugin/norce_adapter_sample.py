@@ -62,7 +62,7 @@ class Waits(NotificationHandler[WaitsSettings]):
     async def deliver(self, notification: Notification, context: Context[WaitsSettings]) -> Done | Skip:
         _record_call(context.settings, f"deliver {notification.order.id}")
         try:
-            while not _exists(context.settings.until):  # noqa: ASYNC110 - the file is made by another process
+            while not _exists(context.settings.until):  # noqa: ASYNC110 - another process creates the file
                 await asyncio.sleep(0.02)
         except asyncio.CancelledError:
             _record_call(context.settings, f"cancelled {notification.order.id}")
@@ -79,7 +79,7 @@ class Sleeps(NotificationHandler[CallsSettings]):
 
     async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
         _record_call(context.settings, f"deliver {notification.order.id}")
-        time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
+        time.sleep(LONG)  # noqa: ASYNC251 - this handler makes that mistake
         return Done()
 
 
@@ -97,7 +97,7 @@ class SleepingCheck(ValidationHandler[CallsSettings]):
 
     async def validate(self, order: Order, context: Context[CallsSettings]) -> list[Problem]:
         _record_call(context.settings, f"validate {order.id}")
-        time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
+        time.sleep(LONG)  # noqa: ASYNC251 - this handler makes that mistake
         return []
 
 
@@ -112,7 +112,7 @@ class Stalls(HookHandler[StallSettings]):
         if context.settings.how == "waits":
             await asyncio.Event().wait()
         elif context.settings.how == "blocks":
-            time.sleep(LONG)  # noqa: ASYNC251 - the mistake is what this handler is for
+            time.sleep(LONG)  # noqa: ASYNC251 - this handler makes that mistake
         else:
             for _ in range(3):
                 threading.Thread(target=_spin, daemon=True).start()
