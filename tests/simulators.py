@@ -35,7 +35,7 @@ def validator(name: str) -> Any:
     return jsonschema_rs.validator_for(schema(name))
 
 
-class Clock:
+class ManualClock:
     """A clock that moves only when a test moves it, or sleeps."""
 
     def __init__(self) -> None:
@@ -91,7 +91,12 @@ class Shop:
     """A client for one channel."""
 
     def __init__(
-        self, simulator: Simulator, http: httpx.AsyncClient, loop: asyncio.Runner, receiver: Receiver, clock: Clock
+        self,
+        simulator: Simulator,
+        http: httpx.AsyncClient,
+        loop: asyncio.Runner,
+        receiver: Receiver,
+        clock: ManualClock,
     ) -> None:
         self.simulator = simulator
         self.loop = loop
@@ -160,7 +165,7 @@ class Shop:
 @contextmanager
 def shop(**given: Any) -> Iterator[Shop]:
     """Open a shop with a simulator of its own. The arguments are those of `Simulator`."""
-    receiver, clock = Receiver(), Clock()
+    receiver, clock = Receiver(), ManualClock()
     given = {"token": TOKEN, "clock": clock, "sleep": clock.sleep, "seed": 1} | given
     with asyncio.Runner() as loop:
         simulator = Simulator(transport=httpx.MockTransport(receiver), **given)

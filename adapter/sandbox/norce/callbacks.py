@@ -157,7 +157,7 @@ class Callbacks:
     # --- notifications ---
 
     def notify(self, before: Order, after: Order) -> None:
-        """Record and send an event for each notification whose condition now holds."""
+        """Record and send an event for each notification whose scope has changed and matches."""
         for notification in after["notifications"]:
             compiled = condition(notification)
             if compiled is None or same(compiled.value(before), compiled.value(after)):
