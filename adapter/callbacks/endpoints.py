@@ -73,9 +73,9 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     OrderMissing: (404, "order-not-found", "Norce has no such order."),
     CallbackUnknown: (404, "callback-not-found", "There is no such callback."),
     ConfigurationNotFound: (404, "configuration-not-found", ""),
-    MethodNotAllowed: (405, "method-not-allowed", "This callback takes other methods; see Allow."),
+    MethodNotAllowed: (405, "method-not-allowed", "Allow lists the methods of this callback."),
     BodyTooSlow: (408, "request-timeout", "The body did not arrive in time."),
-    BodyTooLarge: (413, "payload-too-large", "The body is larger than this service takes."),
+    BodyTooLarge: (413, "payload-too-large", "The body is too large."),
     NotJson: (415, "unsupported-media-type", ""),
     StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
 }
@@ -261,7 +261,7 @@ def _refusal(error: Exception) -> Responded:
     known = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), None)
     if known is None:
         log.error("callback_failed", exc_info=error)
-        known = (500, "internal-server-error", "Something is wrong on our side.")
+        known = (500, "internal-server-error", "An internal error occurred.")
     status, code, text = known
     body = {"code": code, "message": text or str(error)}
     headers: dict[str, str] = {}

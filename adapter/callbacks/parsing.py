@@ -149,7 +149,7 @@ def _agreed(member: str, *values: Any) -> str:
             raise BadRequest(f"{member}-unclear", f"The {member} differs between the URL, the header and the body.")
         found = value
     if found is None:
-        raise BadRequest(f"{member}-unclear", f"The {member} is given nowhere.")
+        raise BadRequest(f"{member}-unclear", f"The {member} is missing.")
     return found
 
 
