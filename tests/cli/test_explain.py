@@ -1,4 +1,4 @@
-"""`explain`: the service's own answers, with their reasons, in words and for programs, and never a value."""
+"""`explain`: results and reasons of conditions, as text and as JSON, and never a value."""
 
 import json
 from dataclasses import replace
@@ -83,7 +83,7 @@ def for_programs(config: Path, order: Any, callback: str) -> Any:
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def test_it_says_of_each_route_whether_it_wants_the_event_and_why(config):
+def test_it_shows_for_each_route_whether_it_wants_the_event_and_why(config):
     result = explain(config, ORDER)
 
     assert (result.exit_code, result.stderr) == (OK, "")
@@ -102,7 +102,7 @@ def test_it_says_of_each_route_whether_it_wants_the_event_and_why(config):
     ]
 
 
-def test_it_says_which_rules_hold(config):
+def test_it_shows_which_rules_hold(config):
     result = explain(config, ORDER, callback="order-rules")
 
     assert result.stdout.splitlines() == [
@@ -116,7 +116,7 @@ def test_it_says_which_rules_hold(config):
     ]
 
 
-def test_rules_are_shown_only_where_they_are_asked_and_known(config):
+def test_rules_are_shown_only_for_a_wanted_event_of_a_configured_channel(config):
     nobody = {name: part for name, part in ORDER.items() if name != "customer"}
     unwanted = explain(config, nobody, callback="order-rules")
     elsewhere = explain(config, ORDER | {"channel": ["9"]}, callback="order-rules")
@@ -126,7 +126,7 @@ def test_rules_are_shown_only_where_they_are_asked_and_known(config):
     assert elsewhere.stderr == "the order's merchant and channel are not configured, so no rules are shown\n"
 
 
-def test_for_programs_it_says_the_same(config):
+def test_json_output_has_the_same_explanation(config):
     told = for_programs(config, ORDER, "order-status")
 
     assert [(route["route"], route["result"]) for route in told["routes"]] == [
@@ -155,7 +155,7 @@ def test_for_programs_it_says_the_same(config):
     assert identified["no_answer"] == "approve"
 
 
-def test_a_callback_that_does_not_hold_leaves_no_route_that_wants_it(config):
+def test_no_route_wants_an_event_if_the_callbacks_condition_does_not_hold(config):
     told = for_programs(config, ORDER | {"state": {}}, "order-status")
 
     assert {route["result"] for route in told["routes"]} == {"not_matched"}
@@ -171,7 +171,7 @@ def test_no_value_is_shown(config, callback):
         assert CANARY not in result.output
 
 
-def test_a_name_that_would_move_the_cursor_is_spelt_out(config):
+def test_control_characters_in_names_are_escaped(config):
     text = CONFIG.replace("scope: /total, schema: {properties", 'scope: "/\\e[2Jtotal", schema: {properties')
 
     result = explain(write(config.parent, text=text), ORDER)
@@ -194,7 +194,7 @@ def test_a_name_that_would_move_the_cursor_is_spelt_out(config):
         ({"a": 1}, "object of 1"),
     ],
 )
-def test_a_value_is_told_by_its_kind(value, expected):
+def test_only_the_kind_of_a_value_is_shown(value, expected):
     assert kind(value) == expected
 
 
@@ -206,7 +206,7 @@ def test_a_value_is_told_by_its_kind(value, expected):
     [ORDER, {"notification": {}, "order": ORDER}, {"id": 7, "payload": {"notification": {}, "order": ORDER}}],
     ids=["order", "envelope", "event-record"],
 )
-def test_an_order_an_envelope_and_an_event_record_are_alike(config, body):
+def test_an_order_an_envelope_and_an_event_record_have_the_same_explanation(config, body):
     assert explain(config, body).stdout == explain(config, ORDER).stdout != ""
 
 
@@ -227,7 +227,7 @@ def test_a_notification_is_explained_from_the_ledger(config):
     assert other.stdout == explain(config, ORDER, callback="order-rules").stdout
 
 
-def test_a_notification_that_is_not_there_or_has_no_body_any_more_is_3(config):
+def test_a_missing_notification_or_body_exits_with_3(config):
     with opened(f"sqlite:///{config.parent}/ledger.db") as ledger:
         ledger.receive(receipt())
         ledger.rows("UPDATE notifications SET body = NULL")
@@ -244,7 +244,7 @@ def test_a_notification_that_is_not_there_or_has_no_body_any_more_is_3(config):
     )
 
 
-def test_a_ledger_that_is_not_there_is_5(config):
+def test_a_missing_ledger_exits_with_5(config):
     assert run("explain", 1, config=config).exit_code == STORE
 
 
@@ -259,7 +259,7 @@ def test_a_ledger_that_is_not_there_is_5(config):
         (["99999999999999999999"], "not in the range"),
     ],
 )
-def test_what_cannot_be_explained_is_2_and_says_why(config, arguments, text):
+def test_wrong_arguments_exit_with_2_and_the_reason(config, arguments, text):
     names = {"file": json.dumps(ORDER), "text": f"{{{CANARY}", "list": "[]"}
     for name, body in names.items():
         (config.parent / name).write_text(body)
@@ -275,7 +275,7 @@ def test_what_cannot_be_explained_is_2_and_says_why(config, arguments, text):
     assert CANARY not in result.stderr
 
 
-def test_a_configuration_with_problems_is_4(tmp_path):
+def test_a_configuration_with_problems_exits_with_4(tmp_path):
     config = write(tmp_path, text=CONFIG.replace("handler: rules", "handler: rulez"))
 
     assert explain(config, ORDER).exit_code == CONFIGURATION
@@ -298,7 +298,7 @@ CONDITIONS = st.none() | st.builds(Condition, st.sampled_from(["/a", "/a/b", "/b
 @given(
     callback=CONDITIONS, whens=st.lists(CONDITIONS, max_size=3), order=st.dictionaries(st.sampled_from("abc"), PLAIN)
 )
-def test_explain_and_the_service_give_the_same_answer(built, callback, whens, order):
+def test_explain_and_the_service_have_the_same_result(built, callback, whens, order):
     asked = replace(built.callbacks["order-status"], condition=callback)
     like = built.of("order-status")[0]
     routes = Routes(

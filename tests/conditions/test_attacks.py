@@ -47,7 +47,7 @@ def in_list(inner):
 
 
 def run(attacks: str) -> dict[str, str]:
-    """What became of each attack: the code of its refusal, or how each of its values was decided."""
+    """Run the attacks in a process; return for each the code of its refusal or of its evaluations."""
     script = PRELUDE + textwrap.dedent(attacks) + "\nprint(json.dumps(answers))"
     command = [sys.executable, "-c", script]
     process = subprocess.run(command, capture_output=True, text=True, timeout=HARD_LIMIT, check=False)
@@ -188,7 +188,7 @@ def test_schemas_that_multiply_through_references_are_refused() -> None:
     assert set(answers.values()) == {"expansion"}
 
 
-def test_schemas_that_come_back_to_the_same_value_are_refused() -> None:
+def test_schemas_that_return_to_the_same_value_are_refused() -> None:
     answers = run("""
         attack("itself", {"$ref": "#"}, 1)
         attack("itself twice", {"allOf": [{"$ref": "#"}, {"$ref": "#"}]}, 1)
@@ -211,8 +211,8 @@ def test_schemas_that_come_back_to_the_same_value_are_refused() -> None:
     assert set(answers.values()) == {"recursive_ref"}
 
 
-def test_recursion_into_the_value_is_decided_fast_or_refused() -> None:
-    """The first half would be 2 to the power of 64 if the engine forgot what it has decided already."""
+def test_recursion_into_the_value_is_evaluated_fast_or_refused() -> None:
+    """The first half would take 2 to the power of 64 steps if the engine did not remember results."""
     answers = run("""
         again = {"$ref": "#"}
         deep, deep_list = nested(64), nested(64, wrap=in_list)
@@ -338,7 +338,7 @@ def test_deep_schemas_are_refused(levels: int) -> None:
     assert set(answers.values()) == {"too_deep"}
 
 
-def test_deep_values_are_an_error_and_no_crash() -> None:
+def test_deep_values_are_an_error_and_do_not_crash() -> None:
     answers = run("""
         schemas = {
             "any": True,
@@ -364,7 +364,7 @@ def test_deep_values_are_an_error_and_no_crash() -> None:
 # Regular expressions -----------------------------------------------------------------------------------------------
 
 
-def test_patterns_that_backtrack_are_decided_fast() -> None:
+def test_patterns_that_backtrack_elsewhere_are_evaluated_fast() -> None:
     answers = run("""
         a = "a" * 50_000 + "!"
         for pattern in "^(a+)+$", "^(a|a)*$", "^(a|aa)+$", "^(a*)*b$", "(a*a*)*c", "^([a-zA-Z]+)*$", "(.*a){12}b":
@@ -396,7 +396,7 @@ def test_patterns_too_large_to_be_fast_are_refused() -> None:
     assert set(answers.values()) == {"pattern_unsupported"}
 
 
-def test_patterns_that_are_slow_in_linear_time_meet_short_texts_only() -> None:
+def test_patterns_that_are_slow_in_linear_time_are_evaluated_on_short_texts_only() -> None:
     """The last took 8.5 microseconds a character: 8 seconds for the largest body that we accept."""
     answers = run("""
         import random
@@ -422,7 +422,7 @@ def test_patterns_that_are_slow_in_linear_time_meet_short_texts_only() -> None:
 # Large values ------------------------------------------------------------------------------------------------------
 
 
-def test_large_values_are_decided_fast() -> None:
+def test_large_values_are_evaluated_fast() -> None:
     answers = run("""
         numbers = list(range(150_000))
         attack("unique numbers", {"uniqueItems": True}, numbers, numbers + [1.0])
@@ -450,7 +450,7 @@ def test_large_values_are_decided_fast() -> None:
     }
 
 
-def test_large_schemas_do_not_meet_large_values() -> None:
+def test_large_schemas_are_not_evaluated_on_large_values() -> None:
     """A thousand alternatives on a quarter of a million items took more than twelve seconds."""
     answers = run("""
         options = {"anyOf": [{"const": i} for i in range(1000)]}
@@ -469,7 +469,7 @@ def test_large_schemas_do_not_meet_large_values() -> None:
     }
 
 
-def test_numbers_that_are_compared_slowly_are_not_compared() -> None:
+def test_numbers_beyond_64_bits_are_not_compared() -> None:
     """Ten thousand numbers just beyond 64 bits held `uniqueItems` for twelve seconds."""
     answers = run("""
         attack("just beyond 64 bits", {"uniqueItems": True}, [2**63 + i for i in range(40_000)])

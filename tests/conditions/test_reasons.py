@@ -1,4 +1,4 @@
-"""The reason why a condition does not hold: a keyword that really fails and two places, found in bounded time."""
+"""The reason why a condition does not match: a failing keyword and two places, in bounded time."""
 
 from typing import Any
 
@@ -115,7 +115,7 @@ def test_it_follows_references(schema: Any, value: Any, expected: FailingKeyword
     assert reason(schema, value) == expected
 
 
-def test_there_is_none_where_the_schema_was_not_asked() -> None:
+def test_there_is_no_reason_without_a_failing_schema() -> None:
     condition = Condition("/value/a", {"const": 1}).compile()
     trees: list[Any] = [{}, {"value": {}}, {"value": []}, {"value": {"a": 1}}]
 
@@ -129,7 +129,7 @@ def resolved(schema: Any, place: str) -> Any:
 
 @QUIET
 @given(schema=ORDINARY_SCHEMAS, value=PLAIN)
-def test_the_keyword_that_is_named_fails_on_the_part_that_is_named(schema: Any, value: Any) -> None:
+def test_the_named_keyword_fails_on_the_named_part(schema: Any, value: Any) -> None:
     found = reason(schema, value)
     holds = Condition("/value", schema).compile().evaluate({"value": value}).result is Result.MATCHED
     assert (found is None) is holds
@@ -154,7 +154,7 @@ def all_errors(errors: Any) -> list[ValidationError]:
 
 @QUIET
 @given(schema=ORDINARY_SCHEMAS, value=PLAIN)
-def test_jsonschema_reports_the_same_failure_among_its_own(schema: Any, value: Any) -> None:
+def test_jsonschema_reports_the_same_failure_among_others(schema: Any, value: Any) -> None:
     found = reason(schema, value)
     errors = all_errors(Draft202012Validator(schema, registry=Registry()).iter_errors(value))
 
@@ -181,8 +181,8 @@ def test_no_value_is_repeated(schema: Any, data: st.DataObject) -> None:
     assert CANARY not in repr(reason(schema, value))
 
 
-def test_no_schema_and_no_value_keep_the_search_busy() -> None:
-    """`run` ends the process after its limit. The error iterators of both libraries take hours on some of these."""
+def test_no_schema_and_no_value_make_the_search_endless() -> None:
+    """`run` has a time limit. The error iterators of both libraries take hours on some of these."""
     found = run("""
         import random
 

@@ -110,7 +110,7 @@ EXAMPLE = {
 
 
 def generated() -> dict[str, str]:
-    """The generated files by their names."""
+    """Return the generated files, by name."""
     types, _ = settings_types()
     schema = file_schema({name: types[name] for name in BUNDLED})
     return {
@@ -125,7 +125,7 @@ def _sections() -> Iterator[str]:
 
 
 def _members(type_: Any, example: Mapping[str, Any], described: set[str]) -> Iterator[str]:
-    """The lines of a struct. A key that was described before stands there again only where it is in the example."""
+    """Yield the lines of a section. A key with a known description is repeated only if the example has it."""
     tag = class_of(type_).__struct_config__.tag_field
     if tag:
         yield from _described("Required: notification, validation or hook.", described)
@@ -151,7 +151,7 @@ def _described(about: str, described: set[str]) -> Iterator[str]:
 
 
 def _entry(type_: Any, name: str, value: Any, described: set[str]) -> Iterator[str]:
-    """A key and its value: members of a struct with their descriptions, everything else as it is."""
+    """Yield a key and its value: a section with descriptions, any other value as plain YAML."""
     of_value = _struct(type_, value)
     of_members = [_struct(part, each) for part in get_args(_plain(type_)) for each in _inside(value)]
     if of_value:
@@ -183,7 +183,7 @@ def _plain(type_: Any) -> Any:
 
 
 def _struct(type_: Any, value: Any) -> Any:
-    """The struct that a value is of, if it is of one."""
+    """Return the section class of a value, if it has one."""
     base = _plain(type_)
     if is_struct(base):
         return base
@@ -198,7 +198,7 @@ def _inside(value: Any) -> list[Any]:
 
 
 def _about(field: FieldInfo) -> str:
-    """What the file says of a key: its description, the values that it may have, and its default."""
+    """Return the comment of a key: its description, its allowed values and its default."""
     notes = [note.description for note in unwrap(field.type)[1] if isinstance(note, Meta) and note.description]
     said = [notes[-1] if notes else cleandoc(_plain(field.type).__doc__)]
     if get_origin(_plain(field.type)) is Literal:

@@ -1,4 +1,4 @@
-"""`adapter.config`: a complete configuration, or every problem with its line and what is allowed there."""
+"""`adapter.config`: a complete configuration, or every problem with its line and the allowed values."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -66,7 +66,7 @@ REFERENCE = ROOT / "config.yaml"
 
 
 def everything_commented_in(text: str) -> str:
-    """The reference with the keys that stand in it as comments: those without a space after the hash."""
+    """Return the reference with its commented keys, those without a space after the hash, uncommented."""
     return re.sub(r"^( *)#(?=[^\s#])", r"\1", text, flags=re.MULTILINE)
 
 
@@ -95,7 +95,7 @@ def changed(old: str, new: str) -> str:
 # --- a valid file ---------------------------------------------------------------------------------------------------
 
 
-def test_what_is_left_out_has_its_default(file: Path) -> None:
+def test_a_missing_key_has_its_default(file: Path) -> None:
     config = read(file, VALID)
 
     assert (config.server.host, config.server.port) == ("0.0.0.0", 8080)
@@ -110,7 +110,7 @@ def test_what_is_left_out_has_its_default(file: Path) -> None:
     assert config.routes["export"].retry.schedule[-1] == timedelta(days=1)
 
 
-def test_a_callback_is_of_its_kind(file: Path) -> None:
+def test_a_callback_has_the_type_of_its_kind(file: Path) -> None:
     callbacks = read(file, VALID).callbacks
 
     assert callbacks["order-status"] == NotificationCallbackConfig(scope="/state/currentStatus", schema=True)
@@ -118,7 +118,7 @@ def test_a_callback_is_of_its_kind(file: Path) -> None:
     assert [callback.kind for callback in callbacks.values()] == ["notification", "validation"]
 
 
-def test_a_part_cannot_be_changed(file: Path) -> None:
+def test_a_configuration_cannot_be_changed(file: Path) -> None:
     config = read(file, VALID)
 
     with pytest.raises(AttributeError):
@@ -149,7 +149,7 @@ def test_yaml_is_1_2(file: Path) -> None:
     assert found == {"a": "NO", "b": 12, "c": 12, "d": "2024-01-01", "e": 1000.0, "f": None}
 
 
-def test_yaml_is_1_2_whatever_the_file_says(file: Path) -> None:
+def test_yaml_is_1_2_even_if_the_file_declares_another_version(file: Path) -> None:
     config = read(file, "%YAML 1.1\n---\n" + changed("handler: log", "handler: log, settings: {a: NO}"))
 
     assert config.routes["export"].settings == {"a": "NO"}
@@ -159,7 +159,7 @@ def test_a_name_of_digits_need_not_be_quoted(file: Path) -> None:
     assert list(read(file, changed('"1":', "1:")).merchants["norce"].channels) == ["1"]
 
 
-def test_an_alias_stands_for_what_it_names(file: Path) -> None:
+def test_an_alias_has_the_value_of_its_anchor(file: Path) -> None:
     text = changed("handler: log", "handler: log, settings: {a: &it {b: 1}, c: *it}")
 
     assert read(file, text).routes["export"].settings == {"a": {"b": 1}, "c": {"b": 1}}
@@ -176,7 +176,7 @@ def test_a_secret_comes_from_the_environment_or_from_a_file_beside_the_configura
     assert config.merchants["norce"].tokens == (Secret(ENVIRON["NORCE_TOKEN"]), Secret("from-a-file"))
 
 
-def test_only_the_last_line_break_of_a_file_is_taken_off(file: Path) -> None:
+def test_only_the_last_line_break_of_a_secret_file_is_removed(file: Path) -> None:
     (file.parent / "secret").write_bytes(b" two\nlines of text \r\n")
 
     config = read(file, changed("${env:NORCE_ADAPTER_URL_KEY}", "${file:secret}"))
@@ -186,9 +186,7 @@ def test_only_the_last_line_break_of_a_file_is_taken_off(file: Path) -> None:
 
 
 @pytest.mark.parametrize("token", ["dör", "two\nlines", " led", "trailed "], ids=repr)
-def test_a_token_that_cannot_travel_in_a_header_is_a_problem_with_its_place_and_without_its_value(
-    file: Path, token: str
-) -> None:
+def test_a_token_that_no_header_can_hold_is_a_problem_without_its_value(file: Path, token: str) -> None:
     (file.parent / "secret").write_text(f"{CANARY}{token}" if token != " led" else token + CANARY)
 
     with pytest.raises(ConfigurationInvalid) as refused:
@@ -209,7 +207,7 @@ def test_other_values_may_be_references_too(file: Path) -> None:
     assert config.server.port == 9090
 
 
-def test_no_representation_of_a_configuration_shows_what_a_reference_stands_for(file: Path) -> None:
+def test_no_repr_of_a_configuration_shows_a_referenced_value(file: Path) -> None:
     text = changed("an_adapter", '"${env:NORCE_TOKEN}"').replace(
         "handler: log", 'handler: log, settings: {password: "${env:JETSHOP_PASSWORD}", list: ["${env:NORCE_TOKEN}"]}'
     )
@@ -640,7 +638,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
 
 
 @pytest.mark.parametrize(("old", "new", "line", "path", "words"), PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_a_problem_names_line_and_path_and_what_is_allowed(
+def test_a_problem_names_its_line_its_path_and_the_allowed_values(
     file: Path, old: str, new: str, line: int, path: str, words: str
 ) -> None:
     problems = problems_of(file, changed(old, new))
@@ -755,7 +753,7 @@ def places_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_whatever_stands_in_a_place_is_taken_or_is_a_problem(
+def test_any_value_in_any_place_is_accepted_or_is_a_problem(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     tree = YAML(typ="safe", pure=True).load(VALID)
@@ -844,7 +842,7 @@ def settings_of(file: Path, text: str, channel: str = "1") -> ShopSettings | tup
     return read_settings(config, ShopSettings, *config.settings("export", Channel("norce", channel)))
 
 
-def test_the_channel_is_stronger_than_the_merchant_and_the_merchant_than_the_route(file: Path) -> None:
+def test_a_channel_overrides_its_merchant_and_a_merchant_overrides_the_route(file: Path) -> None:
     found = settings_of(file, LEVELS)
 
     assert found == ShopSettings(
@@ -855,7 +853,7 @@ def test_the_channel_is_stronger_than_the_merchant_and_the_merchant_than_the_rou
     )
 
 
-def test_a_channel_that_says_nothing_has_what_its_merchant_has(file: Path) -> None:
+def test_a_channel_without_settings_has_those_of_its_merchant(file: Path) -> None:
     found = settings_of(file, LEVELS, channel="2")
 
     assert isinstance(found, ShopSettings)
@@ -874,7 +872,9 @@ def test_a_channel_that_says_nothing_has_what_its_merchant_has(file: Path) -> No
     ],
     ids=["replaced", "merged", "list replaced", "null replaces", "mapping over value"],
 )
-def test_mappings_merge_and_everything_else_replaces(trees: tuple[dict[str, Any], ...], result: dict[str, Any]) -> None:
+def test_mappings_are_merged_and_other_values_replaced(
+    trees: tuple[dict[str, Any], ...], result: dict[str, Any]
+) -> None:
     before = [msgspec.json.encode(tree) for tree in trees]
 
     assert merged(*trees) == result
@@ -930,7 +930,7 @@ SETTINGS_PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
 @pytest.mark.parametrize(
     ("old", "new", "line", "path", "words"), SETTINGS_PROBLEMS.values(), ids=SETTINGS_PROBLEMS.keys()
 )
-def test_a_problem_of_settings_is_shown_where_the_value_came_from(
+def test_a_problem_in_settings_is_shown_where_the_value_comes_from(
     file: Path, old: str, new: str, line: int, path: str, words: str
 ) -> None:
     assert LEVELS.count(old) == 1
@@ -952,7 +952,7 @@ def test_all_problems_of_settings_are_reported_at_once(file: Path) -> None:
     assert len(problems) == 4
 
 
-def test_a_handler_without_settings_takes_none(file: Path) -> None:
+def test_a_handler_without_settings_accepts_none(file: Path) -> None:
     config = read(file, LEVELS)
 
     problems = read_settings(config, Settings, *config.settings("export", Channel("norce", "2")))
@@ -979,7 +979,7 @@ class PinSettings(Settings, frozen=True, kw_only=True):
     pin: Pin
 
 
-def test_a_plugins_own_kind_of_secret_comes_by_reference_too(file: Path) -> None:
+def test_a_subclass_of_secret_in_a_plugin_is_given_by_reference_too(file: Path) -> None:
     config = read(file, LEVELS)
 
     found = read_settings(config, PinSettings, {"pin": Reference("1234", "${env:PIN}")}, [AT_ROUTE])
@@ -991,7 +991,7 @@ def test_a_plugins_own_kind_of_secret_comes_by_reference_too(file: Path) -> None
     assert "given by reference only" in problems[0].message
 
 
-def test_what_a_plugin_says_about_a_referred_value_is_masked(file: Path) -> None:
+def test_a_plugins_message_about_a_referenced_value_is_masked(file: Path) -> None:
     text = LEVELS.replace('shop_id: "2"', 'shop_id: "${env:PORT}"').replace("numbers: [4]", "low: 11")
 
     problems = settings_of(file, text)
@@ -1024,11 +1024,11 @@ def test_the_reference_tells_editors_where_its_schema_is() -> None:
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.schema.json"])
-def test_the_files_in_the_project_are_those_that_are_generated(name: str) -> None:
+def test_the_generated_files_are_up_to_date(name: str) -> None:
     assert (ROOT / name).read_text("utf-8") == generated()[name], "run `make docs`"
 
 
-def test_every_key_of_the_reference_is_valid_when_it_is_commented_in(file: Path) -> None:
+def test_the_reference_is_valid_with_every_comment_uncommented(file: Path) -> None:
     config = read(file, everything_commented_in(REFERENCE.read_text()))
 
     assert config.senders.header_secrets

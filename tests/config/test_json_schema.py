@@ -1,4 +1,4 @@
-"""The schemas that are made from our types: of the file for editors, and of the document in Norce's configuration."""
+"""The schemas of our types: of the file, for editors, and of the document in Norce's configuration."""
 
 import json
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, TypedD
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -32,7 +32,7 @@ FILE = file_schema(BUNDLED_TYPES)
 
 
 class Anything(dict[str, str]):
-    """An environment in which everything is set: a reference stands for its own text."""
+    """An environment in which every variable is set: its value is the reference itself."""
 
     def get(self, name: str, default: Any = None) -> Any:
         return f"${{env:{name}}}"
@@ -44,7 +44,7 @@ class Anything(dict[str, str]):
 
 
 def tree(path: Path) -> Any:
-    """The file as an editor sees it: references are their own text."""
+    """Return the file as an editor sees it, with unresolved references."""
     return Document(path, Anything()).read()
 
 
@@ -99,7 +99,7 @@ def test_a_reference_stands_for_a_number_a_duration_and_a_secret() -> None:
     assert wrong(document) == []
 
 
-def test_settings_that_a_merchant_may_complete_are_not_demanded_of_the_route() -> None:
+def test_no_setting_of_a_route_is_required_because_a_merchant_may_have_it() -> None:
     document = tree(ROOT / "config.yaml")
     settings = document["routes"]["export-payment"]["settings"]
     del settings["shop_id"], settings["auth"]["password"], settings["method_map"]["klarna_checkout_adapter"]["code"]
@@ -107,7 +107,7 @@ def test_settings_that_a_merchant_may_complete_are_not_demanded_of_the_route() -
     assert wrong(document) == []
 
 
-def test_a_handler_that_cannot_be_imported_is_told_and_left_out() -> None:
+def test_a_handler_that_cannot_be_imported_is_reported_and_skipped() -> None:
     group = "norce_adapter.handlers"
     points = [
         EntryPoint("rules", "adapter.handlers.rules:Rules", group),
@@ -120,7 +120,7 @@ def test_a_handler_that_cannot_be_imported_is_told_and_left_out() -> None:
     assert (types, broken) == ({"rules": BUNDLED_TYPES["rules"]}, ["gone", "no-handler"])
 
 
-def test_the_settings_of_an_unknown_handler_are_left_open() -> None:
+def test_any_settings_are_allowed_for_an_unknown_handler() -> None:
     document = tree(ROOT / "config.yaml")
     document["routes"]["export-payment"] |= {"handler": "erp", "settings": {"anything": ["goes"]}}
 
@@ -133,7 +133,7 @@ durations = st.sampled_from(["500ms", "1s", "2s", "5s"])
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict[str, Any]:
-    """Small ones, right and wrong."""
+    """Draw small configurations, valid and invalid."""
     callbacks: dict[str, Any] = {}
     for name in draw(st.lists(names, unique=True, max_size=3)):
         kind = draw(st.sampled_from(["notification", "validation", "hook"]))
@@ -152,7 +152,8 @@ def configurations(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(document=configurations())
-def test_what_the_service_takes_the_schema_takes_and_what_it_refuses_it_refuses(
+@settings(deadline=None)
+def test_the_schema_accepts_exactly_what_the_service_accepts(
     document: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("schemas") / "config.yaml"
@@ -177,8 +178,8 @@ def described(schema: Any) -> Iterator[tuple[str, dict[str, Any]]]:
             yield from described(each)
 
 
-def told(schema: dict[str, Any]) -> bool:
-    """Whether an editor can show what a key means: from its own description or that of the section."""
+def has_description(schema: dict[str, Any]) -> bool:
+    """Tell whether a key has a description, its own or that of its section."""
     sections = [schema, *schema.get("anyOf", ())]
     references = [each["$ref"].removeprefix("#/$defs/") for each in sections if "$ref" in each]
     return "description" in schema or any("description" in FILE["$defs"][name] for name in references)
@@ -186,7 +187,7 @@ def told(schema: dict[str, Any]) -> bool:
 
 def test_every_key_and_every_setting_of_a_bundled_handler_is_described() -> None:
     tags = ("kind", "type")  # what a callback, or a login, is described by is its whole
-    undescribed = [name for name, each in described(FILE) if name not in tags and not told(each)]
+    undescribed = [name for name, each in described(FILE) if name not in tags and not has_description(each)]
 
     # The two of the question on which a route's settings depend; they are described where they are declared.
     assert sorted(set(undescribed)) == ["handler", "settings"]
@@ -205,7 +206,7 @@ class Deep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Own:
-    """A plugin's own type, which nobody else can describe."""
+    """A plugin's own type, for which no schema can be made."""
 
     def __init__(self, text: str = "") -> None:
         self.text = text
@@ -230,7 +231,7 @@ def with_settings(**settings: Any) -> dict[str, Any]:
     return BASIC | {"routes": {"export": {"settings": settings}}}
 
 
-def test_hosts_and_credentials_cannot_be_changed_from_there_however_deep_they_are() -> None:
+def test_the_document_cannot_change_hosts_or_credentials_at_any_depth() -> None:
     assert changeable(Shop) == {"shop_id", "patience", "mode", "tolerance", "own"}
     for name in ("base_url", "login", "deep"):
         assert wrong(with_settings(**{name: {}}), SCHEMA) == ["$.routes.export.settings"]
@@ -282,7 +283,7 @@ class Tree(msgspec.Struct, frozen=True):
     ],
     ids=str,
 )
-def test_a_host_is_one_whatever_it_is_called_and_in_whatever_it_is(type_: Any) -> None:
+def test_a_host_is_found_in_every_kind_of_type(type_: Any) -> None:
     settings_type = msgspec.defstruct("Odd", [("there", type_), ("name", str)], bases=(Settings,), kw_only=True)
 
     assert changeable(settings_type) == {"name"}
@@ -306,7 +307,7 @@ class Others(Settings, frozen=True, kw_only=True):
 
 
 class Wild(Settings, frozen=True, kw_only=True):
-    """What plugins may come up with: defaults that are no plain values, and types that are nobody else's."""
+    """Settings with defaults that are not plain values, and with types that msgspec does not support."""
 
     own: Own = Own()
     owns: tuple[Own, ...] = (Own(),)
@@ -332,7 +333,7 @@ def settings_in(schema: dict[str, Any], route: str) -> dict[str, Any]:
     return settings["properties"]
 
 
-def test_a_plugin_may_declare_what_it_likes() -> None:
+def test_a_schema_is_made_for_every_type_that_a_plugin_may_declare() -> None:
     in_file = file_schema({"wild": Wild})
     Draft202012Validator.check_schema(in_file)
     Draft202012Validator.check_schema(WILD)
@@ -371,7 +372,7 @@ def test_a_plugin_may_declare_what_it_likes() -> None:
     ],
     ids=str,
 )
-def test_what_is_merged_with_the_configuration_need_not_be_whole(settings: dict[str, Any], at: str) -> None:
+def test_settings_in_the_document_may_be_partial(settings: dict[str, Any], at: str) -> None:
     document = BASIC | {"routes": {"wild": {"settings": settings}}}
     configured = {"by_name": {"a": {"size": 1}}, "box": {"content": 1}}
     problems: list[str] = []
@@ -381,7 +382,7 @@ def test_what_is_merged_with_the_configuration_need_not_be_whole(settings: dict[
     assert bool(problems) == bool(at), "the reader says otherwise"
 
 
-def test_types_of_one_name_are_kept_apart() -> None:
+def test_types_of_the_same_name_have_separate_schemas() -> None:
     schema = document_schema("our_adapter", "https://adapter.example", {"wild": Wild, "other": Others})
     routes = {"wild": {"settings": {"parcels": [{"size": 1}]}}, "other": {"settings": {"parcels": [{"weight": 1}]}}}
 
@@ -390,7 +391,7 @@ def test_types_of_one_name_are_kept_apart() -> None:
     assert wrong(BASIC | {"routes": routes}, schema) != []
 
 
-def test_the_document_schema_is_complete_in_itself_and_extends_the_basic_one() -> None:
+def test_the_document_schema_refers_to_no_other_and_extends_the_basic_one() -> None:
     Draft202012Validator.check_schema(SCHEMA)
     example = json.loads((ROOT / "adapter/norce/schemas/adapter-configuration.json").read_text("utf-8"))
 
@@ -417,11 +418,11 @@ def test_the_document_schema_is_complete_in_itself_and_extends_the_basic_one() -
         (with_settings(mode="${env:MODE}"), ["$.routes.export.settings.mode"]),
     ],
 )
-def test_what_may_stand_in_the_document(document: Any, at: list[str]) -> None:
+def test_the_document_schema_accepts_valid_documents_only(document: Any, at: list[str]) -> None:
     assert wrong(document, SCHEMA) == at
 
 
-def test_a_form_can_be_made_of_it() -> None:
+def test_the_document_schema_has_what_a_form_needs() -> None:
     settings = settings_in(SCHEMA, "export")
 
     assert settings["shop_id"] == {"type": "string", "title": "Shop id", "description": "Which it is."}
@@ -429,5 +430,5 @@ def test_a_form_can_be_made_of_it() -> None:
     assert settings["tolerance"]["format"] == "decimal"
 
 
-def test_a_form_that_is_saved_as_it_stands_changes_nothing() -> None:
+def test_a_saved_form_without_changes_changes_no_setting() -> None:
     assert all("default" not in shown for shown in settings_in(SCHEMA, "export").values())
