@@ -1,4 +1,4 @@
-"""The image and its compose file keep step with the code: what can be seen without a builder."""
+"""The Dockerfile and the compose file agree with the code, as far as that shows without a build."""
 
 import http.server
 import json
@@ -46,7 +46,7 @@ def environment() -> dict[str, str]:
 
 
 def interpolated(value: Any, given: dict[str, str]) -> Any:
-    """As Compose does it: ${NAME:-default}, and ${NAME:?why} where it has to be given."""
+    """Replace ${NAME:-default} and ${NAME:?message}, as Compose does."""
     if isinstance(value, dict):
         return {key: interpolated(member, given) for key, member in value.items()}
     if isinstance(value, list):
@@ -69,11 +69,11 @@ OURS = ["adapter", "node-a", "node-b"]
 # --- the image --------------------------------------------------------------------------------------------------------
 
 
-def test_the_ports_are_those_of_the_configuration() -> None:
+def test_the_image_exposes_the_default_ports() -> None:
     assert said("EXPOSE") == [f"{ServerConfig().port} {OperationsConfig().port}"]
 
 
-def test_the_base_has_a_python_that_the_package_takes() -> None:
+def test_the_base_image_has_a_supported_python() -> None:
     found = re.match(r"python:(\d+)\.(\d+)-", arguments()["BASE"])
 
     least = re.fullmatch(r">=(\d+)\.(\d+)", PROJECT["requires-python"])
@@ -87,7 +87,7 @@ def test_the_image_has_the_version_of_the_package() -> None:
     assert set(documented) == {PROJECT["version"]}
 
 
-def test_it_starts_with_a_command_that_exists() -> None:
+def test_the_image_starts_an_existing_command() -> None:
     [script] = json.loads(said("ENTRYPOINT")[0])
     [command] = json.loads(said("CMD")[0])
 
@@ -95,7 +95,7 @@ def test_it_starts_with_a_command_that_exists() -> None:
     assert isinstance(cli.main.get_command(click.Context(cli.main), command), click.Command)
 
 
-def test_the_store_lies_in_the_volume_with_and_without_the_key() -> None:
+def test_the_store_is_in_the_volume() -> None:
     [volume], [folder] = said("VOLUME"), said("WORKDIR")[1:]
 
     for url in (environment()["NORCE_ADAPTER_STORE_URL"], StoreConfig().url):
@@ -111,7 +111,7 @@ def test_the_user_is_a_number_and_owns_the_volume() -> None:
     assert f"install -d -o {uid} -g {gid} -m 0700 {said('VOLUME')[0]}" in said("RUN")[-1]
 
 
-def test_what_is_copied_is_there_and_nothing_else_reaches_the_builder() -> None:
+def test_copied_files_exist_and_nothing_else_reaches_the_builder() -> None:
     copied = {name for rest in said("COPY") if "--from" not in rest for name in rest.split()[:-1]}
 
     ignored = (ROOT / ".dockerignore").read_text("utf-8").split("\n")
@@ -120,7 +120,7 @@ def test_what_is_copied_is_there_and_nothing_else_reaches_the_builder() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_everything_is_installed_by_its_hash() -> None:
+def test_every_package_is_installed_by_hash() -> None:
     installs = re.findall(r"install (?:(?! && ).)*", " ".join(run for run in said("RUN") if "pip" in run))
 
     assert len(installs) == 3
@@ -129,7 +129,7 @@ def test_everything_is_installed_by_its_hash() -> None:
 
 @pytest.fixture
 def operations_port() -> Iterator[tuple[int, list[int]]]:
-    """A stand-in for the operations port, with the status that it answers next."""
+    """A server in place of the operations port. The list holds the status of its next answer."""
     status = [200]
 
     class Answer(http.server.BaseHTTPRequestHandler):
@@ -156,7 +156,7 @@ def healthcheck(port: int) -> int:
     return subprocess.run(command, check=False, capture_output=True, timeout=30, env=proxied).returncode
 
 
-def test_the_health_check_is_whether_the_service_is_ready(operations_port: tuple[int, list[int]]) -> None:
+def test_the_health_check_follows_readyz(operations_port: tuple[int, list[int]]) -> None:
     port, status = operations_port
 
     assert healthcheck(port) == 0
@@ -164,7 +164,7 @@ def test_the_health_check_is_whether_the_service_is_ready(operations_port: tuple
     assert healthcheck(port) == 1
 
 
-def test_the_health_check_fails_where_nothing_listens() -> None:
+def test_the_health_check_fails_without_a_listener() -> None:
     assert healthcheck(1) == 1
 
 
@@ -181,14 +181,14 @@ def test_the_mounted_configuration_passes_the_check(name: str) -> None:
     assert "warning" not in result.output
 
 
-def test_each_reference_of_the_configuration_is_given_to_each_service() -> None:
+def test_every_service_gets_every_referenced_variable() -> None:
     wanted = set(re.findall(r"\$\{env:(\w+)\}", (DEPLOY / "config.yaml").read_text("utf-8")))
 
     for name in OURS:
         assert wanted <= environment().keys() | services()[name]["environment"].keys()
 
 
-def test_the_example_names_every_secret_and_has_none() -> None:
+def test_the_example_names_every_secret_without_a_value() -> None:
     text = (DEPLOY / "compose.yaml").read_text("utf-8")
     lines = (DEPLOY / "example.env").read_text("utf-8").splitlines()
 
@@ -198,7 +198,7 @@ def test_the_example_names_every_secret_and_has_none() -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_container_may_write_its_volume_and_nothing_else(name: str) -> None:
+def test_a_container_can_write_only_its_volume(name: str) -> None:
     service = services()[name]
 
     assert service["read_only"]
@@ -209,33 +209,33 @@ def test_a_container_may_write_its_volume_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_configuration_is_mounted_where_the_image_looks(name: str) -> None:
+def test_the_configuration_is_mounted_at_the_path_of_the_image(name: str) -> None:
     mounted = f"./config.yaml:{environment()['NORCE_ADAPTER_CONFIG']}:ro"
 
     assert mounted in services()[name]["volumes"]
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_only_the_public_port_is_published_and_only_here(name: str) -> None:
+def test_only_the_public_port_is_published_and_only_on_loopback(name: str) -> None:
     [published] = services()[name]["ports"]
 
     assert re.fullmatch(rf"127\.0\.0\.1:\d+:{ServerConfig().port}", published)
 
 
-def test_no_two_services_want_the_same_port() -> None:
+def test_services_have_different_ports() -> None:
     published = [port for service in services().values() for port in service.get("ports", [])]
 
     assert len(published) == len(set(published)) == len(OURS)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_a_shutdown_has_the_time_that_it_takes(name: str) -> None:
+def test_the_stop_period_covers_a_shutdown(name: str) -> None:
     seconds = int(services()[name]["stop_grace_period"].removesuffix("s"))
 
     assert timedelta(seconds=seconds) >= DispatcherConfig().grace + timedelta(seconds=5)
 
 
-def test_the_nodes_share_the_database_that_is_made_for_them() -> None:
+def test_the_nodes_share_the_database_of_the_compose_file() -> None:
     postgres = services()["postgres"]
     [url] = {services()[name]["environment"]["NORCE_ADAPTER_STORE_URL"] for name in ("node-a", "node-b")}
 
@@ -246,5 +246,5 @@ def test_the_nodes_share_the_database_that_is_made_for_them() -> None:
     )
 
 
-def test_postgresql_starts_only_where_it_is_asked_for() -> None:
+def test_postgresql_starts_only_with_its_profile() -> None:
     assert {name for name, service in services().items() if "profiles" not in service} == {"adapter"}

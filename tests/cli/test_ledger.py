@@ -55,7 +55,7 @@ def command(*arguments: Any, config: Path) -> Any:
 
 
 def fill(ledger: Ledger) -> None:
-    """1 is rejected, 2 exhausted, 3 unknown, 4 waits."""
+    """Add four deliveries: 1 is rejected, 2 exhausted, 3 unknown, and 4 waits."""
     for order in ("order-1", "order-2", "order-3"):
         ledger.owed(1, order_id=order)
     message = "The shop says no."
@@ -67,7 +67,7 @@ def fill(ledger: Ledger) -> None:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A ledger that nobody serves."""
+    """The configuration of a ledger that no service uses."""
     path = make(tmp_path)
     with opened(f"sqlite:///{tmp_path}/ledger.db") as ledger:
         fill(ledger)
@@ -76,7 +76,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(config: Path) -> Iterator[Path]:
-    """The same ledger, with a service that holds every queue."""
+    """The same configuration, with a service that holds every queue."""
     with closing(Serving(config, hold=True)):
         yield config
 
@@ -106,9 +106,7 @@ LISTS: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize("asked", LISTS.values(), ids=LISTS)
-def test_what_is_in_the_ledger_is_listed_for_people_and_programs(
-    config: Path, asked: tuple[list[str], int, str]
-) -> None:
+def test_lists_are_printed_as_table_and_json(config: Path, asked: tuple[list[str], int, str]) -> None:
     arguments, number, words = asked
 
     for_people = command(*arguments, config=config)
@@ -122,14 +120,14 @@ def test_what_is_in_the_ledger_is_listed_for_people_and_programs(
 
 @pytest.mark.parametrize(
     "arguments",
-    [["deliveries", "list", "--order", "nobody's"], ["notifications", "list", "--callback", "cart"],
+    [["deliveries", "list", "--order", "unknown"], ["notifications", "list", "--callback", "cart"],
      ["deliveries", "list", "--until", "2026-02-03T12:00:00Z"], ["store", "actions"], ["deliveries", "show", "4711"],
      ["notifications", "show", "4711"], ["deliveries", "retry", "4711", *BY],
      ["deliveries", "discard", "4", *BY], ["deliveries", "retry", "3", *BY],
      ["deliveries", "retry", "4711", "--dry-run", *BY]],
     ids=" ".join,
 )  # fmt: skip
-def test_where_nothing_matches_it_is_3(config: Path, arguments: list[str]) -> None:
+def test_no_match_is_3(config: Path, arguments: list[str]) -> None:
     result = command(*arguments, config=config)
 
     assert result.exit_code == NOTHING_MATCHED
@@ -137,11 +135,11 @@ def test_where_nothing_matches_it_is_3(config: Path, arguments: list[str]) -> No
 
 
 @pytest.mark.parametrize("arguments", [["pause", "nothing"], ["resume", "export", "--channel", "9"]], ids=" ".join)
-def test_a_queue_that_does_not_exist_is_3(served: Path, arguments: list[str]) -> None:
+def test_an_unknown_queue_is_3(served: Path, arguments: list[str]) -> None:
     assert command("queues", *arguments, *BY, config=served).exit_code == NOTHING_MATCHED
 
 
-def test_what_norce_has_sent_does_not_move_the_cursor(config: Path) -> None:
+def test_text_from_norce_cannot_control_the_terminal(config: Path) -> None:
     for arguments in (["deliveries", "list"], ["notifications", "list"], ["deliveries", "show", "4"]):
         result = command(*arguments, config=config)
 
@@ -155,7 +153,7 @@ def test_printable_keeps_letters() -> None:
 
 
 @pytest.mark.parametrize("kind", ["deliveries", "notifications"])
-def test_one_is_shown_with_what_belongs_to_it(config: Path, kind: str) -> None:
+def test_show_prints_the_record_and_its_rows(config: Path, kind: str) -> None:
     for_people = command(kind, "show", "1", config=config)
     for_programs = command(kind, "show", "1", "--output", "json", config=config)
 
@@ -165,7 +163,7 @@ def test_one_is_shown_with_what_belongs_to_it(config: Path, kind: str) -> None:
     assert "snapshot" not in for_people.stdout.replace("snapshot_at", "")
 
 
-def test_lists_work_where_a_handler_is_broken(config: Path) -> None:
+def test_lists_work_if_a_handler_is_broken(config: Path) -> None:
     config.write_text(config.read_text().replace("handler: log", "handler: not-installed"))
 
     assert command("check", config=config).exit_code == CONFIGURATION
@@ -212,7 +210,7 @@ def test_dead_letters_are_retried_and_discarded(
     ]
 
 
-def test_programs_are_told_how_many(served: Path) -> None:
+def test_json_output_has_the_count(served: Path) -> None:
     result = command("deliveries", "retry", "1", "--output", "json", *BY, config=served)
     again = command("deliveries", "retry", "1", "--output", "json", *BY, config=served)
 
@@ -251,11 +249,13 @@ def test_wrong_usage_is_2_and_names_the_remedy(config: Path, arguments: list[str
 
 
 @pytest.mark.parametrize("error", [KeyError("uid not found"), OSError("no user"), ImportError("pwd")], ids=repr)
-def test_who_has_no_name_is_a_number(served: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def nobody() -> str:
+def test_a_user_without_a_name_is_recorded_by_number(
+    served: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def no_name() -> str:
         raise error
 
-    monkeypatch.setattr(getpass, "getuser", nobody)
+    monkeypatch.setattr(getpass, "getuser", no_name)
 
     assert command("deliveries", "discard", "1", "--why", "x", config=served).exit_code == OK
     [(who,)] = sql(served, "SELECT who FROM actions")
@@ -263,7 +263,7 @@ def test_who_has_no_name_is_a_number(served: Path, monkeypatch: pytest.MonkeyPat
 
 
 class Paced:
-    """A service that changes what it is told to, and a clock that moves while it does, and while one sleeps."""
+    """A service and a clock. The clock moves while the service runs a step, and while the command sleeps."""
 
     def __init__(self, *changed: int, takes: float) -> None:
         self.now = 0.0
@@ -287,7 +287,7 @@ class Paced:
         return list(run_in_steps(self.ask, first, rate, clock=lambda: self.now, sleep=self.sleep))
 
 
-def test_no_more_than_so_many_a_second_are_changed() -> None:
+def test_a_rate_limits_the_changes_per_second() -> None:
     paced = Paced(100, 50, 100, takes=0.25)
 
     assert paced.run(rate=100) == [100, 50, 100]
@@ -296,7 +296,7 @@ def test_no_more_than_so_many_a_second_are_changed() -> None:
 
 
 @pytest.mark.parametrize(("rate", "slept"), [(None, []), (100, [0.0, 0.0])])
-def test_who_is_slow_does_not_sleep(rate: int | None, slept: list[float]) -> None:
+def test_a_slow_service_needs_no_sleep(rate: int | None, slept: list[float]) -> None:
     paced = Paced(100, 0, 100, takes=2.0)
 
     paced.run(rate)
@@ -304,7 +304,7 @@ def test_who_is_slow_does_not_sleep(rate: int | None, slept: list[float]) -> Non
     assert paced.slept == slept
 
 
-def test_a_rate_below_the_size_of_a_step_makes_the_steps_smaller(config: Path) -> None:
+def test_a_low_rate_makes_the_steps_smaller(config: Path) -> None:
     with stub(lambda _path, body: (200, {"changed": 1, "after": None, "action": 1})) as (url, asked):
         command("deliveries", "retry", "--all", "--rate", "3", "--to", url, *BY, config=config)
 
@@ -331,7 +331,7 @@ def test_a_queue_is_paused_and_resumed(served: Path) -> None:
 
 @contextmanager
 def stub(answer: Callable[[str, Any], tuple[int, Any]]) -> Iterator[tuple[str, list[tuple[str, Any, Any]]]]:
-    """Something that answers on a port, and what it was asked."""
+    """Serve answers on a port. Yield its URL, and the requests: path, body and authorization."""
     asked: list[tuple[str, Any, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -358,7 +358,7 @@ def stub(answer: Callable[[str, Any], tuple[int, Any]]) -> Iterator[tuple[str, l
         server.server_close()
 
 
-def test_a_running_service_does_it_and_the_store_commands_work_beside_it(served: Path) -> None:
+def test_changes_and_store_commands_work_beside_a_running_service(served: Path) -> None:
     kept = served.parent / "copy.db"
 
     done = command("deliveries", "discard", "1", *BY, config=served)
@@ -377,7 +377,7 @@ def test_a_running_service_does_it_and_the_store_commands_work_beside_it(served:
     assert rows(f"sqlite:///{kept}", "SELECT state FROM deliveries WHERE id = 1") == [("done",)]
 
 
-def test_a_service_that_holds_its_queues_is_seen_in_their_list(served: Path) -> None:
+def test_queues_of_a_held_service_are_listed_as_held(served: Path) -> None:
     command("queues", "pause", "export", "--merchant", "annan", *BY, config=served)
 
     listed = json.loads(command("queues", "list", "--output", "json", config=served).stdout)
@@ -395,7 +395,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("left_behind", [False, True], ids=["no socket", "a socket of a killed service"])
 @pytest.mark.parametrize("arguments", CHANGES, ids=lambda arguments: " ".join(arguments[:2]))
-def test_without_a_service_nothing_is_changed_and_the_remedy_is_named(
+def test_without_a_service_a_change_fails_and_names_the_remedy(
     config: Path, arguments: list[str], left_behind: bool
 ) -> None:
     path = config.parent / "operations.sock"
@@ -412,7 +412,7 @@ def test_without_a_service_nothing_is_changed_and_the_remedy_is_named(
     assert states(config) == ["dead", "dead", "dead", "waiting"]
 
 
-def test_where_the_socket_is_switched_off_the_port_is_named(config: Path) -> None:
+def test_without_a_socket_the_error_names_the_port(config: Path) -> None:
     path = write(config.parent, text=CONFIG.replace('socket: "@FOLDER@/operations.sock"', "socket: null"))
 
     result = command("queues", "pause", "export", *BY, config=path)
@@ -421,7 +421,7 @@ def test_where_the_socket_is_switched_off_the_port_is_named(config: Path) -> Non
     assert "--to" in result.stderr
 
 
-def test_a_socket_of_another_user_is_told(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_socket_of_another_user_is_reported(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise PermissionError
 
@@ -434,14 +434,14 @@ def test_a_socket_of_another_user_is_told(served: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("url", ["10.0.0.5:8081", "ftp://host", "http://", "http://[", "http://a/b", "http://a b"])
-def test_an_address_that_is_no_url_is_2(config: Path, url: str) -> None:
+def test_an_invalid_url_is_2(config: Path, url: str) -> None:
     result = command("queues", "pause", "export", "--to", url, *BY, config=config)
 
     assert (result.exit_code, result.stdout) == (USAGE, "")
     assert "--to" in result.stderr
 
 
-def test_a_service_elsewhere_needs_no_configuration_here() -> None:
+def test_a_service_on_another_host_needs_no_configuration_here() -> None:
     answers = iter([{"changed": 2, "after": 9, "action": 5}, {"changed": 1, "after": None, "action": 5}])
     with stub(lambda _path, _body: (200, next(answers))) as (url, asked):
         result = command("deliveries", "retry", "--all", "--to", url, *BY, config=Path("/nowhere/config.yaml"))
@@ -453,14 +453,14 @@ def test_a_service_elsewhere_needs_no_configuration_here() -> None:
     ]
 
 
-def test_nothing_that_matches_elsewhere_is_3(config: Path) -> None:
+def test_no_match_on_another_host_is_3(config: Path) -> None:
     with stub(lambda _path, _body: (200, {"changed": 0, "after": None, "action": 5})) as (url, _):
         result = command("deliveries", "retry", "--all", "--to", url, *BY, config=config)
 
     assert (result.exit_code, result.stdout) == (NOTHING_MATCHED, "0 retried\n")
 
 
-def test_where_nothing_listens_elsewhere_it_is_1(config: Path) -> None:
+def test_no_listener_on_another_host_is_1(config: Path) -> None:
     result = command("queues", "pause", "export", "--to", "http://127.0.0.1:1", *BY, config=config)
 
     assert (result.exit_code, result.stdout) == (FAILED, "")
@@ -481,7 +481,7 @@ def test_where_nothing_listens_elsewhere_it_is_1(config: Path) -> None:
         (0, b"", FAILED, "store actions"),
     ],
 )
-def test_what_a_service_answers_is_told_with_the_remedy(
+def test_an_error_of_the_service_is_printed_with_a_remedy(
     config: Path, status: int, said: Any, code: int, words: str
 ) -> None:
     with stub(lambda _path, _body: (status, said)) as (url, _):
@@ -496,7 +496,7 @@ def test_what_a_service_answers_is_told_with_the_remedy(
 # --- the store ------------------------------------------------------------------------------------------------------
 
 
-def test_the_store_is_checked_measured_and_brought_up_to_date(config: Path) -> None:
+def test_store_check_stats_and_migrate(config: Path) -> None:
     checked = command("store", "check", config=config)
     measured = command("store", "stats", config=config)
     for_programs = command("store", "stats", "--output", "json", config=config)
@@ -508,7 +508,7 @@ def test_the_store_is_checked_measured_and_brought_up_to_date(config: Path) -> N
     assert (migrated.exit_code, migrated.stdout) == (OK, f"{config.parent}/ledger.db is up to date\n")
 
 
-def test_faults_are_told_and_are_1(config: Path) -> None:
+def test_faults_are_printed_and_are_1(config: Path) -> None:
     sql(config, "UPDATE lanes SET next_at = NULL WHERE next_at IS NOT NULL")
 
     result = command("store", "check", config=config)
@@ -536,7 +536,7 @@ NEED_A_STORE = [
 
 
 @pytest.mark.parametrize("arguments", NEED_A_STORE, ids=lambda arguments: " ".join(arguments[:2]))
-def test_a_store_that_is_not_there_is_5_and_is_not_made(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_missing_store_is_5_and_is_not_created(tmp_path: Path, arguments: list[str]) -> None:
     result = command(*arguments, config=make(tmp_path))
 
     assert (result.exit_code, result.stdout) == (STORE, "")
@@ -544,7 +544,7 @@ def test_a_store_that_is_not_there_is_5_and_is_not_made(tmp_path: Path, argument
     assert not (tmp_path / "ledger.db").exists()
 
 
-def test_a_store_with_older_tables_names_the_remedy(config: Path) -> None:
+def test_older_tables_are_5_with_a_remedy(config: Path) -> None:
     sql(config, "DROP TABLE actions")
 
     result = command("store", "actions", config=config)
@@ -557,7 +557,7 @@ def test_a_store_with_older_tables_names_the_remedy(config: Path) -> None:
 
 
 class Refusing:
-    """As much of a PostgreSQL as it takes to say that the password is wrong."""
+    """A PostgreSQL server that refuses every password."""
 
     def __enter__(self) -> int:
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -590,7 +590,7 @@ class Refusing:
 
 @pytest.mark.parametrize("arguments", [*NEED_A_STORE[:-1], ["store", "migrate"], ["serve"]],
                          ids=lambda arguments: " ".join(arguments[:2]))  # fmt: skip
-def test_a_wrong_password_is_5_in_one_line_and_is_not_told(tmp_path: Path, arguments: list[str]) -> None:
+def test_a_wrong_password_is_5_in_one_line_and_not_printed(tmp_path: Path, arguments: list[str]) -> None:
     with Refusing() as port:
         url = f"postgresql+psycopg://norce:canary-password@127.0.0.1:{port}/norce"
         result = command(*arguments, config=make(tmp_path, url=url))
@@ -604,7 +604,7 @@ def test_a_wrong_password_is_5_in_one_line_and_is_not_told(tmp_path: Path, argum
 @pytest.mark.parametrize("host", ["127.0.0.1:1", "no-such-host.invalid:5432"])
 @pytest.mark.parametrize("arguments", [["deliveries", "list"], ["serve"]],
                          ids=lambda arguments: " ".join(arguments[:2]))  # fmt: skip
-def test_no_server_is_5_in_one_line(tmp_path: Path, arguments: list[str], host: str) -> None:
+def test_a_missing_server_is_5_in_one_line(tmp_path: Path, arguments: list[str], host: str) -> None:
     url = f"postgresql+psycopg://norce:canary-password@{host}/norce"
 
     result = command(*arguments, config=make(tmp_path, url=url))
@@ -614,7 +614,7 @@ def test_no_server_is_5_in_one_line(tmp_path: Path, arguments: list[str], host: 
     assert "canary" not in result.output
 
 
-def test_commands_work_on_either_store(store_url: str, tmp_path: Path) -> None:
+def test_commands_work_on_both_stores(store_url: str, tmp_path: Path) -> None:
     with opened(store_url) as ledger:
         fill(ledger)
     path = make(tmp_path, url=store_url)

@@ -1,4 +1,4 @@
-"""The commands that talk with Norce: `orders`, `register`, `config norce`, `reconcile`."""
+"""The commands that call Norce: `orders`, `register`, `config norce`, `reconcile`."""
 
 import json
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def command(*arguments: str, config: Path, **given: Any) -> Any:
     return result
 
 
-def test_orders_are_listed_for_people_without_a_customer(norce: Norce, config: Path) -> None:
+def test_orders_are_listed_without_customers(norce: Norce, config: Path) -> None:
     first, second = norce.order(reference="100245"), norce.order()
 
     result = command("orders", "list", config=config)
@@ -78,7 +78,7 @@ def test_orders_are_listed_for_people_without_a_customer(norce: Norce, config: P
     assert "anaria" not in result.stdout
 
 
-def test_orders_are_listed_for_programs_by_what_is_asked(norce: Norce, config: Path) -> None:
+def test_orders_are_filtered(norce: Norce, config: Path) -> None:
     made = [norce.order(reference=f"r-{number}") for number in range(3)]
     norce.ask("put_state", {"currentStatus": "processing"}, order_id=made[0])
 
@@ -94,7 +94,7 @@ def test_orders_are_listed_for_programs_by_what_is_asked(norce: Norce, config: P
     assert command("orders", "list", "--reference", "none", config=config).exit_code == NOTHING_MATCHED
 
 
-def test_an_order_is_shown_without_what_opens_something(norce: Norce, config: Path) -> None:
+def test_an_order_is_shown_without_signatures(norce: Norce, config: Path) -> None:
     order = norce.order()
     command("register", order, config=config)
 
@@ -108,7 +108,7 @@ def test_an_order_is_shown_without_what_opens_something(norce: Norce, config: Pa
     assert whole["customer"]["billing"]["email"] == "canaria@example.com"
 
 
-def test_an_order_is_deleted_when_it_is_meant(norce: Norce, config: Path) -> None:
+def test_an_order_is_deleted_after_confirmation(norce: Norce, config: Path) -> None:
     order = norce.order()
 
     assert command("orders", "delete", order, config=config, input="n\n").exit_code == FAILED
@@ -118,7 +118,7 @@ def test_an_order_is_deleted_when_it_is_meant(norce: Norce, config: Path) -> Non
     assert command("orders", "delete", order, "--yes", config=config).exit_code == NOTHING_MATCHED
 
 
-def test_callbacks_are_put_on_an_order_and_taken_off(norce: Norce, config: Path) -> None:
+def test_callbacks_are_registered_and_removed(norce: Norce, config: Path) -> None:
     order = norce.order()
 
     first = command("register", order, "--output", "json", config=config)
@@ -135,14 +135,12 @@ def test_callbacks_are_put_on_an_order_and_taken_off(norce: Norce, config: Path)
     [
         (["register", "nobody"], NOTHING_MATCHED, "no such order"),
         (["orders", "show", "nobody"], NOTHING_MATCHED, "no such order"),
-        (["orders", "delete", "..", "--yes"], NOTHING_MATCHED, "of such an id"),
+        (["orders", "delete", "..", "--yes"], NOTHING_MATCHED, "of this id"),
         (["orders", "show", "o", "--merchant", "another"], USAGE, "only norce"),
         (["orders", "list", "--channel", "9"], USAGE, "only 1"),
     ],
 )
-def test_what_is_not_there_ends_a_command_in_one_line(
-    config: Path, arguments: list[str], status: int, says: str
-) -> None:
+def test_an_unknown_name_is_an_error_in_one_line(config: Path, arguments: list[str], status: int, says: str) -> None:
     result = command(*arguments, config=config)
 
     assert result.exit_code == status
@@ -150,7 +148,7 @@ def test_what_is_not_there_ends_a_command_in_one_line(
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_norce_that_is_not_there_ends_a_command_in_one_line(tmp_path: Path) -> None:
+def test_a_missing_norce_is_an_error_in_one_line(tmp_path: Path) -> None:
     config = write(tmp_path, SENDERS, CONFIG.replace("@NORCE@", "http://127.0.0.1:1/checkout"))
 
     result = command("orders", "list", config=config)
@@ -158,7 +156,7 @@ def test_a_norce_that_is_not_there_ends_a_command_in_one_line(tmp_path: Path) ->
     assert (result.exit_code, result.stderr) == (FAILED, "no answer from Norce: ConnectError\n")
 
 
-def test_a_token_that_norce_does_not_take_is_told(norce: Norce, config: Path) -> None:
+def test_a_refused_token_is_reported(norce: Norce, config: Path) -> None:
     result = run("orders", "list", config=config, env=ENVIRON | {"TOKEN": "canary-another"})
 
     assert result.exit_code == FAILED
@@ -169,7 +167,7 @@ def test_a_token_that_norce_does_not_take_is_told(norce: Norce, config: Path) ->
 # --- config norce -----------------------------------------------------------------------------------------------------
 
 
-def test_the_documents_are_shown_without_the_secret_and_put_nowhere(norce: Norce, config: Path) -> None:
+def test_documents_are_printed_without_secrets_and_not_written(norce: Norce, config: Path) -> None:
     theirs = {"adapterId": "another", "invoke": "https://other.example/?key=canary", "headers": {"key": "canary"}}
     static = {"id": "static_notifications", "$schema": "x", "order": {"notifications": [theirs, "canary"]}}
     norce.simulator.records.documents["norce", "1", "static_notifications"] = static
@@ -184,7 +182,7 @@ def test_the_documents_are_shown_without_the_secret_and_put_nowhere(norce: Norce
     assert list(norce.simulator.records.documents.values()) == [static]
 
 
-def test_a_merchant_whose_token_is_refused_is_named_and_in_nobodys_way(norce: Norce, config: Path) -> None:
+def test_a_refused_token_of_one_merchant_does_not_stop_the_others(norce: Norce, config: Path) -> None:
     another = '{tokens: ["${env:URL_KEY}"], channels: {"1": {}}}'
     its = '{parameter: a, values: ["${env:STATIC}"], merchants: [another]}'
     both = config.read_text().replace("merchants:\n", f"merchants:\n  another: {another}\n")
@@ -197,7 +195,7 @@ def test_a_merchant_whose_token_is_refused_is_named_and_in_nobodys_way(norce: No
     assert "static_notifications" in result.stdout
 
 
-def test_a_merchant_that_has_no_secret_is_named_and_in_nobodys_way(norce: Norce, config: Path) -> None:
+def test_a_merchant_without_a_secret_does_not_stop_the_others(norce: Norce, config: Path) -> None:
     another = '{tokens: ["${env:TOKEN}"], channels: {"1": {}}}'
     config.write_text(config.read_text().replace("merchants:\n", f"merchants:\n  another: {another}\n"))
 
@@ -208,7 +206,7 @@ def test_a_merchant_that_has_no_secret_is_named_and_in_nobodys_way(norce: Norce,
     assert "static_notifications" in result.stdout
 
 
-def test_the_documents_are_put_in_place(norce: Norce, tmp_path: Path, config: Path) -> None:
+def test_documents_are_written(norce: Norce, tmp_path: Path, config: Path) -> None:
     with closing(Serving(config, ENVIRON)) as service:
         # Norce reads our schema from where we are.
         config.write_text(config.read_text().replace("http://127.0.0.1:1", service.address))
@@ -219,7 +217,7 @@ def test_the_documents_are_put_in_place(norce: Norce, tmp_path: Path, config: Pa
     assert ours["callbacks"]["secret"] == "canary%26static"
 
 
-def test_an_order_of_such_a_channel_notifies_us_without_being_registered(norce: Norce, config: Path) -> None:
+def test_orders_of_a_written_channel_notify_without_registration(norce: Norce, config: Path) -> None:
     with closing(Serving(config, ENVIRON)) as service:
         config.write_text(config.read_text().replace("http://127.0.0.1:1", service.address))
         command("config", "norce", "--write", config=config)
@@ -231,7 +229,7 @@ def test_an_order_of_such_a_channel_notifies_us_without_being_registered(norce: 
     ]
 
 
-def test_without_a_secret_for_it_a_channel_cannot_notify_us(norce: Norce, tmp_path: Path) -> None:
+def test_documents_need_a_url_secret(norce: Norce, tmp_path: Path) -> None:
     config = write(tmp_path, SIGNED, CONFIG.replace("@NORCE@", norce.url))
 
     result = command("config", "norce", config=config)
@@ -251,8 +249,8 @@ def test_the_schema_is_written_beside_the_configuration(config: Path) -> None:
 # --- reconcile --------------------------------------------------------------------------------------------------------
 
 
-def lost(norce: Norce, config: Path) -> str:
-    """An order of which we never heard."""
+def lose_notification(norce: Norce, config: Path) -> str:
+    """Create an order whose notification is lost."""
     order = norce.order()
     command("register", order, config=config)
     norce.ask("put_state", {"currentStatus": "processing"}, order_id=order)
@@ -263,9 +261,9 @@ def stored(config: Path) -> list[Any]:
     return rows(f"sqlite:///{config.parent}/ledger.db", "SELECT order_id, source FROM notifications")
 
 
-def test_what_never_came_is_brought_by_the_running_service(norce: Norce, config: Path) -> None:
+def test_reconcile_receives_missing_notifications(norce: Norce, config: Path) -> None:
     with closing(Serving(config, ENVIRON)):
-        order = lost(norce, config)
+        order = lose_notification(norce, config)
 
         dry = command("reconcile", "--dry-run", "--since", "2026-01-01", "--output", "json", config=config)
         before = stored(config)
@@ -278,7 +276,7 @@ def test_what_never_came_is_brought_by_the_running_service(norce: Norce, config:
         assert stored(config) == [(order, "reconciliation")]
 
 
-def test_a_log_that_cannot_be_read_is_told_with_what_was_found(norce: Norce, config: Path) -> None:
+def test_an_unreadable_event_log_is_reported_with_the_counts(norce: Norce, config: Path) -> None:
     with closing(Serving(config, ENVIRON)):
         norce.simulator.set_switches(server_errors=1.0)
         result = command("reconcile", config=config)

@@ -1,4 +1,4 @@
-"""`adapter.cli.verdicts`: what counted for nothing, shown to people and programs."""
+"""The commands `verdicts`."""
 
 import json
 from dataclasses import replace
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 @pytest.fixture(params=[True, False], ids=["sqlite", "postgresql"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A ledger that nobody serves, with two late verdicts and one of a shadow."""
+    """The configuration of a ledger with two late verdicts and one of a shadow route."""
     url = f"sqlite:///{tmp_path}/ledger.db" if request.param else request.getfixturevalue("postgres_url")
     with opened(url) as ledger:
         writing = Writing(ledger)
@@ -34,7 +34,7 @@ def orders(*arguments: str, config: Path) -> list[Any]:
     return [row["order_id"] for row in json.loads(result.stdout)]
 
 
-def test_verdicts_are_listed_for_people(config: Path) -> None:
+def test_verdicts_are_listed(config: Path) -> None:
     result = command("verdicts", "list", config=config)
 
     assert result.exit_code == OK
@@ -45,7 +45,7 @@ def test_verdicts_are_listed_for_people(config: Path) -> None:
     assert oldest.split()[3:] == ["order-1", "reject", "national-id-missing", "no-name", "approve", "2300"]
 
 
-def test_verdicts_are_listed_for_programs_by_what_is_asked(config: Path) -> None:
+def test_verdicts_are_filtered(config: Path) -> None:
     assert orders(config=config) == [NASTY, "order-1", "order-1"]
     assert orders("--limit", "1", config=config) == [NASTY]
     assert orders("--kind", "shadow", config=config) == ["order-1"]
@@ -69,7 +69,7 @@ def test_verdicts_are_counted(config: Path) -> None:
      ["stats", "--since", "2027-01-01"]],
     ids=" ".join,
 )  # fmt: skip
-def test_where_nothing_matches_it_is_3(config: Path, arguments: list[str]) -> None:
+def test_no_match_is_3(config: Path, arguments: list[str]) -> None:
     assert command("verdicts", *arguments, config=config).exit_code == NOTHING_MATCHED
 
 
@@ -81,7 +81,7 @@ def test_wrong_usage_is_2(tmp_path: Path, arguments: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", ["list", "stats"])
-def test_without_a_store_or_with_older_tables_it_is_5(tmp_path: Path, name: str) -> None:
+def test_a_missing_store_or_older_tables_are_5(tmp_path: Path, name: str) -> None:
     config = make(tmp_path)
     missing = command("verdicts", name, config=config)
     with opened(f"sqlite:///{tmp_path}/ledger.db"):

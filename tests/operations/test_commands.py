@@ -1,4 +1,4 @@
-"""Commands on the operations port, over real HTTP: who may give them, what is refused, what is told and what not."""
+"""Commands over HTTP: authorization, refusals, answers and log lines."""
 
 import http.client
 import io
@@ -39,7 +39,7 @@ RETRY = {"matching": {"route": "export"}, "by": BY}
 
 
 class Port:
-    """The operations port on a socket, and a ledger with one dead letter, in a thread of their own."""
+    """The operations application on a port and a Unix socket, in a thread of its own."""
 
     def __init__(self, folder: Path, token: str | None) -> None:
         self.woken = 0
@@ -85,7 +85,7 @@ class Port:
     def close(self) -> None:
         self._stack.close()
 
-    def sends(
+    def post(
         self, path: str, body: Any = PAUSE, *, method: str = "POST", authorization: bytes | None = None
     ) -> tuple[int, Any, dict[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
@@ -115,8 +115,8 @@ def port(tmp_path: Path) -> Iterator[Port]:
     made.close()
 
 
-def test_a_command_is_done_answered_logged_and_tells_the_dispatcher(port: Port) -> None:
-    status, said, _ = port.sends("/commands/pause")
+def test_a_command_is_run_answered_and_logged_and_wakes_the_dispatcher(port: Port) -> None:
+    status, said, _ = port.post("/commands/pause")
 
     assert (status, said) == (200, 1)
     assert port.woken == 1
@@ -124,14 +124,14 @@ def test_a_command_is_done_answered_logged_and_tells_the_dispatcher(port: Port) 
     assert (line["event"], line["command"], line["count"]) == ("command_done", "pause", 1)
 
 
-def test_the_answer_of_a_step_holds_nothing_of_an_order(port: Port) -> None:
-    status, said, _ = port.sends("/commands/retry", RETRY)
+def test_the_answer_of_a_step_contains_nothing_of_an_order(port: Port) -> None:
+    status, said, _ = port.post("/commands/retry", RETRY)
 
     assert (status, said) == (200, {"changed": 0, "after": None, "action": 1})
     assert "canary" not in port.log.getvalue()
 
 
-def test_on_the_socket_a_command_needs_no_token(tmp_path: Path) -> None:
+def test_commands_on_the_socket_need_no_token(tmp_path: Path) -> None:
     with closing(Port(tmp_path, None)) as port:
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(port.socket)), base_url="http://operations") as client:
             answer = client.post("/commands/pause", json=PAUSE)
@@ -144,7 +144,7 @@ def test_on_the_socket_a_command_needs_no_token(tmp_path: Path) -> None:
     [(False, None, 5), (True, None, 0), (False, "Norce answered 500", 5)],
     ids=["all", "dry run", "an error at the end"],
 )
-def test_reconciliation_is_logged_when_it_is_done_with_what_it_brought_in(
+def test_reconciliation_is_logged_when_it_ends_with_its_count(
     port: Port, dry_run: bool, error: str | None, count: int
 ) -> None:
     port.pages = [
@@ -153,7 +153,7 @@ def test_reconciliation_is_logged_when_it_is_done_with_what_it_brought_in(
         LogProgress(merchant="other", missed=2, error=error),
     ]
 
-    status, said, _ = port.sends("/commands/reconcile", {"dry_run": dry_run})
+    status, said, _ = port.post("/commands/reconcile", {"dry_run": dry_run})
 
     lines = [json.loads(line) for line in said.splitlines()]
     assert (status, [line.get("missed") for line in lines[:3]]) == (200, [1, 3, 2])
@@ -177,8 +177,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("authorization", WRONG.values(), ids=WRONG)
-def test_without_the_token_nothing_is_done(port: Port, authorization: bytes) -> None:
-    status, said, headers = port.sends("/commands/pause", authorization=authorization)
+def test_a_command_without_the_token_is_401(port: Port, authorization: bytes) -> None:
+    status, said, headers = port.post("/commands/pause", authorization=authorization)
 
     assert (status, said["code"], headers["www-authenticate"]) == (401, "unauthorized", "Bearer")
     assert "operations.token" in said["message"]
@@ -187,29 +187,29 @@ def test_without_the_token_nothing_is_done(port: Port, authorization: bytes) -> 
     assert [line["event"] for line in port.lines()] == ["command_refused"]
 
 
-def test_who_has_no_token_is_not_told_which_commands_there_are(port: Port) -> None:
-    assert port.sends("/commands/nothing", authorization=b"")[0] == 401
+def test_an_unknown_command_without_the_token_is_401_too(port: Port) -> None:
+    assert port.post("/commands/nothing", authorization=b"")[0] == 401
 
 
 @pytest.mark.parametrize("authorization", [b"", b"Bearer ", b"Bearer None", b"Bearer"])
-def test_where_no_token_is_configured_every_command_is_refused(tmp_path: Path, authorization: bytes) -> None:
+def test_every_command_is_403_if_no_token_is_configured(tmp_path: Path, authorization: bytes) -> None:
     with closing(Port(tmp_path, None)) as port:
-        status, said, _ = port.sends("/commands/pause", authorization=authorization)
+        status, said, _ = port.post("/commands/pause", authorization=authorization)
 
     assert (status, said["code"]) == (403, "forbidden")
     assert "operations.token" in said["message"]
 
 
-def test_an_unheard_command_is_answered_with_those_there_are(port: Port) -> None:
-    status, said, _ = port.sends("/commands/erase")
+def test_an_unknown_command_is_404_and_lists_the_commands(port: Port) -> None:
+    status, said, _ = port.post("/commands/erase")
 
     assert (status, said["code"]) == (404, "command-not-found")
     assert "retry, discard, pause, resume" in said["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
-def test_commands_are_posted(port: Port, method: str) -> None:
-    assert port.sends("/commands/pause", b"", method=method)[0] == 405
+def test_commands_accept_only_post(port: Port, method: str) -> None:
+    assert port.post("/commands/pause", b"", method=method)[0] == 405
 
 
 @pytest.mark.parametrize(
@@ -229,11 +229,11 @@ def test_commands_are_posted(port: Port, method: str) -> None:
         (b"[" * 200_000, "object"),
         (b'{"route": ' + b"9" * 5000 + b"}", "$.route"),
     ],
-    ids=["nothing", "no text", "null", "no route", "a number", "no value", "unheard", "no reason", "blank", "long",
+    ids=["nothing", "no text", "null", "no route", "a number", "no value", "unknown", "no reason", "blank", "long",
          "twice", "deep", "a huge number"],
 )  # fmt: skip
-def test_a_body_that_is_no_command_is_a_400_with_the_place(port: Port, body: Any, place: str) -> None:
-    status, said, _ = port.sends("/commands/pause", body)
+def test_an_invalid_body_is_400_with_the_place(port: Port, body: Any, place: str) -> None:
+    status, said, _ = port.post("/commands/pause", body)
 
     assert (status, said["code"]) == (400, "bad-request")
     assert place in said["message"]
@@ -247,34 +247,34 @@ def test_a_body_that_is_no_command_is_a_400_with_the_place(port: Port, body: Any
      {"matching": {"since": -(10**400)}}, {"matching": {"code": "\0"}}, {"matching": {"ids": {}}}],
     ids=str,
 )  # fmt: skip
-def test_numbers_and_texts_that_no_database_takes_are_a_400(port: Port, wrong: dict[str, Any]) -> None:
-    status, said, _ = port.sends("/commands/retry", RETRY | wrong)
+def test_values_that_no_database_can_store_are_400(port: Port, wrong: dict[str, Any]) -> None:
+    status, said, _ = port.post("/commands/retry", RETRY | wrong)
 
     assert (status, said["code"]) == (400, "bad-request")
     assert "$." in said["message"]
     assert not port.store.failing
 
 
-def test_a_body_beyond_all_measure_is_a_413(port: Port) -> None:
-    status, said, _ = port.sends("/commands/pause", b" " * (application.LARGEST_COMMAND_BYTES + 1))
+def test_a_body_beyond_the_limit_is_413(port: Port) -> None:
+    status, said, _ = port.post("/commands/pause", b" " * (application.LARGEST_COMMAND_BYTES + 1))
 
     assert (status, said["code"]) == (413, "too-large")
 
 
-def test_a_store_that_fails_is_a_503_and_nothing_was_done(port: Port) -> None:
+def test_a_failing_store_is_503_and_nothing_is_done(port: Port) -> None:
     connection = port.store.engine.connect()
     connection.exec_driver_sql("PRAGMA busy_timeout = 0")
     connection.exec_driver_sql("ALTER TABLE actions RENAME TO elsewhere")
     connection.commit()
     try:
-        status, said, _ = port.sends("/commands/pause")
+        status, said, _ = port.post("/commands/pause")
     finally:
         connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO actions")
         connection.commit()
         connection.close()
 
     assert (status, said["code"]) == (503, "store-unavailable")
-    assert port.sends("/commands/pause")[:2] == (200, 1)
+    assert port.post("/commands/pause")[:2] == (200, 1)
 
 
 def test_the_token_is_compared_in_constant_time(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,12 +287,12 @@ def test_the_token_is_compared_in_constant_time(port: Port, monkeypatch: pytest.
 
     monkeypatch.setattr(application.hmac, "compare_digest", compare)
 
-    port.sends("/commands/pause", authorization=b"Bearer guess")
+    port.post("/commands/pause", authorization=b"Bearer guess")
 
     assert compared == [(b"Bearer guess", f"Bearer {TOKEN}".encode())]
 
 
-def test_who_hangs_up_in_the_middle_troubles_nobody(port: Port) -> None:
+def test_a_caller_that_disconnects_has_no_effect_on_the_next(port: Port) -> None:
     import socket
 
     with socket.create_connection(("127.0.0.1", port.port)) as raw:
@@ -301,5 +301,5 @@ def test_who_hangs_up_in_the_middle_troubles_nobody(port: Port) -> None:
             + TOKEN.encode()
             + b'\r\n\r\n{"ro'
         )
-    assert port.sends("/commands/pause")[0] == 200
+    assert port.post("/commands/pause")[0] == 200
     assert {line["event"] for line in port.lines()} <= {"command_done"}
