@@ -75,3 +75,26 @@ class Blocks:
         for thread in self._threads:
             await asyncio.to_thread(thread.join, PATIENCE)
             assert not thread.is_alive()
+
+
+class Counting(NotificationHandler[NoSettings]):
+    """Keeps every call waiting until `go_on`, and counts how many run at the same time."""
+
+    def __init__(self) -> None:
+        self.running = self.peak = 0
+        self.entered = threading.Semaphore(0)
+        self.go_on = threading.Event()
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        self.running += 1
+        self.peak = max(self.peak, self.running)
+        self.entered.release()
+        try:
+            await asyncio.to_thread(self.go_on.wait, PATIENCE)
+        finally:
+            self.running -= 1
+        return Done()
+
+    async def has_begun(self, times: int) -> None:
+        for _ in range(times):
+            assert await asyncio.to_thread(self.entered.acquire, timeout=PATIENCE)

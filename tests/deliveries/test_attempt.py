@@ -18,13 +18,7 @@ from adapter.ledger.settlement import Ending, Interrupted, outcome_name
 from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
 from adapter.orders import Order, read_order
-from adapter.plugin import (
-    Done,
-    NoSettings,
-    Reject,
-    Secret,
-    Unknown,
-)
+from adapter.plugin import Done, NoSettings, Reject, Secret, Unknown
 from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
 from tests import PATIENCE
