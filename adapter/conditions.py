@@ -627,8 +627,8 @@ def _search_order(schema: Any) -> list[str]:
 
 def _only(schema: dict[str, Any], keyword: str) -> dict[str, Any]:
     """Return a schema of one keyword and the keywords that it needs."""
-    if keyword in _UNEVALUATED:
-        return schema
+    if keyword in _UNEVALUATED:  # it needs all keywords but the other one of its kind
+        return {each: schema[each] for each in schema if each == keyword or each not in _UNEVALUATED}
     return {each: schema[each] for each in (keyword, *_TOGETHER.get(keyword, ())) if each in schema}
 
 
