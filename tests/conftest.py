@@ -9,12 +9,22 @@ from pathlib import Path
 
 import pytest
 import structlog
+from hypothesis import HealthCheck, settings
 
 from adapter import logs
 from tests.databases import KINDS, Files, Server, postgres_server
 from tests.ledgers import HandClock, Ledger
 
 SLOW = ("crash", "flows")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let an example of a property take as long as a loaded machine needs for it."""
+    examples = 10 if config.getoption("quick") else 100
+    settings.register_profile(
+        "suite", deadline=None, max_examples=examples, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("suite")
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -33,9 +43,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def is_quick(item: pytest.Item) -> bool:
     """Tell whether a test uses no PostgreSQL, starts no service and measures no time."""
-    needs_postgres = {"postgres", "postgres_url"} & set(getattr(item, "fixturenames", ()))
+    needs = {"postgres", "postgres_url", "site"} & set(getattr(item, "fixturenames", ()))
     store = getattr(item, "callspec", None) and "postgresql" in item.callspec.params.values()  # type: ignore[attr-defined]
-    return not (item.path.parent.name in SLOW or needs_postgres or store or item.get_closest_marker("speed"))
+    return not (item.path.parent.name in SLOW or needs or store or item.get_closest_marker("speed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

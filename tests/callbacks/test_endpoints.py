@@ -1169,7 +1169,7 @@ def no_500(answer: Answer) -> None:
         assert is_a_refusal(answer, answer.status, answer.json["code"], answer.json.get("innerErrorCode"))
 
 
-fuzz = settings(deadline=None, max_examples=120)
+fuzz = settings()
 
 
 @fuzz

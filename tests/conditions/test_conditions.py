@@ -339,7 +339,7 @@ ODD_SCHEMAS = st.recursive(
     lambda inner: subschemas(inner, references=True),
     max_leaves=6,
 )
-QUIET = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=2 * settings.default.max_examples, suppress_health_check=list(HealthCheck))
 
 
 @QUIET
@@ -429,7 +429,7 @@ SCHEMAS: list[Any] = [
 
 
 @pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(value=parsed_values, deep=st.integers(min_value=0, max_value=90), wide=st.sampled_from([0, 1000, 60_000]))
 def test_a_parsed_tree_has_the_same_evaluation(schema: Any, value: Any, deep: int, wide: int) -> None:
     for _ in range(deep):

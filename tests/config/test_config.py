@@ -752,7 +752,7 @@ def places_in(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=settings.default.max_examples // 2)
 def test_any_value_in_any_place_is_accepted_or_is_a_problem(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:

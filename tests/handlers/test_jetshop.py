@@ -10,7 +10,6 @@ from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 import httpx
-import hypothesis
 import msgspec
 import pytest
 from hypothesis import given
@@ -440,7 +439,6 @@ def test_amounts_are_rounded_half_up_to_the_scale(amount, scale, text):
     assert document["payments"][0]["amount"] == text
 
 
-@hypothesis.settings(deadline=None)  # the first example reads the contract
 @given(
     amounts=st.lists(st.decimals(min_value=0, max_value=10**9, places=6), min_size=1, max_size=6),
     vat=st.decimals(min_value=0, max_value=1, places=6),

@@ -187,5 +187,5 @@ class Checkouts(RuleBasedStateMachine):
         assert not own & {str(each.url) for each in self.norce.receiver.got}
 
 
-Checkouts.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Checkouts.TestCase.settings = settings(max_examples=settings.default.max_examples // 2, stateful_step_count=30)
 TestCheckouts = Checkouts.TestCase
