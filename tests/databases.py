@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests, from a wheel, and fresh databases on it; SQLite files beside it."""
+"""Databases for the tests: a real PostgreSQL from a wheel, and SQLite files."""
 
 import os
 import shutil
@@ -20,11 +20,10 @@ TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions
 
 
 class Server:
-    """
-    A PostgreSQL in a folder of its own, reached by its socket. It flushes nothing to the disk.
+    """A PostgreSQL server in its own folder, with a Unix socket and without fsync.
 
-    Databases with the ledger's tables are copied from one that was migrated, and used again: that is what makes a test
-    on PostgreSQL cost no more than one on a file.
+    Databases with the tables of the ledger are copied from one that was migrated, and reused. So a test on PostgreSQL
+    costs no more than one on SQLite.
     """
 
     def __init__(self, server: Any) -> None:
@@ -43,11 +42,11 @@ class Server:
         return psycopg.connect(host=str(self._host), user="postgres", dbname=database, autocommit=True)
 
     def empty(self) -> str:
-        """The URL of a new database without any tables."""
+        """Return the URL of a new database without tables."""
         return self._make("template0")
 
     def fresh(self) -> str:
-        """The URL of a database with the ledger's tables and nothing in them."""
+        """Return the URL of a database with empty tables of the ledger."""
         if self._unused:
             return self._unused.pop()
         if self._migrated is None:
@@ -59,7 +58,7 @@ class Server:
         return url
 
     def drop(self, url: str) -> None:
-        """Done with it, whoever may still be connected."""
+        """End all connections to a database, and drop it or keep it for another test."""
         name = database_of(url)
         with self.connect("postgres") as connection:
             if url not in self._copies:
@@ -73,13 +72,13 @@ class Server:
         self._unused.append(url)
 
     def disconnect(self, url: str) -> None:
-        """Ends everybody's connections to this database."""
+        """End all connections to this database."""
         ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
         with self.connect("postgres") as connection:
             connection.execute(ended, [database_of(url)])
 
     def stop(self, *, fast: bool = False) -> None:
-        """At once, as in a crash of its machine; `fast`, as by somebody who does not wait for its clients."""
+        """Stop the server as a crash of its machine would, or (`fast`) as a shutdown that does not wait for clients."""
         process = self._server.get_postmaster_info().process
         process.send_signal(signal.SIGINT if fast else signal.SIGQUIT)
         process.wait(30)
@@ -97,7 +96,7 @@ class Server:
 
 
 class Files:
-    """SQLite files in a folder, copied from one that was migrated."""
+    """SQLite files in a folder, each a copy of one that was migrated."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -115,9 +114,9 @@ class Files:
 
 
 def clear(url: str) -> None:
-    """Nothing is in the tables any more, and keys count from 1 again."""
+    """Empty the tables, and let keys begin at 1."""
     if url.startswith("sqlite"):
-        for table in reversed(TABLES.split(", ")):  # what refers to others first
+        for table in reversed(TABLES.split(", ")):  # rows that refer to others first
             rows(url, f"DELETE FROM {table}")
     else:
         rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY")
@@ -128,7 +127,7 @@ def clear(url: str) -> None:
 
 @cache
 def head() -> str:
-    """The newest revision."""
+    """Return the newest revision."""
     versions = Path(ledger.__file__).parent / "migrations" / "versions"
     return max(path.name for path in versions.glob("[0-9]*.py")).partition("_")[0]
 
@@ -138,7 +137,7 @@ def database_of(url: str) -> str:
 
 
 def rows(url: str, sql: str) -> list[tuple[Any, ...]]:
-    """Read, or done, with a driver of the test's own: what is not committed is not seen."""
+    """Execute a statement on its own connection, which sees only what is committed."""
     if url.startswith("sqlite"):
         import sqlite3
 
@@ -156,7 +155,7 @@ def rows(url: str, sql: str) -> list[tuple[Any, ...]]:
 
 @contextmanager
 def postgres_server() -> Iterator[Server]:
-    """Starts one, and stops it."""
+    """Start a PostgreSQL server, and stop it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     runtime = folder / "runtime"
     runtime.mkdir(mode=0o700)

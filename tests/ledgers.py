@@ -1,4 +1,4 @@
-"""A ledger that a test drives: of three queues, on either database, with a clock that the test moves."""
+"""A ledger of three queues that a test drives, on either database, with a clock that the test moves."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ LOOKS_UP = Handling(looks_up=True, repeatable=False)
 
 @dataclass(frozen=True)
 class Ends:
-    """How an attempt ends; `due` is when the schedule wants the next one, and None where it is used up."""
+    """The end of an attempt. `due` is the time of the next one, or None if the schedule is used up."""
 
     result: Result
     reason: str = ""
@@ -69,7 +69,7 @@ def in_doubt(due: int) -> Ends:
 
 
 class HandClock(Clock):
-    """Moves when the test moves it."""
+    """A clock that the test moves."""
 
     def __init__(self, now: int = NOON) -> None:
         self.now = now
@@ -82,7 +82,7 @@ class HandClock(Clock):
 
 
 class Ledger:
-    """A ledger of three queues, driven from a test that is not a coroutine."""
+    """A ledger of three queues, for tests that are no coroutines."""
 
     def __init__(self, url: str, clock: Any, loop: asyncio.Runner) -> None:
         self.url, self.clock, self._loop = url, clock, loop
@@ -134,20 +134,20 @@ class Ledger:
         return await self.lanes.settle(record) is not None
 
     def owed(self, *snapshots: int, refetch: bool = True, order_id: str = "order-1") -> None:
-        """Receives a notification for each snapshot, in this order."""
+        """Receive a notification for each snapshot, in this order."""
         queue = self.export if refetch else self.history
         for snapshot in snapshots:
             self.receive(receipt(order_id, snapshot, wanted=[(queue, refetch)]))
 
     def states(self) -> list[tuple[int, str, str | None]]:
-        """Snapshot, state and reason of every delivery, in the order of arrival."""
+        """Return snapshot, state and reason of every delivery, in order of arrival."""
         return self.rows("SELECT snapshot_at, state, reason FROM deliveries ORDER BY id")
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         return rows(self.url, sql)
 
     def reopened(self) -> "Ledger":
-        """As after a crash: nothing is settled, the lease has ended, and the next process enters."""
+        """Open the ledger as after a crash: nothing is settled, and the lease has ended."""
         self.store.close()
         rows(self.url, "UPDATE processes SET lease_until = 0")
         return Ledger(self.url, self.clock, self._loop)
@@ -189,7 +189,7 @@ def opened(url: str) -> Iterator[Ledger]:
 
 
 def judge_many(ledger: Ledger, number: int) -> None:
-    """So many late verdicts, of as many orders, a second apart and the last one now."""
+    """Insert a number of late verdicts of different orders, a second apart, the last one now."""
     ledger.rows(
         "INSERT INTO verdicts (at, kind, callback, route, merchant, channel, order_id, decided, codes, answered,"
         f" took_ms) WITH RECURSIVE s(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < {number})"
@@ -200,7 +200,7 @@ def judge_many(ledger: Ledger, number: int) -> None:
 
 
 def make_many(ledger: Ledger, number: int, state: str = "done") -> None:
-    """So many orders in the queue for exports, each with one delivery, put there by the database itself."""
+    """Insert a number of orders with one delivery each into the export queue."""
     if ledger.url.startswith("sqlite"):
         series = f"WITH RECURSIVE s(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM s WHERE i < {number})"
     else:
@@ -223,4 +223,4 @@ def make_many(ledger: Ledger, number: int, state: str = "done") -> None:
         f" SELECT id, 1, 'deliver', {NOON}, {NOON}, 'done' FROM deliveries WHERE state = '{state}' AND attempts > 0",
     ):
         ledger.rows(f"INSERT INTO {into}")
-        ledger.rows("ANALYZE")  # what the database knew may be of a test before, and its next plan without end
+        ledger.rows("ANALYZE")  # its statistics may be those of a former test

@@ -1,4 +1,4 @@
-"""How a database goes about a statement."""
+"""Query plans of statements."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,7 +11,7 @@ BIG = ("notifications", "deliveries", "lanes", "attempts")
 
 
 def seen(engine: Engine, do: Callable[[], Any]) -> list[tuple[str, Any]]:
-    """The statements that were executed, with their parameters."""
+    """Call a function and return the statements that it executes, with their parameters."""
     statements: list[tuple[str, Any]] = []
 
     def hear(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
@@ -34,12 +34,12 @@ def plan(ledger: Ledger, statement: str, parameters: Any) -> list[str]:
 
 
 def assert_no_scan(ledger: Ledger, statement: str, parameters: Any, tables: Iterable[str] = BIG) -> None:
-    """It goes into every big table by an index."""
+    """Check that a statement reads every big table through an index."""
     if not statement.startswith(("SELECT", "UPDATE", "DELETE")):
         return
     lines = plan(ledger, statement, parameters)
     for line in lines:
         for table in tables:
-            # An index that is gone through is a partial one, which holds just the rows in question, or is left early.
+            # A full scan of an index is fine: it is a partial index of the rows in question, or the scan ends early.
             by_no_index = f"Seq Scan on {table}" in line or line == f"SCAN {table}"
             assert not by_no_index, "\n".join([statement, *lines])

@@ -1,5 +1,4 @@
-"""
-`adapter/openapi.yaml`: what is published about the public port is what it does.
+"""`adapter/openapi.yaml`: what is published about the public port is what it does.
 
 A real service, with a simulated Norce behind it, is asked everything that the description allows and more, and every
 answer is held against it.

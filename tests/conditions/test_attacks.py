@@ -1,5 +1,4 @@
-"""
-Schemas, patterns and values that are meant to fetch, to hang or to crash the process.
+"""Schemas, patterns and values that are meant to fetch, to hang or to crash the process.
 
 Each attack runs in a process of its own with a hard limit, since nothing in the same process could interrupt it: the
 engine and Python's regular expressions both hold the interpreter. A limit that is reached, or a crash, fails the test.

@@ -1,5 +1,4 @@
-"""
-The generator of `config.yaml` and `config.schema.json`: `make docs` writes them from `adapter/config/model.py`.
+"""The generator of `config.yaml` and `config.schema.json`: `make docs` writes them from `adapter/config/model.py`.
 
 Each key gets its description and its default from its declaration. Only the example values stand here.
 """

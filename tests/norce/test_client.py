@@ -41,9 +41,9 @@ ORDER = {"id": "order-1", "total": {"includingVat": 1499.0}}
 
 
 class FakeNorce(httpx.AsyncBaseTransport):
-    """
-    Answers in turn, and remembers the requests; an answer may be a reason to wait for ever, and an error happens to
-    every request from then on.
+    """A Norce that gives these answers in turn and records the requests.
+
+    None is an answer that never comes. An exception is raised for this request and all later ones.
     """
 
     def __init__(self, *answers: httpx.Response | Exception | None) -> None:
