@@ -1,17 +1,17 @@
-# The service as an image: docs/deployment.md says how to build and run it.
+# The image of the service. docs/deployment.md describes how to build and run it.
 #
-# Both stages stand on the same base, because the virtual environment links to its Python (3.11 or newer, with venv).
+# Both stages have the same base, because the virtual environment links to its Python (3.11 or newer, with venv).
 ARG BASE=python:3.13-slim-bookworm
 
-# --- the wheel, and a virtual environment with nothing in it that was not locked by its hash -------------------------
+# --- build: the wheel, and a virtual environment with hash-locked packages -------------------------------------------
 FROM ${BASE} AS build
 WORKDIR /build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 
-# Two environments: pip and the build backend stay behind in the first, the second is what the service runs in.
+# Two environments: the first has pip and the build backend, and only the second goes into the image.
 RUN python3 -m venv tools && python3 -m venv --without-pip /opt/norce-adapter
 
-# The requirements before the code: they change less often. A secret named `pip` is a pip.conf for this build alone.
+# Requirements come before the code, because they change less often. A build secret named `pip` is used as pip.conf.
 COPY requirements.txt requirements-build.txt ./
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     tools/bin/pip install --require-hashes -r requirements-build.txt \
@@ -23,10 +23,10 @@ RUN tools/bin/pip wheel --no-deps --no-build-isolation --wheel-dir dist . \
     && tools/bin/pip --python /opt/norce-adapter/bin/python install --no-deps --no-index dist/*.whl \
     && /opt/norce-adapter/bin/norce-adapter version
 
-# --- what runs -------------------------------------------------------------------------------------------------------
+# --- run -------------------------------------------------------------------------------------------------------------
 FROM ${BASE}
 
-# A number, so that a volume's owner stays the same from image to image and Kubernetes sees that it is not root.
+# A fixed number, so that the owner of a volume stays the same and Kubernetes can check that it is not root.
 RUN groupadd --gid 10001 norce-adapter \
     && useradd --uid 10001 --gid 10001 --no-log-init --no-create-home --home-dir /data --shell /usr/sbin/nologin \
         norce-adapter \
@@ -34,21 +34,21 @@ RUN groupadd --gid 10001 norce-adapter \
 
 COPY --from=build /opt/norce-adapter /opt/norce-adapter
 
-# The bytecode was written when the packages were installed; nothing but /data is written from here on.
+# The installation has written the bytecode. From here on, only /data is written.
 ENV PATH=/opt/norce-adapter/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NORCE_ADAPTER_CONFIG=/etc/norce-adapter/config.yaml \
     NORCE_ADAPTER_STORE_URL=sqlite:////data/adapter.db
 
-# From here the default of `store.url`, data/adapter.db, lies in the volume as well.
+# The defaults of `store.url` and `operations.socket` are relative to this folder, so they are in the volume.
 WORKDIR /
 VOLUME /data
 USER 10001:10001
 EXPOSE 8080 8081
 STOPSIGNAL SIGTERM
 
-# By http.client, which asks no proxy. Whoever moves `operations.port` moves this as well.
+# http.client uses no proxy. If you change `operations.port`, change this as well.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python", "-Ic", "import http.client, sys; c = http.client.HTTPConnection('127.0.0.1', 8081, timeout=3); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 

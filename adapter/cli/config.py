@@ -20,7 +20,7 @@ SCHEMA_FILE = "config.schema.json"
 
 @click.group("config")
 def config_group() -> None:
-    """Print the schema of config.yaml, and write our documents at Norce."""
+    """Print the schema, or write documents at Norce."""
 
 
 @config_group.command("schema")

@@ -16,7 +16,10 @@ from adapter.sandbox.demo import DemoFailed, demo, walk
 @click.option("--exit", "then_exit", is_flag=True, help="Exit after the walk.")
 @click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
 def demo_command(then_exit: bool, output: str) -> None:
-    """Walk a purchase through the service, with an offline Norce Checkout and Jetshop."""
+    """Walk a purchase through the service.
+
+    Norce Checkout and Jetshop are simulated on this host.
+    """
     logs.configure(level=logs.WARNING if then_exit or sys.stderr.isatty() else logs.INFO)
     try:
         uvloop.run(_demo(then_exit=then_exit, output=output))

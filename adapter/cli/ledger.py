@@ -72,7 +72,9 @@ def _current_user() -> str:
 
 
 def since_option(what: str) -> Decorator:
-    return click.option("--since", callback=parse_moment, help=f"Only {what} at this moment or later; UTC by default.")
+    return click.option(
+        "--since", callback=parse_moment, metavar="MOMENT", help=f"Only {what} at this moment or later; UTC by default."
+    )
 
 
 channel_options = options(
@@ -84,7 +86,9 @@ filter_options = options(
     order_option,
     click.option("--code", type=TEXT, help="Only if the last attempt ended with this code."),
     since_option("deliveries that ended"),
-    click.option("--until", callback=parse_moment, help="Only deliveries that ended before this moment."),
+    click.option(
+        "--until", callback=parse_moment, metavar="MOMENT", help="Only deliveries that ended before this moment."
+    ),
     route_option,
     channel_options,
 )
@@ -275,7 +279,10 @@ def notifications_show(notification_id: int, output: str, config_path: Path) -> 
 
 @click.group("queues")
 def queues_group() -> None:
-    """List, pause and resume queues. A queue is one route for one merchant and channel."""
+    """List, pause and resume queues.
+
+    A queue is one route for one merchant and channel.
+    """
 
 
 @queues_group.command("list")
@@ -332,7 +339,10 @@ def _pause_or_resume(
 
 @click.group("verdicts")
 def verdicts_group() -> None:
-    """List and count verdicts that had no effect: late ones, and those of shadow routes."""
+    """List and count verdicts without effect.
+
+    They were late, or belong to a shadow route.
+    """
 
 
 @verdicts_group.command("list")

@@ -134,7 +134,10 @@ def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, y
 def register(
     order_id: str, merchant: str | None, channel: str | None, *, remove: bool, output: str, config_path: Path
 ) -> None:
-    """Register the configured callbacks on an order, and remove stale ones."""
+    """Register the callbacks on an order.
+
+    Missing callbacks are added, and stale ones of this adapter are removed.
+    """
     config = load_config(config_path)
     of_channel = _channel(config, merchant, channel)
 

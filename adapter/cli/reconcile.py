@@ -31,9 +31,9 @@ COLUMNS = ("merchant", "events", "received", "missed", "others")
 def reconcile(
     since: int | None, *, dry_run: bool, output: str, config_path: Path, to: str | None, token: str | None
 ) -> None:
-    """Read Norce's event log and receive the notifications that are missing.
+    """Receive the notifications that are missing.
 
-    Without --since, reading starts where it ended the last time.
+    They are read from Norce's event log. Without --since, reading starts where it ended the last time.
     """
     from adapter.cli.service import running_service
 

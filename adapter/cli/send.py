@@ -39,9 +39,10 @@ def send(
     expect: int | None,
     config_path: Path,
 ) -> None:
-    """Send FILE to a callback, at a signed URL as it is registered at Norce.
+    """Send an order from FILE to a callback.
 
-    FILE is an order, an envelope or an event record of Norce's Notification API, as JSON.
+    FILE is an order, an envelope or an event record of Norce's Notification API, as JSON. The URL is signed as it is
+    when registered at Norce.
     """
     config = load_config(config_path)
     if callback not in config.callbacks:
