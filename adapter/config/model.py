@@ -298,7 +298,7 @@ class SendersConfig(_Section, frozen=True, kw_only=True):
 
 
 class NotificationCallbackConfig(_Section, frozen=True, kw_only=True, tag="notification", tag_field="kind"):
-    """Something happened. It is stored, and delivered to the routes that want it."""
+    """Something happened. It is stored, and later delivered to the routes that want it."""
 
     kind: ClassVar[str] = "notification"
     scope: Annotated[str, doc("JSON pointer to the part of the order that Norce watches, such as /state.")]
@@ -323,13 +323,13 @@ class _AnsweredCallbackConfig(_Section, frozen=True, kw_only=True):
 
 
 class ValidationCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="validation", tag_field="kind"):
-    """May this order proceed? It is approved or rejected in time."""
+    """May this order proceed? The answer approves or rejects it."""
 
     kind: ClassVar[str] = "validation"
 
 
 class HookCallbackConfig(_AnsweredCallbackConfig, frozen=True, kw_only=True, tag="hook", tag_field="kind"):
-    """A change is about to be stored. It is accepted, refused or extended in time."""
+    """A change is about to be stored. The answer accepts, refuses or extends it."""
 
     kind: ClassVar[str] = "hook"
     watch: Annotated[Pointer, doc("JSON pointer to the part of the order whose changes Norce announces.")]

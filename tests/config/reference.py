@@ -129,8 +129,9 @@ def _members(type_: Any, example: Mapping[str, Any], described: set[str]) -> Ite
     if tag:
         yield from _described("Required: notification, validation or hook.", described)
         yield f"{tag}: {example[tag]}"
-    for field in msgspec.structs.fields(type_):
-        name = field.encode_name
+    fields = {field.encode_name: field for field in msgspec.structs.fields(type_)}
+    for name in example if fields.keys() == example.keys() else fields:
+        field = fields[name]
         left_out = type_ is RouteConfig and name in ONLY_FOR_ANSWERS and "no_answer" not in example
         if name not in example and (left_out or _about(field) in described):
             continue
