@@ -3,11 +3,9 @@
 Norce documents no retry policy, so it may attempt a notification only once. A missing notification is stored through
 the same intake as a callback, where its identity ensures that it is stored once. Reconciliation retries no dead letter.
 
-The event log cannot be filtered by time, its order is not documented, and its clock differs from ours. So the log is
-read from its newest end, whichever end that is, until a whole page is older than the watermark minus `overlap`. A log
-that is in no order is read completely. The watermark is a time of Norce's clock, but never later than ours: otherwise
-events would be lost when Norce's clock runs ahead and is set back. Events older than the ledger's memory are left
-alone, because nobody can tell any more whether they came.
+A run reads the log back to the watermark minus `overlap`. The watermark is a time of Norce's clock, but never later
+than ours: otherwise events would be lost when Norce's clock runs ahead and is set back. Events older than the ledger's
+memory are left alone, because nobody can tell any more whether they came.
 
 Facts: checkout protocol, sections 8.3 and 8.4.
 """
@@ -15,8 +13,7 @@ Facts: checkout protocol, sections 8.3 and 8.4.
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from datetime import UTC, datetime, timedelta
-from itertools import accumulate
+from datetime import datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -32,20 +29,17 @@ from adapter.ledger.key_values import Watermarks
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
-from adapter.norce.client import Event, Norce, NorceError, NorceTooLarge, NorceUnavailable, Page
+from adapter.norce.client import Event, Norce, NorceError
+from adapter.reconciliation.event_log import EventLog
 from adapter.routing.routes import Callback
 
 log = structlog.get_logger(__name__)
 
 CHECK_EVERY_SECONDS = 30.0
-PAGE_SIZE = 100
-MAX_PAGES = 100_000
-MIN_THIRD = 3  # events in a third of a page, to tell the order of the log from it
 MIN_AGE = timedelta(minutes=1)  # a younger event's notification may still be on its way
 MAX_CLOCK_DIFFERENCE = timedelta(hours=1)  # between Norce and us, for an event at the end of the ledger's memory
 TURN, WATERMARK, START = "reconciliation", "reconciled", "reconciled since"  # names in the ledger
 LONG_AGO = -(10**15)
-NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class LogProgress(msgspec.Struct, kw_only=True):
@@ -174,7 +168,7 @@ class Reconciliation:
         else:
             begins = max(to_datetime(start or 0), oldest)
         newest = watermark or 0
-        async for page in self._newest_pages(merchant, begins):
+        async for page in EventLog(self._norce, merchant, overlap=self._overlap).newest_pages(begins):
             events = [event for event in page.items if event.created_at >= begins]
             old = [event for event in events if not min_age or event.created_at < now - min_age]
             await self._store_missing(old, progress, dry_run=dry_run)
@@ -196,50 +190,6 @@ class Reconciliation:
         log.info("reconciled", merchant=merchant, events=progress.events, missed=progress.missed,
                  others=progress.others)  # fmt: skip
         yield
-
-    async def _newest_pages(self, merchant: str, begins: datetime) -> AsyncIterator[Page[Event]]:
-        """Yield pages from the newest end, up to one that is older than `begins`.
-
-        The reading direction makes changes of the log harmless. When old events fall out at the front of an
-        oldest-first log, the rest moves towards what is read next. When new events come in at the front of a
-        newest-first log, some are seen twice.
-        """
-        events = _EventLog(self._norce, merchant)
-        first = last = await events.page_from(0)
-        if first.total is not None and first.total > first.count > 0:
-            last = await events.page_until(first.total)
-        backwards = _newest(last) > _newest(first)
-        page = last if backwards else first
-        for _ in range(MAX_PAGES):
-            if not page.count:
-                if page.total is not None and page.offset < page.total:
-                    raise NorceUnavailable("Norce's log has more events than it gives")
-                return
-            yield page
-            moments = [event.created_at for event in page.items]
-            if moments and _newest(page) < begins and self._descends(moments[::-1] if backwards else moments):
-                return
-            if backwards:
-                if page.offset == 0:
-                    return
-                page = await events.page_until(page.offset)
-            else:
-                offset = page.offset + page.count
-                if page.total is not None and offset >= page.total:
-                    return
-                page = await events.page_from(offset)
-        raise NorceUnavailable("the log has no end")
-
-    def _descends(self, moments: Sequence[datetime]) -> bool:
-        """Tell whether a page shows that the log gets older in reading order.
-
-        Too few events or equal times do not show it. Every event may be up to `overlap` newer than one before it, since
-        Norce may write it late.
-        """
-        third = len(moments) // 3
-        if third < MIN_THIRD or min(moments[:third]) <= max(moments[-third:]):
-            return False
-        return all(at - oldest <= self._overlap for at, oldest in zip(moments, accumulate(moments, min), strict=True))
 
     async def _store_missing(self, events: Sequence[Event], progress: LogProgress, *, dry_run: bool) -> None:
         # A log does not speak for another merchant, nor for another adapter if Norce ignored the filter.
@@ -314,40 +264,6 @@ class Reconciliation:
         return None
 
 
-class _EventLog:
-    """The event log of one merchant, in pages as large as Norce and memory allow."""
-
-    def __init__(self, norce: Norce, merchant: str) -> None:
-        self._norce = norce
-        self._merchant = merchant
-        self._size = PAGE_SIZE
-
-    async def page_from(self, offset: int) -> Page[Event]:
-        """Read the page that begins at `offset`."""
-        return await self._read_page(offset, self._size)
-
-    async def page_until(self, end: int) -> Page[Event]:
-        """Read the page that ends at `end`, or at the end of the log if it has become shorter."""
-        while True:
-            offset = max(end - self._size, 0)
-            page = await self._read_page(offset, end - offset)
-            if page.total is not None and 0 < page.total <= offset:
-                end = page.total
-            elif not page.count or offset + page.count >= min(end, page.total or end):
-                return page
-            else:
-                self._size = page.count  # shorter than asked for: the events before `end` are missing
-
-    async def _read_page(self, offset: int, limit: int) -> Page[Event]:
-        while True:
-            try:
-                return await self._norce.events(self._merchant, offset=offset, limit=limit)
-            except NorceTooLarge:
-                if limit == 1:
-                    raise
-                self._size = limit = limit // 2
-
-
 class _Registered(msgspec.Struct):
     reference: str | None = None
     invoke: str | None = None
@@ -367,7 +283,3 @@ def _names_in(payload: msgspec.Raw) -> tuple[str | None, ...]:
     except ValueError:
         path = ""
     return registered.reference, unquote(path.rpartition("/")[2])
-
-
-def _newest(page: Page[Event]) -> datetime:
-    return max((event.created_at for event in page.items), default=NEVER)
