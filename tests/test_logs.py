@@ -232,26 +232,68 @@ asyncio.run(main())
     assert (ended.returncode, told) == (code, list(range(1000)))
 
 
-def test_a_frequent_line_is_written_soon_and_no_later_than_the_next_other() -> None:
+class Writes(io.StringIO):
+    """A stream that remembers what each call wrote: the events of its lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[list[str]] = []
+        self.flushed = asyncio.Event()
+
+    def write(self, text: str) -> int:
+        self.calls.append([json.loads(line)["event"] for line in text.splitlines()])
+        return len(text)
+
+    def flush(self) -> None:
+        self.flushed.set()
+
+
+@pytest.fixture
+def standard_error(monkeypatch: pytest.MonkeyPatch) -> Writes:
+    stream = Writes()
+    for name in ("stderr", "__stderr__"):
+        monkeypatch.setattr(sys, name, stream)
+    logs.configure()
+    return stream
+
+
+def test_frequent_lines_on_standard_error_share_one_write_with_the_next_other_line(standard_error: Writes) -> None:
     async def main() -> None:
-        written = asyncio.Event()
+        log().info("callback_answered")
+        log().warning("verdict")
+        assert standard_error.calls == []
+        log().info("serving")
+        log().info("verdict")
+        log().error("verdict")
 
-        class Stream(io.StringIO):
-            def flush(self) -> None:
-                written.set()
+    asyncio.run(main())
 
-        stream = Stream()
-        lines = logs._LineWriter(stream, buffers=True)
-        lines.info("one", frequent=True)
-        lines.info("two", frequent=True)
-        assert stream.getvalue() == ""
-        lines.warning("three")
-        assert stream.getvalue() == "one\ntwo\nthree\n"
-        lines.info("four", frequent=True)
-        async with asyncio.timeout(PATIENCE):
-            written.clear()
-            while not stream.getvalue().endswith("four\n"):  # the first time that runs out finds nothing new
-                await written.wait()
-                written.clear()
+    assert standard_error.calls == [["callback_answered", "verdict", "serving"], ["verdict", "verdict"]]
+
+
+def test_frequent_lines_on_standard_error_are_written_soon_though_no_other_follows(standard_error: Writes) -> None:
+    async def main() -> None:
+        for _ in range(2):
+            for _ in range(3):
+                log().info("verdict")
+            standard_error.flushed.clear()
+            async with asyncio.timeout(PATIENCE):
+                await standard_error.flushed.wait()
+
+    asyncio.run(main())
+
+    assert standard_error.calls == [["verdict"] * 3] * 2
+
+
+def test_a_frequent_line_is_written_at_once_without_an_event_loop(standard_error: Writes) -> None:
+    log().info("verdict")
+
+    assert standard_error.calls == [["verdict"]]
+
+
+def test_every_line_on_another_stream_is_written_at_once(lines: Lines) -> None:
+    async def main() -> None:
+        log().info("verdict")
+        assert len(lines()) == 1
 
     asyncio.run(main())

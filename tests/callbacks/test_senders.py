@@ -265,3 +265,14 @@ def test_a_refusal_and_a_sender_show_no_secret() -> None:
     shown += [refused(request(signed(sig=("canary",))), by), refused(request(headers={"authorization": "canary"}), by)]
 
     assert not any(secret in told for told in shown for secret in (NEW, BEARER, "canary"))
+
+
+def test_every_sender_that_may_be_identified_is_known_by_scheme_and_key() -> None:
+    by = senders(
+        keys={"new": NEW, "old": OLD}, headers=[("X-Secret", ["one-secret-value", "other-secret-value"], None)]
+    )
+
+    assert list(by.known) == [
+        ("signed_url", "new"), ("signed_url", "old"), ("header", "x-secret-1"), ("header", "x-secret-2")
+    ]  # fmt: skip
+    assert by.headers == ("x-secret",)
