@@ -64,7 +64,7 @@ def test_an_event_is_one_line_of_json_with_its_facts(lines: Lines) -> None:
     }
 
 
-def test_what_is_below_the_level_is_not_written(lines: Lines) -> None:
+def test_an_event_below_the_level_is_not_written(lines: Lines) -> None:
     log().debug("noise")
 
     assert lines() == []
@@ -123,7 +123,7 @@ def fails(order: str) -> None:
     raise ValueError(f"cannot parse {number}")
 
 
-def test_an_exception_shows_its_types_and_places_and_never_what_it_says_or_saw(lines: Lines) -> None:
+def test_an_exception_shows_its_types_and_places_and_never_its_message_or_locals(lines: Lines) -> None:
     try:
         try:
             fails(CANARY)
@@ -138,7 +138,7 @@ def test_an_exception_shows_its_types_and_places_and_never_what_it_says_or_saw(l
     assert CANARY not in json.dumps(line)
 
 
-def test_the_exception_at_hand_is_shown_where_asked(lines: Lines) -> None:
+def test_the_current_exception_is_shown_on_request(lines: Lines) -> None:
     try:
         fails(CANARY)
     except ValueError:
@@ -149,7 +149,7 @@ def test_the_exception_at_hand_is_shown_where_asked(lines: Lines) -> None:
     assert CANARY not in json.dumps(lines())
 
 
-def test_a_cause_that_was_put_away_is_not_shown() -> None:
+def test_a_suppressed_cause_is_not_shown() -> None:
     def raised() -> BaseException:
         try:
             try:
@@ -183,7 +183,7 @@ def test_a_deep_traceback_and_a_long_chain_are_cut() -> None:
     assert len(described[1]) == 5
 
 
-def test_a_library_is_heard_by_name_and_place_and_never_by_its_text(lines: Lines) -> None:
+def test_a_librarys_line_has_its_name_and_place_and_never_its_text(lines: Lines) -> None:
     try:
         fails(CANARY)
     except ValueError:
@@ -197,7 +197,7 @@ def test_a_library_is_heard_by_name_and_place_and_never_by_its_text(lines: Lines
     assert CANARY not in json.dumps(lines())
 
 
-def test_on_a_terminal_the_same_is_shown_in_colour_and_no_more() -> None:
+def test_a_terminal_shows_the_same_fields_in_colour() -> None:
     terminal = Terminal()
     logs.configure(stream=terminal)
     try:
@@ -211,7 +211,7 @@ def test_on_a_terminal_the_same_is_shown_in_colour_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)])
-def test_what_waits_to_be_written_is_written_before_the_process_ends(end: str, code: int) -> None:
+def test_buffered_lines_are_written_before_the_process_ends(end: str, code: int) -> None:
     program = f"""
 import asyncio, structlog
 from adapter import logs

@@ -61,11 +61,11 @@ def test_an_attribute_is_named_like_its_metric_without_prefix_and_unit(name: str
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_labels_are_of_the_closed_list(name: str) -> None:
+def test_labels_are_from_the_closed_list(name: str) -> None:
     assert set(labels_of(TABLE[name])) <= LABELS
 
 
-def test_no_label_is_given_an_order_or_what_a_caller_made_up() -> None:
+def test_no_label_is_taken_from_an_order_or_a_request() -> None:
     for name, call in uses():
         given = {node.id for each in call.args for node in ast.walk(each) if isinstance(node, ast.Name)}
         given |= {node.attr for each in call.args for node in ast.walk(each) if isinstance(node, ast.Attribute)}

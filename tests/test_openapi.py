@@ -120,7 +120,7 @@ def test_the_description_is_openapi_3_1() -> None:
     SCHEMA.validate()
 
 
-def test_its_schemas_are_json_schemas() -> None:
+def test_the_schemas_are_json_schemas() -> None:
     for schema in DESCRIPTION["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
 
@@ -149,7 +149,7 @@ def app_of(registrations: Registrations) -> PublicApp:
     return PublicApp(endpoint, routes(registrations, "our_adapter", {}))
 
 
-def test_it_describes_every_address_of_the_public_port_and_no_other(tmp_path: Path) -> None:
+def test_the_description_has_every_address_of_the_public_port_and_no_other(tmp_path: Path) -> None:
     router = app_of(Registrations(loaded(tmp_path), Broken(None), ())).router
     routes = [route for route in router.routes if isinstance(route, Route)]
     methods = {route.path: {each.lower() for each in route.methods} - {"head"} for route in routes}
@@ -382,7 +382,7 @@ def test_registrations_are_refused_with_the_statuses_and_codes_that_are_describe
 
 
 @SCHEMA.include(path=list(SERVED)).parametrize()
-def test_who_shows_no_secret_is_answered_as_described(case: Any, service: Service) -> None:
+def test_a_caller_without_a_secret_is_answered_as_described(case: Any, service: Service) -> None:
     answer = answered(case, service)
 
     if DESCRIPTION["paths"][case.operation.path][case.operation.method]["security"]:

@@ -83,7 +83,7 @@ def test_the_signature_is_the_published_vector() -> None:
     assert made == "dGM8UkshcHOuYrcszaLUd36LBLyGwecpSv4ENpPpacA"
 
 
-def test_what_is_signed_is_utf_8_and_not_escaped() -> None:
+def test_signed_values_are_utf_8_and_not_escaped() -> None:
     made = signature(NEW.encode(), Channel("norce", "1"), 'å/ä\u2028\u0001\x7f"\\', "order-status")
 
     assert made == by_definition(NEW, "norce", "1", 'å/ä\u2028\u0001\x7f"\\', "order-status")
@@ -176,7 +176,7 @@ def test_a_signature_that_does_not_fit_is_refused(query: dict[str, tuple[str, ..
     assert refused(request(query), by)
 
 
-def test_a_bad_signature_is_not_made_good_by_a_secret() -> None:
+def test_a_valid_secret_does_not_excuse_a_wrong_signature() -> None:
     by = senders(keys={"new": NEW}, headers=[("authorization", ["a-header-secret"], None)])
     raw = request(signed(sig=("wrong",)), {"authorization": "a-header-secret"})
 
@@ -202,7 +202,7 @@ BY_SECRET = senders(
     ],
     ids=["header, first", "header, second", "url, first", "url, second"],
 )
-def test_either_of_two_secrets_is_good_and_is_named(raw: RawCallback, scheme: str, key: str) -> None:
+def test_either_of_two_secrets_is_valid_and_is_named(raw: RawCallback, scheme: str, key: str) -> None:
     sender = BY_SECRET.identify(raw)
 
     assert (sender.scheme, sender.key) == (scheme, key)
@@ -234,7 +234,7 @@ def test_a_secret_that_does_not_fit_is_refused(raw: RawCallback) -> None:
     assert refused(raw, BY_SECRET) == "no valid secret"
 
 
-def test_a_secret_speaks_for_its_merchants_and_no_other() -> None:
+def test_a_secret_is_valid_for_its_merchants_and_no_other() -> None:
     bound = BY_SECRET.identify(request({"secret": ("a-first-url-secret",)}))
     free = BY_SECRET.identify(request(headers={"authorization": BEARER}))
 
@@ -243,14 +243,14 @@ def test_a_secret_speaks_for_its_merchants_and_no_other() -> None:
     assert free.may_speak_for("other")
 
 
-def test_who_is_asked_first_among_secrets_does_not_hide_the_others() -> None:
+def test_a_wrong_secret_does_not_hide_a_valid_one() -> None:
     by = senders(headers=[("x-one", ["the-first-secret"], ("norce",)), ("x-two", ["the-second-secret"], None)])
 
     assert by.identify(request(headers={"x-one": "nonsense", "x-two": "the-second-secret"})).key == "x-two-1"
 
 
 @given(st.text(max_size=40), st.dictionaries(text, st.lists(st.text(max_size=40), max_size=3).map(tuple), max_size=4))
-def test_whatever_is_shown_is_answered_by_a_sender_or_a_refusal(shown: str, query: dict[str, tuple[str, ...]]) -> None:
+def test_any_header_and_query_gives_a_sender_or_a_refusal(shown: str, query: dict[str, tuple[str, ...]]) -> None:
     by = senders(
         keys={"new": NEW}, headers=[("authorization", [BEARER], None)], urls=[("secret", ["a-url-secret"], None)]
     )

@@ -105,7 +105,7 @@ def test_a_connection_that_sends_nothing_is_closed(connection) -> None:
     assert wire.closed
 
 
-def test_a_head_that_drips_in_is_closed_however_busily_it_drips(connection) -> None:
+def test_a_head_that_arrives_byte_by_byte_is_closed_at_the_time_limit(connection) -> None:
     loop, protocol, wire = connection
     for byte in HEAD[:-4]:
         protocol.data_received(bytes([byte]))
@@ -115,7 +115,7 @@ def test_a_head_that_drips_in_is_closed_however_busily_it_drips(connection) -> N
     assert wire.closed
 
 
-def test_a_head_that_grows_and_grows_is_closed(connection) -> None:
+def test_a_head_beyond_the_size_limit_is_closed(connection) -> None:
     _, protocol, wire = connection
     protocol.data_received(b"POST / HTTP/1.1\r\n")
     for number in range(LARGEST_HEAD_BYTES // 1000 + 1):
@@ -124,7 +124,7 @@ def test_a_head_that_grows_and_grows_is_closed(connection) -> None:
     assert wire.closed
 
 
-def test_a_body_has_no_such_end_here(connection) -> None:
+def test_a_body_is_not_limited_by_the_protocol(connection) -> None:
     loop, protocol, wire = connection
     protocol.data_received(HEAD)
 
@@ -133,7 +133,7 @@ def test_a_body_has_no_such_end_here(connection) -> None:
     assert not wire.closed
 
 
-def test_a_request_whose_body_has_come_whole_is_told_from_one_that_is_waited_for(connection) -> None:
+def test_a_request_with_a_complete_body_is_marked(connection) -> None:
     loop, protocol, _ = connection
     told = []
     for data in (HEAD, b"{", b"}", HEAD + b"{}", HEAD):
@@ -158,7 +158,7 @@ def test_a_caller_that_closes_the_connection_before_its_answer_is_noted(connecti
     assert noted == ["second"]
 
 
-def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:
+def test_each_request_of_a_connection_has_its_own_time_limit(connection) -> None:
     loop, protocol, wire = connection
     for _ in range(2):
         protocol.data_received(HEAD + b"{}")
@@ -173,7 +173,7 @@ def test_each_request_of_a_connection_has_a_time_of_its_own(connection) -> None:
     assert wire.closed
 
 
-def test_beyond_so_many_at_once_the_next_is_refused_unread_and_its_connection_lives(connection) -> None:
+def test_a_request_beyond_the_limit_is_refused_unread_and_its_connection_stays_open(connection) -> None:
     loop, protocol, wire = connection
     others = [loop.create_future() for _ in range(MOST_AT_ONCE)]
     protocol.tasks.update(others)
@@ -194,7 +194,7 @@ def test_beyond_so_many_at_once_the_next_is_refused_unread_and_its_connection_li
     ("waiting", "at_once", "is_refused"),
     [(0, MOST_AT_ONCE, True), (1, MOST_AT_ONCE, False), (MOST_WAITING, MOST_WAITING, True)],
 )
-def test_who_only_waits_shuts_nobody_out_up_to_a_bound(
+def test_waiting_requests_count_only_towards_their_own_limit(
     connection, waiting: int, at_once: int, is_refused: bool
 ) -> None:
     loop, protocol, wire = connection
@@ -208,7 +208,7 @@ def test_who_only_waits_shuts_nobody_out_up_to_a_bound(
     assert (wire.written == REFUSAL) is is_refused
 
 
-def test_a_caller_that_waits_for_a_word_before_it_sends_its_body_is_refused_at_once(connection) -> None:
+def test_a_caller_that_expects_100_continue_is_refused_at_once(connection) -> None:
     loop, protocol, wire = connection
     protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
 
@@ -219,7 +219,7 @@ def test_a_caller_that_waits_for_a_word_before_it_sends_its_body_is_refused_at_o
     protocol.tasks.clear()
 
 
-def test_a_connection_that_wants_to_end_ends_after_its_refusal(connection) -> None:
+def test_a_refusal_honours_connection_close(connection) -> None:
     loop, protocol, wire = connection
     protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
 
@@ -230,7 +230,7 @@ def test_a_connection_that_wants_to_end_ends_after_its_refusal(connection) -> No
     protocol.tasks.clear()
 
 
-def test_many_that_come_at_once_are_let_in_at_once() -> None:
+def test_many_new_connections_are_accepted_at_once() -> None:
     """On the loop that the service runs on, and though it goes round only a few times in all that time."""
 
     async def answer(_scope: Scope, _receive: Receive, send: Send) -> None:
@@ -282,7 +282,7 @@ def through(wire: Pieces) -> Any:
     return _HeadBuffer(wire)  # type: ignore[arg-type]
 
 
-def test_head_and_body_go_out_together() -> None:
+def test_head_and_body_are_written_together() -> None:
     wire = Pieces()
     transport = through(wire)
 
@@ -296,7 +296,7 @@ def test_head_and_body_go_out_together() -> None:
 
 
 @pytest.mark.parametrize("ends", ["flush", "close"])
-def test_a_head_without_a_body_goes_out_at_the_end(ends: str) -> None:
+def test_a_head_without_a_body_is_written_at_the_end(ends: str) -> None:
     wire = Pieces()
     transport = through(wire)
 
@@ -308,7 +308,7 @@ def test_a_head_without_a_body_goes_out_at_the_end(ends: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"HTTP/1.1 100 Continue\r\n\r\n", REFUSAL, b"0\r\n\r\n", b"anything"])
-def test_what_is_no_head_or_is_waited_for_goes_out_at_once(data: bytes) -> None:
+def test_other_bytes_are_written_at_once(data: bytes) -> None:
     wire = Pieces()
 
     through(wire).write(data)
@@ -316,5 +316,5 @@ def test_what_is_no_head_or_is_waited_for_goes_out_at_once(data: bytes) -> None:
     assert wire.pieces == [data]
 
 
-def test_everything_else_is_asked_of_the_connection() -> None:
+def test_other_attributes_are_those_of_the_connection() -> None:
     assert through(Pieces()).get_extra_info("peername") == "the peername of the connection"

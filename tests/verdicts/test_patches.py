@@ -72,7 +72,7 @@ def refusal(*asked: list[Patch], target: str | None = "/cart") -> tuple[str, str
     ],
     ids=lambda patch: f"{patch.op} {patch.path}",
 )
-def test_a_patch_that_changes_something_is_answered_as_it_was_asked(patch):
+def test_a_patch_that_changes_something_is_sent_unchanged(patch):
     assert merged([patch]) == [patch]
 
 
@@ -93,7 +93,7 @@ def test_a_patch_that_changes_something_is_answered_as_it_was_asked(patch):
     ],
     ids=lambda patch: f"{patch.op} {patch.path}",
 )
-def test_what_is_already_as_wanted_is_not_answered(patch):
+def test_a_patch_that_changes_nothing_is_not_sent(patch):
     assert merged([patch]) == []
 
 
@@ -110,7 +110,7 @@ def test_what_is_already_as_wanted_is_not_answered(patch):
     ],
     ids=["end", "position", "several"],
 )
-def test_what_moves_elements_is_answered_as_the_whole_array(patches):
+def test_a_patch_that_moves_elements_is_sent_as_the_whole_array(patches):
     assert merged(patches) == [replace("/cart/items", [*ORDER["cart"]["items"], {"sku": "book"}])]
 
 
@@ -123,13 +123,13 @@ def test_several_patches_of_one_place_become_one():
     assert merged([remove("/cart/total"), add("/cart/total", {"includingVat": 987.2})]) == []
 
 
-def test_lists_are_answered_one_after_the_other():
+def test_lists_are_sent_one_after_the_other():
     one, other = [replace("/cart/items/0/quantity", 3)], [add("/cart/a", 1), replace("/cart/items/1/quantity", 5)]
 
     assert merged(one, [], other) == [*one, *other]
 
 
-def test_nothing_asked_is_nothing_done():
+def test_without_patches_nothing_is_sent():
     class Untouchable:
         def __getattribute__(self, name: str) -> Any:
             raise AssertionError(name)
@@ -153,7 +153,7 @@ def test_nothing_asked_is_nothing_done():
     ],
     ids=["no-target", "elsewhere", "longer-name", "above", "moves-its-neighbours", "nothing-to-remove"],
 )
-def test_outside_the_target_nothing_is_patched(target, patch):
+def test_a_patch_outside_the_target_is_refused(target, patch):
     assert refusal([patch], target=target) == ("outside-target", patch.path)
 
 
@@ -182,7 +182,7 @@ def test_the_target_itself_and_its_elements_may_be_patched():
     ],
     ids=lambda patch: f"{patch.op} {patch.path}",
 )
-def test_what_does_not_apply_takes_its_whole_list_along(patch):
+def test_a_patch_that_does_not_apply_drops_its_whole_list(patch):
     assert refusal([add("/cart/a", 1), patch, add("/cart/b", 1)]) == ("does-not-apply", patch.path)
 
 
@@ -207,7 +207,7 @@ def test_what_does_not_apply_takes_its_whole_list_along(patch):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_value_that_is_no_json_is_never_answered(value):
+def test_a_value_that_is_not_json_is_refused(value):
     patch = add("/cart/a", {"deep": [value]} if value is not CYCLIC and type(value) is not list else value)
 
     assert refusal([patch]) == ("not-json", "/cart/a")
@@ -215,11 +215,11 @@ def test_a_value_that_is_no_json_is_never_answered(value):
         encode([patch])
 
 
-def test_a_path_that_is_no_text_is_never_answered():
+def test_a_path_that_is_not_text_is_refused():
     assert refusal([add("/cart/\ud800", 1)])[0] == "not-json"
 
 
-def test_a_value_may_be_as_deep_as_conditions_can_look():
+def test_a_value_may_be_as_deep_as_conditions_evaluate():
     assert merged([add("/cart/a", nested(MAX_DEPTH))]) == [add("/cart/a", nested(MAX_DEPTH))]
 
 
@@ -241,7 +241,7 @@ def test_a_value_may_be_as_deep_as_conditions_can_look():
         "same", "below", "above", "removed", "array", "element", "append", "holds-already", "held-before", "absent",
     ],
 )  # fmt: skip
-def test_of_lists_that_contradict_each_other_the_earlier_holds(one, other, path):
+def test_the_earlier_of_two_contradicting_lists_is_sent(one, other, path):
     assert refusal(one, [add("/cart/free", 1), *other]) == ("contradicts", path)
 
 
@@ -257,14 +257,14 @@ def test_of_lists_that_contradict_each_other_the_earlier_holds(one, other, path)
     ],
     ids=["value", "element", "append", "inside", "gone-with-it", "by-another-way"],
 )
-def test_the_same_wish_twice_is_answered_once(one, other):
+def test_a_patch_of_two_lists_is_sent_once(one, other):
     free = [replace("/cart/attributes/gift", False)]
 
     assert merged(one, other) == merged(one)
     assert merged(one, [*free, *other]) == merged(one) + free
 
 
-def test_a_list_that_was_left_out_contradicts_nobody():
+def test_a_list_that_was_left_out_contradicts_no_other():
     answer, (first, second, third) = merge(
         ORDER, [[add("/cart/a", 1), add("/customer/a", 1)], [add("/cart/a", 2)], [add("/cart/a", 3)]], "/cart"
     )
@@ -286,7 +286,7 @@ def test_the_message_names_the_place_and_the_remedy_and_no_value():
 # --- what leaves ----------------------------------------------------------------------------------------------------
 
 
-def test_the_answer_is_the_array_that_norce_takes():
+def test_the_answer_is_the_array_that_norce_expects():
     patches = [
         replace("/cart/total", {"includingVat": Decimal("1879.10"), "a": (1, None)}),
         remove("/cart/å"),
@@ -415,7 +415,7 @@ def test_the_answer_applies_inside_its_target_and_the_order_is_not_touched(data,
 
 
 @given(st.data(), ORDERS)
-def test_every_list_that_is_not_left_out_has_its_way(data, order):
+def test_the_result_agrees_with_every_list_that_is_not_left_out(data, order):
     """Where nothing in an array moves, applying such a list to the result once more changes nothing."""
     asked = data.draw(st.lists(patch_lists(order, "add replace", most=2), max_size=3))
     answer, refused = merge(order, asked, "")
@@ -427,7 +427,7 @@ def test_every_list_that_is_not_left_out_has_its_way(data, order):
 
 
 @given(st.data(), ORDERS)
-def test_answers_end(data, order):
+def test_answers_to_the_own_patches_end(data, order):
     """As long as the routes ask for the same values, a fixed point is reached: no two can take turns."""
     asked = data.draw(st.lists(patch_lists(order, most=2), min_size=1, max_size=4))
     assume(all(sets_values(order, patches) for patches in asked))

@@ -306,7 +306,7 @@ def test_problems_come_in_the_order_of_the_configuration_not_of_the_answers(tmp_
     assert all(verdict.missing is None for verdict in verdicts)
 
 
-def test_only_routes_whose_condition_holds_are_asked(tmp_path: Path) -> None:
+def test_only_routes_whose_condition_holds_give_a_verdict(tmp_path: Path) -> None:
     routes = route("here", "deny", more=", when: {scope: /country, schema: {const: SE}}, settings: {code: here}")
     routes += route("there", "deny", more=", when: {scope: /country, schema: {const: NO}}, settings: {code: there}")
     routes += route("nowhere", "deny", more=", when: {scope: /county}, settings: {code: nowhere}")
@@ -314,7 +314,7 @@ def test_only_routes_whose_condition_holds_are_asked(tmp_path: Path) -> None:
     assert codes(asked(tmp_path, routes, {"deny": Deny})) == ["here"]
 
 
-def test_no_route_is_no_verdict_and_norce_is_not_asked(tmp_path: Path) -> None:
+def test_without_routes_there_is_no_verdict_and_no_call_to_norce(tmp_path: Path) -> None:
     assert asked(tmp_path, "", {}, lambda _request: pytest.fail("nobody needs the order")) == []
 
 
@@ -387,7 +387,7 @@ def test_a_late_answer_counts_as_the_routes_no_answer(tmp_path: Path, late: Any,
     assert (second.missing, codes([second])) == (None, ["a-code"])
 
 
-def test_a_handler_that_says_it_computes_and_waits_has_no_answer_and_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_computing_handler_that_waits_gets_its_no_answer_at_once(tmp_path: Path) -> None:
     Forever.cancelled.clear()
 
     (verdict,) = asked(tmp_path, route("one", "waits"), {"waits": ForeverInPlace})
@@ -458,7 +458,7 @@ UNREADABLE: dict[str, Callable[[httpx.Request], Any]] = {
 
 
 @pytest.mark.parametrize("norce", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_an_order_that_cannot_be_read_is_every_routes_no_answer(
+def test_an_order_that_cannot_be_read_gives_every_routes_no_answer(
     tmp_path: Path, norce: Callable[[httpx.Request], Any]
 ) -> None:
     routes = route("one", "deny", no_answer="approve") + route("two", "deny", no_answer="reject")
@@ -469,7 +469,7 @@ def test_an_order_that_cannot_be_read_is_every_routes_no_answer(
     assert codes([one, two]) == ["not-answered"]
 
 
-def test_an_order_that_norce_does_not_have_is_no_verdict(tmp_path: Path) -> None:
+def test_an_order_that_norce_does_not_have_raises_order_missing(tmp_path: Path) -> None:
     with pytest.raises(OrderMissing):
         asked(tmp_path, route("one", "deny"), {"deny": Deny}, lambda _request: httpx.Response(404))
 
@@ -561,7 +561,7 @@ def decided(answer: Answer) -> list[tuple[str, str | None]]:
     return [(verdict.decided, verdict.missing) for verdict in answer.verdicts]
 
 
-def test_a_hook_that_nobody_answers_is_accepted(tmp_path: Path) -> None:
+def test_a_hook_without_routes_is_accepted(tmp_path: Path) -> None:
     answer = changed(tmp_path, "")
 
     assert (answer.stops, answer.patches, answer.document, answer.verdicts) == (False, [], b"[]", [])
@@ -598,13 +598,13 @@ def test_the_first_refusal_in_the_order_of_the_configuration_is_the_answer(tmp_p
     assert decided(answer) == [("patch", None), ("refuse", None), ("refuse", None)]
 
 
-def test_only_hooks_whose_condition_holds_are_asked(tmp_path: Path) -> None:
+def test_only_hook_routes_whose_condition_holds_give_a_verdict(tmp_path: Path) -> None:
     answer = changed(tmp_path, hook("there", "refuse", more=", when: {scope: /country, schema: {const: NO}}"))
 
     assert (answer.stops, answer.verdicts) == (False, [])
 
 
-def test_what_is_already_as_wanted_is_not_answered_so_that_a_patch_that_comes_back_ends(tmp_path: Path) -> None:
+def test_a_patch_that_changes_nothing_is_an_acceptance(tmp_path: Path) -> None:
     answer = changed(tmp_path, hook("one", "patch", more=wishing(value="ordinarie")))
 
     assert (answer.document, decided(answer)) == (b"[]", [("accept", None)])
@@ -619,7 +619,7 @@ UNANSWERABLE = {
 
 @pytest.mark.parametrize(("reason", "wish"), UNANSWERABLE.items(), ids=UNANSWERABLE.keys())
 @pytest.mark.parametrize("no_answer", ["approve", "reject"])
-def test_patches_that_cannot_be_answered_are_the_routes_no_answer(
+def test_patches_that_cannot_be_used_give_the_routes_no_answer(
     tmp_path: Path, reason: str, wish: dict[str, str], no_answer: str
 ) -> None:
     routes = hook("one", "patch") + hook("two", "patch", no_answer=no_answer, more=wishing(**wish))
@@ -686,7 +686,7 @@ def test_a_broken_hook_counts_as_its_no_answer(tmp_path: Path, broken: Callable[
     assert decided(answer) == [("refuse", "failed")]
 
 
-def test_a_refusal_of_a_validation_is_a_mistake_of_its_handler(tmp_path: Path) -> None:
+def test_a_refusal_raised_by_a_validation_is_a_failure(tmp_path: Path) -> None:
     (verdict,) = asked(tmp_path, route("one", "refuse"), {"refuse": raising(lambda: Refuse("a-code", "No."))})
 
     assert verdict.missing == "failed"
@@ -700,7 +700,7 @@ def test_a_late_hook_counts_as_its_no_answer(tmp_path: Path, no_answer: str, cou
 
 
 @pytest.mark.parametrize(("no_answer", "stops"), [("approve", False), ("reject", True)])
-def test_a_mistake_of_ours_counts_as_every_routes_no_answer(tmp_path: Path, no_answer: str, stops: bool) -> None:
+def test_an_internal_error_gives_every_routes_no_answer(tmp_path: Path, no_answer: str, stops: bool) -> None:
     async def ask() -> tuple[Answer, Answer]:
         routes = hook("one", "patch-in-place", no_answer=no_answer) + route("two", "deny", no_answer=no_answer)
         async with asking(tmp_path, routes, HOOKS | {"deny": Deny}) as at:
@@ -715,7 +715,7 @@ def test_a_mistake_of_ours_counts_as_every_routes_no_answer(tmp_path: Path, no_a
 # --- what is counted and logged ---------------------------------------------------------------------------------------
 
 
-def test_verdicts_are_counted_by_route_and_outcome(tmp_path: Path) -> None:
+def test_verdicts_are_counted_by_route_and_decision(tmp_path: Path) -> None:
     async def ask() -> Asking:
         routes = route("yes", "approve") + route("no", "deny") + route("late", "forever", no_answer="approve")
         routes += hook("patches", "patch") + hook("refuses", "refuse") + hook("accepts", "accept")
@@ -779,7 +779,7 @@ def test_every_verdict_is_one_line(tmp_path: Path) -> None:
     )
 
 
-def test_an_answer_that_did_not_come_is_logged_with_its_reason(tmp_path: Path) -> None:
+def test_a_missing_verdict_is_logged_with_its_reason(tmp_path: Path) -> None:
     stream = io.StringIO()
     root_handlers = logs.logging.getLogger().handlers
     logs.configure(stream=stream)
@@ -802,7 +802,7 @@ def test_an_answer_that_did_not_come_is_logged_with_its_reason(tmp_path: Path) -
     assert "canary" not in stream.getvalue()
 
 
-def test_patches_that_cannot_be_answered_are_logged_with_their_place(tmp_path: Path) -> None:
+def test_patches_that_cannot_be_used_are_logged_with_their_place(tmp_path: Path) -> None:
     with capture_logs() as logged:
         changed(tmp_path, hook("one", "patch", more=wishing(path="/customer/type", value="canary")))
 
@@ -811,7 +811,7 @@ def test_patches_that_cannot_be_answered_are_logged_with_their_place(tmp_path: P
     assert "canary" not in str(logged)
 
 
-def test_nothing_is_logged_before_the_answer_is_there(tmp_path: Path) -> None:
+def test_nothing_is_logged_before_the_answer_is_returned(tmp_path: Path) -> None:
     """To write is to let go of the interpreter, at the very moment when the deadline is a margin away."""
 
     async def ask() -> None:
@@ -862,7 +862,7 @@ LATE: dict[str, tuple[str, str, tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("more", "says", "codes_", "result"), LATE.values(), ids=LATE.keys())
-def test_what_a_late_route_says_is_recorded_with_what_counted_in_its_stead(
+def test_a_late_verdict_is_recorded_with_the_no_answer_that_was_used(
     tmp_path: Path, more: str, says: str, codes_: tuple[str, ...], result: str
 ) -> None:
     async def ask() -> tuple[Asking, LoggedVerdict]:
@@ -893,7 +893,7 @@ LATE_HOOKS: dict[str, tuple[dict[str, str], str, tuple[str, ...], str]] = {
 
 
 @pytest.mark.parametrize(("wish", "says", "codes_", "result"), LATE_HOOKS.values(), ids=LATE_HOOKS.keys())
-def test_what_a_late_hook_says_is_recorded_as_it_would_have_counted(
+def test_a_late_verdict_of_a_hook_is_recorded_as_merged_with_the_order(
     tmp_path: Path, wish: dict[str, str], says: str, codes_: tuple[str, ...], result: str
 ) -> None:
     async def ask() -> tuple[Asking, LoggedVerdict]:
@@ -911,7 +911,7 @@ def test_what_a_late_hook_says_is_recorded_as_it_would_have_counted(
     assert at.counted("verdicts_unused_total", **labels) == 1
 
 
-def test_so_many_may_be_late_and_the_oldest_are_given_up_and_counted(tmp_path: Path) -> None:
+def test_the_oldest_of_too_many_late_runs_is_cancelled_and_counted(tmp_path: Path) -> None:
     Forever.cancelled.clear()
 
     async def ask() -> float:
@@ -933,7 +933,7 @@ def breaker_of(failures: int) -> tuple[CircuitBreaker, HandClock]:
     return CircuitBreaker(failures=failures, open_for=timedelta(seconds=30), clock=clock), clock
 
 
-def test_a_route_that_misses_again_and_again_is_answered_for_at_once_and_then_asked_once(tmp_path: Path) -> None:
+def test_the_circuit_breaker_skips_a_late_route_and_then_probes_it(tmp_path: Path) -> None:
     breaker, clock = breaker_of(2)
 
     async def ask() -> tuple[list[str | None], Asking]:
@@ -954,7 +954,7 @@ def test_a_route_that_misses_again_and_again_is_answered_for_at_once_and_then_as
     assert at.counted("verdicts_missing_total", callback="order-rules", route="one", reason="circuit-open") == 2
 
 
-def test_what_fails_at_once_is_no_miss(tmp_path: Path) -> None:
+def test_a_quick_failure_is_no_miss(tmp_path: Path) -> None:
     """It holds up nobody; and an order that a rule cannot be decided on must not switch the rule off for the others."""
     breaker, _ = breaker_of(1)
 
@@ -969,7 +969,7 @@ def test_what_fails_at_once_is_no_miss(tmp_path: Path) -> None:
     assert asyncio.run(ask()) == ["failed"] * 3
 
 
-def test_what_fails_past_the_soft_limit_is_a_miss(tmp_path: Path) -> None:
+def test_a_failure_past_the_soft_limit_is_a_miss(tmp_path: Path) -> None:
     """A destination that does not answer: its client gives up a little before the deadline."""
 
     class GivesUp(Dawdles):
@@ -991,7 +991,7 @@ def test_what_fails_past_the_soft_limit_is_a_miss(tmp_path: Path) -> None:
     assert asyncio.run(ask()) == ["failed", "circuit-open"]
 
 
-def test_who_was_held_up_by_another_is_not_bypassed_for_it(tmp_path: Path) -> None:
+def test_a_route_delayed_by_another_is_no_miss(tmp_path: Path) -> None:
     breaker, _ = breaker_of(1)
 
     async def ask() -> list[tuple[str | None, ...]]:
@@ -1048,7 +1048,7 @@ SHADOWS: dict[str, tuple[str, str, str, str]] = {
 
 
 @pytest.mark.parametrize(("enforced", "shadow", "says", "result"), SHADOWS.values(), ids=SHADOWS.keys())
-def test_what_a_shadow_says_is_recorded_and_compared_and_never_acted_on(
+def test_a_shadow_verdict_is_recorded_and_compared_and_never_used(
     tmp_path: Path, enforced: str, shadow: str, says: str, result: str
 ) -> None:
     answer, logged, compared = shadowed(tmp_path, enforced, shadow)
@@ -1066,9 +1066,7 @@ def test_the_order_is_read_for_a_shadow_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("computes", [False, True])
-def test_a_shadow_that_blocks_its_thread_holds_up_neither_the_answer_nor_other_handlers(
-    tmp_path: Path, computes: bool
-) -> None:
+def test_a_blocking_shadow_delays_neither_the_answer_nor_other_handlers(tmp_path: Path, computes: bool) -> None:
     block = type("Shadow", (Block,), {"computes": computes})
 
     async def ask() -> tuple[list[Answer], LoggedVerdict]:
@@ -1086,7 +1084,7 @@ def test_a_shadow_that_blocks_its_thread_holds_up_neither_the_answer_nor_other_h
     assert (logged.decided, logged.codes) == ("reject", ("too-late",))
 
 
-def test_a_shadow_that_does_not_want_the_order_is_not_asked(tmp_path: Path) -> None:
+def test_a_shadow_route_whose_condition_does_not_hold_is_not_run(tmp_path: Path) -> None:
     async def ask() -> bool:
         when = ", when: {scope: /country, schema: {const: NO}}"
         async with asking(tmp_path, route("s", "deny", more=SHADOW + when), {"deny": Deny}) as at:
