@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from adapter.app import running
 from adapter.routing import routes
 from adapter.routing.routes import build
 from tests import PATIENCE
+from tests.databases import rows
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -108,12 +108,9 @@ def save(folder: Path, body: Any) -> Path:
     return path
 
 
-def rows(config: Path, sql: str) -> list[Any]:
-    connection = sqlite3.connect(config.parent / "ledger.db")
-    try:
-        return connection.execute(sql).fetchall()
-    finally:
-        connection.close()
+def execute(config: Path, sql: str) -> list[Any]:
+    """Execute a statement on the ledger beside the configuration."""
+    return rows(f"sqlite:///{config.parent}/ledger.db", sql)
 
 
 # --- usage and version ------------------------------------------------------------------------------------------------
@@ -321,7 +318,7 @@ def test_send_repeats_and_counts_the_answers(serving: Serving, config: Path, tmp
     result = run_send(serving, config, file, "--repeat", 5, "--expect", 200)
 
     assert (result.exit_code, result.stdout) == (OK, "200: 5\n")
-    assert len(rows(config, "SELECT id FROM notifications WHERE order_id = 'repeated'")) == 1
+    assert len(execute(config, "SELECT id FROM notifications WHERE order_id = 'repeated'")) == 1
 
 
 def test_send_fails_if_an_answer_has_another_status_than_expected(serving: Serving, config: Path, order: Path) -> None:
@@ -354,7 +351,7 @@ def test_send_unwraps_an_event_record_and_keeps_an_envelope(
     result = run_send(serving, config, file, "--expect", 200)
 
     assert result.exit_code == OK
-    [(body,)] = rows(config, f"SELECT body FROM notifications WHERE order_id = 'wrapped-{member}'")
+    [(body,)] = execute(config, f"SELECT body FROM notifications WHERE order_id = 'wrapped-{member}'")
     assert json.loads(body) == envelope
 
 
@@ -363,7 +360,7 @@ def test_send_sends_an_order_byte_for_byte(serving: Serving, config: Path, tmp_p
 
     run_send(serving, config, save(tmp_path, raw))
 
-    assert rows(config, "SELECT body FROM notifications WHERE order_id = 'raw'") == [(raw,)]
+    assert execute(config, "SELECT body FROM notifications WHERE order_id = 'raw'") == [(raw,)]
 
 
 def test_send_replaces_id_merchant_and_channel_by_options(serving: Serving, config: Path, tmp_path: Path) -> None:
@@ -376,7 +373,7 @@ def test_send_replaces_id_merchant_and_channel_by_options(serving: Serving, conf
 
     assert (without.exit_code, refused.exit_code) == (USAGE, USAGE)
     assert (sent.exit_code, sent.stdout) == (OK, "200: 1\n")
-    assert rows(config, "SELECT order_id FROM notifications WHERE merchant = 'other'") == [("an odd?id#å",)]
+    assert execute(config, "SELECT order_id FROM notifications WHERE merchant = 'other'") == [("an odd?id#å",)]
     assert "give --order, --merchant and --channel" in without.stderr
 
 
@@ -397,7 +394,7 @@ def test_send_authenticates_by_any_configured_method(tmp_path: Path, senders: st
 
     assert (result.exit_code, result.stdout) == (OK, "200: 1\n"), result.output
     assert "canary" not in result.output
-    assert rows(path, "SELECT order_id FROM notifications") == [(order_id,)]
+    assert execute(path, "SELECT order_id FROM notifications") == [(order_id,)]
 
 
 def test_send_chooses_a_secret_for_the_merchant(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from tests.cli.test_cli import (
     STORE,
     USAGE,
     Serving,
+    execute,
     run,
     write,
 )
@@ -82,11 +83,7 @@ def served(config: Path) -> Iterator[Path]:
 
 
 def states(config: Path) -> list[Any]:
-    return [row[0] for row in sql(config, "SELECT state FROM deliveries ORDER BY id")]
-
-
-def sql(config: Path, text: str) -> list[Any]:
-    return rows(f"sqlite:///{config.parent}/ledger.db", text)
+    return [row[0] for row in execute(config, "SELECT state FROM deliveries ORDER BY id")]
 
 
 # --- lists ----------------------------------------------------------------------------------------------------------
@@ -174,15 +171,15 @@ def test_lists_work_if_a_handler_is_broken(config: Path) -> None:
 
 
 def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
-    before = sql(config, "SELECT * FROM deliveries"), sql(config, "SELECT * FROM lanes")
+    before = execute(config, "SELECT * FROM deliveries"), execute(config, "SELECT * FROM lanes")
 
     result = command("deliveries", "retry", "--all", "--dry-run", "--output", "json", *BY, config=config)
 
     assert result.exit_code == OK
     assert sum(row["count"] for row in json.loads(result.stdout)) == 2
     assert "1 left out, because their effect is unknown" in result.stderr
-    assert before == (sql(config, "SELECT * FROM deliveries"), sql(config, "SELECT * FROM lanes"))
-    assert sql(config, "SELECT 1 FROM actions") == []
+    assert before == (execute(config, "SELECT * FROM deliveries"), execute(config, "SELECT * FROM lanes"))
+    assert execute(config, "SELECT 1 FROM actions") == []
 
 
 @pytest.mark.parametrize(
@@ -205,7 +202,7 @@ def test_dead_letters_are_retried_and_discarded(
 
     assert (result.exit_code, result.stdout) == (OK, f"{said}\n"), result.output
     assert states(served) == after
-    assert sql(served, "SELECT who, why, changed FROM actions") == [
+    assert execute(served, "SELECT who, why, changed FROM actions") == [
         ("anna", "the shop is mended", int(said.split()[0]))
     ]
 
@@ -258,7 +255,7 @@ def test_a_user_without_a_name_is_recorded_by_number(
     monkeypatch.setattr(getpass, "getuser", no_name)
 
     assert command("deliveries", "discard", "1", "--why", "x", config=served).exit_code == OK
-    [(who,)] = sql(served, "SELECT who FROM actions")
+    [(who,)] = execute(served, "SELECT who FROM actions")
     assert who.startswith("uid ")
 
 
@@ -509,7 +506,7 @@ def test_store_check_stats_and_migrate(config: Path) -> None:
 
 
 def test_faults_are_printed_and_are_1(config: Path) -> None:
-    sql(config, "UPDATE lanes SET next_at = NULL WHERE next_at IS NOT NULL")
+    execute(config, "UPDATE lanes SET next_at = NULL WHERE next_at IS NOT NULL")
 
     result = command("store", "check", config=config)
 
@@ -545,7 +542,7 @@ def test_a_missing_store_is_5_and_is_not_created(tmp_path: Path, arguments: list
 
 
 def test_older_tables_are_5_with_a_remedy(config: Path) -> None:
-    sql(config, "DROP TABLE actions")
+    execute(config, "DROP TABLE actions")
 
     result = command("store", "actions", config=config)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_cli import FAILED, NOTHING_MATCHED, OK, SIGNED, USAGE, Serving, run, write
-from tests.databases import rows
+from tests.cli.test_cli import FAILED, NOTHING_MATCHED, OK, SIGNED, USAGE, Serving, execute, run, write
 from tests.simulators import Served
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -224,9 +223,7 @@ def test_orders_of_a_written_channel_notify_without_registration(norce: Norce, c
         order = norce.order()
         norce.ask("put_state", {"currentStatus": "processing"}, order_id=order)
 
-    assert rows(f"sqlite:///{config.parent}/ledger.db", "SELECT order_id, source FROM notifications") == [
-        (order, "callback")
-    ]
+    assert execute(config, "SELECT order_id, source FROM notifications") == [(order, "callback")]
 
 
 def test_documents_need_a_url_secret(norce: Norce, tmp_path: Path) -> None:
@@ -258,7 +255,7 @@ def lose_notification(norce: Norce, config: Path) -> str:
 
 
 def stored(config: Path) -> list[Any]:
-    return rows(f"sqlite:///{config.parent}/ledger.db", "SELECT order_id, source FROM notifications")
+    return execute(config, "SELECT order_id, source FROM notifications")
 
 
 def test_reconcile_receives_missing_notifications(norce: Norce, config: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_cli import NOTHING_MATCHED, OK, STORE, USAGE
-from tests.cli.test_ledger import NASTY, command, make, sql
+from tests.cli.test_cli import NOTHING_MATCHED, OK, STORE, USAGE, execute
+from tests.cli.test_ledger import NASTY, command, make
 from tests.ledger.test_verdict_log import LATE, SHADOW, Writing
 from tests.ledgers import NOON, opened
 
@@ -86,7 +86,7 @@ def test_a_missing_store_or_older_tables_are_5(tmp_path: Path, name: str) -> Non
     missing = command("verdicts", name, config=config)
     with opened(f"sqlite:///{tmp_path}/ledger.db"):
         pass
-    sql(config, "DROP TABLE verdicts")
+    execute(config, "DROP TABLE verdicts")
     older = command("verdicts", name, config=config)
 
     assert (missing.exit_code, older.exit_code) == (STORE, STORE)
