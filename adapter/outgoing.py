@@ -126,6 +126,7 @@ class Outgoing:
         return httpx.AsyncClient(transport=guarded, headers=headers, follow_redirects=False, trust_env=False)
 
     async def aclose(self) -> None:
+        """Close all connections."""
         await self._transport.aclose()
 
 

@@ -129,6 +129,7 @@ class Conditional(Settings, frozen=True, kw_only=True, dict=True):
 
     @property
     def compiled(self) -> CompiledCondition:
+        """The compiled condition, for an evaluation with its reason."""
         return self.__dict__["compiled"]  # type: ignore[no-any-return]
 
     def holds(self, order: Order) -> bool:
@@ -183,6 +184,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
+        """Return the secret value."""
         return self._value
 
     def __eq__(self, other: object) -> bool:

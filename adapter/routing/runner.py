@@ -111,6 +111,7 @@ class Run(Generic[T]):
 
     @property
     def was_cancelled(self) -> bool:
+        """True if the coroutine ended because it was cancelled."""
         return self.ended.done() and self._error is None and self.task is not None and self.task.cancelled()
 
     def cancel(self) -> None:
