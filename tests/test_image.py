@@ -33,16 +33,16 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in lines if line)]
 
 
-def said(word: str) -> list[str]:
+def arguments_of(word: str) -> list[str]:
     return [rest for instruction, rest in instructions() if instruction == word]
 
 
 def arguments() -> dict[str, str]:
-    return dict(re.findall(r"(\w+)=(\S+)", " ".join(said("ARG"))))
+    return dict(re.findall(r"(\w+)=(\S+)", " ".join(arguments_of("ARG"))))
 
 
 def environment() -> dict[str, str]:
-    return dict(re.findall(r"(\w+)=(\S+)", said("ENV")[-1]))
+    return dict(re.findall(r"(\w+)=(\S+)", arguments_of("ENV")[-1]))
 
 
 def interpolated(value: Any, given: dict[str, str]) -> Any:
@@ -70,7 +70,7 @@ OURS = ["adapter", "node-a", "node-b"]
 
 
 def test_the_image_exposes_the_default_ports() -> None:
-    assert said("EXPOSE") == [f"{ServerConfig().port} {OperationsConfig().port}"]
+    assert arguments_of("EXPOSE") == [f"{ServerConfig().port} {OperationsConfig().port}"]
 
 
 def test_the_base_image_has_a_supported_python() -> None:
@@ -88,31 +88,31 @@ def test_the_image_has_the_version_of_the_package() -> None:
 
 
 def test_the_image_starts_an_existing_command() -> None:
-    [script] = json.loads(said("ENTRYPOINT")[0])
-    [command] = json.loads(said("CMD")[0])
+    [script] = json.loads(arguments_of("ENTRYPOINT")[0])
+    [command] = json.loads(arguments_of("CMD")[0])
 
     assert script in PROJECT["scripts"]
     assert isinstance(cli.main.get_command(click.Context(cli.main), command), click.Command)
 
 
 def test_the_store_is_in_the_volume() -> None:
-    [volume], [folder] = said("VOLUME"), said("WORKDIR")[1:]
+    [volume], [folder] = arguments_of("VOLUME"), arguments_of("WORKDIR")[1:]
 
     for url in (environment()["NORCE_ADAPTER_STORE_URL"], StoreConfig().url):
         assert (Path(folder) / make_url(url).database).parent == Path(volume)
 
 
 def test_the_user_is_a_number_and_owns_the_volume() -> None:
-    [user] = said("USER")
+    [user] = arguments_of("USER")
     uid, gid = user.split(":")
 
     assert int(uid) >= 10000
-    assert f"useradd --uid {uid} --gid {gid} " in said("RUN")[-1]
-    assert f"install -d -o {uid} -g {gid} -m 0700 {said('VOLUME')[0]}" in said("RUN")[-1]
+    assert f"useradd --uid {uid} --gid {gid} " in arguments_of("RUN")[-1]
+    assert f"install -d -o {uid} -g {gid} -m 0700 {arguments_of('VOLUME')[0]}" in arguments_of("RUN")[-1]
 
 
 def test_copied_files_exist_and_nothing_else_reaches_the_builder() -> None:
-    copied = {name for rest in said("COPY") if "--from" not in rest for name in rest.split()[:-1]}
+    copied = {name for rest in arguments_of("COPY") if "--from" not in rest for name in rest.split()[:-1]}
 
     ignored = (ROOT / ".dockerignore").read_text("utf-8").split("\n")
     assert "*" in ignored
@@ -121,7 +121,7 @@ def test_copied_files_exist_and_nothing_else_reaches_the_builder() -> None:
 
 
 def test_every_package_is_installed_by_hash() -> None:
-    installs = re.findall(r"install (?:(?! && ).)*", " ".join(run for run in said("RUN") if "pip" in run))
+    installs = re.findall(r"install (?:(?! && ).)*", " ".join(run for run in arguments_of("RUN") if "pip" in run))
 
     assert len(installs) == 3
     assert all("--require-hashes" in line or "--no-deps --no-index" in line for line in installs)
@@ -149,7 +149,7 @@ def operations_port() -> Iterator[tuple[int, list[int]]]:
 
 
 def healthcheck(port: int) -> int:
-    python, options, code = json.loads(re.search(r" CMD (\[.*\])", said("HEALTHCHECK")[0])[1])
+    python, options, code = json.loads(re.search(r" CMD (\[.*\])", arguments_of("HEALTHCHECK")[0])[1])
     assert (python, code.count(str(OperationsConfig().port))) == ("python", 1)
     command = [sys.executable, options, code.replace(str(OperationsConfig().port), str(port))]
     proxied = {"http_proxy": "http://127.0.0.1:1"}
@@ -205,7 +205,7 @@ def test_a_container_can_write_only_its_volume(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["security_opt"] == ["no-new-privileges:true"]
     writable = [volume.split(":")[1] for volume in service["volumes"] if not volume.endswith(":ro")]
-    assert {*writable, *(path.split(":")[0] for path in service["tmpfs"])} == {"/tmp", *said("VOLUME")}
+    assert {*writable, *(path.split(":")[0] for path in service["tmpfs"])} == {"/tmp", *arguments_of("VOLUME")}
 
 
 @pytest.mark.parametrize("name", OURS)

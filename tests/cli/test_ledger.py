@@ -183,7 +183,7 @@ def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "after"),
+    ("arguments", "printed", "after"),
     [
         (["retry", "1", "2"], "2 retried", ["waiting", "waiting", "dead", "waiting"]),
         (["retry", "--reason", "rejected"], "1 retried", ["waiting", "dead", "dead", "waiting"]),
@@ -196,14 +196,14 @@ def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_dead_letters_are_retried_and_discarded(
-    served: Path, arguments: list[str], said: str, after: list[str]
+    served: Path, arguments: list[str], printed: str, after: list[str]
 ) -> None:
     result = command("deliveries", *arguments, *BY, config=served)
 
-    assert (result.exit_code, result.stdout) == (OK, f"{said}\n"), result.output
+    assert (result.exit_code, result.stdout) == (OK, f"{printed}\n"), result.output
     assert states(served) == after
     assert execute(served, "SELECT who, why, changed FROM actions") == [
-        ("anna", "the shop is mended", int(said.split()[0]))
+        ("anna", "the shop is mended", int(printed.split()[0]))
     ]
 
 
@@ -335,11 +335,11 @@ def stub(answer: Callable[[str, Any], tuple[int, Any]]) -> Iterator[tuple[str, l
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
             asked.append((self.path, body, self.headers["authorization"]))
-            status, said = answer(self.path, body)
+            status, content = answer(self.path, body)
             if status:
                 self.send_response(status)
                 self.end_headers()
-                self.wfile.write(said if isinstance(said, bytes) else json.dumps(said).encode())
+                self.wfile.write(content if isinstance(content, bytes) else json.dumps(content).encode())
 
         def log_message(self, *_arguments: Any) -> None:
             return
@@ -465,7 +465,7 @@ def test_no_listener_on_another_host_is_1(config: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "code", "words"),
+    ("status", "content", "code", "words"),
     [
         (401, {"message": "The bearer token is not the one of operations.token."}, FAILED, "operations.token"),
         (403, {"message": "set operations.token"}, FAILED, "answered 403: set operations.token"),
@@ -479,9 +479,9 @@ def test_no_listener_on_another_host_is_1(config: Path) -> None:
     ],
 )
 def test_an_error_of_the_service_is_printed_with_a_remedy(
-    config: Path, status: int, said: Any, code: int, words: str
+    config: Path, status: int, content: Any, code: int, words: str
 ) -> None:
-    with stub(lambda _path, _body: (status, said)) as (url, _):
+    with stub(lambda _path, _body: (status, content)) as (url, _):
         result = command("queues", "pause", "export", "--to", url, *BY, config=config)
 
     assert (result.exit_code, result.stdout) == (code, "")

@@ -99,10 +99,10 @@ class Port:
         finally:
             connection.close()
         try:
-            said = json.loads(raw)
+            decoded = json.loads(raw)
         except ValueError:
-            said = raw.decode()
-        return answer.status, said, {name.lower(): value for name, value in answer.getheaders()}
+            decoded = raw.decode()
+        return answer.status, decoded, {name.lower(): value for name, value in answer.getheaders()}
 
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.log.getvalue().splitlines()]
@@ -116,18 +116,18 @@ def port(tmp_path: Path) -> Iterator[Port]:
 
 
 def test_a_command_is_run_answered_and_logged_and_wakes_the_dispatcher(port: Port) -> None:
-    status, said, _ = port.post("/commands/pause")
+    status, answer, _ = port.post("/commands/pause")
 
-    assert (status, said) == (200, 1)
+    assert (status, answer) == (200, 1)
     assert port.woken == 1
     [line] = port.lines()
     assert (line["event"], line["command"], line["count"]) == ("command_done", "pause", 1)
 
 
 def test_the_answer_of_a_step_contains_nothing_of_an_order(port: Port) -> None:
-    status, said, _ = port.post("/commands/retry", RETRY)
+    status, answer, _ = port.post("/commands/retry", RETRY)
 
-    assert (status, said) == (200, {"changed": 0, "after": None, "action": 1})
+    assert (status, answer) == (200, {"changed": 0, "after": None, "action": 1})
     assert "canary" not in port.log.getvalue()
 
 
@@ -153,9 +153,9 @@ def test_reconciliation_is_logged_when_it_ends_with_its_count(
         LogProgress(merchant="other", missed=2, error=error),
     ]
 
-    status, said, _ = port.post("/commands/reconcile", {"dry_run": dry_run})
+    status, answer, _ = port.post("/commands/reconcile", {"dry_run": dry_run})
 
-    lines = [json.loads(line) for line in said.splitlines()]
+    lines = [json.loads(line) for line in answer.splitlines()]
     assert (status, [line.get("missed") for line in lines[:3]]) == (200, [1, 3, 2])
     assert [line["error"] for line in lines[3:]] == ([error] if error else [])
     assert [(line["event"], line["command"], line["count"]) for line in port.lines()] == [
@@ -178,11 +178,11 @@ WRONG = {
 
 @pytest.mark.parametrize("authorization", WRONG.values(), ids=WRONG)
 def test_a_command_without_the_token_is_401(port: Port, authorization: bytes) -> None:
-    status, said, headers = port.post("/commands/pause", authorization=authorization)
+    status, answer, headers = port.post("/commands/pause", authorization=authorization)
 
-    assert (status, said["code"], headers["www-authenticate"]) == (401, "unauthorized", "Bearer")
-    assert "operations.token" in said["message"]
-    assert "canary" not in json.dumps(said) + port.log.getvalue()
+    assert (status, answer["code"], headers["www-authenticate"]) == (401, "unauthorized", "Bearer")
+    assert "operations.token" in answer["message"]
+    assert "canary" not in json.dumps(answer) + port.log.getvalue()
     assert port.woken == 0
     assert [line["event"] for line in port.lines()] == ["command_refused"]
 
@@ -194,17 +194,17 @@ def test_an_unknown_command_without_the_token_is_401_too(port: Port) -> None:
 @pytest.mark.parametrize("authorization", [b"", b"Bearer ", b"Bearer None", b"Bearer"])
 def test_every_command_is_403_if_no_token_is_configured(tmp_path: Path, authorization: bytes) -> None:
     with closing(Port(tmp_path, None)) as port:
-        status, said, _ = port.post("/commands/pause", authorization=authorization)
+        status, answer, _ = port.post("/commands/pause", authorization=authorization)
 
-    assert (status, said["code"]) == (403, "forbidden")
-    assert "operations.token" in said["message"]
+    assert (status, answer["code"]) == (403, "forbidden")
+    assert "operations.token" in answer["message"]
 
 
 def test_an_unknown_command_is_404_and_lists_the_commands(port: Port) -> None:
-    status, said, _ = port.post("/commands/erase")
+    status, answer, _ = port.post("/commands/erase")
 
-    assert (status, said["code"]) == (404, "command-not-found")
-    assert "retry, discard, pause, resume" in said["message"]
+    assert (status, answer["code"]) == (404, "command-not-found")
+    assert "retry, discard, pause, resume" in answer["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])
@@ -233,10 +233,10 @@ def test_commands_accept_only_post(port: Port, method: str) -> None:
          "twice", "deep", "a huge number"],
 )  # fmt: skip
 def test_an_invalid_body_is_400_with_the_place(port: Port, body: Any, place: str) -> None:
-    status, said, _ = port.post("/commands/pause", body)
+    status, answer, _ = port.post("/commands/pause", body)
 
-    assert (status, said["code"]) == (400, "bad-request")
-    assert place in said["message"]
+    assert (status, answer["code"]) == (400, "bad-request")
+    assert place in answer["message"]
     assert port.woken == 0
     assert [line["event"] for line in port.lines()] == ["command_refused"]
 
@@ -248,17 +248,17 @@ def test_an_invalid_body_is_400_with_the_place(port: Port, body: Any, place: str
     ids=str,
 )  # fmt: skip
 def test_values_that_no_database_can_store_are_400(port: Port, wrong: dict[str, Any]) -> None:
-    status, said, _ = port.post("/commands/retry", RETRY | wrong)
+    status, answer, _ = port.post("/commands/retry", RETRY | wrong)
 
-    assert (status, said["code"]) == (400, "bad-request")
-    assert "$." in said["message"]
+    assert (status, answer["code"]) == (400, "bad-request")
+    assert "$." in answer["message"]
     assert not port.store.failing
 
 
 def test_a_body_beyond_the_limit_is_413(port: Port) -> None:
-    status, said, _ = port.post("/commands/pause", b" " * (application.LARGEST_COMMAND_BYTES + 1))
+    status, answer, _ = port.post("/commands/pause", b" " * (application.LARGEST_COMMAND_BYTES + 1))
 
-    assert (status, said["code"]) == (413, "too-large")
+    assert (status, answer["code"]) == (413, "too-large")
 
 
 def test_a_failing_store_is_503_and_nothing_is_done(port: Port) -> None:
@@ -267,13 +267,13 @@ def test_a_failing_store_is_503_and_nothing_is_done(port: Port) -> None:
     connection.exec_driver_sql("ALTER TABLE actions RENAME TO elsewhere")
     connection.commit()
     try:
-        status, said, _ = port.post("/commands/pause")
+        status, answer, _ = port.post("/commands/pause")
     finally:
         connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO actions")
         connection.commit()
         connection.close()
 
-    assert (status, said["code"]) == (503, "store-unavailable")
+    assert (status, answer["code"]) == (503, "store-unavailable")
     assert port.post("/commands/pause")[:2] == (200, 1)
 
 
