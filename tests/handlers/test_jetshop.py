@@ -1,4 +1,4 @@
-"""The export to Jetshop: the mapping as values, the network against the stand-in, and the stand-in itself."""
+"""The export to Jetshop: the mapping, the requests to the stand-in, and the stand-in itself."""
 
 import asyncio
 import copy
@@ -69,7 +69,7 @@ def settings(**changes: Any) -> JetshopSettings:
 
 
 def order(changes: Mapping[str, Any] | None = None, base: Any = COMPLETED) -> Order:
-    """The completed order, with other values at these pointers."""
+    """Return the completed order with other values at these pointers."""
     tree = copy.deepcopy(base)
     for pointer, value in (changes or {}).items():
         parent, name = JsonPointer(pointer).to_last(tree)
@@ -186,7 +186,7 @@ def test_enumerations_country_and_currency_come_in_either_case():
     assert payment_information(order(changes), settings()) == DOCUMENT
 
 
-def test_the_last_completion_counts_and_is_told_in_utc():
+def test_the_last_completion_counts_and_is_exported_in_utc():
     transitions = [
         {"status": "completed", "timeStamp": "2026-02-03T08:00:00Z"},
         {"status": "accepted", "timeStamp": "2026-02-03T09:00:00Z"},
@@ -233,7 +233,7 @@ def test_shippings_that_failed_are_left_out():
     ("level", "members"),
     [("full", {"type", "email", "phone", "billing", "shipping"}), ("contact", {"type", "email", "phone"})],
 )
-def test_as_much_of_the_customer_as_the_settings_allow(level, members):
+def test_the_settings_limit_the_members_of_the_customer(level, members):
     assert set(payment_information(order(), settings(customer=level))["customer"]) == members
 
 
@@ -263,7 +263,7 @@ def test_identity_numbers_are_never_sent():
     ],
     ids=["adapter-and-name", "adapter", "name", "star"],
 )
-def test_method_map_is_asked_from_the_most_exact_to_the_star(keys, expected):
+def test_the_most_exact_entry_of_method_map_counts(keys, expected):
     method_map = {key: {"code": f"code-{index}"} for index, key in enumerate(keys)}
 
     document = payment_information(order(), settings(method_map={"*": {"code": "other"}} | method_map))
@@ -353,7 +353,7 @@ PERSONAL = {
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), REFUSALS.values(), ids=REFUSALS.keys())
-def test_what_cannot_be_exported_is_refused_by_member_and_rule(changes, code, text):
+def test_an_order_that_cannot_be_exported_is_refused_with_member_and_rule(changes, code, text):
     reject = refusal(PERSONAL | changes)
 
     assert reject.code == code
@@ -361,8 +361,8 @@ def test_what_cannot_be_exported_is_refused_by_member_and_rule(changes, code, te
     assert CANARY.lower() not in str(reject).lower()
 
 
-def test_everything_that_stands_against_an_order_is_told_at_once():
-    """Also what is wrong with the payments, though the order is refused for other reasons too."""
+def test_all_problems_of_an_order_are_reported_at_once():
+    """Problems with payments are reported beside others."""
     reject = refusal({"/currency": "string", "/payments": [], "/shippings/1/id": None, "/country": "Sweden"})
 
     assert str(reject) == (
@@ -373,14 +373,14 @@ def test_everything_that_stands_against_an_order_is_told_at_once():
     )
 
 
-def test_very_many_findings_are_counted():
+def test_problems_beyond_the_limit_are_counted():
     reject = refusal({"/payments": [{"state": "captured"}] * 30})
 
     assert reject.message.count(";") == 25
     assert reject.message.endswith("more")
 
 
-def test_the_sample_of_the_api_reference_cannot_be_exported_and_says_why():
+def test_the_sample_of_the_api_reference_is_refused_with_its_problems():
     sample = json.loads((ORDERS / "order-api-request-sample.json").read_text())
     sample |= {"id": "o_1", "merchant": "norce", "channel": "1", "lastModified": "2026-02-03T08:16:35.870Z"}
     sample["state"]["currentStatus"] = "completed"
@@ -397,7 +397,7 @@ def test_the_sample_of_the_api_reference_cannot_be_exported_and_says_why():
     )
 
 
-def test_what_the_mapping_lets_through_is_still_held_against_the_contract():
+def test_the_mapped_document_is_checked_against_the_contract():
     many = [COMPLETED["payments"][1] | {"amount": 999_999_999_999}] * 2
 
     reject = refusal({"/payments": many}, amount_tolerance="10000000000000")
@@ -405,13 +405,13 @@ def test_what_the_mapping_lets_through_is_still_held_against_the_contract():
     assert reject.message == "the document violates the contract: /totals/payments breaks `pattern`"
 
 
-def test_members_that_are_no_money_may_be_odd():
+def test_other_members_may_have_wrong_types():
     document = payment_information(order({"/cart/items/0/quantity": "three", "/consents": 7}), settings())
 
     assert document == DOCUMENT
 
 
-def test_a_difference_as_large_as_the_tolerance_is_still_tolerated():
+def test_a_difference_equal_to_the_tolerance_is_tolerated():
     payments = payment_information(order({"/payments/1/amount": 1678.11}), settings())["totals"]["payments"]
 
     assert payments == "1878.11"
@@ -495,7 +495,7 @@ def test_the_first_key_source_with_a_value_names_the_order(source, changes, key)
     ],
     ids=["none", "number", "cart-number", "odd-cart", "dots"],
 )
-def test_an_order_without_a_certain_key_is_refused(changes, text):
+def test_an_order_without_a_clear_key_is_refused(changes, text):
     with pytest.raises(Reject) as raised:
         order_key(order(changes), settings())
 
@@ -542,7 +542,7 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize(("changes", "text"), BAD_SETTINGS.values(), ids=BAD_SETTINGS.keys())
-def test_settings_that_cannot_work_are_refused(changes, text):
+def test_invalid_settings_are_refused(changes, text):
     with pytest.raises(msgspec.ValidationError) as raised:
         settings(**changes)
 
@@ -603,7 +603,7 @@ def export(
     first_attempt_at: datetime = NOW,
     time_left: timedelta = timedelta(seconds=30),
 ) -> Done | Skip | Outcome | None:
-    """One call of the handler, and what came of it. Without a shop at hand the request goes over TCP."""
+    """Call the handler once and return its outcome. Without a shop the request goes over TCP."""
     chosen, the_order = with_settings or settings(), of or order()
 
     async def call() -> Done | Skip | Outcome | None:
@@ -739,7 +739,7 @@ def test_every_answer_has_its_outcome(fault, kind, code, effects):
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_a_busy_shop_is_not_asked_before_it_wants_to_be(status):
+def test_retry_after_of_a_busy_shop_is_kept(status):
     shop = JetshopStandIn()
     shop.script("100245", Fault(status=status, retry_after="120"))
 
@@ -750,7 +750,7 @@ def test_a_busy_shop_is_not_asked_before_it_wants_to_be(status):
 
 
 @pytest.mark.parametrize(("seconds", "kind"), [(0, Retry), (599, Retry), (600, Reject)])
-def test_an_unknown_order_is_waited_for_as_long_as_the_grace(seconds, kind):
+def test_an_unknown_order_is_retried_within_the_grace(seconds, kind):
     shop = JetshopStandIn()
     shop.script("100245", Fault(status=404))
 
@@ -760,7 +760,7 @@ def test_an_unknown_order_is_waited_for_as_long_as_the_grace(seconds, kind):
     assert outcome.code == "jetshop-order-not-found"
 
 
-def test_an_order_that_the_shop_gets_later_is_exported_then():
+def test_an_order_that_the_shop_creates_later_is_exported():
     shop = JetshopStandIn()
     shop.script("100245", *[Fault(status=404)] * 2)
 
@@ -769,7 +769,7 @@ def test_an_order_that_the_shop_gets_later_is_exported_then():
     assert [type(outcome) for outcome in outcomes] == [Retry, Retry, Done]
 
 
-def test_a_refusal_shows_its_code_and_places_of_our_document_and_nothing_else():
+def test_a_refusal_shows_only_its_code_and_places_in_our_document():
     shop = JetshopStandIn()
     paths = ("/payments/0/method/code", "/customer/CANARY", "CANARY", "")
     shop.script("100245", Fault(status=422, code="method-unknown", details=paths))
@@ -779,14 +779,14 @@ def test_a_refusal_shows_its_code_and_places_of_our_document_and_nothing_else():
     assert str(outcome) == ("jetshop-validation: PUT was answered 422 (method-unknown) for /payments/0/method/code")
 
 
-def test_a_refusal_in_free_text_shows_its_status_alone():
+def test_a_refusal_in_free_text_shows_only_its_status():
     shop = JetshopStandIn()
     shop.script("100245", Fault(status=400, code="CANARY is no code"))
 
     assert str(export(shop)) == "jetshop-bad-request: PUT was answered 400"
 
 
-def test_an_order_that_cannot_be_mapped_never_leaves():
+def test_an_order_that_cannot_be_mapped_is_not_sent():
     shop = JetshopStandIn()
 
     outcome = export(shop, of=order({"/payments": []}))
@@ -821,7 +821,7 @@ def test_each_kind_of_credentials_is_sent(auth, header, value):
 # --- in doubt -------------------------------------------------------------------------------------------------------
 
 
-def test_a_connection_that_breaks_after_the_effect_is_found_out():
+def test_lookup_finds_an_export_whose_answer_was_lost():
     shop = JetshopStandIn()
     shop.script("100245", DROPPED_AFTER)
 
@@ -833,7 +833,7 @@ def test_a_connection_that_breaks_after_the_effect_is_found_out():
     assert shop.exports("100245") == 1
 
 
-def test_what_was_found_counts_as_exported():
+def test_an_export_that_was_found_counts_as_exported():
     shop = JetshopStandIn()
     shop.script("100245", DROPPED_AFTER)
     export(shop)
@@ -845,7 +845,7 @@ def test_what_was_found_counts_as_exported():
     )
 
 
-def test_a_connection_that_breaks_before_the_effect_leads_to_another_try():
+def test_an_export_that_did_not_arrive_is_sent_again():
     shop = JetshopStandIn()
     shop.script("100245", DROPPED_BEFORE)
 
@@ -857,7 +857,7 @@ def test_a_connection_that_breaks_before_the_effect_leads_to_another_try():
     assert shop.exports("100245") == 1
 
 
-def test_another_document_in_the_shop_means_that_ours_did_not_arrive():
+def test_another_document_in_the_shop_does_not_count_as_ours():
     shop = JetshopStandIn()
     export(shop)
 
@@ -875,7 +875,7 @@ LOOKUPS = {
 
 
 @pytest.mark.parametrize(("fault", "kind", "code"), LOOKUPS.values(), ids=LOOKUPS.keys())
-def test_a_lookup_that_tells_nothing_leaves_the_doubt(fault, kind, code):
+def test_an_inconclusive_lookup_leaves_the_doubt(fault, kind, code):
     shop = JetshopStandIn()
     export(shop)
     shop.script("100245", fault, method="GET")
@@ -889,7 +889,7 @@ def test_a_lookup_that_tells_nothing_leaves_the_doubt(fault, kind, code):
 # --- over TCP -------------------------------------------------------------------------------------------------------
 
 
-def test_over_tcp_broken_connections_and_late_answers_are_unknown_and_found_out():
+def test_broken_connections_and_late_answers_over_tcp_are_unknown_until_looked_up():
     shop = JetshopStandIn()
     shop.script("100245", DROPPED_BEFORE, DROPPED_AFTER, Fault(acts=True, delay_seconds=60))
     late = order({"/payments/1/state": "captured"})
@@ -908,7 +908,7 @@ def test_over_tcp_broken_connections_and_late_answers_are_unknown_and_found_out(
     assert shop.violations == []
 
 
-def test_without_a_connection_nothing_was_sent():
+def test_no_connection_is_a_retry():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
 
@@ -964,7 +964,7 @@ VIOLATIONS: dict[str, tuple[Callable[[JetshopStandIn], httpx.Response], str]] = 
 
 
 @pytest.mark.parametrize(("violate", "rule"), VIOLATIONS.values(), ids=VIOLATIONS.keys())
-def test_the_stand_in_refuses_and_remembers_what_breaks_the_contract(violate, rule):
+def test_the_stand_in_refuses_and_records_violations_of_the_contract(violate, rule):
     shop = JetshopStandIn()
 
     answer = violate(shop)
@@ -985,7 +985,7 @@ def test_the_stand_in_refuses_and_remembers_what_breaks_the_contract(violate, ru
     ],
     ids=["none", "wrong", "other-shop"],
 )
-def test_the_stand_in_asks_who_is_calling(auth, path, status):
+def test_the_stand_in_checks_credentials(auth, path, status):
     shop = JetshopStandIn()
 
     answer = put(shop, path=path, auth=auth)
@@ -994,7 +994,7 @@ def test_the_stand_in_asks_who_is_calling(auth, path, status):
     assert (shop.journal, shop.violations) == ([], [])
 
 
-def test_the_stand_in_creates_keeps_and_updates():
+def test_the_stand_in_creates_and_updates():
     shop, other = JetshopStandIn(), DOCUMENT | {"culture": "nb-NO"}
 
     answers = [put(shop), put(shop), put(shop, other, headers={"Idempotency-Key": "l" * 16})]
@@ -1011,7 +1011,7 @@ def test_the_stand_in_creates_keeps_and_updates():
     assert shop.journal[0] == Accepted(order_key="7", idempotency_key="k" * 16, document=DOCUMENT, result="created")
 
 
-def test_the_stand_in_takes_one_key_for_one_document():
+def test_the_stand_in_accepts_a_key_for_one_document_only():
     shop = JetshopStandIn()
     put(shop)
 
@@ -1019,7 +1019,7 @@ def test_the_stand_in_takes_one_key_for_one_document():
     assert shop.exports("7") == 1
 
 
-def test_the_stand_in_does_not_know_what_was_never_stored():
+def test_the_stand_in_answers_404_for_an_unknown_order():
     assert ask(JetshopStandIn(), "GET").status_code == 404
 
 
@@ -1066,7 +1066,7 @@ def test_a_dropped_connection_looks_the_same_without_tcp_and_over_it(fault, effe
     assert shop.exports("7") == effects
 
 
-def test_the_stand_in_listens_on_the_loop_that_runs_and_stops_though_somebody_waits():
+def test_the_stand_in_stops_while_a_request_waits():
     arrived = asyncio.Event()
 
     class Announcing(JetshopStandIn):

@@ -1,4 +1,4 @@
-"""The handler `patch`: changes from the configuration, each where its condition holds."""
+"""The handler `patch`: changes from the configuration, each with a condition."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -45,19 +45,19 @@ def order(type_: str = "organization", **attributes: Any) -> dict[str, Any]:
     return {"id": "order-1", "customer": {"billing": {"type": type_}}, "cart": {"attributes": attributes}}
 
 
-def test_a_change_is_asked_for_where_its_condition_holds() -> None:
+def test_a_change_is_requested_if_its_condition_holds() -> None:
     assert asked(order(), MEMBERS) == [Patch.add("/cart/attributes/priceList", "business")]
     assert asked(order("person"), MEMBERS) == []
 
 
-def test_changes_are_asked_for_in_their_order() -> None:
+def test_changes_are_requested_in_order() -> None:
     assert asked(order(note="a"), NO_NOTE, MEMBERS) == [
         Patch.remove("/cart/attributes/note"),
         Patch.add("/cart/attributes/priceList", "business"),
     ]
 
 
-def test_an_order_that_comes_back_changed_is_changed_no_further() -> None:
+def test_a_changed_order_is_not_changed_again() -> None:
     changed = order(priceList="business")
 
     answer, refused = merge(changed, [asked(changed, MEMBERS, NO_NOTE)], "/cart")
@@ -65,11 +65,11 @@ def test_an_order_that_comes_back_changed_is_changed_no_further() -> None:
     assert (answer, refused) == ([], [None])
 
 
-def test_null_is_a_value_to_set() -> None:
+def test_null_can_be_set() -> None:
     assert asked(order(), {**MEMBERS, "value": None}) == [Patch.add("/cart/attributes/priceList", None)]
 
 
-def test_a_condition_that_cannot_be_decided_leaves_the_hook_without_an_answer() -> None:
+def test_an_undecided_condition_raises() -> None:
     deep: dict[str, Any] = {"type": "object", "additionalProperties": {"$ref": "#"}}
     nested: Any = "end"
     for _ in range(300):
@@ -91,6 +91,6 @@ def test_a_condition_that_cannot_be_decided_leaves_the_hook_without_an_answer() 
     ],
     ids=["remove-with-a-value", "replace-without", "the-whole-order", "another-operation", "scope", "schema"],
 )
-def test_settings_that_make_no_sense_are_found_at_start(change: dict[str, Any], says: str) -> None:
+def test_invalid_settings_are_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(msgspec.ValidationError, match=says):
         settings(change)

@@ -1,4 +1,4 @@
-"""`adapter.norce.api`: the table is whole, and its schemas hold what Norce's own samples say."""
+"""The table of Norce's APIs is complete, and its schemas accept Norce's own samples."""
 
 import re
 from collections import Counter
@@ -12,7 +12,7 @@ from adapter.norce.api import BY_NAME, CODES, OPERATIONS, Operation, schema
 each_operation = pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
 
 
-def test_no_operation_is_there_twice() -> None:
+def test_names_and_addresses_of_operations_are_unique() -> None:
     addresses = Counter((each.method, each.template(version)) for each in OPERATIONS for version in each.versions)
 
     assert len(BY_NAME) == len(OPERATIONS)
@@ -23,14 +23,14 @@ SCHEMAS = {name for each in OPERATIONS for name in (each.body, each.error, *each
 
 
 @pytest.mark.parametrize("name", sorted(SCHEMAS))
-def test_every_body_has_a_schema_that_two_engines_take(name: str) -> None:
+def test_every_body_has_a_schema_that_both_libraries_accept(name: str) -> None:
     Draft202012Validator.check_schema(schema(name))
 
     assert not jsonschema_rs.validator_for(schema(name)).is_valid(1.5)
 
 
 @each_operation
-def test_what_is_declared_is_declared_for_every_version(operation: Operation) -> None:
+def test_every_operation_is_declared_for_each_of_its_versions(operation: Operation) -> None:
     assert set(operation.errors) == set(operation.versions)
     assert set(operation.query) <= set(operation.versions)
     assert all(200 <= status < 300 for status in operation.answers)
@@ -91,5 +91,5 @@ def test_the_address_is_the_documented_one() -> None:
         ("hook-response", [{"op": "add", "path": "/cart", "value": None}], True),
     ],
 )
-def test_schemas_tell_bodies_apart(name: str, body: object, holds: bool) -> None:
+def test_schemas_accept_valid_bodies_only(name: str, body: object, holds: bool) -> None:
     assert jsonschema_rs.validator_for(schema(name)).is_valid(body) is holds

@@ -1,4 +1,4 @@
-"""What is asked of Norce, with which token, what is tried again, and what every answer means."""
+"""The client's requests, tokens and repetitions, and the meaning of every answer."""
 
 import asyncio
 import json
@@ -89,7 +89,7 @@ def read(
     return asyncio.run(work())
 
 
-def test_the_order_is_asked_for_at_its_address_as_its_merchant_and_channel() -> None:
+def test_an_order_is_requested_with_its_address_merchant_and_channel() -> None:
     norce = FakeNorce(httpx.Response(200, json=ORDER))
 
     order = read(norce)
@@ -108,8 +108,8 @@ def test_the_order_is_asked_for_at_its_address_as_its_merchant_and_channel() -> 
     assert norce.closed
 
 
-def test_of_an_order_no_view_is_made_until_somebody_looks_at_it() -> None:
-    """It takes up to two seconds for one of 4 MiB, and this loop answers every merchant's shoppers."""
+def test_the_view_of_an_order_is_decoded_on_first_use() -> None:
+    """Decoding 4 MiB takes up to two seconds, and this loop answers the shoppers of all merchants."""
 
     async def seen(norce: Norce) -> bool:
         return "view" in (await norce.order(CHANNEL, "order-1")).__dict__
@@ -131,7 +131,7 @@ def test_an_order_id_stays_one_segment_of_the_address(order_id: str, path: bytes
 
 @pytest.mark.parametrize("step", ["..", ".", ""])
 def test_no_id_leads_to_another_operation(step: str) -> None:
-    """`DELETE …/orders/order-1/hooks/..` is how an order is deleted."""
+    """`DELETE …/orders/order-1/hooks/..` would delete the order."""
     norce = FakeNorce(httpx.Response(204))
 
     with pytest.raises(OrderNotFound):
@@ -174,8 +174,8 @@ def test_a_second_token_is_not_tried_for_any_other_answer() -> None:
     assert len(norce.requests) == 1
 
 
-def test_what_norce_sets_for_one_merchant_is_not_shown_for_another() -> None:
-    """A cookie may be a session; and one for each order's address would be looked through at every request."""
+def test_a_cookie_of_one_merchant_is_not_sent_for_another() -> None:
+    """A cookie may be a session. Cookies for each order would also slow down every request."""
     transport = FakeNorce(*(httpx.Response(200, json=ORDER, headers={"set-cookie": "session=canary"}) for _ in "12"))
 
     async def work() -> None:
@@ -195,8 +195,8 @@ def test_what_norce_sets_for_one_merchant_is_not_shown_for_another() -> None:
     assert ["cookie" in request.headers for request in transport.requests] == [False, False]
 
 
-def test_an_answer_is_not_asked_for_packed() -> None:
-    """60 kB of gzip are 60 MB of order, which are unpacked before anybody can count them."""
+def test_compressed_answers_are_not_requested() -> None:
+    """60 kB of gzip can hold an order of 60 MB, which is unpacked before its size is known."""
     transport = FakeNorce(httpx.Response(200, json=ORDER))
 
     read(transport)
@@ -204,7 +204,7 @@ def test_an_answer_is_not_asked_for_packed() -> None:
     assert transport.requests[0].headers["accept-encoding"] == "identity"
 
 
-def test_a_token_is_in_no_error() -> None:
+def test_errors_contain_no_token() -> None:
     with pytest.raises(NorceRefused) as raised:
         read(FakeNorce(httpx.Response(401)), tokens=("canary-token",))
 
@@ -241,7 +241,7 @@ ANSWERS: list[Any] = [
 
 
 @pytest.mark.parametrize(("answer", "error", "_outcome"), ANSWERS)
-def test_an_answer_that_is_not_the_order_is_one_of_three_facts(
+def test_an_answer_that_is_not_the_order_raises_one_of_three_errors(
     answer: httpx.Response | Exception, error: type[Exception], _outcome: type[Outcome]
 ) -> None:
     with pytest.raises(error) as raised:
@@ -251,7 +251,7 @@ def test_an_answer_that_is_not_the_order_is_one_of_three_facts(
 
 
 @pytest.mark.parametrize(("answer", "_error", "outcome"), ANSWERS)
-def test_a_handler_sees_the_facts_as_outcomes(
+def test_a_handler_gets_the_errors_as_outcomes(
     answer: httpx.Response | Exception, _error: type[Exception], outcome: type[Outcome]
 ) -> None:
     with pytest.raises(outcome) as raised:
@@ -267,7 +267,7 @@ def test_a_handler_reads_the_order_itself() -> None:
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_norce_says_when_to_come_again(status: int) -> None:
+def test_retry_after_of_norce_is_kept(status: int) -> None:
     with pytest.raises(Retry) as raised:
         read(FakeNorce(httpx.Response(status, headers={"retry-after": "120"})), as_handler=True)
 
@@ -282,12 +282,12 @@ NOW = timedelta(milliseconds=10)
     [(NOW, None), (timedelta(hours=1), NOW), (NOW, timedelta(hours=1))],
     ids=["configured", "shorter than configured", "never longer than configured"],
 )
-def test_an_order_that_does_not_come_in_time_is_given_up(timeout: timedelta, within: timedelta | None) -> None:
+def test_reading_an_order_ends_at_the_timeout(timeout: timedelta, within: timedelta | None) -> None:
     with pytest.raises(NorceUnavailable):
         read(FakeNorce(None), timeout=timeout, within=within)
 
 
-def test_the_time_is_for_both_tokens_together() -> None:
+def test_the_timeout_covers_both_tokens() -> None:
     norce = FakeNorce(httpx.Response(401), None)
 
     with pytest.raises(NorceUnavailable):
@@ -296,7 +296,7 @@ def test_the_time_is_for_both_tokens_together() -> None:
     assert len(norce.requests) == 2
 
 
-def test_so_many_orders_of_a_merchant_are_read_at_once_and_those_of_others_beside_them() -> None:
+def test_requests_of_a_merchant_are_limited_and_leave_others_alone() -> None:
     async def work() -> tuple[int, Order]:
         silent = [None] * MAX_REQUESTS_AT_ONCE
         transport = FakeNorce(*silent, httpx.Response(200, json=ORDER))
@@ -359,7 +359,7 @@ class Once(FakeNorce):
 
 
 @pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.RemoteProtocolError(""), httpx.ConnectError("")])
-def test_a_read_without_an_answer_is_tried_once_more(error: httpx.TransportError) -> None:
+def test_a_read_without_an_answer_is_repeated_once(error: httpx.TransportError) -> None:
     transport = Once(error, httpx.Response(200, json=ORDER))
 
     assert ask(transport, lambda norce: norce.order(CHANNEL, "order-1")).id == "order-1"
@@ -367,7 +367,7 @@ def test_a_read_without_an_answer_is_tried_once_more(error: httpx.TransportError
 
 
 @pytest.mark.parametrize("error", [httpx.ReadError(""), httpx.ReadTimeout(""), httpx.RemoteProtocolError("")])
-def test_a_change_that_went_out_without_an_answer_is_not_sent_again(error: httpx.TransportError) -> None:
+def test_a_change_without_an_answer_is_not_repeated(error: httpx.TransportError) -> None:
     transport = FakeNorce(error)
 
     with pytest.raises(NorceUnclear):
@@ -377,7 +377,7 @@ def test_a_change_that_went_out_without_an_answer_is_not_sent_again(error: httpx
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectError(""), httpx.ConnectTimeout(""), httpx.PoolTimeout("")])
-def test_a_change_that_never_went_out_is_sent_again_and_is_no_doubt(error: httpx.TransportError) -> None:
+def test_a_change_that_could_not_be_sent_is_repeated_and_not_in_doubt(error: httpx.TransportError) -> None:
     transport = FakeNorce(error)
 
     with pytest.raises(NorceUnavailable) as raised:
@@ -413,7 +413,7 @@ def test_a_change_that_failed_at_norce_may_have_been_made_unless_norce_was_busy(
         ("canary", None),
     ],
 )
-def test_of_an_error_the_code_alone_is_told(body: Any, code: str | None) -> None:
+def test_an_error_shows_only_the_code(body: Any, code: str | None) -> None:
     with pytest.raises(NorceRejected) as raised:
         ask(FakeNorce(httpx.Response(400, json=body)), change)
 
@@ -422,7 +422,7 @@ def test_of_an_error_the_code_alone_is_told(body: Any, code: str | None) -> None
 
 
 class Listing(httpx.AsyncBaseTransport):
-    """A list of so many, whose `size` is a lie and whose total may be left out."""
+    """A list with a wrong `size` and an optional total."""
 
     def __init__(self, count: int, *, total: bool, most: int) -> None:
         self._count, self._total, self._most = count, total, most
@@ -443,9 +443,7 @@ class Listing(httpx.AsyncBaseTransport):
     most=st.integers(min_value=1, max_value=10),
     limit=st.integers(min_value=1, max_value=10),
 )
-def test_a_list_is_read_to_its_end_whatever_the_size_of_its_pages(
-    count: int, *, total: bool, most: int, limit: int
-) -> None:
+def test_a_list_is_read_to_its_end_with_any_page_size(count: int, *, total: bool, most: int, limit: int) -> None:
     async def work(norce: Norce) -> list[str]:
         pages = norce.order_pages(CHANNEL, limit=limit)
         return [order["id"] async for page in pages for order in page.items]
@@ -456,7 +454,7 @@ def test_a_list_is_read_to_its_end_whatever_the_size_of_its_pages(
     assert len(transport.asked) <= count + 1
 
 
-def test_which_token_was_taken_is_told() -> None:
+def test_the_number_of_the_used_token_is_reported() -> None:
     told: list[tuple[str, int, int]] = []
     transport = FakeNorce(httpx.Response(401), httpx.Response(200, json=ORDER))
 
@@ -499,7 +497,7 @@ BODIES: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda each: each.name)
-def test_every_operation_is_asked_for_as_the_table_says(operation: Operation) -> None:
+def test_every_operation_is_requested_as_declared(operation: Operation) -> None:
     ids = set(re.findall(r"{(\w+)}", operation.path)) - {"version", "merchant", "channel"}
     path = {name: f"{name} å/1" for name in ids}
     body = None if operation.body is None else BODIES[operation.body]
@@ -526,7 +524,7 @@ def as_handler(transport: FakeNorce, work: Callable[[HandlerOrders], Awaitable[A
     return ask(transport, lambda norce: work(norce.for_handlers(CHANNEL)))
 
 
-def test_a_handler_writes_its_number_on_the_order() -> None:
+def test_a_handler_sets_reference_and_attributes() -> None:
     transport = FakeNorce(httpx.Response(200), httpx.Response(200))
 
     as_handler(transport, lambda orders: orders.set_reference("o", "100245"))
@@ -535,13 +533,13 @@ def test_a_handler_writes_its_number_on_the_order() -> None:
     assert [json.loads(request.content) for request in transport.requests] == ["100245", {"jetshop": "7"}]
 
 
-def test_a_change_that_answers_nothing_is_done_whatever_is_said_to_it() -> None:
+def test_an_undeclared_body_in_the_answer_to_a_change_is_ignored() -> None:
     assert (
         as_handler(FakeNorce(httpx.Response(200, text="OK")), lambda orders: orders.call("add_hook", "o", {})) is None
     )
 
 
-def test_a_handler_has_every_operation_on_the_order() -> None:
+def test_a_handler_may_call_any_operation_on_the_order() -> None:
     transport = FakeNorce(httpx.Response(200, json=[{"id": "p"}]))
 
     assert as_handler(transport, lambda orders: orders.call("list_payments", "o")) == [{"id": "p"}]
@@ -561,7 +559,7 @@ CHANGES: list[Any] = [
 
 
 @pytest.mark.parametrize(("operation", "answer", "outcome"), CHANGES)
-def test_of_a_change_a_handler_sees_the_outcome(
+def test_a_failed_change_raises_its_outcome_for_a_handler(
     operation: str, answer: httpx.Response | Exception, outcome: type[Outcome]
 ) -> None:
     path = {"payment_id": "p"} if operation == "put_payment" else {}
@@ -584,7 +582,7 @@ def event(number: int, **given: Any) -> dict[str, Any]:
     }
 
 
-def test_events_are_those_of_our_adapter_with_their_payload_untouched() -> None:
+def test_events_are_filtered_by_adapter_and_keep_their_payload() -> None:
     raw = json.dumps({"data": [event(1, reference=None, attempts=[])], "pagination": {"totalSize": 9}})
     transport = FakeNorce(httpx.Response(200, text=raw))
 
@@ -598,7 +596,7 @@ def test_events_are_those_of_our_adapter_with_their_payload_untouched() -> None:
 
 
 class Endless(httpx.AsyncBaseTransport):
-    """Answers, and never stops."""
+    """Answers without an end."""
 
     def __init__(self) -> None:
         self.sent = 0
@@ -612,7 +610,7 @@ class Endless(httpx.AsyncBaseTransport):
         return httpx.Response(200, content=body())
 
 
-def test_an_answer_that_never_ends_is_broken_off() -> None:
+def test_an_endless_answer_is_broken_off() -> None:
     transport = Endless()
 
     with pytest.raises(NorceUnavailable):
@@ -621,7 +619,7 @@ def test_an_answer_that_never_ends_is_broken_off() -> None:
     assert transport.sent <= 2 * MAX_ORDER_BYTES
 
 
-def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
+def test_undocumented_items_of_a_page_are_counted_and_left_out() -> None:
     data = [event(1), {"id": "event-2"}, event(3)]
     transport = FakeNorce(httpx.Response(200, json={"data": data, "pagination": {"totalSize": 3}}))
 
@@ -631,7 +629,7 @@ def test_of_a_page_what_is_not_as_documented_is_left_out_and_counted() -> None:
 
 
 @given(st.lists(st.sampled_from([r"\\", r"\ud83d", r"\uDE00", r"\n", r"\u0041", r"\"", "u", "d83d"]), max_size=8))
-def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]) -> None:
+def test_lone_surrogates_in_a_page_are_replaced(parts: list[str]) -> None:
     text = "".join(parts)
     halved = json.dumps({"data": [event(1, description="@"), event(2, description="#")]})
     content = halved.replace('"#"', r'"\ud83d"').replace('"@"', f'"{text}"')
@@ -643,7 +641,7 @@ def test_of_a_text_in_a_page_half_a_character_alone_is_replaced(parts: list[str]
 
 
 @pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [], "pagination": {"totalSize": "x"}}, []])
-def test_a_page_that_is_none_is_no_answer(body: Any) -> None:
+def test_an_undocumented_page_is_an_error(body: Any) -> None:
     with pytest.raises(NorceUnavailable):
         ask(FakeNorce(httpx.Response(200, json=body)), lambda norce: norce.events("fjallboden"))
 

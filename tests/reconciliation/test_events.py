@@ -1,4 +1,4 @@
-"""What Norce's event log shows is brought where it never came, once, however the log and its clock are."""
+"""Reconciliation stores every missing notification of Norce's event log once."""
 
 import asyncio
 import gc
@@ -68,7 +68,7 @@ class Point:
 
 
 class Flaky(httpx.AsyncBaseTransport):
-    """On to Norce, unless it is down from the so-manieth request for events on."""
+    """Forwards to Norce. After `down_after` requests for events, Norce is down."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport) -> None:
         self._inner = inner
@@ -185,7 +185,7 @@ def opened(store_url: str, folder: Path, **changed: Any) -> Iterator[House]:
         made.close()
 
 
-def test_what_never_came_is_brought_once_and_what_came_is_known(house: House) -> None:
+def test_missing_notifications_are_stored_once_and_received_ones_are_known(house: House) -> None:
     came = house.orders(2)
     house.simulator.set_switches(notifications_lost=1.0)
     lost = house.orders(3)
@@ -197,7 +197,7 @@ def test_what_never_came_is_brought_once_and_what_came_is_known(house: House) ->
     assert house.stored() == [(each, "callback", 1) for each in came] + [(each, "reconciliation", 1) for each in lost]
 
 
-def test_a_callback_that_comes_after_all_is_a_repeat(house: House) -> None:
+def test_a_callback_that_comes_later_is_a_repeat(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)
     house.reconciled()
@@ -211,7 +211,7 @@ def test_a_callback_that_comes_after_all_is_a_repeat(house: House) -> None:
     assert [source for _, source, _ in house.stored()] == ["reconciliation"]
 
 
-def test_a_dry_run_says_what_is_missing_and_changes_nothing(house: House) -> None:
+def test_a_dry_run_counts_missing_notifications_and_stores_nothing(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(2)
 
@@ -242,7 +242,7 @@ def test_a_run_reads_the_log_back_to_the_last_one_on_a_clock_that_is_off(
         assert house.reconciled().missed == 0
 
 
-def test_since_goes_back_further_than_the_last_time(house: House) -> None:
+def test_since_reads_further_back_than_the_watermark(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0, clock_skew_seconds=-3 * 86400)
     house.orders(1)
     house.simulator.set_switches(clock_skew_seconds=0)
@@ -252,7 +252,7 @@ def test_since_goes_back_further_than_the_last_time(house: House) -> None:
     assert house.reconciled(since=datetime.now(UTC) - timedelta(days=4)).missed == 1
 
 
-def test_the_first_turn_begins_where_it_is_and_brings_nothing_of_before(house: House) -> None:
+def test_the_first_run_begins_now_and_stores_nothing_older(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0, clock_skew_seconds=-120)
     house.orders(2)
 
@@ -273,7 +273,7 @@ def test_one_of_several_nodes_has_the_turn(house: House) -> None:
     assert house.line.asked > asked
 
 
-def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
+def test_young_events_are_left_for_the_next_run(house: House) -> None:
     house.in_turn()
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)
@@ -285,7 +285,7 @@ def test_what_may_be_on_its_way_is_left_for_the_next_turn(house: House) -> None:
     assert house.reconciled().missed == 1
 
 
-def test_a_norce_that_is_down_is_read_the_next_time_from_where_it_was(house: House) -> None:
+def test_a_failed_run_is_repeated_from_its_beginning(house: House) -> None:
     house.reconciled()
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(50, moves=5)
@@ -302,7 +302,7 @@ def test_a_norce_that_is_down_is_read_the_next_time_from_where_it_was(house: Hou
     assert {deliveries for *_, deliveries in house.stored()} == {1}
 
 
-def test_a_merchant_whose_log_cannot_be_read_is_in_nobodys_way(tmp_path: Path, store_url: str) -> None:
+def test_a_merchant_whose_log_cannot_be_read_does_not_stop_the_others(tmp_path: Path, store_url: str) -> None:
     merchants = {"broken": {"tokens": ["${env:KEY}"], "channels": {"1": {}}}} | TREE["merchants"]
     with opened(store_url, tmp_path, merchants=merchants) as house:
         house.simulator.set_switches(notifications_lost=1.0)
@@ -332,7 +332,7 @@ def test_every_merchant_whose_log_cannot_be_read_is_named(tmp_path: Path, store_
         ]
 
 
-def test_a_later_since_leaves_what_lies_before_it_for_the_next_time(tmp_path: Path, store_url: str) -> None:
+def test_a_later_since_leaves_the_gap_for_the_next_run(tmp_path: Path, store_url: str) -> None:
     with opened(store_url, tmp_path, reconciliation={"overlap": "0s"}) as house:
         a_week_ago = datetime.now(UTC) - timedelta(days=7)
         house.loop.run(house.watermarks.put("reconciled norce", int(a_week_ago.timestamp() * 1000)))
@@ -346,7 +346,7 @@ def test_a_later_since_leaves_what_lies_before_it_for_the_next_time(tmp_path: Pa
         assert house.reconciled(since=datetime.min.replace(tzinfo=UTC)).missed == 0
 
 
-def test_what_the_ledger_has_forgotten_is_not_brought_anew(tmp_path: Path, store_url: str) -> None:
+def test_events_that_the_ledger_has_forgotten_are_not_stored_again(tmp_path: Path, store_url: str) -> None:
     store = {"url": store_url, "retention": {"rows": "2d"}}
     with opened(store_url, tmp_path, store=store, reconciliation={"overlap": "30d"}) as house:
         house.loop.run(house.watermarks.put("reconciled norce", house.store.clock()))
@@ -380,9 +380,7 @@ async def _forget(store: Store) -> None:
     await store.write(all_of_it, None)
 
 
-def test_a_new_merchants_log_begins_at_the_start_and_not_when_the_next_turn_is_due(
-    tmp_path: Path, store_url: str
-) -> None:
+def test_a_new_merchants_log_begins_when_the_service_starts(tmp_path: Path, store_url: str) -> None:
     with opened(store_url, tmp_path) as house:
         house.in_turn()
     merchants = TREE["merchants"] | {"another": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}}
@@ -393,7 +391,7 @@ def test_a_new_merchants_log_begins_at_the_start_and_not_when_the_next_turn_is_d
         assert house.loop.run(house.watermarks.value("reconciled since another")) is not None
 
 
-def test_a_shorter_time_between_turns_counts_at_once(house: House) -> None:
+def test_a_shorter_interval_counts_at_once(house: House) -> None:
     house.in_turn(timedelta(days=7))
     asked = house.line.asked
 
@@ -402,7 +400,7 @@ def test_a_shorter_time_between_turns_counts_at_once(house: House) -> None:
     assert house.line.asked > asked
 
 
-def test_an_event_that_is_no_text_is_in_nobodys_way(house: House) -> None:
+def test_an_event_that_is_not_utf_8_does_not_stop_the_run(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(2)
     house.line._inner = Liar(house.line._inner, b'"invoke":"http', b'"invoke":"\xff')
@@ -421,8 +419,8 @@ def test_half_an_emoji_in_one_event_hides_no_other(house: House) -> None:
     assert house.reconciled().missed == 2
 
 
-def test_others_are_answered_between_two_events(house: House) -> None:
-    """A page is up to 64 MiB of orders: parsed at one go, 62 MB held the event loop for 4.5 s at each turn."""
+def test_other_tasks_run_between_two_events(house: House) -> None:
+    """A page has up to 64 MiB of orders. Parsing 62 MB at once blocked the event loop for 4.5 s."""
     house.orders(10, moves=5)
     loop_turn = 0
     looked_at: list[int] = []  # in which turn of the event loop each event was
@@ -451,8 +449,8 @@ def test_others_are_answered_between_two_events(house: House) -> None:
     assert max(map(looked_at.count, looked_at)) < 10
 
 
-def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
-    """A tree is ten times as large as its text: a page of 61 MB took 690 MB, each turn, and freeing it 0.9 s."""
+def test_one_order_of_a_page_is_parsed_at_a_time(house: House) -> None:
+    """A parsed order is ten times as large as its text: a page of 61 MB took 690 MB."""
     house.orders(20)
     trees: list[int] = []  # at each look
 
@@ -466,7 +464,7 @@ def test_of_a_page_one_order_at_a_time_is_taken_apart(house: House) -> None:
     assert max(trees) - trees[0] < 5
 
 
-def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
+def test_events_without_a_configured_callback_or_channel_are_counted(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1, channel=Channel("norce", "2"))
     house.orders(1)
@@ -489,8 +487,8 @@ def test_what_nobody_wants_any_more_is_counted_and_passed(house: House) -> None:
     assert (found.missed, found.others) == (2, 4)
 
 
-def test_of_a_channel_that_is_not_configured_here_nobody_is_warned(house: House) -> None:
-    """It may be another deployment's, with thousands of orders an hour: a line for each of them, at each turn."""
+def test_events_of_an_unconfigured_channel_log_no_warning(house: House) -> None:
+    """They may belong to another deployment with thousands of orders an hour."""
     house.orders(2)
     events = house.simulator.records.events
     for event_id, event in list(events.items()):
@@ -503,7 +501,7 @@ def test_of_a_channel_that_is_not_configured_here_nobody_is_warned(house: House)
     assert [each["event"] for each in lines if each["log_level"] == "warning"] == []
 
 
-def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None:
+def test_an_undocumented_event_hides_no_other(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(3)
     events = house.simulator.records.events
@@ -516,7 +514,7 @@ def test_an_event_that_is_not_as_documented_hides_no_other(house: House) -> None
 
 
 class Liar(httpx.AsyncBaseTransport):
-    """A Norce whose log says something else than it was told."""
+    """A Norce whose log differs from the events that it sent."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport, said: bytes, says: bytes) -> None:
         self._inner, self.said, self.says = inner, said, says
@@ -535,7 +533,9 @@ class Liar(httpx.AsyncBaseTransport):
     ],
     ids=["another merchant", "another adapter"],
 )
-def test_a_log_says_nothing_for_others(tmp_path: Path, store_url: str, said: bytes, says: bytes) -> None:
+def test_events_of_another_merchant_or_adapter_are_ignored(
+    tmp_path: Path, store_url: str, said: bytes, says: bytes
+) -> None:
     merchants = TREE["merchants"] | {"another": {"tokens": ["${env:TOKEN}"], "channels": {"1": {}}}}
     with opened(store_url, tmp_path, merchants=merchants) as house:
         house.simulator.set_switches(notifications_lost=1.0)
@@ -547,7 +547,7 @@ def test_a_log_says_nothing_for_others(tmp_path: Path, store_url: str, said: byt
         assert house.stored() == []
 
 
-def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(house: House) -> None:
+def test_a_callback_without_a_reference_is_found_by_its_address(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)
     for event_id, event in house.simulator.records.events.items():
@@ -557,8 +557,8 @@ def test_a_callback_is_known_by_its_address_where_the_record_has_no_reference(ho
     assert house.reconciled().missed == 1
 
 
-def test_an_order_from_far_ahead_is_the_same_when_it_is_not_ahead_any_more(house: House) -> None:
-    """It came when its lastModified was too far ahead to count; now, that much later, it counts."""
+def test_an_order_from_the_future_keeps_its_identity_when_its_time_has_come(house: House) -> None:
+    """Its lastModified was too far in the future to count when it came, and counts now."""
     house.simulator.set_switches(clock_skew_seconds=11 * 60)
     house.orders(1)
     now = house.store.clock()

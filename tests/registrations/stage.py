@@ -1,4 +1,4 @@
-"""What the tests of registrations share: a configuration, and a client for an offline Norce that checks every body."""
+"""Shared by the tests of registrations: a configuration, and a client that checks every body."""
 
 import json
 from collections.abc import Iterator

@@ -17,7 +17,7 @@ from tests.simulators import Shop, shop
 
 
 class Far(Valid):
-    """Others are served meanwhile."""
+    """Lets other tasks run before each request."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         await asyncio.sleep(0)
@@ -25,7 +25,7 @@ class Far(Valid):
 
 
 class Picky(Valid):
-    """Takes no validations."""
+    """Rejects validations."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/validations"):
@@ -34,7 +34,7 @@ class Picky(Valid):
 
 
 class Twice(Valid):
-    """Somebody else takes away the same, a moment before."""
+    """Removes every callback just before it is asked to."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if request.method == "DELETE":
@@ -54,7 +54,7 @@ def ours_on(norce: Shop, order_id: str) -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("version", ["v0", "v1"])
-def test_all_callbacks_are_put_on_an_order_once_however_often_it_is_asked(tmp_path: Path, version: str) -> None:
+def test_repeated_registration_adds_every_callback_once(tmp_path: Path, version: str) -> None:
     config = configured(tmp_path, norce={"version": version})
     with shop() as norce:
         order_id = norce.create()
@@ -69,7 +69,7 @@ def test_all_callbacks_are_put_on_an_order_once_however_often_it_is_asked(tmp_pa
         assert [len(each) for each in before.values()] == [1, 1, 1]
 
 
-def test_what_was_registered_with_one_version_is_known_with_the_other(tmp_path: Path) -> None:
+def test_a_registration_with_one_api_version_is_recognised_with_the_other(tmp_path: Path) -> None:
     with shop() as norce:
         order_id = norce.create()
 
@@ -78,7 +78,7 @@ def test_what_was_registered_with_one_version_is_known_with_the_other(tmp_path: 
         assert registered(norce, configured(tmp_path, norce={"version": "v0"}), order_id) == Registered(kept=OURS)
 
 
-def test_what_is_on_the_order_is_what_norce_documents(tmp_path: Path) -> None:
+def test_registered_callbacks_have_the_documented_form(tmp_path: Path) -> None:
     config = configured(tmp_path)
     with shop() as norce:
         order_id = norce.create()
@@ -111,7 +111,7 @@ def test_what_is_on_the_order_is_what_norce_documents(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_stale_goes_and_what_is_missing_comes(tmp_path: Path) -> None:
+def test_stale_callbacks_are_removed_and_missing_ones_added(tmp_path: Path) -> None:
     with shop() as norce:
         order_id = norce.create()
         registered(norce, configured(tmp_path), order_id)
@@ -133,7 +133,7 @@ def test_what_is_stale_goes_and_what_is_missing_comes(tmp_path: Path) -> None:
         assert [each["scope"] for each in ours["notifications"]] == ["/cart"]
 
 
-def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
+def test_a_doubled_callback_is_removed_once(tmp_path: Path) -> None:
     config = configured(tmp_path)
     with shop() as norce:
         order_id = norce.create()
@@ -145,8 +145,8 @@ def test_one_that_is_there_twice_is_taken_away_once(tmp_path: Path) -> None:
         assert len(ours_on(norce, order_id)["notifications"]) == 1
 
 
-def test_one_that_norce_refuses_keeps_no_other_away(tmp_path: Path) -> None:
-    """An order without its notification is one that nobody exports, and no event log shows."""
+def test_a_rejected_callback_does_not_prevent_the_others(tmp_path: Path) -> None:
+    """An order without its notification is never exported, and the event log does not show it."""
     callbacks = dict(sorted(TREE["callbacks"].items(), key=lambda each: each[0] != "order-rules"))
     with shop() as norce, opened(norce, transport=Picky(norce.simulator)) as client:
         order_id = norce.create()
@@ -158,8 +158,8 @@ def test_one_that_norce_refuses_keeps_no_other_away(tmp_path: Path) -> None:
         assert [len(each) for each in ours_on(norce, order_id).values()] == [0, 1, 1]
 
 
-def test_two_who_register_at_the_same_moment_put_each_there_once(tmp_path: Path) -> None:
-    """A shop that does not wait for the answer, and asks again: a hook that is there twice patches twice."""
+def test_concurrent_registrations_add_each_callback_once(tmp_path: Path) -> None:
+    """A shop may repeat a request before it is answered, and a doubled hook patches twice."""
     with shop() as norce, opened(norce, transport=Far(norce.simulator)) as client:
         order_id = norce.create()
         registrar = Registrar(configured(tmp_path), client)
@@ -173,7 +173,7 @@ def test_two_who_register_at_the_same_moment_put_each_there_once(tmp_path: Path)
         assert [len(each) for each in ours_on(norce, order_id).values()] == [1, 1, 1]
 
 
-def test_what_is_no_address_is_taken_away_like_any_other(tmp_path: Path) -> None:
+def test_a_callback_with_an_invalid_address_is_removed(tmp_path: Path) -> None:
     config = configured(tmp_path)
     odd = {"adapterId": "our_adapter", "scope": "/cart", "invoke": "http://[x/no-callback-of-ours"}
     with shop() as norce:
@@ -183,7 +183,7 @@ def test_what_is_no_address_is_taken_away_like_any_other(tmp_path: Path) -> None
         assert registered(norce, config, order_id) == Registered(added=OURS, removed=(there["id"],))
 
 
-def test_two_who_take_the_same_away_are_both_done(tmp_path: Path) -> None:
+def test_a_callback_that_somebody_else_removed_counts_as_removed(tmp_path: Path) -> None:
     config = configured(tmp_path)
     with shop() as norce, opened(norce, transport=Twice(norce.simulator)) as client:
         order_id = norce.create()
@@ -195,7 +195,7 @@ def test_two_who_take_the_same_away_are_both_done(tmp_path: Path) -> None:
         assert ours_on(norce, order_id) == {"validations": [], "hooks": [], "notifications": []}
 
 
-def test_a_key_that_is_still_good_is_good_enough_and_a_retired_one_is_stale(tmp_path: Path) -> None:
+def test_a_valid_older_key_is_kept_and_a_retired_one_is_stale(tmp_path: Path) -> None:
     both = {"signed_urls": {"keys": {"new": "${env:NEW}", "old": "${env:OLD}"}}}
     new = {"signed_urls": {"keys": {"new": "${env:NEW}"}}}
     with shop() as norce:
@@ -222,7 +222,7 @@ def test_a_signature_that_was_changed_is_stale(tmp_path: Path) -> None:
         assert (done.added, done.removed) == (("order-rules",), ("order-rules",))
 
 
-def test_nobody_elses_are_touched(tmp_path: Path) -> None:
+def test_callbacks_of_others_stay(tmp_path: Path) -> None:
     config = configured(tmp_path)
     others = [{"adapterId": "another_adapter", "scope": "/cart", "invoke": "http://127.0.0.1:9/order-status"}]
     anonymous = [{"subscribeTo": "/cart", "invoke": "http://127.0.0.1:9/hook"}]
@@ -242,7 +242,7 @@ def test_nobody_elses_are_touched(tmp_path: Path) -> None:
             assert after[place] == before[place]
 
 
-def test_a_notification_of_the_channels_configuration_is_enough(tmp_path: Path) -> None:
+def test_a_static_notification_counts_as_registered(tmp_path: Path) -> None:
     senders = TREE["senders"] | {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]}
     config = configured(tmp_path, senders=senders)
     [standing] = static_notifications(config, "norce")
@@ -265,6 +265,6 @@ def test_without_a_key_nothing_can_be_registered(tmp_path: Path) -> None:
         list(registrations(config, Senders(config.senders), CHANNEL, "o"))
 
 
-def test_an_order_that_norce_does_not_know_is_not_registered_on(tmp_path: Path) -> None:
+def test_an_unknown_order_raises_order_not_found(tmp_path: Path) -> None:
     with shop() as norce, pytest.raises(OrderNotFound):
         registered(norce, configured(tmp_path), "nobody")
