@@ -34,7 +34,7 @@ from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import StoredDocuments, Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.maintenance import Maintenance, keep_pruned
+from adapter.ledger.maintenance import Maintenance
 from adapter.ledger.store import Store
 from adapter.ledger.verdict_log import VerdictLog
 from adapter.metrics import Metrics
@@ -116,8 +116,8 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         for name, work in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
-            ("verdict_log", verdict_log.keep()),
-            ("retention", keep_pruned(Maintenance(store, retention(config)))),
+            ("verdict_log", verdict_log.run()),
+            ("retention", Maintenance(store, retention(config)).run()),
             ("configuration", norce_settings.poll(config.norce.refresh)),
             ("reconciliation", reconciler.run_regularly(config.reconciliation.every)),
         ):

@@ -41,8 +41,8 @@ from adapter.cli.shared import (
     route_option,
     service_options,
 )
-from adapter.ledger.clock import seen_from_outside
-from adapter.ledger.commands import MOST_A_STEP, Pause, Step
+from adapter.ledger.clock import read_from_outside
+from adapter.ledger.commands import MAX_PER_STEP, Pause, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
 from adapter.ledger.queries import DeliveryFilter, Queries
@@ -189,7 +189,7 @@ def _change_dead_letters(
 
     if not (ids or everything or any(value is not None for value in filters.values())):
         end(USAGE, "choose the dead letters by ids, by options such as --route or --reason, or by --all")
-    size = min(MOST_A_STEP, rate or MOST_A_STEP)
+    size = min(MAX_PER_STEP, rate or MAX_PER_STEP)
     author = {"who": who, "why": why}
     step = _parse({"matching": {"ids": ids, **filters}, "by": author, "most": size, "unknown": unknown}, Step)
     total = None
@@ -293,7 +293,7 @@ def queues_list(output: str, config_path: Path) -> None:
 
     config = load_config(config_path)
     with open_ledger(config) as connection:
-        rows = Queries(connection).queues(seen_from_outside(database_at(config.store.url), connection))
+        rows = Queries(connection).queues(read_from_outside(database_at(config.store.url), connection))
     if is_held(config):
         rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
     print_rows(rows, output, QUEUE_COLUMNS)
@@ -399,7 +399,7 @@ def store_stats(output: str, config_path: Path) -> None:
     """Show the number of rows, the size, and the processes that use the database."""
     config = load_config(config_path)
     with open_ledger(config) as connection:
-        now = seen_from_outside(database_at(config.store.url), connection)
+        now = read_from_outside(database_at(config.store.url), connection)
         record = figures(connection) | {"processes": Queries(connection).processes(now)}
     _print_record(record, "processes", output)
 

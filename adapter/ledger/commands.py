@@ -1,8 +1,7 @@
-"""
-What people do to the ledger: retry, discard, pause, resume. Each is written down with who and why.
+"""Commands of people that change the ledger: retry, discard, pause and resume. Each is stored with who and why.
 
-A command over many deliveries goes in steps, each its own transaction and none of them long, so that it holds nobody up
-and may be broken off anywhere: whoever starts it again goes on where it stopped, for what is done no longer matches.
+A command over many deliveries runs in steps. Each step is a short transaction, so that it delays nobody. A person who
+breaks a command off can start it again: deliveries that are changed already no longer match.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -20,46 +19,44 @@ from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
 
-MOST_A_STEP = 500
-MOST_LOOKED_AT = 2_000  # in a step, however few of them are meant
+MAX_PER_STEP = 500
+MAX_READ_PER_STEP = 2_000  # dead letters, however few of them match
 
 
 class NoSuchCommand(Exception):
-    """Nobody knows a command of this name."""
+    """There is no command of this name."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """
-    A part of a retry or a discard: at most `most` deliveries after the one called `after`. `action` is the number
-    under which the first step wrote it down.
+    """A step of a retry or a discard, over dead letters that match.
 
-    `unknown` says what becomes of dead letters whose effect nobody knows: they are left out; looked up first, where the
-    handler can; or sent, for the person has looked and nothing is there. Nobody has looked at what became unknown after
-    that, so `send` wants to know which they are, or until when.
+    `unknown` decides about dead letters whose effect is unknown: `leave` them out; `look-up` the effect first, if the
+    handler can; or `send` them, because a person has looked and found no effect. A delivery that became unknown after
+    that look must not be sent, so `send` needs ids or `until`.
     """
 
     matching: DeliveryFilter
     by: Author
-    most: Annotated[int, Meta(ge=1, le=MOST_A_STEP)] = MOST_A_STEP
-    after: Id = 0
-    action: Id | None = None
+    most: Annotated[int, Meta(ge=1, le=MAX_PER_STEP)] = MAX_PER_STEP
+    after: Id = 0  # the delivery after which this step begins
+    action: Id | None = None  # the row of the first step in the table of actions
     unknown: Literal["leave", "look-up", "send"] = "leave"
 
     def __post_init__(self) -> None:
         if self.unknown == "send" and not self.matching.ids and self.matching.until is None:
-            raise ValueError("to send unknown ones again, say which you have looked at: their ids, or until when")
+            raise ValueError("`send` needs the ids of the deliveries that you have looked up, or `until`")
 
 
-class Stepped(msgspec.Struct, frozen=True, kw_only=True):
-    """What a step did. `after` is where the next one begins; None when there is no more."""
+class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The result of a step."""
 
     changed: int
-    after: int | None
+    after: int | None  # where the next step begins; None after the last one
     action: int
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Queues to pause or resume: all of a route, or of one merchant or channel. At least the route must be given."""
+    """The queues to pause or resume: all of a route, or those of one merchant or channel."""
 
     route: Text
     by: Author
@@ -68,130 +65,129 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Commands:
-    """Raises `StoreUnavailable`."""
+    """The commands on an open ledger. All methods raise `StoreUnavailable`."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._clock = store.clock
 
-    async def do(self, name: str, body: bytes) -> Any:
-        """
-        A command by its name, with what it needs as JSON; its answer as plain values.
+    async def run(self, name: str, body: bytes) -> Any:
+        """Run a command by its name, with its arguments as JSON, and return its result as plain values.
 
-        Raises `NoSuchCommand`, and `ValueError` where the body is not what the command needs.
+        Raises:
+            NoSuchCommand: There is no command of this name.
+            ValueError: The body does not fit the command.
         """
-        kinds = {"retry": Step, "discard": Step, "pause": Pause, "resume": Pause}
-        if name not in kinds:
-            raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(kinds)}.")
-        asked = msgspec.json.decode(body, type=kinds[name])
-        return msgspec.to_builtins(await getattr(self, name)(asked))
+        types = {"retry": Step, "discard": Step, "pause": Pause, "resume": Pause}
+        if name not in types:
+            raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(types)}.")
+        arguments = msgspec.json.decode(body, type=types[name])
+        return msgspec.to_builtins(await getattr(self, name)(arguments))
 
-    async def retry(self, step: Step) -> Stepped:
-        """Dead letters are owed again, with their whole schedule."""
+    async def retry(self, step: Step) -> StepResult:
+        """Make dead letters wait again, with their whole schedule."""
         return await self._store.write(self._steps, ("retry", step))
 
-    async def discard(self, step: Step) -> Stepped:
-        """Dead letters are done with, whatever became of them, and their lanes go on."""
+    async def discard(self, step: Step) -> StepResult:
+        """Mark dead letters as done, and let their lanes go on."""
         return await self._store.write(self._steps, ("discard", step))
 
     async def pause(self, pause: Pause) -> int:
-        """Nothing of these queues is tried until a person resumes them; how many there are."""
+        """Pause queues until a person resumes them. Returns their number."""
         return await self._store.write(self._pauses, ("pause", pause))
 
     async def resume(self, pause: Pause) -> int:
-        """They run again at once, whatever paused them; how many there are."""
+        """Let paused queues run again at once, whatever paused them. Returns their number."""
         return await self._store.write(self._pauses, ("resume", pause))
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _steps(self, connection: Connection, items: Sequence[tuple[str, Step]]) -> list[Stepped]:
+    def _steps(self, connection: Connection, items: Sequence[tuple[str, Step]]) -> list[StepResult]:
         return [self._step(connection, command, step) for command, step in items]
 
-    def _step(self, connection: Connection, command: str, step: Step) -> Stepped:
-        leaves = command == "retry" and step.unknown == "leave"
-        reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves]
+    def _step(self, connection: Connection, command: str, step: Step) -> StepResult:
+        leaves_unknown = command == "retry" and step.unknown == "leave"
+        reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves_unknown]
         letters, after = self._letters(connection, step, reasons)
         changed = 0
         if letters and command == "retry":
             sends = step.unknown == "send"
             changed = retry_dead_letters(connection, letters, self._clock(), reasons=reasons, ends_doubt=sends)
         elif letters:
-            changed = self._let_go(connection, letters)
+            changed = self._discard(connection, letters)
         if changed:
             self._store.database.notify(connection)
-        asked = step.matching.given() | ({"unknown": step.unknown} if command == "retry" and not leaves else {})
-        return Stepped(
-            changed=changed,
-            after=after,
-            action=self._written(connection, command, step.by, asked, changed, step.action),
-        )
+        given = step.matching.given()
+        if command == "retry" and not leaves_unknown:
+            given["unknown"] = step.unknown
+        action = self._record(connection, command, step.by, given, changed, step.action)
+        return StepResult(changed=changed, after=after, action=action)
 
     def _letters(
         self, connection: Connection, step: Step, reasons: Collection[Reason]
     ) -> tuple[list[DeadLetter], int | None]:
-        """The next dead letters that are meant, each with its lane, and after which of all the next step begins."""
+        """Return the next dead letters that match, and where the next step begins."""
         d = deliveries.c
         dead = select(d.id).where(d.state == State.DEAD.value, d.id > step.after)
         if step.matching.ids:
             dead = dead.where(d.id.in_(step.matching.ids))
-        looked_at = connection.execute(dead.order_by(d.id).limit(MOST_LOOKED_AT)).scalars().all()
-        meant = (d.id.in_(looked_at), d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions())
-        found = connection.execute(joined(d.id, d.lane_id).where(*meant).order_by(d.id).limit(step.most))
+        read = connection.execute(dead.order_by(d.id).limit(MAX_READ_PER_STEP)).scalars().all()
+        conditions = (d.id.in_(read), d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions())
+        found = connection.execute(joined(d.id, d.lane_id).where(*conditions).order_by(d.id).limit(step.most))
         letters = [DeadLetter(row.id, row.lane_id) for row in found]
         if len(letters) == step.most:
             return letters, letters[-1].delivery_id
-        return letters, looked_at[-1] if len(looked_at) == MOST_LOOKED_AT else None
+        return letters, read[-1] if len(read) == MAX_READ_PER_STEP else None
 
-    def _let_go(self, connection: Connection, letters: Collection[DeadLetter]) -> int:
-        """Discards them. A lane that one had stopped goes on, and its doubt is the person's now."""
+    def _discard(self, connection: Connection, letters: Collection[DeadLetter]) -> int:
         d = deliveries.c
         locked = lock_lanes(connection, {letter.lane_id for letter in letters})
-        # Not where its handler has not let go of its thread: the lane could not go on.
+        # A letter whose blocked handler still holds the lane stays dead: the lane could not go on.
         held = {lane.current_delivery_id for lane in locked if lane.holder is not None}
         free = [letter.delivery_id for letter in letters if letter.delivery_id not in held]
         dead = d.id.in_(free) & (d.state == State.DEAD.value)
         now = self._clock()
         done = {"state": State.DONE.value, "reason": Reason.DISCARDED.value, "ended_at": now}
         ids = connection.execute(update(deliveries).where(dead).values(done).returning(d.id)).scalars().all()
-        # Due even where nothing waits: whoever claims it sees that.
-        goes_on = {"current_delivery_id": None, "settled": lanes.c.claim, "next_at": now}
+        # The person's decision ends the doubt. The lane is due even if nothing waits in it: a claim notices that.
+        continues = {"current_delivery_id": None, "settled": lanes.c.claim, "next_at": now}
         stopped = lanes.c.id.in_([letter.lane_id for letter in letters]) & lanes.c.current_delivery_id.in_(ids)
-        connection.execute(update(lanes).where(stopped).values(goes_on))
+        connection.execute(update(lanes).where(stopped).values(continues))
         return len(ids)
 
     def _pauses(self, connection: Connection, items: Sequence[tuple[str, Pause]]) -> list[int]:
-        return [self._set(connection, command, pause) for command, pause in items]
+        return [self._change_queues(connection, command, pause) for command, pause in items]
 
-    def _set(self, connection: Connection, command: str, pause: Pause) -> int:
-        asked = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}
-        asked = {name: value for name, value in asked.items() if value is not None}
-        meant = [queues.c[name] == value for name, value in asked.items()]
-        locked = select(queues).where(*meant).order_by(queues.c.id).with_for_update(key_share=True)
+    def _change_queues(self, connection: Connection, command: str, pause: Pause) -> int:
+        given = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}
+        given = {name: value for name, value in given.items() if value is not None}
+        conditions = [queues.c[name] == value for name, value in given.items()]
+        locked = select(queues).where(*conditions).order_by(queues.c.id).with_for_update(key_share=True)
         rows = connection.execute(locked).all()
         for row in rows:
             after = RUNNING
             if command == "pause":
                 after = replace(queue_state(row), paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=pause.by.why)
             connection.execute(update(queues).where(queues.c.id == row.id).values(queue_columns(after)))
-        self._written(connection, command, pause.by, asked, len(rows))
+        self._record(connection, command, pause.by, given, len(rows))
         self._store.database.notify(connection)
         return len(rows)
 
-    def _written(
+    def _record(
         self,
         connection: Connection,
         command: str,
         by: Author,
-        asked: Mapping[str, Any],
+        given: Mapping[str, Any],
         changed: int,
         action: int | None = None,
     ) -> int:
-        """Writes down what was done, in the row of the command's first step where that is the same command still."""
-        row = {"command": command, "who": by.who, "why": by.why, "matching": msgspec.json.encode(asked).decode()}
+        """Add to the row of the command's first step if it is the same command, or insert a row. Returns its id."""
+        row = {"command": command, "who": by.who, "why": by.why, "matching": msgspec.json.encode(given).decode()}
         if action is not None:
             same = [actions.c[name] == value for name, value in row.items()]
-            more = update(actions).where(actions.c.id == action, *same).values(changed=actions.c.changed + changed)
-            if connection.execute(more).rowcount == 1:
+            add = update(actions).where(actions.c.id == action, *same).values(changed=actions.c.changed + changed)
+            if connection.execute(add).rowcount == 1:
                 return action
         key = connection.execute(insert(actions).values(row | {"at": self._clock(), "changed": changed}))
         assert key.inserted_primary_key is not None

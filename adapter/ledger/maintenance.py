@@ -1,10 +1,8 @@
-"""
-What is kept how long, and the care that a database needs: prune, check, measure, back up.
+"""Maintenance of the ledger: prune, check, measure and back up.
 
-Bodies are other people's orders: they go 30 days after receipt where everything owed for them is done, and after 90
-days where it is not. The rows, and with them what makes a repeat a repeat, stay longer. What still waits keeps all it
-has. Pruning goes in small steps, each a transaction of its own between those of the intake. Nothing is written down of
-its progress: what there is to do is what is still there, so what had to stay is looked at again in the next round.
+Bodies are personal data. A body is deleted 30 days after receipt if all its deliveries are done, otherwise after 90
+days. Rows stay longer, because they make a repeat recognisable. Everything that waits keeps all it has. Pruning goes in
+small transactions between those of the inbox. It stores no progress: each round looks again at what still exists.
 """
 
 import asyncio
@@ -28,25 +26,25 @@ from adapter.moments import in_milliseconds
 
 log = structlog.get_logger(__name__)
 
-PRUNE_SECONDS = 3600.0
-PRUNE_STEP_SECONDS = 0.2
-NOTIFICATIONS_A_STEP = 200
-VERDICTS_A_STEP = 1000  # a row each, and nothing hangs on it
+BETWEEN_ROUNDS = timedelta(hours=1)
+BETWEEN_STEPS = timedelta(milliseconds=200)
+NOTIFICATIONS_PER_STEP = 200
+VERDICTS_PER_STEP = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long a body is kept when all is done, how long otherwise; how long a verdict, and everything else."""
+    """The times after which things are deleted."""
 
-    bodies: timedelta
+    bodies: timedelta  # bodies of notifications whose deliveries are all done
     bodies_of_dead_letters: timedelta
-    rows: timedelta
+    rows: timedelta  # notifications with their deliveries
     verdicts: timedelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """What a step took away, and whether there may be more."""
+    """The numbers of rows that a step deleted, and whether the round goes on."""
 
     bodies: int = 0
     notifications: int = 0
@@ -55,122 +53,138 @@ class Pruned:
 
 
 class Maintenance:
-    """Prunes in steps; call `step` until there is no more. Raises `StoreUnavailable`."""
+    """Prunes the ledger in steps."""
 
     def __init__(self, store: Store, retention: Retention) -> None:
         self._store = store
         self._retention = retention
-        self._bodies_after = self._rows_after = 0  # how far this round has come; 0 where a round begins
+        self._bodies_after = self._rows_after = 0  # the notification where the round continues; 0: a new round
+
+    async def run(self) -> None:
+        """Prune every hour, with a pause after each step, until cancelled."""
+        while True:
+            pruned = Pruned()
+            try:
+                pruned = await self.step()
+                if pruned.bodies or pruned.notifications or pruned.verdicts:
+                    counts = {"bodies": pruned.bodies, "notifications": pruned.notifications}
+                    log.info("pruned", **counts, verdicts=pruned.verdicts)
+            except StoreUnavailable:  # logged by the store
+                pass
+            except Exception as error:  # a fault in one row must not end all pruning
+                log.error("pruning_failed", exc_info=error)
+            await asyncio.sleep((BETWEEN_STEPS if pruned.more else BETWEEN_ROUNDS).total_seconds())
 
     async def step(self) -> Pruned:
-        """One step of each kind."""
+        """Delete one portion of bodies, notifications and verdicts. Raises `StoreUnavailable`."""
         bodies, self._bodies_after = await self._store.write(self._bodies, self._bodies_after)
         rows, self._rows_after = await self._store.write(self._rows, self._rows_after)
-        logged = await self._store.write(self._verdicts, None)
-        more = self._bodies_after or self._rows_after or logged == VERDICTS_A_STEP
-        return Pruned(bodies=bodies, notifications=rows, verdicts=logged, more=bool(more))
+        old_verdicts = await self._store.write(self._verdicts, None)
+        more = self._bodies_after or self._rows_after or old_verdicts == VERDICTS_PER_STEP
+        return Pruned(bodies=bodies, notifications=rows, verdicts=old_verdicts, more=bool(more))
 
-    # --- in the writer's thread, inside its transaction: how many, and after which one the next step begins ---
+    # --- in the writer's thread, inside its transaction; they return a number and where the next step begins ---
 
     def _bodies(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
-        return [self._take_bodies(connection, after) for after in items]
+        return [self._delete_bodies(connection, after) for after in items]
 
     def _rows(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
-        return [self._take_rows(connection, after) for after in items]
+        return [self._delete_rows(connection, after) for after in items]
 
     def _verdicts(self, connection: Connection, items: Sequence[None]) -> list[int]:
         v = verdicts.c
-        old = select(v.id).where(v.at < self._before(self._retention.verdicts)).order_by(v.at).limit(VERDICTS_A_STEP)
+        old = select(v.id).where(v.at < self._before(self._retention.verdicts)).order_by(v.at).limit(VERDICTS_PER_STEP)
         ids = connection.execute(old).scalars().all()
         return [connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount for _ in items]
 
-    def _take_bodies(self, connection: Connection, after: int) -> tuple[int, int]:
+    def _delete_bodies(self, connection: Connection, after: int) -> tuple[int, int]:
         n, d = notifications.c, deliveries.c
         old, following = self._old(connection, after, self._retention.bodies, n.body.is_not(None))
-        not_so_old = [key for key, at in old.items() if at >= self._before(self._retention.bodies_of_dead_letters)]
+        younger = [key for key, at in old.items() if at >= self._before(self._retention.bodies_of_dead_letters)]
         _lock_lanes_of(connection, old)
-        needed = (d.state == State.WAITING.value) | (d.state == State.DEAD.value) & d.notification_id.in_(not_so_old)
-        gone = old.keys() - _with(connection, old, needed)
-        taken = connection.execute(update(notifications).where(n.id.in_(gone)).values(body=None)).rowcount
-        return taken, following
+        needed = (d.state == State.WAITING.value) | (d.state == State.DEAD.value) & d.notification_id.in_(younger)
+        pruned = old.keys() - _having(connection, old, needed)
+        count = connection.execute(update(notifications).where(n.id.in_(pruned)).values(body=None)).rowcount
+        return count, following
 
-    def _take_rows(self, connection: Connection, after: int) -> tuple[int, int]:
-        """Takes notifications with all that was owed for them, the conflicts they met, and the lanes left empty."""
+    def _delete_rows(self, connection: Connection, after: int) -> tuple[int, int]:
+        """Delete notifications with their deliveries, their conflicts and the lanes that become empty."""
         n, d = notifications.c, deliveries.c
         old, following = self._old(connection, after, self._retention.rows)
-        of_lanes = _lock_lanes_of(connection, old)
+        lane_ids = _lock_lanes_of(connection, old)
         stops = select(lanes.c.id).where(lanes.c.id == d.lane_id, lanes.c.current_delivery_id == d.id).exists()
-        gone = old.keys() - _with(connection, old, (d.state == State.WAITING.value) | stops)
-        owed = select(d.id).where(d.notification_id.in_(gone))
-        connection.execute(delete(attempts).where(attempts.c.delivery_id.in_(owed)))
-        connection.execute(delete(deliveries).where(d.notification_id.in_(gone)))
-        taken = connection.execute(delete(notifications).where(n.conflicts_with.in_(gone))).rowcount
-        taken += connection.execute(delete(notifications).where(n.id.in_(gone))).rowcount
-        left = select(d.id).where(d.lane_id == lanes.c.id).exists()
-        connection.execute(delete(lanes).where(lanes.c.id.in_(of_lanes), lanes.c.holder.is_(None), ~left))
-        return taken, following
+        pruned = old.keys() - _having(connection, old, (d.state == State.WAITING.value) | stops)
+        delivery_ids = select(d.id).where(d.notification_id.in_(pruned))
+        connection.execute(delete(attempts).where(attempts.c.delivery_id.in_(delivery_ids)))
+        connection.execute(delete(deliveries).where(d.notification_id.in_(pruned)))
+        count = connection.execute(delete(notifications).where(n.conflicts_with.in_(pruned))).rowcount
+        count += connection.execute(delete(notifications).where(n.id.in_(pruned))).rowcount
+        remaining = select(d.id).where(d.lane_id == lanes.c.id).exists()
+        connection.execute(delete(lanes).where(lanes.c.id.in_(lane_ids), lanes.c.holder.is_(None), ~remaining))
+        return count, following
 
     def _old(self, connection: Connection, after: int, kept: timedelta, *conditions: Any) -> tuple[dict[int, int], int]:
-        """The next notifications in the order of their arrival, and when they came, as long as they are that old."""
+        """Return the next notifications that are old enough, with their times of receipt, and where to continue."""
         n, before = notifications.c, self._before(kept)
         following = select(n.id, n.received_at).where(n.id > after, *conditions).order_by(n.id)
-        rows = connection.execute(following.limit(NOTIFICATIONS_A_STEP)).all()
+        rows = connection.execute(following.limit(NOTIFICATIONS_PER_STEP)).all()
         old = {row.id: row.received_at for row in takewhile(lambda row: row.received_at < before, rows)}
-        return old, rows[-1].id if len(old) == NOTIFICATIONS_A_STEP else 0
+        return old, rows[-1].id if len(old) == NOTIFICATIONS_PER_STEP else 0
 
     def _before(self, kept: timedelta) -> int:
         return self._store.clock() - in_milliseconds(kept)
 
 
 def _lock_lanes_of(connection: Connection, ids: Iterable[int]) -> set[int]:
-    """So that nothing owed for these notifications is retried, or waits anew, before they are gone."""
+    # So that no delivery of these notifications is retried or added before they are deleted.
     d = deliveries.c
-    of_lanes = set(connection.execute(select(d.lane_id).where(d.notification_id.in_(ids))).scalars())
-    lock_lanes(connection, of_lanes)
-    return of_lanes
+    lane_ids = set(connection.execute(select(d.lane_id).where(d.notification_id.in_(ids))).scalars())
+    lock_lanes(connection, lane_ids)
+    return lane_ids
 
 
-def _with(connection: Connection, ids: Iterable[int], condition: Any) -> set[int]:
-    """Those of these notifications for which there is such a delivery."""
+def _having(connection: Connection, ids: Iterable[int], condition: Any) -> set[int]:
+    """Return those of these notifications that have such a delivery."""
     d = deliveries.c
     return set(connection.execute(select(d.notification_id).where(d.notification_id.in_(ids), condition)).scalars())
 
 
 def faults(connection: Connection) -> list[str]:
-    """What must never be so in a ledger, in words; nothing where all is well."""
+    """Check the ledger for states that must never occur, and return a sentence for each kind."""
     d, lane = deliveries.c, lanes.c
-    lives = select(processes.c.id).where(processes.c.id == lane.holder).exists()
+    process = select(processes.c.id).where(processes.c.id == lane.holder).exists()
     waits = select(d.id).where(d.lane_id == lane.id, d.state == State.WAITING.value).exists()
     current = select(d.id).where(d.id == lane.current_delivery_id, d.lane_id == lane.id)
-    nobody_comes = lane.holder.is_(None) & lane.next_at.is_(None)
-    stuck = lane.current_delivery_id.is_(None) & waits | current.where(d.state != State.DEAD.value).exists()
-    asked = {
-        "lanes with work that nobody will ever take": (lanes, nobody_comes & stuck),
-        "lanes held by a process that is not there": (lanes, lane.holder.is_not(None) & ~lives),
-        "lanes whose delivery is not there": (lanes, lane.current_delivery_id.is_not(None) & ~current.exists()),
-        "lanes that settled more than was claimed": (lanes, lane.settled > lane.claim),
-        "deliveries of no known state": (deliveries, d.state.not_in([state.value for state in State])),
-        "deliveries that ended without a reason": (deliveries, (d.state != State.WAITING.value) & d.reason.is_(None)),
-        "queues that nobody knows why they are paused": (
-            queues,
-            queues.c.paused_until.is_not(None) & queues.c.paused_by.is_(None),
+    is_idle = lane.holder.is_(None) & lane.next_at.is_(None)
+    has_work = lane.current_delivery_id.is_(None) & waits | current.where(d.state != State.DEAD.value).exists()
+    is_paused_without_cause = queues.c.paused_until.is_not(None) & queues.c.paused_by.is_(None)
+    checks = {
+        "lanes with work that will never be claimed": (lanes, is_idle & has_work),
+        "lanes held by a process that does not exist": (lanes, lane.holder.is_not(None) & ~process),
+        "lanes whose current delivery does not exist": (
+            lanes,
+            lane.current_delivery_id.is_not(None) & ~current.exists(),
         ),
+        "lanes with more settlements than claims": (lanes, lane.settled > lane.claim),
+        "deliveries in an unknown state": (deliveries, d.state.not_in([state.value for state in State])),
+        "deliveries that ended without a reason": (deliveries, (d.state != State.WAITING.value) & d.reason.is_(None)),
+        "queues paused without a cause": (queues, is_paused_without_cause),
     }
-    _take_your_time(connection)
-    told = []
-    for words, (table, condition) in asked.items():
+    _remove_time_limit(connection)
+    found = []
+    for words, (table, condition) in checks.items():
         count = connection.execute(select(func.count()).select_from(table).where(condition)).scalar_one()
-        told += [f"{count} {words}"] if count else []
+        found += [f"{count} {words}"] if count else []
     if connection.dialect.name == "sqlite":
-        told += [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(10)") if row[0] != "ok"]
+        found += [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(10)") if row[0] != "ok"]
         dangling = {(row[0], row[2]) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}
-        told += [f"{child} that belong to {parent} which are not there" for child, parent in sorted(dangling)]
-    return told
+        found += [f"rows of {child} that refer to missing rows of {parent}" for child, parent in sorted(dangling)]
+    return found
 
 
 def figures(connection: Connection) -> dict[str, int]:
-    """How much there is of what: rows, bodies that are kept, and bytes on the disk."""
-    _take_your_time(connection)
+    """Count the rows of each table and the stored bodies, and measure the size in bytes."""
+    _remove_time_limit(connection)
     tables = (notifications, deliveries, attempts, lanes, queues, verdicts)
     counts = {table.name: connection.execute(select(func.count()).select_from(table)).scalar_one() for table in tables}
     bodies = connection.execute(select(func.count()).where(notifications.c.body.is_not(None))).scalar_one()
@@ -182,13 +196,16 @@ def figures(connection: Connection) -> dict[str, int]:
 
 
 def back_up(connection: Connection, target: Path) -> int:
-    """
-    Copies a SQLite ledger, as it is at one moment and beside a running service, into a new file; its size in bytes.
+    """Copy a SQLite ledger into a new file beside a running service, and return its size in bytes.
 
-    Raises `FileExistsError`, and `StoreUnavailable` where the copy cannot be written. Nobody but its owner may read it.
+    The copy shows the ledger at one moment. Only the owner may read the file.
+
+    Raises:
+        FileExistsError: The target exists.
+        StoreUnavailable: The copy cannot be written.
     """
     if target.exists():
-        raise FileExistsError(f"{target} is there already; nothing was overwritten")
+        raise FileExistsError(f"{target} exists already; nothing was overwritten")
     partial = target.with_name(f"{target.name}.partial")
     raw = connection.connection.driver_connection
     assert raw is not None
@@ -206,22 +223,6 @@ def back_up(connection: Connection, target: Path) -> int:
     return target.stat().st_size
 
 
-def _take_your_time(connection: Connection) -> None:
-    """A person waits for it, and nobody else."""
+def _remove_time_limit(connection: Connection) -> None:
     if connection.dialect.name == "postgresql":
         connection.execute(text("SET LOCAL statement_timeout = 0"))
-
-
-async def keep_pruned(maintenance: Maintenance) -> None:
-    """Every hour, in steps with room between them for everybody else."""
-    while True:
-        try:
-            pruned = await maintenance.step()
-            if pruned.bodies or pruned.notifications or pruned.verdicts:
-                log.info("pruned", bodies=pruned.bodies, notifications=pruned.notifications, verdicts=pruned.verdicts)
-        except StoreUnavailable:  # the store has said so itself
-            pruned = Pruned()
-        except Exception as error:  # what is wrong with one row must not end all pruning
-            log.error("pruning_failed", exc_info=error)
-            pruned = Pruned()
-        await asyncio.sleep(PRUNE_STEP_SECONDS if pruned.more else PRUNE_SECONDS)

@@ -1,6 +1,6 @@
-"""
-For people: what came in, what is owed, what was done, what is dead and why, what is paused, who did what. Reads beside
-the writer and changes nothing. No body and nothing of an order but its id is shown.
+"""Queries for people: notifications, deliveries, queues, verdicts, actions and processes, as plain values.
+
+They read beside the writer and change nothing. They show no body, and nothing of an order but its id.
 """
 
 import json
@@ -17,7 +17,7 @@ from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifica
 from adapter.ledger.settlement import State
 from adapter.moments import to_text
 
-MOST_IDS = 10_000
+MAX_IDS = 10_000
 
 Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Moment = Annotated[int, Meta(ge=-(2**53), le=2**53)]
@@ -25,9 +25,9 @@ Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")
 
 
 class DeliveryFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All that is given must hold. `since` and `until` are milliseconds, of the end; `code` is the last attempt's."""
+    """Conditions on deliveries, all of which must hold. `since` and `until` limit the end, in milliseconds."""
 
-    ids: Annotated[tuple[Id, ...], Meta(max_length=MOST_IDS)] = ()
+    ids: Annotated[tuple[Id, ...], Meta(max_length=MAX_IDS)] = ()
     state: Text | None = None
     reason: Text | None = None
     route: Text | None = None
@@ -35,15 +35,16 @@ class DeliveryFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     channel: Text | None = None
     order_id: Text | None = None
     notification_id: Id | None = None
-    code: Text | None = None
+    code: Text | None = None  # of the last attempt
     since: Moment | None = None
     until: Moment | None = None
 
     def given(self) -> dict[str, Any]:
+        """Return the conditions that are set."""
         return {name: value for name, value in msgspec.structs.asdict(self).items() if value not in (None, ())}
 
     def conditions(self) -> list[ColumnElement[bool]]:
-        """For a statement over the tables of `joined`."""
+        """Return them for a statement over the tables of `joined`."""
         d = deliveries.c
         given: list[tuple[Any, Any]] = [
             (d.state, self.state),
@@ -56,9 +57,9 @@ class DeliveryFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         ]
         conditions = [column == value for column, value in given if value is not None]
         if self.order_id is not None:
-            # Every queue named, so that the index on queue and order finds the few lanes that there are.
-            of_it = (lanes.c.order_id == self.order_id) & lanes.c.queue_id.in_(select(queues.c.id))
-            conditions.append(d.lane_id.in_(select(lanes.c.id).where(of_it)))
+            # Naming every queue lets the database use the index on queue and order.
+            of_order = (lanes.c.order_id == self.order_id) & lanes.c.queue_id.in_(select(queues.c.id))
+            conditions.append(d.lane_id.in_(select(lanes.c.id).where(of_order)))
         if self.ids:
             conditions.append(d.id.in_(self.ids))
         if self.since is not None:
@@ -69,20 +70,20 @@ class DeliveryFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class Author(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Who does something, and why: it is written down."""
+    """The person who gives a command, and the reason. Both are stored with it."""
 
     who: Text
     why: Text
 
     def __post_init__(self) -> None:
         if not self.who.strip() or not self.why.strip():
-            raise ValueError("who and why must be given: they are written down")
+            raise ValueError("`who` and `why` must not be blank: they are stored with the command")
 
 
 def joined(*columns: Any) -> Select[Any]:
-    """Deliveries with their lane, queue and last attempt."""
-    tries = attempts.alias("tries")
-    last = select(func.max(tries.c.id)).where(tries.c.delivery_id == deliveries.c.id).scalar_subquery()
+    """Select from deliveries with their lane, queue and last attempt."""
+    others = attempts.alias("others")
+    last = select(func.max(others.c.id)).where(others.c.delivery_id == deliveries.c.id).scalar_subquery()
     return select(*columns).select_from(
         deliveries.join(lanes, deliveries.c.lane_id == lanes.c.id)
         .join(queues, lanes.c.queue_id == queues.c.id)
@@ -91,46 +92,46 @@ def joined(*columns: Any) -> Select[Any]:
 
 
 def notification_columns() -> list[Any]:
-    """All of a notification but its body, which is other people's data."""
+    """Return the columns of a notification without its body, which is personal data."""
     return [column for column in notifications.c if column.name not in ("body", "identity", "digest")]
 
 
-NEWEST_LOOKED_THROUGH = 50_000  # notifications that nobody wanted can be found by their order only this far back
-MOST_OF_AN_ORDER = 10_000
+RECENT_NOTIFICATIONS = 50_000  # notifications without a delivery are found by their order only among these
+MAX_PER_ORDER = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """How the ledger stands: what waits and what is dead, by route, and the age in seconds of the oldest waiting."""
+    """A summary of the ledger for metrics."""
 
-    by_route: Mapping[tuple[str, str], int]
-    oldest_waiting_seconds: Mapping[str, float]
-    paused: Mapping[tuple[str, str, str], str]
+    by_route: Mapping[tuple[str, str], int]  # numbers of waiting and dead deliveries, by route and state
+    oldest_waiting_seconds: Mapping[str, float]  # by route
+    paused: Mapping[tuple[str, str, str], str]  # reasons, by route, merchant and channel
 
 
 class Queries:
-    """Lists and shows, on a connection that only reads."""
+    """Queries on a connection that only reads."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
     def deliveries(self, matching: DeliveryFilter = DeliveryFilter(), *, limit: int = 100) -> list[dict[str, Any]]:  # noqa: B008 - frozen
-        """The newest deliveries first, as plain values."""
+        """Return deliveries, newest first."""
         statement = _deliveries().where(*matching.conditions()).order_by(deliveries.c.id.desc()).limit(limit)
         return [_plain(row) for row in self.connection.execute(statement)]
 
     def delivery(self, delivery_id: int) -> dict[str, Any] | None:
-        """One delivery with its attempts, oldest first; None where there is none."""
+        """Return a delivery with its attempts, oldest first, or None."""
         row = self.connection.execute(_deliveries().where(deliveries.c.id == delivery_id)).one_or_none()
         if row is None:
             return None
         names = ("started_at", "ended_at", "kind", "outcome", "code", "message", "reference")
-        its = select(*(attempts.c[name] for name in names)).where(attempts.c.delivery_id == delivery_id)
-        tries = self.connection.execute(its.order_by(attempts.c.id))
-        return _plain(row) | {"attempts": [_plain(attempt) for attempt in tries]}
+        of_delivery = select(*(attempts.c[name] for name in names)).where(attempts.c.delivery_id == delivery_id)
+        rows = self.connection.execute(of_delivery.order_by(attempts.c.id))
+        return _plain(row) | {"attempts": [_plain(attempt) for attempt in rows]}
 
     def count(self, matching: DeliveryFilter) -> list[dict[str, Any]]:
-        """How many deliveries match, by route, merchant, channel, state and reason."""
+        """Count the deliveries that match, by route, merchant, channel, state and reason."""
         by = (queues.c.route, queues.c.merchant, queues.c.channel, deliveries.c.state, deliveries.c.reason)
         statement = joined(*by, func.count().label("count")).where(*matching.conditions()).group_by(*by).order_by(*by)
         return [dict(row._mapping) for row in self.connection.execute(statement)]
@@ -144,9 +145,10 @@ class Queries:
         channel: str | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """
-        The newest notifications first. By order: those that a route wanted, however old; of the others, which have no
-        lane, only the newest.
+        """Return notifications, newest first.
+
+        With an order id, these are all notifications of the order that have a delivery; those without one are found
+        only among the most recent of all.
         """
         n = notifications.c
         statement = select(*notification_columns()).order_by(n.id.desc()).limit(limit)
@@ -154,15 +156,15 @@ class Queries:
             if value is not None:
                 statement = statement.where(column == value)
         if order_id is not None:
-            owed = joined(deliveries.c.notification_id).where(*DeliveryFilter(order_id=order_id).conditions())
+            delivered = joined(deliveries.c.notification_id).where(*DeliveryFilter(order_id=order_id).conditions())
             newest = select(func.coalesce(func.max(n.id), 0)).scalar_subquery()
-            recent = select(n.id).where(n.id > newest - NEWEST_LOOKED_THROUGH, n.order_id == order_id)
-            ids = {*self.connection.execute(owed).scalars(), *self.connection.execute(recent).scalars()}
-            statement = statement.where(n.id.in_(sorted(ids)[-MOST_OF_AN_ORDER:]))
+            recent = select(n.id).where(n.id > newest - RECENT_NOTIFICATIONS, n.order_id == order_id)
+            ids = {*self.connection.execute(delivered).scalars(), *self.connection.execute(recent).scalars()}
+            statement = statement.where(n.id.in_(sorted(ids)[-MAX_PER_ORDER:]))
         return [_plain(row) for row in self.connection.execute(statement)]
 
     def notification(self, notification_id: int) -> dict[str, Any] | None:
-        """One notification with its deliveries and the conflicts it met; None where there is none."""
+        """Return a notification with its deliveries and its conflicts, or None."""
         n = notifications.c
         columns = [*notification_columns(), func.length(n.body).label("body_bytes")]
         row = self.connection.execute(select(*columns).where(n.id == notification_id)).one_or_none()
@@ -175,7 +177,10 @@ class Queries:
         }
 
     def queues(self, now: int) -> list[dict[str, Any]]:
-        """Every queue: whether it runs, what waits in it, what is being tried. `now` is the ledger's clock."""
+        """Return every queue with its state and its numbers of waiting and running deliveries.
+
+        `now` is the ledger's clock.
+        """
         waiting = {row.queue_id: row.number for row in self._by_queue(State.WAITING)}
         held = select(lanes.c.queue_id).where(lanes.c.holder.is_not(None))
         running = Counter(self.connection.execute(held).scalars())
@@ -206,7 +211,7 @@ class Queries:
         since: int | None = None,
         limit: int = 100,
     ) -> list[dict[str, Any]]:
-        """What routes decided that counted for nothing, the newest first."""
+        """Return the verdicts that did not count, newest first."""
         v = verdicts.c
         given = ((v.kind, kind), (v.route, route), (v.order_id, order_id))
         statement = select(verdicts).where(*(column == value for column, value in given if value is not None))
@@ -216,9 +221,9 @@ class Queries:
         return [_plain(row) | {"codes": json.loads(row.codes)} for row in rows]
 
     def count_verdicts(self, *, since: int | None = None) -> list[dict[str, Any]]:
-        """
-        The same, counted by route: how many would have rejected, or have failed, and how many would have made another
-        answer than went out.
+        """Count the verdicts that did not count, by route.
+
+        `differs` counts those that would have changed the answer.
         """
         v = verdicts.c
         rejects, patches = v.decided.in_(("reject", "refuse")), v.decided == "patch"
@@ -233,23 +238,23 @@ class Queries:
         return [dict(row._mapping) for row in self.connection.execute(statement)]
 
     def actions(self, limit: int = 100) -> list[dict[str, Any]]:
-        """What people did, the newest first."""
+        """Return the commands of people, newest first."""
         newest = select(actions).order_by(actions.c.id.desc()).limit(limit)
         return [_plain(row) for row in self.connection.execute(newest)]
 
     def processes(self, now: int) -> list[dict[str, Any]]:
-        """The processes that live on a lease."""
+        """Return the processes that have a lease, and whether it still lasts."""
         p = processes.c
         statement = select(p.id, p.version, p.started_at, (p.lease_until > now).label("alive")).order_by(p.id)
         return [_plain(row) for row in self.connection.execute(statement)]
 
     def overview(self, now: int) -> Overview:
-        """Counts and ages; `now` is the ledger's clock in milliseconds."""
+        """Return the summary for metrics. `now` is the ledger's clock."""
         by_route: Counter[tuple[str, str]] = Counter()
         oldest: dict[str, float] = {}
-        stand = {state: self._by_queue(state) for state in (State.WAITING, State.DEAD)}
+        rows_of = {state: self._by_queue(state) for state in (State.WAITING, State.DEAD)}
         route_of = {row.id: row.route for row in self.connection.execute(select(queues.c.id, queues.c.route))}
-        for state, rows in stand.items():
+        for state, rows in rows_of.items():
             for row in rows:
                 route = route_of[row.queue_id]
                 by_route[route, state.value] += row.number
@@ -263,7 +268,7 @@ class Queries:
         return Overview(by_route=by_route, oldest_waiting_seconds=oldest, paused=paused)
 
     def _by_queue(self, state: State) -> Sequence[Any]:
-        """How many deliveries are in this state, and the earliest. From the index that holds just those, row by row."""
+        """Count the deliveries in this state, with the earliest. Reads only the partial index of the state."""
         d = deliveries.c
         return self.connection.execute(
             select(lanes.c.queue_id, func.count().label("number"), func.min(d.id).label("earliest"))
@@ -273,8 +278,8 @@ class Queries:
         ).all()
 
     def _received_at(self, delivery_id: int) -> int:
-        its = select(deliveries.c.notification_id).where(deliveries.c.id == delivery_id).scalar_subquery()
-        received = select(notifications.c.received_at).where(notifications.c.id == its)
+        notification_id = select(deliveries.c.notification_id).where(deliveries.c.id == delivery_id).scalar_subquery()
+        received = select(notifications.c.received_at).where(notifications.c.id == notification_id)
         return int(self.connection.execute(received).scalar_one())
 
 
@@ -283,7 +288,6 @@ def _text(milliseconds: int | None) -> str | None:
 
 
 def _plain(row: Any) -> dict[str, Any]:
-    """A row by its columns, with moments as people read them."""
     return {name: _text(value) if name.rpartition("_")[2] == "at" else value for name, value in row._mapping.items()}
 
 

@@ -1,10 +1,8 @@
-"""
-The open ledger: one connection that writes, in groups, and the clock that everything in it goes by.
+"""The open ledger: one connection that writes in groups, and the clock of the ledger.
 
-`write` returns when the work is on disk. Everything that arrives while one transaction is being committed becomes the
-next one: no added wait, one fsync for all of them. What a reader would get wrong: the writer works in a thread of its
-own and must not be woken at every arrival (batches of three), so work is gathered and handed over once a loop turn,
-and only while the writer is idle.
+`write` returns when the work is on disk. All work that arrives during a commit goes into the next transaction: it adds
+no delay, and one fsync serves it all. The writer has a thread of its own. Waking it at every arrival would make batches
+of three, so work is gathered and handed over once per turn of the event loop, and only while the writer is idle.
 """
 
 import asyncio
@@ -29,20 +27,20 @@ log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 Work = Callable[[Connection, Sequence[Any]], Sequence[Any]]
-Outcome = tuple["asyncio.Future[Any]", Any, bool]  # who waits, the answer or the error, whether it is an error
+Finished = tuple["asyncio.Future[Any]", Any, bool]  # the waiting caller, the answer or error, whether it is an error
 
-MOST_WAITING = 4_000
-MOST_BYTES_WAITING = 64 * 1024 * 1024
-TRIES = 5  # of a transaction that met another one
+MAX_WAITING = 4_000
+MAX_BYTES_WAITING = 64 * 1024 * 1024
+TRIES = 5  # of a transaction that collided with another
 
 
 class StoreBusy(StoreUnavailable):
-    """More is waiting to be written than the service holds in memory. Nothing of this call was stored."""
+    """Too much work waits for the writer. Nothing of this call was stored."""
 
 
 @dataclass(slots=True, eq=False)
 class _Piece:
-    """Work that waits for the writer."""
+    """Work that waits for the writer, and the future of its caller."""
 
     work: Work
     item: Any
@@ -51,11 +49,13 @@ class _Piece:
 
 
 class Store:
-    """
-    An open ledger. Use from one event loop; `close` when done.
+    """An open ledger, for one event loop.
 
-    `capacity` is how many pieces of work may wait for the writer, `capacity_bytes` what they may hold. `failing` says
-    whether the last transaction failed on the database; `shared`, whether other processes write as well.
+    Args:
+        database: A database with up-to-date tables.
+        clock: The ledger's clock, which has been read.
+        capacity: The number of pieces of work that may wait for the writer.
+        capacity_bytes: The size of the work that may wait.
     """
 
     def __init__(
@@ -63,17 +63,17 @@ class Store:
         database: Database,
         *,
         clock: Clock,
-        capacity: int = MOST_WAITING,
-        capacity_bytes: int = MOST_BYTES_WAITING,
+        capacity: int = MAX_WAITING,
+        capacity_bytes: int = MAX_BYTES_WAITING,
     ) -> None:
         self.database = database
-        self.shared = database.shared
+        self.shared = database.shared  # other processes write as well
         self.engine = database.engine(read_only=False)
         self._reader = database.engine(read_only=True)
         self.clock = clock
         self.capacity = capacity
         self.capacity_bytes = capacity_bytes
-        self.failing = False
+        self.failing = False  # whether the last transaction failed because of the database
         self._gathered: list[_Piece] = []
         self._bytes = 0
         self._writer_is_idle = True
@@ -85,12 +85,13 @@ class Store:
 
     @classmethod
     def open(cls, url: str, *, clock: Clock | None = None) -> "Store":
-        """
-        Takes the database for this process and brings its tables up to date.
+        """Lock the database for this process and bring its tables up to date.
 
-        Raises `StoreInUse` where another process has it and `StoreUnavailable` where it cannot be opened.
+        Raises:
+            StoreInUse: Another process has it.
+            StoreUnavailable: It cannot be opened.
         """
-        from alembic.util import CommandError  # here, because commands that only read need none of it
+        from alembic.util import CommandError  # imported here, because commands that only read need no migration
 
         database = database_at(url)
         clock = clock or Clock.of(database)
@@ -110,15 +111,20 @@ class Store:
     async def write(
         self, work: Callable[[Connection, Sequence[Item]], Sequence[Answer]], item: Item, size: int = 0
     ) -> Answer:
-        """
-        Has `work` done with `item` in a transaction, and returns its answer once that is on disk.
+        """Run `work` with `item` in a transaction, and return its answer once that is on disk.
 
-        `work` gets all items that go into one transaction with it, and answers each; it may be called again for the
-        same items where a transaction has to be repeated. `size` is what the item holds in memory, in bytes. Raises
-        `StoreUnavailable`, or what `work` raises for this item alone: the others of its group are then done one by one.
+        Args:
+            work: Gets all items of a transaction and returns an answer for each. It is called again with the same items
+                if the transaction must be repeated. If it raises, its items are written one by one, and only the caller
+                of the faulty item gets the error.
+            item: The argument of this caller.
+            size: The memory that the item holds, in bytes.
+
+        Raises:
+            StoreUnavailable: Nothing was stored.
         """
         if len(self._gathered) >= self.capacity or self._bytes + size > self.capacity_bytes:
-            raise StoreBusy("too much is waiting for the disk")
+            raise StoreBusy("too much work waits for the disk")
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Answer] = loop.create_future()
         self._gathered.append(_Piece(work, item, size, done))
@@ -129,11 +135,11 @@ class Store:
         return await done
 
     def read_connection(self) -> Connection:
-        """A connection that only reads, beside the writer and without waiting for it."""
+        """Return a connection that only reads and never waits for the writer."""
         return self._reader.connect()
 
     def close(self) -> None:
-        """Lets the writer finish what it has, and gives the database back."""
+        """Let the writer finish its work, and unlock the database."""
         self._batches.put(None)
         self._thread.join(timeout=10)
         self.engine.dispose()
@@ -147,9 +153,9 @@ class Store:
             batch, self._gathered = self._gathered, []
             self._batches.put((loop, batch))
 
-    def _finished(self, loop: asyncio.AbstractEventLoop, batch: list[_Piece], outcomes: list[Outcome]) -> None:
+    def _finished(self, loop: asyncio.AbstractEventLoop, batch: list[_Piece], finished: list[Finished]) -> None:
         self._bytes -= sum(piece.size for piece in batch)
-        for future, value, failed in outcomes:
+        for future, value, failed in finished:
             if not future.done():  # a caller that was cancelled no longer waits
                 if failed:
                     future.set_exception(value)
@@ -163,23 +169,21 @@ class Store:
     def _run(self) -> None:
         while (handed := self._batches.get()) is not None:
             loop, batch = handed
-            outcomes = [outcome for group in self._transactions(batch) for outcome in self._write(group)]
+            finished = [each for group in self._transactions(batch) for each in self._write(group)]
             try:
-                loop.call_soon_threadsafe(self._finished, loop, batch, outcomes)
-            except RuntimeError:  # the loop is closed; what was written stays written
+                loop.call_soon_threadsafe(self._finished, loop, batch, finished)
+            except RuntimeError:  # the loop is closed; the work stays on disk
                 break
         self._drop_connection()
 
     def _transactions(self, batch: list[_Piece]) -> list[list[_Piece]]:
-        """
-        What goes into one transaction: everything, in a file of our own, for the sake of its one fsync. Where others
-        write too, one kind of work at a time: each locks its rows in one order, two after each other would not.
-        """
+        # In a file of our own, one transaction with one fsync takes everything. In a shared database, each kind of work
+        # gets its own: a kind locks its rows in the common order, but two kinds after each other would not.
         if not self.shared:
             return [batch]
         return list(_by_work(batch).values())
 
-    def _write(self, batch: list[_Piece]) -> list[Outcome]:
+    def _write(self, batch: list[_Piece]) -> list[Finished]:
         try:
             answers = self._transaction(batch)
         except StoreUnavailable as error:
@@ -187,10 +191,10 @@ class Store:
                 log.error("store_unavailable", code=_code(error.__cause__))
             self.failing = True
             return [(piece.done, error, True) for piece in batch]
-        except Exception as error:  # noqa: BLE001 - it is the data of one piece of work; that one gets the error, below
+        except Exception as error:  # noqa: BLE001 - the data of one piece is faulty; only its caller gets the error
             if len(batch) == 1:
                 return [(batch[0].done, error, True)]
-            return [outcome for piece in batch for outcome in self._write([piece])]
+            return [finished for piece in batch for finished in self._write([piece])]
         if self.failing:
             log.info("store_recovered")
         self.failing = False
@@ -217,7 +221,7 @@ class Store:
                     raise
                 was_lost = is_kept and not is_committing and self._is_lost()
                 self._drop_connection()
-                if was_lost and left:  # while nobody used it; nothing of this is on the disk
+                if was_lost and left:  # the connection broke before its use; nothing of this is on disk
                     continue
                 raise StoreUnavailable(_cause(error)) from error
         return answers
@@ -231,25 +235,24 @@ class Store:
     def _drop_connection(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            with contextlib.suppress(Exception):  # a broken one may fail in any way while it is thrown away
+            with contextlib.suppress(Exception):  # closing a broken connection may fail in any way
                 connection.invalidate()
             with contextlib.suppress(Exception):
                 connection.close()
 
 
 def open_for_reading(url: str) -> Engine:
-    """An engine that only reads, beside a running service. Raises `StoreMissing`."""
+    """Return an engine that only reads, beside a running service. Raises `StoreMissing`."""
     database = database_at(url)
     database.check_exists()
     return database.engine(read_only=True)
 
 
 def migrate(database: Database, connection: Connection) -> None:
-    """
-    Brings the tables up to date, in one transaction, while others wait.
+    """Bring the tables up to date, in one transaction, while other processes wait.
 
-    Migrations only add, so that an older node keeps working; and an older node that finds a newer revision than it
-    knows works with it as it is.
+    Migrations only add, so an older node keeps working beside a newer one. A node that finds a revision newer than its
+    own leaves the tables as they are and works with them.
     """
     from alembic import command
     from alembic.config import Config
@@ -278,7 +281,7 @@ def _by_work(batch: Sequence[_Piece]) -> dict[Work, list[_Piece]]:
 
 
 def _code(error: BaseException | None) -> str | None:
-    """The database's own name for what is wrong, such as SQLITE_FULL or 57P01: its words may hold what was written."""
+    # The database's code, such as SQLITE_FULL or 57P01, because its message may contain data.
     original = getattr(error, "orig", error)
     return getattr(original, "sqlite_errorname", None) or getattr(original, "sqlstate", None) or type(original).__name__
 

@@ -1,9 +1,8 @@
-"""
-What routes decided that counted for nothing: too late, or in the shadow. Written down for
-people, beside the answers and never in their way.
+"""The verdict log: verdicts that did not count, because they were late or because the route is a shadow.
 
-Nothing of it is promised as a notification is: it gathers in memory, goes to the disk in groups, and is dropped and
-counted where the ledger cannot be written for long. A connection that breaks at the commit may leave a group twice.
+Verdicts are written in the background and never delay an answer. Unlike a notification, a verdict may be lost: the log
+gathers them in memory and writes them in groups, and drops and counts them if the ledger is unavailable for long. A
+connection that breaks at a commit may leave a group in the log twice.
 """
 
 import asyncio
@@ -22,18 +21,18 @@ from adapter.ledger.store import Store, StoreUnavailable
 
 log = structlog.get_logger(__name__)
 
-MOST_WAITING = 4_000
-MOST_A_STATEMENT = 500  # the intake waits for no more than these
-GATHERED_FOR = timedelta(seconds=1)
-LAST_WORDS = timedelta(seconds=2)
-MOST_CODES = 20
-LONGEST_CODE = 200
+MAX_WAITING = 4_000
+MAX_PER_STATEMENT = 500  # the inbox waits for no more than these
+GATHER_FOR = timedelta(seconds=1)
+FLUSH_WITHIN = timedelta(seconds=2)
+MAX_CODES = 20
+MAX_CODE_LENGTH = 200
 COLUMNS = [column.name for column in verdicts.c if column.name != "id"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedVerdict:
-    """What one route decided about one callback. Codes and places only, never a value of the order's."""
+    """The verdict of one route on one callback. Contains codes and places, never a value from the order."""
 
     kind: str  # late or shadow
     callback: str
@@ -42,47 +41,51 @@ class LoggedVerdict:
     order_id: str
     decided: str  # approve, reject, accept, patch, refuse or failed
     codes: tuple[str, ...]  # of its problems or its refusal, or the pointers that it patches
-    answered: str | None  # what counted in its stead: approve or reject; None for a shadow
-    took_ms: int  # until it was known
+    answered: str | None  # the answer in its place: approve or reject; None for a shadow
+    took_ms: int
 
 
 class VerdictLog:
-    """
-    Where that is written down: `record` it, while `keep` runs, and `flush` at the end.
+    """Writes verdicts to the ledger in the background.
 
-    `dropped` hears how many were not written, and `gathered_for` is how long the first of a group waits for more.
+    Call `record()` for each verdict, keep `run()` running, and call `flush()` on shutdown.
+
+    Args:
+        store: The ledger.
+        dropped: Called with the number of verdicts that were not written.
+        gather_for: Time from the first verdict of a group until the group is written.
     """
 
-    def __init__(self, store: Store, *, dropped: Callable[[int], None], gathered_for: timedelta = GATHERED_FOR) -> None:
+    def __init__(self, store: Store, *, dropped: Callable[[int], None], gather_for: timedelta = GATHER_FOR) -> None:
         self._store = store
         self._clock = store.clock
         self._dropped = dropped
-        self._gathered_for = gathered_for
+        self._gather_for = gather_for
         self._waiting: list[tuple[int, LoggedVerdict]] = []
-        self._news = asyncio.Event()
+        self._has_work = asyncio.Event()
         self._writing = asyncio.Lock()
-        self._add = store.database.inserter(verdicts, COLUMNS)
+        self._insert_verdicts = store.database.inserter(verdicts, COLUMNS)
 
-    def record(self, logged: LoggedVerdict) -> None:
-        """Takes it and returns at once; what there is no room for is dropped. To be called on the event loop."""
-        if len(self._waiting) >= MOST_WAITING:
+    def record(self, verdict: LoggedVerdict) -> None:
+        """Queue a verdict, or drop it if there is no room. Call this on the event loop."""
+        if len(self._waiting) >= MAX_WAITING:
             self._dropped(1)
             return
-        self._waiting.append((self._clock(), logged))
-        self._news.set()
+        self._waiting.append((self._clock(), verdict))
+        self._has_work.set()
 
-    async def keep(self) -> None:
-        """Writes what gathers, until cancelled. While the store is away it stays in memory, as far as there is room."""
+    async def run(self) -> None:
+        """Write groups until cancelled. If the store is unavailable, they wait in memory."""
         while True:
-            await self._news.wait()
-            await asyncio.sleep(self._gathered_for.total_seconds())
-            self._news.clear()
-            await asyncio.shield(self._write())  # cancelled halfway, it would be written twice, or not at all
+            await self._has_work.wait()
+            await asyncio.sleep(self._gather_for.total_seconds())
+            self._has_work.clear()
+            await asyncio.shield(self._write())  # a cancelled write would be done twice, or not at all
             if self._waiting:
-                self._news.set()
+                self._has_work.set()
 
-    async def flush(self, within: timedelta = LAST_WORDS) -> None:
-        """Writes what is left, when `keep` has been cancelled. What cannot be written now is gone."""
+    async def flush(self, within: timedelta = FLUSH_WITHIN) -> None:
+        """Write the rest after `run` was cancelled, and drop what cannot be written in this time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within.total_seconds()):
                 await self._write()
@@ -92,16 +95,16 @@ class VerdictLog:
 
     async def _write(self) -> None:
         async with self._writing:
-            while some := self._waiting[:MOST_A_STATEMENT]:
+            while group := self._waiting[:MAX_PER_STATEMENT]:
                 try:
-                    await self._store.write(self._insert, some)
-                except StoreUnavailable:  # the store has said so itself
+                    await self._store.write(self._insert, group)
+                except StoreUnavailable:  # logged by the store
                     return
-                except Exception as error:  # it is in one of them, and would be in the way of all that follow
-                    log.error("verdicts_unwritable", count=len(some), exc_info=error)
-                    self._drop(len(some))
+                except Exception as error:  # one of them cannot be stored, and would block all later ones
+                    log.error("verdicts_unwritable", count=len(group), exc_info=error)
+                    self._drop(len(group))
                 else:
-                    del self._waiting[: len(some)]
+                    del self._waiting[: len(group)]
 
     def _drop(self, number: int) -> None:
         del self._waiting[:number]
@@ -110,14 +113,14 @@ class VerdictLog:
     # --- in the writer's thread, inside its transaction ---
 
     def _insert(self, connection: Connection, items: Sequence[Sequence[tuple[int, LoggedVerdict]]]) -> list[None]:
-        rows = [_row(at, logged) for some in items for at, logged in some]
-        self._add(connection.connection.cursor(), rows)
+        rows = [_row(at, verdict) for group in items for at, verdict in group]
+        self._insert_verdicts(connection.connection.cursor(), rows)
         return [None for _ in items]
 
 
-def _row(at: int, logged: LoggedVerdict) -> tuple[int | str | None, ...]:
-    # Only the codes are a handler's own words: escaped and cut off, a database takes them whatever they are.
-    codes = json.dumps([code[:LONGEST_CODE] for code in logged.codes[:MOST_CODES]])
-    merchant, channel = logged.channel
-    facts = asdict(logged) | {"at": at, "merchant": merchant, "channel": channel, "codes": codes}
+def _row(at: int, verdict: LoggedVerdict) -> tuple[int | str | None, ...]:
+    # Codes are texts of a handler. Escaped as JSON and cut, they fit into any database.
+    codes = json.dumps([code[:MAX_CODE_LENGTH] for code in verdict.codes[:MAX_CODES]])
+    merchant, channel = verdict.channel
+    facts = asdict(verdict) | {"at": at, "merchant": merchant, "channel": channel, "codes": codes}
     return tuple(facts[name] for name in COLUMNS)

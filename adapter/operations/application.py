@@ -133,7 +133,7 @@ class OperationsEndpoints:
             if name == "reconcile":
                 lines = self._run_reconciliation(msgspec.json.decode(body, type=ReconcileCommand))
                 return StreamingResponse(lines, media_type="application/x-ndjson")
-            answer = await self._commands.do(name, body)
+            answer = await self._commands.run(name, body)
         except NoSuchCommand as error:
             return _refusal(404, "command-not-found", str(error))
         except CommandTooLarge:

@@ -221,10 +221,10 @@ def test_json_output_has_the_count(served: Path) -> None:
         (["deliveries", "retry", *BY], "--all"),
         (["deliveries", "discard", *BY], "--all"),
         (["deliveries", "retry", "--all"], "--why"),
-        (["deliveries", "retry", "--all", "--why", " "], "written down"),
+        (["deliveries", "retry", "--all", "--why", " "], "must not be blank"),
         (["deliveries", "retry", "--all", "--why", ""], "$.by.why"),
         (["deliveries", "retry", "1", "--why", "x", "--who", ""], "$.by.who"),
-        (["deliveries", "retry", "--all", "--unknown", "send", *BY], "their ids, or until when"),
+        (["deliveries", "retry", "--all", "--unknown", "send", *BY], "needs the ids"),
         (["deliveries", "retry", "--all", "--rate", "0", *BY], "--rate"),
         (["deliveries", "retry", "99999999999999999999", *BY], "IDS"),
         (["deliveries", "show", "99999999999999999999"], "DELIVERY_ID"),
@@ -511,7 +511,7 @@ def test_faults_are_printed_and_are_1(config: Path) -> None:
     result = command("store", "check", config=config)
 
     assert (result.exit_code, result.stdout) == (FAILED, "")
-    assert result.stderr.splitlines()[0] == "1 lanes with work that nobody will ever take"
+    assert result.stderr.splitlines()[0] == "1 lanes with work that will never be claimed"
 
 
 def test_a_backup_overwrites_nothing(config: Path) -> None:
@@ -521,7 +521,7 @@ def test_a_backup_overwrites_nothing(config: Path) -> None:
     nowhere = command("store", "backup", "/no/such/folder/copy.db", config=config)
 
     assert (first.exit_code, again.exit_code, nowhere.exit_code) == (OK, USAGE, STORE)
-    assert "is there already" in again.stderr
+    assert "exists already" in again.stderr
     assert "cannot write" in nowhere.stderr
 
 

@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection
 from structlog.testing import capture_logs
 
-from adapter.ledger.clock import BETWEEN_READINGS_MS, STEP_MS, Clock
+from adapter.ledger.clock import BETWEEN_READINGS_MS, MAX_STEP_MS, Clock
 from adapter.ledger.databases import database_at
 from adapter.ledger.lease import Lease
 from adapter.ledger.store import Store
@@ -76,7 +76,7 @@ def test_a_jump_of_the_wall_clock_is_not_followed_but_logged_and_written_down(wo
 
     assert moment == clock() == NOON + BEAT
     assert [(each["event"], each["milliseconds"]) for each in logs] == [("wall_clock_jumped", jump)]
-    assert (world.mark("clock_away"), world.mark("clock_latest")) == (-jump, NOON + BEAT)
+    assert (world.mark("clock_offset"), world.mark("clock_latest")) == (-jump, NOON + BEAT)
 
 
 @pytest.mark.parametrize("jump", JUMPS)
@@ -91,8 +91,8 @@ def test_a_jump_is_made_good_by_half_a_second_a_reading_and_time_never_goes_back
             moments.append(clock())
         moments.append(world.read(clock))
 
-    healed = min(60 * STEP_MS, abs(jump))
-    assert world.mark("clock_away") == -jump + (healed if jump > 0 else -healed)
+    healed = min(60 * MAX_STEP_MS, abs(jump))
+    assert world.mark("clock_offset") == -jump + (healed if jump > 0 else -healed)
     assert all(before <= after for before, after in pairwise(moments))
     assert moments[-1] - moments[0] == pytest.approx(60 * BEAT, abs=healed)
 
@@ -135,7 +135,7 @@ def test_a_restart_follows_a_wall_clock_that_is_ahead(world: World) -> None:
     world.read(again, alone=True)
 
     assert again() == world.wall
-    assert world.mark("clock_away") == 0
+    assert world.mark("clock_offset") == 0
 
 
 def test_a_restart_ends_what_was_left_of_an_earlier_jump(world: World) -> None:
@@ -143,12 +143,12 @@ def test_a_restart_ends_what_was_left_of_an_earlier_jump(world: World) -> None:
     world.read(clock, alone=True)
     world.wall += DAY
     world.read(clock)
-    assert world.mark("clock_away") == -DAY
+    assert world.mark("clock_offset") == -DAY
 
     again = world.clock()
 
     assert world.read(again, alone=True) == world.wall
-    assert world.mark("clock_away") == 0
+    assert world.mark("clock_offset") == 0
 
 
 # --- several --------------------------------------------------------------------------------------------------------

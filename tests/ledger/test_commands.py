@@ -12,7 +12,7 @@ import pytest
 from sqlalchemy import Connection, event
 
 from adapter.ledger import commands as room
-from adapter.ledger.commands import Commands, NoSuchCommand, Pause, Step, Stepped
+from adapter.ledger.commands import Commands, NoSuchCommand, Pause, Step, StepResult
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
@@ -44,15 +44,15 @@ from tests.ledgers import (
 BY = Author(who="anna@shop", why="the shop is mended")
 
 
-def retry(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
+def retry(ledger: Ledger, *ids: int, **more: Any) -> StepResult:
     return run(ledger, "retry", *ids, **more)
 
 
-def discard(ledger: Ledger, *ids: int, **more: Any) -> Stepped:
+def discard(ledger: Ledger, *ids: int, **more: Any) -> StepResult:
     return run(ledger, "discard", *ids, **more)
 
 
-def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> Stepped:
+def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> StepResult:
     """One step; what is not of a step is what must match."""
     of_step = {each: more.pop(each) for each in ("by", "most", "after", "action", "unknown") if each in more}
     step = Step(matching=DeliveryFilter(**{"ids": ids, **more}), **{"by": BY, **of_step})
@@ -242,7 +242,7 @@ def test_nobody_can_hide_behind_somebody_elses_line_of_the_audit(ledger: Ledger)
 def test_a_step_looks_at_so_many_letters_only_and_says_where_the_next_begins(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "MOST_LOOKED_AT", 2)
+    monkeypatch.setattr(room, "MAX_READ_PER_STEP", 2)
     dead(ledger, "order-1", "order-2", "order-3", "order-4", "order-5")
 
     steps = [retry(ledger, order_id="order-5")]
@@ -309,7 +309,7 @@ def test_send_ends_the_doubt_and_says_so_in_the_audit(ledger: Ledger) -> None:
 
 def test_send_wants_to_know_what_was_looked_at(ledger: Ledger) -> None:
     """A command that is started again must not send what its first run has sent and lost sight of."""
-    with pytest.raises(ValueError, match="their ids, or until when"):
+    with pytest.raises(ValueError, match="needs the ids"):
         retry(ledger, route="export", unknown="send")
 
     dead(ledger, "order-1", ends=UNKNOWN)
@@ -595,7 +595,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "nested deeply": (b'{"unheard": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "unheard"),
     "an unheard member": (json.dumps(GOOD | {"rate": 1}).encode(), "unknown field `rate`"),
     "a filter that is a typo": (json.dumps(GOOD | {"matching": {"rout": "x"}}).encode(), "unknown field `rout`"),
-    "nobody": (json.dumps(GOOD | {"by": {"who": " ", "why": "x"}}).encode(), "written down"),
+    "nobody": (json.dumps(GOOD | {"by": {"who": " ", "why": "x"}}).encode(), "must not be blank"),
     "no reason": (json.dumps(GOOD | {"by": {"who": "x", "why": ""}}).encode(), "$.by.why"),
     "a NUL": (json.dumps(GOOD | {"by": {"who": "x", "why": "a\0b"}}).encode(), "$.by.why"),
     "a NUL in a filter": (json.dumps(GOOD | {"matching": {"order_id": "a\0"}}).encode(), "$.matching.order_id"),
@@ -610,7 +610,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "too many a step": (json.dumps(GOOD | {"most": 100_000}).encode(), "$.most"),
     "before the beginning": (json.dumps(GOOD | {"after": -1}).encode(), "$.after"),
     "another unknown": (json.dumps(GOOD | {"unknown": "guess"}).encode(), "$.unknown"),
-    "send all": (json.dumps(GOOD | {"matching": {}, "unknown": "send"}).encode(), "their ids, or until when"),
+    "send all": (json.dumps(GOOD | {"matching": {}, "unknown": "send"}).encode(), "needs the ids"),
 }
 
 
@@ -620,7 +620,7 @@ def test_what_is_no_command_is_refused_with_the_place(ledger: Ledger, given: tup
     dead(ledger, "order-1")
 
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - whatever it says, the port answers it
-        ledger.do(Commands(ledger.store).do("retry", given[0]))
+        ledger.do(Commands(ledger.store).run("retry", given[0]))
 
     assert given[1] in str(refused.value)
     assert written(ledger) == []
@@ -631,14 +631,14 @@ def test_of_repeated_members_the_last_counts(ledger: Ledger) -> None:
     dead(ledger, "order-1", "order-2")
     body = json.dumps(GOOD)[:-1] + ', "matching": {"ids": [2]}}'
 
-    assert ledger.do(Commands(ledger.store).do("retry", body.encode()))["changed"] == 1
+    assert ledger.do(Commands(ledger.store).run("retry", body.encode()))["changed"] == 1
     assert stands(ledger) == [(1, "dead", "rejected"), (2, "waiting", None)]
 
 
 @pytest.mark.parametrize("name", ["", "erase", "do", "_retry", "retry "])
 def test_a_name_that_nobody_knows_is_answered_with_those_there_are(ledger: Ledger, name: str) -> None:
     with pytest.raises(NoSuchCommand, match="retry, discard, pause, resume"):
-        ledger.do(Commands(ledger.store).do(name, b"{}"))
+        ledger.do(Commands(ledger.store).run(name, b"{}"))
 
 
 def test_as_many_ids_as_may_be_given_are_taken(ledger: Ledger) -> None:
@@ -654,7 +654,7 @@ def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monk
     monkeypatch.setattr(Commands, "_steps", breaks)
 
     with pytest.raises(KeyError):
-        ledger.do(Commands(ledger.store).do("retry", msgspec.json.encode(GOOD)))
+        ledger.do(Commands(ledger.store).run("retry", msgspec.json.encode(GOOD)))
 
 
 # --- two at once, on PostgreSQL -------------------------------------------------------------------------------------

@@ -282,15 +282,15 @@ def test_a_verdict_goes_after_a_month(ledger: Ledger) -> None:
 
 def test_of_many_verdicts_a_step_takes_a_few_and_scans_no_table(ledger: Ledger) -> None:
     judge_many(ledger, 50_000)
-    ledger.clock.now += 30 * DAY - 1000 * (50_000 - room.VERDICTS_A_STEP - 2)  # so many are old
+    ledger.clock.now += 30 * DAY - 1000 * (50_000 - room.VERDICTS_PER_STEP - 2)  # so many are old
     maintenance = Maintenance(ledger.store, KEPT)
 
     first: list[Pruned] = []
     statements = seen(ledger.store.engine, lambda: first.append(ledger.do(maintenance.step())))
 
-    assert first == [Pruned(verdicts=room.VERDICTS_A_STEP, more=True)]
+    assert first == [Pruned(verdicts=room.VERDICTS_PER_STEP, more=True)]
     assert prune(ledger, maintenance).verdicts == 1
-    assert ledger.rows("SELECT count(*) FROM verdicts") == [(50_000 - room.VERDICTS_A_STEP - 1,)]
+    assert ledger.rows("SELECT count(*) FROM verdicts") == [(50_000 - room.VERDICTS_PER_STEP - 1,)]
     for statement, parameters in statements:
         assert_no_scan(ledger, statement, parameters, ("verdicts",))
 
@@ -322,9 +322,9 @@ def test_of_a_hundred_thousand_a_step_touches_a_few_and_scans_no_table(ledger: L
 
     counts = touched(ledger, lambda: ledger.do(maintenance.step()))
 
-    assert max(counts) == room.NOTIFICATIONS_A_STEP
-    assert sum(counts) <= 4 * room.NOTIFICATIONS_A_STEP
-    assert ledger.rows("SELECT count(*) FROM notifications") == [(100_000 - 2 * room.NOTIFICATIONS_A_STEP,)]
+    assert max(counts) == room.NOTIFICATIONS_PER_STEP
+    assert sum(counts) <= 4 * room.NOTIFICATIONS_PER_STEP
+    assert ledger.rows("SELECT count(*) FROM notifications") == [(100_000 - 2 * room.NOTIFICATIONS_PER_STEP,)]
     for statement, parameters in statements:
         assert_no_scan(ledger, statement, parameters)
     assert found(ledger) == []
@@ -514,35 +514,35 @@ def test_two_nodes_prune_at_once(postgres: Server) -> None:
 PLANTED = {
     "a lane with work that nobody takes": (
         "UPDATE lanes SET next_at = NULL, current_delivery_id = NULL WHERE order_id = 'waits'",
-        "1 lanes with work that nobody will ever take",
+        "1 lanes with work that will never be claimed",
     ),
     "a lane that waits for what is done": (
         "UPDATE deliveries SET state = 'done', reason = 'discarded' WHERE id = 4",
-        "1 lanes with work that nobody will ever take",
+        "1 lanes with work that will never be claimed",
     ),
     "a lane stopped by what waits": (
         "UPDATE lanes SET next_at = NULL WHERE order_id = 'waits'",
-        "1 lanes with work that nobody will ever take",
+        "1 lanes with work that will never be claimed",
     ),
     "a holder that is not there": (
         "UPDATE lanes SET holder = 4711 WHERE order_id = 'held'",
-        "1 lanes held by a process that is not there",
+        "1 lanes held by a process that does not exist",
     ),
     "a delivery that is not there": (
         "UPDATE lanes SET current_delivery_id = 4711 WHERE order_id IN ('held', 'stops')",
-        "2 lanes whose delivery is not there",
+        "2 lanes whose delivery does not exist",
     ),
     "a delivery of another lane": (
         "UPDATE lanes SET current_delivery_id = 1 WHERE order_id = 'held'",
-        "1 lanes whose delivery is not there",
+        "1 lanes whose delivery does not exist",
     ),
     "more settled than claimed": (
         "UPDATE lanes SET settled = claim + 1 WHERE order_id = 'done'",
-        "1 lanes that settled more than was claimed",
+        "1 lanes with more settlements than claims",
     ),
     "a state that nobody knows": (
         "UPDATE deliveries SET state = 'lost' WHERE id = 1",
-        "1 deliveries of no known state",
+        "1 deliveries in an unknown state",
     ),
     "an end without a reason": (
         "UPDATE deliveries SET reason = NULL WHERE id IN (1, 2)",
@@ -550,7 +550,7 @@ PLANTED = {
     ),
     "a pause by nobody": (
         "UPDATE queues SET paused_until = 1",
-        "3 queues that nobody knows why they are paused",
+        "3 queues paused without a cause",
     ),
 }
 
@@ -678,7 +678,7 @@ def test_a_backup_overwrites_nothing(in_a_file: Ledger, tmp_path: Path) -> None:
     target = tmp_path / "copy.db"
     target.write_text("precious")
 
-    with pytest.raises(FileExistsError, match="is there already"):
+    with pytest.raises(FileExistsError, match="exists already"):
         backed_up(in_a_file, target)
 
     assert target.read_text() == "precious"

@@ -13,10 +13,10 @@ from sqlalchemy import Connection
 
 from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import (
-    LONGEST_CODE,
-    MOST_A_STATEMENT,
-    MOST_CODES,
-    MOST_WAITING,
+    MAX_CODE_LENGTH,
+    MAX_CODES,
+    MAX_PER_STATEMENT,
+    MAX_WAITING,
     LoggedVerdict,
     VerdictLog,
 )
@@ -43,7 +43,7 @@ class Writing:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.dropped = 0
-        self.verdict_log = VerdictLog(ledger.store, dropped=self._drop, gathered_for=timedelta(0))
+        self.verdict_log = VerdictLog(ledger.store, dropped=self._drop, gather_for=timedelta(0))
 
     def record(self, *logged: LoggedVerdict) -> None:
         for each in logged:
@@ -99,7 +99,7 @@ def test_it_is_written_as_it_was_judged_at_the_moment_when_it_was_recorded(writi
 
 def test_it_is_kept_up_with_until_the_end(writing: Writing) -> None:
     async def service() -> None:
-        keeping = asyncio.create_task(writing.verdict_log.keep())
+        keeping = asyncio.create_task(writing.verdict_log.run())
         for number in range(3):
             writing.record(replace(LATE, order_id=f"order-{number}"))
             await until(lambda number=number: len(writing.written()) == number + 1)  # type: ignore[misc]
@@ -116,19 +116,19 @@ def test_it_is_kept_up_with_until_the_end(writing: Writing) -> None:
 def test_what_has_gathered_goes_in_one_statement_but_for_a_great_many(postgres_url: str) -> None:
     with opened(postgres_url) as ledger:
         writing = Writing(ledger)
-        writing.record(*[LATE] * (2 * MOST_A_STATEMENT + 1))
+        writing.record(*[LATE] * (2 * MAX_PER_STATEMENT + 1))
         writing.flush()
 
         transactions = ledger.rows("SELECT count(*) FROM verdicts GROUP BY xmin ORDER BY 1")
-        assert transactions == [(1,), (MOST_A_STATEMENT,), (MOST_A_STATEMENT,)]
+        assert transactions == [(1,), (MAX_PER_STATEMENT,), (MAX_PER_STATEMENT,)]
 
 
 def test_what_there_is_no_room_for_is_dropped_and_counted(writing: Writing) -> None:
-    writing.record(*[LATE] * (MOST_WAITING + 3))
+    writing.record(*[LATE] * (MAX_WAITING + 3))
 
     assert writing.dropped == 3
     writing.flush()
-    assert len(writing.written()) == MOST_WAITING
+    assert len(writing.written()) == MAX_WAITING
     writing.record(SHADOW)
     assert writing.dropped == 3
 
@@ -138,7 +138,7 @@ def test_while_the_store_is_away_it_is_kept(writing: Writing) -> None:
     ledger.rows("ALTER TABLE verdicts RENAME TO elsewhere")
 
     async def service() -> None:
-        keeping = asyncio.create_task(writing.verdict_log.keep())
+        keeping = asyncio.create_task(writing.verdict_log.run())
         writing.record(LATE)
         await until(lambda: ledger.store.failing)
         ledger.rows("ALTER TABLE elsewhere RENAME TO verdicts")
@@ -192,8 +192,8 @@ def test_the_words_of_a_handler_are_taken_whatever_they_are_and_cut_off(writing:
     writing.flush()
 
     (codes,) = map(json.loads, writing.written("codes"))
-    assert codes[:4] == ["nul\0", "half \ud800", "å" * LONGEST_CODE, "0"]
-    assert len(codes) == MOST_CODES
+    assert codes[:4] == ["nul\0", "half \ud800", "å" * MAX_CODE_LENGTH, "0"]
+    assert len(codes) == MAX_CODES
 
 
 def test_a_shutdown_in_the_middle_of_a_group_neither_loses_nor_doubles_it(writing: Writing) -> None:
@@ -201,7 +201,7 @@ def test_a_shutdown_in_the_middle_of_a_group_neither_loses_nor_doubles_it(writin
 
     async def service() -> None:
         held = asyncio.create_task(writing.ledger.store.write(hold(let_go), None))
-        keeping = asyncio.create_task(writing.verdict_log.keep())
+        keeping = asyncio.create_task(writing.verdict_log.run())
         writing.record(LATE)
         await until(writing.verdict_log._writing.locked)
         keeping.cancel()

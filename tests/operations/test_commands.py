@@ -223,7 +223,7 @@ def test_commands_accept_only_post(port: Port, method: str) -> None:
         (PAUSE | {"route": None}, "$.route"),
         (PAUSE | {"until": 1e308}, "until"),
         (PAUSE | {"by": {"who": "anna"}}, "why"),
-        (PAUSE | {"by": {"who": "anna", "why": " "}}, "written down"),
+        (PAUSE | {"by": {"who": "anna", "why": " "}}, "must not be blank"),
         (PAUSE | {"by": {"who": "anna", "why": "x" * 1001}}, "$.by.why"),
         (b'{"route": "export", "route": 7, "by": {"who": "a", "why": "b"}}', "$.route"),
         (b"[" * 200_000, "object"),

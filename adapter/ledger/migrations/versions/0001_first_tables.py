@@ -107,7 +107,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_attempts_delivery_id", "attempts", ["delivery_id"])
     watermarks = op.create_table("watermarks", sa.Column("name", sa.Text, primary_key=True), *numbers("value"))
-    op.bulk_insert(watermarks, [{"name": name, "value": 0} for name in ("clock_latest", "clock_away")])
+    op.bulk_insert(watermarks, [{"name": name, "value": 0} for name in ("clock_latest", "clock_offset")])
     op.create_table(
         "documents",
         sa.Column("merchant", sa.Text, primary_key=True),
