@@ -4,7 +4,7 @@ A command over many deliveries runs in steps. Each step is a short transaction, 
 breaks a command off can start it again: deliveries that are changed already no longer match.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -86,24 +86,21 @@ class Commands:
 
     async def retry(self, step: Step) -> StepResult:
         """Make dead letters wait again, with their whole schedule."""
-        return await self._store.write(self._steps, ("retry", step))
+        return await self._store.run(self._step, "retry", step)
 
     async def discard(self, step: Step) -> StepResult:
         """Mark dead letters as done, and let their lanes go on."""
-        return await self._store.write(self._steps, ("discard", step))
+        return await self._store.run(self._step, "discard", step)
 
     async def pause(self, pause: Pause) -> int:
         """Pause queues until a person resumes them. Returns their number."""
-        return await self._store.write(self._pauses, ("pause", pause))
+        return await self._store.run(self._change_queues, "pause", pause)
 
     async def resume(self, pause: Pause) -> int:
         """Let paused queues run again at once, whatever paused them. Returns their number."""
-        return await self._store.write(self._pauses, ("resume", pause))
+        return await self._store.run(self._change_queues, "resume", pause)
 
     # --- in the writer's thread, inside its transaction ---
-
-    def _steps(self, connection: Connection, items: Sequence[tuple[str, Step]]) -> list[StepResult]:
-        return [self._step(connection, command, step) for command, step in items]
 
     def _step(self, connection: Connection, command: str, step: Step) -> StepResult:
         leaves_unknown = command == "retry" and step.unknown == "leave"
@@ -154,9 +151,6 @@ class Commands:
         stopped = lanes.c.id.in_([letter.lane_id for letter in letters]) & lanes.c.current_delivery_id.in_(ids)
         connection.execute(update(lanes).where(stopped).values(continues))
         return len(ids)
-
-    def _pauses(self, connection: Connection, items: Sequence[tuple[str, Pause]]) -> list[int]:
-        return [self._change_queues(connection, command, pause) for command, pause in items]
 
     def _change_queues(self, connection: Connection, command: str, pause: Pause) -> int:
         given = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}

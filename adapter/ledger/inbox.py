@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.databases import IN_ARRAY, Numbers
-from adapter.ledger.retry import DeadLetter, lock_lanes, retry_dead_letters
+from adapter.ledger.retry import DeadLetter, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
@@ -100,20 +100,15 @@ class Inbox:
         if isinstance(received, Received):
             return received
         # In a transaction of its own: a batch has locked its lanes already, and the order of locks must hold.
-        return await self._store.write(self._retry, received)
+        letters = received
+        return await self._store.run(self._retry, letters)
 
     async def known(self, identities: Sequence[bytes]) -> set[bytes]:
         """Return those of these identities that are stored. Raises `StoreUnavailable`."""
-        return await self._store.write(self._known, identities)
+        known = select(notifications.c.identity).where(notifications.c.identity.in_(identities))
+        return set(await self._store.run(lambda connection: connection.execute(known).scalars().all()))
 
     # --- in the writer's thread, inside its transaction ---
-
-    def _known(self, connection: Connection, items: Sequence[Sequence[bytes]]) -> list[set[bytes]]:
-        n = notifications.c
-        return [
-            set(connection.execute(select(n.identity).where(n.identity.in_(identities))).scalars())
-            for identities in items
-        ]
 
     def _receive(
         self, connection: Connection, received: Sequence[ReceivedNotification]
@@ -215,13 +210,11 @@ class Inbox:
         )
         return [DeadLetter(row.id, row.lane_id) for row in dead]
 
-    def _retry(self, connection: Connection, items: Sequence[list[DeadLetter]]) -> list[Received]:
-        now = self._clock()
-        lock_lanes(connection, {letter.lane_id for letters in items for letter in letters})
-        changed = [retry_dead_letters(connection, letters, now, reasons=RETRIED_BY_A_REPEAT) for letters in items]
-        if any(changed):
-            self._store.database.notify(connection)
-        return [Received.RETRIED if each else Received.REPEAT for each in changed]
+    def _retry(self, connection: Connection, letters: list[DeadLetter]) -> Received:
+        if retry_dead_letters(connection, letters, self._clock(), reasons=RETRIED_BY_A_REPEAT) == 0:
+            return Received.REPEAT
+        self._store.database.notify(connection)
+        return Received.RETRIED
 
 
 def _snapshot_at(notification: ReceivedNotification, now: int) -> int:

@@ -146,7 +146,7 @@ class Lanes:
 
         This ends pauses for broken credentials: a person who restarts the service has corrected them.
         """
-        return await self._store.write(self._open_queues, tuple(keys))
+        return await self._store.run(self._open_queues, keys)
 
     async def claim(self, limits: Sequence[QueueLimits], most: int) -> Claimed:
         """Claim at most `most` due lanes, one queue after another, within each queue's limit.
@@ -154,14 +154,14 @@ class Lanes:
         Raises:
             StoreUnavailable: The claims may be on disk all the same; `give_back` undoes them.
         """
-        return await self._store.write(self._claim, (tuple(limits), most))
+        return await self._store.run(self._claim, {each.queue_id: each for each in limits}, most)
 
     async def give_back(self, held: Collection[tuple[int, int]]) -> int:
         """Undo the claims of this process whose fences are not in `held`. Returns their number.
 
         No handler has run for them: the store failed at their commit.
         """
-        return await self._store.write(self._give_back, set(held))
+        return await self._store.run(self._give_back, held)
 
     async def settle(self, record: AttemptRecord) -> Settlement | None:
         """Write attempt, delivery, lane and queue in one transaction. Returns None if the lane was lost meanwhile."""
@@ -169,14 +169,16 @@ class Lanes:
 
     async def release(self, claim: Claim) -> None:
         """Release a lane that was settled with `keeps_lane`, once its handler has ended."""
-        await self._store.write(self._release, claim)
+        held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == claim.holder)
+        release = update(lanes).where(held).values(holder=None)
+        await self._store.run(lambda connection: connection.execute(release))
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _open_queues(self, connection: Connection, items: Sequence[Sequence[QueueKey]]) -> list[dict[QueueKey, int]]:
+    def _open_queues(self, connection: Connection, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
         misconfigured = queues.c.paused_by == PausedBy.MISCONFIGURED.value
         connection.execute(update(queues).where(misconfigured).values(queue_columns(RUNNING)))
-        rows = sorted({(key.route, *key.channel) for keys in items for key in keys})
+        rows = sorted({(key.route, *key.channel) for key in keys})
         ending = "ON CONFLICT (route, merchant, channel) DO NOTHING"
         insert = self._store.database.inserter(queues, ("route", "merchant", "channel"), ending)
         insert(connection.connection.cursor(), rows)
@@ -184,12 +186,9 @@ class Lanes:
             QueueKey(row.route, Channel(row.merchant, row.channel)): row.id
             for row in connection.execute(select(queues))
         }
-        return [{key: known[key] for key in keys} for keys in items]
+        return {key: known[key] for key in keys}
 
-    def _claim(self, connection: Connection, items: Sequence[tuple[Sequence[QueueLimits], int]]) -> list[Claimed]:
-        return [self._claim_due(connection, {each.queue_id: each for each in limits}, most) for limits, most in items]
-
-    def _claim_due(self, connection: Connection, limits: Mapping[int, QueueLimits], most: int) -> Claimed:
+    def _claim(self, connection: Connection, limits: Mapping[int, QueueLimits], most: int) -> Claimed:
         now = self._clock()
         due = {
             row.id: max(row.due, row.paused_until or 0)
@@ -259,20 +258,17 @@ class Lanes:
             )
         return [claims[delivery_id] for delivery_id in held]
 
-    def _give_back(self, connection: Connection, items: Sequence[set[tuple[int, int]]]) -> list[int]:
-        counts = []
-        for held in items:
-            own = select(lanes.c.id, lanes.c.claim).where(lanes.c.holder == self._lease.process_id)
-            ids = {row.id for row in connection.execute(own) if (row.id, row.claim) not in held}
-            for lane in lock_lanes(connection, ids):
-                # As before the claim: a lane that was in doubt stays so.
-                settled = lane.claim if lane.settled == lane.claim - 1 else lane.settled
-                freed = {"holder": None, "settled": settled, "next_at": self._clock()}
-                connection.execute(update(lanes).where(lanes.c.id == lane.id).values(freed))
-                current = deliveries.c.id == lane.current_delivery_id
-                connection.execute(update(deliveries).where(current).values(attempts=deliveries.c.attempts - 1))
-            counts.append(len(ids))
-        return counts
+    def _give_back(self, connection: Connection, held: Collection[tuple[int, int]]) -> int:
+        own = select(lanes.c.id, lanes.c.claim).where(lanes.c.holder == self._lease.process_id)
+        ids = {row.id for row in connection.execute(own) if (row.id, row.claim) not in held}
+        for lane in lock_lanes(connection, ids):
+            # As before the claim: a lane that was in doubt stays so.
+            settled = lane.claim if lane.settled == lane.claim - 1 else lane.settled
+            freed = {"holder": None, "settled": settled, "next_at": self._clock()}
+            connection.execute(update(lanes).where(lanes.c.id == lane.id).values(freed))
+            current = deliveries.c.id == lane.current_delivery_id
+            connection.execute(update(deliveries).where(current).values(attempts=deliveries.c.attempts - 1))
+        return len(ids)
 
     def _settle(self, connection: Connection, records: Sequence[AttemptRecord]) -> list[Settlement | None]:
         now = self._clock()
@@ -333,12 +329,6 @@ class Lanes:
         due = set(connection.execute(LANES_WITH_WAITING, {"ids": continuing}).scalars()) if continuing else set()
         self._settle_lanes(cursor, [lane_change(record, settlement, due, now) for record, settlement in settled])
         self._insert_attempts(cursor, [attempt_row(record, now) for record, _ in settled])
-
-    def _release(self, connection: Connection, claims: Sequence[Claim]) -> list[None]:
-        for claim in sorted(claims, key=lambda claim: (claim.queue_id, claim.order_id)):
-            held = (lanes.c.id == claim.lane_id) & (lanes.c.claim == claim.number) & (lanes.c.holder == claim.holder)
-            connection.execute(update(lanes).where(held).values(holder=None))
-        return [None for _ in claims]
 
 
 def _log_change(claim: Claim, before: QueueState, after: QueueState) -> None:

@@ -4,8 +4,6 @@ A process has one lease, timed by the ledger's clock and renewed by a heartbeat;
 process can hold the file's lock, so a process that starts knows that all earlier ones are dead.
 """
 
-from collections.abc import Sequence
-
 from sqlalchemy import Connection, delete, insert, select, update
 
 from adapter.ledger.schema import lanes, processes
@@ -28,7 +26,7 @@ class Lease:
 
     async def enter(self) -> None:
         """Begin a lease under a new process id. Raises `StoreUnavailable`."""
-        self.process_id, self.until = await self._store.write(self._enter, None)
+        self.process_id, self.until = await self._store.run(self._enter)
 
     async def renew(self) -> bool:
         """Renew the lease (the heartbeat), and free the lanes of processes whose lease has ended.
@@ -36,26 +34,26 @@ class Lease:
         Returns False if this lease has ended: other processes have the lanes, and only `enter` gives a new one. Raises
         `StoreUnavailable`.
         """
-        until = await self._store.write(self._renew, None)
+        until = await self._store.run(self._renew)
         self.until = until or self.until
         return until is not None
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _enter(self, connection: Connection, items: Sequence[None]) -> list[tuple[int, int]]:
+    def _enter(self, connection: Connection) -> tuple[int, int]:
         now = self._clock.read(connection)
         _release_expired_leases(connection, now if self._store.shared else FOR_EVER)
         row = {"started_at": now, "lease_until": now + LEASE_MS, "version": self._version}
         entered = connection.execute(insert(processes).values(row)).inserted_primary_key
         assert entered is not None
-        return [(entered[0], now + LEASE_MS) for _ in items]
+        return entered[0], now + LEASE_MS
 
-    def _renew(self, connection: Connection, items: Sequence[None]) -> list[int | None]:
+    def _renew(self, connection: Connection) -> int | None:
         now = self._clock.read(connection)
         own = (processes.c.id == self.process_id) & (processes.c.lease_until > ENDED)
         renewed = connection.execute(update(processes).where(own).values(lease_until=now + LEASE_MS)).rowcount == 1
         _release_expired_leases(connection, now)
-        return [now + LEASE_MS if renewed else None for _ in items]
+        return now + LEASE_MS if renewed else None
 
 
 def _release_expired_leases(connection: Connection, now: int) -> None:

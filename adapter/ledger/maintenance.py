@@ -8,7 +8,7 @@ small transactions between those of the inbox. It stores no progress: each round
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import takewhile
@@ -77,27 +77,21 @@ class Maintenance:
 
     async def step(self) -> Pruned:
         """Delete one portion of bodies, notifications and verdicts. Raises `StoreUnavailable`."""
-        bodies, self._bodies_after = await self._store.write(self._bodies, self._bodies_after)
-        rows, self._rows_after = await self._store.write(self._rows, self._rows_after)
-        old_verdicts = await self._store.write(self._verdicts, None)
+        bodies, self._bodies_after = await self._store.run(self._bodies, self._bodies_after)
+        rows, self._rows_after = await self._store.run(self._rows, self._rows_after)
+        old_verdicts = await self._store.run(self._verdicts)
         more = self._bodies_after or self._rows_after or old_verdicts == VERDICTS_PER_STEP
         return Pruned(bodies=bodies, notifications=rows, verdicts=old_verdicts, more=bool(more))
 
     # --- in the writer's thread, inside its transaction; they return a number and where the next step begins ---
 
-    def _bodies(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
-        return [self._delete_bodies(connection, after) for after in items]
-
-    def _rows(self, connection: Connection, items: Sequence[int]) -> list[tuple[int, int]]:
-        return [self._delete_rows(connection, after) for after in items]
-
-    def _verdicts(self, connection: Connection, items: Sequence[None]) -> list[int]:
+    def _verdicts(self, connection: Connection) -> int:
         v = verdicts.c
         old = select(v.id).where(v.at < self._before(self._retention.verdicts)).order_by(v.at).limit(VERDICTS_PER_STEP)
         ids = connection.execute(old).scalars().all()
-        return [connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount for _ in items]
+        return connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount
 
-    def _delete_bodies(self, connection: Connection, after: int) -> tuple[int, int]:
+    def _bodies(self, connection: Connection, after: int) -> tuple[int, int]:
         n, d = notifications.c, deliveries.c
         old, following = self._old(connection, after, self._retention.bodies, n.body.is_not(None))
         younger = [key for key, at in old.items() if at >= self._before(self._retention.bodies_of_dead_letters)]
@@ -107,7 +101,7 @@ class Maintenance:
         count = connection.execute(update(notifications).where(n.id.in_(pruned)).values(body=None)).rowcount
         return count, following
 
-    def _delete_rows(self, connection: Connection, after: int) -> tuple[int, int]:
+    def _rows(self, connection: Connection, after: int) -> tuple[int, int]:
         """Delete notifications with their deliveries, their conflicts and the lanes that become empty."""
         n, d = notifications.c, deliveries.c
         old, following = self._old(connection, after, self._retention.rows)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine
@@ -25,6 +25,7 @@ __all__ = ["Store", "StoreBusy", "StoreInUse", "StoreMissing", "StoreUnavailable
 log = structlog.get_logger(__name__)
 
 Item = TypeVar("Item")
+P = ParamSpec("P")
 Answer = TypeVar("Answer")
 Work = Callable[[Connection, Sequence[Any]], Sequence[Any]]
 Finished = tuple["asyncio.Future[Any]", Any, bool]  # the waiting caller, the answer or error, whether it is an error
@@ -133,6 +134,12 @@ class Store:
             self._handing_over = True
             loop.call_soon(self._hand_over, loop)
         return await done
+
+    async def run(
+        self, work: Callable[Concatenate[Connection, P], Answer], *arguments: P.args, **named: P.kwargs
+    ) -> Answer:
+        """Run `work` with these arguments like `write`, for work that gains nothing by seeing all items at once."""
+        return await self.write(lambda connection, items: [work(connection, *arguments, **named) for _ in items], None)
 
     def read_connection(self) -> Connection:
         """Return a connection that only reads and never waits for the writer."""

@@ -8,7 +8,7 @@ connection that breaks at a commit may leave a group in the log twice.
 import asyncio
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 
@@ -97,7 +97,7 @@ class VerdictLog:
         async with self._writing:
             while group := self._waiting[:MAX_PER_STATEMENT]:
                 try:
-                    await self._store.write(self._insert, group)
+                    await self._store.run(self._insert, [_row(at, verdict) for at, verdict in group])
                 except StoreUnavailable:  # logged by the store
                     return
                 except Exception as error:  # one of them cannot be stored, and would block all later ones
@@ -110,12 +110,8 @@ class VerdictLog:
         del self._waiting[:number]
         self._dropped(number)
 
-    # --- in the writer's thread, inside its transaction ---
-
-    def _insert(self, connection: Connection, items: Sequence[Sequence[tuple[int, LoggedVerdict]]]) -> list[None]:
-        rows = [_row(at, verdict) for group in items for at, verdict in group]
+    def _insert(self, connection: Connection, rows: list[tuple[int | str | None, ...]]) -> None:
         self._insert_verdicts(connection.connection.cursor(), rows)
-        return [None for _ in items]
 
 
 def _row(at: int, verdict: LoggedVerdict) -> tuple[int | str | None, ...]:

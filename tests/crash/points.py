@@ -135,7 +135,7 @@ def install(killer: Killer) -> None:
     after(Inbox, "_receive", "accept-before-commit")
     awaited(Inbox, "receive", "accept-after-commit")
     after(Store, "_transaction", "commit-unheard")
-    after(Lanes, "_claim", "claim-before-commit", lambda taken: any(each.claims for each in taken))
+    after(Lanes, "_claim", "claim-before-commit", lambda taken: bool(taken.claims))
     awaited(Lanes, "claim", "claim-after-commit", lambda taken: bool(taken.claims))
     before(Runner, "start", "handler-before")
     for handler in (JetshopExport, WarehouseExport):

@@ -432,7 +432,7 @@ def test_an_accept_into_a_lane_that_is_being_deleted_loses_nothing(postgres: Ser
 
         received = beside(
             ledger,
-            lambda connection: maintenance._rows(connection, [0]),
+            lambda connection: maintenance._rows(connection, 0),
             lambda node: node.receive(receipt("order-1", 2, wanted=[(node.export, True)])),
         )
 
@@ -469,7 +469,7 @@ def test_a_letter_that_is_retried_meanwhile_is_not_deleted(postgres: Server) -> 
 
         pruned = beside(
             ledger,
-            lambda connection: Commands(ledger.store)._steps(connection, [("retry", step)]),
+            lambda connection: Commands(ledger.store)._step(connection, "retry", step),
             prune,
         )
 
@@ -530,11 +530,11 @@ PLANTED = {
     ),
     "a delivery that is not there": (
         "UPDATE lanes SET current_delivery_id = 4711 WHERE order_id IN ('held', 'stops')",
-        "2 lanes whose delivery does not exist",
+        "2 lanes whose current delivery does not exist",
     ),
     "a delivery of another lane": (
         "UPDATE lanes SET current_delivery_id = 1 WHERE order_id = 'held'",
-        "1 lanes whose delivery does not exist",
+        "1 lanes whose current delivery does not exist",
     ),
     "more settled than claimed": (
         "UPDATE lanes SET settled = claim + 1 WHERE order_id = 'done'",
@@ -585,11 +585,11 @@ def test_nothing_is_found_in_a_ledger_that_is_well(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("sql", "words"),
     [
-        ("DELETE FROM notifications WHERE id = 2", ["deliveries that belong to notifications which are not there"]),
-        ("DELETE FROM deliveries WHERE id = 1", ["attempts that belong to deliveries which are not there"]),
+        ("DELETE FROM notifications WHERE id = 2", ["rows of deliveries that refer to missing rows of notifications"]),
+        ("DELETE FROM deliveries WHERE id = 1", ["rows of attempts that refer to missing rows of deliveries"]),
         (
             "DELETE FROM lanes WHERE order_id = 'done'",
-            ["deliveries that belong to lanes which are not there"],
+            ["rows of deliveries that refer to missing rows of lanes"],
         ),
     ],
 )
