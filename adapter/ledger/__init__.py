@@ -1,6 +1,6 @@
-"""
-What the service remembers, in one database: notifications, deliveries, lanes, queues, attempts.
+"""The ledger: the durable state of the service, in one SQLite or PostgreSQL database.
 
-`inbox` remembers before we answer 200, `lanes` hands out work and records what became of it, `desk` is for people.
-All of them write through `store`, which commits in groups: what they are told is on disk when the call returns.
+`inbox` stores notifications before they are answered, `lanes` hands out work and records its results, `queries` and
+`commands` serve people. All of them write through `store`, which commits in groups: what a call has written is on disk
+when it returns.
 """

@@ -1,4 +1,4 @@
-"""Claims and attempts: the values that dispatcher and lanes exchange, and the rows that they become."""
+"""Claims and attempts: values for the dispatcher, and the rows that they become."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -163,7 +163,10 @@ def continues(record: AttemptRecord, settlement: Settlement) -> bool:
 
 
 def lane_change(record: AttemptRecord, settlement: Settlement, due: Collection[int], now: int) -> dict[str, Any]:
-    """Return the new values of a settled lane. `due` holds the lanes in which another delivery waits."""
+    """Return the new values of a settled lane.
+
+    `due` holds the lanes in which another delivery waits.
+    """
     claim, is_free = record.claim, continues(record, settlement)
     next_at = None
     if settlement.state is State.WAITING:

@@ -1,4 +1,4 @@
-"""The ledger's clock, in whole milliseconds since 1970. It runs steadily even when a wall clock jumps.
+"""The ledger's clock, in milliseconds since 1970, which no jump of a wall clock affects.
 
 Between readings it runs on this machine's monotonic clock. At each reading (every heartbeat) it follows the wall clock
 of the database's machine, so that all nodes agree. It does not follow a jump of that clock. A jump forwards would end

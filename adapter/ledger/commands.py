@@ -1,7 +1,8 @@
-"""Commands of people that change the ledger: retry, discard, pause and resume. Each is stored with who and why.
+"""Commands of people that change the ledger: retry, discard, pause and resume.
 
-A command over many deliveries runs in steps. Each step is a short transaction, so that it delays nobody. A person who
-breaks a command off can start it again: deliveries that are changed already no longer match.
+Each is stored with the person and the reason. A command over many deliveries runs in steps. Each step is a short
+transaction, so that it delays nobody. A person who breaks a command off can start it again: deliveries that are changed
+already no longer match.
 """
 
 from collections.abc import Collection, Mapping
@@ -72,7 +73,11 @@ class Commands:
         self._clock = store.clock
 
     async def run(self, name: str, body: bytes) -> Any:
-        """Run a command by its name, with its arguments as JSON, and return its result as plain values.
+        """Run a command by its name and return its result as plain values.
+
+        Args:
+            name: The name of the command.
+            body: Its arguments, as JSON.
 
         Raises:
             NoSuchCommand: There is no command of this name.
@@ -176,7 +181,7 @@ class Commands:
         changed: int,
         action: int | None = None,
     ) -> int:
-        """Add to the row of the command's first step if it is the same command, or insert a row. Returns its id."""
+        """Store a command, or add to the row of its first step. Returns the id of the row."""
         row = {"command": command, "who": by.who, "why": by.why, "matching": msgspec.json.encode(given).decode()}
         if action is not None:
             same = [actions.c[name] == value for name, value in row.items()]

@@ -86,14 +86,15 @@ def any_of(column: ColumnElement[int], name: str = "ids") -> ColumnElement[bool]
 
 
 class StoreUnavailable(Exception):
-    """The database cannot be written now: full disk, read-only volume, lost connection. Nothing was stored.
+    """The database cannot be written now, and nothing was stored.
 
-    No restart is needed: every later write tries again.
+    The disk may be full, the volume read-only or the connection lost. No restart is needed: every later write tries
+    again.
     """
 
 
 class StoreInUse(Exception):
-    """Another `serve` uses this database. Stop it first, or send it the command through its operations port."""
+    """Another `serve` uses this database. Stop it first, or let it run the command."""
 
 
 class StoreMissing(Exception):
@@ -131,7 +132,7 @@ class Database(ABC):
         """Return an engine that opens a connection per use."""
 
     def check_exists(self) -> None:
-        """Raise `StoreMissing` if there is no database file. On a server, the connection fails instead."""
+        """Raise `StoreMissing` if there is no database file."""
         return
 
     def lock_for_migration(self, connection: Connection) -> None:
@@ -139,7 +140,7 @@ class Database(ABC):
         return
 
     def is_sole_process(self, connection: Connection) -> bool:
-        """Return whether no other process uses the database. None can join before the transaction ends."""
+        """Return whether no other process uses the database, until the transaction ends."""
         return True
 
     def hold_presence_lock(self, connection: Connection) -> None:
@@ -189,7 +190,10 @@ class Database(ABC):
         return
 
     def listen(self, on_work: Callable[[], None]) -> Callable[[], None]:
-        """Call `on_work` from a thread whenever a node notifies. Returns a function that ends this."""
+        """Call `on_work` from a thread whenever a node notifies.
+
+        Returns a function that ends this.
+        """
         return lambda: None
 
 
@@ -200,7 +204,10 @@ def database_at(url: str) -> Database:
 
 
 class Sqlite(Database):
-    """A file, in WAL mode with `synchronous=FULL`: NORMAL may lose the last commits at a power cut."""
+    """A SQLite file, in WAL mode.
+
+    `synchronous` is FULL, because NORMAL may lose the last commits at a power cut.
+    """
 
     shared = False
 

@@ -1,4 +1,4 @@
-"""The inbox: stores a notification with its deliveries, lanes and identity in one transaction, before the 200.
+"""The inbox: stores a notification and its deliveries in one transaction, before the 200.
 
 The same event is stored once, as long as its row lives. The same identity with another order is a conflict: it is
 stored without deliveries. A repeat retries a delivery that is dead as rejected or exhausted, at most once an hour,
@@ -37,10 +37,10 @@ class Received(Enum):
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """A queue that wants the event. With `refetch`, its route needs only the newest event of an order."""
+    """A queue that wants the event."""
 
     queue_id: int
-    refetch: bool
+    refetch: bool  # its route needs only the newest event of an order
 
 
 class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""Small values that outlive a restart and are shared by all nodes: watermarks, turns and documents from Norce."""
+"""Small values that all nodes share: watermarks, turns and documents from Norce."""
 
 from sqlalchemy import bindparam, delete, select, text
 
@@ -54,7 +54,10 @@ class Watermarks:
 
 
 class StoredDocuments:
-    """The last valid configuration document of each channel, as bytes. All methods raise `StoreUnavailable`."""
+    """The last valid configuration document of each channel.
+
+    All methods raise `StoreUnavailable`.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -112,7 +112,7 @@ LANES_WITH_WAITING = select(lanes.c.id).where(any_of(lanes.c.id), _next_delivery
 
 
 class Lanes:
-    """The lanes of an open ledger, for one process under its lease. `policy` decides when a queue pauses."""
+    """The lanes of an open ledger, for one process under its lease."""
 
     def __init__(self, store: Store, lease: Lease, *, policy: PausePolicy) -> None:
         self._store = store
@@ -164,7 +164,10 @@ class Lanes:
         return await self._store.run(self._give_back, held)
 
     async def settle(self, record: AttemptRecord) -> Settlement | None:
-        """Write attempt, delivery, lane and queue in one transaction. Returns None if the lane was lost meanwhile."""
+        """Write attempt, delivery, lane and queue in one transaction.
+
+        Returns None if the lane was lost meanwhile.
+        """
         return await self._store.write(self._settle, record)
 
     async def release(self, claim: Claim) -> None:
@@ -290,7 +293,7 @@ class Lanes:
                 connection.execute(update(queues).where(queues.c.id == claim.queue_id).values(queue_columns(after)))
                 _log_change(claim, before, after)
         if kept:
-            self._write(connection, [(record, settlements[record.claim.fence]) for record in kept], now)
+            self._write_settlements(connection, [(record, settlements[record.claim.fence]) for record in kept], now)
         # After a connection broke at the commit, the same record arrives again although it is on disk.
         repeated = [record for record in records if record.claim.fence not in settlements]
         written = [record for record in repeated if _is_written(connection, record.claim)]
@@ -300,7 +303,7 @@ class Lanes:
     def _lock_changing_queues(
         self, connection: Connection, records: Sequence[AttemptRecord], now: int
     ) -> dict[int, QueueState]:
-        """Return the states of the queues. Locks only those that will change: every settlement needs them."""
+        # Locks only the queues that will change, because every settlement reads them.
         ids = {record.claim.queue_id for record in records}
         states = {row.id: queue_state(row) for row in connection.execute(QUEUES, {"ids": list(ids)})}
         changing = set()
@@ -312,7 +315,9 @@ class Lanes:
             states |= {row.id: queue_state(row) for row in connection.execute(LOCK_QUEUES, {"ids": list(changing)})}
         return states
 
-    def _write(self, connection: Connection, settled: Sequence[tuple[AttemptRecord, Settlement]], now: int) -> None:
+    def _write_settlements(
+        self, connection: Connection, settled: Sequence[tuple[AttemptRecord, Settlement]], now: int
+    ) -> None:
         cursor = connection.connection.cursor()
         changes = [
             {

@@ -1,4 +1,4 @@
-"""The lease of a process: while it lasts, the lanes that the process holds are its own; afterwards they are free.
+"""The lease of a process, under which it holds its lanes. When it ends, they are free.
 
 A process has one lease, timed by the ledger's clock and renewed by a heartbeat; lanes have none. On SQLite only one
 process can hold the file's lock, so a process that starts knows that all earlier ones are dead.

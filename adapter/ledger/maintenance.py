@@ -102,7 +102,7 @@ class Maintenance:
         return count, following
 
     def _rows(self, connection: Connection, after: int) -> tuple[int, int]:
-        """Delete notifications with their deliveries, their conflicts and the lanes that become empty."""
+        """Delete notifications with their deliveries, conflicts and empty lanes."""
         n, d = notifications.c, deliveries.c
         old, following = self._old(connection, after, self._retention.rows)
         lane_ids = _lock_lanes_of(connection, old)
@@ -118,7 +118,7 @@ class Maintenance:
         return count, following
 
     def _old(self, connection: Connection, after: int, kept: timedelta, *conditions: Any) -> tuple[dict[int, int], int]:
-        """Return the next notifications that are old enough, with their times of receipt, and where to continue."""
+        """Return the next old notifications with their times of receipt, and where to continue."""
         n, before = notifications.c, self._before(kept)
         following = select(n.id, n.received_at).where(n.id > after, *conditions).order_by(n.id)
         rows = connection.execute(following.limit(NOTIFICATIONS_PER_STEP)).all()
@@ -190,9 +190,9 @@ def figures(connection: Connection) -> dict[str, int]:
 
 
 def back_up(connection: Connection, target: Path) -> int:
-    """Copy a SQLite ledger into a new file beside a running service, and return its size in bytes.
+    """Copy a SQLite ledger into a new file and return its size in bytes.
 
-    The copy shows the ledger at one moment. Only the owner may read the file.
+    The service may run meanwhile. The copy shows the ledger at one moment. Only the owner may read the file.
 
     Raises:
         FileExistsError: The target exists.

@@ -1,4 +1,4 @@
-"""Queries for people: notifications, deliveries, queues, verdicts, actions and processes, as plain values.
+"""Queries for people: what the ledger contains, as plain values.
 
 They read beside the writer and change nothing. They show no body, and nothing of an order but its id.
 """
@@ -25,7 +25,10 @@ Text = Annotated[str, Meta(min_length=1, max_length=1000, pattern=r"^[^\x00]*$")
 
 
 class DeliveryFilter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Conditions on deliveries, all of which must hold. `since` and `until` limit the end, in milliseconds."""
+    """Conditions on deliveries, all of which must hold.
+
+    `since` and `until` limit the time of the end, in milliseconds.
+    """
 
     ids: Annotated[tuple[Id, ...], Meta(max_length=MAX_IDS)] = ()
     state: Text | None = None
@@ -268,7 +271,7 @@ class Queries:
         return Overview(by_route=by_route, oldest_waiting_seconds=oldest, paused=paused)
 
     def _by_queue(self, state: State) -> Sequence[Any]:
-        """Count the deliveries in this state, with the earliest. Reads only the partial index of the state."""
+        # Reads only the partial index of the state.
         d = deliveries.c
         return self.connection.execute(
             select(lanes.c.queue_id, func.count().label("number"), func.min(d.id).label("earliest"))

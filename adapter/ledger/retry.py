@@ -1,4 +1,4 @@
-"""Retrying dead letters: they wait again with their whole schedule, in their old place in the lane.
+"""Retrying dead letters: they wait again, with their whole schedule, in their old place.
 
 The lane's doubt stays, unless a person has looked at the destination and found no effect there.
 """
@@ -30,10 +30,10 @@ def retry_dead_letters(
     reasons: Collection[Reason],
     ends_doubt: bool = False,
 ) -> int:
-    """Make deliveries wait again if they are dead for one of these reasons. Returns their number.
+    """Make deliveries wait again that are dead for one of these reasons.
 
-    A lane becomes due if a letter had stopped it or if it was idle; any other lane goes on as before. A letter stays
-    dead while its blocked handler still holds the lane.
+    Returns their number. A lane becomes due if a letter had stopped it or if it was idle; any other lane goes on as
+    before. A letter stays dead while its blocked handler still holds the lane.
     """
     d = deliveries.c
     locked = lock_lanes(connection, {letter.lane_id for letter in letters})

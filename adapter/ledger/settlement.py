@@ -1,9 +1,9 @@
-"""Settlement: the next state of a delivery and of its queue after an attempt. Pure: values in, values out.
+"""Settlement: the next state of a delivery and of its queue after an attempt.
 
-A delivery is waiting, done or dead, and has a reason once it no longer waits. Doubt is easy to get wrong: an attempt
-settles its lane only if its outcome is known. After a crash, a deadline or a broken connection it is unknown whether
-the destination acted. The lane is then in doubt, and nothing is sent again before the handler has looked it up, unless
-the handler declares that a repetition does no harm. `settle` computes the state of the delivery:
+The functions are pure. A delivery is waiting, done or dead, and has a reason once it no longer waits. Doubt is easy to
+get wrong: an attempt settles its lane only if its outcome is known. After a crash, a deadline or a broken connection it
+is unknown whether the destination acted. The lane is then in doubt, and nothing is sent again before the handler has
+looked it up, unless the handler declares that a repetition does no harm. `settle` computes the state of the delivery:
 
 | the attempt ended with | in a lane that is not in doubt | after a lookup |
 |---|---|---|
@@ -70,14 +70,17 @@ class Ending(Enum):
 
 
 class Interrupted(Unknown):
-    """The service ended the attempt or never began it, so its outcome says nothing about the destination."""
+    """The service ended the attempt or never began it.
+
+    Its outcome says nothing about the destination.
+    """
 
 
 Result = Done | Skip | Retry | Reject | Unknown | Misconfigured | Ending
 
 
 def outcome_name(result: Result) -> str:
-    """Return the name of a result for people and metrics. A plugin's subclass has the name of its base."""
+    """Return the name of a result. A plugin's subclass has the name of its base."""
     if isinstance(result, Ending):
         return result.value
     kind: type = next(kind for kind in get_args(Result) if isinstance(result, kind))
@@ -223,9 +226,9 @@ class PausePolicy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueueState:
-    """The state of a queue: running, paused until a moment in milliseconds, or probing after that moment."""
+    """The state of a queue: running, paused until a moment, or probing after that moment."""
 
-    paused_until: int | None = None
+    paused_until: int | None = None  # milliseconds
     paused_by: PausedBy | None = None
     reason: str | None = None  # a code, or the words of a person
     failed_lanes: tuple[int, ...] = ()
@@ -250,7 +253,10 @@ RUNNING = QueueState()
 
 
 def after_attempt(queue: QueueState, result: Result, lane_id: int, now: int, policy: PausePolicy) -> QueueState:
-    """Return the state of the queue after an attempt on this lane, or the same object if nothing has changed."""
+    """Return the state of the queue after an attempt on this lane.
+
+    It is the same object if nothing has changed.
+    """
     match result:
         case Misconfigured():
             if queue.is_paused(now) and queue.paused_by is PausedBy.PERSON:

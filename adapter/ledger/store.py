@@ -138,7 +138,7 @@ class Store:
     async def run(
         self, work: Callable[Concatenate[Connection, P], Answer], *arguments: P.args, **named: P.kwargs
     ) -> Answer:
-        """Run `work` with these arguments like `write`, for work that gains nothing by seeing all items at once."""
+        """Run `work` with these arguments like `write`, without a batch."""
         return await self.write(lambda connection, items: [work(connection, *arguments, **named) for _ in items], None)
 
     def read_connection(self) -> Connection:

@@ -1,8 +1,9 @@
-"""The verdict log: verdicts that did not count, because they were late or because the route is a shadow.
+"""The verdict log: verdicts that did not count.
 
-Verdicts are written in the background and never delay an answer. Unlike a notification, a verdict may be lost: the log
-gathers them in memory and writes them in groups, and drops and counts them if the ledger is unavailable for long. A
-connection that breaks at a commit may leave a group in the log twice.
+A verdict does not count if it was late or if its route is a shadow. Verdicts are written in the background and never
+delay an answer. Unlike a notification, a verdict may be lost: the log gathers them in memory and writes them in groups,
+and drops and counts them if the ledger is unavailable for long. A connection that breaks at a commit may leave a group
+in the log twice.
 """
 
 import asyncio
@@ -32,7 +33,7 @@ COLUMNS = [column.name for column in verdicts.c if column.name != "id"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedVerdict:
-    """The verdict of one route on one callback. Contains codes and places, never a value from the order."""
+    """The verdict of one route on one callback, without values from the order."""
 
     kind: str  # late or shadow
     callback: str
@@ -80,7 +81,7 @@ class VerdictLog:
             await self._has_work.wait()
             await asyncio.sleep(self._gather_for.total_seconds())
             self._has_work.clear()
-            await asyncio.shield(self._write())  # a cancelled write would be done twice, or not at all
+            await asyncio.shield(self._write_waiting())  # a cancelled write would be done twice, or not at all
             if self._waiting:
                 self._has_work.set()
 
@@ -88,12 +89,12 @@ class VerdictLog:
         """Write the rest after `run` was cancelled, and drop what cannot be written in this time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within.total_seconds()):
-                await self._write()
+                await self._write_waiting()
         if self._waiting:
             log.warning("verdicts_lost", count=len(self._waiting))
             self._drop(len(self._waiting))
 
-    async def _write(self) -> None:
+    async def _write_waiting(self) -> None:
         async with self._writing:
             while group := self._waiting[:MAX_PER_STATEMENT]:
                 try:
