@@ -188,7 +188,7 @@ def opened(url: str) -> Iterator[Ledger]:
             ledger.store.close()
 
 
-def judge_many(ledger: Ledger, number: int) -> None:
+def make_verdicts(ledger: Ledger, number: int) -> None:
     """Insert a number of late verdicts of different orders, a second apart, the last one now."""
     ledger.rows(
         "INSERT INTO verdicts (at, kind, callback, route, merchant, channel, order_id, decided, codes, answered,"

@@ -1,7 +1,6 @@
-"""
-The ledger's clock, on real databases, with wall clocks that jump and monotonic ones that start anywhere.
+"""The ledger's clock on real databases, with wall clocks that jump.
 
-Whatever wall clocks do, time passes for the ledger: nothing that was due in 30 s is due at once, or tomorrow.
+Whatever the wall clock does, a delivery that is due in 30 s is due in 30 s.
 """
 
 import asyncio
@@ -26,7 +25,7 @@ JUMPS = [pytest.param(jump, id=f"{jump // SECOND:+} s") for jump in (DAY, -DAY, 
 
 
 class World:
-    """The database's wall clock, and how long everything has been running."""
+    """The wall clock of the database, and the time that has passed."""
 
     def __init__(self, url: str) -> None:
         self.wall, self.passed = NOON, 0
@@ -38,7 +37,7 @@ class World:
         self.passed += milliseconds
 
     def clock(self, *, boot: int = 0) -> Clock:
-        """Of a process on a machine that was booted so long ago."""
+        """Return the clock of a process on a machine that was booted `boot` ms ago."""
         return Clock(lambda _connection: self.wall, lambda: boot + self.passed)
 
     def read(self, clock: Clock, *, alone: bool = False) -> int:
@@ -64,7 +63,7 @@ def shared(postgres_url: str) -> World:
 
 
 @pytest.mark.parametrize("jump", JUMPS)
-def test_a_jump_of_the_wall_clock_is_not_followed_but_logged_and_written_down(world: World, jump: int) -> None:
+def test_a_jump_of_the_wall_clock_is_logged_and_stored_as_an_offset(world: World, jump: int) -> None:
     clock = world.clock(boot=777)
     assert world.read(clock, alone=True) == NOON
     world.goes_on(BEAT)
@@ -80,7 +79,7 @@ def test_a_jump_of_the_wall_clock_is_not_followed_but_logged_and_written_down(wo
 
 
 @pytest.mark.parametrize("jump", JUMPS)
-def test_a_jump_is_made_good_by_half_a_second_a_reading_and_time_never_goes_back(world: World, jump: int) -> None:
+def test_a_jump_is_corrected_by_half_a_second_per_reading_without_going_back(world: World, jump: int) -> None:
     clock = world.clock()
     world.read(clock, alone=True)
     world.wall += jump
@@ -98,7 +97,7 @@ def test_a_jump_is_made_good_by_half_a_second_a_reading_and_time_never_goes_back
 
 
 @pytest.mark.parametrize("off", [3 * SECOND, -3 * SECOND])
-def test_a_wall_clock_that_is_set_a_little_is_followed_and_time_does_not_go_back(world: World, off: int) -> None:
+def test_a_small_correction_of_the_wall_clock_is_followed_without_going_back(world: World, off: int) -> None:
     clock = world.clock()
     world.read(clock, alone=True)
     world.goes_on(BEAT)
@@ -138,7 +137,7 @@ def test_a_restart_follows_a_wall_clock_that_is_ahead(world: World) -> None:
     assert world.mark("clock_offset") == 0
 
 
-def test_a_restart_ends_what_was_left_of_an_earlier_jump(world: World) -> None:
+def test_a_restart_clears_the_offset_of_an_earlier_jump(world: World) -> None:
     clock = world.clock()
     world.read(clock, alone=True)
     world.wall += DAY
@@ -193,7 +192,7 @@ def test_a_jump_is_made_good_no_faster_by_many_nodes_than_by_one(shared: World, 
 
 @pytest.mark.parametrize("jump", [DAY, -DAY])
 def test_a_node_that_starts_just_after_a_jump_takes_the_time_from_those_that_live(shared: World, jump: int) -> None:
-    """Otherwise it would find their leases ended, and take lanes that they are working on."""
+    """Otherwise their leases would seem to have ended, and the node would take their lanes."""
     running = shared.clock()
     shared.read(running)
     shared.goes_on(BEAT - 1)
@@ -207,8 +206,8 @@ def test_a_node_that_starts_just_after_a_jump_takes_the_time_from_those_that_liv
     assert abs(starting() - running()) <= SECOND
 
 
-def test_a_node_that_stood_still_takes_the_time_from_the_others(shared: World) -> None:
-    """A virtual machine that is paused, say: it would take the wall clock to have jumped."""
+def test_a_suspended_node_takes_the_time_from_the_others(shared: World) -> None:
+    """To a virtual machine that was paused, the wall clock seems to have jumped."""
     stopped_for = 0
     running = shared.clock()
     paused = Clock(lambda _connection: shared.wall, lambda: shared.passed - stopped_for)
@@ -225,7 +224,7 @@ def test_a_node_that_stood_still_takes_the_time_from_the_others(shared: World) -
     assert shared.read(running) == shared.wall
 
 
-def test_a_node_that_is_stopped_while_it_reads_the_clock_holds_nobody_up(shared: World) -> None:
+def test_a_node_that_stops_while_reading_the_clock_does_not_block_others(shared: World) -> None:
     running, starting = shared.clock(), shared.clock()
     shared.read(running)
     shared.goes_on(BEAT)
@@ -235,7 +234,7 @@ def test_a_node_that_is_stopped_while_it_reads_the_clock_holds_nobody_up(shared:
         assert shared.read(running) == NOON + BEAT
 
 
-def test_whoever_enters_is_known_to_live_until_its_connection_ends(shared: World) -> None:
+def test_a_process_counts_as_present_until_its_connection_ends(shared: World) -> None:
     def opened() -> Store:
         return Store.open(shared.url, clock=shared.clock())
 
@@ -267,7 +266,7 @@ def ledger(world: World) -> Iterator[Ledger]:
 
 
 @pytest.mark.parametrize("jump", JUMPS)
-def test_what_is_due_in_30_seconds_is_due_in_30_seconds(world: World, ledger: Ledger, jump: int) -> None:
+def test_a_retry_is_due_after_30_seconds_whatever_the_wall_clock_does(world: World, ledger: Ledger, jump: int) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), waiting(ledger.clock() + 30 * SECOND))
     world.wall += jump
@@ -283,7 +282,7 @@ def test_what_is_due_in_30_seconds_is_due_in_30_seconds(world: World, ledger: Le
     assert 27 <= waited <= 33
 
 
-def test_moments_are_read_on_the_database_s_own_clock(store_url: str) -> None:
+def test_the_wall_clock_is_that_of_the_database(store_url: str) -> None:
     def wall(connection: Connection) -> int:
         return database_at(store_url).wall_clock(connection)
 

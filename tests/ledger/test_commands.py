@@ -1,4 +1,4 @@
-"""`adapter.ledger.commands`: what people do to the ledger, on both databases, and what is written down of it."""
+"""Commands on the ledger and the actions that record them, on both databases."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ def discard(ledger: Ledger, *ids: int, **more: Any) -> StepResult:
 
 
 def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> StepResult:
-    """One step; what is not of a step is what must match."""
+    """Run one step. Arguments that a step does not have are conditions."""
     of_step = {each: more.pop(each) for each in ("by", "most", "after", "action", "unknown") if each in more}
     step = Step(matching=DeliveryFilter(**{"ids": ids, **more}), **{"by": BY, **of_step})
     return ledger.do(getattr(Commands(ledger.store), name)(step))
@@ -64,7 +64,7 @@ def pause(ledger: Ledger, name: str = "pause", **given: Any) -> int:
 
 
 def dead(ledger: Ledger, *orders: str, ends: Ends = REJECTED, refetch: bool = True, **more: Any) -> None:
-    """A dead letter for each of these orders."""
+    """Make a dead letter for each of these orders."""
     for order in orders:
         ledger.owed(1 if refetch else 2, order_id=order, refetch=refetch)
         queue = ledger.export if refetch else ledger.history
@@ -78,7 +78,7 @@ def query(ledger: Ledger, look: Callable[[Queries], Any]) -> Any:
 
 
 def counted(ledger: Ledger, **given: Any) -> int:
-    """What a dry run says."""
+    """Count like a dry run."""
     return sum(
         row["count"] for row in query(ledger, lambda queries: queries.count(DeliveryFilter(state="dead", **given)))
     )
@@ -95,7 +95,7 @@ def written(ledger: Ledger) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(autouse=True)
 def no_faults(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whatever a test has done, the ledger is sound."""
+    """Check the ledger after each test."""
     ledger: Ledger | None = request.getfixturevalue("ledger") if "ledger" in request.fixturenames else None
     yield
     if ledger is not None:
@@ -122,7 +122,7 @@ def test_a_retried_letter_is_due_at_once_with_its_whole_schedule(ledger: Ledger)
     assert (claim.attempt, claim.in_doubt, claim.number) == (1, False, 3)
 
 
-def test_a_letter_is_retried_once_however_often_it_is_asked_for(ledger: Ledger) -> None:
+def test_a_letter_is_retried_once_however_often_the_command_runs(ledger: Ledger) -> None:
     dead(ledger, "order-1")
 
     assert [retry(ledger, 1).changed for _ in range(3)] == [1, 0, 0]
@@ -131,7 +131,7 @@ def test_a_letter_is_retried_once_however_often_it_is_asked_for(ledger: Ledger) 
 
 
 @pytest.mark.parametrize("name", ["retry", "discard"])
-def test_what_is_no_dead_letter_is_left_alone(ledger: Ledger, name: str) -> None:
+def test_deliveries_that_are_not_dead_stay_unchanged(ledger: Ledger, name: str) -> None:
     ledger.owed(1, order_id="waits")
     ledger.owed(1, order_id="is-tried")
     ledger.owed(1, order_id="is-done")
@@ -169,7 +169,7 @@ FILTERS: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 @pytest.mark.parametrize("given", FILTERS.values(), ids=FILTERS)
 @pytest.mark.parametrize("name", ["retry", "discard"])
-def test_what_is_meant_is_changed_and_a_dry_run_counts_just_that(
+def test_a_command_changes_what_matches_and_a_dry_run_counts_the_same(
     ledger: Ledger, name: str, given: tuple[dict[str, Any], list[int]]
 ) -> None:
     matching, expected = given
@@ -192,7 +192,7 @@ def test_what_is_meant_is_changed_and_a_dry_run_counts_just_that(
     assert [row[0] for row, was in zip(stands(ledger), before, strict=True) if row != was] == expected
 
 
-def test_a_command_goes_in_steps_and_is_one_line_of_the_audit(ledger: Ledger) -> None:
+def test_a_command_runs_in_steps_and_is_one_row_of_the_actions(ledger: Ledger) -> None:
     dead(ledger, *(f"order-{number}" for number in range(5)))
 
     first = retry(ledger, route="export", most=2)
@@ -204,7 +204,7 @@ def test_a_command_goes_in_steps_and_is_one_line_of_the_audit(ledger: Ledger) ->
     assert written(ledger) == [("retry", "anna@shop", "the shop is mended", {"route": "export"}, 5)]
 
 
-def test_a_command_that_was_broken_off_goes_on_where_it_stopped(ledger: Ledger) -> None:
+def test_a_command_that_was_broken_off_continues_when_started_again(ledger: Ledger) -> None:
     dead(ledger, *(f"order-{number}" for number in range(5)))
     retry(ledger, route="export", most=2)
 
@@ -216,7 +216,7 @@ def test_a_command_that_was_broken_off_goes_on_where_it_stopped(ledger: Ledger) 
     assert [row[0] for row in ledger.rows("SELECT max(claim) FROM lanes")] == [2]
 
 
-def test_what_dies_again_while_a_command_runs_is_not_retried_by_it_twice(ledger: Ledger) -> None:
+def test_a_command_retries_a_letter_that_dies_again_only_once(ledger: Ledger) -> None:
     dead(ledger, "order-1", "order-2")
     first = retry(ledger, route="export", most=1)
     ledger.settle(ledger.claim_one(), REJECTED)
@@ -228,7 +228,7 @@ def test_what_dies_again_while_a_command_runs_is_not_retried_by_it_twice(ledger:
     assert stands(ledger) == [(1, "dead", "rejected"), (2, "waiting", None)]
 
 
-def test_nobody_can_hide_behind_somebody_elses_line_of_the_audit(ledger: Ledger) -> None:
+def test_a_step_is_not_added_to_the_action_of_another_person(ledger: Ledger) -> None:
     dead(ledger, "order-1", "order-2")
     hers = retry(ledger, 1)
 
@@ -239,7 +239,7 @@ def test_nobody_can_hide_behind_somebody_elses_line_of_the_audit(ledger: Ledger)
     assert [(row[1], row[4]) for row in written(ledger)] == [("anna@shop", 1), ("bertil", 1), ("anna@shop", 0)]
 
 
-def test_a_step_looks_at_so_many_letters_only_and_says_where_the_next_begins(
+def test_a_step_reads_a_limited_number_of_letters_and_returns_where_the_next_begins(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(room, "MAX_READ_PER_STEP", 2)
@@ -253,7 +253,7 @@ def test_a_step_looks_at_so_many_letters_only_and_says_where_the_next_begins(
     assert [row[4] for row in written(ledger)] == [1]
 
 
-def test_the_statements_of_a_step_do_not_grow_with_what_is_changed(ledger: Ledger) -> None:
+def test_the_number_of_statements_does_not_grow_with_the_number_of_letters(ledger: Ledger) -> None:
     dead(ledger, *(f"order-{number}" for number in range(30)))
     one, many = (statements(ledger, lambda most=most: retry(ledger, route="export", most=most)) for most in (1, 29))
 
@@ -307,8 +307,8 @@ def test_send_ends_the_doubt_and_says_so_in_the_audit(ledger: Ledger) -> None:
     assert written(ledger)[0][3] == {"ids": [1], "unknown": "send"}
 
 
-def test_send_wants_to_know_what_was_looked_at(ledger: Ledger) -> None:
-    """A command that is started again must not send what its first run has sent and lost sight of."""
+def test_send_needs_ids_or_until(ledger: Ledger) -> None:
+    """A command that is started again must not send deliveries whose outcome became unknown in its first run."""
     with pytest.raises(ValueError, match="needs the ids"):
         retry(ledger, route="export", unknown="send")
 
@@ -321,7 +321,7 @@ def test_send_wants_to_know_what_was_looked_at(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("unknown", ["look-up", "send"])
-def test_a_letter_whose_handler_still_blocks_stays_dead_until_it_lets_go(ledger: Ledger, unknown: str) -> None:
+def test_a_letter_stays_dead_while_its_blocked_handler_holds_the_lane(ledger: Ledger, unknown: str) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
     ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps_lane=True)
@@ -348,7 +348,7 @@ def test_a_letter_behind_another_waits_for_it(ledger: Ledger) -> None:
     assert ledger.claim_one().delivery_id == 1
 
 
-def test_a_letter_that_is_retried_with_the_one_that_stops_its_lane_goes_after_it(ledger: Ledger) -> None:
+def test_a_letter_retried_with_the_one_that_stops_its_lane_comes_after_it(ledger: Ledger) -> None:
     dead(ledger, "order-1")
     ledger.owed(2)
     ledger.settle(ledger.claim_one(), UNKNOWN)
@@ -391,7 +391,7 @@ def test_a_letter_in_a_lane_that_waits_for_a_retry_does_not_hurry_it(ledger: Led
     assert ledger.claim_one().delivery_id == 1
 
 
-def test_without_refetch_a_letter_stops_its_lane_and_goes_before_what_came_later(ledger: Ledger) -> None:
+def test_without_refetch_a_letter_stops_its_lane_and_comes_before_later_deliveries(ledger: Ledger) -> None:
     dead(ledger, "order-1", refetch=False)
     ledger.owed(3, 4, refetch=False)
     assert ledger.claim(ledger.history) == []
@@ -409,7 +409,7 @@ def test_without_refetch_a_letter_stops_its_lane_and_goes_before_what_came_later
 # --- discard --------------------------------------------------------------------------------------------------------
 
 
-def test_a_discarded_letter_is_done_and_its_lane_goes_on_without_doubt(ledger: Ledger) -> None:
+def test_a_discarded_letter_is_done_and_its_lane_continues_without_doubt(ledger: Ledger) -> None:
     dead(ledger, "order-1", ends=UNKNOWN)
     ledger.owed(2)
     assert ledger.claim() == []
@@ -434,7 +434,7 @@ def test_a_lane_with_nothing_left_takes_the_next_notification(ledger: Ledger) ->
     assert ledger.claim_one().delivery_id == 2
 
 
-def test_discarding_a_letter_that_had_been_passed_leaves_the_lane_as_it_is(ledger: Ledger) -> None:
+def test_discarding_a_letter_that_did_not_stop_its_lane_does_not_change_the_lane(ledger: Ledger) -> None:
     dead(ledger, "order-1")
     ledger.owed(2)
     ledger.settle(ledger.claim_one(), UNKNOWN)
@@ -444,7 +444,7 @@ def test_discarding_a_letter_that_had_been_passed_leaves_the_lane_as_it_is(ledge
     assert ledger.rows("SELECT * FROM lanes") == before
 
 
-def test_a_blocked_letter_is_discarded_once_its_handler_lets_go_and_the_lane_goes_on(ledger: Ledger) -> None:
+def test_a_blocked_letter_can_be_discarded_once_its_handler_has_ended(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
     ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), keeps_lane=True)
@@ -479,7 +479,7 @@ def queue_state(ledger: Ledger) -> list[tuple[Any, ...]]:
     ]
 
 
-def test_a_paused_queue_hands_out_nothing_and_keeps_its_work(ledger: Ledger) -> None:
+def test_nothing_is_claimed_from_a_paused_queue(ledger: Ledger) -> None:
     ledger.owed(1)
 
     assert pause(ledger, merchant="fjallboden") == 1
@@ -494,7 +494,7 @@ def test_a_paused_queue_hands_out_nothing_and_keeps_its_work(ledger: Ledger) -> 
     ]
 
 
-def test_a_route_is_paused_for_every_merchant_where_none_is_named(ledger: Ledger) -> None:
+def test_a_pause_without_a_merchant_pauses_the_whole_route(ledger: Ledger) -> None:
     assert pause(ledger) == 2
     assert queue_state(ledger) == [
         ("export", "annan", "paused", "person", "the shop is mended"),
@@ -537,7 +537,7 @@ def test_a_persons_pause_survives_outcomes_and_restarts(ledger: Ledger, ends: En
         ledger.store = Store.open(ledger.url, clock=ledger.clock)
 
 
-def test_a_person_resumes_whatever_paused_the_queue(ledger: Ledger) -> None:
+def test_resume_ends_every_kind_of_pause(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), MISCONFIGURED)
     assert ledger.claim() == []
@@ -551,7 +551,7 @@ def test_a_person_resumes_whatever_paused_the_queue(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("name", ["retry", "discard", "pause", "resume"])
-def test_what_cannot_be_written_down_is_not_done(ledger: Ledger, name: str) -> None:
+def test_a_command_whose_action_cannot_be_stored_changes_nothing(ledger: Ledger, name: str) -> None:
     dead(ledger, "order-1", ends=UNKNOWN)
     pause(ledger, route="history")
     tables = ("deliveries", "lanes", "queues")
@@ -571,7 +571,7 @@ def test_what_cannot_be_written_down_is_not_done(ledger: Ledger, name: str) -> N
     assert [ledger.rows(f"SELECT * FROM {table} ORDER BY id") for table in tables] == before
 
 
-def test_the_desk_shows_what_people_did(ledger: Ledger) -> None:
+def test_actions_are_listed(ledger: Ledger) -> None:
     pause(ledger)
     dead(ledger, "order-1", refetch=False)
     ledger.clock.now += HOUR
@@ -616,7 +616,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("store_url", ["sqlite"], indirect=True)  # no database has a say in it
 @pytest.mark.parametrize("given", BAD.values(), ids=BAD)
-def test_what_is_no_command_is_refused_with_the_place(ledger: Ledger, given: tuple[bytes, str]) -> None:
+def test_an_invalid_body_is_refused_with_the_place(ledger: Ledger, given: tuple[bytes, str]) -> None:
     dead(ledger, "order-1")
 
     with pytest.raises(ValueError) as refused:  # noqa: PT011 - whatever it says, the port answers it
@@ -636,7 +636,7 @@ def test_of_repeated_members_the_last_counts(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "erase", "do", "_retry", "retry "])
-def test_a_name_that_nobody_knows_is_answered_with_those_there_are(ledger: Ledger, name: str) -> None:
+def test_an_unknown_command_is_refused_with_the_known_names(ledger: Ledger, name: str) -> None:
     with pytest.raises(NoSuchCommand, match="retry, discard, pause, resume"):
         ledger.do(Commands(ledger.store).run(name, b"{}"))
 
@@ -662,7 +662,7 @@ def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monk
 
 @contextmanager
 def several(postgres: Server, number: int) -> Iterator[tuple[Ledger, list[Ledger]]]:
-    """A ledger and that many nodes on it, each of which has an event loop of its own."""
+    """Yield a ledger with `number` nodes, each with an event loop of its own."""
     url = postgres.fresh()
     try:
         with opened(url) as first:
@@ -760,10 +760,8 @@ def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Se
             assert faults(connection) == []
 
 
-def test_a_letter_that_became_unknown_meanwhile_is_not_sent_by_who_left_those_out(
-    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the look and the lock another operator retried it, and it was tried, and lost sight of."""
+def test_a_letter_that_became_unknown_meanwhile_is_left_out(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the query and the lock, another person retried it, and its outcome became unknown."""
     dead(ledger, "order-1")
     letters = Commands._letters
 

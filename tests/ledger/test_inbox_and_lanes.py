@@ -1,4 +1,4 @@
-"""What the service remembers: intake, claims and records on real databases, with a clock that the test moves."""
+"""Inbox and lanes on both databases, with a clock that the test moves."""
 
 import asyncio
 import json
@@ -55,7 +55,7 @@ def test_a_notification_is_on_disk_with_its_deliveries_when_receive_returns(ledg
     assert len(ledger.rows("SELECT 1 FROM lanes")) == 2
 
 
-def test_a_notification_that_nobody_wants_is_kept_all_the_same(ledger: Ledger) -> None:
+def test_a_notification_without_a_wanting_route_is_stored(ledger: Ledger) -> None:
     ledger.receive(receipt())
 
     assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
@@ -109,7 +109,7 @@ def test_the_repeat_of_a_conflict_is_not_stored_again(ledger: Ledger) -> None:
     assert len(ledger.rows("SELECT 1 FROM notifications")) == 2
 
 
-def test_conflicts_of_one_identity_are_kept_up_to_a_bound_and_digested_once(ledger: Ledger) -> None:
+def test_conflicts_of_one_identity_are_stored_up_to_a_limit_and_digested_once(ledger: Ledger) -> None:
     bodies = [b'{"id": "order-1", "n": %d}' % number for number in range(MAX_CONFLICTS + 5)]
 
     answers = [ledger.receive(receipt(body=body)) for body in bodies]
@@ -135,7 +135,7 @@ def test_a_third_order_under_the_same_identity_is_a_conflict_of_its_own(ledger: 
     assert received == [Received.NEW, Received.CONFLICT, Received.CONFLICT, Received.REPEAT]
 
 
-def test_where_the_body_has_been_pruned_the_identity_has_the_word(ledger: Ledger) -> None:
+def test_without_its_pruned_body_an_equal_identity_is_a_repeat(ledger: Ledger) -> None:
     ledger.receive(receipt(body=b'{"total": 1}'))
     ledger.rows("UPDATE notifications SET body = NULL")
 
@@ -186,7 +186,7 @@ def test_an_older_snapshot_that_arrives_late_is_superseded_on_arrival(ledger: Le
     assert ledger.states() == [(2, "waiting", None), (1, "done", "superseded")]
 
 
-def test_a_late_snapshot_is_superseded_also_when_the_newer_one_is_done(ledger: Ledger) -> None:
+def test_a_late_snapshot_is_superseded_even_if_the_newer_one_is_done(ledger: Ledger) -> None:
     ledger.owed(2)
     ledger.settle(ledger.claim_one())
 
@@ -218,7 +218,7 @@ def test_a_delivery_that_was_tried_is_not_superseded_and_goes_first(ledger: Ledg
     assert ledger.claim_one().delivery_id == 3
 
 
-def test_a_delivery_in_hand_is_not_superseded(ledger: Ledger) -> None:
+def test_a_claimed_delivery_is_not_superseded(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
 
@@ -243,7 +243,7 @@ def test_a_route_that_does_not_refetch_gets_every_snapshot_in_order(ledger: Ledg
     assert ledger.claim(ledger.history) == []
 
 
-def test_nothing_is_put_before_a_delivery_that_was_tried(ledger: Ledger) -> None:
+def test_no_delivery_comes_before_an_attempted_one(ledger: Ledger) -> None:
     ledger.owed(2, refetch=False)
     ledger.settle(ledger.claim_one(ledger.history), waiting(NOON), refetch=False)
 
@@ -392,7 +392,7 @@ def test_a_claim_says_all_that_an_attempt_needs(ledger: Ledger) -> None:
     assert claim.doubt_ends_at == NOON + 7 + DOUBT
 
 
-def test_a_lane_in_hand_is_not_handed_out_again(ledger: Ledger) -> None:
+def test_a_held_lane_is_not_claimed_again(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.claim_one()
     ledger.clock.now += 100 * HOUR
@@ -445,7 +445,7 @@ def test_an_attempt_that_does_not_count_is_taken_back(ledger: Ledger) -> None:
     assert ledger.claim_one().attempt == 1
 
 
-def test_an_outcome_that_is_not_known_leaves_the_lane_in_doubt_until_one_is(ledger: Ledger) -> None:
+def test_an_unknown_outcome_leaves_the_lane_in_doubt_until_one_is_known(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), in_doubt(NOON))
     second = ledger.claim_one()
@@ -458,7 +458,7 @@ def test_an_outcome_that_is_not_known_leaves_the_lane_in_doubt_until_one_is(ledg
     assert [claim.in_doubt for claim in (second, third, fourth)] == [True, True, False]
 
 
-def test_a_claim_is_settled_once_however_often_it_is_tried(ledger: Ledger) -> None:
+def test_a_claim_is_settled_only_once(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
 
@@ -512,7 +512,7 @@ def test_an_old_claim_records_nothing_after_the_lane_was_taken_over(ledger: Ledg
         after.store.close()
 
 
-def test_what_a_dead_process_held_is_in_doubt_and_not_due_before_the_doubt_ends(ledger: Ledger) -> None:
+def test_the_lanes_of_a_dead_process_are_in_doubt_and_not_due_before_the_doubt_ends(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
     after = ledger.reopened()
@@ -530,7 +530,7 @@ def test_what_a_dead_process_held_is_in_doubt_and_not_due_before_the_doubt_ends(
         after.store.close()
 
 
-def test_a_claim_is_on_disk_before_it_is_handed_out(ledger: Ledger) -> None:
+def test_a_claim_is_on_disk_when_it_returns(ledger: Ledger) -> None:
     ledger.owed(1)
 
     ledger.claim_one()
@@ -538,7 +538,7 @@ def test_a_claim_is_on_disk_before_it_is_handed_out(ledger: Ledger) -> None:
     assert ledger.rows("SELECT claim, settled, holder IS NOT NULL FROM lanes") == [(1, 0, 1)]
 
 
-def test_no_more_lanes_than_asked_are_taken(ledger: Ledger) -> None:
+def test_a_claim_takes_at_most_the_given_number_of_lanes(ledger: Ledger) -> None:
     for number in range(5):
         ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
 
@@ -598,7 +598,7 @@ def test_lanes_of_a_queue_come_in_the_order_in_which_they_are_due(ledger: Ledger
 # --- pauses ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_misconfigured_queue_pauses_keeps_its_work_and_goes_on_at_the_next_start(ledger: Ledger) -> None:
+def test_a_misconfigured_queue_pauses_until_the_next_start(ledger: Ledger) -> None:
     ledger.owed(1, order_id="order-1")
     ledger.owed(1, order_id="order-2")
     first = ledger.claim(most=1)[0]
@@ -641,7 +641,7 @@ def query(ledger: Ledger, look: Callable[[Queries], T]) -> T:
         return look(Queries(connection))
 
 
-def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> None:
+def test_deliveries_are_listed_by_state_route_and_order(ledger: Ledger) -> None:
     ledger.owed(1, order_id="order-1")
     ledger.owed(1, order_id="order-2", refetch=False)
     ledger.settle(ledger.claim_one(), Ends(Reject("no-such-shop", "The shop is unknown."), "rejected"))
@@ -659,7 +659,7 @@ def test_the_desk_lists_deliveries_by_state_route_and_order(ledger: Ledger) -> N
     assert ids(order_id="order-1", state="waiting") == []
 
 
-def test_the_desk_shows_a_delivery_with_its_attempts(ledger: Ledger) -> None:
+def test_a_delivery_is_shown_with_its_attempts(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), waiting(NOON + 5000))
     ledger.clock.now += 5000
@@ -676,7 +676,7 @@ def test_the_desk_shows_a_delivery_with_its_attempts(ledger: Ledger) -> None:
     ]
 
 
-def test_the_desk_knows_which_delivery_is_in_doubt_and_when_it_is_due(ledger: Ledger) -> None:
+def test_a_delivery_shows_its_doubt_and_its_due_time(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), in_doubt(NOON + 5000))
     ledger.owed(2)
@@ -694,7 +694,7 @@ def test_the_desk_has_nothing_to_show_for_a_delivery_that_is_not_there(ledger: L
     assert query(ledger, lambda queries: queries.delivery(1)) is None
 
 
-def test_the_overview_counts_what_waits_and_what_is_dead(ledger: Ledger) -> None:
+def test_the_overview_counts_waiting_and_dead_deliveries(ledger: Ledger) -> None:
     for number in (1, 2, 3):
         ledger.owed(1, order_id=f"order-{number}")
     ledger.clock.now += 90_000

@@ -1,4 +1,4 @@
-"""`adapter.ledger.maintenance`: what is kept how long on both databases, and the care that a database needs."""
+"""Maintenance on both databases: pruning, checks, figures and backups."""
 
 import asyncio
 import contextlib
@@ -32,8 +32,8 @@ from tests.ledgers import (
     Ledger,
     body_of,
     delivered,
-    judge_many,
     make_many,
+    make_verdicts,
     opened,
     receipt,
     waiting,
@@ -50,7 +50,7 @@ BY = Author(who="anna", why="mended")
 
 
 def prune(ledger: Ledger, maintenance: Maintenance | None = None) -> Pruned:
-    """One whole round."""
+    """Run a whole round."""
     maintenance = maintenance or Maintenance(ledger.store, KEPT)
     total = Pruned()
     while True:
@@ -71,7 +71,7 @@ def after(ledger: Ledger, days: float) -> Pruned:
 
 
 def bodies(ledger: Ledger) -> list[str]:
-    """The orders whose body is still there."""
+    """Return the orders whose body is still stored."""
     return [row[0] for row in ledger.rows("SELECT order_id FROM notifications WHERE body IS NOT NULL ORDER BY id")]
 
 
@@ -90,7 +90,7 @@ def command(ledger: Ledger, name: str, *ids: int, **more: Any) -> int:
 
 
 def one_of_each(ledger: Ledger) -> None:
-    """Orders by what became of them: the numbers of their notifications count from 1."""
+    """Fill the ledger with orders named after their state. Their notifications count from 1."""
     ledger.receive(receipt("unwanted"))
     for order in ("done", "dead", "waits", "stops", "held"):
         ledger.owed(1, order_id=order)
@@ -104,7 +104,7 @@ def one_of_each(ledger: Ledger) -> None:
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
 
-def test_bodies_go_after_a_month_where_all_is_done_and_after_three_where_it_is_not(ledger: Ledger) -> None:
+def test_bodies_are_deleted_after_a_month_if_all_is_done_and_otherwise_after_three(ledger: Ledger) -> None:
     one_of_each(ledger)
 
     assert after(ledger, 30) == Pruned()
@@ -118,7 +118,7 @@ def test_bodies_go_after_a_month_where_all_is_done_and_after_three_where_it_is_n
     assert found(ledger) == []
 
 
-def test_a_body_that_had_to_stay_goes_once_nothing_waits_for_it(ledger: Ledger) -> None:
+def test_a_needed_body_is_deleted_once_nothing_waits_for_it(ledger: Ledger) -> None:
     one_of_each(ledger)
     maintenance = Maintenance(ledger.store, KEPT)
     ledger.clock.now = NOON + 100 * DAY
@@ -141,7 +141,7 @@ def test_a_dead_letter_that_is_discarded_loses_its_body_with_the_done(ledger: Le
     assert bodies(ledger) == ["waits", "stops", "held"]
 
 
-def test_one_route_that_waits_keeps_the_body_for_itself(ledger: Ledger) -> None:
+def test_one_waiting_delivery_is_enough_to_keep_the_body(ledger: Ledger) -> None:
     ledger.receive(receipt(wanted=[(ledger.export, True), (ledger.history, False)]))
     ledger.settle(ledger.claim_one())
 
@@ -183,7 +183,7 @@ def test_a_repeat_is_a_repeat_without_its_body(ledger: Ledger, days: int) -> Non
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def test_after_400_days_everything_goes_but_what_waits_or_stops_its_lane(ledger: Ledger) -> None:
+def test_after_400_days_only_waiting_and_stopping_deliveries_stay(ledger: Ledger) -> None:
     one_of_each(ledger)
     ledger.receive(receipt("unwanted", body=b'{"another": 1}'))
     assert after(ledger, 400).notifications == 0
@@ -198,7 +198,7 @@ def test_after_400_days_everything_goes_but_what_waits_or_stops_its_lane(ledger:
     assert found(ledger) == []
 
 
-def test_what_had_to_stay_is_looked_at_again(ledger: Ledger) -> None:
+def test_rows_that_had_to_stay_are_looked_at_in_the_next_round(ledger: Ledger) -> None:
     one_of_each(ledger)
     maintenance = Maintenance(ledger.store, KEPT)
     ledger.clock.now = NOON + 401 * DAY
@@ -212,7 +212,7 @@ def test_what_had_to_stay_is_looked_at_again(ledger: Ledger) -> None:
     assert found(ledger) == []
 
 
-def test_a_lane_with_something_younger_in_it_stays(ledger: Ledger) -> None:
+def test_a_lane_with_a_younger_delivery_stays(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), delivered("shop-1"))
     ledger.clock.now = NOON + 300 * DAY
@@ -227,7 +227,7 @@ def test_a_lane_with_something_younger_in_it_stays(ledger: Ledger) -> None:
     assert claim.previous is not None
 
 
-def test_a_conflict_goes_with_what_it_conflicts_with(ledger: Ledger) -> None:
+def test_a_conflict_is_deleted_with_its_notification(ledger: Ledger) -> None:
     ledger.receive(receipt("order-1", body=b'{"total": 1}'))
     ledger.clock.now = NOON + 300 * DAY
     ledger.receive(receipt("order-1", body=b'{"total": 2}'))
@@ -281,7 +281,7 @@ def test_a_verdict_goes_after_a_month(ledger: Ledger) -> None:
 
 
 def test_of_many_verdicts_a_step_takes_a_few_and_scans_no_table(ledger: Ledger) -> None:
-    judge_many(ledger, 50_000)
+    make_verdicts(ledger, 50_000)
     ledger.clock.now += 30 * DAY - 1000 * (50_000 - room.VERDICTS_PER_STEP - 2)  # so many are old
     maintenance = Maintenance(ledger.store, KEPT)
 
@@ -299,7 +299,7 @@ def test_of_many_verdicts_a_step_takes_a_few_and_scans_no_table(ledger: Ledger) 
 
 
 def touched(ledger: Ledger, do: Callable[[], Any]) -> list[int]:
-    """How many rows each statement of the writer's that changes something has changed."""
+    """Collect the numbers of rows that the statements of the writer change."""
     counts: list[int] = []
 
     def hear(_connection: Any, cursor: Any, statement: str, *_rest: Any) -> None:
@@ -330,7 +330,7 @@ def test_of_a_hundred_thousand_a_step_touches_a_few_and_scans_no_table(ledger: L
     assert found(ledger) == []
 
 
-def test_the_intake_goes_on_between_the_steps(ledger: Ledger) -> None:
+def test_notifications_are_accepted_between_the_steps(ledger: Ledger) -> None:
     make_many(ledger, 1000)
     ledger.clock.now = NOON + 401 * DAY
 
@@ -382,7 +382,7 @@ def test_a_step_that_fails_is_done_again(ledger: Ledger) -> None:
 
 @contextlib.contextmanager
 def second(ledger: Ledger) -> Iterator[Ledger]:
-    """Another node on the same database."""
+    """Yield another node on the same database."""
     with asyncio.Runner() as runner:
         clock = HandClock(ledger.clock.now)
         node = Ledger(ledger.url, clock, runner)
@@ -409,7 +409,7 @@ def waits_for_a_lock(url: str) -> bool:
 
 
 def beside(ledger: Ledger, inside: Callable[[Connection], Any], meanwhile: Callable[[Ledger], Any]) -> Any:
-    """Has another node do something while a transaction here has done its part and is not over; what came of that."""
+    """Run `there` on another node while a transaction here is done but not committed. Returns its result."""
     answers: list[Any] = []
     with second(ledger) as node, ledger.store.engine.connect() as connection:
         with connection.begin():
@@ -593,9 +593,7 @@ def test_nothing_is_found_in_a_ledger_that_is_well(ledger: Ledger) -> None:
         ),
     ],
 )
-def test_what_belongs_to_nothing_is_found_where_the_database_does_not_forbid_it(
-    ledger: Ledger, sql: str, words: list[str]
-) -> None:
+def test_dangling_references_are_found_on_sqlite(ledger: Ledger, sql: str, words: list[str]) -> None:
     one_of_each(ledger)
 
     ledger.rows(sql)
@@ -625,7 +623,7 @@ def test_a_file_that_is_broken_is_found(tmp_path: Path) -> None:
 # --- figures and backup ---------------------------------------------------------------------------------------------
 
 
-def test_figures_count_what_there_is(ledger: Ledger) -> None:
+def test_figures_count_rows_and_bodies(ledger: Ledger) -> None:
     one_of_each(ledger)
     after(ledger, 31)
 
@@ -684,7 +682,7 @@ def test_a_backup_overwrites_nothing(in_a_file: Ledger, tmp_path: Path) -> None:
     assert target.read_text() == "precious"
 
 
-def test_a_backup_that_was_broken_off_is_in_nobodys_way(in_a_file: Ledger, tmp_path: Path) -> None:
+def test_a_broken_off_backup_does_not_block_the_next(in_a_file: Ledger, tmp_path: Path) -> None:
     (tmp_path / "copy.db.partial").write_text("half")
 
     assert backed_up(in_a_file, tmp_path / "copy.db") > 0

@@ -1,4 +1,4 @@
-"""Migrations: they make the tables of the schema, one node at a time, and an older node keeps working beside them."""
+"""Migrations: they make the tables of the schema, and nodes keep working beside them."""
 
 import asyncio
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def test_the_migrations_make_exactly_the_tables_of_the_schema(empty_url: str) ->
 
 
 def defaults(connection: Connection) -> set[tuple[str, str]]:
-    """What fills itself in, but for the keys."""
+    """Return the columns with a default, without the keys."""
     return {
         (table.name, column["name"])
         for table in metadata.sorted_tables
@@ -68,7 +68,7 @@ def test_opening_a_migrated_database_again_keeps_its_rows(empty_url: str, loop: 
     assert rows(empty_url, "SELECT version_num FROM alembic_version") == [(head(),)]
 
 
-def test_a_running_node_goes_on_while_a_newer_one_migrates(empty_postgres_url: str, loop: asyncio.Runner) -> None:
+def test_a_running_node_works_on_while_a_newer_one_migrates(empty_postgres_url: str, loop: asyncio.Runner) -> None:
     ledger = Ledger(empty_postgres_url, HandClock(), loop)
     try:
         ledger.owed(1)
@@ -86,7 +86,7 @@ def test_a_running_node_goes_on_while_a_newer_one_migrates(empty_postgres_url: s
         ledger.store.close()
 
 
-def test_a_node_that_finds_a_newer_revision_than_it_knows_works_with_it(store_url: str, loop: asyncio.Runner) -> None:
+def test_a_node_works_with_a_newer_revision_than_its_own(store_url: str, loop: asyncio.Runner) -> None:
     rows(store_url, "UPDATE alembic_version SET version_num = '9999'")
 
     ledger = Ledger(store_url, HandClock(), loop)

@@ -1,31 +1,30 @@
-"""
-The ledger beside a model of it that a reader can hold in the head: whatever happens in whatever order, nothing that was
-acknowledged is lost, and nothing is in two hands. On a SQLite file, and with two processes on one PostgreSQL.
+"""The ledger beside a small model of it: nothing acknowledged is lost, and no lane has two holders.
 
-A lane (one order on one route), as the model has it: `current` was attempted and not passed; `held` by a process.
+Hypothesis runs random histories on a SQLite file, and with two processes on one PostgreSQL. In the model, a lane (one
+order on one route) has `current`, the delivery that was attempted and is not finished, and `held`, its holder.
 
 | what happens | to a lane that is idle | due, or waiting | held | stopped by a dead letter |
 |---|---|---|---|---|
-| an event, newer | due | as before, older ones superseded | the same | the same, and the event waits |
-| an event, older | superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
-| a claim | - | when due and its queue has room: held, attempts + 1 | - | - |
+| a newer event | due | as before, older ones superseded | the same | the same, and the event waits |
+| an older event | superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
+| a claim | - | if due and its queue has room: held, attempts + 1 | - | - |
 | a known outcome | - | - | done or dead: due if more waits, else idle; retry: waiting | - |
-| an unknown one | - | - | waiting, in doubt; or stopped | - |
-| a claim nobody got | - | - | due at once, attempts - 1, no new doubt | - |
-| a release | - | - | what the settlement said | - |
+| an unknown outcome | - | - | waiting, in doubt; or stopped | - |
+| a claim that is given back | - | - | due at once, attempts - 1, no new doubt | - |
+| a release | - | - | as settled | - |
 | its process dies | - | - | held until its lease ends and another beats; due when doubt ends | - |
-| a late settlement | nothing | nothing | nothing, unless it is this claim's | nothing |
-| a retry of a letter | due | in its place | not while it is tried | due, in doubt as before |
-| a discard of a letter | - | as before | not while it is tried | due if more waits, else idle; no doubt |
+| a late settlement | nothing | nothing | nothing, unless it is of this claim | nothing |
+| a retry of a letter | due | in its place | not while it is attempted | due, in doubt as before |
+| a discard of a letter | - | as before | not while it is attempted | due if more waits, else idle; no doubt |
 
-Its queue (one route) runs, is paused until a moment, or tries one lane as a probe: what `pauses` makes of each outcome,
-and what a person says. What becomes of a delivery is what `deliveries` says; both are pure and have tests of their own.
+Its queue (one route) runs, is paused until a moment, or tries one lane as a probe. `settlement` decides about
+deliveries and queues; its functions are pure and have tests of their own.
 
-The model knows nothing of tables. It says what is due from the facts about a lane, so that work which the ledger would
-forget (a lane that is never due again) shows at the next claim.
+The model knows nothing of tables. It computes what is due from the facts about a lane, so a lane that the ledger would
+forget shows at the next claim.
 
-`LEDGER_MODEL_EXAMPLES=1000 pytest tests/test_ledger_model.py --timeout 0` tries longer: so many histories on each
-database, in place of 20.
+`LEDGER_MODEL_EXAMPLES=1000 pytest tests/ledger/test_model.py --timeout 0` runs that many histories on each database
+instead of 20.
 """
 
 import asyncio
@@ -114,7 +113,7 @@ NODES = st.integers(0, 1)
 
 @dataclass(eq=False)
 class Owed:
-    """A delivery as the model sees it; `number` is its place in the order of arrival."""
+    """A delivery in the model. `number` is its place in the order of arrival."""
 
     number: int
     snapshot: int
@@ -127,7 +126,7 @@ class Owed:
 
 @dataclass(eq=False)
 class Line:
-    """A lane."""
+    """A lane in the model."""
 
     order_id: str
     route: str
@@ -147,11 +146,11 @@ class Line:
         return sorted((o for o in self.owed if o.state is State.WAITING), key=lambda o: (o.snapshot, o.number))
 
     def still_tries(self, owed: Owed) -> bool:
-        """It is settled, and its handler has not ended: a person must wait for that."""
+        """Return whether the delivery is settled while its handler still runs."""
         return self.held is not None and self.current is owed
 
     def next(self) -> tuple[int, Owed] | None:
-        """What will be tried, and when; what was never attempted is due since it came."""
+        """Return the delivery to attempt next, and when."""
         if self.held is not None:
             return None
         if self.current is not None:
@@ -161,7 +160,7 @@ class Line:
 
 @dataclass(eq=False)
 class Event:
-    """Something that Norce told us: which event, and the bodies under its identity that we acknowledged."""
+    """An event of Norce, and the bodies with its identity that were acknowledged."""
 
     order_id: str
     snapshot: int
@@ -179,7 +178,7 @@ class Held:
 
 
 class Node:
-    """A process with the ledger open."""
+    """A process that has the ledger open."""
 
     def __init__(self, url: str, clock: HandClock) -> None:
         database = database_at(url)
@@ -206,9 +205,9 @@ class LedgerMachine(RuleBasedStateMachine):
         self.known: list[Event] = []
         self.conflicts = 0
         self.arrived = 0
-        self.pausing = dict.fromkeys(ROUTES, RUNNING)
+        self.queue_states = dict.fromkeys(ROUTES, RUNNING)
         self.handling = HANDLING["looks up"]
-        self.lives: dict[int, int] = {}  # processes, and until when their lease lasts
+        self.leases: dict[int, int] = {}  # processes, and until when their lease lasts
         self.nodes: list[Node] = []
         for _ in range(self.processes):
             self.nodes.append(self.entered())
@@ -218,15 +217,15 @@ class LedgerMachine(RuleBasedStateMachine):
         node = Node(self.url, self.clock)
         self.loop.run(node.lease.enter())
         if self.processes == 1:
-            self.lives.clear()
-        self.model_buries()
-        self.lives[node.lease.process_id] = self.now + LEASE_MS
+            self.leases.clear()
+        self.model_ends_leases()
+        self.leases[node.lease.process_id] = self.now + LEASE_MS
         keys = {route: QueueKey(route, Channel("m", "1")) for route in ROUTES}
         queues = self.loop.run(node.lanes.open_queues(list(keys.values())))
         self.queues = {route: queues[key] for route, key in keys.items()}
-        for route, pausing in self.pausing.items():
-            if pausing.paused_by is PausedBy.MISCONFIGURED:
-                self.pausing[route] = RUNNING
+        for route, state in self.queue_states.items():
+            if state.paused_by is PausedBy.MISCONFIGURED:
+                self.queue_states[route] = RUNNING
         return node
 
     @property
@@ -256,7 +255,7 @@ class LedgerMachine(RuleBasedStateMachine):
         node=NODES,
     )
     def notified(self, told: list[tuple[str, int, int]], node: int) -> Any:
-        """Events, newer or older than what has been seen, in one group; some perhaps twice."""
+        """Receive events in one group, newer or older than earlier ones, some of them twice."""
         events: list[Event] = []
         expected: list[Received] = []
         receipts = []
@@ -339,7 +338,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(target=kept, hand=consumes(hands), result=st.sampled_from(sorted(RESULTS)), node=NODES)
     def settled_and_kept(self, hand: Held, result: str, node: int) -> Any:
-        """A handler that cannot be stopped: what it did is known, and it still runs."""
+        """Settle with a known result while the handler still runs."""
         return hand if self.settle(self.node(node), hand, result, keeps=True) else multiple()
 
     @rule(hand=consumes(kept), node=NODES)
@@ -354,7 +353,7 @@ class LedgerMachine(RuleBasedStateMachine):
         node=NODES,
     )
     def worked(self, result: str, after: int, node: int) -> None:
-        """A dispatcher's turn: all that is due and has room is tried, and ends in the same way."""
+        """Attempt everything that is due, all with the same result."""
         self.clock.now += after
         self.beaten(node)
         for hand in self.claim(self.node(node), 100):
@@ -362,7 +361,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(most=st.integers(1, 3), node=NODES)
     def claimed_without_an_answer(self, most: int, node: int) -> None:
-        """The connection broke at the commit: what is held and not in hand is given back."""
+        """Give back the claims that are not in hand, as after a connection that broke at the commit."""
         it = self.node(node)
         before = [line for line in self.lines.values() if line.held == it.lease.process_id]
         hands = self.claim(it, most)
@@ -401,16 +400,16 @@ class LedgerMachine(RuleBasedStateMachine):
     def model_room(self) -> dict[str, int]:
         held = Counter(line.route for line in self.lines.values() if line.held is not None)
         return {
-            route: max(pausing.room(CONCURRENCY, self.now) - held[route], 0) for route, pausing in self.pausing.items()
+            route: max(state.room(CONCURRENCY, self.now) - held[route], 0) for route, state in self.queue_states.items()
         }
 
     def model_next_due(self) -> int | None:
-        """When a queue will have a lane to try; None where nothing waits, or nobody knows."""
+        """Return when a queue will have a lane to claim, or None."""
         moments = []
-        for route, pausing in self.pausing.items():
+        for route, state in self.queue_states.items():
             coming = [each[0] for line in self.lines.values() if line.route == route and (each := line.next())]
-            if coming and pausing.paused_until != FOR_EVER:
-                moments.append(max(min(coming), pausing.paused_until or 0))
+            if coming and state.paused_until != FOR_EVER:
+                moments.append(max(min(coming), state.paused_until or 0))
         return min((moment for moment in moments if moment > self.now), default=None)
 
     def model_claims(self, node: Node, claim: Claim, due: dict[tuple[str, str], Owed]) -> Held:
@@ -447,8 +446,8 @@ class LedgerMachine(RuleBasedStateMachine):
         is_held = line.held == claim.holder and line.claims == claim.number
         assert (settlement is not None) == is_held
         if is_held:
-            was = self.pausing[line.route]
-            self.pausing[line.route] = after_attempt(was, record.result, claim.lane_id, self.now, POLICY)
+            was = self.queue_states[line.route]
+            self.queue_states[line.route] = after_attempt(was, record.result, claim.lane_id, self.now, POLICY)
             expected = settle(record.result, replace(attempt, paused=not was.is_running()))
             assert settlement == expected
             self.model_settles(hand, expected, keeps=keeps)
@@ -473,31 +472,31 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(node=NODES)
     def crashed(self, node: int) -> None:
-        """A process dies with what it has in hand, and another one starts."""
+        """Kill a process with its claims, and start another."""
         number = node % len(self.nodes)
         self.nodes[number].store.close()
         self.nodes[number] = self.entered()
 
     @rule(node=NODES)
     def beaten(self, node: int) -> None:
-        """A heartbeat: whose lease has ended is buried, and what it held is free."""
+        """Renew the lease of a process, which frees the lanes of expired ones."""
         it = self.node(node)
         process_id = it.lease.process_id
 
         renewed = self.loop.run(it.lease.renew())
 
-        assert renewed == (process_id in self.lives)
+        assert renewed == (process_id in self.leases)
         if renewed:
-            self.lives[process_id] = self.now + LEASE_MS
-        self.model_buries()
+            self.leases[process_id] = self.now + LEASE_MS
+        self.model_ends_leases()
         if not renewed:
             self.loop.run(it.lease.enter())
-            self.lives[it.lease.process_id] = self.now + LEASE_MS
+            self.leases[it.lease.process_id] = self.now + LEASE_MS
 
-    def model_buries(self) -> None:
-        self.lives = {process: until for process, until in self.lives.items() if until >= self.now}
+    def model_ends_leases(self) -> None:
+        self.leases = {process: until for process, until in self.leases.items() if until >= self.now}
         for line in self.lines.values():
-            if line.held not in self.lives:
+            if line.held not in self.leases:
                 line.held = None
 
     @rule(by=st.sampled_from([1000, LEASE_MS, LEASE_MS + 1, DOUBT - 1, DOUBT, HOUR, 3 * HOUR]))
@@ -513,8 +512,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
         assert self.loop.run(commands.resume(pause) if resumes else commands.pause(pause)) == 1
 
-        was = self.pausing[route]
-        self.pausing[route] = RUNNING if resumes else replace(PERSON, **kept_of(was))
+        was = self.queue_states[route]
+        self.queue_states[route] = RUNNING if resumes else replace(PERSON, **kept_of(was))
 
     @precondition(lambda self: any(owed.state is State.DEAD for line in self.lines.values() for owed in line.owed))
     @rule(unknown=st.sampled_from(["leave", "look-up", "send"]), node=NODES)
@@ -597,10 +596,10 @@ class LedgerMachine(RuleBasedStateMachine):
             assert row.holder == line.held
             if line.held is None and line.current is owed:
                 assert row.next_at == (line.due_at if owed.state is State.WAITING else None)
-        for route, pausing in self.pausing.items():
-            assert queues[route].paused_until == pausing.paused_until
-            assert queues[route].paused_by == (pausing.paused_by and pausing.paused_by.value)
-            assert json.loads(queues[route].failed_lanes or "[]") == list(pausing.failed_lanes)
+        for route, state in self.queue_states.items():
+            assert queues[route].paused_until == state.paused_until
+            assert queues[route].paused_by == (state.paused_by and state.paused_by.value)
+            assert json.loads(queues[route].failed_lanes or "[]") == list(state.failed_lanes)
 
     @invariant()
     def a_lane_that_nobody_holds_stops_only_for_a_dead_letter(self) -> None:
@@ -623,14 +622,14 @@ JOIN queues q ON q.id = l.queue_id
 """
 
 
-def kept_of(pausing: QueueState) -> dict[str, Any]:
-    return {"failed_lanes": pausing.failed_lanes, "pauses_in_row": pausing.pauses_in_row}
+def kept_of(state: QueueState) -> dict[str, Any]:
+    return {"failed_lanes": state.failed_lanes, "pauses_in_row": state.pauses_in_row}
 
 
 # Each step is a commit to disk, and a busy disk takes its time over each.
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_the_ledger_does_what_its_model_does(kind: str, request: pytest.FixtureRequest) -> None:
+def test_the_ledger_behaves_like_its_model(kind: str, request: pytest.FixtureRequest) -> None:
     if kind == "sqlite":
         fresh = request.getfixturevalue("files").fresh
         processes = 1

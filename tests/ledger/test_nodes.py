@@ -1,8 +1,7 @@
-"""
-Several nodes on one PostgreSQL: the same promises as with one, whatever meets whatever.
+"""Several nodes on one PostgreSQL keep the same promises as one.
 
-Every node has a store of its own, with its own connection and its own writer's thread, so their transactions really
-meet; they are driven from one event loop. `pg_stat_database` says how often some of them waited in a ring.
+Every node has a store with its own connection and writer thread, so their transactions really collide. They are driven
+from one event loop. `pg_stat_database` counts their deadlocks.
 """
 
 import asyncio
@@ -60,7 +59,7 @@ class Nodes:
             return connection.execute(asked, [database_of(self.url)]).fetchone()[0]
 
     def deadlocks(self) -> int:
-        """So far, as the statistics have it: complete only when every node is stopped."""
+        """Return the deadlocks so far. The statistics are complete only when every node is stopped."""
         with self.server.connect("postgres") as connection:
             asked = "SELECT deadlocks FROM pg_stat_database WHERE datname = %s"
             return connection.execute(asked, [database_of(self.url)]).fetchone()[0]
@@ -146,7 +145,7 @@ def test_the_same_identity_with_another_order_at_each_node_is_one_event_and_conf
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_repeat_of_what_another_node_prunes_at_that_moment_is_a_new_event(nodes: Nodes) -> None:
+def test_a_repeat_of_an_event_that_another_node_is_pruning_is_new(nodes: Nodes) -> None:
     (node,) = nodes.start(1)
     node.receive(receipt())
 
@@ -159,7 +158,7 @@ def test_a_repeat_of_what_another_node_prunes_at_that_moment_is_a_new_event(node
     assert node.rows("SELECT id FROM notifications WHERE id > 1")
 
 
-def test_what_is_held_of_a_queue_on_all_nodes_together_never_exceeds_its_concurrency(nodes: Nodes) -> None:
+def test_the_lanes_held_by_all_nodes_never_exceed_the_concurrency_of_their_queue(nodes: Nodes) -> None:
     three = nodes.start(3)
     for number in range(60):
         three[0].receive(receipt(f"order-{number}", wanted=[(three[0].export, True), (three[0].history, False)]))
@@ -193,7 +192,7 @@ def test_what_is_held_of_a_queue_on_all_nodes_together_never_exceeds_its_concurr
 
 @pytest.fixture(autouse=True)
 def counted_by_the_database(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A trigger notes after every claim how many lanes of its queue are held: nothing escapes between two looks."""
+    """A trigger counts the held lanes of a queue after every claim, so that no moment is missed."""
     if "concurrency" not in request.node.name:
         yield
         return
@@ -269,8 +268,8 @@ def test_a_late_settlement_before_anybody_took_the_lane_over_records_nothing_eit
     assert rows(nodes.url, "SELECT state, attempts FROM deliveries") == [("waiting", 1)]
 
 
-def test_what_a_node_claims_after_its_lease_was_ended_falls_free_at_the_next_beat(nodes: Nodes) -> None:
-    """It has not heard yet; what it does with the lane is over before another may have it."""
+def test_lanes_claimed_after_the_end_of_a_lease_are_freed_at_the_next_heartbeat(nodes: Nodes) -> None:
+    """Its handler has ended before another node may claim the lane."""
     lost, other = nodes.start(2)
     nodes.clock.now += LEASE_MS + 1
     other.do(other.lease.renew())
@@ -282,7 +281,7 @@ def test_what_a_node_claims_after_its_lease_was_ended_falls_free_at_the_next_bea
     assert rows(nodes.url, "SELECT holder, next_at FROM lanes") == [(None, claim.doubt_ends_at)]
 
 
-def test_a_node_that_renews_is_never_buried_by_another(nodes: Nodes) -> None:
+def test_another_node_never_ends_a_renewed_lease(nodes: Nodes) -> None:
     four = nodes.start(4)
 
     for _ in range(20):
@@ -294,9 +293,10 @@ def test_a_node_that_renews_is_never_buried_by_another(nodes: Nodes) -> None:
 
 
 def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: Nodes) -> None:
-    """
-    Two orders in three come late or are repeated, a fifth of the attempts is rejected (and retried by a repeat), one
-    node after the other loses its lease. In the end everything owed is done, dead or superseded.
+    """In the end every delivery is done, dead or superseded.
+
+    Two of three orders are late or repeated, a fifth of the attempts is rejected and retried by a repeat, and one node
+    after another loses its lease.
     """
     three = nodes.start(3)
     chance = random.Random(7)
@@ -365,7 +365,7 @@ PATIENCE_MS = 1000
 
 @pytest.fixture
 def impatient(postgres_url: str) -> Iterator[Callable[[], Store]]:
-    """Makes stores that wait for nobody longer than a second."""
+    """Make every store wait for locks at most a second."""
     stores = []
 
     def make() -> Store:
@@ -378,7 +378,7 @@ def impatient(postgres_url: str) -> Iterator[Callable[[], Store]]:
         store.close()
 
 
-def test_a_node_that_is_stopped_in_a_transaction_holds_the_others_up_no_longer_than_patience(
+def test_a_node_that_stops_inside_a_transaction_blocks_others_for_a_limited_time(
     nodes: Nodes, impatient: Callable[[], Store]
 ) -> None:
     (node,) = nodes.start(1)
@@ -439,7 +439,7 @@ def test_a_beat_waits_neither_for_the_clock_nor_for_lanes_nor_for_the_dead(nodes
     assert rows(nodes.url, "SELECT count(*) FROM processes") == [(1,)]
 
 
-def test_a_node_that_renews_while_it_is_being_buried_is_not_waited_for(nodes: Nodes) -> None:
+def test_ending_a_lease_does_not_wait_for_its_renewal(nodes: Nodes) -> None:
     alive, late = nodes.start(2)
     nodes.clock.now += LEASE_MS + 1
     with database_at(nodes.url).engine(read_only=False).begin() as renewing:
@@ -456,7 +456,7 @@ def test_a_node_that_renews_while_it_is_being_buried_is_not_waited_for(nodes: No
 
 
 class Listener:
-    """A node's, with what it has heard."""
+    """A listener of a node, and its event."""
 
     def __init__(self, url: str) -> None:
         self.heard = threading.Event()
@@ -475,7 +475,7 @@ def listener(postgres_url: str) -> Iterator[Listener]:
     listener.end()
 
 
-def test_what_one_node_accepts_wakes_the_others(nodes: Nodes, listener: Listener) -> None:
+def test_a_notification_at_one_node_wakes_the_others(nodes: Nodes, listener: Listener) -> None:
     (node,) = nodes.start(1)
     assert listener.hears()  # that it listens: something may have been told before
 
@@ -487,7 +487,7 @@ def test_what_one_node_accepts_wakes_the_others(nodes: Nodes, listener: Listener
     assert listener.hears()
 
 
-def test_what_nobody_wants_wakes_nobody(nodes: Nodes, listener: Listener) -> None:
+def test_a_notification_without_deliveries_wakes_no_node(nodes: Nodes, listener: Listener) -> None:
     (node,) = nodes.start(1)
     assert listener.hears()
 
@@ -520,8 +520,8 @@ def test_a_listener_that_is_ended_leaves_no_thread_and_no_connection(nodes: Node
     assert nodes.connections() == 0
 
 
-def test_a_listener_finds_the_database_where_the_writer_does(nodes: Nodes) -> None:
-    """Several hosts are how a fail-over is written in an address: `host=a&host=b`."""
+def test_a_listener_uses_the_same_address_as_the_writer(nodes: Nodes) -> None:
+    """An address for fail-over has several hosts: `host=a&host=b`."""
     host = nodes.url.partition("host=")[2]
     listener = Listener(nodes.url.replace(f"host={host}", f"host={host}&host=/nowhere"))
     try:
@@ -535,7 +535,7 @@ def test_a_listener_finds_the_database_where_the_writer_does(nodes: Nodes) -> No
 
 @contextmanager
 def a_gate_before_locking(nodes: Nodes) -> Iterator[Callable[[], None]]:
-    """A visitor stops where a claim has begun to read its lanes and has locked none, until the gate is opened."""
+    """Stop a claim before it locks its lanes, until the gate opens."""
     for sql in (
         "CREATE FUNCTION gate() RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN"
         " IF current_query() LIKE '%SKIP LOCKED%' THEN PERFORM pg_advisory_xact_lock_shared(42); END IF;"
@@ -566,10 +566,10 @@ def a_gate_before_locking(nodes: Nodes) -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["something waits", "nothing waits"])
-def test_a_claim_sees_what_an_accept_has_added_while_it_looked(nodes: Nodes, waits: bool) -> None:
-    """
-    Between reading a lane and locking it another node may add to it: a claim must neither try what was superseded
-    meanwhile, nor take a lane for idle that has just been given something to do.
+def test_a_claim_sees_deliveries_that_were_added_while_it_read(nodes: Nodes, waits: bool) -> None:
+    """Between reading and locking a lane, another node may add a delivery.
+
+    The claim must neither attempt a delivery that was superseded meanwhile, nor make a lane idle that has new work.
     """
     (node,) = nodes.start(1)
     if waits:

@@ -1,4 +1,4 @@
-"""When a queue pauses and goes on: every way a queue can stand, and every way an attempt can end."""
+"""Pauses of queues: every state of a queue, and every ending of an attempt."""
 
 from dataclasses import replace
 from datetime import timedelta
@@ -49,7 +49,7 @@ PAUSES = {"failures": PAUSED, "misconfigured": BROKEN, "person": STOPPED}
 
 
 def after(queue: QueueState, *ends: tuple[int, Result], policy: PausePolicy = POLICY) -> QueueState:
-    """How it stands after these attempts, each with its lane, all of them ending at noon."""
+    """Return the state after these attempts, which all end at noon."""
     for lane_id, result in ends:
         queue = after_attempt(queue, result, lane_id, NOON, policy)
     return queue
@@ -75,7 +75,7 @@ def test_failures_in_a_row_over_different_orders_pause_the_queue(failure: Result
     )
 
 
-def test_one_order_may_fail_as_often_as_it_likes() -> None:
+def test_failures_of_one_order_never_pause_a_queue() -> None:
     queue = after(RUNNING, *[(1, RETRY)] * 50)
 
     assert queue == replace(RUNNING, failed_lanes=(1,))
@@ -92,7 +92,7 @@ def test_any_answer_of_the_far_side_ends_the_row(answer: Result) -> None:
 
 @pytest.mark.parametrize("nothing", SAY_NOTHING, ids=called)
 @pytest.mark.parametrize("queue", [RUNNING, FAILING, PROBING, *PAUSES.values()])
-def test_what_ended_without_the_far_side_says_nothing_about_it(queue: QueueState, nothing: Result) -> None:
+def test_an_attempt_that_did_not_reach_the_destination_changes_nothing(queue: QueueState, nothing: Result) -> None:
     assert after_attempt(queue, nothing, 9, NOON, POLICY) is queue
 
 
@@ -109,7 +109,7 @@ def test_without_a_number_of_failures_no_queue_pauses_by_itself() -> None:
 # --- what the far side asks for, and what only a person can mend ----------------------------------------------------
 
 
-def test_a_destination_that_asks_for_time_gets_it_at_once_and_for_the_whole_queue() -> None:
+def test_retry_after_pauses_the_whole_queue_at_once() -> None:
     assert after(RUNNING, (1, LATER)) == QueueState(
         paused_until=NOON + 90 * SECOND, paused_by=PausedBy.RETRY_AFTER, reason="destination-busy"
     )
@@ -122,7 +122,7 @@ def test_a_destination_that_asks_for_a_month_gets_a_day() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
-def test_a_destination_that_asks_for_no_time_is_one_that_fails(seconds: int) -> None:
+def test_a_retry_after_of_zero_counts_as_a_failure(seconds: int) -> None:
     queue = after(RUNNING, (1, Retry("destination-busy", after=timedelta(seconds=seconds))))
 
     assert queue == replace(RUNNING, failed_lanes=(1,))
@@ -142,9 +142,7 @@ def test_broken_credentials_pause_the_queue_until_somebody_resumes(queue: QueueS
 
 @pytest.mark.parametrize("result", [*ANSWERS, *FAILURES, LATER, *SAY_NOTHING], ids=called)
 @pytest.mark.parametrize("queue", PAUSES.values(), ids=PAUSES)
-def test_what_was_under_way_when_the_pause_began_neither_resumes_nor_lengthens_it(
-    queue: QueueState, result: Result
-) -> None:
+def test_an_attempt_from_before_the_pause_neither_ends_nor_prolongs_it(queue: QueueState, result: Result) -> None:
     assert after_attempt(queue, result, 9, NOON, POLICY) is queue
 
 
@@ -196,7 +194,7 @@ def test_the_same_order_may_be_the_probe_that_fails() -> None:
     assert again.paused_until == NOON + 60 * SECOND
 
 
-def test_a_probe_that_is_asked_for_time_waits_as_long_as_that() -> None:
+def test_a_probe_that_gets_a_retry_after_pauses_for_that_time() -> None:
     queue = after(PROBING, (1, LATER))
 
     assert (queue.paused_until, queue.paused_by) == (NOON + 90 * SECOND, PausedBy.RETRY_AFTER)
@@ -208,7 +206,7 @@ def test_after_an_answer_the_next_pause_is_as_short_as_the_first() -> None:
     assert queue.paused_until == NOON + 30 * SECOND
 
 
-def test_a_destination_that_asks_for_time_pauses_also_where_failures_never_do() -> None:
+def test_retry_after_pauses_a_queue_that_failures_never_pause() -> None:
     never = replace(POLICY, after_failures=0)
 
     paused = after(RUNNING, (1, LATER), policy=never)
@@ -231,7 +229,7 @@ attempts = st.lists(st.tuples(st.integers(1, 6), results, st.integers(0, 200 * S
 
 
 @given(policy=policies, attempts=attempts)
-def test_no_pause_by_failures_is_longer_than_the_longest_and_every_one_has_a_reason(
+def test_a_pause_has_a_reason_and_is_never_longer_than_the_longest(
     policy: PausePolicy, attempts: list[tuple[int, Result, int]]
 ) -> None:
     queue, now = RUNNING, NOON
@@ -247,7 +245,7 @@ def test_no_pause_by_failures_is_longer_than_the_longest_and_every_one_has_a_rea
 
 
 @given(policy=policies, attempts=attempts)
-def test_whatever_has_happened_a_pause_that_ends_needs_one_answer_and_no_more(
+def test_after_any_pause_one_answer_of_the_destination_makes_the_queue_run(
     policy: PausePolicy, attempts: list[tuple[int, Result, int]]
 ) -> None:
     queue, now = RUNNING, NOON

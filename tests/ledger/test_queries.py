@@ -1,4 +1,4 @@
-"""Lists, one delivery, and the overview, on both databases; no statement scans a table."""
+"""Queries on both databases: lists, details and the overview, without a scan of a large table."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -10,7 +10,19 @@ from adapter.ledger.queries import DeliveryFilter, Queries
 from tests.databases import KINDS, Server
 from tests.ledger import test_verdict_log as judged
 from tests.ledger.test_verdict_log import SHADOW
-from tests.ledgers import DAY, DELIVERED, HOUR, NOON, REJECTED, Ledger, judge_many, make_many, opened, receipt, waiting
+from tests.ledgers import (
+    DAY,
+    DELIVERED,
+    HOUR,
+    NOON,
+    REJECTED,
+    Ledger,
+    make_many,
+    make_verdicts,
+    opened,
+    receipt,
+    waiting,
+)
 from tests.plans import BIG, assert_no_scan, seen
 
 T = TypeVar("T")
@@ -25,7 +37,7 @@ def query(ledger: Ledger, look: Callable[[Queries], T]) -> T:
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def test_notifications_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> None:
+def test_notifications_are_filtered_and_listed_newest_first(ledger: Ledger) -> None:
     ledger.receive(receipt("order-1", 1))
     ledger.owed(2, order_id="order-1")
     ledger.owed(1, order_id="order-2")
@@ -57,7 +69,7 @@ def test_a_notification_is_shown_with_its_deliveries_and_conflicts_and_never_its
     assert query(ledger, lambda queries: queries.notification(4711)) is None
 
 
-def test_queues_tell_what_waits_and_what_is_tried(ledger: Ledger) -> None:
+def test_queues_show_waiting_and_running_deliveries(ledger: Ledger) -> None:
     for number in range(3):
         ledger.owed(1, order_id=f"order-{number}")
     ledger.settle(ledger.claim(most=1)[0], waiting(NOON + HOUR))
@@ -96,7 +108,7 @@ def test_the_overview_adds_up_the_queues_of_a_route_and_takes_the_oldest(ledger:
     assert overview.oldest_waiting_seconds == {"export": 7200.0}
 
 
-def test_processes_are_told_alive_or_not(ledger: Ledger) -> None:
+def test_processes_are_shown_as_alive_or_not(ledger: Ledger) -> None:
     (process,) = query(ledger, lambda queries: queries.processes(NOON))
     (later,) = query(ledger, lambda queries: queries.processes(NOON + HOUR))
 
@@ -106,7 +118,7 @@ def test_processes_are_told_alive_or_not(ledger: Ledger) -> None:
 LATE = replace(judged.LATE, route="limits")
 
 
-def test_verdicts_are_listed_newest_first_by_what_is_asked(ledger: Ledger) -> None:
+def test_verdicts_are_filtered_and_listed_newest_first(ledger: Ledger) -> None:
     verdict_log = judged.Writing(ledger)
     for number, each in enumerate((LATE, SHADOW, replace(LATE, decided="approve", order_id="order-2"))):
         ledger.clock.now = NOON + number
@@ -142,7 +154,7 @@ DIFFERS = {
 
 
 @pytest.mark.parametrize(("pair", "differs"), DIFFERS.items(), ids=str)
-def test_a_verdict_differs_where_it_would_have_made_another_answer(
+def test_a_verdict_differs_if_it_would_have_changed_the_answer(
     ledger: Ledger, pair: tuple[str, str | None], differs: int
 ) -> None:
     verdict_log = judged.Writing(ledger)
@@ -174,9 +186,9 @@ def test_verdicts_are_counted_by_route(ledger: Ledger) -> None:
 
 @pytest.fixture(scope="module", params=KINDS)
 def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ledger]:
-    """
-    A hundred thousand that are done, as many that wait, and some that are dead. Where half of all wait,
-    PostgreSQL rightly reads the whole table to count them; there, fewer do.
+    """Fill a ledger with 100 000 done deliveries, as many waiting and some dead ones.
+
+    On PostgreSQL fewer wait: it rightly scans the table if half of its rows count.
     """
     server: Server | None = request.getfixturevalue("postgres") if request.param == "postgresql" else None
     url = server.fresh() if server else f"sqlite:///{tmp_path_factory.mktemp('crowded')}/adapter.db"
@@ -184,7 +196,7 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_many(ledger, MANY, "done")
         make_many(ledger, 200 if server else MANY, "waiting")
         make_many(ledger, 200, "dead")
-        judge_many(ledger, MANY)
+        make_verdicts(ledger, MANY)
         yield ledger
     if server:
         server.drop(url)
@@ -213,7 +225,7 @@ QUERIES: dict[str, Callable[[Queries], Any]] = {
 
 
 @pytest.mark.parametrize("look", QUERIES.values(), ids=QUERIES)
-def test_nobody_waits_for_a_table_to_be_scanned(crowded: Ledger, look: Callable[[Queries], Any]) -> None:
+def test_no_query_scans_a_large_table(crowded: Ledger, look: Callable[[Queries], Any]) -> None:
     statements = seen(crowded.store._reader, lambda: query(crowded, look))
 
     assert statements
@@ -221,7 +233,7 @@ def test_nobody_waits_for_a_table_to_be_scanned(crowded: Ledger, look: Callable[
         assert_no_scan(crowded, statement, parameters, (*BIG, "verdicts"))
 
 
-def test_what_is_asked_of_many_is_answered(crowded: Ledger) -> None:
+def test_queries_work_on_a_large_ledger(crowded: Ledger) -> None:
     overview = query(crowded, lambda queries: queries.overview(NOON + DAY))
 
     waits = 200 if crowded.url.startswith("postgresql") else MANY
@@ -232,7 +244,7 @@ def test_what_is_asked_of_many_is_answered(crowded: Ledger) -> None:
     ] == ["waiting-77"]
 
 
-def test_done_and_dead_are_told_apart(ledger: Ledger) -> None:
+def test_every_state_but_waiting_has_a_reason(ledger: Ledger) -> None:
     ledger.owed(1, order_id="order-1")
     ledger.owed(1, order_id="order-2")
     for claim, ends in zip(ledger.claim(), (DELIVERED, REJECTED), strict=True):

@@ -1,4 +1,4 @@
-"""The state of a delivery after an attempt: every cell of the table in `adapter.ledger.settlement`; the schedule."""
+"""The state of a delivery after an attempt, for every cell of the table in `settlement`, and the schedule."""
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -105,7 +105,7 @@ def waiting(due: datetime, **more: object) -> Settlement:
         pytest.param(Ending.RELEASED, LAST, waiting(NOON, counts=False), id="released, the last"),
     ],
 )
-def test_outside_doubt_what_follows_does_not_depend_on_the_handler(
+def test_outside_doubt_the_settlement_does_not_depend_on_the_handler(
     result: Result, attempt: Attempt, expected: Settlement, handling: Handling
 ) -> None:
     assert settle(result, replace(attempt, handling=handling)) == expected
@@ -166,7 +166,7 @@ def test_outside_doubt_what_follows_does_not_depend_on_the_handler(
         ),
     ],
 )
-def test_what_follows_an_attempt(result: Result, attempt: Attempt, expected: Settlement) -> None:
+def test_the_table_of_settlements(result: Result, attempt: Attempt, expected: Settlement) -> None:
     assert settle(result, attempt) == expected
 
 
@@ -252,7 +252,7 @@ class Repeats(Plain):
     [(Plain, NEITHER), (Asks, LOOKS_UP), (Repeats, REPEATABLE)],
     ids=["neither", "looks up", "repeatable"],
 )
-def test_what_a_handler_can_do_about_doubt_is_seen_from_its_class(
+def test_the_handling_is_read_from_the_handler_class(
     handler: type[NotificationHandler[Settings]], expected: Handling
 ) -> None:
     assert Handling.of(handler) == expected
@@ -300,9 +300,7 @@ answers_of_a_lookup = st.sampled_from([Ending.NOT_THERE, RETRY, REJECT, UNKNOWN]
 
 
 @given(data=st.data(), schedule=schedules, handling=st.sampled_from(sorted(HANDLINGS)), jitter=jitters)
-def test_every_delivery_ends_whatever_its_attempts_bring(
-    data: st.DataObject, schedule: list[timedelta], handling: str, jitter: float
-) -> None:
+def test_every_delivery_ends(data: st.DataObject, schedule: list[timedelta], handling: str, jitter: float) -> None:
     can, in_doubt, now = HANDLINGS[handling], False, NOON
     for number in range(1, len(schedule) + 4):
         looking_up = in_doubt and can.looks_up
@@ -338,7 +336,7 @@ def test_every_delivery_ends_whatever_its_attempts_bring(
     schedule=schedules,
     jitter=jitters,
 )
-def test_no_failure_in_a_paused_queue_makes_a_dead_letter_where_somebody_can_ask_or_repeat(
+def test_a_failure_in_a_paused_queue_makes_no_dead_letter_if_it_can_be_looked_up_or_repeated(
     result: Result, number: int, in_doubt: bool, handling: str, schedule: list[timedelta], jitter: float
 ) -> None:
     can = HANDLINGS[handling]
@@ -359,7 +357,7 @@ def test_no_failure_in_a_paused_queue_makes_a_dead_letter_where_somebody_can_ask
     in_doubt=st.booleans(),
     handling=st.sampled_from(sorted(HANDLINGS)),
 )
-def test_doubt_ends_only_with_a_known_outcome_or_for_a_handler_that_may_repeat(
+def test_doubt_ends_only_with_a_known_outcome_or_a_repeatable_handler(
     result: Result, number: int, in_doubt: bool, handling: str
 ) -> None:
     can = HANDLINGS[handling]

@@ -1,4 +1,4 @@
-"""The writer: groups, failures and how they heal, on both databases."""
+"""The writer on both databases: groups, failures and recovery."""
 
 import asyncio
 import os
@@ -27,7 +27,7 @@ from tests.ledgers import HandClock, Ledger, receipt
 
 @pytest.fixture
 def in_a_file(tmp_path: Path) -> Iterator[Ledger]:
-    """A ledger on SQLite, for what only SQLite has."""
+    """Yield a ledger on SQLite, for features that only SQLite has."""
     with asyncio.Runner() as loop:
         ledger = Ledger(f"sqlite:///{tmp_path}/adapter.db", HandClock(), loop)
         try:
@@ -48,7 +48,7 @@ def commits_counted(store: Store) -> Iterator[list[str]]:
     event.remove(store.engine, "commit", count)
 
 
-def test_what_arrives_together_is_one_transaction(ledger: Ledger) -> None:
+def test_work_that_arrives_together_is_one_transaction(ledger: Ledger) -> None:
     async def together() -> list[Received]:
         wanted = [(ledger.export, True)]
         return await asyncio.gather(*(ledger.inbox.receive(receipt(f"o-{n}", wanted=wanted)) for n in range(50)))
@@ -61,7 +61,7 @@ def test_what_arrives_together_is_one_transaction(ledger: Ledger) -> None:
     assert len(ledger.rows("SELECT 1 FROM notifications")) == 50
 
 
-def test_what_arrives_while_a_transaction_is_being_committed_becomes_the_next_one(ledger: Ledger) -> None:
+def test_work_that_arrives_during_a_commit_becomes_the_next_transaction(ledger: Ledger) -> None:
     writing, go_on = threading.Event(), threading.Event()
 
     def slowly(_connection: Connection, items: Sequence[Any]) -> Sequence[Any]:
@@ -123,7 +123,7 @@ def test_a_value_of_a_type_that_no_column_takes_is_no_failure_of_the_database(le
 
 
 class Disk:
-    """A disk that is full while it is told to be, without a file system of its own."""
+    """A disk that is full on demand, without a file system of its own."""
 
     def __init__(self, store: Store) -> None:
         self.full = False
@@ -153,7 +153,7 @@ def test_a_full_disk_is_said_and_heals_without_a_restart(in_a_file: Ledger) -> N
     assert [claim.order_id for claim in in_a_file.claim()] == ["before", "during"]
 
 
-def test_on_a_full_disk_everybody_of_the_group_is_told(in_a_file: Ledger) -> None:
+def test_on_a_full_disk_every_caller_of_the_group_gets_the_error(in_a_file: Ledger) -> None:
     disk = Disk(in_a_file.store)
     disk.full = True
 
@@ -207,7 +207,7 @@ def test_a_closed_store_gives_the_database_back(ledger: Ledger) -> None:
     Store.open(ledger.url).close()
 
 
-def test_where_the_database_cannot_be_made_opening_says_so(tmp_path: Path) -> None:
+def test_opening_fails_if_the_database_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "a-file").write_text("")
 
     with pytest.raises(StoreUnavailable):
@@ -232,7 +232,7 @@ def test_commits_are_flushed_to_the_disk(in_a_file: Ledger) -> None:
     assert in_a_file.do(in_a_file.store.write(pragmas, None)) == ("wal", 2)
 
 
-def test_a_reader_that_comes_before_the_first_start_is_told(tmp_path: Path) -> None:
+def test_a_reader_before_the_first_start_gets_store_missing(tmp_path: Path) -> None:
     with pytest.raises(StoreMissing):
         open_for_reading(f"sqlite:///{tmp_path}/adapter.db")
 
@@ -299,7 +299,7 @@ def test_a_connection_that_is_lost_while_idle_is_replaced_before_anybody_notices
 
 
 class Cut:
-    """Ends the writer's connection at a commit: before it is done, or when it is done and not yet answered."""
+    """Breaks the writer's connection at a commit: before it, or after it but before the answer."""
 
     def __init__(self, ledger: Ledger, server: Server, *, done: bool) -> None:
         self._url, self._server, self._done = ledger.url, server, done
@@ -336,9 +336,7 @@ def test_a_commit_that_was_not_answered_is_no_acknowledgement_and_the_same_again
 
 
 @pytest.mark.parametrize("done", [True, False], ids=["it is on the disk", "nothing is on the disk"])
-def test_a_claim_that_was_not_answered_is_given_back_as_if_it_had_not_been(
-    on_postgres: Ledger, postgres: Server, done: bool
-) -> None:
+def test_a_claim_whose_commit_was_not_confirmed_is_undone(on_postgres: Ledger, postgres: Server, done: bool) -> None:
     on_postgres.owed(1, order_id="held")
     held = on_postgres.claim_one()
     on_postgres.owed(1)
@@ -369,7 +367,7 @@ def test_a_settlement_that_was_not_answered_is_kept_once(on_postgres: Ledger, po
     assert on_postgres.rows("SELECT count(*) FROM attempts") == [(1,)]
 
 
-def test_a_statement_that_takes_too_long_is_ended_and_the_next_one_goes_on(postgres_url: str) -> None:
+def test_a_statement_that_takes_too_long_is_cancelled_and_the_next_one_works(postgres_url: str) -> None:
     def slow(connection: Connection, items: Sequence[float]) -> list[None]:
         for item in items:
             connection.execute(text("SELECT pg_sleep(:s)"), {"s": item})

@@ -1,4 +1,4 @@
-"""`adapter.ledger.verdict_log`: what counted for nothing is written down, and nobody waits for it."""
+"""The verdict log: verdicts are written in the background."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ SHADOW = replace(LATE, kind="shadow", decided="approve", codes=(), answered=None
 
 
 class Writing:
-    """A verdict_log of a ledger's, with what it has dropped."""
+    """A verdict log that counts what it drops."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -72,7 +72,7 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 def hold(writer: threading.Event) -> Callable[[Connection, Any], list[None]]:
-    """Work that keeps the writer of a ledger until the event is set."""
+    """Return work that occupies the writer until the event is set."""
 
     def work(_connection: Connection, items: Any) -> list[None]:
         assert writer.wait(PATIENCE)
@@ -81,7 +81,7 @@ def hold(writer: threading.Event) -> Callable[[Connection, Any], list[None]]:
     return work
 
 
-def test_it_is_written_as_it_was_judged_at_the_moment_when_it_was_recorded(writing: Writing) -> None:
+def test_a_verdict_is_stored_with_the_time_of_its_record(writing: Writing) -> None:
     writing.record(LATE)
     writing.ledger.clock.now += 5
     writing.record(SHADOW)
@@ -97,7 +97,7 @@ def test_it_is_written_as_it_was_judged_at_the_moment_when_it_was_recorded(writi
     assert writing.dropped == 0
 
 
-def test_it_is_kept_up_with_until_the_end(writing: Writing) -> None:
+def test_verdicts_are_written_until_the_end(writing: Writing) -> None:
     async def service() -> None:
         keeping = asyncio.create_task(writing.verdict_log.run())
         for number in range(3):
@@ -113,7 +113,7 @@ def test_it_is_kept_up_with_until_the_end(writing: Writing) -> None:
     assert writing.written() == ["order-0", "order-1", "order-2", "order-3"]
 
 
-def test_what_has_gathered_goes_in_one_statement_but_for_a_great_many(postgres_url: str) -> None:
+def test_gathered_verdicts_are_written_in_one_statement_up_to_a_limit(postgres_url: str) -> None:
     with opened(postgres_url) as ledger:
         writing = Writing(ledger)
         writing.record(*[LATE] * (2 * MAX_PER_STATEMENT + 1))
@@ -123,7 +123,7 @@ def test_what_has_gathered_goes_in_one_statement_but_for_a_great_many(postgres_u
         assert transactions == [(1,), (MAX_PER_STATEMENT,), (MAX_PER_STATEMENT,)]
 
 
-def test_what_there_is_no_room_for_is_dropped_and_counted(writing: Writing) -> None:
+def test_verdicts_without_room_are_dropped_and_counted(writing: Writing) -> None:
     writing.record(*[LATE] * (MAX_WAITING + 3))
 
     assert writing.dropped == 3
@@ -133,7 +133,7 @@ def test_what_there_is_no_room_for_is_dropped_and_counted(writing: Writing) -> N
     assert writing.dropped == 3
 
 
-def test_while_the_store_is_away_it_is_kept(writing: Writing) -> None:
+def test_verdicts_are_kept_while_the_store_is_unavailable(writing: Writing) -> None:
     ledger = writing.ledger
     ledger.rows("ALTER TABLE verdicts RENAME TO elsewhere")
 
@@ -151,7 +151,7 @@ def test_while_the_store_is_away_it_is_kept(writing: Writing) -> None:
     assert (writing.written(), writing.dropped) == (["order-1"], 0)
 
 
-def test_what_cannot_be_written_at_the_end_is_counted(writing: Writing) -> None:
+def test_verdicts_that_cannot_be_written_at_the_end_are_counted(writing: Writing) -> None:
     writing.ledger.rows("ALTER TABLE verdicts RENAME TO elsewhere")
     writing.record(LATE, SHADOW)
 
@@ -178,7 +178,7 @@ def test_the_end_does_not_wait_long_for_a_writer_that_hangs(writing: Writing) ->
     assert writing.dropped == 1
 
 
-def test_what_no_database_takes_does_not_stay_in_the_way(writing: Writing) -> None:
+def test_a_verdict_that_cannot_be_stored_does_not_block_the_others(writing: Writing) -> None:
     writing.record(replace(LATE, order_id="order-\ud800"))
     writing.flush()
     writing.record(LATE)
@@ -187,7 +187,7 @@ def test_what_no_database_takes_does_not_stay_in_the_way(writing: Writing) -> No
     assert (writing.written(), writing.dropped) == (["order-1"], 1)
 
 
-def test_the_words_of_a_handler_are_taken_whatever_they_are_and_cut_off(writing: Writing) -> None:
+def test_codes_of_a_handler_are_stored_whatever_they_contain_and_cut(writing: Writing) -> None:
     writing.record(replace(LATE, codes=("nul\0", "half \ud800", "å" * 10_000, *map(str, range(100)))))
     writing.flush()
 
