@@ -581,7 +581,7 @@ class LedgerMachine(RuleBasedStateMachine):
             rows = self.looking.execute(text(EVERYTHING)).all()
             stored = self.looking.execute(text("SELECT count(*) FROM notifications")).scalar_one()
             queues = {row.route: row for row in self.looking.execute(text("SELECT * FROM queues"))}
-            wrong = [each for each in faults(self.looking) if "process that is not there" not in each]
+            wrong = [each for each in faults(self.looking) if "process that does not exist" not in each]
         assert wrong == []
         assert stored == len(self.known) + self.conflicts
         owed_of = {(owed.identity, line.route): (line, owed) for line in self.lines.values() for owed in line.owed}
