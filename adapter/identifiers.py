@@ -1,4 +1,4 @@
-"""Identifiers that belong together or could be swapped."""
+"""Identifiers that belong together."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,7 @@
 """Conversions between milliseconds since 1970, aware UTC datetimes and timedeltas.
 
-The ledger counts whole milliseconds; the rest of the code uses datetimes and timedeltas. Conversions are exact: what
-lies between two milliseconds is rounded down.
+The ledger counts whole milliseconds; the rest of the code uses datetimes and timedeltas. Conversions use integers only,
+and round parts of a millisecond down.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -11,6 +11,7 @@ _MILLISECOND = timedelta(milliseconds=1)
 
 
 def to_datetime(milliseconds: int) -> datetime:
+    """Return the aware UTC datetime of milliseconds since 1970."""
     return _EPOCH + timedelta(milliseconds=milliseconds)
 
 
@@ -20,6 +21,7 @@ def to_milliseconds(moment: datetime) -> int:
 
 
 def in_milliseconds(duration: timedelta) -> int:
+    """Return the whole milliseconds of a duration."""
     return duration // _MILLISECOND
 
 

@@ -69,6 +69,7 @@ class Stored:
 
     @property
     def key(self) -> tuple[str, Any]:
+        """The kind and the id."""
         return self.kind, self.entry["id"]
 
 
