@@ -21,7 +21,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from starlette.routing import Route
 
 from adapter import config as configuration
-from adapter.callbacks import endpoints
+from adapter.callbacks import endpoints, parsing
 from adapter.callbacks import server as protocol
 from adapter.callbacks.senders import sign
 from adapter.callbacks.server import CALLBACK_PATH, PublicApp
@@ -158,6 +158,18 @@ def test_the_description_has_every_address_of_the_public_port_and_no_other(tmp_p
     assert len(routes) == len(router.routes)
     assert methods | {CALLBACK_PATH: SERVED[CALLBACK_PATH]} == SERVED
     assert described == SERVED
+
+
+def test_the_limits_in_the_description_are_those_of_the_service() -> None:
+    text = DESCRIPTION["info"]["description"]
+
+    assert (
+        f"longer than {protocol.LONGEST_HEAD_SECONDS:.0f} s or exceeds {protocol.LARGEST_HEAD_BYTES // 1024} KiB"
+        in text
+    )
+    assert (protocol.LONGEST_HEAD_SECONDS, protocol.LARGEST_HEAD_BYTES) == (10, 32 * 1024)
+    assert DESCRIPTION["components"]["parameters"]["OrderId"]["schema"]["maxLength"] == parsing.LONGEST_ID == 64
+    assert (protocol.MOST_AT_ONCE, protocol.MOST_WAITING) == (500, 2000)
 
 
 def resolved(part: dict[str, Any]) -> dict[str, Any]:
