@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter import config
-from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated, sign
+from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated, reconciled, sign
 from adapter.identifiers import Channel
 from adapter.plugin import Secret
 
@@ -276,3 +276,10 @@ def test_every_sender_that_may_be_identified_is_known_by_scheme_and_key() -> Non
         ("signed_url", "new"), ("signed_url", "old"), ("header", "x-secret-1"), ("header", "x-secret-2")
     ]  # fmt: skip
     assert by.headers == ("x-secret",)
+
+
+def test_notifications_that_reconciliation_reads_have_another_source_than_callbacks() -> None:
+    channel = Channel("norce", "1")
+
+    assert reconciled(channel) == Sender(scheme="reconciliation", key="", channel=channel, source="reconciliation")
+    assert Sender(scheme="header", key="x-1").source == "callback"
