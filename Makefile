@@ -78,6 +78,8 @@ crash: $(VENV)/installed-dev  ## kill the service many times: KILLS=200 STORE=sq
 
 docs: $(VENV)/installed-dev  ## regenerate what is generated
 	$(BIN)/python -m tests.config.reference
+	$(BIN)/python -m tests.sandbox.test_docs
+	$(BIN)/python -m tests.test_reference
 
 wheel: $(VENV)/installed-dev  ## build the wheel in dist/
 	rm -rf dist

@@ -1,4 +1,4 @@
-"""The tables of `docs/simulator.md`, which `python tests/sandbox/test_docs.py` generates from the code."""
+"""The tables of `docs/simulator.md`, which `make docs` generates from the code."""
 
 import re
 from collections.abc import Iterable
@@ -19,28 +19,19 @@ def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def operations() -> str:
     return table(
-        ("name", "versions", "operation", "body", "answers", "declared errors"),
-        ((f"`{each.name}`", ", ".join(each.versions), address(each), each.body or "", answers(each), errors(each))
-         for each in OPERATIONS),
-    )  # fmt: skip
+        ("name", "operation", "body", "answers"),
+        ((f"`{each.name}`", address(each), each.body or "", answers(each)) for each in OPERATIONS),
+    )
 
 
 def address(operation: Operation) -> str:
-    queries = "; ".join(
-        f"{version}: {', '.join(f'`{name}`' for name in names)}" for version, names in operation.query.items() if names
-    )
-    return f"`{operation.method} /{operation.service}{operation.path}`{queries and f' ({queries})'}"
+    names = dict.fromkeys(f"`{name}`" for names in operation.query.values() for name in names)
+    query = f" ({', '.join(names)})" if names else ""
+    return f"`{operation.method} /{operation.service}{operation.path}`{query}"
 
 
 def answers(operation: Operation) -> str:
     return ", ".join(f"{status} {body or ''}".strip() for status, body in operation.answers.items())
-
-
-def errors(operation: Operation) -> str:
-    declared = {version: " ".join(map(str, statuses)) for version, statuses in operation.errors.items()}
-    if len(declared) == 1:
-        return next(iter(declared.values()))
-    return "; ".join(f"{version}: {statuses}" for version, statuses in declared.items())
 
 
 def switches() -> str:
@@ -77,7 +68,7 @@ def test_the_page_has_the_tables_of_the_code() -> None:
     text = PAGE.read_text("utf-8")
 
     assert all(f"`{each.name}`" in operations() for each in OPERATIONS)
-    assert page(text) == text, "run python tests/sandbox/test_docs.py"
+    assert page(text) == text, "run make docs"
 
 
 if __name__ == "__main__":
