@@ -38,7 +38,7 @@ FROZEN = "frozen-past-its-lease"  # stopped, taken over from, continued; then ki
 FROZEN_SECONDS = 2.5
 OUTAGES = {"sqlite": "disk-full", "postgresql": "database-down"}
 MAX_STUCK_ROUNDS = 3  # then the run is given up
-SECONDS_TO_POINT = 3.0  # until a node has passed its point; then it dies at a random moment
+SECONDS_TO_POINT = 10.0  # until a node has passed its point; then it dies at a random moment
 EXPECTED_ERRORS = {"store_unavailable", "lease_lost", "settlement_not_stored"}
 
 

@@ -22,7 +22,7 @@ from tests.databases import KINDS, Server
 from tests.flows.site import NORCE_TOKEN, ExternalServices, Service, Site, free_port
 
 CONFIGURED = ROOT / "docs" / "scenarios.yaml"
-ORDERS = 100  # of the burst
+ORDERS = 40  # of the burst
 # How many orders and deliveries of each scenario end in which state.
 ENDS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "declined-after-acceptance": ({"declined": 1}, {}),
