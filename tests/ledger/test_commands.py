@@ -651,7 +651,7 @@ def test_a_key_error_inside_a_command_is_no_unknown_command(ledger: Ledger, monk
     def breaks(*_arguments: Any) -> Any:
         raise KeyError("queue")
 
-    monkeypatch.setattr(Commands, "_steps", breaks)
+    monkeypatch.setattr(Commands, "_step", breaks)
 
     with pytest.raises(KeyError):
         ledger.do(Commands(ledger.store).run("retry", msgspec.json.encode(GOOD)))
