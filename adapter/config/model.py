@@ -98,7 +98,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
 
 
 class OperationsConfig(_Section, frozen=True, kw_only=True):
-    """The private port for health, metrics, commands and the operations page."""
+    """The private port for health, metrics and commands."""
 
     host: Annotated[str, doc("Address that the operations port listens on.", min_length=1)] = "127.0.0.1"
     port: Annotated[Port, doc("Number of the operations port; 0 takes any free port.")] = 8081
