@@ -284,7 +284,7 @@ class Context(Generic[S]):
     clock: Callable[[], datetime]  # aware, in UTC
     identity: str  # of the event; the same for repeats
     route: str
-    deadline: datetime  # the call is cancelled then, by `clock`
+    deadline: datetime  # by `clock`; a delivery is cancelled then, a verdict is no longer waited for
     attempt: int = 1  # counts from 1
     first_attempt_at: datetime
     previous: Previous | None = None  # to find out that nothing has changed since
