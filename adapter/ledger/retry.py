@@ -1,6 +1,7 @@
 """Retrying dead letters: they wait again, with their whole schedule, in their old place.
 
-The lane's doubt stays, unless a person has looked at the destination and found no effect there.
+The lane's doubt stays, unless a person has looked at the destination and found no effect there. The retries of a
+schedule, before a delivery is dead, are computed in `settlement`.
 """
 
 from collections.abc import Collection, Iterable, Sequence

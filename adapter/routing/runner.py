@@ -331,7 +331,10 @@ class Runner:
         attempt: int = 1,
         previous: Previous | None = None,
     ) -> Context[Any]:
-        """Build the context of a call on one of the loops; None: of a handler that only computes."""
+        """Build the context of a call on one of the loops; None: of a handler that only computes.
+
+        The caller chooses the `deadline`: `deliveries.attempt` by the route, `verdicts.verdicts` by the callback.
+        """
         http: httpx.AsyncClient = self._no_network
         orders: Orders = _NO_ORDERS
         if on is not None:
