@@ -1,7 +1,7 @@
 """The dispatcher: claims lanes, runs attempts, settles them, and renews its lease.
 
-A lane is claimed only for a free handler slot, so that no delivery waits in memory, and the claim is on disk before the
-handler runs. If the lease cannot be renewed, other processes will take the lanes; the handlers are cancelled before.
+A lane is claimed only for a free slot, so that no delivery waits in memory, and the claim is on disk before the
+handler runs. If the lease cannot be renewed, the handlers are cancelled before other processes take the lanes.
 """
 
 import asyncio
@@ -31,16 +31,16 @@ log = structlog.get_logger(__name__)
 POLL = timedelta(seconds=5)
 HEARTBEAT = timedelta(seconds=5)
 STORE_RETRY = timedelta(seconds=1)
-SLACK = timedelta(seconds=5)  # added to the doubt of a claim, beyond reading the order and the handler's deadline
+SLACK = timedelta(seconds=5)  # of the doubt of a claim, after the time to read the order and the handler's timeout
 CANCEL_GRACE = timedelta(seconds=2)  # for handlers to end after they were cancelled
 
 
 class Dispatcher:
-    """Works off the deliveries of all queues until it is stopped.
+    """Attempts the deliveries of all queues until it is stopped.
 
     Args:
         queues: All queues by their id in the ledger.
-        before_handler: How long reading the order again may take.
+        before_handler: The longest time for reading the order again.
         clock: The ledger's clock, in milliseconds.
         slots: How many attempts may run at the same time.
         random: Returns the jitter of a retry, 0 to 1.
@@ -89,7 +89,7 @@ class Dispatcher:
         self._blocked: dict[asyncio.Task[None], Claim] = {}
         self._failed: list[Claim] = []
         self._busy: Counter[int] = Counter()
-        self.switched_off: Container[Channel] = ()  # what they are owed waits
+        self.switched_off: Container[Channel] = ()  # their deliveries wait
         self._stopping = False
         self._cancelling = False
 
@@ -99,7 +99,7 @@ class Dispatcher:
         return len(self._tasks)
 
     def wake(self) -> None:
-        """Look for work now. Does nothing while all slots are busy: a freed slot does the same."""
+        """Look for work now, unless all slots are busy: a freed slot wakes the dispatcher."""
         if self._has_room:
             self._wake_up.set()
 
@@ -126,7 +126,7 @@ class Dispatcher:
                 if not renewed:
                     log.error("lease_lost", running=len(self._tasks))
                     self._attempts.cancel("lease-lost")
-                    async with self._claiming:  # a claim made meanwhile would belong to the dead process
+                    async with self._claiming:  # a claim made meanwhile would belong to the old lease
                         await self._lease.enter()
                 self._wake_up.set()  # renewing may have freed the lanes of a dead process
             except (StoreUnavailable, TimeoutError):  # logged by the store
@@ -161,7 +161,7 @@ class Dispatcher:
         """Claim lanes for the free slots and start them.
 
         Returns:
-            How long to wait before the next claim; None if there may be more work at once.
+            The time to wait before the next claim; None if there may be more work at once.
         """
         await self._return_uncertain_claims()
         free = 0 if self._held else self._slots - len(self._tasks)
@@ -182,7 +182,7 @@ class Dispatcher:
         return POLL if due is None else min(POLL, timedelta(milliseconds=max(due - self._clock(), 0)))
 
     async def _return_uncertain_claims(self) -> None:
-        """Release claims that may be on disk although the store failed. No handler has run."""
+        """Release claims that may be on disk although the store failed. No handler ran for them."""
         if self._claims_uncertain:
             held = (*self._tasks.values(), *self._blocked.values(), *self._failed)
             await self._lanes.give_back([claim.fence for claim in held])
@@ -216,7 +216,7 @@ class Dispatcher:
             task.add_done_callback(self._blocked.pop)
 
     async def _release(self, claim: Claim, run: Run[Any]) -> None:
-        """Release the lane of a handler that blocked its thread, when it has ended."""
+        """Wait until a handler that blocked its thread has ended, and release its lane."""
         await run.stopped.wait()
         self._busy[claim.queue_id] -= 1
         with contextlib.suppress(StoreUnavailable):  # the service ends; the next start releases the lane

@@ -1,12 +1,12 @@
-"""The runner: runs handlers under a deadline, on event loops of their own.
+"""The runner: runs handlers under a deadline, on the plugins' event loops.
 
-One loop, in its own thread, runs answers (validations and hooks), one runs deliveries, and one runs shadows if there
-are any. A handler that blocks its thread delays other handlers of its kind, but never the intake, a `no_answer` or a
-shutdown. A handler that only computes is called in place, which costs less than a change of thread.
+One loop runs answers (validations and hooks), one runs deliveries, and one runs shadows if there are any. Each has its
+own thread. A handler that blocks its thread delays other handlers of its kind, but never the intake, a `no_answer` or a
+shutdown. A handler that only computes is called on the service's loop, which costs less than a change of thread.
 
 A deadline that has passed does not mean that the handler has stopped: Python cannot interrupt a thread. `Run.wait`
 gives up at the deadline, and `Run.stopped` is set when the coroutine has really ended. A loop that is blocked far past
-a deadline is abandoned and replaced. Its runs then end with `LoopAbandoned`, whatever their thread still does.
+a deadline is abandoned and replaced. Its runs then end with `LoopAbandoned`, even if their thread still runs.
 """
 
 import asyncio
@@ -54,11 +54,11 @@ class LoopAbandoned(Exception):
 
 
 class HandlerWaits(Exception):
-    """A handler that declares `computes` awaited something. Remove one of the two."""
+    """A handler declares `computes` but awaits something. Remove one of these."""
 
 
 class Run(Generic[T]):
-    """One call of a handler, as the loop that started it sees it.
+    """One call of a handler. Its caller, on another loop, waits for it and may cancel it.
 
     `name` is the handler's route. `ended` is done when the result is known: the coroutine has ended, or its loop was
     abandoned. `stopped` is set when the coroutine has really ended. All times are monotonic seconds.
@@ -78,7 +78,7 @@ class Run(Generic[T]):
         self.begun = False  # the handler has been called
         self.abandoned = False
         self.started_at = time.monotonic()
-        self.ended_at = float("inf")  # in the handler's own thread
+        self.ended_at = float("inf")  # measured in the handler's thread
         self.task: asyncio.Task[T] | None = None
         self._caller = asyncio.get_running_loop()
         self.ended: asyncio.Future[None] = self._caller.create_future()
@@ -103,7 +103,7 @@ class Run(Generic[T]):
         return self.result()
 
     def result(self) -> T:
-        """Return or raise what `wait` would. Only for a run that has ended."""
+        """Return the handler's result or raise its error. Only for a run that has ended."""
         if self._error is not None:
             raise self._error
         assert self.task is not None
@@ -115,7 +115,7 @@ class Run(Generic[T]):
         return self.ended.done() and self._error is None and self.task is not None and self.task.cancelled()
 
     def cancel(self) -> None:
-        """Cancel the coroutine at its next await, or, if it blocks its thread, after that."""
+        """Cancel the coroutine at its next await. A blocked thread reaches it later."""
         self._loop.call_soon_threadsafe(lambda: self.task and self.task.cancel())
 
     def abandon(self, blocked_by: "Run[Any] | None") -> None:
@@ -124,7 +124,7 @@ class Run(Generic[T]):
         If the coroutine ever continues, it is cancelled before it does anything.
         """
         self.abandoned = True
-        begun = self.begun  # read after `abandoned` is set; `_Steps.send` does both in the other order
+        begun = self.begun  # read after `abandoned` is set; `_Steps.send` sets `begun`, then reads `abandoned`
         self.cancel()
         self._end(time.monotonic(), LoopAbandoned(blocked_by, begun=begun))
 
@@ -147,7 +147,7 @@ class Run(Generic[T]):
 
     def _report(self, task: asyncio.Task[T]) -> None:
         if not task.cancelled():
-            task.exception()  # marks it as retrieved: the caller may never ask
+            task.exception()  # marks it as retrieved: the caller may never read it
         with contextlib.suppress(RuntimeError):  # the caller's loop is closed
             self._caller.call_soon_threadsafe(self._stop, time.monotonic())
 
@@ -165,7 +165,7 @@ class _Steps(Coroutine[Any, Any, T]):
         self._cancelled = False
 
     def send(self, value: Any) -> Any:
-        self._run.begun = True  # set before `abandoned` is read; `Run.abandon` does both in the other order
+        self._run.begun = True  # set before `abandoned` is read; `Run.abandon` sets `abandoned`, then reads `begun`
         if self._run.abandoned and not self._cancelled:
             return self.throw(asyncio.CancelledError())
         return self._coroutine.send(value)
@@ -201,7 +201,7 @@ class PluginLoop:
     def is_blocked(self, patience: timedelta) -> bool:
         """Return True if the loop has not answered its last ping for `patience`.
 
-        The run that occupies the loop must be past its deadline by as much. Sends a ping if none is under way.
+        The run that occupies the loop must be past its deadline by `patience`, too. Sends a ping if none is under way.
         """
         now, pinged_at = time.monotonic(), self._pinged_at
         if pinged_at is None:
@@ -220,7 +220,7 @@ class PluginLoop:
     def abandon(self) -> Run[Any] | None:
         """Abandon the loop with all its runs and return the run that blocks it.
 
-        The thread ends when that run lets it continue.
+        The thread ends when that run no longer blocks it.
         """
         current = self.current_run()
         for run in tuple(self._runs):
@@ -274,7 +274,7 @@ class Runner:
     Args:
         make_norce: Creates a client for Norce, for one loop.
         make_outgoing: Creates the connections of `context.http`, for one loop.
-        clock: The time that deadlines are given in.
+        clock: Returns the time that the deadlines refer to.
         patience: How long a handler may block its loop past its deadline; for answers at most `ANSWERS_PATIENCE`.
         replaced: Called with the name of a loop that was replaced and the route that blocked it.
     """
@@ -300,11 +300,14 @@ class Runner:
         self._no_network = httpx.AsyncClient(transport=_NoNetwork())
 
     def open(self, name: LoopName) -> None:
-        """Open a loop, in place of the one of this name. Shadows have none until this is called."""
+        """Open a loop, which replaces an earlier one of this name.
+
+        The loop for shadows is opened only if a route needs it.
+        """
         self._loops[name] = PluginLoop(f"plugins-{name}", self._make_norce, self._make_outgoing)
 
     async def watch(self, every: timedelta = timedelta(seconds=1)) -> None:
-        """Replace loops that a handler blocks far past its deadline, until cancelled."""
+        """Until cancelled, replace each loop that a handler blocks far past its deadline."""
         while True:
             await asyncio.sleep(every.total_seconds())
             for name, loop in self._loops.items():
@@ -331,7 +334,7 @@ class Runner:
         attempt: int = 1,
         previous: Previous | None = None,
     ) -> Context[Any]:
-        """Build the context of a call on one of the loops; None: of a handler that only computes.
+        """Build the context of a call on a loop. With None, the handler only computes.
 
         The caller chooses the `deadline`: `deliveries.attempt` by the route, `verdicts.verdicts` by the callback.
         """
@@ -361,7 +364,7 @@ class Runner:
         )
 
     def compute(self, handle: Handle[T], context: Context[Any]) -> T:
-        """Call a handler that only computes, here and now.
+        """Call a handler that only computes, on the caller's thread.
 
         Raises:
             HandlerWaits: The handler awaited something.
@@ -385,7 +388,7 @@ class Runner:
 
 
 async def _guarded(handle: Handle[T], context: Context[Any]) -> T:
-    """Call a plugin's method, and turn its attempt to end the process into an ordinary error.
+    """Call a plugin's method. If it tries to end the process, raise `RuntimeError` instead.
 
     The method is called on the plugins' thread, because one that is not a coroutine function may block.
     """
