@@ -509,8 +509,8 @@ class NotificationHandler(_Handler[S]):
 class ValidationHandler(_Handler[S]):
     """Base class for handlers that decide whether a purchase may proceed.
 
-    `computes = True` declares that the handler only computes. It is then called in place, without a change of thread,
-    and must not await anything.
+    `computes = True` declares that the handler only computes. It then runs on the service's own event loop and must
+    not await anything.
     """
 
     computes: ClassVar[bool] = False

@@ -390,7 +390,8 @@ class Runner:
 async def _guarded(handle: Handle[T], context: Context[Any]) -> T:
     """Call a plugin's method. If it tries to end the process, raise `RuntimeError` instead.
 
-    The method is called on the plugins' thread, because one that is not a coroutine function may block.
+    The method is called when the coroutine runs, so `start` calls it on the plugins' thread: a method that is not a
+    coroutine function may block.
     """
     try:
         return await handle(context)
