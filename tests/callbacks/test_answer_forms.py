@@ -141,7 +141,7 @@ def in_v1(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def rows(listening: Listening) -> dict[str, int]:
-    """How many rows the ledger has, by table; without the watermarks, which the service writes on its own."""
+    """Count the rows of the ledger by table, without the watermarks, which the service writes on its own."""
     with open_for_reading(listening.config.store.url).connect() as connection:
         return {
             table.name: connection.execute(select(func.count()).select_from(table)).scalar_one()

@@ -77,7 +77,7 @@ def config(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def served(config: Path) -> Iterator[Path]:
-    """The same configuration, with a service that holds every queue."""
+    """Start a service that holds every queue, with the configuration of `config`."""
     with closing(Serving(config, hold=True)):
         yield config
 

@@ -1,4 +1,4 @@
-"""The same event again: one delivery, one export, and a retry of a dead letter."""
+"""Repeats of an event: one delivery, one export, and a retry of a dead letter."""
 
 import json
 import threading

@@ -23,7 +23,7 @@ from tests.flows.site import NORCE_TOKEN, ExternalServices, Service, Site, free_
 
 CONFIGURED = ROOT / "docs" / "scenarios.yaml"
 ORDERS = 40  # of the burst
-# How many orders and deliveries of each scenario end in which state.
+# Numbers of orders and deliveries of each scenario by final state.
 ENDS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "declined-after-acceptance": ({"declined": 1}, {}),
     "two-merchants": ({"completed": 2}, {"delivered": 2}),
