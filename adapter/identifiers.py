@@ -1,4 +1,4 @@
-"""Identifiers that belong together."""
+"""Identifiers: `Channel` is a merchant and its channel as one value."""
 
 from typing import NamedTuple
 

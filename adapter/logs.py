@@ -1,4 +1,4 @@
-"""Configures structlog: one JSON line per event, or readable colours on a terminal.
+"""The log, by structlog: one JSON line per event, or readable colours on a terminal.
 
 Only allowed fields leave the process; every other field is shown as `[redacted]`. Of an exception its types and places
 are written, never its message and never a local variable, because both may contain an order.

@@ -1,1 +1,1 @@
-"""Receives callbacks from Norce. Start reading in `endpoints`."""
+"""Callbacks: receiving, authenticating and answering them. Start in `endpoints`."""

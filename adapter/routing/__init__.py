@@ -1,1 +1,1 @@
-"""Selects the routes for an order, and runs their handlers."""
+"""Routing: selects the routes for an order, and runs their handlers."""
