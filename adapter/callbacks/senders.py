@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from adapter.config import SendersConfig
+from adapter.config.model import SendersConfig
 from adapter.identifiers import Channel
 
 

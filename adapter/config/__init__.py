@@ -14,43 +14,12 @@ import msgspec
 
 from adapter.config.checks import check_together
 from adapter.config.convert import Converter
-from adapter.config.model import (
-    CallbackConfig,
-    Config,
-    ConfigFile,
-    HeaderSecretConfig,
-    HookCallbackConfig,
-    NotificationCallbackConfig,
-    RouteConfig,
-    SendersConfig,
-    SignedUrlsConfig,
-    UrlSecretConfig,
-    ValidationCallbackConfig,
-    WhenConfig,
-    merged,
-)
+from adapter.config.model import Config, ConfigFile
 from adapter.config.problems import ConfigProblem, ConfigurationInvalid, joined, parent
 from adapter.config.yaml_source import Document
 from adapter.plugin import Settings
 
-__all__ = [
-    "CallbackConfig",
-    "Config",
-    "ConfigProblem",
-    "ConfigurationInvalid",
-    "HeaderSecretConfig",
-    "HookCallbackConfig",
-    "NotificationCallbackConfig",
-    "RouteConfig",
-    "SendersConfig",
-    "SignedUrlsConfig",
-    "UrlSecretConfig",
-    "ValidationCallbackConfig",
-    "WhenConfig",
-    "load",
-    "merged",
-    "read_settings",
-]
+__all__ = ["Config", "ConfigProblem", "ConfigurationInvalid", "load", "read_settings"]
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:

@@ -139,7 +139,7 @@ class Converter:
 
     def _leaf(self, type_: Any, value: Any, path: str, subject: str = "") -> Any:
         base, _ = unwrap(type_)
-        message = f"{subject}must be {_allowed(type_)}{_contrast(base, value)}"
+        message = f"{subject}must be {_allowed(type_)}{_remedy(base, value)}"
         try:
             if base is timedelta:
                 return _duration_within(type_, value)
@@ -200,7 +200,7 @@ def _custom(type_: Any, value: Any) -> Any:
     if issubclass(class_of(type_), Secret) and not isinstance(value, Reference):
         raise ValueError(f"is a secret, which is given by reference only: {HOW_TO_REFER}")
     if not isinstance(value, str):
-        raise ValueError(f"must be {_allowed(type_)}, not {_kind(value)}")
+        raise ValueError(f"must be {_allowed(type_)}")
     return type_(str(value))
 
 
@@ -271,28 +271,11 @@ def _range(type_: Any) -> str:
     return f", {' and '.join(bounds)}" if bounds else ""
 
 
-def _kind(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "empty" if value is None else "true or false"
-    if isinstance(value, int | float):
-        return "a number"
-    return "text" if isinstance(value, str) else "a list" if isinstance(value, list) else "a mapping"
-
-
-def _contrast(base: Any, value: Any) -> str:
-    """Name the kind of the value (never the value) if another kind is allowed."""
-    given, kind = _kind(value), class_of(base)
-    if given in ("a number", "true or false") and base in (str, timedelta):
-        return f", not {given}: {'put it in quotes' if base is str else 'write its unit'}"
-    if base in (int, float, Decimal):
-        expected = "a number"
-    elif base is bool:
-        expected = "true or false"
-    elif is_struct(base) or kind in _MAPPINGS:
-        expected = "a mapping"
-    else:
-        expected = "a list" if kind in _LISTS else "" if kind in _UNIONS else "text"
-    return "" if given == expected else f", not {given}"
+def _remedy(base: Any, value: Any) -> str:
+    """Return the remedy for a number or a `true` that stands for a text."""
+    if base not in (str, timedelta) or not isinstance(value, int | float):
+        return ""
+    return ": put it in quotes" if base is str else ": write its unit"
 
 
 def list_of(names: Iterable[Any], given: str = "", join: str = "or") -> str:

@@ -9,7 +9,8 @@ from urllib.parse import quote
 
 import msgspec
 
-from adapter.config import Config, NotificationCallbackConfig
+from adapter.config import Config
+from adapter.config.model import NotificationCallbackConfig
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceUnavailable, NotFound
 from adapter.registrations.on_orders import registration_body, static_url, url_secret

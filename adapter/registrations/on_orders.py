@@ -19,9 +19,9 @@ from urllib.parse import quote, unquote
 from weakref import WeakValueDictionary
 
 from adapter.callbacks.senders import Senders
-from adapter.config import (
+from adapter.config import Config
+from adapter.config.model import (
     CallbackConfig,
-    Config,
     HookCallbackConfig,
     NotificationCallbackConfig,
     UrlSecretConfig,

@@ -17,8 +17,9 @@ import msgspec
 import structlog
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from adapter.config import Config, merged, read_settings
+from adapter.config import Config, read_settings
 from adapter.config.json_schema import document_schema
+from adapter.config.model import merged
 from adapter.identifiers import Channel
 from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import StoreUnavailable

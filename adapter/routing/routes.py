@@ -10,9 +10,9 @@ from datetime import timedelta
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from adapter import config as configuration
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
 from adapter.config import Config, ConfigProblem, ConfigurationInvalid, read_settings
+from adapter.config.model import CallbackConfig, HookCallbackConfig, NotificationCallbackConfig, RouteConfig, WhenConfig
 from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
 from adapter.orders import Order
@@ -171,18 +171,18 @@ class _Builder:
             raise ConfigurationInvalid(self._problems)
         return Routes(callbacks, [route for route in routes if route is not None], self._warnings)
 
-    def _callback(self, name: str, each: configuration.CallbackConfig) -> Callback:
-        if isinstance(each, configuration.NotificationCallbackConfig):
+    def _callback(self, name: str, each: CallbackConfig) -> Callback:
+        if isinstance(each, NotificationCallbackConfig):
             return Callback(name=name, kind=each.kind, condition=self._compiled(f"callbacks.{name}", each))
         return Callback(
             name=name,
             kind=each.kind,
             deadline=each.deadline,
             soft_limit=each.soft_limit or each.deadline / 2,
-            target=each.target if isinstance(each, configuration.HookCallbackConfig) else None,
+            target=each.target if isinstance(each, HookCallbackConfig) else None,
         )
 
-    def _route(self, name: str, each: configuration.RouteConfig, callback: Callback) -> Route | None:
+    def _route(self, name: str, each: RouteConfig, callback: Callback) -> Route | None:
         path = f"routes.{name}"
         when = None if each.when is None else self._compiled(f"{path}.when", each.when)
         handler = self._handler(f"{path}.handler", each.handler, callback)
@@ -214,9 +214,7 @@ class _Builder:
             concurrency=each.concurrency,
         )
 
-    def _compiled(
-        self, path: str, each: configuration.NotificationCallbackConfig | configuration.WhenConfig
-    ) -> CompiledCondition | None:
+    def _compiled(self, path: str, each: NotificationCallbackConfig | WhenConfig) -> CompiledCondition | None:
         if any(each.scope.startswith(f"{array}/") for array in ARRAYS):
             remedy = 'points into an array, which conditions do not enter; use the array and a schema with "contains"'
             self._warnings.append(self._config.problem(f"{path}.scope", remedy))

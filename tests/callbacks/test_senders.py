@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter import config
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated, reconciled, sign
+from adapter.config import model as config
 from adapter.identifiers import Channel
 from adapter.plugin import Secret
 

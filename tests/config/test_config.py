@@ -16,12 +16,10 @@ from adapter.config import (
     Config,
     ConfigProblem,
     ConfigurationInvalid,
-    NotificationCallbackConfig,
-    ValidationCallbackConfig,
     load,
-    merged,
     read_settings,
 )
+from adapter.config.model import NotificationCallbackConfig, ValidationCallbackConfig, merged
 from adapter.config.problems import Reference
 from adapter.config.yaml_source import LARGEST_FILE_BYTES
 from adapter.identifiers import Channel
@@ -241,15 +239,15 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "is missing; it must be a mapping",
     ),
     "empty text": ("an_adapter", '""', 1, "adapter.id", "text of 1 to 64 characters"),
-    "empty value": ("an_adapter", "", 1, "adapter.id", "text of 1 to 64 characters, not empty"),
-    "number for text": ("an_adapter", "5", 1, "adapter.id", "not a number: put it in quotes"),
+    "empty value": ("an_adapter", "", 1, "adapter.id", "text of 1 to 64 characters"),
+    "number for text": ("an_adapter", "5", 1, "adapter.id", ": put it in quotes"),
     "not an address": ("https://adapter.example", "ftp://x", 1, "adapter.public_url", "must be an https:// address"),
     "number for an address": (
         "https://adapter.example",
         "5",
         1,
         "adapter.public_url",
-        "an https:// address, not a number",
+        "an https:// address",
     ),
     "no public address to sign": (
         ", public_url: https://adapter.example",
@@ -277,7 +275,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "server: {port: many}\nsenders:",
         9,
         "server.port",
-        "a whole number, at least 0 and at most 65535, not text",
+        "a whole number, at least 0 and at most 65535",
     ),
     "one port twice": ("senders:", "operations: {port: 8080}\nsenders:", 9, "operations.port", "another port"),
     "socket path too long": (
@@ -293,7 +291,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "norce: {timeout: 5}\nsenders:",
         9,
         "norce.timeout",
-        "such as 500ms, 2s, 5m, 2h or 1d, from 100ms to 1m, not a number: write its unit",
+        "such as 500ms, 2s, 5m, 2h or 1d, from 100ms to 1m: write its unit",
     ),
     "duration too long": (
         "kind: validation",
@@ -329,14 +327,14 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "handler: log, refetch: yes",
         14,
         "routes.export.refetch",
-        "must be true or false, not text",
+        "must be true or false",
     ),
     "mapping for a list": (
         'tokens: ["${env:NORCE_TOKEN}"]',
         "tokens: {}",
         4,
         "merchants.norce.tokens",
-        "a list of 1 to 2 items, each a secret by reference: ${env:NAME} or ${file:PATH}, not a mapping",
+        "a list of 1 to 2 items, each a secret by reference: ${env:NAME} or ${file:PATH}",
     ),
     "no token": ('tokens: ["${env:NORCE_TOKEN}"]', "tokens: []", 4, "merchants.norce.tokens", "a list of 1 to 2 items"),
     "text for a mapping": (
@@ -344,7 +342,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "      x: y",
         7,
         "merchants.norce.channels.x",
-        "must be a mapping, not text",
+        "must be a mapping",
     ),
     "no channel": ('\n      "1":\n        routes: {}', " {}", 6, "merchants.norce.channels", "of at least 1 entry"),
     "name that cannot be a header": ('"1"', '"ö 1"', 7, 'merchants.norce.channels["ö 1"]', "visible ASCII"),
@@ -550,7 +548,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         ", scope: /s, schema: 5",
         11,
         "callbacks.order-status.schema",
-        "must be true or false or a mapping, not a number",
+        "must be true or false or a mapping",
     ),
     "route without such a callback": (
         "callback: order-status",
@@ -884,7 +882,7 @@ def test_mappings_are_merged_and_other_values_replaced(
 SETTINGS_PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
     "at the route": ("https://shop.example", "ftp://shop", 10, f"{AT_ROUTE}.base_url", "must be an https:// address"),
     "at the merchant": ('shop_id: "2"', "shop_id: x", 20, f"{AT_MERCHANT}.shop_id", "must be text matching ^[0-9]+$"),
-    "at the channel": ("{c: channel}", "{c: 5}", 26, f"{AT_CHANNEL}.headers.c", "not a number: put it in quotes"),
+    "at the channel": ("{c: channel}", "{c: 5}", 26, f"{AT_CHANNEL}.headers.c", ": put it in quotes"),
     "weaker, beside a stronger": (
         "{b: merchant, c: merchant}",
         "{b: 5}",
@@ -892,7 +890,7 @@ SETTINGS_PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         f"{AT_MERCHANT}.headers.b",
         "must be text",
     ),
-    "item of the stronger list": ("[4]", "[4, x]", 27, f"{AT_CHANNEL}.numbers[1]", "must be a whole number, not text"),
+    "item of the stronger list": ("[4]", "[4, x]", 27, f"{AT_CHANNEL}.numbers[1]", "must be a whole number"),
     "missing everywhere": (
         "base_url: https://shop.example",
         "low: 1",

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
 from adapter import config as configuration
-from adapter.config import ConfigurationInvalid, merged
+from adapter.config import ConfigurationInvalid
 from adapter.config.convert import Converter
 from adapter.config.json_schema import changeable, document_schema, file_schema
+from adapter.config.model import merged
 from adapter.config.yaml_source import Document
 from adapter.plugin import Secret, Settings, Url
 from adapter.routing.routes import settings_types
