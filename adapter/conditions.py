@@ -17,8 +17,6 @@ from urllib.parse import urljoin
 import jsonschema_rs
 import msgspec
 from jsonpointer import JsonPointer, JsonPointerException
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
-from jsonschema.exceptions import SchemaError  # type: ignore[import-untyped]
 from jsonschema_specifications import REGISTRY as METASCHEMAS  # type: ignore[import-untyped]
 from referencing import Registry
 from referencing.exceptions import NoSuchAnchor, PointerToNowhere, Unresolvable
@@ -686,6 +684,8 @@ def _plain_copy(schema: Any) -> Any:
 
 
 def _check_metaschema(schema: Any, where: str) -> None:
+    from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]  # only at start: 0.06 s
+
     if not isinstance(schema, (dict, bool)):
         raise ConditionInvalid("schema_type", where)
     try:

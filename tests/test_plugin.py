@@ -53,6 +53,7 @@ CANARY = "canary-19811218"
         ("https://shop.example/", "https://shop.example", ("https", "shop.example", 443)),
         ("https://shop.example/api/v1/", "https://shop.example/api/v1", ("https", "shop.example", 443)),
         ("https://shop.example:8443/api", "https://shop.example:8443/api", ("https", "shop.example", 8443)),
+        ("https://shop.example:65535", "https://shop.example:65535", ("https", "shop.example", 65535)),
         ("https://Shop.Example", "https://Shop.Example", ("https", "shop.example", 443)),
         ("https://fjällboden.example", "https://fjällboden.example", ("https", "xn--fjllboden-w2a.example", 443)),
         ("https://shop.example/@people", "https://shop.example/@people", ("https", "shop.example", 443)),

@@ -176,7 +176,7 @@ SLOW = {"adapter.app", "adapter.sandbox", "adapter.routing", "uvicorn", "starlet
     ("arguments", "never"),
     [
         (["version"], SLOW | {"sqlalchemy", "httpx", "rich", "adapter.config"}),
-        (["deliveries", "list"], SLOW),
+        (["deliveries", "list"], SLOW | {"httpx", "jsonschema"}),
         (["orders", "list"], {"adapter.app", "adapter.sandbox", "uvicorn", "alembic"}),
         (["queues", "pause", "seen", "--why", "a test"], SLOW),
     ],
