@@ -10,7 +10,7 @@ Facts: checkout protocol, sections 1.2, 1.3, 4, 8.4, 9 and, for what other adapt
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +39,10 @@ CODES: Mapping[str, tuple[int, ...]] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+_OK: Mapping[int, str | None] = MappingProxyType({200: None})
+
+
+@dataclass(frozen=True, slots=True)
 class Operation:
     """One operation of Norce's APIs, as declared."""
 
@@ -47,13 +50,14 @@ class Operation:
     service: str
     method: str
     path: str  # after `…/checkout/{service}`
-    versions: tuple[str, ...]
+    _: KW_ONLY
+    versions: tuple[str, ...] = (V1,)
     body: str | None = None  # name of its schema
     query: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by version
     headers: tuple[str, ...] = (AUTHORIZATION, MERCHANT, CHANNEL)  # required and not empty
     optional_headers: tuple[str, ...] = ()
-    answers: Mapping[int, str | None]  # by status: name of the body's schema
-    errors: Mapping[str, tuple[int, ...]]  # by version
+    answers: Mapping[int, str | None] = field(default_factory=lambda: _OK)  # by status: name of the body's schema
+    errors: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {V1: (400, 401, 404)})  # by version
     error: str = "error"  # name of the schema of an error's body
 
     def template(self, version: str) -> str:
@@ -78,17 +82,17 @@ def _order(
     tail: str,
     *,
     body: str | None = None,
-    answers: Mapping[int, str | None] = MappingProxyType({200: None}),
+    answers: Mapping[int, str | None] = _OK,
     declared: tuple[int, ...] = (401, 404),  # by v1; v0 declares the same errors for every operation
     v0: tuple[int, ...] = (400, 401, 404, 500),
     query: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
     error: str = "error",
 ) -> Operation:
     return Operation(
-        name=name,
-        service="order",
-        method=method,
-        path="/api/{version}/checkout/orders" + tail,
+        name,
+        "order",
+        method,
+        "/api/{version}/checkout/orders" + tail,
         versions=(V0, V1),
         body=body,
         query=query,
@@ -103,57 +107,14 @@ def _configuration(
     name: str, method: str, tail: str, *, body: str | None = None, answer: str | None = None
 ) -> Operation:
     return Operation(
-        name=name,
-        service="configuration",
-        method=method,
-        path="/api/v1/configuration/merchants/{merchant}/channels" + tail,
-        versions=(V1,),
+        name,
+        "configuration",
+        method,
+        "/api/v1/configuration/merchants/{merchant}/channels" + tail,
         body=body,
         headers=(AUTHORIZATION,),  # merchant and channel are in the path
         answers={200: answer},
         errors={V1: (400, 401) if method == "PUT" else (400, 401, 404)},  # a PUT creates what is missing
-    )
-
-
-def _notification(
-    name: str, method: str, tail: str, answer: str | None, *, query: tuple[str, ...] = (), errors: tuple[int, ...]
-) -> Operation:
-    return Operation(
-        name=name,
-        service="notification",
-        method=method,
-        path="/api/v1/events" + tail,
-        versions=(V1,),
-        query={V1: query},
-        headers=(AUTHORIZATION, MERCHANT),  # the channel is a filter
-        answers={200: answer},
-        errors={V1: errors},
-    )
-
-
-def _of_adapter(
-    adapter: str,
-    name: str,
-    method: str,
-    path: str,
-    *,
-    body: str | None = None,
-    answers: Mapping[int, str | None] = MappingProxyType({200: None}),
-    errors: tuple[int, ...] = (400, 401, 404),
-    query: tuple[str, ...] = (),
-    error: str = "error",
-) -> Operation:
-    return Operation(
-        name=name,
-        service=adapter,
-        method=method,
-        path=path,
-        versions=(V1,),
-        body=body,
-        query={V1: query},
-        answers=answers,
-        errors={V1: errors},
-        error=error,
     )
 
 
@@ -228,28 +189,32 @@ OPERATIONS: tuple[Operation, ...] = (
                    answer="adapter-configuration"),
     _configuration("remove_configuration", "DELETE", "/{channel}/configurations/{name}"),
     # --- the notification service ----------------------------------------------------------------------------------
-    _notification("list_events", "GET", "", "events", errors=(400, 401),
-                  query=("channel", "adapter_id", "reference", "order_id", "offset", "limit")),
-    _notification("read_event", "GET", "/{event_id}", "notification-event", errors=(401, 404)),
-    _notification("retry_event", "POST", "/{event_id}/retry", None, errors=(401, 404)),
+    # The channel is a filter of events, so its header is not needed.
+    Operation("list_events", "notification", "GET", "/api/v1/events", answers={200: "events"},
+              headers=(AUTHORIZATION, MERCHANT), errors={V1: (400, 401)},
+              query={V1: ("channel", "adapter_id", "reference", "order_id", "offset", "limit")}),
+    Operation("read_event", "notification", "GET", "/api/v1/events/{event_id}", answers={200: "notification-event"},
+              headers=(AUTHORIZATION, MERCHANT), errors={V1: (401, 404)}),
+    Operation("retry_event", "notification", "POST", "/api/v1/events/{event_id}/retry",
+              headers=(AUTHORIZATION, MERCHANT), errors={V1: (401, 404)}),
     # --- other adapters, as far as an order needs them to be completed ---------------------------------------------
-    _of_adapter("norce-adapter", "create_from_basket", "POST", _PLATFORM, body="basket",
-                answers={200: "created", 201: "created"}, errors=(400, 401, 404, 409)),
-    _of_adapter("norce-adapter", "refresh_from_basket", "PUT", f"{_PLATFORM}/{{order_id}}", answers={200: "order"}),
-    _of_adapter("norce-adapter", "patch_item", "PATCH", f"{_PLATFORM}/{{order_id}}/cart/items/{{item_id}}",
-                body="quantity"),
-    _of_adapter("norce-adapter", "remove_item", "DELETE", f"{_PLATFORM}/{{order_id}}/cart/items/{{item_id}}"),
-    _of_adapter("norce-adapter", "add_discount", "POST", f"{_PLATFORM}/{{order_id}}/cart/discounts", body="discount"),
-    _of_adapter("norce-adapter", "remove_discount", "DELETE", f"{_PLATFORM}/{{order_id}}/cart/discounts",
-                query=("discountCode",)),
-    _of_adapter("norce-adapter", "validate_basket", "POST", f"{_PLATFORM}/{{order_id}}/validate", error="refusal"),
-    _of_adapter("nonpsp-adapter", "start_payment", "POST", f"{_PROVIDER}/payments", answers={200: "startedPayment"}),
-    _of_adapter("nonpsp-adapter", "complete_payment", "POST", f"{_PROVIDER}/payments/{{payment_id}}/complete",
-                error="refusal"),
-    _of_adapter("nonpsp-adapter", "cancel_payment", "POST", f"{_PROVIDER}/payments/{{payment_id}}/remove"),
-    _of_adapter("ingrid-adapter", "start_shipping", "POST", f"{_PROVIDER}/shippings",
-                answers={200: "startedShipping"}),
-    _of_adapter("ingrid-adapter", "complete_shipping", "POST", f"{_PROVIDER}/shippings/{{shipping_id}}/complete"),
+    Operation("create_from_basket", "norce-adapter", "POST", _PLATFORM, body="basket",
+              answers={200: "created", 201: "created"}, errors={V1: (400, 401, 404, 409)}),
+    Operation("refresh_from_basket", "norce-adapter", "PUT", f"{_PLATFORM}/{{order_id}}", answers={200: "order"}),
+    Operation("patch_item", "norce-adapter", "PATCH", f"{_PLATFORM}/{{order_id}}/cart/items/{{item_id}}",
+              body="quantity"),
+    Operation("remove_item", "norce-adapter", "DELETE", f"{_PLATFORM}/{{order_id}}/cart/items/{{item_id}}"),
+    Operation("add_discount", "norce-adapter", "POST", f"{_PLATFORM}/{{order_id}}/cart/discounts", body="discount"),
+    Operation("remove_discount", "norce-adapter", "DELETE", f"{_PLATFORM}/{{order_id}}/cart/discounts",
+              query={V1: ("discountCode",)}),
+    Operation("validate_basket", "norce-adapter", "POST", f"{_PLATFORM}/{{order_id}}/validate", error="refusal"),
+    Operation("start_payment", "nonpsp-adapter", "POST", f"{_PROVIDER}/payments", answers={200: "startedPayment"}),
+    Operation("complete_payment", "nonpsp-adapter", "POST", f"{_PROVIDER}/payments/{{payment_id}}/complete",
+              error="refusal"),
+    Operation("cancel_payment", "nonpsp-adapter", "POST", f"{_PROVIDER}/payments/{{payment_id}}/remove"),
+    Operation("start_shipping", "ingrid-adapter", "POST", f"{_PROVIDER}/shippings",
+              answers={200: "startedShipping"}),
+    Operation("complete_shipping", "ingrid-adapter", "POST", f"{_PROVIDER}/shippings/{{shipping_id}}/complete"),
 )  # fmt: skip
 
 BY_NAME: Mapping[str, Operation] = MappingProxyType({each.name: each for each in OPERATIONS})
