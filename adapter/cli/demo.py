@@ -41,7 +41,7 @@ async def _demo(*, then_exit: bool, output: str) -> None:
                 "\nStill running; Ctrl-C ends it.\n"
                 f"  callbacks   {service.public_address}\n"
                 f"  operations  {service.operations_address}/readyz  {service.operations_address}/metrics\n"
-                f"  Norce       {running.norce_address}/ (offline; orders and callbacks)\n"
+                f"  Norce       {running.norce_address}/checkout (offline)\n"
                 f"  Jetshop     {running.jetshop_address} (stand-in)\n\n"
                 "In another terminal:\n"
                 f"  export NORCE_ADAPTER_CONFIG={running.config_path}\n"

@@ -94,10 +94,7 @@ async def _serve(port: int, token: str, switches: Switches) -> None:
             simulator.journal.on_entry = _print
             async with http_server(simulator.app, listening):
                 click.echo(
-                    f"Norce Checkout, offline; Ctrl-C ends it.\n"
-                    f"  services  {address}/checkout\n"
-                    f"  page      {address}/\n"
-                    f"  token     {token}"
+                    f"Norce Checkout, offline; Ctrl-C ends it.\n  services  {address}/checkout\n  token     {token}"
                 )
                 await stop.wait()
 

@@ -24,7 +24,7 @@ def simulating(*words: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     arguments = [COMMAND, "simulate", "--port", "0", "--token", "secret", *words]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            lines = [process.stdout.readline() for _ in range(4)]
+            lines = [process.stdout.readline() for _ in range(3)]
             yield re.search(r"http://127\.0\.0\.1:\d+/checkout", lines[1])[0], process
         finally:
             process.send_signal(signal.SIGTERM)

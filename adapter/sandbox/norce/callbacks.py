@@ -1,4 +1,4 @@
-"""The callbacks that Norce sends: validations, hooks, notifications and payment actions.
+"""The callbacks that Norce sends: validations, hooks and notifications.
 
 Only loopback addresses are called. A callback to any other address, like those in every sample, counts as not
 answered, with the reason `not-loopback`; the simulator opens no connection and resolves no name.
@@ -112,7 +112,7 @@ class Callbacks:
         """
         hooks = [
             (hook, watched)
-            for hook, watched in self._in_order(base, request.switches)
+            for hook, watched in _in_order(base)
             if request.adapter_id is None or hook.get("adapterId") != request.adapter_id
         ]
         seen = {hook["id"]: watched.value(base) for hook, watched in hooks}
@@ -131,16 +131,6 @@ class Callbacks:
                 after = proposed if proposed is before_patches else after_patches(base, proposed, request)
                 return {**after, "lastModified": request.now}
         raise Refused("order-error", f"The hooks do not agree after {MAX_ROUNDS} rounds.")
-
-    def _in_order(self, order: Order, switches: Switches) -> list[tuple[dict[str, Any], CompiledCondition]]:
-        def place(pointer: str | None) -> int:
-            part = f"{pointer or ''}/".split("/")[1]
-            return WATCHED.index(part) if part in WATCHED else len(WATCHED)
-
-        hooks = sorted(watching_hooks(order), key=lambda each: (place(each[0]["scope"]), place(each[0].get("target"))))
-        if switches.hook_order == "random":
-            self.chance.shuffle(hooks)
-        return hooks
 
     async def _call_hook(self, hook: Mapping[str, Any], proposed: Order, request: ApiRequest) -> Any:
         body = as_version({**proposed, "lastModified": request.now}, hook.get("version") or V0)
@@ -318,6 +308,14 @@ class Callbacks:
     def happens(self, share: float) -> bool:
         """Decide at random, with this probability."""
         return share > 0 and self.chance.random() < share
+
+
+def _in_order(order: Order) -> list[tuple[dict[str, Any], CompiledCondition]]:
+    def place(pointer: str | None) -> int:
+        part = f"{pointer or ''}/".split("/")[1]
+        return WATCHED.index(part) if part in WATCHED else len(WATCHED)
+
+    return sorted(watching_hooks(order), key=lambda each: (place(each[0]["scope"]), place(each[0].get("target"))))
 
 
 def _validation_error(error: Mapping[str, Any]) -> dict[str, Any]:

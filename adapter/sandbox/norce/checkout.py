@@ -21,7 +21,6 @@ from adapter.sandbox.norce.orders import (
     Refused,
     ValidationFailed,
     created,
-    part,
     problems,
     same,
     with_registration,
@@ -121,13 +120,3 @@ class Checkout:
             errors = [{name: each[name] for name in ("adapterId", "code")} for each in errors]
         if errors:
             raise ValidationFailed(errors)
-
-    async def execute(self, request: ApiRequest) -> None:
-        """Call the URL of a payment action. Raise `Refused` if it fails."""
-        order = self.stored(request)
-        payment = part(order["payments"], request.path["payment_id"], "payment-not-found")
-        action = part(payment["actions"], request.path["action_id"])
-        action = {"invoke": action["url"], **action}
-        answer = await self.callbacks.call("action", action, order, seconds=request.switches.hook_seconds)
-        if not answer.is_success:
-            raise Refused("payment-error", f"The action was not carried out: {answer.reason or answer.status}.")

@@ -1,4 +1,4 @@
-"""The HTTP endpoints of the services, the page, the journal and the switches.
+"""The HTTP endpoints of the services and of the switches.
 
 The token is the only credential; the headers name the merchant and channel. Faults are injected outside of everything
 else, so a request whose answer is lost was carried out.
@@ -11,14 +11,12 @@ from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
-from importlib.resources import files
 from typing import Any
 
-import jinja2
 import msgspec
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -176,7 +174,6 @@ def _order_handlers(checkout: Checkout) -> dict[str, Handler]:
         "read_order": lambda request: as_version(checkout.stored(request), request.version),
         "delete_order": checkout.delete,
         "validate": checkout.validate,
-        "execute_action": checkout.execute,
         "list_payments": lambda request: _parts(checkout, "payments", request),
         "read_payment": lambda request: _parts(checkout, "payments", request, request.path["payment_id"]),
         "list_transactions": list_transactions,
@@ -261,9 +258,7 @@ def _event_handlers(checkout: Checkout) -> dict[str, Handler]:
             for event in checkout.records.events.values()
             if event["merchant"] == request.merchant and all(event[name] in values for name, values in wanted.items())
         ]
-        if request.switches.events_order == "newest":
-            found.reverse()
-        data, pagination = _page(found, request)
+        data, pagination = _page(found[::-1], request)
         return {"data": data, "pagination": pagination}
 
     return {
@@ -277,21 +272,8 @@ def _event_handlers(checkout: Checkout) -> dict[str, Handler]:
 
 
 def _own_routes(checkout: Checkout) -> list[Route]:
-    page = jinja2.Environment(autoescape=True).from_string(files(__package__).joinpath("page.html").read_text("utf-8"))
-    read_journal = checkout.journal.read
-
     async def basic_schema(_request: Request) -> Response:
         return JSONResponse(schema("adapter-configuration"))
-
-    async def journal(request: Request) -> Response:
-        query = request.query_params
-        try:
-            entries = read_journal(
-                order_id=query.get("order_id"), kind=query.get("kind"), limit=max(int(query.get("limit", "100")), 0)
-            )
-        except ValueError:
-            return JSONResponse({"code": "bad-request", "message": "limit is an integer."}, 400)
-        return JSONResponse([asdict(each) for each in entries])
 
     async def switches(request: Request) -> Response:
         if request.method == "PUT":
@@ -302,17 +284,7 @@ def _own_routes(checkout: Checkout) -> list[Route]:
                 return JSONResponse({"code": "bad-request", "message": str(error)}, 400)
         return JSONResponse(asdict(checkout.switches))
 
-    async def front(_request: Request) -> Response:
-        orders = sorted(checkout.records.orders.values(), key=lambda each: str(each["lastModified"]), reverse=True)
-        shown = [(each, read_journal(order_id=each["id"], limit=50)) for each in orders[:25]]
-        return HTMLResponse(page.render(orders=shown, count=len(orders)))
-
-    return [
-        Route(BASIC_SCHEMA, basic_schema),
-        Route("/simulator/journal", journal),
-        Route("/simulator/switches", switches, methods=["GET", "PUT"]),
-        Route("/", front),
-    ]
+    return [Route(BASIC_SCHEMA, basic_schema), Route("/simulator/switches", switches, methods=["GET", "PUT"])]
 
 
 class _WithFaults:

@@ -183,34 +183,13 @@ def put_state(order: Order, request: ApiRequest) -> tuple[Order, None]:
     return _moved(order, status, request), None
 
 
-def add_consent(order: Order, request: ApiRequest) -> tuple[Order, None]:
-    _check_unlocked(order, "consents")
-    consent = _with_id(request.body, "c", request)
-    if any(each["id"] == consent["id"] for each in order["consents"]):
-        raise Refused("order-bad-request", f"There is a consent with id:{consent['id']} already.")
-    return {**order, "consents": [*order["consents"], consent]}, None
-
-
 def patch_consents(order: Order, request: ApiRequest) -> tuple[Order, None]:
-    return _with_consents(order, request.body)
-
-
-def patch_consent(order: Order, request: ApiRequest) -> tuple[Order, None]:
-    return _with_consents(order, [{**request.body, "id": request.path["consent_id"]}])
-
-
-def _with_consents(order: Order, changes: list[Any]) -> tuple[Order, None]:
     _check_unlocked(order, "consents")
     consents = list(order["consents"])
-    for each in changes:
+    for each in request.body:
         position = find(consents, each.get("id", ""))
         consents[position] = {**consents[position], "checked": each.get("checked")}
     return {**order, "consents": consents}, None
-
-
-def remove_consent(order: Order, request: ApiRequest) -> tuple[Order, None]:
-    _check_unlocked(order, "consents")
-    return removing("consents", "consent_id")(order, request)
 
 
 def adding(kind: str) -> Change:
@@ -251,13 +230,6 @@ def put_payment(order: Order, request: ApiRequest) -> tuple[Order, Any]:
     return _replaced(order, "payments", position, payment), payment
 
 
-def add_actions(order: Order, request: ApiRequest) -> tuple[Order, None]:
-    position = find(order["payments"], request.path["payment_id"], "payment-not-found")
-    payment = order["payments"][position]
-    actions = [*payment["actions"], *({**each, "id": request.new_id("pa")} for each in request.body)]
-    return _replaced(order, "payments", position, {**payment, "actions": actions}), None
-
-
 def add_transaction(order: Order, request: ApiRequest) -> tuple[Order, Any]:
     payment_id, transactions = request.path["payment_id"], order["_transactions"]
     find(order["payments"], payment_id, "payment-not-found")
@@ -290,10 +262,7 @@ CHANGES: Mapping[str, Change] = {
     "patch_attributes": patch_attributes,
     "put_reference": put_reference,
     "put_state": put_state,
-    "add_consent": add_consent,
     "patch_consents": patch_consents,
-    "patch_consent": patch_consent,
-    "remove_consent": remove_consent,
     "add_validation": adding("validations"),
     "put_validation": put_validation,
     "remove_validation": removing("validations", "validation_id"),
@@ -303,7 +272,6 @@ CHANGES: Mapping[str, Change] = {
     "remove_notification": removing("notifications", "notification_id"),
     "add_payment": add_payment,
     "put_payment": put_payment,
-    "add_actions": add_actions,
     "add_transaction": add_transaction,
     "add_shipping": add_shipping,
     "put_shipping": put_shipping,

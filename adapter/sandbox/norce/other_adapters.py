@@ -26,7 +26,6 @@ from adapter.sandbox.norce.versions import Order, as_version
 
 PLATFORM, PAYMENT, SHIPPING = "norce_adapter", "nonpsp_adapter", "ingrid_adapter"
 FREIGHT = {"includingVat": 59.0, "excludingVat": 47.2}
-DISCOUNT = {"includingVat": 50.0, "excludingVat": 40.0}
 _PRODUCTS = (("Vinterjacka", "JKT-1001", 1499.0), ("Ullstrumpor", "SOCK-3P", 129.0), ("Mössa", "CAP-12", 249.0))
 _AMOUNTS = ("includingVat", "excludingVat")
 
@@ -57,32 +56,12 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[ApiRequest], Any]]:
         await change("put_cart", request, PLATFORM, _basket(int(reference)))
         return as_version(checkout.stored(request), V0)
 
-    async def put_items(request: ApiRequest, items: list[dict[str, Any]], **members: Any) -> None:
+    async def patch_item(request: ApiRequest) -> None:
         cart = checkout.stored(request)["cart"]
-        await change("put_cart", request, PLATFORM, {**cart, **members, "items": items, "total": None})
-
-    async def change_quantity(request: ApiRequest, quantity: int) -> None:
-        items = list(checkout.stored(request)["cart"]["items"])
+        items = list(cart["items"])
         position = find(items, request.path["item_id"])
-        items[position : position + 1] = [_line(items[position], quantity)] if quantity else []
-        await put_items(request, items)
-
-    async def put_discounts(request: ApiRequest, code: str, new: list[dict[str, Any]]) -> None:
-        # A discount is on the first line, and on the cart as a summary.
-        cart = checkout.stored(request)["cart"]
-        if not cart["items"]:
-            raise Refused("order-error", "There is nothing to discount.")
-        discounts = [*(each for each in cart["discounts"] if each.get("code") != code), *new]
-        first = {**cart["items"][0], "discounts": discounts}
-        items = [_line(first, first.get("quantity") or 1), *cart["items"][1:]]
-        await put_items(request, items, discounts=discounts)
-
-    async def add_discount(request: ApiRequest) -> None:
-        code = request.body["code"]
-        await put_discounts(request, code, [{"type": "item", "name": code, "code": code, "value": DISCOUNT}])
-
-    async def remove_discount(request: ApiRequest) -> None:
-        await put_discounts(request, request.query.get("discountCode", [""])[0], [])
+        items[position] = _line(items[position], request.body["quantity"])
+        await change("put_cart", request, PLATFORM, {**cart, "items": items, "total": None})
 
     def payment(request: ApiRequest) -> dict[str, Any]:
         return part(checkout.stored(request)["payments"], request.path["payment_id"], "payment-not-found")
@@ -130,10 +109,7 @@ def handlers(checkout: Checkout) -> dict[str, Callable[[ApiRequest], Any]]:
     return {
         "create_from_basket": create_from_basket,
         "refresh_from_basket": refresh_from_basket,
-        "patch_item": lambda request: change_quantity(request, request.body["quantity"]),
-        "remove_item": lambda request: change_quantity(request, 0),
-        "add_discount": add_discount,
-        "remove_discount": remove_discount,
+        "patch_item": patch_item,
         "validate_basket": lambda request: checkout.stored(request) and None,
         "start_payment": start_payment,
         "complete_payment": complete_payment,

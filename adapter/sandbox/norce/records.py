@@ -18,7 +18,7 @@ class Entry:
     """A request that came in or went out."""
 
     at: str
-    kind: str  # request, validation, hook, notification, action, schema
+    kind: str  # request, validation, hook, notification, schema
     method: str
     url: str
     status: int | None  # None if there was no answer

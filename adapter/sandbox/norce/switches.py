@@ -28,12 +28,10 @@ class Switches:
     validation_seconds: float = _switch(3.0, "How long does Norce wait for a validation?")
     validation_messages: bool = _switch(False, "Does `validate` return the messages of validations with their codes?")
     hook_seconds: float = _switch(10.0, "How long does Norce wait for a hook?")
-    hook_order: Literal["part", "random"] = _switch("part", "Are hooks called by the part they watch, or at random?")
     notification_seconds: float = _switch(10.0, "How long does Norce wait for the answer to a notification?")
     notification_retries: int = _switch(0, "How often does Norce retry a failed notification?")
     notification_retry_seconds: float = _switch(5.0, "How long does Norce wait before such a retry?")
     notification_body: Literal["order", "envelope"] = _switch("order", "Is the body the order, or an envelope with it?")
-    events_order: Literal["newest", "oldest"] = _switch("newest", "Which event comes first in the event log?")
     callback_authorization: str = _switch("", "Which `Authorization` header do callbacks carry? Empty: none.")
     transitions_enforced: bool = _switch(True, "Does Norce refuse state transitions that are not documented?")
     # --- faults
