@@ -150,7 +150,7 @@ def accept(bench: Bench) -> Iterator[Round]:
 
 
 def open_loop(bench: Bench) -> Iterator[Round]:
-    """2 000 accepts a second, whatever the service does, each timed from the moment it was due."""
+    """2 000 accepts a second on a fixed schedule, each timed from the moment it was due."""
     with Measured(bench) as at:
         at.service("open_loop_2000")
         receiver = at.receivers["open_loop_2000"]

@@ -1,4 +1,4 @@
-"""What leaves the process in a log line, and what does not."""
+"""Log lines: the fields that leave the process, and those that are redacted."""
 
 import asyncio
 import io

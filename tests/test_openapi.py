@@ -126,7 +126,7 @@ def test_the_schemas_are_json_schemas() -> None:
 
 
 class Broken:
-    """A registrar whose Norce is as it is told to be."""
+    """A registrar with a scripted Norce."""
 
     def __init__(self, error: Exception | None) -> None:
         self._error = error
@@ -140,12 +140,12 @@ class Broken:
 
 
 def app_of(registrations: Registrations) -> PublicApp:
-    """What the public port has; who calls back finds nobody."""
+    """Return the application of the public port; its callbacks lead nowhere."""
 
-    async def nobody(*_: Any) -> None:
+    async def unused(*_: Any) -> None:
         raise NotImplementedError
 
-    endpoint: Any = nobody
+    endpoint: Any = unused
     return PublicApp(endpoint, routes(registrations, "our_adapter", {}))
 
 
@@ -390,7 +390,7 @@ def test_registrations_are_refused_with_the_statuses_and_codes_that_are_describe
     assert described.keys() == {200, *(status for status, _ in refused)}
 
 
-# --- whatever is asked ------------------------------------------------------------------------------------------------
+# --- random requests --------------------------------------------------------------------------------------------------
 
 
 @SCHEMA.include(path=list(SERVED)).parametrize()

@@ -37,7 +37,7 @@ class QueueLimits:
 
     queue_id: int
     concurrency: int
-    doubt_ms: int  # time after a claim during which nobody else may act on the lane
+    doubt_ms: int  # time after a claim during which no other process may act on the lane
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

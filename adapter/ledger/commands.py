@@ -1,8 +1,8 @@
 """Commands of people that change the ledger: retry, discard, pause and resume.
 
 Each is stored with the person and the reason. A command over many deliveries runs in steps. Each step is a short
-transaction, so that it delays nobody. A person who breaks a command off can start it again: deliveries that are changed
-already no longer match.
+transaction, so that it does not delay other writers. An interrupted command can be started again: deliveries that
+are changed already no longer match.
 """
 
 from collections.abc import Collection, Mapping

@@ -143,7 +143,7 @@ class OperationsEndpoints:
         except StoreUnavailable:
             return _refusal(503, "store-unavailable", "Nothing was done. Please send it again.")
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the caller has gone
         log.info("command_done", command=name, count=answer if isinstance(answer, int) else answer["changed"])
         self._wake()
         return JSONResponse(answer)

@@ -25,7 +25,7 @@ def listening_at(path: Path) -> Iterator[socket.socket]:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(path)
             listening.bind(str(path))
-            # Connecting is impossible before `listen`, so nobody could use the mode that the umask gave.
+            # Connecting is impossible before `listen`, so the mode that the umask gave is harmless.
             path.chmod(0o600)
             listening.listen()
             created = _identity(path)

@@ -5,7 +5,7 @@ the same intake as a callback, where its identity ensures that it is stored once
 
 A run reads the log back to the watermark minus `overlap`. The watermark is a time of Norce's clock, but never later
 than ours: otherwise events would be lost when Norce's clock runs ahead and is set back. Events older than the ledger's
-memory are left alone, because nobody can tell any more whether they came.
+memory are left alone, because it is no longer known whether they came.
 
 Facts: checkout protocol, sections 8.3 and 8.4.
 """

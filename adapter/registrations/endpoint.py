@@ -37,7 +37,7 @@ LATER = {"retry-after": "5"}
 # Of one merchant. Each makes several requests to Norce, and the client limits those of a merchant: the others are for
 # orders that a shopper waits for.
 MAX_AT_ONCE = 32
-# Of all merchants. If Norce answers nobody, registrations that wait for it must leave room for notifications.
+# Of all merchants. If Norce does not answer, registrations that wait for it must leave room for notifications.
 MAX_IN_TOTAL = server.MOST_WAITING // 2
 
 

@@ -115,7 +115,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
 
 
 def ask(listening: Listening, callback: str, order: Any = None, **given_: Any) -> httpx.Response:
-    """As Norce asks: of a hook, with the whole order."""
+    """Call a hook as Norce does, with the whole order."""
     if order is not None:
         given_["json"] = order
     order_id = given_.pop("order_id", ORDER_ID)
@@ -131,7 +131,7 @@ def with_quantity(order: dict[str, Any], sku: str, quantity: int) -> dict[str, A
 
 
 def in_v1(order: dict[str, Any]) -> dict[str, Any]:
-    """The same order as v1 has it: without the members that only v0 declares."""
+    """Return the order as v1 has it: without the members that only v0 declares."""
     order = copy.deepcopy(order)
     for item in order["cart"]["items"]:
         del item["logistics"], item["upsell"]

@@ -1,4 +1,4 @@
-"""`adapter.callbacks.endpoints`: what Norce is answered, whatever it sends and whatever fails behind the answer."""
+"""`adapter.callbacks.endpoints`: the answers to Norce, for good and bad requests and for faults inside the service."""
 
 import asyncio
 import base64
@@ -185,7 +185,7 @@ async def asked(asgi: Any, scope: dict[str, Any], receive: Callable[[], Any]) ->
 
 
 class House:
-    """The intake with a real ledger, and nobody who works it off: ASGI in, rows on disk."""
+    """The intake with a real ledger but without a dispatcher: ASGI in, rows on disk."""
 
     def __init__(self, folder: Path, store_url: str = "") -> None:
         self.runner = asyncio.Runner()
@@ -339,7 +339,7 @@ _numbers = itertools.count(1)
 
 @pytest.fixture
 def order() -> dict[str, Any]:
-    """An order that nobody has seen yet."""
+    """Return an order with a new id."""
     return new_order()
 
 
@@ -627,7 +627,7 @@ class Listening:
         return httpx.get(f"{self.service.operations_address}/readyz", trust_env=False)
 
     def raw(self, *pieces: bytes) -> bytes:
-        """What comes back for bytes as they are, until the service closes the connection."""
+        """Send raw bytes and return the answer, until the service closes the connection."""
         parts = urlsplit(self.address)
         with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE) as connection:
             for piece in pieces:

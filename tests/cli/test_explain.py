@@ -117,8 +117,8 @@ def test_it_shows_which_rules_hold(config):
 
 
 def test_rules_are_shown_only_for_a_wanted_event_of_a_configured_channel(config):
-    nobody = {name: part for name, part in ORDER.items() if name != "customer"}
-    unwanted = explain(config, nobody, callback="order-rules")
+    anonymous = {name: part for name, part in ORDER.items() if name != "customer"}
+    unwanted = explain(config, anonymous, callback="order-rules")
     elsewhere = explain(config, ORDER | {"channel": ["9"]}, callback="order-rules")
 
     assert "does not want it" in unwanted.stdout

@@ -417,7 +417,7 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "merchants.norce.tokens[0]",
         "write ${env:NAME}",
     ),
-    "nobody may call": (
+    "no caller is accepted": (
         '{signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}}',
         "{}",
         9,

@@ -398,7 +398,7 @@ RunFlow = Callable[[Flow], Site]
 RunFlowOn = Callable[[Flow, str], Site]  # on a kind of store
 
 
-# --- a package of somebody else ---------------------------------------------------------------------------------------
+# --- a package from elsewhere -----------------------------------------------------------------------------------------
 
 
 def install_sample_plugin(folder: Path) -> Path:

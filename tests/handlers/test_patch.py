@@ -29,7 +29,7 @@ def settings(*changes: dict[str, Any]) -> PatchSettings:
 def asked(order: dict[str, Any], *changes: dict[str, Any]) -> list[Patch]:
     context = Context(
         settings=settings(*changes),
-        log=None,  # type: ignore[arg-type]  # it computes, and reaches nobody
+        log=None,  # type: ignore[arg-type]  # it only computes and sends nothing
         http=None,  # type: ignore[arg-type]
         orders=None,  # type: ignore[arg-type]
         clock=lambda: NOW,

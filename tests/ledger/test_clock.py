@@ -1,6 +1,6 @@
 """The ledger's clock on real databases, with wall clocks that jump.
 
-Whatever the wall clock does, a delivery that is due in 30 s is due in 30 s.
+A delivery that is due in 30 s is due in 30 s, even if the wall clock jumps.
 """
 
 import asyncio

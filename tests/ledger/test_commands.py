@@ -274,7 +274,7 @@ def statements(ledger: Ledger, do: Callable[[], Any]) -> int:
     return len(seen)
 
 
-# --- what nobody knows ----------------------------------------------------------------------------------------------
+# --- unknown names ----------------------------------------------------------------------------------------------------
 
 
 def test_unknown_ones_are_left_out_unless_somebody_says_so(ledger: Ledger) -> None:
@@ -595,7 +595,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "nested deeply": (b'{"unheard": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "unheard"),
     "an unheard member": (json.dumps(GOOD | {"rate": 1}).encode(), "unknown field `rate`"),
     "a filter that is a typo": (json.dumps(GOOD | {"matching": {"rout": "x"}}).encode(), "unknown field `rout`"),
-    "nobody": (json.dumps(GOOD | {"by": {"who": " ", "why": "x"}}).encode(), "must not be blank"),
+    "a blank name": (json.dumps(GOOD | {"by": {"who": " ", "why": "x"}}).encode(), "must not be blank"),
     "no reason": (json.dumps(GOOD | {"by": {"who": "x", "why": ""}}).encode(), "$.by.why"),
     "a NUL": (json.dumps(GOOD | {"by": {"who": "x", "why": "a\0b"}}).encode(), "$.by.why"),
     "a NUL in a filter": (json.dumps(GOOD | {"matching": {"order_id": "a\0"}}).encode(), "$.matching.order_id"),
@@ -619,7 +619,7 @@ BAD: dict[str, tuple[bytes, str]] = {
 def test_an_invalid_body_is_refused_with_the_place(ledger: Ledger, given: tuple[bytes, str]) -> None:
     dead(ledger, "order-1")
 
-    with pytest.raises(ValueError) as refused:  # noqa: PT011 - whatever it says, the port answers it
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - the port answers with every such message
         ledger.do(Commands(ledger.store).run("retry", given[0]))
 
     assert given[1] in str(refused.value)

@@ -512,7 +512,7 @@ def test_two_nodes_prune_at_once(postgres: Server) -> None:
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 PLANTED = {
-    "a lane with work that nobody takes": (
+    "a lane with work that is never claimed": (
         "UPDATE lanes SET next_at = NULL, current_delivery_id = NULL WHERE order_id = 'waits'",
         "1 lanes with work that will never be claimed",
     ),
@@ -540,7 +540,7 @@ PLANTED = {
         "UPDATE lanes SET settled = claim + 1 WHERE order_id = 'done'",
         "1 lanes with more settlements than claims",
     ),
-    "a state that nobody knows": (
+    "an unknown state": (
         "UPDATE deliveries SET state = 'lost' WHERE id = 1",
         "1 deliveries in an unknown state",
     ),
@@ -548,7 +548,7 @@ PLANTED = {
         "UPDATE deliveries SET reason = NULL WHERE id IN (1, 2)",
         "2 deliveries that ended without a reason",
     ),
-    "a pause by nobody": (
+    "a pause without a cause": (
         "UPDATE queues SET paused_until = 1",
         "3 queues paused without a cause",
     ),

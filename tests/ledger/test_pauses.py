@@ -216,7 +216,7 @@ def test_retry_after_pauses_a_queue_that_failures_never_pause() -> None:
     assert again.is_paused(NOON)  # a probe that fails is no queue that runs
 
 
-# --- whatever happens -----------------------------------------------------------------------------------------------
+# --- random sequences -------------------------------------------------------------------------------------------------
 
 results = st.sampled_from([*ANSWERS, *FAILURES, LATER, MISCONFIGURED, *SAY_NOTHING])
 policies = st.builds(

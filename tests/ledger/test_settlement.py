@@ -322,7 +322,7 @@ def test_every_delivery_ends(data: st.DataObject, schedule: list[timedelta], han
             return
         assert settlement.due_at is not None
         assert settlement.due_at >= now
-        if not settlement.known:  # nobody asks before the request in doubt has had its time
+        if not settlement.known:  # no lookup runs before the request in doubt has had its time
             assert settlement.due_at >= attempt.doubt_ends_at
         now, in_doubt = settlement.due_at, not settlement.known
     raise AssertionError("still waiting after the schedule, its last lookup and what that found")

@@ -1,4 +1,4 @@
-"""The reader of Norce's event log: it misses no event, whatever the order of the log and the size of its pages."""
+"""The reader of Norce's event log: it finds every event, for each order of the log and each page size."""
 
 import asyncio
 import random

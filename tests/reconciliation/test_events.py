@@ -158,7 +158,7 @@ class House:
         self.loop.run(self.healing.run_if_due(every))
 
     def missed(self) -> float:
-        """What an operator is alerted by."""
+        """Return the metrics on which an operator is alerted."""
         return float(self.metrics.notifications_missed.labels("order-status", "norce")._value.get())
 
     def stored(self) -> list[tuple[str, str, int]]:

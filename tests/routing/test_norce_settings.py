@@ -255,7 +255,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "out of bounds": (document({"most": 0}), "$.routes.limit.settings.most"),
     "not together": (document({"most": 13}), "$.routes.limit.settings"),
     "an unknown route": (document(routes={"canary": {}}), "$.routes"),
-    "of somebody else": (document() | {"id": "canary"}, "$.id"),
+    "of another adapter": (document() | {"id": "canary"}, "$.id"),
     "no object": (["canary"], "$"),
     "too large": (document(filler="canary" * 200_000), "$"),
 }

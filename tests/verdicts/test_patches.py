@@ -300,7 +300,7 @@ def test_the_answer_is_the_array_that_norce_expects():
     assert encode([]) == b"[]"
 
 
-# --- whatever is asked ----------------------------------------------------------------------------------------------
+# --- random requests --------------------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(["a", "b", "", "~", "/", "~1", "-", "0", "1", "å", "\U0001f6d2", "01"])
 SCALARS = (
@@ -346,7 +346,7 @@ def patch_lists(draw: Callable[..., Any], order: Any, ops: str = "add replace re
 
 
 def by_the_oracle(order: Any, patches: list[Patch]) -> Any:
-    """As the other implementation applies them, `remove` of what is not there left out; None where it fails."""
+    """Apply the patches with the other library, without removals of missing members. None if it fails."""
     order = copy.deepcopy(order)
     for patch in patches:
         if (
@@ -416,7 +416,7 @@ def test_the_answer_applies_inside_its_target_and_the_order_is_not_touched(data,
 
 @given(st.data(), ORDERS)
 def test_the_result_agrees_with_every_list_that_is_not_left_out(data, order):
-    """Where nothing in an array moves, applying such a list to the result once more changes nothing."""
+    """Applying a list twice gives the same result if no item of an array moves."""
     asked = data.draw(st.lists(patch_lists(order, "add replace", most=2), max_size=3))
     answer, refused = merge(order, asked, "")
     after = by_the_oracle(order, answer)
@@ -428,7 +428,7 @@ def test_the_result_agrees_with_every_list_that_is_not_left_out(data, order):
 
 @given(st.data(), ORDERS)
 def test_answers_to_the_own_patches_end(data, order):
-    """As long as the routes ask for the same values, a fixed point is reached: no two can take turns."""
+    """Routes that ask for the same values reach a fixed point: no two overwrite each other for ever."""
     asked = data.draw(st.lists(patch_lists(order, most=2), min_size=1, max_size=4))
     assume(all(sets_values(order, patches) for patches in asked))
 
@@ -443,7 +443,7 @@ def test_answers_to_the_own_patches_end(data, order):
 
 
 def sets_values(order: Any, patches: list[Patch]) -> bool:
-    """Whether a list says one thing about each place, and moves nothing in an array."""
+    """Return whether a list names each place once, and moves no item of an array."""
     paths = [f"{patch.path}/" for patch in patches]
     if any(one.startswith(other) for index, other in enumerate(paths) for one in paths[:index] + paths[index + 1 :]):
         return False

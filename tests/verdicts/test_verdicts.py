@@ -1,4 +1,4 @@
-"""`adapter.verdicts.verdicts`: an answer inside the deadline, whatever the handlers and Norce do."""
+"""`adapter.verdicts.verdicts`: it answers inside the deadline even if handlers and Norce fail."""
 
 import asyncio
 import contextlib
@@ -101,7 +101,7 @@ class ForeverInPlace(Forever):
 
 
 class Stubborn(ValidationHandler[Settings]):
-    """Does not stop when it is told to."""
+    """Ignores its cancellation."""
 
     released: ClassVar[threading.Event] = threading.Event()
 
@@ -119,11 +119,11 @@ class Block(ValidationHandler[Settings]):
 
     async def validate(self, order: Order, context: Context[Settings]) -> list[Problem]:
         self.released.wait(PATIENCE * 2)
-        return [Problem("too-late", "Nobody waits for this.")]
+        return [Problem("too-late", "Too late.")]
 
 
 class Networker(ValidationHandler[Settings]):
-    """Declares that it computes, and calls somebody."""
+    """Declares that it computes, but calls a server."""
 
     computes = True
 
@@ -204,7 +204,7 @@ class Asking:
         return await self._answer(callback, "o1", "1", read_order(json.dumps(CART).encode()))
 
     async def _answer(self, callback: str, order_id: str, channel: str, order: Order | None = None) -> Answer:
-        # The handlers that hang are released after this: whoever waits for one does not come back.
+        # The handlers that hang are released after this, so a test that waits for one would not end.
         async with asyncio.timeout(PATIENCE):
             return await self.verdicts.answer(
                 VerdictRequest(
@@ -315,7 +315,7 @@ def test_only_routes_whose_condition_holds_give_a_verdict(tmp_path: Path) -> Non
 
 
 def test_without_routes_there_is_no_verdict_and_no_call_to_norce(tmp_path: Path) -> None:
-    assert asked(tmp_path, "", {}, lambda _request: pytest.fail("nobody needs the order")) == []
+    assert asked(tmp_path, "", {}, lambda _request: pytest.fail("no route needs the order")) == []
 
 
 def test_a_handler_gets_its_own_settings_and_a_deadline_before_the_answers(tmp_path: Path) -> None:
