@@ -385,8 +385,12 @@ class Reject(Outcome):
 class Unknown(Outcome):
     """A request went out and its result is not known.
 
-    It is looked up before anything is sent again.
+    It is looked up before anything is sent again. `after` is the delay that the destination asked for, as for `Retry`.
     """
+
+    def __init__(self, code: str, message: str = "", *, after: timedelta | None = None) -> None:
+        super().__init__(code, message)
+        self.after = after
 
 
 class Misconfigured(Outcome):

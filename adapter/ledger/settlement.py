@@ -12,11 +12,12 @@ looked it up, unless the handler declares that a repetition does no harm. `settl
 | `Skip`, moved on | done | - |
 | `Retry` | waiting by the schedule, then dead: exhausted | waiting, still in doubt, then dead: unknown |
 | `Reject` | dead: rejected | waiting, still in doubt, then dead: unknown |
+| a bug before anything was sent | dead: broken | as `Reject` |
 | a condition in error | dead: condition | - |
 | a handler that blocks its thread for good | dead: unknown | the same |
 | `Retry`, `Unknown` or no effect found, in a paused queue | the same, but the attempt does not count | the same |
 | `Misconfigured` | waiting, the queue pauses, the attempt does not count | the same, still in doubt |
-| `Unknown`, deadline, bug, shutdown | waiting for a lookup; a retry if repeatable; else dead: unknown | as `Retry` |
+| `Unknown`, a deadline or bug too | waiting for a lookup; a retry if repeatable; else dead: unknown | as `Retry` |
 | released before the handler ran | waiting, due at once, the attempt does not count | the same, still in doubt |
 
 `after_attempt` computes the state of the queue: it pauses after consecutive failures of different orders, when the
@@ -30,7 +31,7 @@ from enum import Enum
 from typing import get_args
 
 from adapter.moments import in_milliseconds
-from adapter.plugin import Done, Misconfigured, NotificationHandler, Reject, Retry, Skip, Unknown, can_look_up
+from adapter.plugin import Done, Misconfigured, NotificationHandler, Outcome, Reject, Retry, Skip, Unknown, can_look_up
 
 LARGEST_JITTER = 0.2
 LONGEST_DEFERRAL = timedelta(hours=24)
@@ -57,6 +58,7 @@ class Reason(Enum):
     EXHAUSTED = "exhausted"  # the retry schedule is used up
     UNKNOWN = "unknown"  # the effect may or may not be there; only a person may continue
     CONDITION = "condition"  # a condition could not be evaluated on this order
+    BROKEN = "broken"  # the handler has a bug; nothing was sent
 
 
 class Ending(Enum):
@@ -76,7 +78,11 @@ class Interrupted(Unknown):
     """
 
 
-Result = Done | Skip | Retry | Reject | Unknown | Misconfigured | Ending
+class Broken(Outcome):
+    """The handler has a bug, and nothing was sent in this attempt."""
+
+
+Result = Done | Skip | Retry | Reject | Unknown | Misconfigured | Broken | Ending
 
 
 def outcome_name(result: Result) -> str:
@@ -166,7 +172,7 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
                 return Settlement(state=State.DEAD, reason=Reason.EXHAUSTED)
             return Settlement(state=State.WAITING, due_at=attempt.ended_at, counts=not attempt.paused)
         case _ if attempt.in_doubt and attempt.handling.looks_up:
-            after = result.after if isinstance(result, Retry) else None
+            after = result.after if isinstance(result, Retry | Unknown) else None
             return _by_schedule(attempt, known=False, then=Reason.UNKNOWN, not_before=after)
         case Skip():
             return Settlement(state=State.DONE, reason=Reason.SKIPPED)
@@ -176,14 +182,16 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
             return Settlement(state=State.DEAD, reason=Reason.CONDITION)
         case Reject():
             return Settlement(state=State.DEAD, reason=Reason.REJECTED)
+        case Broken():
+            return Settlement(state=State.DEAD, reason=Reason.BROKEN)
         case Retry():
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED, not_before=result.after)
         case Unknown() if attempt.handling.looks_up:
-            due = _due_at(attempt)
+            due = _due_at(attempt, result.after)
             due = max(due or attempt.doubt_ends_at, attempt.doubt_ends_at)  # the last attempt is looked up as well
             return Settlement(state=State.WAITING, known=False, due_at=due, counts=not attempt.paused)
         case Unknown() if attempt.handling.repeatable:
-            return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED)
+            return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED, not_before=result.after)
     return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
 
 
@@ -268,10 +276,10 @@ def after_attempt(queue: QueueState, result: Result, lane_id: int, now: int, pol
             return queue
         case Interrupted():
             return queue
-        case Retry() if result.after is not None and result.after > timedelta(0):
+        case Retry() | Unknown() if result.after is not None and result.after > timedelta(0):
             until = now + in_milliseconds(min(result.after, LONGEST_DEFERRAL))
             return replace(queue, paused_until=until, paused_by=PausedBy.RETRY_AFTER, reason=result.code)
-        case Retry() | Unknown():
+        case Retry() | Unknown() | Broken():
             if queue.is_running() and policy.after_failures == 0:
                 return queue
             failed = queue.failed_lanes if lane_id in queue.failed_lanes else (*queue.failed_lanes, lane_id)

@@ -11,6 +11,7 @@ from adapter.ledger.settlement import (
     FOR_EVER,
     LONGEST_DEFERRAL,
     RUNNING,
+    Broken,
     Ending,
     Interrupted,
     PausedBy,
@@ -31,7 +32,7 @@ LATER = Retry("destination-busy", after=timedelta(seconds=90))
 UNKNOWN = Unknown("no-answer")
 MISCONFIGURED = Misconfigured("destination-unauthorized")
 ANSWERS = [DONE, Skip("nothing-changed"), Reject("no-such-shop"), Ending.NOT_THERE]
-FAILURES = [RETRY, UNKNOWN]
+FAILURES = [RETRY, UNKNOWN, Broken("handler-failed")]
 # The far side was not asked, or it is we who did not let it answer.
 SAY_NOTHING = [
     Ending.MOVED_ON, Ending.CONDITION, Ending.RELEASED, Ending.BLOCKED,
@@ -109,8 +110,9 @@ def test_without_a_number_of_failures_no_queue_pauses_by_itself() -> None:
 # --- what the far side asks for, and what only a person can mend ----------------------------------------------------
 
 
-def test_retry_after_pauses_the_whole_queue_at_once() -> None:
-    assert after(RUNNING, (1, LATER)) == QueueState(
+@pytest.mark.parametrize("later", [LATER, Unknown("destination-busy", after=LATER.after)], ids=called)
+def test_retry_after_pauses_the_whole_queue_at_once(later: Result) -> None:
+    assert after(RUNNING, (1, later)) == QueueState(
         paused_until=NOON + 90 * SECOND, paused_by=PausedBy.RETRY_AFTER, reason="destination-busy"
     )
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from adapter.ledger.settlement import (
     LONGEST_DEFERRAL,
     Attempt,
+    Broken,
     Ending,
     Handling,
     Interrupted,
@@ -62,6 +63,7 @@ SKIP = Skip("nothing-changed")
 RETRY = Retry("destination-busy")
 REJECT = Reject("no-such-shop")
 UNKNOWN = Unknown("no-answer")
+BROKEN = Broken("handler-failed", "the handler raised KeyError")
 MISCONFIGURED = Misconfigured("destination-unauthorized")
 
 
@@ -85,6 +87,7 @@ def waiting(due: datetime, **more: object) -> Settlement:
         pytest.param(SKIP, FIRST, done(Reason.SKIPPED), id="skip"),
         pytest.param(Ending.MOVED_ON, FIRST, done(Reason.MOVED_ON), id="moved on"),
         pytest.param(REJECT, FIRST, dead(Reason.REJECTED), id="reject"),
+        pytest.param(BROKEN, FIRST, dead(Reason.BROKEN), id="bug before a write"),
         pytest.param(Ending.CONDITION, FIRST, dead(Reason.CONDITION), id="condition in error"),
         pytest.param(RETRY, LAST, dead(Reason.EXHAUSTED), id="retry, the last"),
         pytest.param(
@@ -127,6 +130,15 @@ def test_outside_doubt_the_settlement_does_not_depend_on_the_handler(
             waiting(NOON + 60 * SECOND, known=False),
             id="unknown: looked up by the schedule",
         ),
+        pytest.param(
+            Unknown("busy", after=90 * SECOND), FIRST, waiting(NOON + 90 * SECOND, known=False), id="unknown after"
+        ),
+        pytest.param(
+            Unknown("busy", after=90 * SECOND),
+            replace(FIRST, handling=REPEATABLE),
+            waiting(NOON + 90 * SECOND),
+            id="unknown after: repeated",
+        ),
         pytest.param(UNKNOWN, LAST, waiting(DOUBT_ENDS, known=False), id="unknown, the last: looked up all the same"),
         pytest.param(UNKNOWN, replace(FIRST, handling=REPEATABLE), waiting(DOUBT_ENDS), id="unknown: repeated"),
         pytest.param(
@@ -146,6 +158,14 @@ def test_outside_doubt_the_settlement_does_not_depend_on_the_handler(
         pytest.param(RETRY, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: retry, the last"),
         pytest.param(REJECT, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: reject"),
         pytest.param(REJECT, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: reject, the last"),
+        pytest.param(
+            Unknown("busy", after=90 * SECOND),
+            LOOKUP,
+            waiting(NOON + 90 * SECOND, known=False),
+            id="lookup: unknown after",
+        ),
+        pytest.param(BROKEN, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: bug"),
+        pytest.param(BROKEN, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: bug, the last"),
         pytest.param(UNKNOWN, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: unknown"),
         pytest.param(UNKNOWN, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: unknown, the last"),
         pytest.param(
@@ -294,9 +314,9 @@ def test_a_destination_may_ask_for_later_but_never_for_earlier_or_for_next_month
 
 
 results = st.sampled_from(
-    [SKIP, RETRY, Retry("busy", after=timedelta(hours=3)), REJECT, UNKNOWN, Ending.MOVED_ON, Ending.CONDITION]
+    [SKIP, RETRY, Retry("busy", after=timedelta(hours=3)), REJECT, UNKNOWN, BROKEN, Ending.MOVED_ON, Ending.CONDITION]
 )
-answers_of_a_lookup = st.sampled_from([Ending.NOT_THERE, RETRY, REJECT, UNKNOWN])
+answers_of_a_lookup = st.sampled_from([Ending.NOT_THERE, RETRY, REJECT, UNKNOWN, BROKEN])
 
 
 @given(data=st.data(), schedule=schedules, handling=st.sampled_from(sorted(HANDLINGS)), jitter=jitters)
@@ -352,7 +372,7 @@ def test_a_failure_in_a_paused_queue_makes_no_dead_letter_if_it_can_be_looked_up
 
 
 @given(
-    result=st.sampled_from([DONE, SKIP, RETRY, REJECT, UNKNOWN, MISCONFIGURED, *Ending]),
+    result=st.sampled_from([DONE, SKIP, RETRY, REJECT, UNKNOWN, MISCONFIGURED, BROKEN, *Ending]),
     number=st.integers(1, 4),
     in_doubt=st.booleans(),
     handling=st.sampled_from(sorted(HANDLINGS)),
@@ -363,7 +383,7 @@ def test_doubt_ends_only_with_a_known_outcome_or_a_repeatable_handler(
     can = HANDLINGS[handling]
     settlement = settle(result, replace(FIRST, number=number, in_doubt=in_doubt, handling=can))
 
-    says_nothing = isinstance(result, Retry | Reject | Unknown | Misconfigured)
+    says_nothing = isinstance(result, Retry | Reject | Unknown | Misconfigured | Broken)
     if in_doubt and says_nothing and not can.repeatable and (can.looks_up or isinstance(result, Unknown)):
         assert not settlement.known
     if isinstance(result, Unknown) and not can.repeatable:
