@@ -30,6 +30,7 @@ EXPORT = QueueKey("export", Channel("fjallboden", "1"))
 HISTORY = QueueKey("history", Channel("fjallboden", "1"))
 OTHER = QueueKey("export", Channel("annan", "1"))
 
+POLICY = PausePolicy(after_failures=5, first=timedelta(seconds=30), longest=timedelta(minutes=10))
 CANNOT_TELL = Handling(looks_up=False, repeatable=False)
 LOOKS_UP = Handling(looks_up=True, repeatable=False)
 
@@ -89,7 +90,7 @@ class Ledger:
         self.store = Store.open(url, clock=clock)
         self.lease = Lease(self.store, version="test")
         self.do(self.lease.enter())
-        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=PausePolicy())
+        self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=POLICY)
         self.queues = self.do(self.lanes.open_queues([EXPORT, HISTORY, OTHER]))
         self.export, self.history, self.other = (self.queues[key] for key in (EXPORT, HISTORY, OTHER))
 

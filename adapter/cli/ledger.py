@@ -42,7 +42,7 @@ from adapter.cli.shared import (
     service_options,
 )
 from adapter.ledger.clock import read_from_outside
-from adapter.ledger.commands import MAX_PER_STEP, Pause, Step
+from adapter.ledger.commands import MAX_PER_STEP, QueueChange, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
 from adapter.ledger.queries import DeliveryFilter, Queries
@@ -60,7 +60,7 @@ ACTION_COLUMNS = ("id", "at", "command", "who", "why", "matching", "changed")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
 ID = click.IntRange(0, 2**63 - 1)
-Body = TypeVar("Body", DeliveryFilter, Step, Pause)
+Body = TypeVar("Body", DeliveryFilter, Step, QueueChange)
 
 
 def _current_user() -> str:
@@ -326,12 +326,12 @@ def _pause_or_resume(
 ) -> None:
     from adapter.cli.service import running_service
 
-    pause = _parse({"by": {"who": who, "why": why}, **filters}, Pause)
+    change = _parse({"by": {"who": who, "why": why}, **filters}, QueueChange)
     with running_service(config_path, to, token) as service:
-        changed = service.run(command, pause)
+        changed = service.run(command, change)
     click.echo(json.dumps({f"{command}d": changed}) if output == "json" else f"{changed} {command}d")
     if not changed:
-        end(NOTHING_MATCHED, f"route {pause.route} has no such queue; `norce-adapter queues list` lists them")
+        end(NOTHING_MATCHED, f"route {change.route} has no such queue; `norce-adapter queues list` lists them")
 
 
 # --- verdicts -------------------------------------------------------------------------------------------------------
@@ -389,8 +389,8 @@ def store_check(config_path: Path) -> None:
     for each in found:
         click.echo(each, err=True)
     if found:
-        end(FAILED, f"{location}: {len(found)} kinds of faults")
-    click.echo(f"{location}: no faults")
+        end(FAILED, f"{location} has {len(found)} kinds of faults")
+    click.echo(f"{location} has no faults")
 
 
 @store_group.command("stats")

@@ -14,8 +14,8 @@ from msgspec import Meta
 from sqlalchemy import Connection, insert, select, update
 
 from adapter.ledger.claims import queue_columns, queue_state
+from adapter.ledger.dead_letters import DeadLetter, lock_lanes, retry_dead_letters
 from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
-from adapter.ledger.retry import DeadLetter, lock_lanes, retry_dead_letters
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
@@ -56,8 +56,8 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     action: int
 
 
-class Pause(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The queues to pause or resume: all of a route, or those of one merchant or channel."""
+class QueueChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A pause or resume of all queues of a route, or of those of one merchant or channel."""
 
     route: Text
     by: Author
@@ -83,7 +83,7 @@ class Commands:
             NoSuchCommand: There is no command of this name.
             ValueError: The body does not fit the command.
         """
-        types = {"retry": Step, "discard": Step, "pause": Pause, "resume": Pause}
+        types = {"retry": Step, "discard": Step, "pause": QueueChange, "resume": QueueChange}
         if name not in types:
             raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(types)}.")
         arguments = msgspec.json.decode(body, type=types[name])
@@ -97,13 +97,13 @@ class Commands:
         """Mark dead letters as done, and let their lanes go on."""
         return await self._store.run(self._step, "discard", step)
 
-    async def pause(self, pause: Pause) -> int:
+    async def pause(self, change: QueueChange) -> int:
         """Pause queues until a person resumes them. Returns their number."""
-        return await self._store.run(self._change_queues, "pause", pause)
+        return await self._store.run(self._change_queues, "pause", change)
 
-    async def resume(self, pause: Pause) -> int:
+    async def resume(self, change: QueueChange) -> int:
         """Let paused queues run again at once, whatever paused them. Returns their number."""
-        return await self._store.run(self._change_queues, "resume", pause)
+        return await self._store.run(self._change_queues, "resume", change)
 
     # --- in the writer's thread, inside its transaction ---
 
@@ -157,8 +157,8 @@ class Commands:
         connection.execute(update(lanes).where(stopped).values(continues))
         return len(ids)
 
-    def _change_queues(self, connection: Connection, command: str, pause: Pause) -> int:
-        given = {"route": pause.route, "merchant": pause.merchant, "channel": pause.channel}
+    def _change_queues(self, connection: Connection, command: str, change: QueueChange) -> int:
+        given = {"route": change.route, "merchant": change.merchant, "channel": change.channel}
         given = {name: value for name, value in given.items() if value is not None}
         conditions = [queues.c[name] == value for name, value in given.items()]
         locked = select(queues).where(*conditions).order_by(queues.c.id).with_for_update(key_share=True)
@@ -166,9 +166,11 @@ class Commands:
         for row in rows:
             after = RUNNING
             if command == "pause":
-                after = replace(queue_state(row), paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=pause.by.why)
+                after = replace(
+                    queue_state(row), paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=change.by.why
+                )
             connection.execute(update(queues).where(queues.c.id == row.id).values(queue_columns(after)))
-        self._record(connection, command, pause.by, given, len(rows))
+        self._record(connection, command, change.by, given, len(rows))
         self._store.database.notify(connection)
         return len(rows)
 

@@ -16,7 +16,7 @@ from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.databases import IN_ARRAY, Numbers
-from adapter.ledger.retry import DeadLetter, retry_dead_letters
+from adapter.ledger.dead_letters import DeadLetter, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store

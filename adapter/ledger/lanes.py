@@ -39,8 +39,8 @@ from adapter.ledger.claims import (
     queue_state,
 )
 from adapter.ledger.databases import any_of
+from adapter.ledger.dead_letters import lock_lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.retry import lock_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 from adapter.ledger.settlement import (
     FOR_EVER,

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Connection, delete, func, select, text, update
 
-from adapter.ledger.retry import lock_lanes
+from adapter.ledger.dead_letters import lock_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.settlement import State
 from adapter.ledger.store import Store, StoreUnavailable
@@ -144,7 +144,7 @@ def _having(connection: Connection, ids: Iterable[int], condition: Any) -> set[i
 
 
 def faults(connection: Connection) -> list[str]:
-    """Check the ledger for states that must never occur, and return a sentence for each kind."""
+    """Return a line for each kind of fault: a state that must never occur."""
     d, lane = deliveries.c, lanes.c
     process = select(processes.c.id).where(processes.c.id == lane.holder).exists()
     waits = select(d.id).where(d.lane_id == lane.id, d.state == State.WAITING.value).exists()
@@ -153,26 +153,25 @@ def faults(connection: Connection) -> list[str]:
     has_work = lane.current_delivery_id.is_(None) & waits | current.where(d.state != State.DEAD.value).exists()
     is_paused_without_cause = queues.c.paused_until.is_not(None) & queues.c.paused_by.is_(None)
     checks = {
-        "lanes with work that will never be claimed": (lanes, is_idle & has_work),
-        "lanes held by a process that does not exist": (lanes, lane.holder.is_not(None) & ~process),
-        "lanes whose current delivery does not exist": (
-            lanes,
-            lane.current_delivery_id.is_not(None) & ~current.exists(),
-        ),
-        "lanes with more settlements than claims": (lanes, lane.settled > lane.claim),
-        "deliveries in an unknown state": (deliveries, d.state.not_in([state.value for state in State])),
-        "deliveries that ended without a reason": (deliveries, (d.state != State.WAITING.value) & d.reason.is_(None)),
-        "queues paused without a cause": (queues, is_paused_without_cause),
+        "lanes that no process will claim although a delivery waits": (lanes, is_idle & has_work),
+        "lanes held by an unknown process": (lanes, lane.holder.is_not(None) & ~process),
+        "lanes whose current delivery is missing": (lanes, lane.current_delivery_id.is_not(None) & ~current.exists()),
+        "lanes with more settled claims than claims": (lanes, lane.settled > lane.claim),
+        "deliveries with an unknown state": (deliveries, d.state.not_in([state.value for state in State])),
+        "finished deliveries without a reason": (deliveries, (d.state != State.WAITING.value) & d.reason.is_(None)),
+        "paused queues without a cause": (queues, is_paused_without_cause),
     }
     _remove_time_limit(connection)
     found = []
     for words, (table, condition) in checks.items():
         count = connection.execute(select(func.count()).select_from(table).where(condition)).scalar_one()
-        found += [f"{count} {words}"] if count else []
+        found += [f"{words}: {count}"] if count else []
     if connection.dialect.name == "sqlite":
         found += [row[0] for row in connection.exec_driver_sql("PRAGMA integrity_check(10)") if row[0] != "ok"]
         dangling = {(row[0], row[2]) for row in connection.exec_driver_sql("PRAGMA foreign_key_check")}
-        found += [f"rows of {child} that refer to missing rows of {parent}" for child, parent in sorted(dangling)]
+        found += [
+            f"rows of {child} with a reference to a missing row of {parent}" for child, parent in sorted(dangling)
+        ]
     return found
 
 

@@ -14,7 +14,7 @@ from msgspec import Meta
 from sqlalchemy import ColumnElement, Connection, Select, case, func, select
 
 from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues, verdicts
-from adapter.ledger.settlement import State
+from adapter.ledger.settlement import FOR_EVER, State
 from adapter.moments import to_text
 
 MAX_IDS = 10_000
@@ -307,5 +307,4 @@ def _deliveries() -> Any:
 
 
 def _until(milliseconds: int | None) -> str | None:
-    far = milliseconds is not None and milliseconds >= 253_000_000_000_000
-    return "a person resumes it" if far else _text(milliseconds)
+    return "a person resumes it" if milliseconds == FOR_EVER else _text(milliseconds)

@@ -227,9 +227,9 @@ class PausedBy(Enum):
 class PausePolicy:
     """The rules for pausing a queue after failures."""
 
-    after_failures: int = 5  # orders that failed one after another; 0: never
-    first: timedelta = timedelta(seconds=30)  # doubles with each further pause
-    longest: timedelta = timedelta(minutes=10)
+    after_failures: int  # orders that failed one after another; 0: never
+    first: timedelta  # doubles with each further pause
+    longest: timedelta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,6 @@ from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.schema import deliveries, notifications
-from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store, StoreBusy, StoreUnavailable
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
@@ -56,6 +55,7 @@ from adapter.verdicts.circuit_breaker import CircuitBreaker
 from adapter.verdicts.verdicts import Verdicts
 from tests import ORDERS, PATIENCE
 from tests.databases import KINDS, Server, database_of, rows
+from tests.ledgers import POLICY
 
 MODIFIED = "2026-02-03T08:16:35.870Z"
 ENVIRON = {
@@ -210,7 +210,7 @@ class House:
         self.metrics = Metrics("0")
         self._handlers = Runner(make_norce=make_norce, clock=lambda: to_datetime(self.store.clock()))
         self._reader = make_norce()
-        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=PausePolicy())
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=POLICY)
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
         self.endpoint = CallbackEndpoint(
             routes=self.routes,

@@ -499,7 +499,7 @@ def test_store_check_stats_and_migrate(config: Path) -> None:
     for_programs = command("store", "stats", "--output", "json", config=config)
     migrated = command("store", "migrate", config=config)
 
-    assert (checked.exit_code, checked.stdout) == (OK, f"{config.parent}/ledger.db: no faults\n")
+    assert (checked.exit_code, checked.stdout) == (OK, f"{config.parent}/ledger.db has no faults\n")
     assert measured.stdout.splitlines()[0].split() == ["notifications", "4"]
     assert json.loads(for_programs.stdout)["deliveries"] == 4
     assert (migrated.exit_code, migrated.stdout) == (OK, f"{config.parent}/ledger.db is up to date\n")
@@ -511,7 +511,7 @@ def test_faults_are_printed_and_are_1(config: Path) -> None:
     result = command("store", "check", config=config)
 
     assert (result.exit_code, result.stdout) == (FAILED, "")
-    assert result.stderr.splitlines()[0] == "1 lanes with work that will never be claimed"
+    assert result.stderr.splitlines()[0] == "lanes that no process will claim although a delivery waits: 1"
 
 
 def test_a_backup_overwrites_nothing(config: Path) -> None:

@@ -29,7 +29,7 @@ from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
 from tests import PATIENCE
 from tests.databases import rows
-from tests.ledgers import HandClock
+from tests.ledgers import POLICY, HandClock
 
 NOON = 1_770_120_000_000
 CANARY = "19811218-9876"
@@ -263,7 +263,7 @@ async def working(
     *routes: Route,
     merchants: Sequence[str] = ("fjallboden",),
     slots: int = 8,
-    policy: PausePolicy = PausePolicy(),  # noqa: B008 - a value
+    policy: PausePolicy = POLICY,
     patience: timedelta = timedelta(seconds=PATIENCE),
     before: Callable[[Store, int], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Work]:

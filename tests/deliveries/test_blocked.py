@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from adapter.ledger.retry import DeadLetter, retry_dead_letters
+from adapter.ledger.dead_letters import DeadLetter, retry_dead_letters
 from adapter.ledger.settlement import Reason
 from adapter.plugin import Context, Done, NoSettings, Notification
 from adapter.routing.routes import Route

@@ -18,7 +18,6 @@ from adapter.ledger.claims import QueueLimits
 from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
-from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.moments import to_datetime
 from adapter.plugin import Context, Done, Misconfigured, NoSettings, Notification, Outcome, Reject, Retry, Skip, Unknown
@@ -26,7 +25,7 @@ from tests import PATIENCE
 from tests.asynchronous import asynchronous
 from tests.deliveries.handlers import Blocks, Counting, LooksUp, Plain, Repeatable, Step, wait_forever
 from tests.deliveries.harness import CANARY, NOON, NORCE_TIMEOUT, SECOND, SHORTLY, route, working
-from tests.ledgers import HandClock
+from tests.ledgers import POLICY, HandClock
 
 # --- outcomes become rows -----------------------------------------------------------------------------------------
 
@@ -315,7 +314,7 @@ async def died_in_hand(store: Store, queue_id: int) -> None:
     lease = Lease(store, version="test")
     await lease.enter()
     ask = QueueLimits(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1)
-    taken = await Lanes(store, lease, policy=PausePolicy()).claim([ask], 1)
+    taken = await Lanes(store, lease, policy=POLICY).claim([ask], 1)
     assert isinstance(store.clock, HandClock)
     store.clock.now = taken.claims[0].doubt_ends_at
 

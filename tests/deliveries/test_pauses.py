@@ -3,11 +3,11 @@
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
-from adapter.ledger.settlement import PausePolicy
 from adapter.plugin import (
     Context,
     Done,
@@ -23,6 +23,7 @@ from adapter.plugin import (
 from tests.asynchronous import asynchronous
 from tests.deliveries.handlers import Plain, wait_forever
 from tests.deliveries.harness import KEY, NOON, SECOND, route, working
+from tests.ledgers import POLICY
 
 
 class Shop(NotificationHandler[NoSettings]):
@@ -92,7 +93,9 @@ async def test_an_outage_costs_one_call_for_each_pause_and_loses_no_order(
 @asynchronous
 async def test_an_outage_that_is_longer_than_any_schedule_exhausts_nothing(store_url: str) -> None:
     shop = Shop()
-    async with working(store_url, route(shop, schedule=(5 * SECOND,)), policy=PausePolicy(after_failures=3)) as work:
+    async with working(
+        store_url, route(shop, schedule=(5 * SECOND,)), policy=replace(POLICY, after_failures=3)
+    ) as work:
         shop.says["fjallboden"] = OUTAGES["busy"]
         for number in range(3):
             await work.owe(f"order-{number}")

@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -12,11 +13,11 @@ import pytest
 from sqlalchemy import Connection, event
 
 from adapter.ledger import commands as room
-from adapter.ledger.commands import Commands, NoSuchCommand, Pause, Step, StepResult
+from adapter.ledger.commands import Commands, NoSuchCommand, QueueChange, Step, StepResult
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
-from adapter.ledger.settlement import FOR_EVER, Ending, PausePolicy
+from adapter.ledger.settlement import FOR_EVER, Ending
 from adapter.ledger.store import Store
 from adapter.plugin import Retry
 from tests.databases import Server
@@ -30,6 +31,7 @@ from tests.ledgers import (
     MISCONFIGURED,
     NOON,
     NOT_THERE,
+    POLICY,
     REJECTED,
     UNKNOWN,
     Ends,
@@ -60,7 +62,7 @@ def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> StepResult:
 
 
 def pause(ledger: Ledger, name: str = "pause", **given: Any) -> int:
-    return ledger.do(getattr(Commands(ledger.store), name)(Pause(**{"route": "export", "by": BY, **given})))
+    return ledger.do(getattr(Commands(ledger.store), name)(QueueChange(**{"route": "export", "by": BY, **given})))
 
 
 def dead(ledger: Ledger, *orders: str, ends: Ends = REJECTED, refetch: bool = True, **more: Any) -> None:
@@ -726,7 +728,7 @@ def test_two_operators_at_once_do_each_letter_once(postgres: Server) -> None:
 def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Server) -> None:
     with several(postgres, 3) as (ledger, nodes):
         for node in (ledger, *nodes):
-            node.lanes = Lanes(node.store, node.lease, policy=PausePolicy(after_failures=0))
+            node.lanes = Lanes(node.store, node.lease, policy=replace(POLICY, after_failures=0))
         orders = [f"order-{number}" for number in range(20)]
         dead(ledger, *orders, ends=UNKNOWN)
 

@@ -514,43 +514,43 @@ def test_two_nodes_prune_at_once(postgres: Server) -> None:
 PLANTED = {
     "a lane with work that is never claimed": (
         "UPDATE lanes SET next_at = NULL, current_delivery_id = NULL WHERE order_id = 'waits'",
-        "1 lanes with work that will never be claimed",
+        "lanes that no process will claim although a delivery waits: 1",
     ),
     "a lane that waits for what is done": (
         "UPDATE deliveries SET state = 'done', reason = 'discarded' WHERE id = 4",
-        "1 lanes with work that will never be claimed",
+        "lanes that no process will claim although a delivery waits: 1",
     ),
     "a lane stopped by what waits": (
         "UPDATE lanes SET next_at = NULL WHERE order_id = 'waits'",
-        "1 lanes with work that will never be claimed",
+        "lanes that no process will claim although a delivery waits: 1",
     ),
     "a holder that is not there": (
         "UPDATE lanes SET holder = 4711 WHERE order_id = 'held'",
-        "1 lanes held by a process that does not exist",
+        "lanes held by an unknown process: 1",
     ),
     "a delivery that is not there": (
         "UPDATE lanes SET current_delivery_id = 4711 WHERE order_id IN ('held', 'stops')",
-        "2 lanes whose current delivery does not exist",
+        "lanes whose current delivery is missing: 2",
     ),
     "a delivery of another lane": (
         "UPDATE lanes SET current_delivery_id = 1 WHERE order_id = 'held'",
-        "1 lanes whose current delivery does not exist",
+        "lanes whose current delivery is missing: 1",
     ),
     "more settled than claimed": (
         "UPDATE lanes SET settled = claim + 1 WHERE order_id = 'done'",
-        "1 lanes with more settlements than claims",
+        "lanes with more settled claims than claims: 1",
     ),
     "an unknown state": (
         "UPDATE deliveries SET state = 'lost' WHERE id = 1",
-        "1 deliveries in an unknown state",
+        "deliveries with an unknown state: 1",
     ),
     "an end without a reason": (
         "UPDATE deliveries SET reason = NULL WHERE id IN (1, 2)",
-        "2 deliveries that ended without a reason",
+        "finished deliveries without a reason: 2",
     ),
     "a pause without a cause": (
         "UPDATE queues SET paused_until = 1",
-        "3 queues paused without a cause",
+        "paused queues without a cause: 3",
     ),
 }
 
@@ -585,11 +585,14 @@ def test_nothing_is_found_in_a_ledger_that_is_well(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("sql", "words"),
     [
-        ("DELETE FROM notifications WHERE id = 2", ["rows of deliveries that refer to missing rows of notifications"]),
-        ("DELETE FROM deliveries WHERE id = 1", ["rows of attempts that refer to missing rows of deliveries"]),
+        (
+            "DELETE FROM notifications WHERE id = 2",
+            ["rows of deliveries with a reference to a missing row of notifications"],
+        ),
+        ("DELETE FROM deliveries WHERE id = 1", ["rows of attempts with a reference to a missing row of deliveries"]),
         (
             "DELETE FROM lanes WHERE order_id = 'done'",
-            ["rows of deliveries that refer to missing rows of lanes"],
+            ["rows of deliveries with a reference to a missing row of lanes"],
         ),
     ],
 )

@@ -54,7 +54,7 @@ from sqlalchemy import text
 
 from adapter.identifiers import Channel
 from adapter.ledger.claims import AttemptRecord, Claim, QueueKey, QueueLimits
-from adapter.ledger.commands import Commands, Pause, Step
+from adapter.ledger.commands import Commands, QueueChange, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
@@ -508,9 +508,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(route=st.sampled_from(sorted(ROUTES)), resumes=st.booleans(), node=NODES)
     def paused_or_resumed(self, route: str, resumes: bool, node: int) -> None:
         commands = self.node(node).commands
-        pause = Pause(route=route, by=BY)
+        change = QueueChange(route=route, by=BY)
 
-        assert self.loop.run(commands.resume(pause) if resumes else commands.pause(pause)) == 1
+        assert self.loop.run(commands.resume(change) if resumes else commands.pause(change)) == 1
 
         was = self.queue_states[route]
         self.queue_states[route] = RUNNING if resumes else replace(PERSON, **kept_of(was))
@@ -581,7 +581,7 @@ class LedgerMachine(RuleBasedStateMachine):
             rows = self.looking.execute(text(EVERYTHING)).all()
             stored = self.looking.execute(text("SELECT count(*) FROM notifications")).scalar_one()
             queues = {row.route: row for row in self.looking.execute(text("SELECT * FROM queues"))}
-            wrong = [each for each in faults(self.looking) if "process that does not exist" not in each]
+            wrong = [each for each in faults(self.looking) if "unknown process" not in each]
         assert wrong == []
         assert stored == len(self.known) + self.conflicts
         owed_of = {(owed.identity, line.route): (line, owed) for line in self.lines.values() for owed in line.owed}

@@ -17,13 +17,14 @@ from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import FOR_EVER, PausePolicy
+from adapter.ledger.settlement import FOR_EVER
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.operations.application import OperationsEndpoints
 from adapter.operations.health import Health
 from adapter.reconciliation.events import LogProgress
 from tests.databases import rows
+from tests.ledgers import POLICY
 
 
 class Site:
@@ -171,7 +172,7 @@ def test_metrics_are_prometheus_text_with_every_name(site: Site) -> None:
 
 def test_metrics_count_the_waiting_deliveries(each_site: Site) -> None:
     async def run() -> str:
-        lanes = Lanes(each_site.store, Lease(each_site.store, version="0"), policy=PausePolicy())
+        lanes = Lanes(each_site.store, Lease(each_site.store, version="0"), policy=POLICY)
         queues = await lanes.open_queues([QueueKey("export", Channel("norce", "1"))])
         for number in range(3):
             receipt = ReceivedNotification(
@@ -192,7 +193,7 @@ def test_metrics_count_the_waiting_deliveries(each_site: Site) -> None:
 
 
 def test_metrics_report_paused_queues(each_site: Site) -> None:
-    lanes = Lanes(each_site.store, Lease(each_site.store, version="0"), policy=PausePolicy())
+    lanes = Lanes(each_site.store, Lease(each_site.store, version="0"), policy=POLICY)
     keys = [QueueKey("export", Channel(merchant, "1")) for merchant in ("norce", "other")]
 
     async def run() -> str:

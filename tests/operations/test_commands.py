@@ -17,7 +17,6 @@ from adapter.callbacks.server import http_server, listen
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceUnavailable
@@ -28,7 +27,7 @@ from adapter.operations.unix_socket import listening_at
 from adapter.plugin import Secret
 from adapter.reconciliation.events import LogProgress
 from tests import PATIENCE
-from tests.ledgers import EXPORT, receipt
+from tests.ledgers import EXPORT, POLICY, receipt
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
@@ -56,7 +55,7 @@ class Port:
         self.store = Store.open(f"sqlite:///{self._folder}/ledger.db")
         lease = Lease(self.store, version="test")
         await lease.enter()
-        queues = await Lanes(self.store, lease, policy=PausePolicy()).open_queues([EXPORT])
+        queues = await Lanes(self.store, lease, policy=POLICY).open_queues([EXPORT])
         await Inbox(self.store).receive(receipt("canary-order", 1, wanted=[(queues[EXPORT], True)]))
         token = None if self._token is None else Secret(self._token)
         self.pages: list[LogProgress] = []

@@ -27,7 +27,6 @@ from adapter.ledger.key_values import Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.schema import deliveries, lanes, notifications
-from adapter.ledger.settlement import PausePolicy
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, NorceError
@@ -40,6 +39,7 @@ from adapter.routing.routes import build
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
 from tests.databases import rows
+from tests.ledgers import POLICY
 from tests.simulators import TickingClock
 
 CHANNEL = Channel("norce", "1")
@@ -98,7 +98,7 @@ class House:
 
     async def _open(self) -> None:
         self.store = Store.open(self.url)
-        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=PausePolicy())
+        lanes = Lanes(self.store, Lease(self.store, version="0"), policy=POLICY)
         queues = await lanes.open_queues(queue_keys(self.config, self.routes))
         self.intake = Intake(self.routes, Inbox(self.store), queue_ids=queues, metrics=self.metrics)
         self.endpoint = CallbackEndpoint(
