@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import shutil
 import socket
 import struct
 import threading
@@ -66,13 +67,20 @@ def fill(ledger: Ledger) -> None:
     ledger.owed(1, order_id=NASTY)
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """The configuration of a ledger that no service uses."""
-    path = make(tmp_path)
-    with opened(f"sqlite:///{tmp_path}/ledger.db") as ledger:
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a ledger with the four deliveries. Tests take a copy."""
+    path = tmp_path_factory.mktemp("filled") / "ledger.db"
+    with opened(f"sqlite:///{path}") as ledger:
         fill(ledger)
     return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, filled: Path) -> Path:
+    """The configuration of a ledger that no service uses."""
+    shutil.copy(filled, tmp_path / "ledger.db")
+    return make(tmp_path)
 
 
 @pytest.fixture

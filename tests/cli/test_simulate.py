@@ -12,7 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests import PATIENCE
+from tests.cli.test_cli import run
+
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 COMMAND = Path(sys.executable).with_name("norce-adapter")
 HEADERS = {"authorization": "Bearer secret", "x-merchant": "norce", "x-channel": "1"}
@@ -53,11 +55,9 @@ def test_it_serves_and_prints_requests() -> None:
 def test_a_wrong_option_ends_it_with_one_line(words: list[str], status: int, says: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         filled = [each.format(taken=taken.getsockname()[1]) for each in words]
-        result = subprocess.run(
-            [COMMAND, "simulate", *filled], capture_output=True, text=True, timeout=PATIENCE, check=False
-        )
+        result = run("simulate", *filled)
 
-    assert result.returncode == status
+    assert result.exit_code == status
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
