@@ -15,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from adapter import logs
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.senders import Senders
@@ -80,6 +81,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
     """
     async with contextlib.AsyncExitStack() as stack:
         health, metrics = Health(is_held=hold), Metrics(VERSION)
+        logs.count_dropped(metrics.log_lines_dropped.inc)
         store = Store.open(config.store.url)
         stack.callback(store.close)
         health.checks["store"] = lambda: not store.failing

@@ -82,6 +82,10 @@ class Metrics:
             "channel_active", "0 while Norce's configuration has this adapter switched off.", ["merchant", "channel"]
         )
         self.store_available = gauge("store_available", "1 while the ledger can be written.")
+        self.log_lines_dropped = counter(
+            "log_lines_dropped_total",
+            "Log lines that could not be written: a stopped reader, a full disk.",
+        )
         self.build_info = gauge("build_info", "Always 1.", ["version"])
         self.build_info.labels(version).set(1)
 

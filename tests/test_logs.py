@@ -1,12 +1,16 @@
 """Log lines: the fields that leave the process, and those that are redacted."""
 
-import asyncio
+import contextlib
+import fcntl
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,10 +215,10 @@ def test_a_terminal_shows_the_same_fields_in_colour() -> None:
     assert CANARY not in terminal.getvalue()
 
 
-@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise SystemExit(3)", 3), ("1 / 0", 1)])
+@pytest.mark.parametrize(("end", "code"), [("pass", 0), ("raise SystemExit(3)", 3), ("logs.close(); os._exit(4)", 4)])
 def test_buffered_lines_are_written_before_the_process_ends(end: str, code: int) -> None:
     program = f"""
-import asyncio, structlog
+import asyncio, os, structlog
 from adapter import logs
 
 async def main():
@@ -233,70 +237,281 @@ asyncio.run(main())
     assert (ended.returncode, told) == (code, list(range(1000)))
 
 
-class Writes(io.StringIO):
-    """A stream that remembers what each call wrote: the events of its lines."""
+# --- the thread that writes -----------------------------------------------------------------------------------------
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[list[str]] = []
-        self.flushed = asyncio.Event()
 
-    def write(self, text: str) -> int:
-        if text:  # a timer that is late finds no lines
-            self.calls.append([json.loads(line)["event"] for line in text.splitlines()])
-        return len(text)
+class Pipe:
+    """A pipe with a small buffer, and a writer at one end."""
 
-    def flush(self) -> None:
-        self.flushed.set()
+    def __init__(self, max_lines: int = 10) -> None:
+        self.reading, self.writing = os.pipe()
+        fcntl.fcntl(self.writing, fcntl.F_SETPIPE_SZ, 4096)
+        self.out = os.fdopen(self.writing, "w")
+        self.max_lines = max_lines
+        self.writer = logs.LineWriter(self.out, max_lines=max_lines)
+        self.dropped: list[int] = []
+        self.writer.count_dropped(self.dropped.append)
+        structlog.configure(
+            processors=[structlog.processors.JSONRenderer()],
+            logger_factory=self.writer,
+            cache_logger_on_first_use=False,
+        )
+
+    def read(self) -> bytes:
+        return os.read(self.reading, 1_000_000)
+
+    def read_until(self, words: bytes) -> list[bytes]:
+        """Read until these words have come at the end, and return the lines."""
+        data = b""
+        while not data.endswith(words):
+            data += self.read()
+        return data.splitlines()
+
+    def read_until_reported(self) -> list[bytes]:
+        """Read until every dropped line is reported, and return the other lines."""
+        data, lines, reported = b"", [], 0
+        while reported < self.writer.dropped:
+            data += self.read()
+            *whole, data = data.split(b"\n")
+            lines += [each for each in whole if not each.startswith(b"{")]
+            reported += sum(json.loads(each)["count"] for each in whole if each.startswith(b"{"))
+        assert reported == self.writer.dropped == sum(self.dropped)
+        return lines
+
+    def fill(self) -> None:
+        """Write lines until no more fit: into the pipe, the thread's hands and the buffer."""
+        accepted, is_full = 0, False
+        while not (is_full and accepted > 4096 // 101 + self.max_lines):
+            before = self.writer.dropped
+            self.writer.msg("x" * 100)
+            is_full = self.writer.dropped > before
+            accepted += not is_full
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.reading)
+        self.writer.close()
+        with contextlib.suppress(OSError):
+            self.out.close()
 
 
 @pytest.fixture
-def standard_error(monkeypatch: pytest.MonkeyPatch) -> Writes:
-    stream = Writes()
-    for name in ("stderr", "__stderr__"):
-        monkeypatch.setattr(sys, name, stream)
-    logs.configure()
-    return stream
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
 
 
-def test_frequent_lines_on_standard_error_share_one_write_with_the_next_other_line(standard_error: Writes) -> None:
-    async def main() -> None:
-        log().info("callback_answered")
-        log().warning("verdict")
-        assert standard_error.calls == []
-        log().info("serving")
-        log().info("verdict")
-        log().error("verdict")
-
-    asyncio.run(main())
-
-    assert standard_error.calls == [["callback_answered", "verdict", "serving"], ["verdict", "verdict"]]
+def wait_until(holds: Callable[[], Any]) -> None:
+    ends = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < ends
+        time.sleep(0.001)
 
 
-def test_frequent_lines_on_standard_error_are_written_soon_though_no_other_follows(standard_error: Writes) -> None:
-    async def main() -> None:
-        for _ in range(2):
-            for _ in range(3):
-                log().info("verdict")
-            standard_error.flushed.clear()
-            async with asyncio.timeout(PATIENCE):
-                await standard_error.flushed.wait()
+def test_lines_are_written_in_their_order(pipe: Pipe) -> None:
+    for number in range(5):
+        pipe.writer.msg(str(number))
 
-    asyncio.run(main())
+    assert pipe.read_until(b"4\n") == [b"0", b"1", b"2", b"3", b"4"]
 
-    assert standard_error.calls == [["verdict"] * 3] * 2
+
+def test_a_reader_that_stops_costs_lines_but_no_time_and_they_are_counted(pipe: Pipe) -> None:
+    pipe.fill()
+    for _ in range(1000):
+        pipe.writer.msg("dropped")
+
+    lines = pipe.read_until_reported()
+
+    assert pipe.writer.dropped > 1000
+    assert b"dropped" not in lines
+    pipe.writer.msg("again")
+    assert pipe.read_until(b"again\n") == [b"again"]
+
+
+def test_a_closed_pipe_costs_lines_and_nothing_else(pipe: Pipe) -> None:
+    os.close(pipe.reading)
+    for _ in range(3):
+        pipe.writer.msg("lost")
+
+    wait_until(lambda: sum(pipe.dropped) == 3)
+    pipe.writer.msg("lost too")
+    wait_until(lambda: sum(pipe.dropped) == 4)
+
+
+def test_a_pipe_that_does_not_block_is_waited_for(pipe: Pipe) -> None:
+    """Another process that shares the pipe can make it non-blocking."""
+    os.set_blocking(pipe.writing, False)
+    pipe.fill()
+
+    lines = pipe.read_until_reported()
+
+    assert set(lines) == {b"x" * 100}
+
+
+def test_a_full_disk_ends_no_line_in_the_middle_of_another(tmp_path: Path) -> None:
+    """A process of its own has the limit on the size of a file, which is the same to a writer as a full disk."""
+    program = """
+import resource, signal, structlog, sys, time
+from adapter import logs
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+logs.configure()
+dropped = []
+logs.count_dropped(dropped.append)
+log = structlog.get_logger()
+for number in range(100):
+    log.info("callback_answered", count=number)
+while not sum(dropped):
+    time.sleep(0.001)
+log.info("callback_answered", count=100)
+while sum(dropped) < 2:
+    time.sleep(0.001)
+logs.close()
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+log.info("serving")
+logs.close()
+print(sum(dropped))
+"""
+    path = tmp_path / "log"
+    with path.open("w") as file:
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+            timeout=PATIENCE,
+            check=True,
+        )
+
+    lines = path.read_text().splitlines()
+    events = [json.loads(line) for line in lines if line.endswith("}")]
+    written = [each["count"] for each in events if each["event"] == "callback_answered"]
+    assert written == list(range(len(written)))
+    assert len(lines) - len(events) <= 1  # the line that was cut by the full disk
+    assert [each["event"] for each in events[-2:]] == ["serving", "log_lines_dropped"]
+    assert len(written) + int(ended.stdout) == 101
+    assert events[-1]["count"] == int(ended.stdout)
+
+
+def test_closing_gives_up_if_the_reader_has_stopped(pipe: Pipe) -> None:
+    pipe.fill()
+
+    began = time.monotonic()
+    pipe.writer.close()
+
+    assert logs.CLOSE_WITHIN_SECONDS <= time.monotonic() - began < PATIENCE
+    assert logs.CLOSE_WITHIN_SECONDS <= 2
+
+
+def test_a_line_after_the_close_is_written(pipe: Pipe) -> None:
+    pipe.writer.msg("one")
+    pipe.writer.close()
+    pipe.writer.msg("two")
+
+    assert pipe.read_until(b"two\n") == [b"one", b"two"]
+
+
+def test_without_a_standard_error_lines_are_counted_as_dropped() -> None:
+    dropped: list[int] = []
+    writer = logs.LineWriter(None)
+    writer.msg("before")
+    wait_until(lambda: writer.dropped == 1)
+
+    writer.count_dropped(dropped.append)
+    writer.msg("lost")
+
+    wait_until(lambda: dropped == [1, 1])
+    writer.close()
+
+
+def test_the_shipped_buffer_is_bounded() -> None:
+    assert logs.MAX_LINES == 10_000
     assert logs.WRITE_WITHIN_SECONDS <= 0.01
 
 
-def test_a_frequent_line_is_written_at_once_without_an_event_loop(standard_error: Writes) -> None:
-    log().info("verdict")
+def test_a_printed_line_becomes_a_line_of_the_log(pipe: Pipe) -> None:
+    with logs.printed_lines():
+        print("to standard output", end="")  # noqa: T201
+        print(", in two parts")  # noqa: T201
+        print("to standard error", file=sys.stderr)  # noqa: T201
+        print("å", "x" * 20_000)  # noqa: T201
 
-    assert standard_error.calls == [["verdict"]]
+    lines = pipe.read_until(b"x" * 100 + b"\n")
+    assert lines[:2] == [b"to standard output, in two parts", b"to standard error"]
+    assert lines[2] == b"\xc3\xa5 " + b"x" * (10_000 - 3)
 
 
-def test_every_line_on_another_stream_is_written_at_once(lines: Lines) -> None:
-    async def main() -> None:
-        log().info("verdict")
-        assert len(lines()) == 1
+def test_printing_does_not_wait_for_a_reader_that_has_stopped(pipe: Pipe) -> None:
+    pipe.fill()
+    before = sum(pipe.dropped)
 
-    asyncio.run(main())
+    with logs.printed_lines():
+        for _ in range(1000):
+            print("lost")  # noqa: T201
+
+    assert sum(pipe.dropped) == before + 1000
+
+
+def test_a_warning_and_the_failure_of_a_thread_are_lines_without_their_text() -> None:
+    program = f"""
+import threading, warnings
+from adapter import logs
+
+logs.configure()
+warnings.warn({CANARY!r}, RuntimeWarning)
+thread = threading.Thread(target=lambda: int({CANARY!r}))
+thread.start()
+thread.join()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-W", "default", "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+
+    warning, failure = map(json.loads, ended.stderr.splitlines())
+    assert (warning["event"], warning["error_type"], warning["where"]) == (
+        "python_warning",
+        "RuntimeWarning",
+        "<string>:6",
+    )
+    assert (failure["event"], failure["exception"][0]["type"]) == ("thread_failed", "builtins.ValueError")
+    assert CANARY not in ended.stderr
+
+
+# --- level and format -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("level", "events"),
+    [("debug", ["a", "b", "c", "d"]), ("info", ["b", "c", "d"]), ("warning", ["c", "d"]), ("error", ["d"])],
+)
+def test_lines_below_the_level_are_left_out(level: Any, events: list[str]) -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream, level=level)
+
+    log().debug("a")
+    log().info("b")
+    log().warning("c")
+    log().error("d")
+
+    assert [json.loads(line)["event"] for line in stream.getvalue().splitlines()] == events
+
+
+@pytest.mark.parametrize(
+    ("stream", "format", "start"),
+    [
+        (Terminal(), "json", "{"),
+        (Terminal(), "auto", "\x1b["),
+        (io.StringIO(), "text", "20"),
+        (io.StringIO(), "auto", "{"),
+    ],
+)
+def test_the_format_can_be_chosen(stream: io.StringIO, format: Any, start: str) -> None:
+    logs.configure(stream=stream, format=format)
+
+    log().info("serving", route="export")
+
+    assert stream.getvalue().startswith(start)
+    assert "export" in stream.getvalue()

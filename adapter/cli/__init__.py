@@ -5,7 +5,12 @@ output; logs, progress and errors go to standard error. A command imports only w
 `COMMANDS` names its module, and modules import large libraries in their functions.
 """
 
+import errno
+import io
+import os
+import sys
 from importlib import import_module, metadata
+from typing import Any
 
 import click
 
@@ -32,6 +37,16 @@ COMMANDS = {
 class LazyGroup(click.Group):
     """A group that imports a command when it is used."""
 
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        _prepare_standard_streams()
+        try:
+            return super().main(*arguments, **named)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EIO) or error.filename is not None:
+                raise
+            click.echo(f"the output cannot be written: {error.strerror}", err=True)
+            sys.exit(1)
+
     def list_commands(self, context: click.Context) -> list[str]:
         return [*COMMANDS, *super().list_commands(context)]
 
@@ -41,6 +56,19 @@ class LazyGroup(click.Group):
         module, _, function = COMMANDS[name].partition(".")
         command: click.Command = getattr(import_module(f"adapter.cli.{module}"), function)
         return command
+
+
+def _prepare_standard_streams() -> None:
+    """Occupy closed standard descriptors, and write `?` for what a terminal cannot show."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            # Otherwise the next file or connection gets this number, and with it what is meant for the terminal.
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # None if it is closed
+            stream.reconfigure(errors="replace")
 
 
 @click.group(

@@ -20,7 +20,7 @@ def demo_command(then_exit: bool, output: str) -> None:
 
     Norce Checkout and Jetshop are simulated on this host.
     """
-    logs.configure(level=logs.WARNING if then_exit or sys.stderr.isatty() else logs.INFO)
+    logs.configure(level="warning" if then_exit or sys.stderr.isatty() else "info")
     try:
         uvloop.run(_demo(then_exit=then_exit, output=output))
     except DemoFailed as error:

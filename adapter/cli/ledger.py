@@ -420,7 +420,7 @@ def store_migrate(config_path: Path) -> None:
     from adapter import logs
     from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
 
-    logs.configure(level=logs.WARNING)
+    logs.configure(level="warning")
     config = load_config(config_path)
     try:
         Store.open(config.store.url).close()

@@ -1,13 +1,25 @@
 """The commands `serve` and `check`."""
 
 import os
+import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 
 import click
 
-from adapter.cli.shared import FAILED, STORE, config_option, end, in_one_line, load_config_and_routes, stop_signal
+from adapter.cli.shared import (
+    FAILED,
+    STORE,
+    config_option,
+    end,
+    in_one_line,
+    load_config,
+    load_config_and_routes,
+    load_routes,
+    stop_signal,
+)
 from adapter.config import Config
 from adapter.routing.routes import Routes
 
@@ -16,25 +28,33 @@ from adapter.routing.routes import Routes
 @click.option("--hold", is_flag=True, help="Receive callbacks and commands, but hold every queue until the next start.")
 @config_option
 def serve(*, hold: bool, config_path: Path) -> None:
-    """Serve callbacks until SIGTERM or SIGINT."""
+    """Serve callbacks until SIGTERM or SIGINT.
+
+    SIGHUP is ignored, so that the service outlives the terminal that started it.
+    """
     import uvloop
 
     from adapter import logs
     from adapter.callbacks.server import PortInUse
     from adapter.ledger.store import StoreInUse, StoreUnavailable
 
-    logs.configure()
-    config, routes = load_config_and_routes(config_path)
-    try:
-        uvloop.run(_serve(config, routes, hold=hold))
-    except (StoreInUse, StoreUnavailable) as error:
-        end(STORE, in_one_line(error))
-    except PortInUse as error:
-        end(FAILED, str(error))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    config = load_config(config_path)
+    logs.configure(level=config.logs.level, format=config.logs.format)
+    with logs.printed_lines():
+        routes = load_routes(config)
+        try:
+            uvloop.run(_serve(config, routes, hold=hold))
+        except (StoreInUse, StoreUnavailable) as error:
+            end(STORE, in_one_line(error))
+        except PortInUse as error:
+            end(FAILED, str(error))
+        except Exception:  # noqa: BLE001 - Python would write it to standard error, which may block
+            traceback.print_exc()
+            sys.exit(FAILED)
+    logs.close()
     # A plugin may still block a thread of `asyncio.to_thread`, for which Python would wait.
     if threading.active_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(0)
 
 

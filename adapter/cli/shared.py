@@ -105,24 +105,29 @@ def parse_moment(_context: click.Context, _parameter: click.Parameter, value: st
 
 def load_config_and_routes(path: Path) -> tuple[Config, "Routes"]:
     """Load the configuration and the handlers, or end with every problem."""
+    config = load_config(path)
+    return config, load_routes(config)
+
+
+def load_routes(config: Config) -> "Routes":
+    """Load the handlers, or end with every problem."""
     from adapter.routing import routes
 
-    config = load_config(path)
     try:
-        return config, routes.build(config)
+        return routes.build(config)
     except ConfigurationInvalid as error:
         _end_with_problems(error)
 
 
 def _end_with_problems(error: ConfigurationInvalid) -> NoReturn:
-    for problem in error.problems:
-        click.echo(str(problem), err=True)
     count = len(error.problems)
-    end(CONFIGURATION, f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started")
+    summary = f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started"
+    end(CONFIGURATION, "\n".join([*map(str, error.problems), summary]))
 
 
 def end(code: int, message: str) -> NoReturn:
-    click.echo(message, err=True)
+    with contextlib.suppress(OSError):  # the exit code counts if standard error takes nothing
+        click.echo(message, err=True)
     sys.exit(code)
 
 
@@ -191,7 +196,9 @@ def in_one_line(error: object) -> str:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator["asyncio.Event"]:
-    """Give an event that SIGTERM and SIGINT set while the context lasts.
+    """Give an event that SIGTERM, SIGINT and SIGHUP set while the context lasts.
+
+    A SIGHUP that is ignored stays ignored.
 
     Only this function handles signals: two uvicorn servers would replace each other's handlers.
     """
@@ -199,7 +206,9 @@ def stop_signal() -> Iterator["asyncio.Event"]:
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
     for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:

@@ -54,7 +54,7 @@ def simulate(
     With --scenario: play a purchase against a running service, and print the result as JSON. The service has to use
     this Norce, and --config has to be its configuration. The command fails if an order does not end as it should.
     """
-    logs.configure(level=logs.WARNING)
+    logs.configure(level="warning")
     try:
         switches = Switches().with_values(dict(_split(each) for each in pairs))
         if scenario is None:

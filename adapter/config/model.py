@@ -109,6 +109,19 @@ class OperationsConfig(_Section, frozen=True, kw_only=True):
     token: Annotated[Secret | None, doc("Bearer token for commands; without it the port refuses every command.")] = None
 
 
+class LogsConfig(_Section, frozen=True, kw_only=True):
+    """The log, which is written to standard error."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        doc("Lowest level that is written; info has a line for every callback and attempt."),
+    ] = "info"
+    format: Annotated[
+        Literal["auto", "json", "text"],
+        doc("Form of a line: json for programs, text for people; auto is text on a terminal."),
+    ] = "auto"
+
+
 class RetentionConfig(_Section, frozen=True, kw_only=True):
     """Times for which the ledger keeps things."""
 
@@ -398,6 +411,7 @@ class ConfigFile(_Section, frozen=True, kw_only=True):
     adapter: AdapterConfig
     server: ServerConfig = ServerConfig()
     operations: OperationsConfig = OperationsConfig()
+    logs: LogsConfig = LogsConfig()
     store: StoreConfig = StoreConfig()
     norce: NorceConfig = NorceConfig()
     reconciliation: ReconciliationConfig = ReconciliationConfig()

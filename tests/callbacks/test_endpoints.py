@@ -1306,7 +1306,7 @@ def logged() -> Iterator[io.StringIO]:
     """Everything that the service writes to its log."""
     stream, root = io.StringIO(), logging.getLogger()
     handlers, level = root.handlers, root.level
-    logs.configure(stream=stream, level=logging.DEBUG)
+    logs.configure(stream=stream, level="debug")
     yield stream
     structlog.reset_defaults()
     root.handlers, root.level = handlers, level
