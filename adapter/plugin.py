@@ -20,13 +20,14 @@ logged with its traceback and treated as `Unknown`.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
 
 import msgspec
+import structlog
 
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Evaluation, Result
 from adapter.orders import Order
@@ -64,6 +65,8 @@ __all__ = [
     "ValidationHandler",
 ]
 
+log = structlog.get_logger(__name__)
+
 _KEBAB = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 _POINTER = re.compile(r"(/([^/~]|~[01])*)+")  # RFC 6901, without the empty pointer: the root cannot be patched
 # An address that needs no parser. Importing httpx takes a quarter of the time of a command that lists.
@@ -73,12 +76,15 @@ _PLAIN_ADDRESS = re.compile(
 MAX_CODE_LENGTH = 64
 
 
-def _checked_code(code: str) -> str:
-    if not _KEBAB.fullmatch(code) or len(code) > MAX_CODE_LENGTH:
-        raise ValueError(
-            f"a code is kebab-case (such as item-out-of-stock) of at most {MAX_CODE_LENGTH} characters; not {code!r}"
-        )
-    return code
+def _kebab(code: object) -> str:
+    """Return a code in kebab-case. Convert and log another form: an error here would replace the outcome."""
+    text = str.__str__(code) if isinstance(code, str) else str(code)
+    if _KEBAB.fullmatch(text) and len(text) <= MAX_CODE_LENGTH:
+        return text
+    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", text).lower())
+    converted = "-".join(words)[:MAX_CODE_LENGTH].strip("-") or "no-code"
+    log.warning("code_converted", code=converted)
+    return converted
 
 
 # --- settings -------------------------------------------------------------------------------------------------------
@@ -346,20 +352,20 @@ class Skip:
     reason: str
 
     def __post_init__(self) -> None:
-        _checked_code(self.reason)
+        object.__setattr__(self, "reason", _kebab(self.reason))
 
 
 class Outcome(Exception):
     """Base class of the outcomes that a notification handler raises.
 
     Args:
-        code: Kebab-case and stable; it is logged and counted. Anything else raises `ValueError`.
+        code: Kebab-case and stable; it is logged and counted.
         message: Stored for the person who reads the dead letter. Name members and rules, never a customer's values.
     """
 
     def __init__(self, code: str, message: str = "") -> None:
         super().__init__(code, message)
-        self.code = _checked_code(code)
+        self.code = _kebab(code)
         self.message = message
 
     def __str__(self) -> str:
@@ -408,7 +414,7 @@ class Problem:
     message: str
 
     def __post_init__(self) -> None:
-        _checked_code(self.code)
+        object.__setattr__(self, "code", _kebab(self.code))
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,14 +464,14 @@ class Refuse(Exception):
     """Raised by a hook handler to refuse a change.
 
     Args:
-        code: Kebab-case; anything else raises `ValueError`.
+        code: Kebab-case.
         message: Shown by the shopper's front end.
         inner: The cause, in the words of the system behind the handler (Norce's `innerErrorCode`).
     """
 
     def __init__(self, code: str, message: str, *, inner: str | None = None) -> None:
         super().__init__(code, message)
-        self.code = _checked_code(code)
+        self.code = _kebab(code)
         self.message = message
         self.inner = inner
 

@@ -36,7 +36,10 @@ class Rule(Conditional, frozen=True, kw_only=True):
     code: Annotated[
         str,
         msgspec.Meta(
-            description="Kebab-case code that the front end shows or translates, such as `national-id-missing`."
+            pattern=r"^[a-z0-9]+(-[a-z0-9]+)*(?!\n)$",
+            max_length=64,
+            description="Kebab-case code that the front end shows or translates, such as `national-id-missing`.",
+            extra={"allowed": "kebab-case (a-z, 0-9 and single hyphens), at most 64 characters"},
         ),
     ]
     message: Annotated[

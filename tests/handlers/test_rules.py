@@ -125,7 +125,7 @@ def test_an_undecided_rule_raises():
         ({"scope": ""}, "scope_empty"),
         ({"schema": {"type": "text"}}, "schema_invalid"),
         ({"schema": {"$ref": "https://example.com/schema"}}, "ref_remote"),
-        ({"code": "Not kebab"}, "kebab-case"),
+        ({"code": "Not kebab"}, "code"),
         ({"message": ""}, "length"),
         ({"message": {}}, "add it as default"),
         ({"message": {"sv-SE": "Bara i Sverige."}}, "add it as default"),
