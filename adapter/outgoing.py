@@ -6,19 +6,25 @@ so that a handler that contains only the success path is already correct:
 | event | outcome |
 |---|---|
 | no connection | `Retry` |
-| a GET or HEAD without an answer | `Retry` |
-| another request that went out and has no answer | `Unknown` |
-| `raise_for_status()` on 408, 425, 429, 503 | `Retry`, after `Retry-After` |
+| no answer to a write that went out | `Unknown` |
+| no answer to another request | `Retry` |
+| `raise_for_status()` on 425, 429 | `Retry`, after `Retry-After` |
+| on 408 or 5xx | `Unknown` for a write, otherwise `Retry`; both after `Retry-After` |
 | on 401, 403 | `Misconfigured` |
 | on another 4xx, or a redirect | `Reject` |
-| on another 5xx | `Retry` for GET and HEAD, otherwise `Unknown` |
+
+A write is every request but GET, HEAD and OPTIONS, unless it is marked with `extensions={"write": False}`. Gateways
+send 408, 502, 503 and 504 also after the destination has acted, so a handler declares in `not_done` those that never
+follow an effect.
 
 An `httpx.AsyncClient` belongs to one event loop, so each loop has an `Outgoing` of its own.
 """
 
 import functools
+import re
 import ssl
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+import zlib
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -26,19 +32,83 @@ from typing import Any
 import httpx
 import msgspec
 
+from adapter.orders import Order
 from adapter.plugin import Misconfigured, Reject, Retry, Settings, Unknown, Url
 
 MAX_ANSWER_BYTES = 1024 * 1024
 CONNECT_TIMEOUT = timedelta(seconds=5)
 ENDS_BEFORE_DEADLINE = timedelta(milliseconds=100)
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-RETRIED_STATUSES = frozenset({408, 425, 429, 503})
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 Origin = tuple[str, str, int]
 
 
+class Traffic:
+    """The requests of one attempt: the one place that knows whether a write went out.
+
+    The guarded clients write it on the loop of the handler, its caller reads it on another.
+
+    Args:
+        not_done: Statuses that never follow an effect (`NotificationHandler.not_done`).
+    """
+
+    def __init__(self, not_done: Collection[int] = ()) -> None:
+        self.not_done = not_done
+        self.order: Order | None = None  # whose values no message may show
+        self.writes = 0  # went out, or may have
+        self.succeeded = False  # a write was answered 2xx
+        self._closed = False
+
+    def close(self) -> bool:
+        """Let no write begin any more, and return whether one may have gone out."""
+        self._closed = True
+        return self.writes > 0
+
+    def begin_write(self) -> None:
+        """Count a write, right before it is sent.
+
+        Raises:
+            Retry: The attempt has ended.
+        """
+        self.writes += 1  # counted before `_closed` is read; `close` sets `_closed`, then reads `writes`
+        if self._closed:
+            raise Retry("attempt-ended", "the attempt ended before the request was sent")
+
+    def describe(self, request: httpx.Request) -> str:
+        """Return the method and the path of a request, with `…` in place of values."""
+        segments = request.url.raw_path.decode("ascii").partition("?")[0].split("/")
+        values = set(_texts(None if self.order is None else self.order.data))
+        shown = ("…" if not _PLAIN.fullmatch(each) or values & _words(each) else each for each in segments)
+        return f"{request.method} {'/'.join(shown)}"
+
+
+_PLAIN = re.compile(r"[A-Za-z._-]*|v[0-9]{1,2}")  # neither an id nor a percent-encoded character is part of it
+
+
+def _words(segment: str) -> set[str]:
+    segment = segment.casefold()
+    return {segment, *re.split(r"[._-]", segment)} - {""}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text inside a JSON value in lower case."""
+    if isinstance(value, str):
+        yield value.strip().casefold()
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _texts(each)
+
+
+def is_write(request: httpx.Request) -> bool:
+    """Return whether a request may have an effect at the destination."""
+    return bool(request.extensions.get("write", request.method not in READING_METHODS))
+
+
 class DestinationResponse(httpx.Response):
-    """A response whose `raise_for_status` raises outcomes."""
+    """A response whose `raise_for_status` and `json` raise outcomes."""
+
+    traffic: Traffic
 
     def raise_for_status(self) -> "DestinationResponse":
         """Return the response if its status is 2xx.
@@ -49,16 +119,29 @@ class DestinationResponse(httpx.Response):
         status = self.status_code
         if self.is_success:
             return self
-        answered = f"{self.request.method} was answered {status}"
-        if status in RETRIED_STATUSES:
-            raise Retry("destination-busy", answered, after=retry_after(self.headers.get("retry-after")))
+        answered = f"{self.traffic.describe(self.request)} was answered {status}"
+        after = retry_after(self.headers.get("retry-after"))
         if status in (401, 403):
             raise Misconfigured("destination-unauthorized", answered)
-        if status < 500:
+        if status in (425, 429):
+            raise Retry("destination-busy", answered, after=after)
+        if status < 500 and status != 408:
             raise Reject("destination-refused", answered)
-        if self.request.method in READING_METHODS:
-            raise Retry("destination-error", answered)
-        raise Unknown("destination-error", answered)
+        code = "destination-busy" if status in (408, 503) else "destination-error"
+        if is_write(self.request) and status not in self.traffic.not_done:
+            raise Unknown(code, answered, after=after)
+        raise Retry(code, answered, after=after)
+
+    def json(self, **options: Any) -> Any:
+        """Return the body, decoded.
+
+        Raises:
+            Outcome: The body is not JSON, such as a page of a proxy: `Retry`, after a write `Unknown`.
+        """
+        try:
+            return super().json(**options)
+        except (ValueError, RecursionError) as error:
+            raise _no_answer(self.traffic, self.request, "its body is not JSON") from error
 
 
 def retry_after(value: str | None, now: datetime | None = None) -> timedelta | None:
@@ -115,19 +198,49 @@ class Outgoing:
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._transport = transport or connections()
 
-    def client(self, settings: Settings, deadline: datetime, clock: Callable[[], datetime]) -> httpx.AsyncClient:
+    def client(
+        self, settings: Settings, deadline: datetime, clock: Callable[[], datetime], traffic: Traffic
+    ) -> httpx.AsyncClient:
         """Create a client for one call of a handler.
 
-        It reaches the hosts in `settings`, ends before `deadline` by `clock`, and follows no redirects. It owns
-        nothing, so it need not be closed.
+        It reaches the hosts in `settings`, ends before `deadline` by `clock`, follows no redirects, and counts what it
+        sends in `traffic`. It owns nothing, so it need not be closed.
         """
-        guarded = _Guarded(self._transport, origins(settings), deadline, clock)
+        guarded = _Guarded(self._transport, origins(settings), deadline, clock, traffic)
         headers = {"accept-encoding": "identity"}  # so that the limit on received bytes limits the answer
         return httpx.AsyncClient(transport=guarded, headers=headers, follow_redirects=False, trust_env=False)
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self._transport.aclose()
+
+
+class Sending:
+    """One request on its way. It is counted as a write while it is out."""
+
+    def __init__(self, traffic: Traffic, *, write: bool) -> None:
+        self.is_out = False
+        self._traffic = traffic
+        self._write = write
+
+    def begin(self) -> None:
+        """Count the request. Call this before the transport, which may trace nothing."""
+        if self._write and not self.is_out:
+            self.is_out = True
+            self._traffic.begin_write()
+
+    def undo(self) -> None:
+        """Take the request back: nothing of it was sent."""
+        if self.is_out:
+            self.is_out = False
+            self._traffic.writes -= 1
+
+    async def trace(self, event: str, _facts: Mapping[str, Any]) -> None:
+        """Follow httpcore's steps: nothing is out while it connects."""
+        if event == "connection.connect_tcp.started":
+            self.undo()
+        elif event.endswith(".send_request_headers.started"):
+            self.begin()
 
 
 class _Guarded(httpx.AsyncBaseTransport):
@@ -137,11 +250,13 @@ class _Guarded(httpx.AsyncBaseTransport):
         allowed: frozenset[Origin],
         deadline: datetime,
         clock: Callable[[], datetime],
+        traffic: Traffic,
     ) -> None:
         self._transport = transport
         self._allowed = allowed
         self._deadline = deadline
         self._clock = clock
+        self._traffic = traffic
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
@@ -151,65 +266,111 @@ class _Guarded(httpx.AsyncBaseTransport):
             raise Misconfigured("host-not-allowed", f"no Url in this handler's settings has the host {url.host}")
         left = (self._deadline - self._clock() - ENDS_BEFORE_DEADLINE).total_seconds()
         if left <= 0:
-            raise Retry("no-time-left", "the deadline came before the request was sent")
+            raise _no_time_left()
         connect = min(left, CONNECT_TIMEOUT.total_seconds())
         # These replace the client's own timeouts: only the deadline counts.
         request.extensions["timeout"] = {"connect": connect, "pool": connect, "read": left, "write": left}
-        request.extensions["trace"] = self._check_deadline
+        sending = Sending(self._traffic, write=is_write(request))
+        request.extensions["trace"] = functools.partial(self._trace, request, sending)
+        sending.begin()
         try:
             response = await self._transport.handle_async_request(request)
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-            raise Retry("destination-unreachable", type(error).__name__) from error
+        except NOT_SENT as error:
+            sending.undo()
+            unreachable = f"{self._traffic.describe(request)} was not sent: {type(error).__name__}"
+            raise Retry("destination-unreachable", unreachable) from error
         except httpx.TransportError as error:
-            raise _no_answer(request, type(error).__name__) from error
-        if response.headers.get("content-encoding", "identity") != "identity":
-            await response.aclose()
-            raise _no_answer(request, "the answer is compressed, which was not requested")
-        return DestinationResponse(
-            response.status_code,
-            headers=response.headers,
-            stream=_Capped(response, request),
-            extensions=response.extensions,
-        )
+            raise _no_answer(self._traffic, request, type(error).__name__) from error
+        return _answer(response, request, self._traffic)
 
-    async def _check_deadline(self, event: str, _facts: Mapping[str, Any]) -> None:
+    async def _trace(self, request: httpx.Request, sending: Sending, event: str, facts: Mapping[str, Any]) -> None:
         """Stop a request whose deadline has passed, right before httpcore writes it.
 
         The process may have been suspended for longer than its lease. By now another process may have looked up the
         effect, found nothing and sent the request, and it must not go out a second time.
         """
-        if not event.endswith((".send_request_headers.started", ".send_request_body.started")):
-            return
-        if self._clock() >= self._deadline:
-            if event.endswith(".send_request_headers.started"):
-                raise Retry("no-time-left", "the deadline came before the request was sent")
-            raise Unknown("destination-no-answer", "the deadline came in the middle of the request")
+        begins = event.endswith(".send_request_headers.started")
+        if (begins or event.endswith(".send_request_body.started")) and self._clock() >= self._deadline:
+            if begins:
+                sending.undo()
+                raise _no_time_left()
+            raise _no_answer(self._traffic, request, "the deadline came in the middle of the request")
+        await sending.trace(event, facts)
 
 
-class _Capped(httpx.AsyncByteStream):
-    """The body of an answer, limited to `MAX_ANSWER_BYTES`. Its errors are outcomes."""
+def _answer(response: httpx.Response, request: httpx.Request, traffic: Traffic) -> DestinationResponse:
+    named = response.headers.get_list("content-encoding", split_commas=True)
+    codings = [name for each in named if (name := each.strip().lower()) in _CODINGS]
+    headers = response.headers.copy()
+    headers.pop("content-encoding", None)  # the body is decoded here, where its size is limited
+    if codings:
+        headers.pop("content-length", None)
+    body = _Body(response, codings, lambda reason: _no_answer(traffic, request, reason))
+    answer = DestinationResponse(response.status_code, headers=headers, stream=body, extensions=response.extensions)
+    answer.traffic = traffic
+    if is_write(request) and answer.is_success:
+        traffic.succeeded = True
+    return answer
 
-    def __init__(self, response: httpx.Response, request: httpx.Request) -> None:
+
+# Of RFC 9110, section 8.4.1, and newer ones. Other values are mistakes, such as the name of a character set.
+_GZIP = ("gzip", "x-gzip")
+_CODINGS = frozenset({*_GZIP, "deflate", "compress", "x-compress", "br", "zstd"})
+
+
+class _Body(httpx.AsyncByteStream):
+    """The body of an answer, decoded, and limited to `MAX_ANSWER_BYTES`.
+
+    If it cannot be read, a 2xx is no answer. Any other status counts without its body.
+    """
+
+    def __init__(
+        self, response: httpx.Response, codings: Sequence[str], no_answer: Callable[[str], Retry | Unknown]
+    ) -> None:
         self._response = response
-        self._request = request
+        self._codings = codings
+        self._no_answer = no_answer
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        size = 0
         try:
-            async for chunk in self._response.stream:  # type: ignore[union-attr]
-                size += len(chunk)
-                if size > MAX_ANSWER_BYTES:
-                    raise _no_answer(self._request, "the answer is larger than 1 MiB")
+            async for chunk in self._decoded():
                 yield chunk
-        except httpx.TransportError as error:
-            raise _no_answer(self._request, type(error).__name__) from error
+        except (_BodyUnreadable, httpx.TransportError) as error:
+            reason = str(error) if isinstance(error, _BodyUnreadable) else type(error).__name__
+            if self._response.is_success:
+                raise self._no_answer(reason) from error
+
+    async def _decoded(self) -> AsyncIterator[bytes]:
+        if self._codings and (len(self._codings) > 1 or self._codings[0] not in _GZIP):
+            raise _BodyUnreadable("its body is compressed, which was not requested")
+        inflate = zlib.decompressobj(wbits=31) if self._codings else None
+        received = size = 0
+        async for chunk in self._response.stream:  # type: ignore[union-attr]
+            received += len(chunk)
+            if inflate is not None:
+                try:
+                    chunk = inflate.decompress(chunk, MAX_ANSWER_BYTES + 1 - size)
+                except zlib.error:
+                    raise _BodyUnreadable("its body is not what its Content-Encoding says") from None
+            size += len(chunk)
+            if max(received, size) > MAX_ANSWER_BYTES:
+                raise _BodyUnreadable("its body is larger than 1 MiB")
+            yield chunk
+        if inflate is not None and received and (not inflate.eof or inflate.unused_data):
+            raise _BodyUnreadable("its body is incomplete")
 
     async def aclose(self) -> None:
         await self._response.aclose()
 
 
-def _no_answer(request: httpx.Request, reason: str) -> Retry | Unknown:
-    message = f"{request.method} had no answer: {reason}"
-    if request.method in READING_METHODS:
-        return Retry("destination-no-answer", message)
-    return Unknown("destination-no-answer", message)
+class _BodyUnreadable(Exception):
+    """The body of an answer cannot be read."""
+
+
+def _no_time_left() -> Retry:
+    return Retry("no-time-left", "the deadline came before the request was sent")
+
+
+def _no_answer(traffic: Traffic, request: httpx.Request, reason: str) -> Retry | Unknown:
+    kind = Unknown if is_write(request) else Retry
+    return kind("destination-no-answer", f"{traffic.describe(request)} had no answer: {reason}")

@@ -14,8 +14,9 @@ the intake of callbacks. Nothing can interrupt a method that blocks.
 | a request went out and was not answered | raise `Unknown` |
 | a person must change the configuration | raise `Misconfigured` |
 
-`context.http` raises these outcomes itself (see `adapter.outgoing`). Any other exception is a bug in the handler: it is
-logged with its traceback and treated as `Unknown`.
+`context.http` raises these outcomes itself (see `adapter.outgoing`). Any other exception is a bug in the handler and is
+logged with its traceback. It is `Unknown` if a write went out in this attempt; otherwise the delivery becomes a dead
+letter `broken`.
 """
 
 import re
@@ -77,7 +78,7 @@ MAX_CODE_LENGTH = 64
 
 
 def _kebab(code: object) -> str:
-    """Return a code in kebab-case. Convert and log another form: an error here would replace the outcome."""
+    """Return a code in kebab-case, converted and logged if it has another form."""
     text = str.__str__(code) if isinstance(code, str) else str(code)
     if _KEBAB.fullmatch(text) and len(text) <= MAX_CODE_LENGTH:
         return text
@@ -230,11 +231,11 @@ class Orders(Protocol):
     change more than was sent.
 
     Every method raises:
-        Retry: Norce does not answer, or answers 429 or 5xx.
+        Retry: Norce does not answer, or answers 408, 425, 429 or 5xx.
         Misconfigured: Norce answers 401 or 403.
         Reject: Norce answers another 4xx: `order-not-found`, or `norce-rejected` (another adapter's hook may have
             refused the change).
-        Unknown: A POST went out and its result is not known.
+        Unknown: A POST went out and had no answer, 408 or 5xx.
     """
 
     async def read(self, order_id: str) -> Order:
@@ -498,16 +499,24 @@ class NotificationHandler(_Handler[S]):
 
     `repeatable = True` declares that repeating a request with the same idempotency key does no harm. After an unknown
     outcome, a repeatable handler without a `lookup` is called again. A handler with neither waits for a person.
+
+    `not_done = {503}` declares statuses that the destination never sends after it has acted, not even through a
+    gateway. A write that is answered with one of them is retried without a lookup.
+
+    `other_clients = True` declares that the handler has effects through other clients than `context.http` and
+    `context.orders`. The service does not see these, so every attempt that ends without an outcome is unknown.
     """
 
     repeatable: ClassVar[bool] = False
+    not_done: ClassVar[Collection[int]] = frozenset()
+    other_clients: ClassVar[bool] = False
 
     @abstractmethod
     async def deliver(self, notification: Notification, context: Context[S]) -> Done | Skip:
         """Deliver the order to the destination.
 
-        The call is cancelled at its deadline; its outcome is then unknown. The deliveries of one order on one route run
-        one at a time.
+        The call is cancelled at its deadline; its outcome is then `Unknown` if a write went out, otherwise `Retry`. The
+        deliveries of one order on one route run one at a time.
 
         Raises:
             Outcome: `Retry`, `Reject`, `Unknown` or `Misconfigured`, as the table of this module says.

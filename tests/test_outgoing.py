@@ -2,7 +2,9 @@
 
 import asyncio
 import gzip
+import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
@@ -13,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, origins, retry_after
+from adapter.orders import read_order
+from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, Traffic, origins, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
+from tests.asynchronous import asynchronous
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 SHOP = "https://shop.example"
@@ -63,12 +67,13 @@ def request(
     *,
     settings: Settings | None = None,
     left: timedelta = timedelta(seconds=30),
+    traffic: Traffic | None = None,
     **more: Any,
 ) -> httpx.Response:
     """Send one request, as a handler with only the success path does."""
 
     async def handler() -> httpx.Response:
-        http = Outgoing(destination).client(settings or ShopSettings(), NOON + left, lambda: NOON)
+        http = Outgoing(destination).client(settings or ShopSettings(), NOON + left, lambda: NOON, traffic or Traffic())
         return (await http.request(method, url, **more)).raise_for_status()
 
     return asyncio.run(handler())
@@ -96,7 +101,7 @@ STATUSES: dict[int, tuple[type[Outcome], type[Outcome]]] = {  # for GET and HEAD
     401: (Misconfigured, Misconfigured),
     403: (Misconfigured, Misconfigured),
     404: (Reject, Reject),
-    408: (Retry, Retry),
+    408: (Retry, Unknown),
     409: (Reject, Reject),
     413: (Reject, Reject),
     422: (Reject, Reject),
@@ -104,7 +109,7 @@ STATUSES: dict[int, tuple[type[Outcome], type[Outcome]]] = {  # for GET and HEAD
     429: (Retry, Retry),
     500: (Retry, Unknown),
     502: (Retry, Unknown),
-    503: (Retry, Retry),
+    503: (Retry, Unknown),
     504: (Retry, Unknown),
     599: (Retry, Unknown),
 }
@@ -118,7 +123,154 @@ def test_each_status_is_an_outcome(status: int, method: str) -> None:
     raised = outcome(answering(status), method)
 
     assert type(raised) is expected
-    assert raised.message == f"{method} was answered {status}"
+    assert raised.message == f"{method} /orders/… was answered {status}"
+
+
+@pytest.mark.parametrize("status", [408, 502, 503, 504])
+def test_a_status_that_never_follows_an_effect_is_a_retry(status: int) -> None:
+    declared = Traffic(not_done={status})
+
+    assert type(outcome(answering(status), "POST", traffic=declared)) is Retry
+    assert type(outcome(answering(599), "POST", traffic=declared)) is Unknown
+
+
+@pytest.mark.parametrize("status", [408, 500, 502, 503])
+def test_a_request_that_is_marked_as_no_write_is_retried(status: int) -> None:
+    """Such as a request for a token."""
+    traffic = Traffic()
+
+    raised = outcome(answering(status), "POST", traffic=traffic, extensions={"write": False})
+
+    assert (type(raised), traffic.close()) == (Retry, False)
+
+
+# --- the writes of an attempt ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", SAFE)
+def test_a_read_is_no_write(method: str) -> None:
+    traffic = Traffic()
+
+    request(answering(200), method, traffic=traffic)
+
+    assert (traffic.close(), traffic.succeeded) == (False, False)
+
+
+@pytest.mark.parametrize(("status", "succeeded"), [(200, True), (204, True), (302, False), (422, False), (503, False)])
+@pytest.mark.parametrize("method", UNSAFE)
+def test_a_write_went_out_and_succeeded_only_with_2xx(method: str, status: int, succeeded: bool) -> None:
+    traffic = Traffic()
+
+    with suppress(Outcome):
+        request(answering(status), method, traffic=traffic)
+
+    assert (traffic.close(), traffic.succeeded) == (True, succeeded)
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout])
+def test_a_write_without_a_connection_did_not_go_out(error: type[httpx.TransportError]) -> None:
+    traffic = Traffic()
+
+    outcome(failing(error("")), "POST", traffic=traffic)
+
+    assert not traffic.close()
+
+
+def test_a_write_that_could_not_be_sent_leaves_an_earlier_one() -> None:
+    traffic = Traffic()
+
+    request(answering(200), "POST", traffic=traffic)
+    outcome(failing(httpx.ConnectError("")), "POST", traffic=traffic)
+
+    assert traffic.close()
+
+
+def test_no_write_begins_after_the_attempt_has_been_judged() -> None:
+    """A task that a handler left behind must not act after its delivery has been given to another attempt."""
+    traffic, destination = Traffic(), answering(200)
+    assert not traffic.close()
+
+    assert outcome(destination, "POST", traffic=traffic).code == "attempt-ended"
+    assert destination.requests == []
+    request(destination, "GET", traffic=traffic)
+
+
+@asynchronous
+async def test_a_write_that_is_cancelled_while_it_connects_did_not_go_out() -> None:
+    steps: list[str] = []
+
+    class Connecting(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await request.extensions["trace"]("connection.connect_tcp.started", {})
+            steps.append("connects")
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    traffic = Traffic()
+    http = Outgoing(Connecting()).client(ShopSettings(), NOON + timedelta(seconds=30), lambda: NOON, traffic)
+    writing = asyncio.create_task(http.post(SHOP))
+    while not steps:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    writing.cancel()
+    await asyncio.gather(writing, return_exceptions=True)
+
+    assert not traffic.close()
+
+
+@pytest.mark.parametrize(("sends", "out"), [(b"", False), (b"order", True)], ids=["refused", "read and dropped"])
+def test_over_tcp_a_write_went_out_only_if_something_was_sent(sends: bytes, out: bool) -> None:
+    traffic = Traffic()
+
+    async def drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.close()
+
+    async def handler() -> None:
+        server = await asyncio.start_server(drop, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        if not sends:
+            server.close()
+            await server.wait_closed()
+        outgoing = Outgoing()
+        http = outgoing.client(ShopSettings(base_url=Url(url)), NOON + timedelta(seconds=30), lambda: NOON, traffic)
+        with pytest.raises(Outcome):
+            await http.post(url, content=sends)
+        await outgoing.aclose()
+        server.close()
+
+    asyncio.run(handler())
+
+    assert traffic.close() is out
+
+
+# --- what a message shows -------------------------------------------------------------------------------------------
+
+PATHS = {
+    "words": ("/api/v2/invoices", "/api/v2/invoices"),
+    "an order's id": ("/orders/100245", "/orders/…"),
+    "a uuid": ("/orders/0d0c3f0a-57a5-4d7a-9a2b-7a3d0e4f4b11/lines", "/orders/…/lines"),
+    "an e-mail address": ("/customers/anna%40shop.example", "/customers/…"),
+    "a query": ("/invoices?ssn=19811218-9876", "/invoices"),
+    "a value of the order": ("/customers/svensson/orders", "/customers/…/orders"),
+    "words of values": ("/customers/anna-svensson", "/customers/…"),
+    "a value in another case": ("/customers/SVENSSON", "/customers/…"),
+    "letters beyond ASCII": ("/kunder/%C3%85sa", "/kunder/…"),
+    "a version": ("/v1/rest.php/sales_order", "/v1/rest.php/sales_order"),
+    "the root": ("/", "/"),
+}
+
+
+@pytest.mark.parametrize(("path", "shown"), PATHS.values(), ids=PATHS)
+def test_a_message_names_the_request_without_its_query_and_values(path: str, shown: str) -> None:
+    traffic = Traffic()
+    traffic.order = read_order(
+        b'{"id": "o-1", "customer": {"billing": {"givenName": "Anna", "familyName": "Svensson "}},'
+        b' "notifications": [{"invoke": "https://adapter.example/api/v1/callbacks/orders/o-1"}]}'
+    )
+
+    assert outcome(answering(422), "POST", url=SHOP + path, traffic=traffic).message == f"POST {shown} was answered 422"
+    lost = outcome(failing(httpx.ReadError("")), "POST", url=SHOP + path, traffic=traffic)
+    assert lost.message == f"POST {shown} had no answer: ReadError"
 
 
 @pytest.mark.parametrize("method", [*SAFE, *UNSAFE])
@@ -185,14 +337,82 @@ def test_an_answer_of_a_mebibyte_is_read() -> None:
     assert len(answer.content) == MAX_ANSWER_BYTES
 
 
-def test_compression_is_neither_requested_nor_accepted() -> None:
-    bomb = gzip.compress(b"0" * 50_000_000)
-    destination = answering(200, content=bomb, headers={"content-encoding": "gzip"})
+STATUSES_KEPT = [200, 401, 422, 429]
+BODY = b'{"number": "7"}'
+ENCODED = {
+    "none": ("", BODY),
+    "identity": ("identity", BODY),
+    "identity in another case": ("Identity", BODY),
+    "a character set": ("UTF-8", BODY),
+    "a comma": (" , identity", BODY),
+    "gzip": ("gzip", gzip.compress(BODY)),
+    "gzip in another case": ("GZIP", gzip.compress(BODY)),
+    "x-gzip": ("x-gzip", gzip.compress(BODY)),
+    "gzip of nothing": ("gzip", b""),
+}
 
-    raised = outcome(destination, "PUT")
 
-    assert type(raised) is Unknown
+@pytest.mark.parametrize("status", STATUSES_KEPT)
+@pytest.mark.parametrize(("coding", "body"), ENCODED.values(), ids=ENCODED)
+def test_an_answer_keeps_its_status_and_body_with_any_content_encoding(coding: str, body: bytes, status: int) -> None:
+    answers: list[httpx.Response] = []
+
+    def answer(_request: httpx.Request) -> httpx.Response:
+        return httpx.Response(status, stream=httpx.ByteStream(body), headers={"content-encoding": coding})
+
+    async def handler() -> None:
+        http = Outgoing(Destination(answer)).client(ShopSettings(), NOON + timedelta(30), lambda: NOON, Traffic())
+        answers.append(await http.post(f"{SHOP}/orders"))
+
+    asyncio.run(handler())
+
+    assert (answers[0].status_code, answers[0].content) == (status, BODY if body else b"")
+    assert "content-encoding" not in answers[0].headers
+
+
+UNREADABLE = {
+    "br": ("br", b"\x0b\x02\x80"),
+    "deflate": ("deflate", zlib.compress(BODY)),
+    "twice": ("gzip, gzip", gzip.compress(gzip.compress(BODY))),
+    "not gzip": ("gzip", BODY),
+    "cut off": ("gzip", gzip.compress(BODY)[:-4]),
+    "more after it": ("gzip", gzip.compress(BODY) + b"more"),
+    "a bomb": ("gzip", gzip.compress(b"0" * 50_000_000)),
+}
+
+
+@pytest.mark.parametrize(("coding", "body"), UNREADABLE.values(), ids=UNREADABLE)
+def test_a_body_that_cannot_be_read_is_no_answer_only_with_2xx(coding: str, body: bytes) -> None:
+    def after(status: int, method: str) -> type[Outcome]:
+        stream = httpx.ByteStream(body)
+        return type(outcome(answering(status, stream=stream, headers={"content-encoding": coding}), method))
+
+    assert (after(200, "POST"), after(200, "GET")) == (Unknown, Retry)
+    assert [after(status, "POST") for status in STATUSES_KEPT[1:]] == [Misconfigured, Reject, Retry]
+
+
+@pytest.mark.parametrize(("status", "expected"), [(401, Misconfigured), (422, Reject), (503, Unknown)])
+def test_a_status_counts_although_its_body_breaks_off(status: int, expected: type[Outcome]) -> None:
+    assert type(outcome(answering(status, stream=BreaksOff()), "POST")) is expected
+
+
+def test_compression_is_not_requested() -> None:
+    destination = answering(200)
+
+    request(destination, "PUT")
+
     assert destination.requests[0].headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "page", [b"<html>Maintenance</html>", b"", b"\xff", b"[" * 100_000], ids=["page", "empty", "not UTF-8", "deep"]
+)
+@pytest.mark.parametrize(("method", "expected"), [("GET", Retry), ("PUT", Unknown)])
+def test_a_page_in_place_of_json_is_no_answer(method: str, expected: type[Outcome], page: bytes) -> None:
+    with pytest.raises(Outcome) as raised:
+        request(answering(200, content=page), method).json()
+
+    assert (type(raised.value), raised.value.code) == (expected, "destination-no-answer")
 
 
 # --- Retry-After ----------------------------------------------------------------------------------------------------
@@ -231,11 +451,14 @@ def test_any_retry_after_is_a_delay_or_none(value: str) -> None:
     assert after is None or after >= timedelta(0)
 
 
-@pytest.mark.parametrize("status", [408, 425, 429, 503])
-def test_a_busy_destination_delays_the_retry(status: int) -> None:
+@pytest.mark.parametrize(
+    ("status", "expected"), [(408, Unknown), (425, Retry), (429, Retry), (500, Unknown), (503, Unknown)]
+)
+def test_a_busy_destination_delays_the_next_attempt(status: int, expected: type[Outcome]) -> None:
     raised = outcome(answering(status, headers={"retry-after": "120"}), "PUT")
 
-    assert isinstance(raised, Retry)
+    assert type(raised) is expected
+    assert isinstance(raised, Retry | Unknown)
     assert raised.after == timedelta(seconds=120)
 
 
@@ -355,7 +578,8 @@ def test_the_connections_outlive_the_client_of_one_call() -> None:
     async def two_calls() -> None:
         outgoing = Outgoing(Connections(lambda _request: httpx.Response(200)))
         for _ in range(2):
-            await outgoing.client(ShopSettings(), NOON + timedelta(seconds=30), lambda: NOON).get(SHOP)
+            http = outgoing.client(ShopSettings(), NOON + timedelta(seconds=30), lambda: NOON, Traffic())
+            await http.get(SHOP)
         assert closed == []
         await outgoing.aclose()
 
@@ -384,7 +608,7 @@ def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
         await writer.wait_closed()
         gone.set()
 
-    gone = asyncio.Event()
+    gone, traffic = asyncio.Event(), Traffic()
 
     async def handler() -> Outcome:
         moments = iter([NOON] * readings)
@@ -394,7 +618,7 @@ def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
             outgoing = Outgoing()
             late = NOON + timedelta(minutes=1)
             http = outgoing.client(
-                ShopSettings(base_url=Url(url)), NOON + timedelta(seconds=1), lambda: next(moments, late)
+                ShopSettings(base_url=Url(url)), NOON + timedelta(seconds=1), lambda: next(moments, late), traffic
             )
             with pytest.raises(Outcome) as raised:
                 await http.put(f"{url}/orders/1", content=b"an order")
@@ -404,6 +628,6 @@ def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
 
     raised = asyncio.run(handler())
 
-    assert (type(raised), raised.code) == (outcome, code)
+    assert (type(raised), raised.code, traffic.close()) == (outcome, code, arrived != b"")
     assert b"an order" not in b"".join(read)
     assert b"".join(read).startswith(arrived)

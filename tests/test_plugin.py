@@ -163,6 +163,7 @@ def test_unknown_settings_are_refused() -> None:
 
 # --- codes ----------------------------------------------------------------------------------------------------------
 
+
 class Code(StrEnum):
     SOLD_OUT = "sold-out"
 

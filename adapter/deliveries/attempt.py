@@ -17,13 +17,15 @@ from typing import Any
 import structlog
 
 from adapter.conditions import Result as Held
+from adapter.deliveries.outcomes import is_bug, leaves, outcome_of
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
-from adapter.ledger.settlement import Ending, Interrupted, Result
+from adapter.ledger.settlement import Broken, Ending, Interrupted, Result
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import NotAnOrder, Order, read_order
-from adapter.plugin import Context, Done, Notification, NotificationHandler, Outcome, Reject, Skip, Unknown
+from adapter.outgoing import Traffic
+from adapter.plugin import Context, Done, Notification, NotificationHandler, Outcome, Reject, Retry, Skip, Unknown
 from adapter.routing.routes import Route, wants
 from adapter.routing.runner import DeadlinePassed, LoopAbandoned, Run, Runner
 
@@ -86,10 +88,13 @@ class Attempts:
             try:
                 current = await self._norce.for_handlers(queue.channel).read_bytes(claim.order_id)
             except Outcome as outcome:
-                return AttemptResult(result=_known(outcome), kind=kind)
+                return AttemptResult(result=outcome_of(outcome, sent=False, succeeded=False), kind=kind)
         now = to_datetime(self._clock())
         if self.stopping or now + route.timeout > to_datetime(claim.doubt_ends_at):
             return AttemptResult(result=Ending.RELEASED, kind=kind)
+        handler = route.handler
+        assert isinstance(handler, NotificationHandler)
+        traffic = Traffic(handler.not_done)
         context = self._runner.context(
             "deliveries",
             route=route.name,
@@ -101,22 +106,32 @@ class Attempts:
             first_attempt_at=to_datetime(claim.first_attempt_at),
             attempt=claim.attempt,
             previous=claim.previous,
+            traffic=traffic,
         )
-        handle = partial(self._handle, route, claim, claim.body, current, looks_up)
+        handle = partial(self._handle, handler, route, claim, claim.body, current, looks_up, traffic)
         run = self._runner.start("deliveries", handle, context)
         try:
-            return AttemptResult(result=await self._result(run, route, claim, looks_up=looks_up), kind=kind)
+            result = await self._result(run, route, claim, traffic, looks_up=looks_up)
+            return AttemptResult(result=result, kind=kind)
         except LoopAbandoned as abandoned:
             if abandoned.blocked_by is run:
                 return AttemptResult(result=Ending.BLOCKED, kind=kind, still_runs=run)
-            if not abandoned.begun:
+            if not abandoned.begun or not _may_have_sent(traffic, handler):
                 return AttemptResult(result=Ending.RELEASED, kind=kind)
             return AttemptResult(
                 result=Interrupted("loop-abandoned", "another handler blocked the plugins' loop"), kind=kind
             )
 
     async def _handle(
-        self, route: Route, claim: Claim, body: bytes, current: bytes | None, looks_up: bool, context: Context[Any]
+        self,
+        handler: NotificationHandler[Any],
+        route: Route,
+        claim: Claim,
+        body: bytes,
+        current: bytes | None,
+        looks_up: bool,
+        traffic: Traffic,
+        context: Context[Any],
     ) -> Any:
         """Decode the orders, evaluate the conditions and call the handler.
 
@@ -130,6 +145,7 @@ class Attempts:
                 raise Reject("order-bad-request", "the stored body holds no order") from error
         else:
             order = self._norce.for_handlers(claim.channel).parse(current, claim.order_id)
+        traffic.order = order
         notification = Notification(
             id=claim.notification_id,
             merchant=claim.channel.merchant,
@@ -140,8 +156,6 @@ class Attempts:
             raw=body,
             received_at=to_datetime(claim.received_at),
         )
-        handler = route.handler
-        assert isinstance(handler, NotificationHandler)
         if looks_up:
             found = await handler.lookup(notification, context)
             return Ending.NOT_THERE if found is None else found
@@ -150,7 +164,7 @@ class Attempts:
             return Ending.MOVED_ON if held is Held.NOT_MATCHED else Ending.CONDITION
         return await handler.deliver(notification, context)
 
-    async def _result(self, run: Run[Any], route: Route, claim: Claim, *, looks_up: bool) -> Result:
+    async def _result(self, run: Run[Any], route: Route, claim: Claim, traffic: Traffic, *, looks_up: bool) -> Result:
         """Wait until the handler has really ended. Its lane must stay claimed until then."""
         facts = {"route": route.name, "delivery_id": claim.delivery_id, "handler": route.handler_name}
         self._runs[run] = None
@@ -169,23 +183,25 @@ class Attempts:
                 raise
             if not run.begun:  # another handler blocked the loop until the deadline
                 return Ending.RELEASED
+            sent = _may_have_sent(traffic, route.handler)
             message, reason = "the handler was cancelled before it ended", self._runs[run]
-            return Unknown("deadline-passed", message) if reason is None else Interrupted(reason, message)
-        except Outcome as outcome:
-            return _known(outcome)
-        except Exception as error:
-            log.error("handler_failed", order_id=claim.order_id, exc_info=error, **facts)
-            return Unknown("handler-failed", f"the handler raised {type(error).__name__}")
+            if reason is not None:
+                return Interrupted(reason, message) if sent else Ending.RELEASED
+            return (Unknown if sent else Retry)("deadline-passed", message)
+        except (Exception, BaseExceptionGroup) as error:
+            if any(map(is_bug, leaves(error))):
+                log.error("handler_failed", order_id=claim.order_id, exc_info=error, **facts)
+            sent = _may_have_sent(traffic, route.handler)
+            return outcome_of(error, sent=sent, succeeded=traffic.succeeded)
         finally:
             del self._runs[run]
         if isinstance(value, Done | Ending) or (isinstance(value, Skip) and not looks_up):
             return value
         log.error("handler_failed", **facts)
-        return Unknown("handler-failed", f"the handler returned {type(value).__name__}, which is no outcome")
+        kind = Unknown if _may_have_sent(traffic, route.handler) else Broken
+        return kind("handler-failed", f"the handler returned {type(value).__name__}, which is no outcome")
 
 
-def _known(outcome: Outcome) -> Result:
-    """Return the outcome if it is one of ours; a plugin must not define its own."""
-    if isinstance(outcome, Result):
-        return outcome
-    return Unknown("handler-failed", f"{type(outcome).__name__} is no outcome of adapter.plugin")
+def _may_have_sent(traffic: Traffic, handler: Any) -> bool:
+    """Return whether a write of the attempt may have gone out. From now on, none does."""
+    return traffic.close() or handler.other_clients

@@ -18,7 +18,7 @@ looked it up, unless the handler declares that a repetition does no harm. `settl
 | `Retry`, `Unknown` or no effect found, in a paused queue | the same, but the attempt does not count | the same |
 | `Misconfigured` | waiting, the queue pauses, the attempt does not count | the same, still in doubt |
 | `Unknown`, a deadline or bug too | waiting for a lookup; a retry if repeatable; else dead: unknown | as `Retry` |
-| released before the handler ran | waiting, due at once, the attempt does not count | the same, still in doubt |
+| released before anything was sent | waiting, due at once, the attempt does not count | the same, still in doubt |
 
 `after_attempt` computes the state of the queue: it pauses after consecutive failures of different orders, when the
 destination asks for time (`Retry-After`), and on broken credentials. After the pause one lane is tried as a probe.
@@ -67,7 +67,7 @@ class Ending(Enum):
     NOT_THERE = "not_there"  # the lookup found no effect
     MOVED_ON = "moved_on"
     CONDITION = "condition"
-    RELEASED = "released"  # before the handler was called
+    RELEASED = "released"  # by the service, before anything was sent
     BLOCKED = "blocked"  # the handler blocks its thread far past its deadline and cannot be stopped
 
 

@@ -60,6 +60,11 @@ class Operation:
     errors: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: {V1: (400, 401, 404)})  # by version
     error: str = "error"  # name of the schema of an error's body
 
+    @property
+    def title(self) -> str:
+        """The method and the path as messages show them: with the names of parameters."""
+        return f"{self.method} {self.path.partition('{version}')[2] or self.path}"
+
     def template(self, version: str) -> str:
         """Return the path below the Checkout services, with its parameters in braces."""
         return f"/{self.service}{self.path.replace('{version}', version)}"

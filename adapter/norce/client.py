@@ -23,7 +23,7 @@ import msgspec
 from adapter.identifiers import Channel
 from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
 from adapter.orders import NotAnOrder, Order, decode, order_in, read_order
-from adapter.outgoing import connections, retry_after
+from adapter.outgoing import NOT_SENT, Sending, Traffic, connections, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
 MAX_ORDER_BYTES = 4 * 1024 * 1024  # of an order and of every other answer that is not a list
@@ -32,7 +32,6 @@ MAX_LIST_BYTES = 64 * 1024 * 1024  # of a page of a hundred orders
 # no alternative: it looks at all waiting requests when one ends, and blocked the event loop for 15 s with 300 of them.
 MAX_REQUESTS_AT_ONCE = 64
 MAX_PAGES = 100_000
-NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # in Norce's APIs these set a state, so repeating is harmless
 
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -219,6 +218,7 @@ class Norce:
         query: Mapping[str, str] | None = None,
         path: Mapping[str, str] = MappingProxyType({}),
         within: timedelta | None = None,
+        traffic: Traffic | None = None,
     ) -> bytes:
         """Call an operation and return the bytes of its answer, which are empty if it has no body.
 
@@ -231,6 +231,7 @@ class Norce:
             query: Parameters after the path.
             path: The parameters in the path, except merchant and channel.
             within: Shortens the configured timeout.
+            traffic: Of the attempt that makes the call, if repeating the call would do harm.
 
         Raises:
             NorceError: If the request failed.
@@ -258,32 +259,37 @@ class Norce:
             headers["content-type"] = "application/json"
         max_bytes = MAX_LIST_BYTES if name.startswith("list_") else MAX_ORDER_BYTES
         seconds = min(within or self._timeout, self._timeout).total_seconds()
-        sent = False
+        sending = Sending(traffic or Traffic(), write=operation.method != "GET")
         try:
             async with asyncio.timeout(seconds), self._at_once[channel.merchant]:
                 for number, token in enumerate(account.tokens, 1):
                     headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
-                    sent = True
-                    answer = await self._send(request | {"headers": headers}, max_bytes)
+                    answer = await self._send(request | {"headers": headers}, max_bytes, sending)
                     self._used(channel.merchant, number, answer.status_code)
                     if answer.status_code not in (401, 403):
                         break
         except (httpx.HTTPError, TimeoutError) as error:
-            went_out = sent and operation.method != "GET" and not isinstance(error, NOT_SENT)
-            failure = NorceUnclear if went_out else NorceUnavailable
-            raise failure(f"no answer from Norce: {type(error).__name__}") from error
+            if isinstance(error, NOT_SENT):
+                sending.undo()
+            failure = NorceUnclear if sending.is_out else NorceUnavailable
+            raise failure(f"{operation.title} had no answer: {type(error).__name__}") from error
+        if traffic is not None and answer.is_success:
+            traffic.succeeded = True
         return _content(answer, operation)
 
-    async def _send(self, request: dict[str, Any], max_bytes: int) -> httpx.Response:
+    async def _send(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> httpx.Response:
         try:
-            return await self._send_once(request, max_bytes)
+            return await self._send_once(request, max_bytes, sending)
         except httpx.TransportError as error:
             if request["method"] != "GET" and not isinstance(error, NOT_SENT):
                 raise
-            return await self._send_once(request, max_bytes)
+            return await self._send_once(request, max_bytes, sending)
 
-    async def _send_once(self, request: dict[str, Any], max_bytes: int) -> httpx.Response:
-        async with self._client.stream(**request, timeout=self._timeout.total_seconds()) as answer:
+    async def _send_once(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> httpx.Response:
+        sending.begin()
+        async with self._client.stream(
+            **request, timeout=self._timeout.total_seconds(), extensions={"trace": sending.trace}
+        ) as answer:
             chunks, size = [], 0
             async for chunk in answer.aiter_bytes():
                 size += len(chunk)
@@ -299,9 +305,9 @@ class Norce:
         """Return the address of the merchant's Checkout services."""
         return self._accounts[merchant].base_url
 
-    def for_handlers(self, channel: Channel) -> "HandlerOrders":
+    def for_handlers(self, channel: Channel, traffic: Traffic | None = None) -> "HandlerOrders":
         """Return the view of Norce that a handler has in `context.orders`."""
-        return HandlerOrders(self, channel)
+        return HandlerOrders(self, channel, traffic or Traffic())
 
     async def aclose(self) -> None:
         """Close all connections."""
@@ -311,9 +317,10 @@ class Norce:
 class HandlerOrders:
     """`adapter.plugin.Orders` for one channel. Raises outcomes, not the client's errors."""
 
-    def __init__(self, norce: Norce, channel: Channel) -> None:
+    def __init__(self, norce: Norce, channel: Channel, traffic: Traffic) -> None:
         self._norce = norce
         self._channel = channel
+        self._traffic = traffic
 
     async def read(self, order_id: str) -> Order:
         """Return the order as Norce has it now."""
@@ -347,8 +354,11 @@ class HandlerOrders:
     async def call(self, operation: str, order_id: str, body: Any = None, **path: str) -> Any:
         """Call an operation of `norce.api` on the order and return its answer, decoded."""
         known = BY_NAME[operation]
+        traffic = None if known.method in REPEATABLE else self._traffic
         try:
-            content = await self._norce.call(self._channel, operation, body=body, path={"order_id": order_id, **path})
+            content = await self._norce.call(
+                self._channel, operation, body=body, path={"order_id": order_id, **path}, traffic=traffic
+            )
             try:
                 return _decoded(content, Any) if content else None
             except NorceUnavailable as error:
@@ -391,8 +401,8 @@ def _outcome(error: NorceError, method: str) -> Outcome:
             return Reject("norce-rejected", str(error))
         case NorceRefused():
             return Misconfigured("norce-unauthorized", str(error))
-        case NorceUnclear() if method not in REPEATABLE:
-            return Unknown("norce-unavailable", str(error))
+        case NorceUnclear(after=after) if method not in REPEATABLE:
+            return Unknown("norce-unavailable", str(error), after=after)
         case NorceUnavailable(after=after):
             return Retry("norce-unavailable", str(error), after=after)
     raise AssertionError(error)
@@ -401,21 +411,21 @@ def _outcome(error: NorceError, method: str) -> Outcome:
 def _content(answer: httpx.Response, operation: Operation) -> bytes:
     status = answer.status_code
     if status in (401, 403):
-        raise NorceRefused(f"Norce answered {status}: check the tokens of this merchant")
+        raise NorceRefused(f"{operation.title} was answered {status}: check the tokens of this merchant")
     if answer.is_success:
         return answer.content
     code = _code(answer)
-    said = f"Norce answered {status}{'' if code is None else f', {code}'}"
+    said = f"{operation.title} was answered {status}{'' if code is None else f', {code}'}"
     if status == 404:
         if not _is_from_norce(answer):
             raise NorceUnavailable(f"{said}, and not in Norce's form: perhaps from a proxy")
         is_of_order = code == "order-not-found" or (code is None and operation.service == "order")
         raise (OrderNotFound if is_of_order else NotFound)(said, code)
-    if status in (408, 425, 429) or status < 400:
+    if status in (425, 429) or status < 400:
         raise NorceUnavailable(said, retry_after(answer.headers.get("retry-after")), code)
-    if status < 500:
+    if status < 500 and status != 408:
         raise NorceRejected(said, code)
-    failure = NorceUnavailable if operation.method == "GET" or status == 503 else NorceUnclear
+    failure = NorceUnavailable if operation.method == "GET" else NorceUnclear
     raise failure(said, retry_after(answer.headers.get("retry-after")), code)
 
 

@@ -22,7 +22,7 @@ import structlog
 
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce
-from adapter.outgoing import Outgoing
+from adapter.outgoing import Outgoing, Traffic
 from adapter.plugin import Context, Misconfigured, Orders, Previous, Settings
 
 log = structlog.get_logger(__name__)
@@ -333,16 +333,19 @@ class Runner:
         first_attempt_at: datetime,
         attempt: int = 1,
         previous: Previous | None = None,
+        traffic: Traffic | None = None,
     ) -> Context[Any]:
         """Build the context of a call on a loop. With None, the handler only computes.
 
-        The caller chooses the `deadline`: `deliveries.attempt` by the route, `verdicts.verdicts` by the callback.
+        Its clients count what they send in `traffic`. The caller chooses the `deadline`: `deliveries.attempt` by the
+        route, `verdicts.verdicts` by the callback.
         """
         http: httpx.AsyncClient = self._no_network
         orders: Orders = _NO_ORDERS
         if on is not None:
-            http = self._loops[on].outgoing.client(settings, deadline, self._clock)
-            orders = self._loops[on].norce.for_handlers(channel)
+            traffic = traffic or Traffic()
+            http = self._loops[on].outgoing.client(settings, deadline, self._clock, traffic)
+            orders = self._loops[on].norce.for_handlers(channel, traffic)
         return Context(
             settings=settings,
             log=structlog.get_logger("plugin", route=route, order_id=order_id, attempt=attempt),
@@ -388,14 +391,16 @@ class Runner:
 
 
 async def _guarded(handle: Handle[T], context: Context[Any]) -> T:
-    """Call a plugin's method. If it tries to end the process, raise `RuntimeError` instead.
+    """Call a plugin's method. Raise `RuntimeError` in place of `SystemExit` and the like.
 
     The method is called when the coroutine runs, so `start` calls it on the plugins' thread: a method that is not a
     coroutine function may block.
     """
     try:
         return await handle(context)
-    except (SystemExit, KeyboardInterrupt) as error:
+    except (Exception, asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:
         raise RuntimeError("the handler tried to end the process") from error
 
 

@@ -12,7 +12,12 @@ Step = Done | Skip | BaseException | Callable[[Notification, Context[NoSettings]
 
 
 class Plain(NotificationHandler[NoSettings]):
-    """Takes one step for each call, and after the last one is done."""
+    """Takes one step for each call, and after the last one is done.
+
+    Its steps stand for requests that the service does not see.
+    """
+
+    other_clients = True
 
     def __init__(self, *steps: Step) -> None:
         self.steps = list(steps)
@@ -79,6 +84,8 @@ class Blocks:
 
 class Counting(NotificationHandler[NoSettings]):
     """Keeps every call waiting until `go_on`, and counts how many run at the same time."""
+
+    other_clients = True
 
     def __init__(self) -> None:
         self.running = self.peak = 0

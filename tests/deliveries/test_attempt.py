@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any, cast
 
 import httpx
@@ -14,11 +15,26 @@ import pytest
 from adapter.deliveries.attempt import AttemptResult, Attempts, Queue
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
-from adapter.ledger.settlement import Ending, Interrupted, outcome_name
+from adapter.ledger.settlement import Broken, Ending, Interrupted, outcome_name
 from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
 from adapter.orders import Order, read_order
-from adapter.plugin import Done, NoSettings, Reject, Secret, Unknown
+from adapter.outgoing import Outgoing
+from adapter.plugin import (
+    Context,
+    Done,
+    Misconfigured,
+    Notification,
+    NotificationHandler,
+    Outcome,
+    Reject,
+    Retry,
+    Secret,
+    Settings,
+    Skip,
+    Unknown,
+    Url,
+)
 from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
 from tests import PATIENCE
@@ -38,14 +54,18 @@ CLAIM = Claim(
 IN_DOUBT = replace(CLAIM, number=2, in_doubt=True)
 
 
-def queue(handler: Plain, *, timeout: timedelta = 30 * SECOND, refetch: bool = False) -> Queue:
+class ShopSettings(Settings, frozen=True, kw_only=True):
+    url: Url = Url("https://shop.example")
+
+
+def queue(handler: NotificationHandler[Any], *, timeout: timedelta = 30 * SECOND, refetch: bool = False) -> Queue:
     route = Route(
         name="export",
         callback=Callback(name="order-status", kind="notification"),
         when=None,
         handler_name="shop",
         handler=handler,
-        settings={Channel("fjallboden", "1"): NoSettings()},
+        settings={Channel("fjallboden", "1"): ShopSettings()},
         refetch=refetch,
         no_answer=None,
         timeout=timeout,
@@ -69,7 +89,9 @@ class Trying:
 
 
 @asynccontextmanager
-async def trying(patience: timedelta = PATIENCE * SECOND) -> AsyncIterator[Trying]:
+async def trying(
+    patience: timedelta = PATIENCE * SECOND, *, shop: Callable[[httpx.Request], Any] | None = None
+) -> AsyncIterator[Trying]:
     def norce() -> Norce:
         account = Account(base_url="https://norce.example/checkout", tokens=(Secret("token"),))
         transport = httpx.MockTransport(lambda _request: httpx.Response(404))
@@ -78,7 +100,10 @@ async def trying(patience: timedelta = PATIENCE * SECOND) -> AsyncIterator[Tryin
     def clock() -> int:
         return made.now
 
-    runner = Runner(make_norce=norce, clock=lambda: to_datetime(clock()), patience=patience)
+    def outgoing() -> Outgoing:
+        return Outgoing(httpx.MockTransport(shop or (lambda _request: httpx.Response(200))))
+
+    runner = Runner(make_norce=norce, make_outgoing=outgoing, clock=lambda: to_datetime(clock()), patience=patience)
     reader = norce()
     made = Trying(Attempts(runner=runner, norce=reader, clock=clock), runner)
     watching = asyncio.create_task(runner.watch(every=timedelta(milliseconds=10)))
@@ -289,3 +314,246 @@ async def test_an_attempt_that_never_began_before_its_deadline_is_released() -> 
         assert await too_late == AttemptResult(result=Ending.RELEASED)
         assert (await held).result == Done("late")
         assert behind.calls == []
+
+
+# --- doubt: the outcome depends on what was sent --------------------------------------------------------------------
+
+Http = httpx.AsyncClient
+INVOICES = "https://shop.example/invoices"
+
+
+class Sends(NotificationHandler[ShopSettings]):
+    """Does what a test wants with `context.http`."""
+
+    def __init__(self, work: Callable[[Http], Awaitable[Any]]) -> None:
+        self._work = work
+
+    async def deliver(self, notification: Notification, context: Context[ShopSettings]) -> Done | Skip:
+        return await self._work(context.http)  # type: ignore[no-any-return]
+
+
+class SendsElsewhere(Sends):
+    other_clients = True
+
+
+class NeverDoneAt503(Sends):
+    not_done = frozenset({503})
+
+
+class Takes:
+    """A shop that answers each path with the status in its query, or never."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request.method)
+        status = int(request.url.params.get("status", 200))
+        if not status:
+            await asyncio.Event().wait()
+        return httpx.Response(status, text=request.url.params.get("text", "{}"))
+
+
+async def get(http: Http, status: int = 200, **more: Any) -> httpx.Response:
+    return (await http.get(INVOICES, params={"status": status, **more})).raise_for_status()
+
+
+async def post(http: Http, status: int = 200, **more: Any) -> httpx.Response:
+    return (await http.post(INVOICES, params={"status": status}, **more)).raise_for_status()
+
+
+async def bug(http: Http) -> None:
+    raise KeyError("payments")
+
+
+async def get_html(http: Http) -> None:
+    (await get(http, text="<html>Maintenance</html>")).json()
+
+
+async def get_within_a_time_limit(http: Http) -> None:
+    async with asyncio.timeout(0):
+        await get(http, status=0)
+
+
+async def get_refused_in_a_group(http: Http) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(get(http, status=503))
+        group.create_task(get(http, status=0))
+
+
+async def post_a_decimal(http: Http) -> None:
+    await http.post(INVOICES, json={"total": Decimal("12.10")})
+
+
+async def get_a_token(http: Http) -> None:
+    await post(http, status=502, extensions={"write": False})
+
+
+async def cancel_itself(http: Http) -> None:
+    raise asyncio.CancelledError
+
+
+async def raise_base_exceptions(http: Http) -> None:
+    raise BaseExceptionGroup("", [KeyboardInterrupt()])
+
+
+def then(*steps: Callable[[Http], Awaitable[Any]]) -> Callable[[Http], Awaitable[Any]]:
+    async def work(http: Http) -> Any:
+        for step in steps:
+            result = await step(http)
+        return result
+
+    return work
+
+
+async def nothing(http: Http) -> None:
+    return None
+
+
+def raising(error: BaseException) -> Callable[[Http], Awaitable[Any]]:
+    async def step(http: Http) -> None:
+        raise error
+
+    return step
+
+
+BEFORE_A_WRITE: dict[str, tuple[Callable[[Http], Awaitable[Any]], type, str]] = {
+    "a bug": (bug, Broken, "handler-failed"),
+    "a result that is none": (nothing, Broken, "handler-failed"),
+    "a refused GET in a group": (get_refused_in_a_group, Retry, "destination-busy"),
+    "a time limit around a GET": (get_within_a_time_limit, Retry, "timed-out"),
+    "a Decimal as JSON": (post_a_decimal, Broken, "handler-failed"),
+    "a page in place of JSON": (get_html, Retry, "destination-no-answer"),
+    "a token that is not given": (get_a_token, Retry, "destination-error"),
+    "a cancellation": (cancel_itself, Retry, "deadline-passed"),
+    "exceptions that end processes": (raise_base_exceptions, Broken, "handler-failed"),
+    "a host that is not allowed": (lambda http: http.post("https://other.example"), Misconfigured, "host-not-allowed"),
+}
+
+
+@pytest.mark.parametrize(("work", "kind", "code"), BEFORE_A_WRITE.values(), ids=BEFORE_A_WRITE)
+@asynchronous
+async def test_a_failure_before_any_write_is_no_doubt(
+    work: Callable[[Http], Awaitable[Any]], kind: type[Outcome], code: str
+) -> None:
+    async with trying(shop=Takes()) as trial:
+        before = (await trial.run(CLAIM, queue(Sends(work)))).result
+        after = (await trial.run(CLAIM, queue(Sends(then(post, work))))).result
+        elsewhere = (await trial.run(CLAIM, queue(SendsElsewhere(work)))).result
+
+    assert isinstance(before, kind)
+    assert isinstance(before, Outcome)
+    assert before.code == code
+    assert isinstance(after, Unknown)
+    assert isinstance(elsewhere, Unknown if kind is Broken or code in ("timed-out", "deadline-passed") else kind)
+
+
+AFTER_A_SUCCESS = {
+    "retry": (Retry("busy", after=7 * SECOND), Unknown, 7 * SECOND),
+    "misconfigured": (Misconfigured("no-credentials"), Unknown, None),
+    "reject": (Reject("refused"), Reject, None),
+}
+
+
+@pytest.mark.parametrize(("raised", "kind", "after"), AFTER_A_SUCCESS.values(), ids=AFTER_A_SUCCESS)
+@asynchronous
+async def test_another_attempt_after_a_successful_write_would_do_it_twice(
+    raised: Outcome, kind: type[Outcome], after: timedelta | None
+) -> None:
+    async with trying(shop=Takes()) as trial:
+        result = (await trial.run(CLAIM, queue(Sends(then(post, raising(raised)))))).result
+
+    assert isinstance(result, Outcome)
+    assert (type(result), result.code, getattr(result, "after", None)) == (kind, raised.code, after)
+
+
+@asynchronous
+async def test_a_retry_after_a_refused_write_is_a_retry() -> None:
+    async def refused(http: Http) -> None:
+        await http.post(INVOICES, params={"status": 429})
+
+    async with trying(shop=Takes()) as trial:
+        result = (await trial.run(CLAIM, queue(Sends(then(refused, raising(Retry("busy"))))))).result
+
+    assert type(result) is Retry
+
+
+@pytest.mark.parametrize("status", [408, 500, 502, 503, 504])
+@asynchronous
+async def test_a_write_that_a_gateway_answers_is_unknown_unless_declared_otherwise(status: int) -> None:
+    async with trying(shop=Takes()) as trial:
+        result = (await trial.run(CLAIM, queue(Sends(lambda http: post(http, status=status))))).result
+        declared = (await trial.run(CLAIM, queue(NeverDoneAt503(lambda http: post(http, status=status))))).result
+
+    assert (type(result), type(declared)) == (Unknown, Retry if status == 503 else Unknown)
+    assert isinstance(result, Unknown)
+    assert result.message == f"POST /invoices was answered {status}"
+
+
+@asynchronous
+async def test_a_deadline_or_shutdown_is_a_doubt_only_after_a_write() -> None:
+    reads, writes = Sends(lambda http: get(http, 0)), Sends(lambda http: post(http, 0))
+    shop = Takes()
+    async with trying(shop=shop) as trial:
+        late = [(await trial.run(CLAIM, queue(each, timeout=SHORTLY))).result for each in (reads, writes)]
+        ends = [trial.begin(CLAIM, queue(each)) for each in (reads, writes)]
+        while len(shop.requests) < 4:  # noqa: ASYNC110 - it runs on another loop
+            await asyncio.sleep(0.01)
+        trial.attempts.cancel("shutdown")
+        read, written = [await each for each in ends]
+
+    assert [type(result) for result in late] == [Retry, Unknown]
+    assert read.result is Ending.RELEASED
+    assert told(written) == (Interrupted, "shutdown", "deliver")
+
+
+@asynchronous
+async def test_a_task_that_a_handler_left_behind_sends_nothing_after_its_attempt() -> None:
+    shop, left = Takes(), []
+    go_on = threading.Event()
+
+    async def later(http: Http) -> httpx.Response:
+        await asyncio.to_thread(go_on.wait, PATIENCE)
+        return await http.post(INVOICES)
+
+    async def work(http: Http) -> None:
+        left.append(asyncio.create_task(later(http)))
+        raise KeyError
+
+    async with trying(shop=shop) as trial:
+        assert isinstance((await trial.run(CLAIM, queue(Sends(work)))).result, Broken)
+        go_on.set()
+        while not left[0].done():  # noqa: ASYNC110 - it runs on another loop
+            await asyncio.sleep(0.01)
+
+    assert shop.requests == []
+    assert isinstance(left[0].exception(), Retry)
+
+
+@asynchronous
+async def test_a_loop_that_another_handler_blocks_is_a_doubt_only_after_a_write() -> None:
+    holds, reads, writes = Blocks(), Sends(lambda http: get(http, 0)), Sends(lambda http: post(http, 0))
+    shop = Takes()
+    async with trying(patience=2 * SHORTLY, shop=shop) as trial:
+        begun = [trial.begin(CLAIM, queue(each)) for each in (reads, writes)]
+        while len(shop.requests) < 2:  # noqa: ASYNC110 - it runs on another loop
+            await asyncio.sleep(0.01)
+        held = trial.begin(CLAIM, queue(Plain(holds), timeout=SHORTLY))
+
+        assert (await begun[0]).result is Ending.RELEASED
+        assert told(await begun[1]) == (Interrupted, "loop-abandoned", "deliver")
+        assert (await held).result is Ending.BLOCKED
+        await holds.ends()
+
+
+@asynchronous
+async def test_a_message_names_the_request_without_a_value_of_the_order() -> None:
+    async def work(http: Http) -> None:
+        (await http.put("https://shop.example/customers/anna/cart?ssn=1", params={"status": 422})).raise_for_status()
+
+    claim = replace(CLAIM, body=b'{"id": "order-1", "customer": {"billing": {"givenName": "Anna"}}}')
+    async with trying(shop=Takes()) as trial:
+        result = (await trial.run(claim, queue(Sends(work)))).result
+
+    assert isinstance(result, Reject)
+    assert result.message == "PUT /customers/…/cart was answered 422"

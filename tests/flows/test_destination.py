@@ -39,7 +39,7 @@ def test_a_busy_destination_gets_no_request_before_the_time_it_named(site: Site)
 
 
 def test_a_delivery_that_waits_for_a_retry_is_retried_after_a_kill(site: Site) -> None:
-    site.shop.down = Fault(status=503)
+    site.shop.down = Fault(status=429)
     first = site.start()
     assert site.notify(first, make_order("patient")) == 200
     wait_until(lambda: first.logged("delivery_retried", order_id="patient"))

@@ -21,7 +21,7 @@ from adapter.handlers.jetshop.contract import contract, schema, violations
 from adapter.handlers.jetshop.mapping import canonical, order_key, payment_information, payment_path
 from adapter.handlers.jetshop.settings import JetshopSettings
 from adapter.orders import Order, read_order
-from adapter.outgoing import Outgoing
+from adapter.outgoing import Outgoing, Traffic
 from adapter.plugin import (
     Context,
     Done,
@@ -611,7 +611,7 @@ def export(
         context = Context(
             settings=chosen,
             log=QuietLog(),
-            http=outgoing.client(chosen, NOW + time_left, lambda: NOW),
+            http=outgoing.client(chosen, NOW + time_left, lambda: NOW, Traffic()),
             orders=NoOrders(),
             clock=lambda: NOW,
             identity="the-event",
@@ -712,7 +712,7 @@ ANSWERS = {
     "401": (Fault(status=401), Misconfigured, "jetshop-unauthorized", 0),
     "403": (Fault(status=403), Misconfigured, "jetshop-unauthorized", 0),
     "404": (Fault(status=404), Retry, "jetshop-order-not-found", 0),
-    "408": (Fault(status=408), Retry, "destination-busy", 0),
+    "408": (Fault(status=408), Unknown, "destination-busy", 0),
     "409": (Fault(status=409), Reject, "order-conflict", 0),
     "418": (Fault(status=418), Reject, "destination-refused", 0),
     "422": (Fault(status=422), Reject, "jetshop-validation", 0),
@@ -720,7 +720,7 @@ ANSWERS = {
     "500": (Fault(status=500), Unknown, "destination-error", 0),
     "500-after-acting": (Fault(acts=True, status=500), Unknown, "destination-error", 1),
     "502": (Fault(status=502), Unknown, "destination-error", 0),
-    "503": (Fault(status=503), Retry, "destination-busy", 0),
+    "503": (Fault(status=503), Unknown, "destination-busy", 0),
     "dropped-before": (DROPPED_BEFORE, Unknown, "destination-no-answer", 0),
     "dropped-after": (DROPPED_AFTER, Unknown, "destination-no-answer", 1),
 }
@@ -738,14 +738,14 @@ def test_every_answer_has_its_outcome(fault, kind, code, effects):
     assert shop.exports("100245") == effects
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_retry_after_of_a_busy_shop_is_kept(status):
+@pytest.mark.parametrize(("status", "kind"), [(429, Retry), (503, Unknown)])
+def test_retry_after_of_a_busy_shop_is_kept(status, kind):
     shop = JetshopStandIn()
     shop.script("100245", Fault(status=status, retry_after="120"))
 
     outcome = export(shop)
 
-    assert isinstance(outcome, Retry)
+    assert isinstance(outcome, kind)
     assert outcome.after == timedelta(seconds=120)
 
 

@@ -1,6 +1,7 @@
 """The client's requests, tokens and repetitions, and the meaning of every answer."""
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -32,6 +33,7 @@ from adapter.norce.client import (
     base_url,
 )
 from adapter.orders import Order
+from adapter.outgoing import Traffic
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
 CHANNEL = Channel("fjallboden", "1")
@@ -388,15 +390,19 @@ def test_a_change_that_could_not_be_sent_is_repeated_and_not_in_doubt(error: htt
 
 
 @pytest.mark.parametrize(
-    ("status", "kind"), [(500, NorceUnclear), (502, NorceUnclear), (503, NorceUnavailable), (429, NorceUnavailable)]
+    ("status", "kind"),
+    [
+        *((status, NorceUnclear) for status in (408, 500, 502, 503, 504, 599)),
+        *((status, NorceUnavailable) for status in (425, 429)),
+    ],
 )
-def test_a_change_that_failed_at_norce_may_have_been_made_unless_norce_was_busy(
+def test_a_change_that_failed_at_norce_may_have_been_made_unless_norce_has_not_tried_it(
     status: int, kind: type[NorceUnavailable]
 ) -> None:
     with pytest.raises(NorceUnavailable) as raised:
-        ask(FakeNorce(httpx.Response(status)), change)
+        ask(FakeNorce(httpx.Response(status, headers={"retry-after": "120"})), change)
 
-    assert type(raised.value) is kind
+    assert (type(raised.value), raised.value.after) == (kind, timedelta(seconds=120))
 
 
 @pytest.mark.parametrize(
@@ -550,6 +556,11 @@ CHANGES: list[Any] = [
     pytest.param("add_payment", httpx.ReadError(""), Unknown, id="a POST without answer is in doubt"),
     pytest.param("add_payment", httpx.ConnectError(""), Retry, id="a POST that never went out"),
     pytest.param("add_payment", httpx.Response(500), Unknown, id="a POST that failed at Norce"),
+    pytest.param("add_payment", httpx.Response(503), Unknown, id="a POST that a gateway answered"),
+    pytest.param("add_payment", httpx.Response(408), Unknown, id="a POST that took too long"),
+    pytest.param("add_payment", httpx.Response(429), Retry, id="a POST that came too often"),
+    pytest.param("put_payment", httpx.Response(503), Retry, id="a PUT that a gateway answered"),
+    pytest.param("list_payments", httpx.Response(408), Retry, id="a GET that took too long"),
     pytest.param("add_payment", httpx.Response(201, text="p-1"), Unknown, id="a POST that was made, and what of it"),
     pytest.param("put_payment", httpx.Response(200, text="p-1"), Retry, id="a PUT that was made may be made again"),
     pytest.param("add_payment", httpx.Response(409, json={"code": "order-conflict"}), Reject, id="a conflict"),
@@ -568,6 +579,62 @@ def test_a_failed_change_raises_its_outcome_for_a_handler(
         as_handler(FakeNorce(answer), lambda orders: orders.call(operation, "o", {}, **path))
 
     assert type(raised.value) is outcome
+
+
+def test_a_handler_learns_when_norce_wants_the_next_attempt() -> None:
+    with pytest.raises(Unknown) as raised:
+        as_handler(
+            FakeNorce(httpx.Response(503, headers={"retry-after": "120"})),
+            lambda orders: orders.call("add_payment", "o", {}),
+        )
+
+    assert raised.value.after == timedelta(seconds=120)
+
+
+def test_a_message_names_the_operation_and_the_status_but_no_value() -> None:
+    with pytest.raises(Reject) as raised:
+        as_handler(
+            FakeNorce(httpx.Response(400)), lambda orders: orders.call("put_payment", "o", {}, payment_id="canary")
+        )
+
+    path = "/checkout/orders/{order_id}/payments/{payment_id}"
+    assert raised.value.message == f"PUT {path} was answered 400"
+
+
+WRITES: list[Any] = [
+    pytest.param("list_payments", httpx.Response(200, json=[]), False, False, id="a read"),
+    pytest.param("put_payment", httpx.Response(200, json={}), False, False, id="a change that may be repeated"),
+    pytest.param("add_payment", httpx.Response(201, json={}), True, True, id="an addition"),
+    pytest.param("add_payment", httpx.Response(400), True, False, id="an addition that was rejected"),
+    pytest.param("add_payment", httpx.ReadError(""), True, False, id="an addition without an answer"),
+    pytest.param("add_payment", httpx.ConnectError(""), False, False, id="an addition that was not sent"),
+]
+
+
+@pytest.mark.parametrize(("operation", "answer", "went_out", "succeeded"), WRITES)
+def test_an_attempt_knows_whether_an_addition_went_out(
+    operation: str, answer: httpx.Response | Exception, went_out: bool, succeeded: bool
+) -> None:
+    path = {"payment_id": "p"} if operation == "put_payment" else {}
+    traffic = Traffic()
+
+    with contextlib.suppress(Outcome):
+        ask(
+            FakeNorce(answer),
+            lambda norce: norce.for_handlers(CHANNEL, traffic).call(operation, "o", {}, **path),
+        )
+
+    assert (traffic.close(), traffic.succeeded) == (went_out, succeeded)
+
+
+def test_nothing_is_added_at_norce_after_the_attempt_has_been_judged() -> None:
+    traffic, transport = Traffic(), FakeNorce()
+    traffic.close()
+
+    with pytest.raises(Retry, match="attempt-ended"):
+        ask(transport, lambda norce: norce.for_handlers(CHANNEL, traffic).call("add_payment", "o", {}))
+
+    assert transport.requests == []
 
 
 def event(number: int, **given: Any) -> dict[str, Any]:

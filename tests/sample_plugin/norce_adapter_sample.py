@@ -59,6 +59,8 @@ class WaitsSettings(CallsSettings, frozen=True, kw_only=True):
 class Waits(NotificationHandler[WaitsSettings]):
     """Records that it was called, and waits for a file."""
 
+    other_clients = True  # the file
+
     async def deliver(self, notification: Notification, context: Context[WaitsSettings]) -> Done | Skip:
         _record_call(context.settings, f"deliver {notification.order.id}")
         try:
@@ -77,6 +79,8 @@ class Waits(NotificationHandler[WaitsSettings]):
 class Sleeps(NotificationHandler[CallsSettings]):
     """Blocks its thread, as no handler should."""
 
+    other_clients = True  # the file
+
     async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
         _record_call(context.settings, f"deliver {notification.order.id}")
         time.sleep(LONG)  # noqa: ASYNC251 - this handler makes that mistake
@@ -85,6 +89,8 @@ class Sleeps(NotificationHandler[CallsSettings]):
 
 class SleepsInAThread(NotificationHandler[CallsSettings]):
     """Does its blocking work in another thread, as it should, but takes minutes."""
+
+    other_clients = True  # the file, and the thread
 
     async def deliver(self, notification: Notification, context: Context[CallsSettings]) -> Done | Skip:
         _record_call(context.settings, f"deliver {notification.order.id}")

@@ -1,0 +1,57 @@
+"""The outcome that an error of a handler means. Pure.
+
+It depends on what was sent: before any write of the attempt there is no doubt.
+"""
+
+from collections.abc import Iterator
+from typing import get_args
+
+from adapter.ledger.settlement import Broken
+from adapter.plugin import Misconfigured, Reject, Retry, Unknown
+
+FailedAttempt = Unknown | Broken | Misconfigured | Reject | Retry
+# The gravest first: doubt outlasts everything, and no order dies because of a configuration that a person can mend.
+GRAVITY = get_args(FailedAttempt)
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, or the errors inside an exception group."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from leaves(each)
+    else:
+        yield error
+
+
+def is_bug(error: BaseException) -> bool:
+    """Return whether an error is neither an outcome of `adapter.plugin` nor a time limit."""
+    return not isinstance(error, FailedAttempt | TimeoutError)
+
+
+def outcome_of(error: BaseException, *, sent: bool, succeeded: bool) -> FailedAttempt:
+    """Return the outcome of an attempt whose handler raised `error`; of a group, the gravest.
+
+    Args:
+        error: Raised by the handler.
+        sent: A write may have gone out in this attempt.
+        succeeded: A write of this attempt was answered 2xx. A retry would then do it twice.
+    """
+    outcomes = [_of_leaf(each, sent=sent, succeeded=succeeded) for each in leaves(error)]
+    return min(outcomes, key=_gravity)
+
+
+def _of_leaf(error: BaseException, *, sent: bool, succeeded: bool) -> FailedAttempt:
+    if isinstance(error, Retry | Misconfigured) and succeeded:
+        return Unknown(error.code, error.message, after=error.after if isinstance(error, Retry) else None)
+    if isinstance(error, TimeoutError):
+        return (Unknown if sent else Retry)("timed-out", "a time limit of the handler's own passed")
+    if is_bug(error):
+        return (Unknown if sent else Broken)("handler-failed", f"the handler raised {type(error).__name__}")
+    assert isinstance(error, FailedAttempt)
+    return error
+
+
+def _gravity(outcome: FailedAttempt) -> tuple[int, float]:
+    kind = next(place for place, kind in enumerate(GRAVITY) if isinstance(outcome, kind))
+    after = outcome.after if isinstance(outcome, Retry | Unknown) else None
+    return kind, -after.total_seconds() if after else 0.0
