@@ -85,6 +85,9 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         store = Store.open(config.store.url)
         stack.callback(store.close)
         health.checks["store"] = lambda: not store.failing
+        if any(callback.kind != "notification" for callback in routes.callbacks.values()):
+            # Shoppers need no ledger, and all nodes share a database: without it no node would be left.
+            health.optional.add("store")
         builder = _PartsBuilder(config=config, routes=routes, store=store, metrics=metrics)
         verdict_log = VerdictLog(store, dropped=metrics.verdicts_dropped.inc)
         stack.push_async_callback(verdict_log.flush)

@@ -87,7 +87,7 @@ def configure(*, stream: TextIO | None = None, level: Level = "info", format: Fo
 
 
 def close() -> None:
-    """Write the lines that wait. Gives up after `CLOSE_WITHIN_SECONDS` if they cannot be written."""
+    """Write the waiting lines within `CLOSE_WITHIN_SECONDS`, or lose them."""
     if (writer := _writer()) is not None:
         writer.close()
 

@@ -101,7 +101,7 @@ class OperationsEndpoints:
 
     async def readyz(self, _request: Request) -> Response:
         checks = self._health.results()
-        is_ready = all(checks.values())
+        is_ready = self._health.is_ready(checks)
         content = {"ready": is_ready, "held": self._health.is_held, "checks": checks}
         return JSONResponse(content, 200 if is_ready else 503)
 

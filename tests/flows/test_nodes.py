@@ -126,19 +126,21 @@ def attempts(site: Site, name: str) -> list[dict[str, object]]:
 # --- the store goes away, and comes back ----------------------------------------------------------------------------
 
 
-def assert_refused(site: Site, service: Service) -> None:
+def assert_refused(site: Site, service: Service, *, is_ready: bool) -> None:
     answer = site.post_notification(service, make_order("refused"))
     assert answer.status_code == 503
     assert answer.json()["code"] == "store-unavailable"
     assert int(answer.headers["retry-after"]) > 0
     checks = site.http.get(f"{service.operations_address}/readyz")
-    assert (checks.status_code, checks.json()["checks"]["store"]) == (503, False)
+    assert (checks.status_code, checks.json()["checks"]["store"]) == (200 if is_ready else 503, False)
+    if is_ready:
+        assert site.validate(service, make_order("refused")).status_code == 200
     assert site.http.get(f"{service.operations_address}/livez").status_code == 200
 
 
 def assert_recovered(site: Site, service: Service) -> None:
     """Check that the service recovers by itself, and that the delivery which ran during the outage happened once."""
-    wait_until(lambda: site.is_ready(service))
+    wait_until(lambda: site.http.get(f"{service.operations_address}/readyz").json()["checks"]["store"])
     assert site.notify(service, make_order("afterwards")) == 200
     for name in ("before", "during-outage", "afterwards"):
         assert site.wait_for_end(name)["reason"] == "delivered"
@@ -148,7 +150,9 @@ def assert_recovered(site: Site, service: Service) -> None:
 
 
 def test_an_unavailable_postgresql_is_a_503_and_the_service_recovers_without_a_restart(site: Site) -> None:
+    """With notifications only, such a service is not ready."""
     site.expected_errors.add("store_unavailable")
+    del site.config["callbacks"]["order-rules"]
     with postgres_server() as server:
         site.config["store"]["url"] = server.fresh()
         site.shop.script("during-outage", SLOW)
@@ -159,7 +163,7 @@ def test_an_unavailable_postgresql_is_a_503_and_the_service_recovers_without_a_r
         wait_until(lambda: site.shop.requests_for("during-outage"))
 
         server.stop()
-        assert_refused(site, service)
+        assert_refused(site, service, is_ready=False)
 
         server.start()
         assert_recovered(site, service)
@@ -167,7 +171,10 @@ def test_an_unavailable_postgresql_is_a_503_and_the_service_recovers_without_a_r
 
 
 def test_a_full_disk_is_a_503_and_the_service_recovers_without_a_restart(site: Site) -> None:
-    """A limit on the size of files acts like a full disk and needs no privileges."""
+    """A limit on the size of files acts like a full disk and needs no privileges.
+
+    The service stays ready, because it also answers validations.
+    """
     site.expected_errors.add("store_unavailable")
     site.shop.script("during-outage", SLOW)
     service = site.start()
@@ -180,7 +187,7 @@ def test_a_full_disk_is_a_503_and_the_service_recovers_without_a_restart(site: S
     _, hard = resource.prlimit(service.pid, resource.RLIMIT_FSIZE)
 
     resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (written, hard))
-    assert_refused(site, service)
+    assert_refused(site, service, is_ready=True)
 
     resource.prlimit(service.pid, resource.RLIMIT_FSIZE, (hard, hard))
     assert_recovered(site, service)

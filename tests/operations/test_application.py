@@ -126,6 +126,15 @@ def test_the_service_is_not_ready_if_one_check_fails(site: Site, change: dict[st
     assert [name for name, well in answer.json()["checks"].items() if not well] == [check]
 
 
+def test_an_optional_check_is_shown_and_leaves_the_service_ready(site: Site) -> None:
+    site.health.checks["store"] = lambda: False
+    site.health.optional.add("store")
+
+    answer = site.get_sync("/readyz")
+
+    assert (answer.status_code, answer.json()["ready"], answer.json()["checks"]["store"]) == (200, True, False)
+
+
 def test_a_failing_store_makes_the_service_unready_until_a_write_succeeds(each_site: Site) -> None:
     def fails(connection: Any, _items: Any) -> list[None]:
         connection.exec_driver_sql("SELECT * FROM no_such_table")
