@@ -935,7 +935,7 @@ def test_a_full_database_is_503_and_recovers_without_a_restart(tmp_path: Path) -
         made.close()
 
 
-def test_a_running_service_on_a_full_disk_is_not_ready_and_recovers(tmp_path: Path) -> None:
+def test_a_running_service_on_a_full_disk_refuses_notifications_and_recovers(tmp_path: Path) -> None:
     """A limit on the size of files stands in for the full disk: the same error from the same system call."""
     service = Listening(tmp_path)
     database = Path(service.config.store.url.removeprefix("sqlite:///"))
@@ -978,7 +978,7 @@ def away(server: Server, url: str) -> Iterator[None]:
             connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
 
 
-def test_a_lost_database_is_503_for_notifications_only_and_recovers_without_a_restart(tmp_path: Path, postgres: Server) -> None:
+def test_a_lost_database_is_503_for_notifications_only_and_recovers(tmp_path: Path, postgres: Server) -> None:
     url = postgres.fresh()
     service = Listening(tmp_path, store_url=url)
     body = b'{"id":"lost"}'
