@@ -37,7 +37,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     tree = document.read()
     if not isinstance(tree, dict):
         raise ConfigurationInvalid(problems)
-    converter = Converter(lambda at, message: problems.append(source.problem(at, message)), source.masked)
+    converter = Converter(lambda at, message: problems.append(source.problem(at, message)))
     read = converter.convert(ConfigFile, tree, "")
     check_together(tree, converter)
     if problems:
@@ -76,5 +76,5 @@ def read_settings(
         strongest = (holders or paths[:1])[-1]
         problems.append(config.source.problem(joined(strongest, at), message))
 
-    settings = Converter(report, config.source.masked).convert(type_, tree, "")
+    settings = Converter(report).convert(type_, tree, "")
     return tuple(problems) if problems else cast("S", settings)

@@ -6,7 +6,7 @@ and says what is allowed.
 
 import difflib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from enum import Enum
@@ -20,6 +20,7 @@ from adapter.config.problems import HOW_TO_REFER, Reference, under
 from adapter.config.yaml_source import NOTHING
 from adapter.plugin import Secret, Url
 
+LEAST_LETTERS_OF_A_SECRET = 12
 _DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)")
 _UNITS = {"ms": "milliseconds", "s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 _UNIONS = (Union, UnionType)
@@ -37,13 +38,11 @@ class Converter:
 
     Args:
         report: Takes the path and the message of a mistake.
-        mask: Removes values that came by reference from a message.
     """
 
-    def __init__(self, report: Callable[[str, str], None], mask: Callable[[str], str]) -> None:
+    def __init__(self, report: Callable[[str, str], None]) -> None:
         self.report = report
         self.values: dict[str, Any] = {}
-        self._mask = mask
 
     def convert(self, type_: Any, value: Any, path: str) -> Any:
         """Return the value as `type_`, or `NOTHING` if a mistake was reported in it."""
@@ -110,7 +109,7 @@ class Converter:
         try:
             return type_(**arguments)
         except (ValueError, TypeError) as error:
-            self.report(path, self._mask(str(error)))
+            self.report(path, _masked(str(error), value))
             return NOTHING
 
     def _mapping(self, type_: Any, value: Mapping[str, Any], path: str) -> Any:
@@ -148,9 +147,9 @@ class Converter:
             return msgspec.convert(str(value) if spelled else value, type_, strict=not spelled, dec_hook=_custom)
         except msgspec.ValidationError as error:
             if error.__cause__ is not None:  # the message of the type itself: an address, a secret, a plugin's own
-                message = self._mask(str(error.__cause__))
+                message = _masked(str(error.__cause__), value)
             elif " - at `" in str(error):  # inside a type that is not walked, such as a dataclass
-                message = self._mask(str(error))
+                message = _masked(str(error), value)
         except ValueError:
             pass
         self.report(path, message)
@@ -194,6 +193,29 @@ def _bound(type_: Any, name: str) -> Any:
 
 def _extra(type_: Any, name: str) -> Any:
     return next((extra for note in _metas(type_) if (extra := (note.extra or {}).get(name)) is not None), None)
+
+
+def _masked(message: str, value: Any) -> str:
+    """Return a type's message about a value without the referenced texts in the value.
+
+    A short text of letters may be part of any word, so it is masked only as a word of its own.
+    """
+    for text in sorted(_referenced(value), key=len, reverse=True):
+        is_word = text.isalpha() and len(text) < LEAST_LETTERS_OF_A_SECRET
+        pattern = rf"(?<![^\W_]){text}(?![^\W_])" if is_word else re.escape(text)
+        message = re.sub(pattern, "***", message)
+    return message
+
+
+def _referenced(value: Any) -> Iterator[str]:
+    if isinstance(value, Reference) and value:
+        yield str(value)
+    elif isinstance(value, Mapping):
+        for member in value.values():
+            yield from _referenced(member)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _referenced(item)
 
 
 def _custom(type_: Any, value: Any) -> Any:

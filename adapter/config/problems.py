@@ -51,11 +51,10 @@ class Reference(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The file of a `Config`: the line of each value, and the texts that no message may show."""
+    """The file of a `Config`: with the line of each value."""
 
     file: str
     lines: dict[str, int] = field(default_factory=dict)
-    resolved: set[str] = field(default_factory=set)
 
     def __repr__(self) -> str:
         return f"<{self.file}>"
@@ -66,12 +65,6 @@ class Source:
         while nearest and nearest not in self.lines:
             nearest = parent(nearest)
         return ConfigProblem(file=self.file, line=self.lines.get(nearest), path=path, message=message)
-
-    def masked(self, message: str) -> str:
-        """Return a foreign message without the texts that came by reference."""
-        for text in sorted(self.resolved, key=len, reverse=True):
-            message = message.replace(text, "***")
-        return message
 
 
 def under(path: str, step: str | int) -> str:

@@ -124,12 +124,10 @@ class Document:
             self.report(path, f"has a reference that is not the whole value; write {HOW_TO_REFER} alone")
             return NOTHING
         try:
-            resolved = self._resolved(match[1], match[2])
+            return Reference(self._resolved(match[1], match[2]), text)
         except _Unreadable as unreadable:
             self.report(path, f"{text} {unreadable.message}")
             return NOTHING
-        self.source.resolved.add(resolved)
-        return Reference(resolved, text)
 
     def _resolved(self, kind: str, name: str) -> str:
         if kind == "file":

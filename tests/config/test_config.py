@@ -989,6 +989,49 @@ def test_a_subclass_of_secret_in_a_plugin_is_given_by_reference_too(file: Path) 
     assert "given by reference only" in problems[0].message
 
 
+@pytest.mark.parametrize("word", ["secret", "reference", "which", "is", "a"])
+def test_a_secret_that_is_a_common_word_masks_no_sentence_of_ours(file: Path, word: str) -> None:
+    text = LEVELS.replace('shop_id: "2"', "auth: {type: bearer, token: plain}")
+    environ = dict.fromkeys(ENVIRON, word) | {"NORCE_ADAPTER_URL_KEY": "a-key-of-at-least-thirty-two-bytes"}
+    config = read(file, text, environ)
+
+    problems = read_settings(config, ShopSettings, *config.settings("export", Channel("norce", "2")))
+
+    assert isinstance(problems, tuple)
+    assert "is a secret, which is given by reference only: ${env:NAME} or ${file:PATH}" in str(problems[0])
+
+
+class Told(Settings, frozen=True, kw_only=True):
+    """Settings of a plugin whose message has a value in each way that has to be masked."""
+
+    text: str
+    more: Mapping[str, Any] = {}
+
+    def __post_init__(self) -> None:
+        raise ValueError(f"text is {self.text}, {self.text!r}, x{self.text}y, pre_{self.text} or {self.more}")
+
+
+@pytest.mark.parametrize("secret", ["4711", "s3cret", "pass-word", "korrekthästbatteri", "a.b*c", "Ångström 7"])
+def test_a_plugins_message_shows_no_part_of_a_referenced_secret(file: Path, secret: str) -> None:
+    given = Reference(secret, "${env:SECRET}")
+    tree = {"text": given, "more": {"deep": [given]}}
+
+    problems = read_settings(read(file, LEVELS), Told, tree, [AT_ROUTE])
+
+    assert isinstance(problems, tuple)
+    assert secret not in problems[0].message
+    assert problems[0].message.startswith("text is ***, ")
+
+
+def test_a_short_word_is_masked_only_as_a_word(file: Path) -> None:
+    tree = {"text": Reference("is", "${env:SECRET}")}
+
+    problems = read_settings(read(file, LEVELS), Told, tree, [AT_ROUTE])
+
+    assert isinstance(problems, tuple)
+    assert problems[0].message == "text *** ***, '${env:SECRET}', xisy, pre_*** or {}"
+
+
 def test_a_plugins_message_about_a_referenced_value_is_masked(file: Path) -> None:
     text = LEVELS.replace('shop_id: "2"', 'shop_id: "${env:PORT}"').replace("numbers: [4]", "low: 11")
 

@@ -377,7 +377,7 @@ def test_settings_in_the_document_may_be_partial(settings: dict[str, Any], at: s
     document = BASIC | {"routes": {"wild": {"settings": settings}}}
     configured = {"by_name": {"a": {"size": 1}}, "box": {"content": 1}}
     problems: list[str] = []
-    Converter(lambda path, _: problems.append(path), str).convert(Wild, merged(configured, settings), "")
+    Converter(lambda path, _: problems.append(path)).convert(Wild, merged(configured, settings), "")
 
     assert wrong(document, WILD) == ([f"$.routes.wild.settings{at}"] if at else [])
     assert bool(problems) == bool(at), "the reader says otherwise"
