@@ -221,6 +221,42 @@ def test_payments_in_other_states_are_left_out():
     assert document["payments"] == DOCUMENT["payments"]
 
 
+NOTHING = {"incVat": "0.00", "exVat": "0.00", "vat": "0.00"}
+RATES = {
+    "from the amounts": ({"includingVat": 59, "excludingVat": 47.2}, "0.25"),
+    "12 %": ({"includingVat": 112, "excludingVat": 100}, "0.12"),
+    "rounded": ({"includingVat": 49, "excludingVat": 46.23}, "0.05991780"),
+    "without VAT": ({"includingVat": 59, "excludingVat": 59}, "0"),
+    "nothing": ({"includingVat": 0, "excludingVat": 0.0}, "0"),
+}
+
+
+@pytest.mark.parametrize(("total", "rate"), RATES.values(), ids=RATES)
+@pytest.mark.parametrize("missing", [None, ABSENT], ids=["null", "absent"])
+def test_a_shipping_without_a_vat_rate_has_that_of_its_amounts(total, rate, missing):
+    document = payment_information(order({"/shippings/1/total": total, "/shippings/1/vatRate": missing}), settings())
+
+    assert Decimal(document["shippings"][0]["vatRate"]) == Decimal(rate)
+
+
+@pytest.mark.parametrize(
+    "total", [None, ABSENT, {}, {"includingVat": None, "excludingVat": None}], ids=["null", "absent", "empty", "nulls"]
+)
+@pytest.mark.parametrize(("given", "rate"), [(None, "0"), (0.25, "0.25")], ids=["no rate", "a rate"])
+def test_a_shipping_without_a_total_costs_nothing(total, given, rate):
+    document = payment_information(order({"/shippings/1/total": total, "/shippings/1/vatRate": given}), settings())
+
+    assert (document["shippings"][0]["total"], document["shippings"][0]["vatRate"]) == (NOTHING, rate)
+    assert document["totals"] == DOCUMENT["totals"] | {"shipping": NOTHING}
+
+
+@pytest.mark.parametrize("missing", [None, ABSENT, ""], ids=["null", "absent", "empty"])
+def test_a_payment_without_currency_and_type_is_a_default_one_in_the_orders_currency(missing):
+    changes = {"/payments/1/currency": missing, "/payments/1/type": missing}
+
+    assert payment_information(order(changes), settings()) == DOCUMENT
+
+
 def test_shippings_that_failed_are_left_out():
     failed = COMPLETED["shippings"][1] | {"state": "failed"}
 
@@ -334,9 +370,20 @@ REFUSALS = {
     ),
     "odd-state": ({"/payments/1/state": CANARY}, "payment-error", "(left out by their state: payments[1])"),
     "shipping-id": ({"/shippings/1/id": None}, "order-validation", "shippings[1].id is missing"),
-    "shipping-total": ({"/shippings/1/total": {}}, "order-validation", "shippings[1].total.includingVat is missing"),
+    "shipping-total": (
+        {"/shippings/1/total": {"excludingVat": 47.2}},
+        "order-validation",
+        "shippings[1].total.includingVat is missing",
+    ),
     "shipping-vat": ({"/shippings/1/vatRate": 25}, "order-validation", "shippings[1].vatRate is not a fraction"),
-    "shipping-no-vat": ({"/shippings/1/vatRate": None}, "order-validation", "shippings[1].vatRate is missing"),
+    "shipping-all-vat": (
+        {"/shippings/1/vatRate": None, "/shippings/1/total/excludingVat": 0},
+        "order-validation",
+        "shippings[1].vatRate is not a fraction",
+    ),
+    "payment-currency-type": ({"/payments/1/currency": 7}, "order-validation", "payments[1].currency holds a value"),
+    "payment-type-type": ({"/payments/1/type": 7}, "order-validation", "payments[1].type holds a value of a wrong"),
+    "shipping-total-type": ({"/shippings/1/total": CANARY}, "order-validation", "shippings[1].total holds a value"),
     "shipping-type": ({"/shippings/1/vatRate": CANARY}, "order-validation", "shippings[1].vatRate holds a value of a"),
     "customer-type": ({"/customer/type": CANARY}, "order-validation", "customer.type is not person or organization"),
     "address-country": (
@@ -769,6 +816,9 @@ def test_an_order_that_the_shop_creates_later_is_exported():
     assert [type(outcome) for outcome in outcomes] == [Retry, Retry, Done]
 
 
+TEMPLATE = "/shops/{shopId}/orders/{orderKey}/payment-information"
+
+
 def test_a_refusal_shows_only_its_code_and_places_in_our_document():
     shop = JetshopStandIn()
     paths = ("/payments/0/method/code", "/customer/CANARY", "CANARY", "")
@@ -776,14 +826,16 @@ def test_a_refusal_shows_only_its_code_and_places_in_our_document():
 
     outcome = export(shop)
 
-    assert str(outcome) == ("jetshop-validation: PUT was answered 422 (method-unknown) for /payments/0/method/code")
+    assert str(outcome) == (
+        f"jetshop-validation: PUT {TEMPLATE} was answered 422 (method-unknown) for /payments/0/method/code"
+    )
 
 
 def test_a_refusal_in_free_text_shows_only_its_status():
     shop = JetshopStandIn()
     shop.script("100245", Fault(status=400, code="CANARY is no code"))
 
-    assert str(export(shop)) == "jetshop-bad-request: PUT was answered 400"
+    assert str(export(shop)) == f"jetshop-bad-request: PUT {TEMPLATE} was answered 400"
 
 
 def test_an_order_that_cannot_be_mapped_is_not_sent():

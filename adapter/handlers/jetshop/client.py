@@ -68,7 +68,7 @@ class JetshopExport(NotificationHandler[JetshopSettings]):
             return Done(export.key, {"payload": export.hash, "result": "found"})
         if violations("PaymentInformation", stored):
             # Such an answer does not show whether the export is stored, so the doubt remains.
-            raise Retry("jetshop-broken-answer", f"GET was answered {answer.status_code}, against the contract")
+            raise Retry("jetshop-broken-answer", f"{export.answered(answer)}, against the contract")
         return None
 
 
@@ -77,10 +77,15 @@ class _Export:
 
     def __init__(self, notification: Notification, settings: JetshopSettings) -> None:
         self.key = order_key(notification.order, settings)
+        self.path = settings.path_payment_information
         self.url = f"{settings.base_url}{payment_path(self.key, settings)}"
         self.document = payment_information(notification.order, settings)
         self.body = canonical(self.document)
         self.hash = sha256(self.body).hexdigest()
+
+    def answered(self, answer: httpx.Response) -> str:
+        """Name the request, without the order's key, and the status of its answer."""
+        return f"{answer.request.method} {self.path} was answered {answer.status_code}"
 
     def done(self, answer: httpx.Response) -> Done:
         result = _decoded(answer)
@@ -93,7 +98,7 @@ class _Export:
         if against:
             raise Unknown(
                 "jetshop-broken-answer",
-                f"PUT was answered {answer.status_code}, against the contract: {'; '.join(against[:MAX_PLACES])}",
+                f"{self.answered(answer)}, against the contract: {'; '.join(against[:MAX_PLACES])}",
             )
         return Done(result.get("orderNumber") or self.key, {"payload": self.hash, "result": result["result"]})
 
@@ -101,7 +106,7 @@ class _Export:
 def _check_status(answer: httpx.Response, export: _Export, context: Context[JetshopSettings]) -> None:
     """Raise the outcome of a status that has a meaning of its own; return for every other."""
     status = answer.status_code
-    message = f"{answer.request.method} was answered {status}{_objections(answer, export.document)}"
+    message = export.answered(answer) + _objections(answer, export.document)
     if status in REJECTED:
         raise Reject(REJECTED[status], message)
     if status in (401, 403):

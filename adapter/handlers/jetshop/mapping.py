@@ -116,7 +116,7 @@ class _Mapping:
                 "culture": self.culture(),
                 "totals": {
                     "order": total,
-                    "cart": self.price(order.cart.total, "cart.total", optional=True),
+                    "cart": self.price(order.cart.total, "cart.total", absent={}),
                     "shipping": self.sum_of_prices([shipping["total"] for shipping in shippings]),
                     "payments": self.money_text(_sum(payment["amount"] for payment in payments)),
                 },
@@ -212,9 +212,9 @@ class _Mapping:
     def money_text(self, amount: Decimal) -> str:
         return f"{self.rounded(amount):f}"
 
-    def price(self, price: Any, member: str, *, optional: bool = False) -> dict[str, str]:
-        if optional and price.including_vat is None and price.excluding_vat is None:
-            return {}
+    def price(self, price: Any, member: str, *, absent: dict[str, str] | None = None) -> dict[str, str]:
+        if absent is not None and price.including_vat is None and price.excluding_vat is None:
+            return absent
         including = self.money(price.including_vat, f"{member}.includingVat")
         excluding = self.money(price.excluding_vat, f"{member}.excludingVat")
         if including is None or excluding is None:
@@ -236,10 +236,12 @@ class _Mapping:
             return {}
         return self.price_of(_sum(price["incVat"] for price in prices), _sum(price["exVat"] for price in prices))
 
-    def vat_rate(self, rate: Decimal | None, member: str) -> str:
+    def vat_rate(self, rate: Decimal | None, total: dict[str, str], member: str) -> str:
+        if rate is None and total:
+            excluding, vat = Decimal(total["exVat"]), Decimal(total["vat"])
+            rate = _ARITHMETIC.divide(vat, excluding) if excluding else vat
         if rate is None:
-            self.report(INVALID, f"{member} is missing")
-            return ""
+            return ""  # the price is a problem already
         if not rate.is_finite() or not 0 <= rate <= 1:
             self.report(INVALID, f"{member} is not a fraction from 0 to 1 (0.25 is 25 %)")
             return ""
@@ -260,18 +262,19 @@ class _Mapping:
                     left_out.append(f"{at} is {state}" if state in _RETURNED else at)
                 continue
             amount = self.money(payment.amount, f"{at}.amount")
-            if currency and (payment.currency or "").upper() != currency:
+            its_currency = (payment.currency or "").strip().upper() or currency  # without one, it is the order's
+            if currency and its_currency != currency:
                 self.report(UNPAID, f"{at}.currency is not the order's")
             exported.append(
                 {
                     "id": self.needed(payment.id, f"{at}.id"),
                     "providerId": self.needed(payment.adapter_id, f"{at}.adapterId"),
-                    "type": self.one_of(payment.type, _PAYMENT_TYPES, f"{at}.type"),
+                    "type": self.one_of(payment.type or "default", _PAYMENT_TYPES, f"{at}.type"),
                     "state": state,
                     "method": self.method(payment.adapter_id or "", payment.name or "", at),
                     "transactionId": payment.reference,
                     "amount": self.money_text(amount or _ZERO),
-                    "currency": (payment.currency or "").upper(),
+                    "currency": its_currency,
                 }
             )
         # After a problem with a payment, a wrong sum would only repeat it.
@@ -313,6 +316,7 @@ class _Mapping:
                 continue
             at = f"shippings[{index}]"
             details = shipping.delivery_details
+            total = self.price(shipping.total, f"{at}.total", absent=self.price_of(_ZERO, _ZERO))
             exported.append(
                 {
                     "id": self.needed(shipping.id, f"{at}.id"),
@@ -323,8 +327,8 @@ class _Mapping:
                     "carrier": details.carrier,
                     "productReference": details.product.reference,
                     "pickupLocationReference": details.pickup_location.reference,
-                    "total": self.price(shipping.total, f"{at}.total"),
-                    "vatRate": self.vat_rate(shipping.vat_rate, f"{at}.vatRate"),
+                    "total": total,
+                    "vatRate": self.vat_rate(shipping.vat_rate, total, f"{at}.vatRate"),
                 }
             )
         return exported
