@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import resource
 import socket
 import sys
 import time
@@ -49,12 +50,38 @@ WARN_EVERY_SECONDS = 10
 CONNECTIONS_A_TURN = 64
 MOST_UNACCEPTED = 4096
 
+DESCRIPTORS_OF_A_SLOT = 4  # connections to Norce and to the destination, in use and kept
+OTHER_DESCRIPTORS = 128
+ENOUGH_DESCRIPTORS = 65_536  # idle connections of callers take more than the service needs at once
+
 SWITCH_SECONDS = 0.0005
 COLLECT_AFTER = 20_000  # more objects made than freed
 
 
 class PortInUse(Exception):
     """A port is taken. Choose another `server.port` or `operations.port`, or free it."""
+
+
+class DescriptorsTooFew(Exception):
+    """The process may open too few files. Raise its limit, such as `LimitNOFILE` or `ulimit -n`."""
+
+
+def ensure_descriptors(*, slots: int, are_verdicts_configured: bool) -> None:
+    """Raise the limit on open files as far as the service can use it.
+
+    Raises:
+        DescriptorsTooFew: the hard limit is too low for the callers and destinations that are served at once.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    callers = MOST_AT_ONCE + MOST_WAITING * are_verdicts_configured
+    needed = 3 * CONNECTIONS_A_TURN + callers + DESCRIPTORS_OF_A_SLOT * slots + OTHER_DESCRIPTORS
+    most = hard if hard != resource.RLIM_INFINITY else ENOUGH_DESCRIPTORS
+    if max(soft, most) < needed:
+        raise DescriptorsTooFew(
+            f"the limit on open files is {most}, but the service needs {needed}; raise it (ulimit -n)"
+        )
+    if soft < min(most, ENOUGH_DESCRIPTORS):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, ENOUGH_DESCRIPTORS), hard))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -35,7 +35,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
     import uvloop
 
     from adapter import logs
-    from adapter.callbacks.server import PortInUse
+    from adapter.callbacks.server import DescriptorsTooFew, PortInUse, ensure_descriptors
     from adapter.ledger.store import StoreInUse, StoreUnavailable
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -44,10 +44,12 @@ def serve(*, hold: bool, config_path: Path) -> None:
     with logs.printed_lines():
         routes = load_routes(config)
         try:
+            are_verdicts_configured = any(each.kind != "notification" for each in routes.callbacks.values())
+            ensure_descriptors(slots=config.dispatcher.slots, are_verdicts_configured=are_verdicts_configured)
             uvloop.run(_serve(config, routes, hold=hold))
         except (StoreInUse, StoreUnavailable) as error:
             end(STORE, in_one_line(error))
-        except PortInUse as error:
+        except (PortInUse, DescriptorsTooFew) as error:
             end(FAILED, str(error))
         except Exception:  # noqa: BLE001 - Python would write it to standard error, which may block
             traceback.print_exc()

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -159,6 +160,32 @@ def test_the_format_of_the_log_is_configured(tmp_path: Path) -> None:
     lines = (tmp_path / "log").read_text()
     assert "serving" in lines
     assert "{" not in lines
+
+
+# --- descriptors ----------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_on_open_files_that_is_too_low_is_one_sentence(tmp_path: Path) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
+
+    with (tmp_path / "log").open("w") as file, closing(Process(tmp_path, file, preexec_fn=limit)) as service:
+        assert service.process.wait(PATIENCE) == 1
+
+    told = (tmp_path / "log").read_text()
+    assert re.fullmatch(r"the limit on open files is 512, but the service needs \d+; raise it \(ulimit -n\)\n", told)
+
+
+def test_a_soft_limit_on_open_files_is_raised(tmp_path: Path) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+
+    with (tmp_path / "log").open("w") as file, closing(Process(tmp_path, file, preexec_fn=limit)) as service:
+        service.wait_until_serving()
+
+        assert resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE) == (min(hard, 65_536), hard)
 
 
 # --- signals --------------------------------------------------------------------------------------------------------
