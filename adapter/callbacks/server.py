@@ -63,7 +63,7 @@ class PortInUse(Exception):
 
 
 class DescriptorsTooFew(Exception):
-    """The process may open too few files. Raise its limit, such as `LimitNOFILE` or `ulimit -n`."""
+    """A limit on open files that is too low. Raise it: `LimitNOFILE`, `ulimit -n`."""
 
 
 def ensure_descriptors(*, slots: int, are_verdicts_configured: bool) -> None:
@@ -76,10 +76,8 @@ def ensure_descriptors(*, slots: int, are_verdicts_configured: bool) -> None:
     callers = MOST_AT_ONCE + MOST_WAITING * are_verdicts_configured
     needed = 3 * CONNECTIONS_A_TURN + callers + DESCRIPTORS_OF_A_SLOT * slots + OTHER_DESCRIPTORS
     most = hard if hard != resource.RLIM_INFINITY else ENOUGH_DESCRIPTORS
-    if max(soft, most) < needed:
-        raise DescriptorsTooFew(
-            f"the limit on open files is {most}, but the service needs {needed}; raise it (ulimit -n)"
-        )
+    if most < needed:
+        raise DescriptorsTooFew(f"the limit on open files is {most}, but {needed} are needed; raise it (ulimit -n)")
     if soft < min(most, ENOUGH_DESCRIPTORS):
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, ENOUGH_DESCRIPTORS), hard))
 

@@ -22,7 +22,7 @@ import pytest
 from adapter import config as configuration
 from adapter.callbacks.senders import Senders
 from adapter.identifiers import Channel
-from tests import PATIENCE
+from tests import PATIENCE, ROOT
 from tests.cli.test_cli import CONFIG, ENVIRON, ORDER, write
 
 COMMAND = Path(sys.executable).with_name("norce-adapter")
@@ -173,7 +173,8 @@ def test_a_limit_on_open_files_that_is_too_low_is_one_sentence(tmp_path: Path) -
         assert service.process.wait(PATIENCE) == 1
 
     told = (tmp_path / "log").read_text()
-    assert re.fullmatch(r"the limit on open files is 512, but the service needs \d+; raise it \(ulimit -n\)\n", told)
+    assert told == "the limit on open files is 512, but 2948 are needed; raise it (ulimit -n)\n"
+    assert "2,948" in (ROOT / "docs" / "deployment.md").read_text("utf-8")
 
 
 def test_a_soft_limit_on_open_files_is_raised(tmp_path: Path) -> None:
