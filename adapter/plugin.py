@@ -403,7 +403,8 @@ class Unknown(Outcome):
 class Misconfigured(Outcome):
     """Nothing happened, because the configuration is wrong.
 
-    The queue is paused and keeps its work. The attempt uses up nothing of the schedule.
+    It is retried by the schedule, because a person may correct the configuration meanwhile. When different orders in a
+    row end like this, the queue pauses, and attempts use up nothing of the schedule until one of them is answered.
     """
 
 

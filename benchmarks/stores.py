@@ -171,7 +171,7 @@ class _Rows:
             self._insert(
                 lanes,
                 [
-                    {"id": i, "queue_id": self._queue_id, "order_id": order_id, "newest_snapshot_at": now, **lane}
+                    {"id": i, "queue_id": self._queue_id, "order_id": order_id, **lane}
                     for i, order_id in zip(lane_ids, order_ids, strict=True)
                 ],
             )
@@ -196,7 +196,7 @@ class _Rows:
         self._insert(
             deliveries,
             [
-                {"id": i, "notification_id": notification, "lane_id": lane_id, "snapshot_at": now, **state, **tried}
+                {"id": i, "notification_id": notification, "lane_id": lane_id, "position": 0, **state, **tried}
                 for i, notification, lane_id in zip(ids[deliveries], ids[notifications], lane_ids, strict=True)
             ],
         )
@@ -211,13 +211,7 @@ class _Rows:
         lane = {"claim": 1, "settled": 1, "current_delivery_id": delivery_id, "next_at": now + HOUR_MS}
         found = self._connection.execute(known).scalar()
         if found is None:
-            row = {
-                "id": lane_id,
-                "queue_id": self._queue_id,
-                "order_id": self._blocked,
-                "newest_snapshot_at": now,
-                **lane,
-            }
+            row = {"id": lane_id, "queue_id": self._queue_id, "order_id": self._blocked, **lane}
             self._insert(lanes, [row])
         return int(found or lane_id)
 

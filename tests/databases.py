@@ -153,6 +153,12 @@ def rows(url: str, sql: str) -> list[tuple[Any, ...]]:
         return cursor.fetchall() if cursor.description else []
 
 
+def waits_for_a_lock(url: str) -> bool:
+    """Return whether a connection to this PostgreSQL database waits for another."""
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    return bool(rows(url, waiting))
+
+
 @contextmanager
 def postgres_server() -> Iterator[Server]:
     """Start a PostgreSQL server, and stop it at the end."""

@@ -54,7 +54,8 @@ MOVED_ON = Ends(Ending.MOVED_ON, "moved_on")
 UNKNOWN = Ends(Unknown("connection-lost"), "unknown")
 RELEASED = Ends(Ending.RELEASED)
 NOT_THERE = Ends(Ending.NOT_THERE, due=0)
-MISCONFIGURED = Ends(Misconfigured("destination-unauthorized"))
+MISCONFIGURED = Ends(Misconfigured("destination-unauthorized"), due=0)
+PAUSES = Ends(Retry("destination-busy", after=timedelta(minutes=1)), due=0)
 
 
 def delivered(reference: str, **facts: Any) -> Ends:
@@ -102,11 +103,12 @@ class Ledger:
 
     def limits(self, *queues: int, concurrency: int = 100) -> list[QueueLimits]:
         return [
-            QueueLimits(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT) for each in queues or (self.export,)
+            QueueLimits(queue_id=each, concurrency=concurrency, doubt_ms=DOUBT, schedule=())
+            for each in queues or (self.export,)
         ]
 
-    def take(self, *queues: int, most: int = 100, concurrency: int = 100) -> Claimed:
-        return self.do(self.lanes.claim(self.limits(*queues, concurrency=concurrency), most))
+    def take(self, *queues: int, most: int = 100, concurrency: int = 100, idle: Sequence[int] = ()) -> Claimed:
+        return self.do(self.lanes.claim(self.limits(*queues, concurrency=concurrency), most, idle=idle))
 
     def claim(self, *queues: int, most: int = 100) -> list[Claim]:
         return self.take(*queues, most=most).claims
@@ -142,7 +144,10 @@ class Ledger:
 
     def states(self) -> list[tuple[int, str, str | None]]:
         """Return snapshot, state and reason of every delivery, in order of arrival."""
-        return self.rows("SELECT snapshot_at, state, reason FROM deliveries ORDER BY id")
+        return self.rows(
+            "SELECT n.snapshot_at, d.state, d.reason FROM deliveries d JOIN notifications n ON n.id = d.notification_id"
+            " ORDER BY d.id"
+        )
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
         return rows(self.url, sql)
@@ -163,6 +168,7 @@ def receipt(
     snapshot: int | None = 1,
     *,
     wanted: Sequence[tuple[int, bool]] = (),
+    refetching: Sequence[int] = (),
     body: bytes | None = None,
     identity: bytes | None = None,
     source: str = "callback",
@@ -176,6 +182,7 @@ def receipt(
         source=source,
         body=body if body is not None else body_of(order_id, snapshot or 0),
         wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
+        wanted_in_conflict=tuple(Wanted(queue_id=queue, refetch=True) for queue in refetching),
     )
 
 
@@ -207,17 +214,18 @@ def make_many(ledger: Ledger, number: int, state: str = "done") -> None:
     else:
         series = f"WITH s(i) AS (SELECT * FROM generate_series(1, {number}))"
     order = f"'{state}-' || i"
+    identity = f"CAST({order} AS BLOB)" if ledger.url.startswith("sqlite") else f"convert_to({order}, 'UTF8')"
     due, claims = (NOON, 0) if state == "waiting" else ("NULL", 1)
     ended, reason = {
         "waiting": ("NULL", "NULL"), "done": (NOON, "'delivered'"), "dead": (NOON, "'rejected'"),
     }[state]  # fmt: skip
     for into in (
-        "notifications (merchant, channel, callback, order_id, snapshot_at, received_at, source)"
-        f" {series} SELECT 'fjallboden', '1', 'order-status', {order}, 1, {NOON}, 'callback' FROM s",
-        "lanes (queue_id, order_id, claim, settled, next_at, newest_snapshot_at)"
-        f" {series} SELECT {ledger.export}, {order}, {claims}, {claims}, {due}, 1 FROM s",
-        "deliveries (notification_id, lane_id, snapshot_at, state, reason, attempts, ended_at)"
-        f" SELECT n.id, l.id, 1, '{state}', {reason}, {claims}, {ended} FROM notifications n"
+        "notifications (identity, merchant, channel, callback, order_id, snapshot_at, received_at, source)"
+        f" {series} SELECT {identity}, 'fjallboden', '1', 'order-status', {order}, 1, {NOON}, 'callback' FROM s",
+        "lanes (queue_id, order_id, claim, settled, next_at)"
+        f" {series} SELECT {ledger.export}, {order}, {claims}, {claims}, {due} FROM s",
+        "deliveries (notification_id, lane_id, position, state, reason, attempts, ended_at)"
+        f" SELECT n.id, l.id, 0, '{state}', {reason}, {claims}, {ended} FROM notifications n"
         f" JOIN lanes l ON l.order_id = n.order_id AND l.queue_id = {ledger.export} WHERE n.order_id LIKE '{state}-%'"
         " ORDER BY n.id",
         "attempts (delivery_id, claim, kind, started_at, ended_at, outcome)"

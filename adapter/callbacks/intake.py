@@ -1,6 +1,6 @@
 """The intake: the one way of notifications into the ledger, whatever their source."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec.structs import replace
@@ -9,7 +9,7 @@ from adapter.conditions import Result
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.metrics import Metrics
-from adapter.routing.routes import Routes
+from adapter.routing.routes import Route, Routes
 
 
 class Intake:
@@ -45,16 +45,18 @@ class Intake:
         for _, held in wanting.routes:
             self._metrics.conditions_evaluated.labels("route", held.value).inc()
         # A route whose condition ends in an error is included. The attempt evaluates it again and makes a dead letter.
-        wanted = tuple(
-            Wanted(queue_id=self._queue_ids[QueueKey(route.name, notification.channel)], refetch=route.refetch)
-            for route, _ in wanting.routes
-        )
-        return replace(notification, wanted=wanted)
+        wanted = self._queues(notification, [route for route, _ in wanting.routes])
+        refetching = [route for route in self.routes.of(notification.callback) if route.refetch]
+        return replace(notification, wanted=wanted, wanted_in_conflict=self._queues(notification, refetching))
+
+    def _queues(self, notification: ReceivedNotification, routes: Sequence[Route]) -> tuple[Wanted, ...]:
+        keys = [(QueueKey(route.name, notification.channel), route.refetch) for route in routes]
+        return tuple(Wanted(queue_id=self._queue_ids[key], refetch=refetch) for key, refetch in keys)
 
     async def store(self, notification: ReceivedNotification) -> Received:
         """Store the notification once, durably. Raises `StoreUnavailable` if nothing was stored."""
         received = await self.inbox.receive(notification)
         self._metrics.notifications_stored.labels(received.value).inc()
-        if received in (Received.NEW, Received.RETRIED) and notification.wanted:
+        if received is Received.CONFLICT or (received is not Received.REPEAT and notification.wanted):
             self._wake()
         return received

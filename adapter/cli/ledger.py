@@ -96,12 +96,12 @@ author_options = options(
     click.option("--why", type=TEXT, required=True, help="Your reason. It is recorded."),
     click.option("--who", type=TEXT, default=_current_user, help="Your name; by default your user and host."),
 )
-dead_letter_options = options(
+change_options = options(
     click.argument("ids", type=ID, nargs=-1),
-    click.option("--all", "everything", is_flag=True, help="All dead letters; needed if there is no other filter."),
+    click.option("--all", "everything", is_flag=True, help="All of them; needed if there is no other filter."),
     filter_options,
     author_options,
-    click.option("--dry-run", is_flag=True, help="Only count the dead letters."),
+    click.option("--dry-run", is_flag=True, help="Only count them."),
     click.option("--rate", type=click.IntRange(1, 100_000), help="Largest number per second; by default no limit."),
     output_option,
     service_options,
@@ -148,7 +148,7 @@ def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
 
 
 @deliveries_group.command("retry")
-@dead_letter_options
+@change_options
 @click.option(
     "--unknown",
     type=click.Choice(["leave", "look-up", "send"]),
@@ -159,17 +159,24 @@ def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
 )
 def deliveries_retry(**given: Any) -> None:
     """Retry dead letters, chosen by IDS or by options, with their whole schedule."""
-    _change_dead_letters("retry", **given)
+    _change("retry", **given)
 
 
 @deliveries_group.command("discard")
-@dead_letter_options
+@change_options
+@click.option(
+    "--state",
+    type=click.Choice([State.DEAD.value, State.WAITING.value]),
+    default=State.DEAD.value,
+    show_default=True,
+    help="Discard dead letters, or deliveries that wait. One that is being attempted now stays.",
+)
 def deliveries_discard(**given: Any) -> None:
-    """Discard dead letters, chosen by IDS or by options. Their lanes continue."""
-    _change_dead_letters("discard", unknown="leave", **given)
+    """Discard dead letters or waiting deliveries, chosen by IDS or by options."""
+    _change("discard", unknown="leave", **given)
 
 
-def _change_dead_letters(
+def _change(
     command: str,
     *,
     ids: tuple[int, ...],
@@ -183,18 +190,22 @@ def _change_dead_letters(
     config_path: Path,
     to: str | None,
     token: str | None,
+    state: str = State.DEAD.value,
     **filters: Any,
 ) -> None:
     from adapter.cli.service import running_service
 
+    kind = "dead letter" if state == State.DEAD.value else "waiting delivery"
     if not (ids or everything or any(value is not None for value in filters.values())):
-        end(USAGE, "choose the dead letters by ids, by options such as --route or --reason, or by --all")
+        end(USAGE, "choose the deliveries by ids, by options such as --route or --reason, or by --all")
     size = min(MAX_PER_STEP, rate or MAX_PER_STEP)
     author = {"who": who, "why": why}
-    step = _parse({"matching": {"ids": ids, **filters}, "by": author, "most": size, "unknown": unknown}, Step)
+    step = _parse(
+        {"matching": {"ids": ids, "state": state, **filters}, "by": author, "most": size, "unknown": unknown}, Step
+    )
     total = None
     if to is None or dry_run:  # the ledger of a service on another host may be out of reach
-        rows = _count_dead_letters(config_path, step, leave_unknown=command == "retry" and unknown == "leave")
+        rows = _count(config_path, step, leave_unknown=command == "retry" and unknown == "leave")
         total = sum(row["count"] for row in rows)
     if dry_run:
         print_rows(rows, output, COUNT_COLUMNS)
@@ -208,13 +219,15 @@ def _change_dead_letters(
                 progress.update(task, completed=changed)
     done = {"retry": "retried", "discard": "discarded"}[command]
     click.echo(json.dumps({done: changed}) if output == "json" else f"{changed} {done}")
+    if state == State.WAITING.value and changed < (total or 0):
+        click.echo(f"{(total or 0) - changed} left out: they are being attempted, or have ended meanwhile", err=True)
     if not (changed or total):
-        end(NOTHING_MATCHED, "no dead letter matches; `norce-adapter deliveries list --state dead` lists them")
+        end(NOTHING_MATCHED, f"no {kind} matches; `norce-adapter deliveries list --state {state}` lists them")
 
 
-def _count_dead_letters(config_path: Path, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
+def _count(config_path: Path, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
     with _queries(config_path) as queries:
-        rows = queries.count(msgspec.structs.replace(step.matching, state=State.DEAD.value))
+        rows = queries.count(step.matching)
     if leave_unknown:
         left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
         rows = [row for row in rows if row["reason"] != Reason.UNKNOWN.value]

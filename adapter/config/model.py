@@ -192,7 +192,10 @@ class ReconciliationConfig(_Section, frozen=True, kw_only=True):
 class DispatcherConfig(_Section, frozen=True, kw_only=True):
     """The dispatcher, which works off deliveries."""
 
-    slots: Annotated[Concurrency, doc("Deliveries that run at the same time in one process.")] = 32
+    slots: Annotated[
+        Concurrency,
+        doc("Deliveries that run at the same time in one process; a queue without any may start one."),
+    ] = 32
     grace: Annotated[
         timedelta, doc("Time that a shutdown gives running deliveries before it cancels them.", within=("0s", "10m"))
     ] = timedelta(seconds=20)
@@ -208,7 +211,9 @@ class QueuesConfig(_Section, frozen=True, kw_only=True):
         timedelta,
         doc("Length of the first pause; then one delivery is tried, and a failure doubles it.", within=("100ms", "1d")),
     ] = timedelta(seconds=30)
-    max_pause: Annotated[timedelta, doc("Length of the longest pause.", within=("100ms", "1d"))] = timedelta(minutes=10)
+    max_pause: Annotated[timedelta, doc("Length of the longest pause that no person set.", within=("100ms", "1d"))] = (
+        timedelta(minutes=10)
+    )
 
 
 class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):

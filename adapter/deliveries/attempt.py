@@ -20,7 +20,7 @@ from adapter.conditions import Result as Held
 from adapter.deliveries.outcomes import is_bug, leaves, outcome_of
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
-from adapter.ledger.settlement import Broken, Ending, Interrupted, Result
+from adapter.ledger.settlement import Broken, Ending, Interrupted, Result, is_past_last_lookup
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import NotAnOrder, Order, read_order
@@ -75,10 +75,12 @@ class Attempts:
         kind = "lookup" if looks_up else "deliver"
         if self.stopping:  # claimed while the service stops
             return AttemptResult(result=Ending.RELEASED, kind=kind)
-        if claim.in_doubt and not looks_up and not route.handling.repeatable:
-            return AttemptResult(
-                result=Interrupted("in-doubt", "an attempt ended without a known outcome, and cannot be looked up")
-            )
+        can_continue = looks_up or route.handling.repeatable
+        if claim.in_doubt and (not can_continue or is_past_last_lookup(claim.attempt, route.schedule)):
+            message = "an attempt ended without a known outcome, and cannot be looked up"
+            if can_continue:
+                message = "every attempt ended without a known outcome; the order may end the process"
+            return AttemptResult(result=Interrupted("in-doubt", message))
         if claim.body is None:
             return AttemptResult(
                 result=Reject("body-pruned", "the body of this notification is no longer stored"), kind=kind

@@ -42,7 +42,7 @@ class Dispatcher:
         queues: All queues by their id in the ledger.
         before_handler: The longest time for reading the order again.
         clock: The ledger's clock, in milliseconds.
-        slots: How many attempts may run at the same time.
+        slots: How many attempts may run at the same time. A queue without a running attempt may start one beyond them.
         random: Returns the jitter of a retry, 0 to 1.
         shared: Whether other processes use the same store, so that a lease can be lost.
         held: Claim nothing (`serve --hold`).
@@ -69,6 +69,7 @@ class Dispatcher:
                 queue_id=key,
                 concurrency=queue.route.concurrency,
                 doubt_ms=in_milliseconds(before_handler + queue.route.timeout + SLACK),
+                schedule=queue.route.schedule,
             )
             for key, queue in queues.items()
         ]
@@ -164,13 +165,18 @@ class Dispatcher:
             The time to wait before the next claim; None if there may be more work at once.
         """
         await self._return_uncertain_claims()
-        free = 0 if self._held else self._slots - len(self._tasks)
-        limits = [each for each in self._limits if self._busy[each.queue_id] < each.concurrency] if free > 0 else []
-        self._has_room = bool(limits)
+        free = max(self._slots - len(self._tasks), 0)
+        idle = {each.queue_id for each in self._limits if self._busy[each.queue_id] == 0}
+        limits = [
+            each
+            for each in self._limits
+            if each.queue_id in idle or (free and self._busy[each.queue_id] < each.concurrency)
+        ]
+        self._has_room = bool(limits) and not self._held
         limits = [each for each in limits if self._queues[each.queue_id].channel not in self.switched_off]
-        if not limits:  # a freed slot wakes the dispatcher, and so does a channel that is switched on
+        if not limits or self._held:  # a freed slot wakes the dispatcher, and so does a channel that is switched on
             return POLL
-        claimed = await self._lanes.claim(limits, free)
+        claimed = await self._lanes.claim(limits, free, idle=idle)
         for claim in claimed.claims:
             self._busy[claim.queue_id] += 1
             task = asyncio.create_task(self._attempt(claim))

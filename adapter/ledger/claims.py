@@ -38,6 +38,7 @@ class QueueLimits:
     queue_id: int
     concurrency: int
     doubt_ms: int  # time after a claim during which no other process may act on the lane
+    schedule: Sequence[timedelta]  # delays before the next claim if a process ends with its claim
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import Connection, case, func, insert, select, update
 
 from adapter.ledger.claims import queue_columns, queue_state
-from adapter.ledger.dead_letters import DeadLetter, lock_lanes, retry_dead_letters
+from adapter.ledger.dead_letters import LaneDelivery, lock_lanes, retry_dead_letters
 from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
@@ -22,6 +22,7 @@ from adapter.ledger.store import Store
 
 MAX_PER_STEP = 500
 MAX_READ_PER_STEP = 2_000  # dead letters, however few of them match
+MAX_IDS_PER_STEP = 20_000  # between which waiting deliveries are looked for: no index is in the order of their ids
 
 
 class NoSuchCommand(Exception):
@@ -29,7 +30,7 @@ class NoSuchCommand(Exception):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A step of a retry or a discard, over dead letters that match.
+    """A step of a retry or discard, over the deliveries that match.
 
     `unknown` decides about dead letters whose effect is unknown: `leave` them out; `look-up` the effect first, if the
     handler can; or `send` them, because a person has looked and found no effect. A delivery that became unknown after
@@ -46,6 +47,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     def __post_init__(self) -> None:
         if self.unknown == "send" and not self.matching.ids and self.matching.until is None:
             raise ValueError("`send` needs the ids of the deliveries that you have looked up, or `until`")
+        if self.matching.state not in (None, State.DEAD.value, State.WAITING.value):
+            raise ValueError("`state` must be `dead` or `waiting`")
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,11 +93,20 @@ class Commands:
         return msgspec.to_builtins(await getattr(self, name)(arguments))
 
     async def retry(self, step: Step) -> StepResult:
-        """Make dead letters wait again, with their whole schedule."""
+        """Make dead letters wait again, with their whole schedule.
+
+        Raises:
+            ValueError: The step asks for waiting deliveries.
+        """
+        if step.matching.state == State.WAITING.value:
+            raise ValueError("only dead letters can be retried")
         return await self._store.run(self._step, "retry", step)
 
     async def discard(self, step: Step) -> StepResult:
-        """Mark dead letters as done, and let their lanes go on."""
+        """Mark dead letters or waiting deliveries as done, and let their lanes go on.
+
+        A delivery that is being attempted stays: its handler cannot be undone.
+        """
         return await self._store.run(self._step, "discard", step)
 
     async def pause(self, change: QueueChange) -> int:
@@ -110,13 +122,13 @@ class Commands:
     def _step(self, connection: Connection, command: str, step: Step) -> StepResult:
         leaves_unknown = command == "retry" and step.unknown == "leave"
         reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves_unknown]
-        letters, after = self._letters(connection, step, reasons)
+        found, after = self._matching(connection, step, reasons)
         changed = 0
-        if letters and command == "retry":
+        if found and command == "retry":
             sends = step.unknown == "send"
-            changed = retry_dead_letters(connection, letters, self._clock(), reasons=reasons, ends_doubt=sends)
-        elif letters:
-            changed = self._discard(connection, letters)
+            changed = retry_dead_letters(connection, found, self._clock(), reasons=reasons, ends_doubt=sends)
+        elif found:
+            changed = self._discard(connection, found, step.matching.state or State.DEAD.value)
         if changed:
             self._store.database.notify(connection)
         given = step.matching.given()
@@ -125,35 +137,47 @@ class Commands:
         action = self._record(connection, command, step.by, given, changed, step.action)
         return StepResult(changed=changed, after=after, action=action)
 
-    def _letters(
+    def _matching(
         self, connection: Connection, step: Step, reasons: Collection[Reason]
-    ) -> tuple[list[DeadLetter], int | None]:
-        """Return the next dead letters that match, and where the next step begins."""
-        d = deliveries.c
-        dead = select(d.id).where(d.state == State.DEAD.value, d.id > step.after)
+    ) -> tuple[list[LaneDelivery], int | None]:
+        """Return the next deliveries that match, and where the next step begins."""
+        d, is_waiting, end = deliveries.c, step.matching.state == State.WAITING.value, None
+        state = State.WAITING if is_waiting else State.DEAD
+        chosen = select(d.id).where(d.state == state.value, d.id > step.after).order_by(d.id)
+        conditions = (
+            step.matching.conditions()
+            if is_waiting
+            else [d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions()]
+        )
         if step.matching.ids:
-            dead = dead.where(d.id.in_(step.matching.ids))
-        read = connection.execute(dead.order_by(d.id).limit(MAX_READ_PER_STEP)).scalars().all()
-        conditions = (d.id.in_(read), d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions())
-        found = connection.execute(joined(d.id, d.lane_id).where(*conditions).order_by(d.id).limit(step.most))
-        letters = [DeadLetter(row.id, row.lane_id) for row in found]
-        if len(letters) == step.most:
-            return letters, letters[-1].delivery_id
-        return letters, read[-1] if len(read) == MAX_READ_PER_STEP else None
+            chosen = chosen.where(d.id.in_(step.matching.ids))
+        elif is_waiting:
+            end = step.after + MAX_IDS_PER_STEP
+            chosen = chosen.where(d.id <= end)
+            end = end if connection.execute(select(d.id).where(d.id > end).limit(1)).first() else None
+        read = connection.execute(chosen.limit(MAX_READ_PER_STEP)).scalars().all()
+        matching = joined(d.id, d.lane_id).where(d.id.in_(read), *conditions).order_by(d.id).limit(step.most)
+        found = [LaneDelivery(row.id, row.lane_id) for row in connection.execute(matching)]
+        if len(found) == step.most:
+            return found, found[-1].delivery_id
+        return found, read[-1] if len(read) == MAX_READ_PER_STEP else end
 
-    def _discard(self, connection: Connection, letters: Collection[DeadLetter]) -> int:
+    def _discard(self, connection: Connection, found: Collection[LaneDelivery], state: str) -> int:
         d = deliveries.c
-        locked = lock_lanes(connection, {letter.lane_id for letter in letters})
-        # A letter whose blocked handler still holds the lane stays dead: the lane could not go on.
+        locked = lock_lanes(connection, {each.lane_id for each in found})
+        # A delivery that is being attempted stays, and so does a letter whose blocked handler still holds the lane.
         held = {lane.current_delivery_id for lane in locked if lane.holder is not None}
-        free = [letter.delivery_id for letter in letters if letter.delivery_id not in held]
-        dead = d.id.in_(free) & (d.state == State.DEAD.value)
+        free = [each.delivery_id for each in found if each.delivery_id not in held]
         now = self._clock()
         done = {"state": State.DONE.value, "reason": Reason.DISCARDED.value, "ended_at": now}
-        ids = connection.execute(update(deliveries).where(dead).values(done).returning(d.id)).scalars().all()
-        # The person's decision ends the doubt. The lane is due even if nothing waits in it: a claim notices that.
-        continues = {"current_delivery_id": None, "settled": lanes.c.claim, "next_at": now}
-        stopped = lanes.c.id.in_([letter.lane_id for letter in letters]) & lanes.c.current_delivery_id.in_(ids)
+        discarded = update(deliveries).where(d.id.in_(free), d.state == state).values(done).returning(d.id)
+        ids = connection.execute(discarded).scalars().all()
+        # The person's decision ends the doubt, but a request in doubt has its time before the next delivery. The lane
+        # is due even if nothing waits in it: a claim notices that.
+        lane = lanes.c
+        due = case((lane.claim > lane.settled, func.coalesce(lane.next_at, now)), else_=now)
+        continues = {"current_delivery_id": None, "settled": lane.claim, "next_at": due}
+        stopped = lane.id.in_([each.lane_id for each in found]) & lane.current_delivery_id.in_(ids)
         connection.execute(update(lanes).where(stopped).values(continues))
         return len(ids)
 

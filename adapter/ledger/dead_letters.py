@@ -16,8 +16,8 @@ from adapter.ledger.settlement import Reason, State
 LOCK_LANES = select(lanes).where(any_of(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
 
 
-class DeadLetter(NamedTuple):
-    """A dead delivery and its lane."""
+class LaneDelivery(NamedTuple):
+    """A delivery and its lane."""
 
     delivery_id: int
     lane_id: int
@@ -25,7 +25,7 @@ class DeadLetter(NamedTuple):
 
 def retry_dead_letters(
     connection: Connection,
-    letters: Collection[DeadLetter],
+    letters: Collection[LaneDelivery],
     now: int,
     *,
     reasons: Collection[Reason],

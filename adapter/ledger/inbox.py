@@ -1,14 +1,18 @@
 """The inbox: stores a notification and its deliveries in one transaction, before the 200.
 
-The same event is stored once, as long as its row lives. The same identity with another order is a conflict: it is
-stored without deliveries. A repeat retries a delivery that is dead as rejected or exhausted, at most once an hour,
-because a person who presses retry at Norce means that.
+The same event is stored once, as long as its row lives. The same identity with another order is a conflict: on each
+route that reads the order again, it makes sure that a delivery waits, because nobody can tell which of the two is true.
+A repeat retries a delivery that is dead as rejected or exhausted, at most once an hour, because a person who presses
+retry at Norce means that.
+
+A route that reads the order again needs one delivery after the last change. A new one therefore supersedes those of its
+lane that wait and that no process has claimed. Whoever claims or settles a lane locks it as well, so a delivery is
+either claimed or superseded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from hashlib import sha256
-from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -16,7 +20,7 @@ from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.databases import IN_ARRAY, Numbers
-from adapter.ledger.dead_letters import DeadLetter, retry_dead_letters
+from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
@@ -24,7 +28,6 @@ from adapter.orders import NotAnOrder, decode, order_digest, order_in
 
 RETRY_AT_MOST_EVERY_MS = 3_600_000
 RETRIED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
-MAX_CONFLICTS = 8  # stored of one identity; further ones are answered and counted
 
 
 class Received(Enum):
@@ -33,14 +36,14 @@ class Received(Enum):
     NEW = "new"
     REPEAT = "repeat"  # the same event again
     RETRIED = "retried"  # the same event again, and its dead delivery is retried
-    CONFLICT = "conflict"  # the same identity with another order: stored, not delivered
+    CONFLICT = "conflict"  # the same identity with another order
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     """A queue that wants the event."""
 
     queue_id: int
-    refetch: bool  # its route needs only the newest event of an order
+    refetch: bool  # its route reads the order again
 
 
 class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,10 +53,14 @@ class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
     channel: Channel
     callback: str
     order_id: str
-    snapshot_at: int | None  # its place in the order's history, in milliseconds; None without a `lastModified`
+    snapshot_at: int | None  # its `lastModified` in milliseconds, if it has one
     source: str  # callback or reconciliation
     body: bytes
     wanted: tuple[Wanted, ...] = ()
+    wanted_in_conflict: tuple[Wanted, ...] = ()  # routes of the callback that read the order again, without conditions
+
+
+Arrival = tuple[int, ReceivedNotification, tuple[Wanted, ...]]  # its id, and the queues that get a delivery
 
 
 class Inbox:
@@ -70,16 +77,12 @@ class Inbox:
         # This locks a lane, new or not, and makes it due if it is idle.
         self._upsert_lanes = database.inserter(
             lanes,
-            ("queue_id", "order_id", "next_at", "newest_snapshot_at"),
-            "ON CONFLICT (queue_id, order_id) DO UPDATE SET newest_snapshot_at ="
-            " CASE WHEN excluded.newest_snapshot_at > lanes.newest_snapshot_at"
-            " THEN excluded.newest_snapshot_at ELSE lanes.newest_snapshot_at END,"
-            " next_at = CASE WHEN lanes.current_delivery_id IS NULL AND lanes.next_at IS NULL"
-            " THEN excluded.next_at ELSE lanes.next_at END"
-            " RETURNING queue_id, order_id, id, newest_snapshot_at",
+            ("queue_id", "order_id", "next_at"),
+            "ON CONFLICT (queue_id, order_id) DO UPDATE SET next_at = CASE WHEN lanes.current_delivery_id IS NULL"
+            " AND lanes.next_at IS NULL THEN excluded.next_at ELSE lanes.next_at END RETURNING queue_id, order_id, id",
         )
         self._insert_deliveries = database.inserter(
-            deliveries, ("notification_id", "lane_id", "snapshot_at", "state", "reason", "ended_at")
+            deliveries, ("notification_id", "lane_id", "position", "state", "reason", "ended_at")
         )
         # SQLite has no statistics here: without the hint it would read all deliveries of the lanes.
         hint = "" if database.shared else "INDEXED BY ix_deliveries_waiting"
@@ -103,102 +106,107 @@ class Inbox:
         letters = received
         return await self._store.run(self._retry, letters)
 
-    async def known(self, identities: Sequence[bytes]) -> set[bytes]:
-        """Return those of these identities that are stored. Raises `StoreUnavailable`."""
-        known = select(notifications.c.identity).where(notifications.c.identity.in_(identities))
-        return set(await self._store.run(lambda connection: connection.execute(known).scalars().all()))
+    async def has(self, identities: Collection[bytes], body: bytes) -> bool:
+        """Return whether one of these identities is stored with this order.
+
+        Raises:
+            StoreUnavailable: The ledger cannot be read.
+        """
+        return await self._store.write(self._have, (identities, _digest(body)))
 
     # --- in the writer's thread, inside its transaction ---
 
     def _receive(
         self, connection: Connection, received: Sequence[ReceivedNotification]
-    ) -> list[Received | list[DeadLetter]]:
-        cursor = connection.connection.cursor()
+    ) -> list[Received | list[LaneDelivery]]:
         now = self._clock()
         first: dict[bytes, ReceivedNotification] = {}
         for notification in received:
             first.setdefault(notification.identity, notification)
         # Sorted by identity on every node, so that two batches never deadlock.
         rows = [_row(first[identity], now) for identity in sorted(first)]
-        ids = {identity: key for key, identity in self._insert_notifications(cursor, rows)}
-        new = [notification for notification in first.values() if notification.identity in ids]
-        if self._add_deliveries(connection, new, ids, now):
+        ids = {identity: key for key, identity in self._insert_notifications(connection.connection.cursor(), rows)}
+        answers: list[Received | list[LaneDelivery]] = []
+        arrivals: list[Arrival] = []
+        for notification in received:
+            if notification.identity in ids and first[notification.identity] is notification:
+                answers.append(Received.NEW)
+                arrivals.append((ids[notification.identity], notification, notification.wanted))
+            else:
+                answers.append(self._receive_again(connection, notification, now, arrivals))
+        if self._add_deliveries(connection, arrivals, now):
             self._store.database.notify(connection)
-        return [
-            Received.NEW
-            if notification.identity in ids and first[notification.identity] is notification
-            else self._receive_again(connection, notification, now)
-            for notification in received
-        ]
+        return answers
 
-    def _add_deliveries(
-        self, connection: Connection, new: Sequence[ReceivedNotification], ids: dict[bytes, int], now: int
-    ) -> bool:
+    def _add_deliveries(self, connection: Connection, arrivals: Sequence[Arrival], now: int) -> bool:
         """Add the deliveries of a batch to their lanes. Returns whether there are any."""
-        snapshots_of: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of each lane: (snapshot_at, notification id)
-        refetches: dict[int, bool] = {}
-        for notification in new:
-            snapshot = (_snapshot_at(notification, now), ids[notification.identity])
-            for wanted in notification.wanted:
-                refetches[wanted.queue_id] = wanted.refetch
-                snapshots_of.setdefault((wanted.queue_id, notification.order_id), []).append(snapshot)
-        if not snapshots_of:
+        places: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of each lane: (notification id, position)
+        refetching: set[int] = set()
+        for notification_id, notification, wanted in arrivals:
+            for each in wanted:
+                if each.refetch:
+                    refetching.add(each.queue_id)
+                position = 0 if each.refetch else _snapshot_at(notification, now)
+                places.setdefault((each.queue_id, notification.order_id), []).append((notification_id, position))
+        if not places:
             return False
         cursor = connection.connection.cursor()
-        rows = [(*lane, now, max(snapshots_of[lane])[0]) for lane in sorted(snapshots_of)]
-        locked = {(queue_id, order_id): rest for queue_id, order_id, *rest in self._upsert_lanes(cursor, rows)}
-        superseded_lanes: list[int] = []
+        locked = self._upsert_lanes(cursor, [(*lane, now) for lane in sorted(places)])
+        lane_ids = {(queue_id, order_id): lane_id for queue_id, order_id, lane_id in locked}
+        superseded = [lane_ids[lane] for lane in places if lane[0] in refetching]
+        if superseded:
+            connection.execute(self._supersede, {"now": now, "lane_ids": superseded})
         added: list[tuple[Any, ...]] = []
-        for lane, snapshots in snapshots_of.items():
-            lane_id, newest_snapshot_at = locked[lane]
-            # A route that reads the order again needs only the newest snapshot, whether others came before or after.
-            newest = max(reversed(snapshots), key=itemgetter(0)) if refetches[lane[0]] else None
-            if newest is not None and newest[0] >= newest_snapshot_at:
-                superseded_lanes.append(lane_id)
-            for snapshot in snapshots:
-                snapshot_at, notification_id = snapshot
+        for lane, arrived in places.items():
+            for number, (notification_id, position) in enumerate(arrived, 1):
                 state: tuple[Any, ...] = (State.WAITING.value, None, None)
-                if newest is not None and (snapshot is not newest or snapshot_at < newest_snapshot_at):
+                if lane[0] in refetching and number < len(arrived):
                     state = (State.DONE.value, Reason.SUPERSEDED.value, now)
-                added.append((notification_id, lane_id, snapshot_at, *state))
-        if superseded_lanes:
-            connection.execute(self._supersede, {"now": now, "lane_ids": superseded_lanes})
+                added.append((notification_id, lane_ids[lane], position, *state))
         self._insert_deliveries(cursor, added)
         return True
 
     def _receive_again(
-        self, connection: Connection, notification: ReceivedNotification, now: int
-    ) -> Received | list[DeadLetter]:
+        self, connection: Connection, notification: ReceivedNotification, now: int, arrivals: list[Arrival]
+    ) -> Received | list[LaneDelivery]:
+        """Compare a notification with the stored one, and add a conflict to `arrivals`."""
         n = notifications.c
-        known = connection.execute(select(n.id).where(n.identity == notification.identity)).scalar()
+        stored = select(n.id, n.digest, n.body).where(n.identity == notification.identity)
+        known = connection.execute(stored).one_or_none()
         if known is None:  # another node has pruned it since the insert
             return self._receive(connection, [notification])[0]
-        stored = (n.id == known) | (n.conflicts_with == known)
-        rows = connection.execute(select(n.id, n.digest, n.body).where(stored).order_by(n.id)).all()
-        # Without its pruned body a row cannot be compared; then equal identities count as the same event.
-        same = next((row.id for row in rows if row.body is None or row.body == notification.body), None)
-        if same is None:
+        same: int | None = known.id
+        if known.body != notification.body:
             digest = _digest(notification.body)
-            same = next((row.id for row in rows if self._digest_of(connection, row) == digest), None)
-        if same is None:
-            if len(rows) <= MAX_CONFLICTS:
-                row = _row(notification, now, conflicts_with=known, digest=digest)
-                self._insert_notifications(connection.connection.cursor(), [row])
-            return Received.CONFLICT
-        if same != known:  # the repeat of a conflict, which has no deliveries
-            return Received.REPEAT
-        dead = [] if notification.source == "reconciliation" else self._dead_letters(connection, known, now)
+            if self._digest_of(connection, known) not in (digest, None):
+                identity = notification.identity + digest
+                row = _row(notification, now, identity=identity, conflicts_with=known.id, digest=digest)
+                if inserted := self._insert_notifications(connection.connection.cursor(), [row]):
+                    arrivals.append((inserted[0][0], notification, notification.wanted_in_conflict))
+                    return Received.CONFLICT
+                same = connection.execute(select(n.id).where(n.identity == identity)).scalar_one_or_none()
+        dead = [] if notification.source == "reconciliation" else self._dead_letters(connection, same, now)
         return dead or Received.REPEAT
 
-    def _digest_of(self, connection: Connection, row: Any) -> bytes:
+    def _have(self, connection: Connection, orders: Sequence[tuple[Collection[bytes], bytes]]) -> list[bool]:
+        n = notifications.c
+        known = []
+        for identities, digest in orders:
+            names = [*identities, *(identity + digest for identity in identities)]
+            rows = connection.execute(select(n.id, n.digest, n.body).where(n.identity.in_(names))).all()
+            known.append(any(self._digest_of(connection, row) in (None, digest) for row in rows))
+        return known
+
+    def _digest_of(self, connection: Connection, row: Any) -> bytes | None:
+        """Return the digest of a stored order, or None if it was pruned before."""
+        if row.digest is not None or row.body is None:
+            return row.digest and bytes(row.digest)
         # Computed once and stored: with one signed URL, a caller may repeat an event as often as it likes.
-        if row.digest is not None:
-            return bytes(row.digest)
         digest = _digest(row.body)
         connection.execute(update(notifications).where(notifications.c.id == row.id).values(digest=digest))
         return digest
 
-    def _dead_letters(self, connection: Connection, notification_id: int, now: int) -> list[DeadLetter]:
+    def _dead_letters(self, connection: Connection, notification_id: int | None, now: int) -> list[LaneDelivery]:
         d = deliveries.c
         dead = connection.execute(
             select(d.id, d.lane_id).where(
@@ -208,9 +216,9 @@ class Inbox:
                 func.coalesce(d.retried_at, 0) <= now - RETRY_AT_MOST_EVERY_MS,
             )
         )
-        return [DeadLetter(row.id, row.lane_id) for row in dead]
+        return [LaneDelivery(row.id, row.lane_id) for row in dead]
 
-    def _retry(self, connection: Connection, letters: list[DeadLetter]) -> Received:
+    def _retry(self, connection: Connection, letters: list[LaneDelivery]) -> Received:
         if retry_dead_letters(connection, letters, self._clock(), reasons=RETRIED_BY_A_REPEAT) == 0:
             return Received.REPEAT
         self._store.database.notify(connection)
@@ -222,11 +230,16 @@ def _snapshot_at(notification: ReceivedNotification, now: int) -> int:
 
 
 def _row(
-    notification: ReceivedNotification, now: int, *, conflicts_with: int | None = None, digest: bytes | None = None
+    notification: ReceivedNotification,
+    now: int,
+    *,
+    identity: bytes | None = None,
+    conflicts_with: int | None = None,
+    digest: bytes | None = None,
 ) -> tuple[Any, ...]:
     # The columns of the table after its key, in their order.
     return (
-        notification.identity if conflicts_with is None else None,
+        identity or notification.identity,
         conflicts_with,
         *notification.channel,
         notification.callback,

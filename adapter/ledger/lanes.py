@@ -1,15 +1,17 @@
 """Lanes: claiming due work, settling attempts and releasing lanes.
 
-A lane is one order on one route. It is claimed as a whole; its deliveries are attempted one at a time in the order of
-their snapshots, and no delivery is placed before one that has been attempted. `claim` is the fencing token: it counts
-up for ever, and a process that settles with an older number has lost the lane and writes nothing. A claim sets
-`next_at` to the moment when its doubt ends, so that the lane of a process that dies becomes due at the right time.
+A lane is one order on one route. It is claimed as a whole; its deliveries are attempted one at a time: in the order of
+arrival if the route reads the order again, otherwise in the order of their snapshots. No delivery is placed before one
+that has been attempted. `claim` is the fencing token: it counts up for ever, and a process that settles with an older
+number has lost the lane and writes nothing. A claim sets `next_at` to the end of its doubt, or later by the schedule.
+So the lane of a process that dies becomes due at the right time, and an order that ends every process that claims it
+does so less and less often.
 
 | lane | holder | next_at | current delivery | continues with |
 |---|---|---|---|---|
 | idle | - | - | - | a notification |
 | due, or waiting for a retry | - | a moment | the attempted one, if any | a claim |
-| held | a process | end of the doubt | the one being attempted | a settlement, or the end of the lease |
+| held | a process | as if the attempt had failed | the one being attempted | a settlement, or the end of the lease |
 | stopped | - | - | the dead letter | a person |
 
 Locks have one order everywhere: lanes by queue and order, then queues. A claim locks queues first, but never waits
@@ -17,11 +19,11 @@ for a lane (`SKIP LOCKED`).
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, bindparam, func, literal_column, select, update
+from sqlalchemy import Connection, bindparam, func, literal_column, not_, select, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.claims import (
@@ -53,6 +55,7 @@ from adapter.ledger.settlement import (
     settle,
 )
 from adapter.ledger.store import Store
+from adapter.moments import in_milliseconds
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +66,7 @@ _is_waiting = (deliveries.c.lane_id == lanes.c.id) & (deliveries.c.state == lite
 _next_delivery = (
     select(deliveries.c.id)
     .where(_is_waiting)
-    .order_by(deliveries.c.snapshot_at, deliveries.c.id)
+    .order_by(deliveries.c.position, deliveries.c.id)
     .limit(1)
     .scalar_subquery()
 )
@@ -90,6 +93,7 @@ LOCK_DUE_LANES = (
     .limit(bindparam("room"))
     .with_for_update(skip_locked=True, of=lanes)
 )
+LOCK_DUE_LANES_BUT = LOCK_DUE_LANES.where(not_(any_of(lanes.c.id, "failed")))
 # Read after the lock, in a separate statement: the statement that locks does not see what others added meanwhile.
 CURRENT_DELIVERIES = select(
     lanes.c.id, func.coalesce(lanes.c.current_delivery_id, _next_delivery).label("delivery_id")
@@ -148,13 +152,15 @@ class Lanes:
         """
         return await self._store.run(self._open_queues, keys)
 
-    async def claim(self, limits: Sequence[QueueLimits], most: int) -> Claimed:
+    async def claim(self, limits: Sequence[QueueLimits], most: int, *, idle: Container[int] = frozenset()) -> Claimed:
         """Claim at most `most` due lanes, one queue after another, within each queue's limit.
+
+        One lane of each queue in `idle` is claimed beyond `most`, so that slow queues cannot keep others from work.
 
         Raises:
             StoreUnavailable: The claims may be on disk all the same; `give_back` undoes them.
         """
-        return await self._store.run(self._claim, {each.queue_id: each for each in limits}, most)
+        return await self._store.run(self._claim, {each.queue_id: each for each in limits}, most, idle)
 
     async def give_back(self, held: Collection[tuple[int, int]]) -> int:
         """Undo the claims of this process whose fences are not in `held`. Returns their number.
@@ -191,7 +197,9 @@ class Lanes:
         }
         return {key: known[key] for key in keys}
 
-    def _claim(self, connection: Connection, limits: Mapping[int, QueueLimits], most: int) -> Claimed:
+    def _claim(
+        self, connection: Connection, limits: Mapping[int, QueueLimits], most: int, idle: Container[int]
+    ) -> Claimed:
         now = self._clock()
         due = {
             row.id: max(row.due, row.paused_until or 0)
@@ -200,7 +208,7 @@ class Lanes:
         }
         later = min((moment for moment in due.values() if moment > now), default=None)
         ready = sorted(queue_id for queue_id, moment in due.items() if moment <= now)
-        if not ready or most < 1:
+        if not ready:
             return Claimed(claims=[], next_due_at=later)
         # The lock makes one node at a time count the held lanes of a queue. The inbox does not wait for it.
         locked = connection.execute(LOCK_QUEUES, {"ids": ready}).all()
@@ -209,10 +217,15 @@ class Lanes:
         first = self._claims_made % len(locked)  # each claim begins with the next queue
         taken: list[tuple[Any, QueueLimits]] = []
         for queue in (*locked[first:], *locked[:first]):
-            limit = limits[queue.id]
-            room = min(queue_state(queue).room(limit.concurrency, now) - held[queue.id], most - len(taken))
+            limit, state = limits[queue.id], queue_state(queue)
+            slots = max(most - len(taken), 1 if queue.id in idle else 0)
+            room = min(state.room(limit.concurrency, now) - held[queue.id], slots)
             if room > 0:
-                rows = connection.execute(LOCK_DUE_LANES, {"queue": queue.id, "now": now, "room": room})
+                which = {"queue": queue.id, "now": now, "room": room}
+                rows: Sequence[Any] = []
+                if not state.is_running():  # the probe is another lane than those that failed, if one is due
+                    rows = connection.execute(LOCK_DUE_LANES_BUT, which | {"failed": state.failed_lanes}).all()
+                rows = rows or connection.execute(LOCK_DUE_LANES, which).all()
                 taken += [(lane, limit) for lane in rows]
         claims = self._hold(connection, taken, now)
         # If a due lane had nothing waiting, another lane may be due already.
@@ -230,15 +243,14 @@ class Lanes:
         if not held:
             return []
         holder = self._lease.process_id
-        changes = [
-            {"lane": lane.id, "holder": holder, "delivery": delivery_id, "due": now + limit.doubt_ms}
-            for delivery_id, (lane, limit) in held.items()
-        ]
-        self._hold_lanes(connection.connection.cursor(), changes)
         connection.execute(COUNT_ATTEMPTS, {"ids": list(held), "now": now})
-        claims = {}
+        claims: dict[int, Claim] = {}
+        changes = []
         for row in connection.execute(CLAIMED_DELIVERIES, {"ids": list(held)}):
             lane, limit = held[row.delivery_id]
+            delay = in_milliseconds(limit.schedule[min(row.attempts, len(limit.schedule)) - 1]) if limit.schedule else 0
+            due = now + max(limit.doubt_ms, delay)
+            changes.append({"lane": lane.id, "holder": holder, "delivery": row.delivery_id, "due": due})
             claims[row.delivery_id] = Claim(
                 lane_id=lane.id,
                 holder=holder,
@@ -259,6 +271,7 @@ class Lanes:
                 body=row.body,
                 previous=previous_of(lane.previous),
             )
+        self._hold_lanes(connection.connection.cursor(), changes)
         return [claims[delivery_id] for delivery_id in held]
 
     def _give_back(self, connection: Connection, held: Collection[tuple[int, int]]) -> int:
@@ -288,7 +301,7 @@ class Lanes:
             claim = record.claim
             before = states[claim.queue_id]
             settlements[claim.fence] = settle(record.result, attempt_of(record, now, paused=not before.is_running()))
-            states[claim.queue_id] = after = after_attempt(before, record.result, claim.lane_id, now, self._policy)
+            states[claim.queue_id] = after = self._queue_after(before, record, now)
             if after is not before:
                 connection.execute(update(queues).where(queues.c.id == claim.queue_id).values(queue_columns(after)))
                 _log_change(claim, before, after)
@@ -309,11 +322,15 @@ class Lanes:
         changing = set()
         for record in records:
             state = states[record.claim.queue_id]
-            if after_attempt(state, record.result, record.claim.lane_id, now, self._policy) is not state:
+            if self._queue_after(state, record, now) is not state:
                 changing.add(record.claim.queue_id)
         if changing:
             states |= {row.id: queue_state(row) for row in connection.execute(LOCK_QUEUES, {"ids": list(changing)})}
         return states
+
+    def _queue_after(self, state: QueueState, record: AttemptRecord, now: int) -> QueueState:
+        claim = record.claim
+        return after_attempt(state, record.result, claim.lane_id, now, self._policy, is_retry=claim.attempt > 1)
 
     def _write_settlements(
         self, connection: Connection, settled: Sequence[tuple[AttemptRecord, Settlement]], now: int

@@ -102,7 +102,7 @@ class Maintenance:
         return count, following
 
     def _rows(self, connection: Connection, after: int) -> tuple[int, int]:
-        """Delete notifications with their deliveries, conflicts and empty lanes."""
+        """Delete notifications with their deliveries and empty lanes."""
         n, d = notifications.c, deliveries.c
         old, following = self._old(connection, after, self._retention.rows)
         lane_ids = _lock_lanes_of(connection, old)
@@ -111,8 +111,8 @@ class Maintenance:
         delivery_ids = select(d.id).where(d.notification_id.in_(pruned))
         connection.execute(delete(attempts).where(attempts.c.delivery_id.in_(delivery_ids)))
         connection.execute(delete(deliveries).where(d.notification_id.in_(pruned)))
-        count = connection.execute(delete(notifications).where(n.conflicts_with.in_(pruned))).rowcount
-        count += connection.execute(delete(notifications).where(n.id.in_(pruned))).rowcount
+        connection.execute(update(notifications).where(n.conflicts_with.in_(pruned)).values(conflicts_with=None))
+        count = connection.execute(delete(notifications).where(n.id.in_(pruned))).rowcount
         remaining = select(d.id).where(d.lane_id == lanes.c.id).exists()
         connection.execute(delete(lanes).where(lanes.c.id.in_(lane_ids), lanes.c.holder.is_(None), ~remaining))
         return count, following

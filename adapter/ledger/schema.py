@@ -64,7 +64,12 @@ notifications = Table(
     "notifications",
     metadata,
     Column("id", Key, primary_key=True),
-    Column("identity", LargeBinary, doc="null for a conflict; begins with lastModified, so that inserts are ordered"),
+    Column(
+        "identity",
+        LargeBinary,
+        nullable=False,
+        doc="begins with lastModified, so that inserts are ordered; that of a conflict ends with its digest",
+    ),
     Column(
         "conflicts_with",
         Key,
@@ -98,7 +103,6 @@ lanes = Table(
     Column("settled", BigInteger, nullable=False, server_default=text("0"), doc="the last claim with a known outcome"),
     Column("current_delivery_id", Key, doc="attempted and not finished: no delivery comes before it"),
     Column("next_at", BigInteger, doc="due then; while held, the end of the doubt; null: idle or stopped"),
-    Column("newest_snapshot_at", BigInteger, nullable=False),
     Column("previous", Text, doc="the last Done, as JSON: reference, facts, at"),
     UniqueConstraint("queue_id", "order_id"),
     _partial_index("ix_lanes_due", "queue_id", "next_at", where="holder IS NULL AND next_at IS NOT NULL"),
@@ -111,7 +115,9 @@ deliveries = Table(
     Column("id", Key, primary_key=True),
     Column("notification_id", Key, ForeignKey("notifications.id"), nullable=False),
     Column("lane_id", Key, ForeignKey("lanes.id"), nullable=False),
-    Column("snapshot_at", BigInteger, nullable=False),
+    Column(
+        "position", BigInteger, nullable=False, doc="its snapshot if the lane is in order of snapshots, else 0: by id"
+    ),
     Column("state", Text, nullable=False),
     Column("reason", Text),
     Column("attempts", Integer, nullable=False, server_default=text("0")),
@@ -120,7 +126,7 @@ deliveries = Table(
     Column("retried_at", BigInteger),
     Index("ix_deliveries_notification_id", "notification_id"),
     Index("ix_deliveries_lane_id", "lane_id"),
-    _partial_index("ix_deliveries_waiting", "lane_id", "snapshot_at", "id", where="state = 'waiting'"),
+    _partial_index("ix_deliveries_waiting", "lane_id", "position", "id", where="state = 'waiting'"),
     _partial_index("ix_deliveries_dead", "id", "lane_id", where="state = 'dead'"),
 )
 

@@ -10,18 +10,21 @@ looked it up, unless the handler declares that a repetition does no harm. `settl
 | `Done` | done: delivered | done: delivered |
 | no effect found | - | waiting, due at once, no doubt; after the last attempt dead: exhausted |
 | `Skip`, moved on | done | - |
-| `Retry` | waiting by the schedule, then dead: exhausted | waiting, still in doubt, then dead: unknown |
-| `Reject` | dead: rejected | waiting, still in doubt, then dead: unknown |
+| `Retry` or `Misconfigured` | waiting by the schedule, then dead: exhausted | still in doubt, then dead: unknown |
+| `Reject` | dead: rejected | still in doubt, then dead: unknown |
 | a bug before anything was sent | dead: broken | as `Reject` |
 | a condition in error | dead: condition | - |
 | a handler that blocks its thread for good | dead: unknown | the same |
-| `Retry`, `Unknown` or no effect found, in a paused queue | the same, but the attempt does not count | the same |
-| `Misconfigured` | waiting, the queue pauses, the attempt does not count | the same, still in doubt |
+| a failure or no effect found, in a paused queue | the same, but the attempt does not count | the same |
 | `Unknown`, a deadline or bug too | waiting for a lookup; a retry if repeatable; else dead: unknown | as `Retry` |
 | released before anything was sent | waiting, due at once, the attempt does not count | the same, still in doubt |
 
-`after_attempt` computes the state of the queue: it pauses after consecutive failures of different orders, when the
-destination asks for time (`Retry-After`), and on broken credentials. After the pause one lane is tried as a probe.
+A claim counts as an attempt, because a delivery may end the process before it is settled. A delivery that is still in
+doubt after its schedule and its last lookup is dead: unknown.
+
+`after_attempt` computes the state of the queue: it pauses after consecutive failures of different orders, and when the
+destination asks for time (`Retry-After`). After the pause one lane is tried as a probe, each time another one, so that
+one order never holds up the others.
 """
 
 from collections.abc import Sequence
@@ -35,6 +38,7 @@ from adapter.plugin import Done, Misconfigured, NotificationHandler, Outcome, Re
 
 LARGEST_JITTER = 0.2
 LONGEST_DEFERRAL = timedelta(hours=24)
+MOST_PASSED_OVER = 100  # lanes that a probe passes over
 FOR_EVER = 253_402_300_799_000  # the last second of the year 9999: until a person resumes
 
 
@@ -162,7 +166,7 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
     match result:
         case Done():
             return Settlement(state=State.DONE, reason=Reason.DELIVERED)
-        case Ending.RELEASED | Misconfigured():
+        case Ending.RELEASED:
             known = not attempt.in_doubt
             return Settlement(state=State.WAITING, known=known, due_at=attempt.ended_at, counts=False)
         case Ending.BLOCKED:
@@ -171,6 +175,8 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
             if attempt.number > len(attempt.schedule) and not attempt.paused:
                 return Settlement(state=State.DEAD, reason=Reason.EXHAUSTED)
             return Settlement(state=State.WAITING, due_at=attempt.ended_at, counts=not attempt.paused)
+        case Unknown() if attempt.in_doubt and is_past_last_lookup(attempt.number, attempt.schedule):
+            return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
         case _ if attempt.in_doubt and attempt.handling.looks_up:
             after = result.after if isinstance(result, Retry | Unknown) else None
             return _by_schedule(attempt, known=False, then=Reason.UNKNOWN, not_before=after)
@@ -186,6 +192,8 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
             return Settlement(state=State.DEAD, reason=Reason.BROKEN)
         case Retry():
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED, not_before=result.after)
+        case Misconfigured():
+            return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED)
         case Unknown() if attempt.handling.looks_up:
             due = _due_at(attempt, result.after)
             due = max(due or attempt.doubt_ends_at, attempt.doubt_ends_at)  # the last attempt is looked up as well
@@ -193,6 +201,11 @@ def settle(result: Result, attempt: Attempt) -> Settlement:
         case Unknown() if attempt.handling.repeatable:
             return _by_schedule(attempt, known=True, then=Reason.EXHAUSTED, not_before=result.after)
     return Settlement(state=State.DEAD, reason=Reason.UNKNOWN, known=False)
+
+
+def is_past_last_lookup(number: int, schedule: Sequence[timedelta]) -> bool:
+    """Return whether this attempt comes after the lookup that ends the schedule."""
+    return number > len(schedule) + 2
 
 
 def _by_schedule(attempt: Attempt, *, known: bool, then: Reason, not_before: timedelta | None = None) -> Settlement:
@@ -219,8 +232,8 @@ class PausedBy(Enum):
 
     FAILURES = "failures"  # consecutive failures of different orders
     RETRY_AFTER = "retry_after"  # the destination asked for time
-    MISCONFIGURED = "misconfigured"  # ends when a person resumes the queue or restarts the service
-    PERSON = "person"
+    MISCONFIGURED = "misconfigured"  # the same, and the last one for broken credentials; a restart ends it
+    PERSON = "person"  # until a person resumes the queue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +252,7 @@ class QueueState:
     paused_until: int | None = None  # milliseconds
     paused_by: PausedBy | None = None
     reason: str | None = None  # a code, or the words of a person
-    failed_lanes: tuple[int, ...] = ()
+    failed_lanes: tuple[int, ...] = ()  # since the last answer, the latest last; a probe passes them over
     pauses_in_row: int = 0
 
     def is_paused(self, now: int) -> bool:
@@ -260,36 +273,40 @@ class QueueState:
 RUNNING = QueueState()
 
 
-def after_attempt(queue: QueueState, result: Result, lane_id: int, now: int, policy: PausePolicy) -> QueueState:
+def after_attempt(
+    queue: QueueState, result: Result, lane_id: int, now: int, policy: PausePolicy, *, is_retry: bool = False
+) -> QueueState:
     """Return the state of the queue after an attempt on this lane.
 
-    It is the same object if nothing has changed.
+    It is the same object if nothing has changed. A retry that is told to come later, while other orders pass, counts
+    as a failure and does not pause the queue by itself.
     """
+    is_one_of_many = is_retry and queue.is_running()
     match result:
-        case Misconfigured():
-            if queue.is_paused(now) and queue.paused_by is PausedBy.PERSON:
-                return queue
-            return replace(queue, paused_until=FOR_EVER, paused_by=PausedBy.MISCONFIGURED, reason=result.code)
         case Done() | Skip() | Reject() | Ending.NOT_THERE:  # the destination has answered
             return queue if queue == RUNNING or queue.is_paused(now) else RUNNING
         case _ if queue.is_paused(now):  # the attempt began before the pause
             return queue
         case Interrupted():
             return queue
-        case Retry() | Unknown() if result.after is not None and result.after > timedelta(0):
-            until = now + in_milliseconds(min(result.after, LONGEST_DEFERRAL))
-            return replace(queue, paused_until=until, paused_by=PausedBy.RETRY_AFTER, reason=result.code)
-        case Retry() | Unknown() | Broken():
-            if queue.is_running() and policy.after_failures == 0:
-                return queue
-            failed = queue.failed_lanes if lane_id in queue.failed_lanes else (*queue.failed_lanes, lane_id)
-            if queue.is_running() and len(failed) < policy.after_failures:
-                return queue if failed == queue.failed_lanes else replace(queue, failed_lanes=failed)
+        case Retry(after=after) | Unknown(after=after) if after and after > timedelta(0) and not is_one_of_many:
+            pause, cause, pauses = min(after, policy.longest), PausedBy.RETRY_AFTER, queue.pauses_in_row
+        case Retry() | Unknown() | Misconfigured() | Broken():
+            if queue.is_running():
+                if policy.after_failures == 0 or lane_id in queue.failed_lanes:
+                    return queue
+                if len(queue.failed_lanes) + 1 < policy.after_failures:
+                    return replace(queue, failed_lanes=(*queue.failed_lanes, lane_id))
             pause = min(policy.first * 2 ** min(queue.pauses_in_row, 20), policy.longest)
-            return QueueState(
-                paused_until=now + in_milliseconds(pause),
-                paused_by=PausedBy.FAILURES,
-                reason=result.code,
-                pauses_in_row=queue.pauses_in_row + 1,
-            )
-    return queue  # the attempt ended before the destination was asked
+            cause = PausedBy.MISCONFIGURED if isinstance(result, Misconfigured) else PausedBy.FAILURES
+            pauses = queue.pauses_in_row + 1
+        case _:
+            return queue  # the attempt ended before the destination was asked
+    failed = [*(each for each in queue.failed_lanes if each != lane_id), lane_id]
+    return QueueState(
+        paused_until=now + in_milliseconds(pause),
+        paused_by=cause,
+        reason=result.code,
+        failed_lanes=tuple(failed[-MOST_PASSED_OVER:]),
+        pauses_in_row=pauses,
+    )

@@ -38,6 +38,7 @@ log = structlog.get_logger(__name__)
 CHECK_EVERY_SECONDS = 30.0
 MIN_AGE = timedelta(minutes=1)  # a younger event's notification may still be on its way
 MAX_CLOCK_DIFFERENCE = timedelta(hours=1)  # between Norce and us, for an event at the end of the ledger's memory
+EVENTS_AT_ONCE = 50  # compared with the ledger in one transaction
 TURN, WATERMARK, START = "reconciliation", "reconciled", "reconciled since"  # names in the ledger
 LONG_AGO = -(10**15)
 
@@ -195,29 +196,38 @@ class Reconciliation:
         # A log does not speak for another merchant, nor for another adapter if Norce ignored the filter.
         ours = [e for e in events if e.merchant == progress.merchant and e.adapter_id in (None, self._adapter_id)]
         ours.sort(key=lambda event: event.created_at)  # the events of an order in the order in which they happened
-        identified = []
-        for event in ours:
-            if (identities := self._identities(event)) is not None:
-                identified.append((event, identities))
-            await asyncio.sleep(0)  # a page may be megabytes of orders; let other tasks run
-        progress.others += len(events) - len(identified)
-        known = await self._intake.inbox.known([each for _, identities in identified for each in identities])
-        for event, identities in identified:
-            if not known.isdisjoint(identities):
-                progress.received += 1
-                continue
-            if not dry_run:
-                # Parsed again: keeping a page of parsed orders would take ten times the memory of its text.
-                parsed = self._parse(event, self._clock())
-                assert parsed is not None
-                notification = self._intake.routed(*parsed)
-                del parsed
-                if await self._intake.store(notification) is not Received.NEW:  # it has come meanwhile
+        progress.others += len(events) - len(ours)
+        counted: set[bytes] = set()  # in a dry run, which stores nothing
+        for start in range(0, len(ours), EVENTS_AT_ONCE):
+            identified = []
+            for event in ours[start : start + EVENTS_AT_ONCE]:
+                if (identities := self._identities(event)) is not None:
+                    identified.append((event, identities))
+                await asyncio.sleep(0)  # orders may be large; let other tasks run
+            progress.others += len(ours[start : start + EVENTS_AT_ONCE]) - len(identified)
+            # Another order under the same identity may come from anybody who knows the address; this one is Norce's.
+            has = self._intake.inbox.has
+            known = await asyncio.gather(*(has(each, bytes(event.payload)) for event, each in identified))
+            for (event, identities), is_known in zip(identified, known, strict=True):
+                if is_known or not counted.isdisjoint(identities):
                     progress.received += 1
-                    continue
-                self._report_missed(notification)
-            known.update(identities)
+                elif dry_run:
+                    counted.update(identities)
+                    progress.missed += 1
+                else:
+                    await self._store_event(event, progress)
+
+    async def _store_event(self, event: Event, progress: LogProgress) -> None:
+        # Parsed again: keeping parsed orders while others are stored would take ten times the memory of their text.
+        parsed = self._parse(event, self._clock())
+        assert parsed is not None
+        notification = self._intake.routed(*parsed)
+        del parsed
+        if await self._intake.store(notification) in (Received.NEW, Received.CONFLICT):
+            self._report_missed(notification)
             progress.missed += 1
+        else:  # it has come meanwhile
+            progress.received += 1
 
     def _report_missed(self, notification: ReceivedNotification) -> None:
         merchant, channel = notification.channel

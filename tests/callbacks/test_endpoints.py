@@ -413,16 +413,19 @@ def test_a_repeat_does_not_wake_the_dispatcher(house: House, order: dict[str, An
 
 
 @on_both_stores
-def test_the_same_identity_with_other_order_content_is_stored_without_deliveries(
+def test_the_same_identity_with_other_order_content_starts_the_routes_that_read_the_order_again(
     house: House, order: dict[str, Any]
 ) -> None:
     other = {**order, "total": {"includingVat": 1}}
+    before = house.woken
+
     answers = [house.ask(order["id"], body=body).status for body in (order, other, other)]
 
     assert answers == [200, 200, 200]
-    (first, owed), (conflict, nothing) = house.stored(order["id"])
-    assert (first.conflicts_with, len(owed)) == (None, 2)
-    assert (conflict.conflicts_with, conflict.body, nothing) == (first.id, encoded(other), [])
+    (first, _), (conflict, owed) = house.stored(order["id"])
+    assert (conflict.conflicts_with, conflict.body) == (first.id, encoded(other))
+    assert len(owed) == sum(route.refetch for route in house.routes.of("order-status"))
+    assert house.woken == before + 2
 
 
 @on_both_stores

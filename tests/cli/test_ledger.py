@@ -128,7 +128,8 @@ def test_lists_are_printed_as_table_and_json(config: Path, asked: tuple[list[str
     [["deliveries", "list", "--order", "unknown"], ["notifications", "list", "--callback", "cart"],
      ["deliveries", "list", "--until", "2026-02-03T12:00:00Z"], ["store", "actions"], ["deliveries", "show", "4711"],
      ["notifications", "show", "4711"], ["deliveries", "retry", "4711", *BY],
-     ["deliveries", "discard", "4", *BY], ["deliveries", "retry", "3", *BY],
+     ["deliveries", "discard", "4", *BY], ["deliveries", "discard", "1", "--state", "waiting", *BY],
+     ["deliveries", "retry", "3", *BY],
      ["deliveries", "retry", "4711", "--dry-run", *BY]],
     ids=" ".join,
 )  # fmt: skip
@@ -200,6 +201,8 @@ def test_a_dry_run_counts_and_changes_nothing(config: Path) -> None:
         (["retry", "3", "--unknown", "send"], "1 retried", ["dead", "dead", "waiting", "waiting"]),
         (["discard", "--order", "order-3"], "1 discarded", ["dead", "dead", "done", "waiting"]),
         (["discard", "--all"], "3 discarded", ["done", "done", "done", "waiting"]),
+        (["discard", "--all", "--state", "waiting"], "1 discarded", ["dead", "dead", "dead", "done"]),
+        (["discard", "4", "--state", "waiting"], "1 discarded", ["dead", "dead", "dead", "done"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
@@ -228,6 +231,8 @@ def test_json_output_has_the_count(served: Path) -> None:
     [
         (["deliveries", "retry", *BY], "--all"),
         (["deliveries", "discard", *BY], "--all"),
+        (["deliveries", "discard", "--state", "waiting", *BY], "--all"),
+        (["deliveries", "discard", "--state", "done", "--all", *BY], "waiting"),
         (["deliveries", "retry", "--all"], "--why"),
         (["deliveries", "retry", "--all", "--why", " "], "must not be blank"),
         (["deliveries", "retry", "--all", "--why", ""], "$.by.why"),

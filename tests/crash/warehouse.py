@@ -32,12 +32,10 @@ def _address(notification: Notification, context: Context[WarehouseSettings]) ->
     return f"{context.settings.url}/shipments/{order.data['reference']}/{order.data['lastModified']}"
 
 
-def install(folder: Path) -> Path:
+def install(folder: Path, name: str = "warehouse", handler: str = "tests.crash.warehouse:WarehouseExport") -> Path:
     """Write the metadata of a distribution with this handler into a folder for the path of the service."""
-    metadata = folder / "crash_warehouse-1.dist-info"
+    metadata = folder / f"tests_{name}-1.dist-info"
     metadata.mkdir(parents=True)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: crash-warehouse\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text(
-        "[norce_adapter.handlers]\nwarehouse = tests.crash.warehouse:WarehouseExport\n"
-    )
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: tests-{name}\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text(f"[norce_adapter.handlers]\n{name} = {handler}\n")
     return folder

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -80,9 +80,9 @@ class WatchedLanes(Lanes):
         self.keep_back: asyncio.Event | None = None
         self.after_claim: Callable[[], None] = lambda: None
 
-    async def claim(self, asks: Sequence[QueueLimits], most: int) -> Claimed:
+    async def claim(self, asks: Sequence[QueueLimits], most: int, *, idle: Container[int] = frozenset()) -> Claimed:
         self._fail("claim")
-        taken = await super().claim(asks, most)
+        taken = await super().claim(asks, most, idle=idle)
         if taken.claims:
             self._lose("claim")
         self.claims += len(taken.claims)

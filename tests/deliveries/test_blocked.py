@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from adapter.ledger.dead_letters import DeadLetter, retry_dead_letters
+from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
 from adapter.ledger.settlement import Reason
 from adapter.plugin import Context, Done, NoSettings, Notification
 from adapter.routing.routes import Route
@@ -151,7 +151,7 @@ async def test_stopping_does_not_wait_for_a_blocked_thread(store_url: str) -> No
 async def test_a_dead_letter_is_not_retried_while_its_handler_still_runs(store_url: str) -> None:
     def retry(connection: Connection, items: Sequence[None]) -> list[int]:
         return [
-            retry_dead_letters(connection, [DeadLetter(1, 1)], NOON, reasons=Reason, ends_doubt=True) for _ in items
+            retry_dead_letters(connection, [LaneDelivery(1, 1)], NOON, reasons=Reason, ends_doubt=True) for _ in items
         ]
 
     holds = Blocks()

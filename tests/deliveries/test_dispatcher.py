@@ -313,7 +313,7 @@ async def died_in_hand(store: Store, queue_id: int) -> None:
     )  # fmt: skip
     lease = Lease(store, version="test")
     await lease.enter()
-    ask = QueueLimits(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1)
+    ask = QueueLimits(queue_id=queue_id, concurrency=1, doubt_ms=LEASE_MS + 1, schedule=())
     taken = await Lanes(store, lease, policy=POLICY).claim([ask], 1)
     assert isinstance(store.clock, HandClock)
     store.clock.now = taken.claims[0].doubt_ends_at
@@ -451,14 +451,15 @@ async def test_deliveries_of_a_channel_wait_while_it_is_switched_off(store_url: 
 async def test_a_refused_token_at_norce_pauses_the_queue_and_keeps_the_work(store_url: str, status: int) -> None:
     handler = Plain()
     async with working(store_url, route(handler)) as work:
-        work.norce.answers = [httpx.Response(status)]
-        await work.owe()
-        row = await work.settled()
-        await work.owe("order-2")
+        work.norce.answers = [httpx.Response(status)] * 5
+        for number in range(5):
+            await work.owe(f"order-{number}")
+        rows = [await work.settled() for _ in range(5)]
+        await work.owe("order-5")
 
         assert await work.a_turn() == []
         assert handler.calls == []
-        assert (row["state"], row["tries"]) == ("waiting", 0)
+        assert [(row["state"], row["tries"]) for row in rows] == [("waiting", 1)] * 5
         assert work.pauses() == {("export", "fjallboden", "1"): "norce-unauthorized"}
 
 
@@ -552,11 +553,9 @@ async def test_the_concurrency_of_a_queue_limits_its_attempts(store_url: str) ->
 @asynchronous
 async def test_the_slots_limit_all_attempts(store_url: str) -> None:
     handler = Counting()
-    routes = route(handler), route(handler, name="other")
-    async with working(store_url, *routes, slots=3) as work:
-        for number in range(4):
+    async with working(store_url, route(handler, concurrency=8), slots=3) as work:
+        for number in range(8):
             await work.owe(f"order-{number}")
-            await work.owe(f"order-{number}", route="other")
         await handler.has_begun(3)
 
         handler.go_on.set()
@@ -564,6 +563,25 @@ async def test_the_slots_limit_all_attempts(store_url: str) -> None:
             await work.settled()
 
         assert handler.peak == 3
+
+
+@asynchronous
+async def test_slow_queues_in_all_slots_do_not_delay_a_queue_that_runs_nothing(store_url: str) -> None:
+    slow, quick = Counting(), Plain()
+    routes = [route(slow, name=f"slow-{number}", concurrency=8) for number in range(4)]
+    async with working(store_url, *routes, route(quick), merchants=("fjallboden", "annan"), slots=4) as work:
+        for number in range(8):
+            for each in routes:
+                await work.owe(f"order-{number}", route=each.name)
+        await slow.has_begun(4)
+
+        for merchant in ("fjallboden", "annan"):
+            await work.owe(f"of-{merchant}", merchant=merchant)
+            row = await work.settled()
+            assert (row["order_id"], row["state"]) == (f"of-{merchant}", "done")
+        assert slow.peak <= 4 + 3  # all slots of one queue, and one beyond for each of the others
+
+        slow.go_on.set()
 
 
 @asynchronous

@@ -22,7 +22,7 @@ from adapter.plugin import (
 )
 from tests.asynchronous import asynchronous
 from tests.deliveries.handlers import Plain, wait_forever
-from tests.deliveries.harness import KEY, NOON, SECOND, route, working
+from tests.deliveries.harness import KEY, SECOND, route, working
 from tests.ledgers import POLICY
 
 
@@ -156,24 +156,102 @@ async def test_a_refused_token_pauses_only_the_queue_of_its_merchant(store_url: 
 
 
 @asynchronous
-async def test_broken_credentials_pause_the_queue_until_the_next_start(store_url: str) -> None:
+async def test_a_pause_for_broken_credentials_ends_by_itself_with_a_probe(store_url: str) -> None:
     shop = Shop()
     async with working(store_url, route(shop)) as work:
         shop.says["fjallboden"] = TROUBLES["refusing the credentials"]
-        await work.owe()
+        for number in range(10):
+            await work.owe(f"order-{number}")
+        await work.quiet()
+        assert work.pauses() == {("export", "fjallboden", "1"): "destination-unauthorized"}
+        for _ in range(20):
+            work.move_to(work.paused_until())
+            await work.quiet()
+            assert work.paused_until() - work.clock.now <= POLICY.longest // timedelta(milliseconds=1)
+
+        shop.says.clear()
+        work.move_to(work.paused_until())
+        await work.quiet()
+        work.move_to(work.clock.now + 3_600_000)
+        await work.quiet()
+
+        assert work.states() == {("done", "delivered"): 10}
+
+
+@asynchronous
+async def test_a_restart_ends_a_pause_for_broken_credentials(store_url: str) -> None:
+    shop = Shop()
+    async with working(store_url, route(shop)) as work:
+        shop.says["fjallboden"] = TROUBLES["refusing the credentials"]
+        for number in range(10):
+            await work.owe(f"order-{number}")
         await work.quiet()
         shop.says.clear()
-        work.move_to(NOON + 365 * 86_400_000)
-        assert await work.a_turn() == []
-        assert shop.calls == 1
 
         await work.lanes.open_queues([KEY])
-        work.dispatcher.wake()
-        row = await work.settled()
-        while row["state"] == "waiting":
-            row = await work.settled()
 
-        assert (row["state"], row["tries"]) == ("done", 1)
+        assert work.pauses() == {}
+
+
+class Picky(Shop):
+    """A destination that never takes one order, and has every other one at once."""
+
+    def __init__(self, never: str, says: Outcome) -> None:
+        super().__init__()
+        self.never, self.says_of_it, self.refused = never, says, 0
+
+    async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+        if notification.order.id == self.never:
+            self.refused += 1
+            raise self.says_of_it
+        return await super().deliver(notification, context)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        Misconfigured("destination-forbidden"),
+        Retry("destination-busy"),
+        Retry("destination-busy", after=timedelta(hours=1)),
+        Unknown("no-answer", after=timedelta(hours=1)),
+    ],
+    ids=["refused", "busy", "busy, and says how long", "without an answer, and says how long"],
+)
+@asynchronous
+async def test_one_order_that_is_never_taken_delays_no_other_and_becomes_a_dead_letter(
+    store_url: str, says: Outcome
+) -> None:
+    shop = Picky("order-3", says)
+    async with working(store_url, route(shop, schedule=(5 * SECOND, 60 * SECOND, 60 * SECOND))) as work:
+        for number in range(26):
+            await work.owe(f"order-{number}")
+        for turn in range(8):
+            await work.quiet()
+            work.move_to(work.clock.now + 3_700_000)
+            await work.owe(f"later-{turn}")
+        await work.quiet()
+
+        assert work.states() == {("done", "delivered"): 33, ("dead", "exhausted"): 1}
+        assert shop.refused == 4
+        assert work.pauses() == {}
+
+
+@asynchronous
+async def test_orders_that_are_never_taken_pause_the_queue_only_until_another_is_the_probe(store_url: str) -> None:
+    shop = Shop()
+    async with working(store_url, route(shop, concurrency=1, schedule=(5 * SECOND,) * 3)) as work:
+        shop.says["fjallboden"] = OUTAGES["busy"]
+        for number in range(5):
+            await work.owe(f"order-{number}")
+        await work.quiet()
+        shop.says.clear()
+        await work.owe("another")
+
+        work.move_to(work.paused_until())  # by then the first five are due as well, and for longer
+        while not shop.taken:
+            await work.a_turn()
+
+        assert next(iter(shop.taken)) == "another"
 
 
 @asynchronous

@@ -13,6 +13,7 @@ from tests import ROOT
 from tests.crash.destinations import Warehouse
 from tests.crash.warehouse import install
 from tests.databases import postgres_server
+from tests.flows.fatal import FATAL
 from tests.flows.site import Flow, RunFlowOn, Service, Site, make_order, wait_until
 
 SLOW = Fault(acts=True, delay_seconds=0.7)
@@ -80,6 +81,42 @@ def test_the_other_node_takes_over_the_lanes_of_a_killed_one_and_nothing_is_done
     assert count_effects(site, site.results["warehouse"], [*EARLY, *MEANWHILE, *LATE]) == {(1, 1)}
     kinds = {each["kind"] for name in EARLY + MEANWHILE for each in attempts(site, name)}
     assert kinds == {"deliver", "lookup"}
+
+
+# --- an order that ends every process ------------------------------------------------------------------------------
+
+
+def one_order_is_fatal(site: Site) -> None:
+    """Start nodes until an order that ends every process which claims it ends none any more."""
+    plugin = install(site.folder / "fatal", "fatal", "tests.flows.fatal:Fatal")
+    site.environ["PYTHONPATH"] = os.pathsep.join((site.environ["PYTHONPATH"], str(ROOT), str(plugin)))
+    site.config["norce"]["timeout"] = "1s"
+    retry = {"schedule": ["100ms"]}
+    site.config["routes"] = {
+        "fatal": {"callback": "order-status", "handler": "fatal", "timeout": "1s", "retry": retry, "settings": {}}
+    }
+    first, second = site.start(), site.start()
+    assert site.notify(first, make_order("before")) == 200
+    site.wait_for_end("before")
+    assert site.notify(first, make_order(FATAL)) == 200
+    wait_until(lambda: not (first.is_running and second.is_running))
+    third = site.start()
+    wait_until(lambda: not (first.is_running or second.is_running))
+    wait_until(lambda: not third.is_running)
+    last = site.start()
+    assert site.wait_for_end(FATAL)["state"] == "dead"
+    assert site.notify(last, make_order("after")) == 200
+    site.wait_for_end("after")
+    assert last.is_running
+
+
+def test_an_order_that_ends_every_process_becomes_a_dead_letter_after_its_schedule(run_flow_on: RunFlowOn) -> None:
+    site = run_flow_on(one_order_is_fatal, "postgresql")
+
+    dead = site.delivery(FATAL)
+    assert (dead["state"], dead["reason"], dead["code"]) == ("dead", "unknown", "in-doubt")
+    assert dead["tries"] == 4  # a schedule of one retry and a last lookup, and the claim that found them used up
+    assert {site.delivery(name)["reason"] for name in ("before", "after")} == {"delivered"}
 
 
 # --- one is stopped, and goes on ------------------------------------------------------------------------------------
@@ -194,4 +231,4 @@ def test_a_full_disk_is_a_503_and_the_service_recovers_without_a_restart(site: S
     assert site.shop.methods("during-outage") == ["PUT"]  # its outcome was kept until it could be stored
 
 
-FLOWS: dict[Flow, tuple[str, ...]] = {one_dies: ("postgresql",), one_is_paused: ("postgresql",)}
+FLOWS: dict[Flow, tuple[str, ...]] = dict.fromkeys((one_dies, one_is_paused, one_order_is_fatal), ("postgresql",))

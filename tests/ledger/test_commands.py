@@ -31,6 +31,7 @@ from tests.ledgers import (
     MISCONFIGURED,
     NOON,
     NOT_THERE,
+    PAUSES,
     POLICY,
     REJECTED,
     UNKNOWN,
@@ -461,6 +462,101 @@ def test_a_blocked_letter_can_be_discarded_once_its_handler_has_ended(ledger: Le
     assert (after.delivery_id, after.in_doubt) == (2, False)
 
 
+# --- discard what waits ---------------------------------------------------------------------------------------------
+
+
+def discard_waiting(ledger: Ledger, *ids: int, **given: Any) -> StepResult:
+    return discard(ledger, *ids, state="waiting", **given)
+
+
+def test_a_waiting_delivery_is_discarded_and_the_next_one_of_its_lane_comes(ledger: Ledger) -> None:
+    ledger.owed(1, 2, refetch=False)
+
+    assert discard_waiting(ledger, 1).changed == 1
+
+    assert stands(ledger) == [(1, "done", "discarded"), (2, "waiting", None)]
+    assert ledger.claim_one(ledger.history).delivery_id == 2
+    assert written(ledger) == [("discard", "anna@shop", "the shop is mended", {"ids": [1], "state": "waiting"}, 1)]
+
+
+def test_the_last_waiting_delivery_of_a_lane_leaves_it_idle(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    assert discard_waiting(ledger, route="export").changed == 1
+
+    assert ledger.claim() == []
+    assert ledger.next_due_at() is None
+    ledger.owed(2)
+    assert ledger.claim_one().delivery_id == 2
+
+
+def test_a_delivery_that_waits_for_its_retry_is_discarded(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), waiting(NOON + HOUR))
+    ledger.owed(2)
+
+    assert discard_waiting(ledger, 1).changed == 1
+
+    claim = ledger.claim_one()
+    assert (claim.delivery_id, claim.in_doubt) == (2, False)
+
+
+def test_a_request_in_doubt_has_its_time_before_the_next_delivery_after_a_discard(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), in_doubt(NOON + HOUR))
+    ledger.owed(2)
+
+    assert discard_waiting(ledger, 1).changed == 1
+
+    assert ledger.claim() == []
+    ledger.clock.now += HOUR
+    claim = ledger.claim_one()
+    assert (claim.delivery_id, claim.in_doubt) == (2, False)
+
+
+def test_a_delivery_that_is_being_attempted_is_not_discarded(ledger: Ledger) -> None:
+    ledger.owed(1, refetch=False)
+    claim = ledger.claim_one(ledger.history)
+    ledger.owed(2, refetch=False)
+
+    assert discard_waiting(ledger, route="history").changed == 1
+
+    assert stands(ledger) == [(1, "waiting", None), (2, "done", "discarded")]
+    assert ledger.settle(claim)
+
+
+def test_waiting_and_dead_deliveries_are_discarded_apart(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    ledger.owed(1, order_id="order-2")
+
+    assert discard_waiting(ledger, 1).changed == 0
+    assert discard(ledger, 2).changed == 0
+    assert discard_waiting(ledger, 1, 2).changed == 1
+
+
+def test_waiting_deliveries_are_found_in_steps(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MAX_IDS_PER_STEP", 3)
+    for number in range(8):
+        ledger.owed(1, order_id=f"order-{number}")
+    ledger.settle(ledger.claim(most=1)[0])
+
+    steps = [discard_waiting(ledger, route="export")]
+    while steps[-1].after is not None:
+        steps.append(discard_waiting(ledger, route="export", after=steps[-1].after, action=steps[-1].action))
+
+    assert sum(each.changed for each in steps) == 7
+    assert [each.after for each in steps] == [3, 6, None]
+
+
+def test_only_dead_letters_are_retried(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    with pytest.raises(ValueError, match="only dead letters"):
+        retry(ledger, 1, state="waiting")
+    with pytest.raises(ValueError, match="`dead` or `waiting`"):
+        discard(ledger, 1, state="done")
+
+
 def test_a_discarded_letter_is_not_retried_by_a_repeat(ledger: Ledger) -> None:
     dead(ledger, "order-1")
     discard(ledger, 1)
@@ -541,12 +637,13 @@ def test_a_persons_pause_survives_outcomes_and_restarts(ledger: Ledger, ends: En
 
 def test_resume_ends_every_kind_of_pause(ledger: Ledger) -> None:
     ledger.owed(1)
-    ledger.settle(ledger.claim_one(), MISCONFIGURED)
+    ledger.settle(ledger.claim_one(), PAUSES)
+    ledger.owed(1, order_id="order-2")
     assert ledger.claim() == []
 
     pause(ledger, "resume", route="export")
 
-    assert ledger.claim_one().delivery_id == 1
+    assert ledger.claim_one().delivery_id == 2
 
 
 # --- the audit ------------------------------------------------------------------------------------------------------
@@ -765,14 +862,14 @@ def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Se
 def test_a_letter_that_became_unknown_meanwhile_is_left_out(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the query and the lock, another person retried it, and its outcome became unknown."""
     dead(ledger, "order-1")
-    letters = Commands._letters
+    matching = Commands._matching
 
     def then_unknown(self: Commands, connection: Connection, *rest: Any) -> Any:
-        found = letters(self, connection, *rest)
+        found = matching(self, connection, *rest)
         connection.exec_driver_sql("UPDATE deliveries SET reason = 'unknown'")
         return found
 
-    monkeypatch.setattr(Commands, "_letters", then_unknown)
+    monkeypatch.setattr(Commands, "_matching", then_unknown)
 
     assert retry(ledger, 1).changed == 0
 

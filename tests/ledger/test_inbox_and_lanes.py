@@ -10,7 +10,7 @@ import pytest
 
 from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
-from adapter.ledger.inbox import MAX_CONFLICTS, Received
+from adapter.ledger.inbox import Received
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
 from adapter.plugin import Reject
 from tests.ledgers import (
@@ -23,6 +23,7 @@ from tests.ledgers import (
     MOVED_ON,
     NOON,
     NOT_THERE,
+    PAUSES,
     REJECTED,
     RELEASED,
     SKIPPED,
@@ -85,48 +86,91 @@ def test_the_same_event_again_does_nothing_more(ledger: Ledger, again: bytes) ->
     assert len(ledger.states()) == 1
 
 
-def test_another_order_under_the_same_identity_is_kept_as_a_conflict_without_deliveries(ledger: Ledger) -> None:
-    wanted = [(ledger.export, True)]
-    ledger.receive(receipt(body=b'{"total": 1}', wanted=wanted))
+def test_another_order_under_the_same_identity_starts_the_routes_that_read_the_order_again(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}', wanted=[(ledger.export, True), (ledger.history, False)]))
+    for queue in (ledger.export, ledger.history):
+        ledger.settle(ledger.claim_one(queue))
 
-    received = ledger.receive(receipt(body=b'{"total": 2}', wanted=wanted))
+    received = ledger.receive(receipt(body=b'{"total": 2}', refetching=[ledger.export]))
 
     assert received is Received.CONFLICT
-    assert ledger.rows("SELECT conflicts_with, identity IS NULL, body FROM notifications ORDER BY id") == [
-        (None, 0, b'{"total": 1}'),
-        (1, 1, b'{"total": 2}'),
+    assert ledger.rows("SELECT conflicts_with, body FROM notifications ORDER BY id") == [
+        (None, b'{"total": 1}'),
+        (1, b'{"total": 2}'),
     ]
-    assert len(ledger.states()) == 1
+    assert ledger.claim(ledger.history) == []
+    (first, second) = ledger.rows("SELECT identity FROM notifications ORDER BY id")
+    claim = ledger.claim_one()
+    assert (claim.body, claim.attempt, claim.identity) == (b'{"total": 2}', 1, bytes(second[0]))
+    assert claim.identity.startswith(bytes(first[0]))  # another idempotency key, of which the digest is a part
+    assert len(claim.identity) == len(first[0]) + 16
 
 
-def test_the_repeat_of_a_conflict_is_not_stored_again(ledger: Ledger) -> None:
+def test_any_number_of_conflicts_leaves_one_waiting_delivery(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"n": 0}', wanted=[(ledger.export, True)]))
+
+    answers = [ledger.receive(receipt(body=b'{"n": %d}' % n, refetching=[ledger.export])) for n in range(1, 30)]
+
+    assert set(answers) == {Received.CONFLICT}
+    assert [state for _, state, _ in ledger.states()] == [*["done"] * 29, "waiting"]
+    assert ledger.claim_one().body == b'{"n": 29}'
+    assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(30, 30)]  # digested once
+
+
+def test_conflicts_in_one_group_leave_one_waiting_delivery(ledger: Ledger) -> None:
+    async def together() -> list[Received]:
+        conflicts = [receipt(body=b'{"n": %d}' % n, refetching=[ledger.export]) for n in (1, 2, 1)]
+        return await asyncio.gather(*(ledger.inbox.receive(one) for one in [receipt(body=b'{"n": 0}'), *conflicts]))
+
+    assert ledger.do(together()) == [Received.NEW, Received.CONFLICT, Received.CONFLICT, Received.REPEAT]
+    assert [state for _, state, _ in ledger.states()] == ["done", "waiting"]
+
+
+def test_a_conflict_leaves_the_attempted_delivery_alone(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}', wanted=[(ledger.export, True)]))
+    claim = ledger.claim_one()
+
+    ledger.receive(receipt(body=b'{"total": 2}', refetching=[ledger.export]))
+
+    assert ledger.settle(claim)
+    assert ledger.claim_one().body == b'{"total": 2}'
+
+
+def test_the_repeat_of_a_conflict_does_nothing_more(ledger: Ledger) -> None:
     for body in (b'{"total": 1}', b'{"total": 2}'):
-        ledger.receive(receipt(body=body))
+        ledger.receive(receipt(body=body, refetching=[ledger.export]))
+    ledger.settle(ledger.claim_one())
 
-    received = ledger.receive(receipt(body=b'{"total": 2.0}'))
+    received = ledger.receive(receipt(body=b'{"total": 2.0}', refetching=[ledger.export]))
 
     assert received is Received.REPEAT
     assert len(ledger.rows("SELECT 1 FROM notifications")) == 2
+    assert ledger.claim() == []
 
 
-def test_conflicts_of_one_identity_are_stored_up_to_a_limit_and_digested_once(ledger: Ledger) -> None:
-    bodies = [b'{"id": "order-1", "n": %d}' % number for number in range(MAX_CONFLICTS + 5)]
-
-    answers = [ledger.receive(receipt(body=body)) for body in bodies]
-
-    assert answers == [Received.NEW, *[Received.CONFLICT] * (MAX_CONFLICTS + 4)]
-    assert ledger.rows("SELECT count(*), count(digest) FROM notifications") == [(1 + MAX_CONFLICTS,) * 2]
-
-
-def test_a_conflict_once_more_retries_nothing(ledger: Ledger) -> None:
+def test_the_repeat_of_a_conflict_retries_its_own_dead_letter(ledger: Ledger) -> None:
     ledger.receive(receipt(body=b'{"total": 1}', wanted=[(ledger.export, True)]))
-    ledger.receive(receipt(body=b'{"total": 2}'))
+    ledger.settle(ledger.claim_one())
+    ledger.receive(receipt(body=b'{"total": 2}', refetching=[ledger.export]))
     ledger.settle(ledger.claim_one(), REJECTED)
 
-    received = ledger.receive(receipt(body=b'{"total": 2}'))
+    received = ledger.receive(receipt(body=b'{"total": 2}', refetching=[ledger.export]))
 
-    assert received is Received.REPEAT
-    assert ledger.states() == [(1, "dead", "rejected")]
+    assert received is Received.RETRIED
+    assert ledger.claim_one().delivery_id == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [(b'{"total": 1.0}', True), (b'{"total": 2}', True), (b'{"total": 3}', False)],
+    ids=["the first", "the conflict", "neither"],
+)
+def test_an_order_is_known_under_its_identity_or_as_its_conflict(ledger: Ledger, body: bytes, expected: bool) -> None:
+    for stored in (b'{"total": 1}', b'{"total": 2}'):
+        ledger.receive(receipt(identity=b"same", body=stored))
+
+    assert ledger.do(ledger.inbox.has([b"other", b"same"], body)) is expected
+    assert not ledger.do(ledger.inbox.has([b"other"], body))
 
 
 def test_a_third_order_under_the_same_identity_is_a_conflict_of_its_own(ledger: Ledger) -> None:
@@ -165,9 +209,16 @@ def test_two_events_of_one_order_in_one_group_share_a_lane(ledger: Ledger) -> No
 
 
 def test_without_a_moment_of_its_own_a_notification_takes_the_place_of_its_arrival(ledger: Ledger) -> None:
-    ledger.receive(receipt(snapshot=None, wanted=[(ledger.export, True)]))
+    for snapshot in (NOON + 1, None, NOON - 1):
+        ledger.receive(receipt(snapshot=snapshot, wanted=[(ledger.history, False)]))
 
-    assert ledger.states() == [(NOON, "waiting", None)]
+    order = []
+    for _ in range(3):
+        claim = ledger.claim_one(ledger.history)
+        order.append(claim.delivery_id)
+        ledger.settle(claim, refetch=False)
+
+    assert order == [3, 2, 1]
 
 
 # --- stale snapshots ------------------------------------------------------------------------------------------------
@@ -180,20 +231,20 @@ def test_a_newer_snapshot_supersedes_older_deliveries_that_were_never_tried(ledg
     assert json.loads(ledger.claim_one().body or b"")["snapshot"] == 3
 
 
-def test_an_older_snapshot_that_arrives_late_is_superseded_on_arrival(ledger: Ledger) -> None:
+def test_a_claimed_moment_changes_nothing_on_a_route_that_reads_the_order_again(ledger: Ledger) -> None:
     ledger.owed(2, 1)
 
-    assert ledger.states() == [(2, "waiting", None), (1, "done", "superseded")]
+    assert ledger.states() == [(2, "done", "superseded"), (1, "waiting", None)]
 
 
-def test_a_late_snapshot_is_superseded_even_if_the_newer_one_is_done(ledger: Ledger) -> None:
+def test_an_event_with_an_earlier_moment_is_delivered_although_the_later_one_is_done(ledger: Ledger) -> None:
     ledger.owed(2)
-    ledger.settle(ledger.claim_one())
+    ledger.settle(ledger.claim_one(), MOVED_ON)
 
     ledger.owed(1)
 
-    assert ledger.states() == [(2, "done", "delivered"), (1, "done", "superseded")]
-    assert ledger.claim() == []
+    assert ledger.states() == [(2, "done", "moved_on"), (1, "waiting", None)]
+    assert ledger.claim_one().delivery_id == 2
 
 
 def test_a_snapshot_of_the_same_moment_is_a_newer_trigger(ledger: Ledger) -> None:
@@ -472,8 +523,8 @@ def test_a_claim_that_is_kept_is_settled_once_too(ledger: Ledger) -> None:
     ledger.owed(1)
     claim = ledger.claim_one()
 
-    assert ledger.settle(claim, MISCONFIGURED, keeps_lane=True)
-    assert ledger.settle(claim, MISCONFIGURED, keeps_lane=True)
+    assert ledger.settle(claim, RELEASED, keeps_lane=True)
+    assert ledger.settle(claim, RELEASED, keeps_lane=True)
 
     assert ledger.rows("SELECT count(*) FROM attempts") == [(1,)]
     assert ledger.rows("SELECT attempts FROM deliveries") == [(0,)]
@@ -543,14 +594,27 @@ def test_a_claim_takes_at_most_the_given_number_of_lanes(ledger: Ledger) -> None
         ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
 
     limits = [
-        QueueLimits(queue_id=ledger.export, concurrency=2, doubt_ms=DOUBT),
-        QueueLimits(queue_id=ledger.history, concurrency=5, doubt_ms=DOUBT),
+        QueueLimits(queue_id=ledger.export, concurrency=2, doubt_ms=DOUBT, schedule=()),
+        QueueLimits(queue_id=ledger.history, concurrency=5, doubt_ms=DOUBT, schedule=()),
     ]
     claims = ledger.do(ledger.lanes.claim(limits, 4)).claims
 
     taken = [claim.queue_id for claim in claims]
     assert len(taken) == 4
     assert taken.count(ledger.export) <= 2
+
+
+def test_one_lane_of_an_idle_queue_is_claimed_beyond_the_given_number(ledger: Ledger) -> None:
+    for number in range(3):
+        ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True), (ledger.history, False)]))
+
+    first = ledger.take(ledger.export, ledger.history, most=0, idle=[ledger.history])
+    second = ledger.take(ledger.export, ledger.history, most=1, idle=[ledger.export, ledger.history])
+    third = ledger.take(ledger.export, ledger.history, most=0)
+
+    assert [claim.queue_id for claim in first.claims] == [ledger.history]
+    assert sorted(claim.queue_id for claim in second.claims) == sorted([ledger.export, ledger.history])
+    assert third.claims == []
 
 
 def test_queues_come_in_turn_so_that_no_backlog_starves_another(ledger: Ledger) -> None:
@@ -565,7 +629,7 @@ def test_queues_come_in_turn_so_that_no_backlog_starves_another(ledger: Ledger) 
 def test_lanes_in_which_nothing_waits_do_not_hide_those_in_which_something_does(ledger: Ledger) -> None:
     ledger.owed(2)
     ledger.settle(ledger.claim_one())
-    ledger.owed(1)  # superseded when it arrives: the lane is due, and empty
+    ledger.rows(f"UPDATE lanes SET next_at = {NOON}")  # as after a discarded delivery
     ledger.clock.now += 1
     ledger.owed(1, order_id="order-2")
 
@@ -598,27 +662,47 @@ def test_lanes_of_a_queue_come_in_the_order_in_which_they_are_due(ledger: Ledger
 # --- pauses ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_misconfigured_queue_pauses_until_the_next_start(ledger: Ledger) -> None:
-    ledger.owed(1, order_id="order-1")
-    ledger.owed(1, order_id="order-2")
-    first = ledger.claim(most=1)[0]
-    ledger.settle(first, MISCONFIGURED)
-    ledger.clock.now += 1000 * HOUR
+def test_a_start_ends_a_pause_for_refused_credentials(ledger: Ledger) -> None:
+    for number in range(6):
+        ledger.owed(1, order_id=f"order-{number}")
+    for claim in ledger.claim(most=5):
+        ledger.settle(claim, MISCONFIGURED)
 
     assert ledger.claim() == []
-    assert ledger.next_due_at() is None
+    assert ledger.next_due_at() == NOON + 30_000
     after = ledger.reopened()
     try:
-        claims = after.claim()
-        assert sorted((claim.order_id, claim.attempt) for claim in claims) == [("order-1", 1), ("order-2", 1)]
+        assert len(after.claim()) == 6
     finally:
         after.store.close()
+
+
+def test_a_probe_passes_over_the_lanes_that_failed_although_they_are_due_for_longer(ledger: Ledger) -> None:
+    for number in range(5):
+        ledger.owed(1, order_id=f"order-{number}")
+    failed = ledger.claim()
+    for claim in failed:
+        ledger.settle(claim, MISCONFIGURED)
+    ledger.clock.now += 1000
+    for number in (5, 6):
+        ledger.owed(1, order_id=f"order-{number}")
+
+    probes = []
+    for _ in range(4):
+        ledger.clock.now += HOUR
+        probes.append(ledger.claim_one())
+        assert ledger.claim() == []  # one at a time
+        ledger.settle(probes[-1], MISCONFIGURED)
+
+    assert {claim.order_id for claim in probes[:2]} == {"order-5", "order-6"}
+    assert {claim.order_id for claim in probes[2:]} < {claim.order_id for claim in failed}
+    assert probes[2].lane_id != probes[3].lane_id  # as all have failed: the one that is due for longest
 
 
 def test_a_pause_is_for_one_route_of_one_merchant_and_channel(ledger: Ledger) -> None:
     ledger.owed(1)
     ledger.receive(receipt("elsewhere", wanted=[(ledger.other, True)]))
-    ledger.settle(ledger.claim_one(), MISCONFIGURED)
+    ledger.settle(ledger.claim_one(), PAUSES)
 
     claims = ledger.claim(ledger.export, ledger.other)
 
@@ -701,10 +785,10 @@ def test_the_overview_counts_waiting_and_dead_deliveries(ledger: Ledger) -> None
     dead, done, paused = ledger.claim()
     ledger.settle(dead, REJECTED)
     ledger.settle(done)
-    ledger.settle(paused, MISCONFIGURED)
+    ledger.settle(paused, PAUSES)
 
     overview = query(ledger, lambda queries: queries.overview(ledger.clock.now))
 
     assert overview.by_route == {("export", "waiting"): 1, ("export", "dead"): 1}
     assert overview.oldest_waiting_seconds == {"export": 90.0}
-    assert overview.paused == {("export", "fjallboden", "1"): "destination-unauthorized"}
+    assert overview.paused == {("export", "fjallboden", "1"): "destination-busy"}

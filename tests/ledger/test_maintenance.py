@@ -19,7 +19,7 @@ from adapter.ledger.maintenance import Maintenance, Pruned, Retention, back_up, 
 from adapter.ledger.queries import Author, DeliveryFilter
 from adapter.ledger.store import Store, StoreUnavailable, open_for_reading
 from adapter.ledger.verdict_log import VerdictLog
-from tests.databases import Server, rows
+from tests.databases import Server, rows, waits_for_a_lock
 from tests.ledger.test_verdict_log import LATE
 from tests.ledgers import (
     DAY,
@@ -227,13 +227,14 @@ def test_a_lane_with_a_younger_delivery_stays(ledger: Ledger) -> None:
     assert claim.previous is not None
 
 
-def test_a_conflict_is_deleted_with_its_notification(ledger: Ledger) -> None:
+def test_a_conflict_with_its_delivery_outlives_the_notification_that_it_contradicts(ledger: Ledger) -> None:
     ledger.receive(receipt("order-1", body=b'{"total": 1}'))
     ledger.clock.now = NOON + 300 * DAY
-    ledger.receive(receipt("order-1", body=b'{"total": 2}'))
+    ledger.receive(receipt("order-1", body=b'{"total": 2}', refetching=[ledger.export]))
 
-    assert after(ledger, 401).notifications == 2
-    assert remembered(ledger) == []
+    assert after(ledger, 401).notifications == 1
+    assert ledger.rows("SELECT conflicts_with FROM notifications") == [(None,)]
+    assert ledger.claim_one().body == b'{"total": 2}'
 
 
 def test_an_event_is_new_again_once_its_row_is_gone(ledger: Ledger) -> None:
@@ -402,12 +403,6 @@ def on_postgres(postgres: Server) -> Iterator[Ledger]:
         postgres.drop(url)
 
 
-def waits_for_a_lock(url: str) -> bool:
-    return bool(
-        rows(url, "SELECT 1 FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()")
-    )
-
-
 def beside(ledger: Ledger, inside: Callable[[Connection], Any], meanwhile: Callable[[Ledger], Any]) -> Any:
     """Run `there` on another node while a transaction here is done but not committed. Returns its result."""
     answers: list[Any] = []
@@ -477,7 +472,7 @@ def test_a_letter_that_is_retried_meanwhile_is_not_deleted(postgres: Server) -> 
         assert ledger.claim_one().body is not None
 
 
-def test_a_conflict_that_comes_meanwhile_goes_as_well(postgres: Server) -> None:
+def test_a_conflict_that_comes_meanwhile_stays(postgres: Server) -> None:
     with on_postgres(postgres) as ledger:
         ledger.receive(receipt("order-1", body=b'{"total": 1}'))
         ledger.clock.now = NOON + 401 * DAY
@@ -489,8 +484,8 @@ def test_a_conflict_that_comes_meanwhile_goes_as_well(postgres: Server) -> None:
             prune,
         )
 
-        assert pruned.notifications == 2
-        assert remembered(ledger) == []
+        assert pruned.notifications == 1
+        assert ledger.rows("SELECT conflicts_with, body FROM notifications") == [(None, b'{"total": 2}')]
 
 
 def test_two_nodes_prune_at_once(postgres: Server) -> None:

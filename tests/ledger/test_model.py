@@ -31,7 +31,7 @@ import asyncio
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -77,6 +77,7 @@ from adapter.ledger.settlement import (
     settle,
 )
 from adapter.ledger.store import Store
+from adapter.orders import order_digest
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 from tests.databases import clear
 from tests.ledgers import DOUBT, HOUR, NOON, HandClock
@@ -131,7 +132,6 @@ class Line:
     order_id: str
     route: str
     owed: list[Owed] = field(default_factory=list)
-    newest: int = -1
     current: Owed | None = None  # attempted, and not passed
     due_at: int = 0  # of `current`
     held: int | None = None  # by which process
@@ -143,7 +143,10 @@ class Line:
         return ROUTES[self.route]
 
     def waiting(self) -> list[Owed]:
-        return sorted((o for o in self.owed if o.state is State.WAITING), key=lambda o: (o.snapshot, o.number))
+        return sorted(
+            (o for o in self.owed if o.state is State.WAITING),
+            key=lambda o: (0 if self.refetch else o.snapshot, o.number),
+        )
 
     def still_tries(self, owed: Owed) -> bool:
         """Return whether the delivery is settled while its handler still runs."""
@@ -160,13 +163,13 @@ class Line:
 
 @dataclass(eq=False)
 class Event:
-    """An event of Norce, and the bodies with its identity that were acknowledged."""
+    """An event of Norce, and the events with its identity and another body."""
 
     order_id: str
     snapshot: int
     identity: bytes
     body: bytes
-    bodies: set[bytes] = field(default_factory=set)
+    conflicts: dict[bytes, "Event"] = field(default_factory=dict)
     owed: list[tuple[Line, Owed]] = field(default_factory=list)
 
 
@@ -265,7 +268,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 continue
             is_new = all(event.identity != identity for event in events)
             body = json.dumps({"id": order, "at": snapshot, "value": value}).encode()
-            event = Event(order, snapshot, identity, body, {body})
+            event = Event(order, snapshot, identity, body)
             receipts.append(self.receipt(event, body))
             expected.append(Received.NEW if is_new else Received.REPEAT)
             if is_new:
@@ -284,13 +287,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def model_owes(self, line: Line, event: Event) -> None:
         self.arrived += 1
         owed = Owed(self.arrived, event.snapshot, event.identity)
-        if event.snapshot >= line.newest:
-            line.newest = event.snapshot
-            for older in line.waiting() if line.refetch else ():
-                if older is not line.current:
-                    older.state, older.reason = State.DONE, Reason.SUPERSEDED
-        elif line.refetch:
-            owed.state, owed.reason = State.DONE, Reason.SUPERSEDED
+        for older in line.waiting() if line.refetch else ():
+            if older is not line.current:
+                older.state, older.reason = State.DONE, Reason.SUPERSEDED
         line.owed.append(owed)
         event.owed.append((line, owed))
 
@@ -311,13 +310,23 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(event=events, other=st.integers(0, 2), node=NODES)
     def contradicted(self, event: Event, other: int, node: int) -> None:
-        body = json.dumps({"id": event.order_id, "another": other}).encode()
+        order = {"id": event.order_id, "another": other}
+        body = json.dumps(order).encode()
+        retried = self.retryable(event.conflicts[body]) if body in event.conflicts else []
 
         received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body)))
 
-        assert received is (Received.REPEAT if body in event.bodies else Received.CONFLICT)
-        self.conflicts += body not in event.bodies
-        event.bodies.add(body)
+        if body in event.conflicts:
+            assert received is (Received.RETRIED if retried else Received.REPEAT)
+            self.model_retries(retried)
+            return
+        assert received is Received.CONFLICT
+        identity = event.identity + order_digest(order)
+        conflict = event.conflicts[body] = Event(event.order_id, event.snapshot, identity, body)
+        self.conflicts += 1
+        for route, refetch in ROUTES.items():
+            if refetch:
+                self.model_owes(self.lines[event.order_id, route], conflict)
 
     def retryable(self, event: Event) -> list[tuple[Line, Owed]]:
         return [
@@ -384,7 +393,10 @@ class LedgerMachine(RuleBasedStateMachine):
             if room[line.route] and (coming := line.next()) is not None and coming[0] <= self.now
         }
         expected = sum(min(room[route], count) for route, count in Counter(route for _, route in due).items())
-        limits = [QueueLimits(queue_id=each, concurrency=CONCURRENCY, doubt_ms=DOUBT) for each in self.queues.values()]
+        limits = [
+            QueueLimits(queue_id=each, concurrency=CONCURRENCY, doubt_ms=DOUBT, schedule=SCHEDULE)
+            for each in self.queues.values()
+        ]
         hands: list[Held] = []
         taken = self.loop.run(node.lanes.claim(limits, most))
         while taken.claims or (taken.next_due_at or FOR_EVER) <= self.now:  # as a dispatcher does
@@ -415,6 +427,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def model_claims(self, node: Node, claim: Claim, due: dict[tuple[str, str], Owed]) -> Held:
         (route,) = (route for route, queue in self.queues.items() if queue == claim.queue_id)
         key = (claim.order_id, route)
+        self.assert_probe(claim, route, due)
         line, owed = self.lines[key], due.pop(key)  # due, and handed out once
         assert claim.identity == owed.identity
         assert claim.in_doubt == (line.claims > line.settled)
@@ -422,8 +435,17 @@ class LedgerMachine(RuleBasedStateMachine):
         line.claims += 1
         owed.attempts += 1
         assert (claim.number, claim.attempt) == (line.claims, owed.attempts)
-        line.held, line.current, line.due_at = claim.holder, owed, claim.doubt_ends_at
+        line.held, line.current = claim.holder, owed
+        delay = SCHEDULE[min(claim.attempt, len(SCHEDULE)) - 1] // timedelta(milliseconds=1)
+        line.due_at = self.now + max(DOUBT, delay)
         return Held(line, owed, claim)
+
+    def assert_probe(self, claim: Claim, route: str, due: Mapping[tuple[str, str], Owed]) -> None:
+        """Check that a probe passes over the lanes that failed, as long as another one is due."""
+        state = self.queue_states[route]
+        if not state.is_running() and claim.lane_id in state.failed_lanes:
+            lanes = {self.ids[key] for key in due if key[1] == route}
+            assert lanes <= set(state.failed_lanes)
 
     def settle(self, node: Node, hand: Held, result: str, *, keeps: bool = False) -> bool:
         line, claim = hand.line, hand.claim
@@ -447,7 +469,9 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (settlement is not None) == is_held
         if is_held:
             was = self.queue_states[line.route]
-            self.queue_states[line.route] = after_attempt(was, record.result, claim.lane_id, self.now, POLICY)
+            self.queue_states[line.route] = after_attempt(
+                was, record.result, claim.lane_id, self.now, POLICY, is_retry=claim.attempt > 1
+            )
             expected = settle(record.result, replace(attempt, paused=not was.is_running()))
             assert settlement == expected
             self.model_settles(hand, expected, keeps=keeps)
@@ -565,6 +589,9 @@ class LedgerMachine(RuleBasedStateMachine):
             source=source,
             body=body,
             wanted=tuple(Wanted(queue_id=self.queues[route], refetch=ROUTES[route]) for route in ROUTES),
+            wanted_in_conflict=tuple(
+                Wanted(queue_id=self.queues[route], refetch=True) for route, refetch in ROUTES.items() if refetch
+            ),
         )
 
     # --- what always holds ---

@@ -22,7 +22,7 @@ from adapter.ledger.inbox import Inbox, Received
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.store import Store, StoreUnavailable
 from tests import PATIENCE
-from tests.databases import Server, database_of, rows
+from tests.databases import Server, database_of, rows, waits_for_a_lock
 from tests.ledgers import DOUBT, REJECTED, HandClock, Ledger, body_of, receipt, waiting
 
 T = TypeVar("T")
@@ -347,7 +347,7 @@ def test_a_storm_of_accepts_claims_settlements_and_beats_loses_nothing(nodes: No
                 three[0].settle(claim)
         stuck = rows(
             nodes.url,
-            "SELECT id, snapshot_at FROM deliveries d WHERE state = 'waiting'"
+            "SELECT id FROM deliveries d WHERE state = 'waiting'"
             " AND NOT EXISTS (SELECT FROM deliveries e WHERE e.lane_id = d.lane_id AND e.state = 'dead')",
         )
     assert stuck == []
@@ -601,3 +601,45 @@ async def somebody_waits(nodes: Nodes) -> None:
         async with asyncio.timeout(PATIENCE):
             while not connection.execute("SELECT count(*) FROM pg_locks WHERE NOT granted").fetchone()[0]:  # noqa: ASYNC110
                 await asyncio.sleep(0)
+
+
+# --- an arrival beside a claim --------------------------------------------------------------------------------------
+
+
+def test_a_delivery_that_another_node_claims_at_this_moment_is_not_superseded(nodes: Nodes) -> None:
+    one, two = nodes.start(2)
+    one.owed(1)
+    limits = {each.queue_id: each for each in one.limits()}
+    with one.store.engine.connect() as connection:
+        with connection.begin():
+            (claim,) = one.lanes._claim(connection, limits, 1, ()).claims
+            arriving = threading.Thread(target=asyncio.run, args=(arrive(two.url, 2),))
+            arriving.start()
+            while not waits_for_a_lock(nodes.url):
+                assert arriving.is_alive(), "it did not wait"
+        arriving.join(PATIENCE)
+
+    assert one.states() == [(1, "waiting", None), (2, "waiting", None)]
+    assert one.settle(claim)
+    assert two.claim_one().delivery_id == 2
+
+
+def test_a_lane_into_which_another_node_receives_at_this_moment_is_claimed_afterwards(nodes: Nodes) -> None:
+    one, two = nodes.start(2)
+    one.owed(1)
+    with one.store.engine.connect() as connection:
+        with connection.begin():
+            one.inbox._receive(connection, [receipt(snapshot=2, wanted=[(one.export, True)])])
+
+            assert two.claim() == []
+        assert two.claim_one().delivery_id == 2
+    assert one.states() == [(1, "done", "superseded"), (2, "waiting", None)]
+
+
+async def arrive(url: str, snapshot: int) -> None:
+    """Receive an event at a node of its own."""
+    database = database_at(url)
+    store = Store(database, clock=HandClock())
+    (queue_id,) = rows(url, "SELECT id FROM queues WHERE route = 'export' AND merchant = 'fjallboden'")[0]
+    await Inbox(store).receive(receipt(snapshot=snapshot, wanted=[(queue_id, True)]))
+    store.close()

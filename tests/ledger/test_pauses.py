@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adapter.ledger.settlement import (
     FOR_EVER,
-    LONGEST_DEFERRAL,
+    MOST_PASSED_OVER,
     RUNNING,
     Broken,
     Ending,
@@ -32,7 +32,7 @@ LATER = Retry("destination-busy", after=timedelta(seconds=90))
 UNKNOWN = Unknown("no-answer")
 MISCONFIGURED = Misconfigured("destination-unauthorized")
 ANSWERS = [DONE, Skip("nothing-changed"), Reject("no-such-shop"), Ending.NOT_THERE]
-FAILURES = [RETRY, UNKNOWN, Broken("handler-failed")]
+FAILURES = [RETRY, UNKNOWN, MISCONFIGURED, Broken("handler-failed")]
 # The far side was not asked, or it is we who did not let it answer.
 SAY_NOTHING = [
     Ending.MOVED_ON, Ending.CONDITION, Ending.RELEASED, Ending.BLOCKED,
@@ -44,9 +44,9 @@ PAUSED = QueueState(
     paused_until=NOON + SECOND, paused_by=PausedBy.FAILURES, reason="destination-busy", pauses_in_row=1
 )  # fmt: skip
 PROBING = replace(PAUSED, paused_until=NOON)
-BROKEN = QueueState(paused_until=FOR_EVER, paused_by=PausedBy.MISCONFIGURED, reason="destination-unauthorized")
+REFUSED = replace(PAUSED, paused_by=PausedBy.MISCONFIGURED, reason="destination-unauthorized")
 STOPPED = QueueState(paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason="the shop moves house")
-PAUSES = {"failures": PAUSED, "misconfigured": BROKEN, "person": STOPPED}
+PAUSES = {"failures": PAUSED, "misconfigured": REFUSED, "person": STOPPED}
 
 
 def after(queue: QueueState, *ends: tuple[int, Result], policy: PausePolicy = POLICY) -> QueueState:
@@ -70,14 +70,16 @@ def test_failures_in_a_row_over_different_orders_pause_the_queue(failure: Result
 
     assert after(queue, (3, failure)) == QueueState(
         paused_until=NOON + 30 * SECOND,
-        paused_by=PausedBy.FAILURES,
+        paused_by=PausedBy.MISCONFIGURED if failure is MISCONFIGURED else PausedBy.FAILURES,
         reason=failure.code,  # type: ignore[union-attr]
+        failed_lanes=(1, 2, 3),
         pauses_in_row=1,
     )
 
 
-def test_failures_of_one_order_never_pause_a_queue() -> None:
-    queue = after(RUNNING, *[(1, RETRY)] * 50)
+@pytest.mark.parametrize("failure", FAILURES, ids=called)
+def test_failures_of_one_order_never_pause_a_queue(failure: Result) -> None:
+    queue = after(RUNNING, *[(1, failure)] * 50)
 
     assert queue == replace(RUNNING, failed_lanes=(1,))
 
@@ -113,14 +115,20 @@ def test_without_a_number_of_failures_no_queue_pauses_by_itself() -> None:
 @pytest.mark.parametrize("later", [LATER, Unknown("destination-busy", after=LATER.after)], ids=called)
 def test_retry_after_pauses_the_whole_queue_at_once(later: Result) -> None:
     assert after(RUNNING, (1, later)) == QueueState(
-        paused_until=NOON + 90 * SECOND, paused_by=PausedBy.RETRY_AFTER, reason="destination-busy"
+        paused_until=NOON + 90 * SECOND, paused_by=PausedBy.RETRY_AFTER, reason="destination-busy", failed_lanes=(1,)
     )
 
 
-def test_a_destination_that_asks_for_a_month_gets_a_day() -> None:
+def test_a_destination_that_asks_for_a_month_gets_a_probe_after_the_longest_pause() -> None:
     queue = after(RUNNING, (1, Retry("destination-busy", after=timedelta(days=30))))
 
-    assert queue.paused_until == NOON + LONGEST_DEFERRAL // timedelta(milliseconds=1)
+    assert queue.paused_until == NOON + 100 * SECOND
+
+
+def test_one_order_that_is_always_told_to_come_later_does_not_hold_up_the_others() -> None:
+    assert after_attempt(RUNNING, LATER, 1, NOON, POLICY, is_retry=True) == replace(RUNNING, failed_lanes=(1,))
+    assert after_attempt(FAILING, LATER, 3, NOON, POLICY, is_retry=True).paused_by is PausedBy.FAILURES
+    assert after_attempt(PROBING, LATER, 1, NOON, POLICY, is_retry=True).paused_by is PausedBy.RETRY_AFTER
 
 
 @pytest.mark.parametrize("seconds", [0, -5])
@@ -130,13 +138,11 @@ def test_a_retry_after_of_zero_counts_as_a_failure(seconds: int) -> None:
     assert queue == replace(RUNNING, failed_lanes=(1,))
 
 
-@pytest.mark.parametrize("queue", [RUNNING, FAILING, PROBING, PAUSED])
-def test_broken_credentials_pause_the_queue_until_somebody_resumes(queue: QueueState) -> None:
-    broken = after(queue, (1, MISCONFIGURED))
+def test_broken_credentials_pause_the_queue_like_other_failures_and_a_probe_ends_the_pause() -> None:
+    paused = after(RUNNING, (1, MISCONFIGURED), (2, MISCONFIGURED), (3, MISCONFIGURED))
 
-    assert (broken.paused_until, broken.paused_by, broken.reason) == (
-        FOR_EVER, PausedBy.MISCONFIGURED, "destination-unauthorized",
-    )  # fmt: skip
+    assert (paused.paused_until, paused.paused_by) == (NOON + 30 * SECOND, PausedBy.MISCONFIGURED)
+    assert after(replace(paused, paused_until=NOON), (4, DONE)) == RUNNING
 
 
 # --- while it is paused ---------------------------------------------------------------------------------------------
@@ -148,7 +154,7 @@ def test_an_attempt_from_before_the_pause_neither_ends_nor_prolongs_it(queue: Qu
     assert after_attempt(queue, result, 9, NOON, POLICY) is queue
 
 
-@pytest.mark.parametrize("result", [*ANSWERS, *FAILURES, LATER, MISCONFIGURED, *SAY_NOTHING], ids=called)
+@pytest.mark.parametrize("result", [*ANSWERS, *FAILURES, LATER, *SAY_NOTHING], ids=called)
 def test_a_persons_pause_is_never_overwritten(result: Result) -> None:
     assert after_attempt(STOPPED, result, 9, NOON, POLICY) is STOPPED
 
@@ -162,7 +168,7 @@ def test_a_persons_pause_is_never_overwritten(result: Result) -> None:
         pytest.param(RUNNING, 8, id="running: all"),
         pytest.param(FAILING, 8, id="with failures in a row: all"),
         pytest.param(PAUSED, 0, id="paused: none"),
-        pytest.param(BROKEN, 0, id="misconfigured: none"),
+        pytest.param(REFUSED, 0, id="misconfigured: none"),
         pytest.param(STOPPED, 0, id="by a person: none"),
         pytest.param(PROBING, 1, id="at the end of the pause: one"),
         pytest.param(replace(PAUSED, paused_until=NOON - 3600 * SECOND), 1, id="long after it: still one"),
@@ -185,7 +191,17 @@ def test_a_probe_that_fails_doubles_the_pause_up_to_the_longest(failure: Result)
         pauses.append(((queue.paused_until or 0) - NOON) // SECOND)
 
     assert pauses == [60, 100, 100, 100]
-    assert queue.paused_by is PausedBy.FAILURES
+    assert queue.failed_lanes == (0, 1, 2, 3)
+
+
+def test_a_probe_that_fails_again_is_the_latest_and_the_oldest_are_forgotten() -> None:
+    queue = replace(PROBING, failed_lanes=tuple(range(MOST_PASSED_OVER)))
+
+    again = after(queue, (7, RETRY))
+    other = after(queue, (4711, RETRY))
+
+    assert again.failed_lanes == (*range(7), *range(8, MOST_PASSED_OVER), 7)
+    assert other.failed_lanes == (*range(1, MOST_PASSED_OVER), 4711)
 
 
 def test_the_same_order_may_be_the_probe_that_fails() -> None:
@@ -220,7 +236,7 @@ def test_retry_after_pauses_a_queue_that_failures_never_pause() -> None:
 
 # --- random sequences -------------------------------------------------------------------------------------------------
 
-results = st.sampled_from([*ANSWERS, *FAILURES, LATER, MISCONFIGURED, *SAY_NOTHING])
+results = st.sampled_from([*ANSWERS, *FAILURES, LATER, *SAY_NOTHING])
 policies = st.builds(
     PausePolicy,
     after_failures=st.integers(0, 5),
@@ -240,7 +256,7 @@ def test_a_pause_has_a_reason_and_is_never_longer_than_the_longest(
         queue = after_attempt(queue, result, lane_id, now, policy)
 
         assert (queue.paused_until is None) == (queue.paused_by is None) == (queue.reason is None)
-        if queue.paused_until is not None and queue.paused_by is PausedBy.FAILURES:
+        if queue.paused_until is not None:
             assert queue.paused_until <= now + policy.longest // timedelta(milliseconds=1)
         if queue.is_running() and policy.after_failures:
             assert len(queue.failed_lanes) < policy.after_failures

@@ -4,7 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adapter.ledger.settlement import (
@@ -18,6 +18,7 @@ from adapter.ledger.settlement import (
     Result,
     Settlement,
     State,
+    is_past_last_lookup,
     next_attempt_at,
     settle,
 )
@@ -90,18 +91,7 @@ def waiting(due: datetime, **more: object) -> Settlement:
         pytest.param(BROKEN, FIRST, dead(Reason.BROKEN), id="bug before a write"),
         pytest.param(Ending.CONDITION, FIRST, dead(Reason.CONDITION), id="condition in error"),
         pytest.param(RETRY, LAST, dead(Reason.EXHAUSTED), id="retry, the last"),
-        pytest.param(
-            MISCONFIGURED,
-            FIRST,
-            waiting(NOON, counts=False),
-            id="misconfigured",
-        ),
-        pytest.param(
-            MISCONFIGURED,
-            LAST,
-            waiting(NOON, counts=False),
-            id="misconfigured, the last",
-        ),
+        pytest.param(MISCONFIGURED, LAST, dead(Reason.EXHAUSTED), id="misconfigured, the last"),
         pytest.param(Ending.BLOCKED, FIRST, dead(Reason.UNKNOWN, known=False), id="never lets go of its thread"),
         pytest.param(Ending.BLOCKED, LAST, dead(Reason.UNKNOWN, known=False), id="never lets go, the last"),
         pytest.param(Ending.RELEASED, FIRST, waiting(NOON, counts=False), id="released"),
@@ -120,6 +110,7 @@ def test_outside_doubt_the_settlement_does_not_depend_on_the_handler(
         # in a lane not in doubt
         pytest.param(RETRY, FIRST, waiting(NOON + 5 * SECOND), id="retry"),
         pytest.param(RETRY, replace(FIRST, number=2), waiting(NOON + 60 * SECOND), id="second retry"),
+        pytest.param(MISCONFIGURED, FIRST, waiting(NOON + 5 * SECOND), id="misconfigured"),
         pytest.param(
             RETRY, replace(FIRST, handling=REPEATABLE), waiting(DOUBT_ENDS), id="retry, repeatable: after the doubt"
         ),
@@ -168,12 +159,11 @@ def test_outside_doubt_the_settlement_does_not_depend_on_the_handler(
         pytest.param(BROKEN, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: bug, the last"),
         pytest.param(UNKNOWN, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: unknown"),
         pytest.param(UNKNOWN, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: unknown, the last"),
+        pytest.param(MISCONFIGURED, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: misconfigured"),
         pytest.param(
-            MISCONFIGURED,
-            LOOKUP,
-            waiting(NOON, known=False, counts=False),
-            id="lookup: misconfigured",
+            MISCONFIGURED, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: misconfigured, the last"
         ),
+        pytest.param(Ending.BLOCKED, LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: blocks its thread"),
         pytest.param(
             Ending.RELEASED, LOOKUP, waiting(NOON, known=False, counts=False), id="released before the lookup"
         ),
@@ -236,10 +226,7 @@ PAUSED_LAST_LOOKUP = replace(LAST_LOOKUP, paused=True)
         pytest.param(DONE, PAUSED_LAST, done(Reason.DELIVERED), id="done"),
         pytest.param(REJECT, PAUSED, dead(Reason.REJECTED), id="reject"),
         pytest.param(
-            MISCONFIGURED,
-            PAUSED_LAST,
-            waiting(NOON, counts=False),
-            id="misconfigured",
+            MISCONFIGURED, PAUSED_LAST, waiting(NOON + 60 * SECOND, counts=False), id="misconfigured, the last"
         ),
     ],
 )
@@ -247,6 +234,24 @@ def test_in_a_paused_queue_a_failure_uses_up_nothing_of_the_schedule(
     result: Result, attempt: Attempt, expected: Settlement
 ) -> None:
     assert settle(result, attempt) == expected
+
+
+@pytest.mark.parametrize("handling", HANDLINGS.values(), ids=HANDLINGS)
+@pytest.mark.parametrize("paused", [False, True], ids=["running", "paused"])
+def test_claims_that_end_with_their_process_use_up_the_schedule(handling: Handling, paused: bool) -> None:
+    past = replace(LAST_LOOKUP, number=len(SCHEDULE) + 3, handling=handling, paused=paused)
+
+    assert is_past_last_lookup(past.number, SCHEDULE)
+    assert settle(Interrupted("in-doubt"), past) == dead(Reason.UNKNOWN, known=False)
+
+
+def test_the_lookup_after_the_last_attempt_is_not_past_the_schedule() -> None:
+    assert not is_past_last_lookup(len(SCHEDULE) + 2, SCHEDULE)
+    assert settle(Ending.NOT_THERE, replace(LAST_LOOKUP, number=len(SCHEDULE) + 2)) == dead(Reason.EXHAUSTED)
+
+
+def test_the_longest_deferral_is_a_day() -> None:
+    assert timedelta(hours=24) == LONGEST_DEFERRAL
 
 
 def test_only_an_unknown_outcome_holds_the_lane_of_a_route_that_refetches() -> None:
@@ -359,6 +364,7 @@ def test_every_delivery_ends(data: st.DataObject, schedule: list[timedelta], han
 def test_a_failure_in_a_paused_queue_makes_no_dead_letter_if_it_can_be_looked_up_or_repeated(
     result: Result, number: int, in_doubt: bool, handling: str, schedule: list[timedelta], jitter: float
 ) -> None:
+    assume(not (in_doubt and is_past_last_lookup(number, schedule)))
     can = HANDLINGS[handling]
     attempt = replace(PAUSED, number=number, in_doubt=in_doubt, handling=can, schedule=schedule, jitter=jitter)
 

@@ -197,6 +197,20 @@ def test_missing_notifications_are_stored_once_and_received_ones_are_known(house
     assert house.stored() == [(each, "callback", 1) for each in came] + [(each, "reconciliation", 1) for each in lost]
 
 
+def test_an_event_is_missing_if_only_another_order_came_under_its_identity(house: House) -> None:
+    house.orders(2)
+    order_id = house.stored()[0][0]
+    forged = b'{"id": "forged"}'.hex()
+    literal = f"x'{forged}'" if house.url.startswith("sqlite") else f"'\\x{forged}'"
+    rows(house.url, f"UPDATE notifications SET digest = NULL, body = {literal} WHERE order_id = '{order_id}'")
+
+    first, again = house.reconciled(), house.reconciled()
+
+    assert (first.received, first.missed, house.missed()) == (1, 1, 1)
+    assert (again.received, again.missed) == (2, 0)
+    assert [each[:2] for each in house.stored()[2:]] == [(order_id, "reconciliation")]
+
+
 def test_a_callback_that_comes_later_is_a_repeat(house: House) -> None:
     house.simulator.set_switches(notifications_lost=1.0)
     house.orders(1)

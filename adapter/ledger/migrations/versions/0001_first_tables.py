@@ -50,7 +50,7 @@ def upgrade() -> None:
     op.create_table(
         "notifications",
         key(),
-        sa.Column("identity", sa.LargeBinary),
+        sa.Column("identity", sa.LargeBinary, nullable=False),
         reference("conflicts_with", "notifications", nullable=True),
         *texts("merchant", "channel", "callback", "order_id"),
         *numbers("snapshot_at", "received_at"),
@@ -74,7 +74,6 @@ def upgrade() -> None:
         counter("settled", sa.BigInteger),
         sa.Column("current_delivery_id", KEY),
         *numbers("next_at", nullable=True),
-        *numbers("newest_snapshot_at"),
         *texts("previous", nullable=True),
         sa.UniqueConstraint("queue_id", "order_id"),
     )
@@ -85,7 +84,7 @@ def upgrade() -> None:
         key(),
         reference("notification_id", "notifications"),
         reference("lane_id", "lanes"),
-        *numbers("snapshot_at"),
+        *numbers("position"),
         *texts("state"),
         *texts("reason", nullable=True),
         counter("attempts"),
@@ -93,7 +92,7 @@ def upgrade() -> None:
     )
     op.create_index("ix_deliveries_notification_id", "deliveries", ["notification_id"])
     op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id"])
-    partial_index("ix_deliveries_waiting", "deliveries", ["lane_id", "snapshot_at", "id"], "state = 'waiting'")
+    partial_index("ix_deliveries_waiting", "deliveries", ["lane_id", "position", "id"], "state = 'waiting'")
     partial_index("ix_deliveries_dead", "deliveries", ["id", "lane_id"], "state = 'dead'")
     op.create_table(
         "attempts",

@@ -1,0 +1,147 @@
+"""After the last true event, a route has run against the order as Norce has it, whatever else arrives."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from adapter.ledger.claims import Claim
+from adapter.ledger.inbox import ReceivedNotification
+from tests.databases import clear
+from tests.ledgers import (
+    DELIVERED,
+    EXHAUSTED,
+    HOUR,
+    MOVED_ON,
+    NOON,
+    RELEASED,
+    SKIPPED,
+    Ends,
+    HandClock,
+    Ledger,
+    in_doubt,
+    receipt,
+    waiting,
+)
+
+# `lastModified` of an event: clocks of several machines, of which each may be wrong, and what somebody made up.
+moments = st.integers(NOON - 3, NOON + 3)
+endings: st.SearchStrategy[Callable[[int], Ends]] = st.sampled_from(
+    [
+        lambda _: DELIVERED,
+        lambda _: SKIPPED,
+        lambda _: MOVED_ON,
+        lambda _: EXHAUSTED,
+        lambda _: RELEASED,
+        lambda now: waiting(now + HOUR),
+        lambda now: in_doubt(now + HOUR),
+    ]
+)
+steps = st.one_of(
+    st.tuples(st.just("changed"), moments),  # the order at Norce; its event is sent, and arrives later or twice
+    st.tuples(st.just("arrived"), st.integers(0, 9)),
+    st.tuples(st.just("forged"), st.tuples(moments, st.integers(0, 2), st.booleans())),
+    st.tuples(st.just("began"), st.none()),
+    st.tuples(st.just("ended"), endings),
+    st.tuples(st.just("waited"), st.sampled_from([1, HOUR])),
+)
+
+
+@dataclass
+class World:
+    """One order at Norce, its events on their way, and the attempts of a route that reads the order again."""
+
+    ledger: Ledger
+    version: int = 0
+    events: list[ReceivedNotification] = field(default_factory=list)
+    on_their_way: list[ReceivedNotification] = field(default_factory=list)
+    running: list[tuple[Claim, int]] = field(default_factory=list)  # with the version that each has read
+    last_read: int = 0
+
+    def receive(self, notification: ReceivedNotification) -> None:
+        self.ledger.receive(notification)
+
+    def event(self, moment: int, content: dict[str, Any], *, wanted: bool = True) -> ReceivedNotification:
+        return receipt(
+            identity=f"order-1/{moment}".encode(),
+            snapshot=moment,
+            body=json.dumps({"id": "order-1", **content}).encode(),
+            wanted=[(self.ledger.export, True)] if wanted else [],
+            refetching=[self.ledger.export],
+        )
+
+    def changed(self, moment: int) -> None:
+        self.version += 1
+        self.events.append(self.event(moment, {"version": self.version}))
+        self.on_their_way.append(self.events[-1])
+
+    def arrived(self, number: int) -> None:
+        """Receive an event that is on its way, or one that came before."""
+        if self.on_their_way:
+            self.receive(self.on_their_way.pop(number % len(self.on_their_way)))
+        elif self.events:
+            self.receive(self.events[number % len(self.events)])
+
+    def forged(self, it: tuple[int, int, bool]) -> None:
+        moment, content, matches = it
+        self.receive(self.event(moment, {"forged": content}, wanted=matches))
+
+    def began(self, _: None) -> None:
+        self.running += [(claim, self.version) for claim in self.ledger.claim()]
+        assert len(self.running) <= 1
+
+    def ended(self, ending: Callable[[int], Ends]) -> None:
+        if self.running:
+            claim, version = self.running.pop()
+            ends = ending(self.ledger.clock.now)
+            assert self.ledger.settle(claim, ends)
+            if ends is not RELEASED:
+                self.last_read = version
+
+    def waited(self, time: int) -> None:
+        self.ledger.clock.now += time
+
+    def finish(self) -> None:
+        """Let everything arrive and every attempt succeed."""
+        while self.on_their_way:
+            self.arrived(0)
+        self.ended(lambda _: DELIVERED)
+        for _ in range(10):
+            self.waited(2 * HOUR)
+            self.began(None)
+            self.ended(lambda _: DELIVERED)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_after_the_last_true_event_the_route_has_run_against_the_order_as_norce_has_it(
+    kind: str, request: pytest.FixtureRequest
+) -> None:
+    def fresh() -> str:
+        if kind == "sqlite":
+            return str(request.getfixturevalue("files").fresh())
+        url: str = request.getfixturevalue("postgres_url")
+        clear(url)
+        return url
+
+    @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+    @given(happened=st.lists(steps, max_size=30))
+    def holds(happened: list[tuple[str, Any]]) -> None:
+        with asyncio.Runner() as loop:
+            ledger = Ledger(fresh(), HandClock(), loop)
+            try:
+                world = World(ledger)
+                for name, value in happened:
+                    getattr(world, name)(value)
+                world.finish()
+
+                assert world.last_read == world.version
+                assert ledger.rows("SELECT count(*) FROM deliveries WHERE state = 'waiting'") == [(0,)]
+            finally:
+                ledger.store.close()
+
+    holds()
