@@ -1,14 +1,13 @@
 """Commands about configuration: the schema of config.yaml, and our documents at Norce."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
 from adapter.cli.orders import call_norce
-from adapter.cli.shared import FAILED, TEXT, USAGE, config_option, end, load_config, printable
+from adapter.cli.shared import FAILED, TEXT, USAGE, as_json, config_option, end, load_config, printable
 from adapter.config.json_schema import file_schema
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceError
@@ -31,7 +30,7 @@ def config_schema(*, write: bool, config_path: Path) -> None:
     types, broken = settings_types()
     for name in broken:
         click.echo(f"warning: handler {name} cannot be imported and is left out", err=True)
-    text = json.dumps(file_schema(types), indent=2, ensure_ascii=False)
+    text = as_json(file_schema(types), indent=2)
     if not write:
         click.echo(text)
         return
@@ -77,9 +76,7 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
                 await norce.call(channel, "put_configuration", body=document, path={"name": name})
                 click.echo(printable(f"{channel.merchant}, channel {channel.name}: {name} is written"))
             else:
-                click.echo(
-                    json.dumps(_without_secrets(name, document, config.adapter.id), indent=2, ensure_ascii=False)
-                )
+                click.echo(as_json(_without_secrets(name, document, config.adapter.id), indent=2))
 
     if failed := call_norce(config, work):
         end(min(code for code, _ in failed), "\n".join(printable(each) for _, each in failed))

@@ -3,7 +3,6 @@
 Decisions and reasons are the service's own. The output has names, places and kinds of the order, never a value.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from adapter.cli.ledger import ID
 from adapter.cli.shared import (
     NOTHING_MATCHED,
     USAGE,
+    as_json,
     config_option,
     end,
     load_config_and_routes,
@@ -68,7 +68,7 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
         click.echo("the order's merchant and channel are not configured, so no rules are shown", err=True)
     explanation = explained(built, built.callbacks[callback], order, channel)
     if output == "json":
-        click.echo(json.dumps(explanation, ensure_ascii=False))
+        click.echo(as_json(explanation))
     else:
         for line in in_words(explanation):
             click.echo(printable(line))

@@ -24,6 +24,7 @@ from adapter.cli.shared import (
     TEXT,
     USAGE,
     Decorator,
+    as_json,
     config_option,
     end,
     in_one_line,
@@ -468,7 +469,7 @@ def _print_record(
     if record is None:
         end(NOTHING_MATCHED, missing)
     if output == "json":
-        click.echo(json.dumps(record, ensure_ascii=False))
+        click.echo(as_json(record))
         return
     for name, value in record.items():
         if name != rows and value not in (None, []):

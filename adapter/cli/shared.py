@@ -127,7 +127,7 @@ def _end_with_problems(error: ConfigurationInvalid) -> NoReturn:
 
 def end(code: int, message: str) -> NoReturn:
     with contextlib.suppress(OSError):  # the exit code counts if standard error takes nothing
-        click.echo(message, err=True)
+        click.echo(_encodable(message), err=True)
     sys.exit(code)
 
 
@@ -161,7 +161,7 @@ def open_ledger(config: Config) -> Iterator["Connection"]:
 
 def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
     if output == "json":
-        click.echo(json.dumps(rows, ensure_ascii=False))
+        click.echo(as_json(rows))
     elif rows:
         from rich.console import Console
         from rich.table import Table
@@ -176,6 +176,12 @@ def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...]
         sys.exit(NOTHING_MATCHED)
 
 
+def as_json(value: Any, *, indent: int | None = None) -> str:
+    """Return JSON that standard output can take without a loss."""
+    encoding = (sys.stdout and sys.stdout.encoding) or ""
+    return json.dumps(value, indent=indent, ensure_ascii=not encoding.lower().startswith("utf"))
+
+
 def progress_bar(*, hidden: bool = False) -> "Progress":
     """Return a progress bar on standard error, if that is a terminal."""
     from rich.console import Console
@@ -186,7 +192,13 @@ def progress_bar(*, hidden: bool = False) -> "Progress":
 
 def printable(value: Any) -> str:
     """Escape control characters, so that text from elsewhere cannot control the terminal."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value))
+    return _encodable("".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(value)))
+
+
+def _encodable(text: str) -> str:
+    """Replace characters that the terminal does not take: `click.echo` ignores ASCII."""
+    encoding = (sys.stdout and sys.stdout.encoding) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def in_one_line(error: object) -> str:
