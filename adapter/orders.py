@@ -5,9 +5,13 @@ which conditions are evaluated. A member of an unexpected type never makes an or
 because Norce's API descriptions disagree about what is nullable, and live orders vary more than either description.
 """
 
+import math
+import re
+import sys
 from datetime import UTC, datetime
 from decimal import Decimal
 from hashlib import sha256
+from itertools import chain
 from types import UnionType
 from typing import Any, TypeAlias, get_origin, get_type_hints
 
@@ -15,6 +19,8 @@ import msgspec
 
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 
+MAX_DIGITS = 4300  # of an integer, in Python
+MAX_DEPTH = 200  # of objects and arrays in one another
 # An order with more members of an unexpected type is shown with its ids alone: each one costs another conversion.
 MAX_SET_ASIDE = 20
 
@@ -286,18 +292,54 @@ _Members: Any = msgspec.defstruct(
 )
 
 
-def decode(raw: bytes) -> Any:
-    """Decode strict JSON to a plain tree, with numbers as int and float.
+def decode(raw: bytes, kind: Any = Any) -> Any:
+    """Decode JSON (RFC 8259) to a plain tree with int and float, or to a type of msgspec.
 
-    Of equal keys the last one wins. Every body is decoded here, because two parsers would accept different bodies.
+    Every JSON from elsewhere is decoded here, because two parsers would accept different texts. Of equal keys the last
+    one wins. A byte order mark is skipped. An escape that is half of a surrogate pair is read as U+FFFD, and a number
+    beyond a double as the largest double. Integers of up to 4 300 digits are exact.
 
     Raises:
-        NotAnOrder: The bytes are not JSON, hold a number out of range, or are nested too deeply.
+        NotAnOrder: The bytes are not JSON, do not have the type, or are nested more than `MAX_DEPTH` levels deep.
     """
+    return _decoded(_PLAIN if kind is Any else msgspec.json.Decoder(kind), raw)
+
+
+def _decoded(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
     try:
-        return msgspec.json.decode(raw)
+        try:
+            tree = decoder.decode(raw)
+        except msgspec.DecodeError:
+            tree = decoder.decode(_repaired(raw))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise NotAnOrder("not valid JSON") from error
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and isinstance(tree, dict | list) and _is_deep(tree):
+        raise NotAnOrder("nested too deeply")
+    return tree
+
+
+def _repaired(raw: bytes) -> bytes:
+    """Return JSON that the decoder takes for JSON that it does not take."""
+    text = _ESCAPE.sub(lambda found: rb"\ufffd" if found[1] else found[0], raw.removeprefix(b"\xef\xbb\xbf"))
+    return _STRING_OR_NUMBER.sub(_in_range, text)
+
+
+def _in_range(found: re.Match[bytes]) -> bytes:
+    number = found[1]
+    is_exact_integer = number is not None and len(number) <= MAX_DIGITS and number.lstrip(b"-").isdigit()
+    if number is None or is_exact_integer or math.isfinite(float(number)):
+        return found[0]
+    return b"-" * number.startswith(b"-") + repr(sys.float_info.max).encode()
+
+
+def _is_deep(tree: Any) -> bool:
+    level = [tree]
+    for _ in range(MAX_DEPTH):
+        parts = chain.from_iterable(each.values() if type(each) is dict else each for each in level)
+        level = [part for part in parts if type(part) is dict or type(part) is list]
+        if not level:
+            return False
+    return True
 
 
 def order_in(tree: Any) -> dict[str, Any]:
@@ -371,10 +413,7 @@ def _integral(tree: Any) -> Any:
 
 def _members(raw: bytes) -> dict[str, Any]:
     """Return the typed members of the order in these bytes, with `set_aside`."""
-    try:
-        exact = _without_nulls(order_in(_EXACT.decode(raw)))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise NotAnOrder("not valid JSON, or nested too deeply") from error
+    exact = _without_nulls(order_in(_decoded(_EXACT, raw)))
     set_aside: list[str] = []
     while True:
         try:
@@ -426,7 +465,17 @@ def _decimal(text: str) -> Decimal:
     # A number such as 1e-1000000 is zero as a float, and a denial of service as an exact decimal.
     value = Decimal(text)
     exponent = value.as_tuple().exponent
-    return value if isinstance(exponent, int) and abs(exponent) <= 100 else Decimal(repr(float(text)))
+    if isinstance(exponent, int) and abs(exponent) <= 100:
+        return value
+    return Decimal(repr(max(-sys.float_info.max, min(float(text), sys.float_info.max))))
 
 
+_PLAIN: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
 _EXACT: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_decimal)
+# An escape; group 1 is half of a surrogate pair.
+_ESCAPE = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})|\\.", re.DOTALL
+)
+_STRING_OR_NUMBER = re.compile(
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"|(-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)', re.DOTALL
+)
