@@ -151,7 +151,7 @@ class Conditional(Settings, frozen=True, kw_only=True, dict=True):
         Raises:
             Undecided: The condition could not be evaluated.
         """
-        evaluation = self.compiled.evaluate(order.data, parsed=True)
+        evaluation = self.compiled.evaluate(order.data)
         if evaluation.result is Result.ERROR:
             raise Undecided(self.scope, str(evaluation.code))
         return evaluation.result is Result.MATCHED

@@ -108,12 +108,12 @@ class Routes:
 
     def wanting(self, callback: Callback, order: Any) -> Selection:
         """Select the routes whose conditions hold on an order's `data`. Never raises."""
-        held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order, parsed=True).result
+        held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order).result
         if held is Result.NOT_MATCHED:
             return Selection(callback=held, routes=())
         wanted: list[tuple[Route, Result]] = []
         for route in self._of[callback.name]:
-            own = Result.MATCHED if route.when is None else route.when.evaluate(order, parsed=True).result
+            own = Result.MATCHED if route.when is None else route.when.evaluate(order).result
             if own is not Result.NOT_MATCHED:
                 wanted.append((route, held if own is Result.MATCHED else own))
         return Selection(callback=held, routes=tuple(wanted))
@@ -121,7 +121,7 @@ class Routes:
 
 def wants(route: Route, order: Any) -> Result:
     """Evaluate the conditions of a route and its callback on an order's `data`. Never raises."""
-    results = [c.evaluate(order, parsed=True).result for c in (route.callback.condition, route.when) if c is not None]
+    results = [c.evaluate(order).result for c in (route.callback.condition, route.when) if c is not None]
     if Result.NOT_MATCHED in results:
         return Result.NOT_MATCHED
     return Result.ERROR if Result.ERROR in results else Result.MATCHED

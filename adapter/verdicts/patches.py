@@ -20,9 +20,10 @@ import msgspec
 from jsonpatch import AddOperation, JsonPatchException, RemoveOperation, ReplaceOperation
 from jsonpointer import JsonPointer, JsonPointerException
 
-from adapter.conditions import MAX_DEPTH, MISSING
+from adapter.conditions import MISSING
 from adapter.plugin import Patch
 
+MAX_DEPTH = 64  # of a value
 Place: TypeAlias = tuple[str, ...]  # the unescaped names of a pointer
 
 _OPERATIONS = {"add": AddOperation, "replace": ReplaceOperation, "remove": RemoveOperation}

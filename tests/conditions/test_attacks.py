@@ -23,6 +23,7 @@ HARD_LIMIT = 120  # seconds for a whole batch. The slowest takes two or three on
 PRELUDE = """
 import json, sys, threading
 from adapter.conditions import Condition, ConditionInvalid
+from adapter.orders import MAX_DEPTH, NotAnOrder, decode
 
 answers = {}
 
@@ -117,7 +118,7 @@ def test_nothing_is_ever_fetched_from_the_network() -> None:
         "ref in contentSchema": "ref_remote",
         "ref in an unknown keyword": "matched",
         "ref to an unknown keyword": "ref_remote",
-        "dynamic ref": "ref_remote",
+        "dynamic ref": "dynamic_ref",
         "dialect": "dialect",
         "inner dialect": "dialect",
         "id": "matched",
@@ -171,7 +172,6 @@ def test_schemas_that_multiply_through_references_are_refused() -> None:
         attack("few levels", laughs(8), 1, "a")
         wide = {"$defs": {"a": {"enum": list(range(150))}}, "anyOf": [{"$ref": "#/$defs/a"}] * 150}
         attack("one large definition, often", wide, -1)
-        attack("the metaschema, often", {"allOf": [{"$ref": "https://json-schema.org/draft/2020-12/schema"}] * 50}, {})
         alias = ["x"]
         for _ in range(40):
             alias = [alias] * 10
@@ -183,7 +183,7 @@ def test_schemas_that_multiply_through_references_are_refused() -> None:
 
     assert answers.pop("few levels") == "schema matched"
     assert answers.pop("a document that contains itself") in ("expansion", "too_deep")
-    assert len(answers) == 7
+    assert len(answers) == 6
     assert set(answers.values()) == {"expansion"}
 
 
@@ -195,7 +195,6 @@ def test_schemas_that_return_to_the_same_value_are_refused() -> None:
         attack("its condition", {"if": {"$ref": "#"}, "then": False}, 1)
         attack("in turn", {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}, 1)
         attack("an anchor", {"$anchor": "a", "anyOf": [{"$ref": "#a"}]}, 1)
-        attack("a dynamic anchor", {"$dynamicAnchor": "a", "anyOf": [{"$dynamicRef": "#a"}]}, 1)
         attack("by its id", {"$id": "http://a/b", "oneOf": [{"$ref": "b"}]}, 1)
         attack("deep inside", {"items": {"properties": {"a": {"allOf": [{"$ref": "#/items/properties/a"}]}}}}, [])
         attack("a dependency", {"dependentSchemas": {"a": {"$ref": "#"}}}, {"a": 1})
@@ -206,7 +205,7 @@ def test_schemas_that_return_to_the_same_value_are_refused() -> None:
             attack(f"twelve, each to all others, {keyword}", {"$defs": clique, "$ref": "#/$defs/d0"}, 1)
     """)
 
-    assert len(answers) == 14
+    assert len(answers) == 13
     assert set(answers.values()) == {"recursive_ref"}
 
 
@@ -215,10 +214,10 @@ def test_recursion_into_the_value_is_evaluated_fast_or_refused() -> None:
     answers = run("""
         again = {"$ref": "#"}
         deep, deep_list = nested(64), nested(64, wrap=in_list)
-        too_deep = nested(65), nested(65, wrap=in_list)
+        deepest = nested(MAX_DEPTH - 1), nested(MAX_DEPTH - 1, wrap=in_list)
 
         members = {"type": "object", "properties": {"a": again}}
-        attack("plain", {"properties": {"a": again}}, deep, *too_deep)
+        attack("plain", {"properties": {"a": again}}, deep, *deepest)
         attack("allOf", {"type": "object", "allOf": [members, members]}, deep)
         attack("anyOf", {"type": "object", "anyOf": [members, members]}, deep)
         attack("oneOf", {"type": "object", "oneOf": [members, members]}, deep)
@@ -229,8 +228,6 @@ def test_recursion_into_the_value_is_evaluated_fast_or_refused() -> None:
         attack("unevaluated members", {"type": "object", "allOf": [members], "unevaluatedProperties": again}, deep)
         attack("unevaluated items", {"type": "array", "anyOf": [{"prefixItems": [again]}, {"contains": again}],
                                      "unevaluatedItems": False}, deep_list)
-        dynamic = {"properties": {"a": {"$dynamicRef": "#a"}}}
-        attack("dynamic", {"$dynamicAnchor": "a", "type": "object", "anyOf": [dynamic, dynamic]}, deep)
         attack("unique", {"type": "array", "uniqueItems": True, "items": again}, deep_list)
 
         def ring(length):
@@ -247,12 +244,14 @@ def test_recursion_into_the_value_is_evaluated_fast_or_refused() -> None:
         attack("many ways back for many scalars", {"anyOf": many}, {str(i): -1 for i in range(50_000)})
     """)
 
-    assert answers.pop("plain") == "matched too_deep too_deep"
+    assert answers.pop("plain") == "matched matched matched"
     assert answers.pop("a ring of 24") == "too_deep"
     assert answers.pop("a ring of 13") == "expansion"
     assert answers.pop("ten, each to all") == "expansion"
     assert answers.pop("many ways back for many scalars") == "expansion"
-    assert len(answers) == 11
+    refused = ("patterns", "lists", "unevaluated members", "unevaluated items", "unique")
+    assert {answers.pop(each) for each in refused} == {"too_slow"}
+    assert len(answers) == 5
     assert set(answers.values()) == {"schema"}
 
 
@@ -263,22 +262,19 @@ def test_the_longest_way_through_a_recursive_schema_does_not_crash_a_thread() ->
             return {"$defs": {f"d{i}": step(i) for i in range(length)} | {f"d{length}": last}, "$ref": "#/$defs/d0"}
 
         back = {"$ref": "#/$defs/d0"}
-        schemas = {
-            "members": chain(30, {"additionalProperties": back}),
-            "unevaluated members": chain(30, {"unevaluatedProperties": back}),
-            "lists": chain(30, {"items": back, "uniqueItems": True}),
-        }
+        schemas = {"members": chain(3, {"additionalProperties": back}), "lists": chain(3, {"items": back})}
 
         def all_of_them():
             for name, schema in schemas.items():
-                attack(name, schema, nested(64), nested(64, wrap=in_list))
+                attack(name, schema, nested(MAX_DEPTH - 1), nested(MAX_DEPTH - 1, wrap=in_list))
 
         thread = threading.Thread(target=all_of_them)
         thread.start()
         thread.join()
+        attack("a long way", chain(30, {"items": back}))
     """)
 
-    assert answers == dict.fromkeys(("members", "unevaluated members", "lists"), "matched matched")
+    assert answers == {"members": "matched matched", "lists": "matched matched", "a long way": "too_slow"}
 
 
 def test_nested_unevaluated_keywords_are_refused() -> None:
@@ -299,7 +295,7 @@ def test_nested_unevaluated_keywords_are_refused() -> None:
         }.items():
             attack(name, tower(14, "unevaluatedProperties", wrap, members), {f"a{i}": 1 for i in range(10)})
             attack(name + ", items", tower(14, "unevaluatedItems", wrap, items), [1] * 10)
-        attack("few levels", tower(3, "unevaluatedProperties", lambda s: {"allOf": [s]}, members), {"a": 1}, {"b": 1})
+        attack("few levels", tower(1, "unevaluatedProperties", lambda s: {"allOf": [s]}, members), {"a": 1}, {"b": 1})
         leaf = True
         for _ in range(14):
             leaf = {"allOf": [{"unevaluatedProperties": leaf}], "unevaluatedProperties": False}
@@ -308,7 +304,7 @@ def test_nested_unevaluated_keywords_are_refused() -> None:
 
     assert answers.pop("few levels") == "matched schema"
     assert len(answers) == 11
-    assert set(answers.values()) == {"expansion"}
+    assert set(answers.values()) == {"too_slow"}
 
 
 # Depth -------------------------------------------------------------------------------------------------------------
@@ -337,27 +333,22 @@ def test_deep_schemas_are_refused(levels: int) -> None:
     assert set(answers.values()) == {"too_deep"}
 
 
-def test_deep_values_are_an_error_and_do_not_crash() -> None:
-    answers = run("""
-        schemas = {
-            "any": True,
-            "recursive": {"additionalProperties": {"$ref": "#"}, "items": {"$ref": "#"}},
-            "unique": {"uniqueItems": True},
-            "const": {"const": [[1]]},
-        }
-        in_object = lambda inner: {"a": inner}
-        values = [nested(levels, wrap=wrap) for levels in (65, 1_000, 100_000) for wrap in (in_list, in_object)]
-        for name, schema in schemas.items():
-            attack(name, schema, *values)
-        endless = []
-        endless.append(endless)
-        doubling = []
-        doubling += [doubling, doubling]
-        attack("endless", True, endless, doubling)
-    """)
+@pytest.mark.parametrize("levels", [201, 1_000, 100_000])
+def test_deep_orders_are_refused_before_a_condition_sees_them(levels: int) -> None:
+    answers = run(
+        f"""
+        levels = {levels}
+    """
+        + """
+        for name, begin, end in ("lists", b"[", b"]"), ("objects", b'{"a":', b"}"), ("both", b'[{"a":', b"}]"):
+            try:
+                decode(begin * levels + b"1" + end * levels)
+            except NotAnOrder as error:
+                answers[name] = "refused"
+    """
+    )
 
-    assert answers.pop("endless") == "too_deep too_costly"
-    assert answers == dict.fromkeys(("any", "recursive", "unique", "const"), " ".join(["too_deep"] * 6))
+    assert answers == dict.fromkeys(("lists", "objects", "both"), "refused")
 
 
 # Regular expressions -----------------------------------------------------------------------------------------------
@@ -366,7 +357,7 @@ def test_deep_values_are_an_error_and_do_not_crash() -> None:
 def test_patterns_that_backtrack_elsewhere_are_evaluated_fast() -> None:
     answers = run("""
         a = "a" * 50_000 + "!"
-        for pattern in "^(a+)+$", "^(a|a)*$", "^(a|aa)+$", "^(a*)*b$", "(a*a*)*c", "^([a-zA-Z]+)*$", "(.*a){12}b":
+        for pattern in "^(a+)+$", "^(a|a)*$", "^(a|aa)+$", "^(a*)*b$", "(a*a*)*c", "^([a-zA-Z]+)*$":
             attack(pattern, {"pattern": pattern}, a)
         mail = r"^([a-zA-Z0-9_.-])+@(([a-zA-Z0-9-])+.)+([a-zA-Z0-9]{2,4})+$"
         attack("mail", {"pattern": mail}, "a@" + "a." * 25_000 + "!", "someone@example.com")
@@ -378,7 +369,7 @@ def test_patterns_that_backtrack_elsewhere_are_evaluated_fast() -> None:
 
     assert answers.pop("mail") == "schema matched"
     assert answers.pop("negated") == "matched"
-    assert len(answers) == 10
+    assert len(answers) == 9
     assert set(answers.values()) == {"schema"}
 
 
@@ -386,36 +377,29 @@ def test_patterns_too_large_to_be_fast_are_refused() -> None:
     answers = run(r"""
         for pattern in (
             "(?:a{1,1000}){1,1000}", "a{1000000}", "(((a{30}){30}){30}){30}", r"\p{L}{1000}", r"(\w{100}){100}",
-            "(" * 2000 + ")" * 2000, "(?=a)b", "(?<=a)b", r"(a)\1", r"(?<n>a)\k<n>", "(a", "[b-a]", "*",
+            "(" * 500 + ")" * 500, "(.*a){12}b",
+            "[01]*1[01]{400}2", "(?:0|1)*1(?:0|1){2000}[23]",
+            "(?=a)b", "(?<=a)b", r"(a)\1", r"(?<n>a)\k<n>", "(a", "[b-a]", "*",
         ):
             attack(pattern, {"pattern": pattern}, "a")
     """)
 
-    assert len(answers) == 13
+    assert len(answers) == 16
     assert set(answers.values()) == {"pattern_unsupported"}
 
 
-def test_patterns_that_are_slow_in_linear_time_are_evaluated_on_short_texts_only() -> None:
-    """The last took 8.5 microseconds a character: 8 seconds for the largest body that we accept."""
+def test_patterns_that_remember_many_positions_decide_the_largest_text() -> None:
     answers = run("""
         import random
-        bits = format(random.Random(1).getrandbits(1_000_000), "b")
-        for pattern in "[01]*1[01]{20}2", "[01]*1[01]{400}2", "(?:0|1)*1(?:0|1){2000}[23]":
-            attack(pattern, {"pattern": pattern}, bits[:10_000], bits)
-        attack("in parts", {"items": {"pattern": "[01]*1[01]{400}2"}}, [bits[i:i + 1000] for i in range(100_000)])
-        names = {bits[i:i + 1000]: 1 for i in range(9000)}
-        attack("as names", {"propertyNames": {"pattern": "[01]*1[01]{400}2"}}, names)
-        attack("many", {"anyOf": [{"pattern": f"[01]*1[01]{{{i}}}2"} for i in range(300, 400)]}, bits[:500], bits)
+        bits = format(random.Random(1).getrandbits(2**20), "b")
+        parts = [bits[i:i + 1000] for i in range(0, 2**20, 1000)]
+        attack("one text", {"pattern": "[01]*1[01]{100}2"}, bits)
+        attack("in parts", {"items": {"pattern": "[01]*1[01]{100}2"}}, parts)
+        attack("as names", {"propertyNames": {"pattern": "[01]*1[01]{100}2"}}, dict.fromkeys(parts))
+        attack("many", {"anyOf": [{"pattern": f"[01]*1[01]{{{i}}}2"} for i in range(50, 70)]}, bits)
     """)
 
-    assert answers == {
-        "[01]*1[01]{20}2": "schema too_costly",
-        "[01]*1[01]{400}2": "schema too_costly",
-        "(?:0|1)*1(?:0|1){2000}[23]": "schema too_costly",
-        "in parts": "too_costly",
-        "as names": "too_costly",
-        "many": "schema too_costly",
-    }
+    assert answers == {"one text": "schema", "in parts": "schema", "as names": "schema", "many": "too_slow"}
 
 
 # Large values ------------------------------------------------------------------------------------------------------
@@ -430,7 +414,8 @@ def test_large_values_are_evaluated_fast() -> None:
         attack("unique mixture", {"uniqueItems": True}, [x for i in range(30_000) for x in (i, str(i), [i], {"a": i})])
         attack("unique fractions", {"uniqueItems": True}, [i * 1e300 for i in range(100_000)])
         attack("contains", {"contains": {"const": -1}}, numbers)
-        attack("fractions", {"items": {"multipleOf": 0.01}}, [1e308] * 100_000)
+        prices = {"items": {"properties": {"includingVat": {"multipleOf": 0.01}}}}
+        attack("fractions", prices, [{"includingVat": 1e308}] * 50_000)
         attack("members", {"patternProperties": {"^a": True}, "unevaluatedProperties": False},
                {f"a{i}": 1 for i in range(10_000)})
         attack("a long text", {"minLength": 1, "pattern": "b$"}, "a" * 100_000)
@@ -449,35 +434,41 @@ def test_large_values_are_evaluated_fast() -> None:
     }
 
 
-def test_large_schemas_are_not_evaluated_on_large_values() -> None:
+def test_schemas_that_are_slow_on_large_values_are_refused() -> None:
     """A thousand alternatives on a quarter of a million items took more than twelve seconds."""
     answers = run("""
         options = {"anyOf": [{"const": i} for i in range(1000)]}
-        attack("alternatives", {"contains": options}, [-1] * 250_000)
+        attack("alternatives", {"contains": options})
+        attack("objects", {"contains": {"enum": [{"a": i} for i in range(9000)]}})
+        attack("numbers", {"items": {"enum": [i / 4 for i in range(100)]}})
+        attack("fractions", {"items": {"multipleOf": 0.01}})
+        attack("names", {"patternProperties": {f"a{i}": True for i in range(300)}})
+        attack("patterns", {"allOf": [{"pattern": f"a{i}"} for i in range(12)]})
+        attack("recursive and unique", {"items": {"$ref": "#"}, "uniqueItems": True})
         attack("alternatives for one value", options, -1, 999)
-        attack("objects", {"contains": {"enum": [{"a": i} for i in range(9000)]}}, [{"a": -1}] * 100_000)
-        attack("names", {"patternProperties": {f"a{i}": True for i in range(300)}, "unevaluatedProperties": False},
-               {f"a{i}": 1 for i in range(80_000)})
+        attack("many numbers for one value", {"enum": [i / 4 for i in range(19_000)]}, 0.25, 0.3)
     """)
 
-    assert answers == {
-        "alternatives": "too_costly",
-        "alternatives for one value": "schema matched",
-        "objects": "too_costly",
-        "names": "too_costly",
-    }
+    assert answers.pop("alternatives for one value") == "schema matched"
+    assert answers.pop("many numbers for one value") == "matched schema"
+    assert len(answers) == 7
+    assert set(answers.values()) == {"too_slow"}
 
 
-def test_numbers_beyond_64_bits_are_not_compared() -> None:
-    """Ten thousand numbers just beyond 64 bits held `uniqueItems` for twelve seconds."""
+def test_numbers_beyond_64_bits_are_compared_fast() -> None:
+    """The engine's own `uniqueItems` took twelve seconds for ten thousand of them."""
     answers = run("""
         attack("just beyond 64 bits", {"uniqueItems": True}, [2**63 + i for i in range(40_000)])
+        attack("one hash for all", {"uniqueItems": True}, [(2**61 - 1) * i for i in range(40_000)])
         attack("4000 digits", {"uniqueItems": True}, [10**4000 + i for i in range(250)])
-        attack("multiples", {"items": {"multipleOf": 0.01}}, [10**4000 + i for i in range(250)])
+        prices = {"items": {"properties": {"includingVat": {"multipleOf": 0.01}}}}
+        attack("multiples", prices, [{"includingVat": 10**4000 + i} for i in range(250)])
+        attack("limits", {"items": {"minimum": 0, "maximum": 10**400}}, [10**20 + i for i in range(50_000)])
         attack("one", {"const": 1}, 10**4000)
-        attack("one in the schema", {"const": 10**400}, 1)
+        attack("one in the schema", {"const": 10**400}, 1, 10**400, 10**400 + 1)
     """)
 
-    assert answers.pop("one in the schema") == "schema"
-    assert len(answers) == 4
-    assert set(answers.values()) == {"number_too_large"}
+    assert answers.pop("one in the schema") == "schema matched schema"
+    assert answers.pop("one") == "schema"
+    assert len(answers) == 5
+    assert set(answers.values()) == {"matched"}

@@ -13,19 +13,16 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from referencing import Registry
 
-from adapter.conditions import (
-    MAX_DEPTH,
+from adapter.conditions import MISSING, Condition, ConditionInvalid, Evaluation, Result, parse_scope
+from adapter.conditions.schemas import (
     MAX_NODES,
     MAX_PATTERN_LENGTH,
     MAX_SCHEMA_BYTES,
+    MAX_SCHEMA_DEPTH,
     MAX_SCOPE_LENGTH,
-    MISSING,
-    Condition,
-    ConditionInvalid,
-    Evaluation,
-    Result,
-    parse_scope,
+    CheckedSchema,
 )
+from adapter.orders import MAX_DEPTH, decode
 
 CASES = Path(__file__).parent
 SUITE = Path(sys.prefix) / "json-schema-test-suite"
@@ -33,14 +30,11 @@ SUITE = Path(sys.prefix) / "json-schema-test-suite"
 
 # The official suite ------------------------------------------------------------------------------------------------
 
-# Groups of the suite that need a document to be fetched or a metaschema of their own, and how each is refused. All of
-# the file refRemote.json is about fetching.
+# Groups of the suite that are refused: they need another document or a metaschema, or could be slow on a large order.
+# All of dynamicRef.json is refused, too.
 NOT_SUPPORTED = {
-    ("dynamicRef.json", "strict-tree schema, guards against misspelled properties"): "ref_remote",
-    ("dynamicRef.json", "tests for implementation dynamic anchor and reference link"): "ref_remote",
-    ("dynamicRef.json", "$ref and $dynamicAnchor are independent of order - $defs first"): "ref_remote",
-    ("dynamicRef.json", "$ref and $dynamicAnchor are independent of order - $ref first"): "ref_remote",
-    ("dynamicRef.json", "$ref to $dynamicRef finds detached $dynamicAnchor"): "ref_remote",
+    ("defs.json", "validate definition against metaschema"): "ref_remote",
+    ("ref.json", "remote ref, containing refs itself"): "ref_remote",
     ("refRemote.json", "remote ref"): "ref_remote",
     ("refRemote.json", "fragment within remote ref"): "ref_remote",
     ("refRemote.json", "anchor within remote ref"): "ref_remote",
@@ -56,6 +50,16 @@ NOT_SUPPORTED = {
     ("refRemote.json", "remote HTTP ref with different URN $id"): "ref_remote",
     ("refRemote.json", "remote HTTP ref with nested absolute ref"): "ref_remote",
     ("refRemote.json", "$ref to $ref finds detached $anchor"): "ref_remote",
+    ("unevaluatedItems.json", "unevaluatedItems with nested unevaluatedItems"): "too_slow",
+    ("unevaluatedItems.json", "unevaluatedItems with $dynamicRef"): "dynamic_ref",
+    ("unevaluatedItems.json", "unevaluatedItems depends on multiple nested contains"): "too_slow",
+    (
+        "unevaluatedItems.json",
+        "unevaluatedItems and contains interact to control item dependency relationship",
+    ): "too_slow",
+    ("unevaluatedProperties.json", "unevaluatedProperties with nested unevaluatedProperties"): "too_slow",
+    ("unevaluatedProperties.json", "unevaluatedProperties with $dynamicRef"): "dynamic_ref",
+    ("unevaluatedProperties.json", "dynamic evalation inside nested refs"): "too_slow",
     ("vocabulary.json", "schema that uses custom metaschema with with no validation vocabulary"): "dialect",
     ("vocabulary.json", "ignore unrecognized optional vocabulary"): "dialect",
 }
@@ -82,7 +86,8 @@ def test_every_mandatory_case_of_the_official_suite_passes_or_is_refused_by_name
         try:
             condition = Condition("/value", group["schema"]).compile()
         except ConditionInvalid as error:
-            refused[file, group["description"]] = error.code
+            if file != "dynamicRef.json":
+                refused[file, group["description"]] = error.code
             continue
         for case in group["tests"]:
             evaluation = condition.evaluate({"value": case["data"]})
@@ -93,7 +98,7 @@ def test_every_mandatory_case_of_the_official_suite_passes_or_is_refused_by_name
 
     assert wrong == []
     assert refused == NOT_SUPPORTED
-    assert right == 1208  # of 1257; the other 49 are in the groups above
+    assert right == 1138  # of 1257; the other 119 are in the groups above
 
 
 # Cases as data -----------------------------------------------------------------------------------------------------
@@ -159,22 +164,20 @@ def test_null_is_a_value_and_a_missing_member_is_missing() -> None:
         assert condition.value(tree) is MISSING
 
 
-def test_a_value_may_be_at_most_64_levels_deep() -> None:
-    condition = Condition("/value").compile()
+@pytest.mark.parametrize(
+    "schema",
+    [True, {"type": "array"}, {"const": [[1]]}, {"uniqueItems": True}, {"items": {"$ref": "#"}, "minItems": 1}],
+    ids=["any", "type", "const", "unique", "recursive"],
+)
+def test_the_deepest_order_that_is_accepted_is_decided(schema: Any) -> None:
+    tree = decode(b'{"value":' + b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1) + b"}")
 
-    assert condition.evaluate({"value": nested(MAX_DEPTH)}).result is Result.MATCHED
-    assert condition.evaluate({"value": nested(MAX_DEPTH + 1)}) == Evaluation(
-        result=Result.ERROR, code="too_deep", where="/value"
-    )
-
-
-def test_depth_outside_the_scope_does_not_matter() -> None:
-    assert Condition("/value").compile().evaluate({"value": 1, "other": nested(500)}).result is Result.MATCHED
+    assert Condition("/value", schema).compile().evaluate(tree).result is not Result.ERROR
 
 
 def test_a_schema_may_be_at_most_64_levels_deep() -> None:
-    assert Condition("/value", {"const": nested(MAX_DEPTH - 1)}).compile()
-    assert refusal("/value", {"const": nested(MAX_DEPTH)}).code == "too_deep"
+    assert Condition("/value", {"const": nested(MAX_SCHEMA_DEPTH - 1)}).compile()
+    assert refusal("/value", {"const": nested(MAX_SCHEMA_DEPTH)}).code == "too_deep"
 
 
 def test_references_may_be_nested_at_most_64_levels_deep() -> None:
@@ -182,8 +185,8 @@ def test_references_may_be_nested_at_most_64_levels_deep() -> None:
         definitions = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(length)}
         return {"$defs": {**definitions, f"d{length}": True}, "$ref": "#/$defs/d0"}
 
-    assert Condition("/value", chain(MAX_DEPTH - 1)).compile()
-    assert refusal("/value", chain(MAX_DEPTH)).code == "too_deep"
+    assert Condition("/value", chain(MAX_SCHEMA_DEPTH - 1)).compile()
+    assert refusal("/value", chain(MAX_SCHEMA_DEPTH)).code == "too_deep"
 
 
 def test_a_schema_may_have_20_000_nodes_and_one_mebibyte() -> None:
@@ -192,7 +195,7 @@ def test_a_schema_may_have_20_000_nodes_and_one_mebibyte() -> None:
     assert refusal("/value", {"const": "å" * (MAX_SCHEMA_BYTES // 2)}).code == "too_large"
 
 
-def test_a_pattern_may_have_at_most_4096_characters() -> None:
+def test_a_pattern_may_have_at_most_1024_characters() -> None:
     assert Condition("/value", {"pattern": "a" * MAX_PATTERN_LENGTH}).compile()
     assert refusal("/value", {"pattern": "a" * (MAX_PATTERN_LENGTH + 1)}).code == "pattern_too_long"
 
@@ -217,8 +220,8 @@ def test_a_schema_that_is_not_json_is_refused(schema: Any) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    ["\ud800", date(2024, 5, 1), {1: 2}, {1, 2}, (1, 2), [object()], {"a": b"x"}, [{2: 1}]],
-    ids=["lone surrogate", "date", "key", "set", "tuple", "object", "bytes", "inner key"],
+    ["\ud800", date(2024, 5, 1), {1: 2}, {1, 2}],
+    ids=["lone surrogate", "date", "key", "set"],
 )
 def test_a_value_that_is_not_json_is_an_error(value: Any) -> None:
     schema: Any = {"anyOf": [{"pattern": "^x"}, {"propertyNames": {"const": "x"}}]}
@@ -226,15 +229,6 @@ def test_a_value_that_is_not_json_is_an_error(value: Any) -> None:
     evaluation = Condition("/value", schema).compile().evaluate({"value": value})
 
     assert evaluation == Evaluation(result=Result.ERROR, code="not_json", where="/value")
-
-
-def test_a_value_too_large_for_its_schema_is_an_error() -> None:
-    condition = Condition("/value", {"items": {"anyOf": [{"const": str(number)} for number in range(1000)]}}).compile()
-
-    for parsed in (False, True):
-        assert condition.evaluate({"value": ["999"] * 100}, parsed=parsed).result is Result.MATCHED
-        assert condition.evaluate({"value": ["999"] * 5000}, parsed=parsed).code == "too_costly"
-        assert condition.evaluate({"value": nested(MAX_DEPTH + 1)}, parsed=parsed).code == "too_deep"
 
 
 def test_a_later_change_of_the_schema_does_not_change_the_condition() -> None:
@@ -265,11 +259,15 @@ def test_a_refusal_names_the_place_and_the_remedy() -> None:
 # Properties --------------------------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(["a", "b", "c", "$ref", "type"])
+LARGE_NUMBERS = st.sampled_from(
+    [2**53, 2**53 + 1, 2.0**53, 2**63, 2**64, 2**64 + 1, 2.0**64, -(2**63) - 1, 10**20, 1e20, 10**20 + 1, 10**400]
+)
 SCALARS = (
     st.none()
     | st.booleans()
     | st.integers(-3, 3)
     | st.sampled_from([0.5, 1.0, -2.5, 1e300])
+    | LARGE_NUMBERS
     | st.text("ab1", max_size=3)
 )
 JSON = st.recursive(
@@ -295,11 +293,12 @@ def subschemas(inner: st.SearchStrategy[Any], *, references: bool) -> st.SearchS
         "type": st.sampled_from(["null", "boolean", "integer", "number", "string", "array", "object"]),
         "const": PLAIN,
         "enum": st.lists(PLAIN, min_size=1, max_size=3),
-        "multipleOf": st.integers(1, 3),  # the oracle is wrong about fractions: 19.99 is no multiple of 0.01 to it
-        "maximum": st.integers(-3, 3),
-        "minimum": st.sampled_from([-2.5, 0, 1.0]),
-        "exclusiveMaximum": st.integers(-3, 3),
-        "exclusiveMinimum": st.integers(-3, 3),
+        "multipleOf": st.integers(1, 3)
+        | st.just(10**20),  # the oracle is wrong about fractions: 19.99 is no multiple of 0.01 to it
+        "maximum": st.integers(-3, 3) | LARGE_NUMBERS,
+        "minimum": st.sampled_from([-2.5, 0, 1.0]) | LARGE_NUMBERS,
+        "exclusiveMaximum": st.integers(-3, 3) | LARGE_NUMBERS,
+        "exclusiveMinimum": st.integers(-3, 3) | LARGE_NUMBERS,
         "maxLength": COUNTS,
         "minLength": COUNTS,
         "pattern": PATTERNS,
@@ -321,7 +320,7 @@ def subschemas(inner: st.SearchStrategy[Any], *, references: bool) -> st.SearchS
     }
     if references:
         keywords |= {
-            **dict.fromkeys(("$ref", "$dynamicRef"), REFERENCES),
+            "$ref": REFERENCES,
             **dict.fromkeys(("$anchor", "$dynamicAnchor"), st.sampled_from("ab")),
             "$id": st.sampled_from(["x", "http://a/b", "http://[x"]),
             "$defs": st.dictionaries(st.sampled_from("ab"), inner, max_size=2),
@@ -341,6 +340,18 @@ ODD_SCHEMAS = st.recursive(
     lambda inner: subschemas(inner, references=True),
     max_leaves=6,
 )
+
+
+def is_accepted(schema: Any) -> bool:
+    """Return False for a schema that could be slow on a large order."""
+    try:
+        return Condition("/value", schema).compile() is not None
+    except ConditionInvalid as error:
+        if error.code == "too_slow":
+            return False
+        raise
+
+
 QUIET = settings(max_examples=2 * settings.default.max_examples, suppress_health_check=list(HealthCheck))
 
 
@@ -362,13 +373,13 @@ def test_any_schema_is_refused_or_evaluates_any_tree_without_raising(schema: Any
 
 
 @QUIET
-@given(schema=ORDINARY_SCHEMAS, value=PLAIN)
-def test_evaluations_agree_with_another_implementation(schema: Any, value: Any) -> None:
+@given(schema=ORDINARY_SCHEMAS, value=PLAIN, has_own_equality=st.booleans())
+def test_evaluations_agree_with_another_implementation(schema: Any, value: Any, *, has_own_equality: bool) -> None:
     expected = Draft202012Validator(schema, registry=Registry()).is_valid(value)
 
-    evaluation = Condition("/value", schema).compile().evaluate({"value": value})
+    engine = CheckedSchema(schema, nodes=0, has_own_equality=has_own_equality).engine()
 
-    assert evaluation.result is (Result.MATCHED if expected else Result.NOT_MATCHED)
+    assert engine.is_valid(value) is expected
 
 
 @QUIET
@@ -401,7 +412,7 @@ CANARY = "19121212-1212"
 
 
 @QUIET
-@given(schema=ORDINARY_SCHEMAS, scope=st.sampled_from(["/a", "/a/b", "/b"]), data=st.data())
+@given(schema=ORDINARY_SCHEMAS.filter(is_accepted), scope=st.sampled_from(["/a", "/a/b", "/b"]), data=st.data())
 def test_no_value_is_ever_repeated(schema: Any, scope: str, data: st.DataObject) -> None:
     leaves = st.sampled_from([CANARY, {CANARY: CANARY}, [CANARY, "\ud800"], {"b": CANARY}, date(1912, 12, 12)])
     tree = data.draw(st.dictionaries(st.sampled_from("ab"), leaves | st.lists(leaves, max_size=2), max_size=2))
@@ -410,33 +421,3 @@ def test_no_value_is_ever_repeated(schema: Any, scope: str, data: st.DataObject)
 
     assert CANARY not in repr(evaluation)
     assert "1912" not in repr(evaluation)
-
-
-# --- what our own parser made ----------------------------------------------------------------------------------------
-
-parsed_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=30),
-    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=10), inner, max_size=6),
-    max_leaves=60,
-)
-SCHEMAS: list[Any] = [
-    {"required": ["a"]},
-    {"properties": {"a": {"type": "string"}}},
-    {"maximum": 5},
-    {"pattern": "^a"},
-    {"items": {"pattern": "b$"}},
-    {"properties": {f"p{number}": {"pattern": "^[a-z]*$"} for number in range(200)}},
-    {"$ref": "#/$defs/n", "$defs": {"n": {"type": ["object", "array", "string"], "items": {"$ref": "#/$defs/n"}}}},
-]
-
-
-@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
-@settings(max_examples=settings.default.max_examples // 2)
-@given(value=parsed_values, deep=st.integers(min_value=0, max_value=90), wide=st.sampled_from([0, 1000, 60_000]))
-def test_a_parsed_tree_has_the_same_evaluation(schema: Any, value: Any, deep: int, wide: int) -> None:
-    for _ in range(deep):
-        value = [value]
-    tree = {"x": [value, "w" * wide] if wide else value}
-    condition = Condition("/x", schema).compile()
-
-    assert condition.evaluate(tree, parsed=True) == condition.evaluate(tree)

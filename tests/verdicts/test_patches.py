@@ -12,9 +12,8 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from jsonpath.exceptions import JSONPatchError, JSONPointerError
 
-from adapter.conditions import MAX_DEPTH
 from adapter.plugin import Patch
-from adapter.verdicts.patches import PatchInvalid, encode, merge
+from adapter.verdicts.patches import MAX_DEPTH, PatchInvalid, encode, merge
 
 add, replace, remove = Patch.add, Patch.replace, Patch.remove
 ORDER: dict[str, Any] = {
