@@ -33,7 +33,7 @@ import httpx
 import msgspec
 
 from adapter.orders import Order
-from adapter.plugin import Misconfigured, Reject, Retry, Settings, Unknown, Url
+from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
 
 MAX_ANSWER_BYTES = 1024 * 1024
 CONNECT_TIMEOUT = timedelta(seconds=5)
@@ -116,21 +116,25 @@ class DestinationResponse(httpx.Response):
         Raises:
             Outcome: `Retry`, `Misconfigured`, `Reject` or `Unknown`, as the table of this module says.
         """
-        status = self.status_code
         if self.is_success:
             return self
+        outcome = self._outcome()
+        outcome.host, outcome.status = self.request.url.host, self.status_code
+        raise outcome
+
+    def _outcome(self) -> Outcome:
+        status = self.status_code
         answered = f"{self.traffic.describe(self.request)} was answered {status}"
         after = retry_after(self.headers.get("retry-after"))
         if status in (401, 403):
-            raise Misconfigured("destination-unauthorized", answered)
+            return Misconfigured("destination-unauthorized", answered)
         if status in (425, 429):
-            raise Retry("destination-busy", answered, after=after)
+            return Retry("destination-busy", answered, after=after)
         if status < 500 and status != 408:
-            raise Reject("destination-refused", answered)
+            return Reject("destination-refused", answered)
         code = "destination-busy" if status in (408, 503) else "destination-error"
-        if is_write(self.request) and status not in self.traffic.not_done:
-            raise Unknown(code, answered, after=after)
-        raise Retry(code, answered, after=after)
+        is_doubt = is_write(self.request) and status not in self.traffic.not_done
+        return (Unknown if is_doubt else Retry)(code, answered, after=after)
 
     def json(self, **options: Any) -> Any:
         """Return the body, decoded.
@@ -277,8 +281,11 @@ class _Guarded(httpx.AsyncBaseTransport):
             response = await self._transport.handle_async_request(request)
         except NOT_SENT as error:
             sending.undo()
-            unreachable = f"{self._traffic.describe(request)} was not sent: {type(error).__name__}"
-            raise Retry("destination-unreachable", unreachable) from error
+            retry = Retry(
+                "destination-unreachable", f"{self._traffic.describe(request)} was not sent: {type(error).__name__}"
+            )
+            retry.host = url.host
+            raise retry from error
         except httpx.TransportError as error:
             raise _no_answer(self._traffic, request, type(error).__name__) from error
         return _answer(response, request, self._traffic)
@@ -373,4 +380,6 @@ def _no_time_left() -> Retry:
 
 def _no_answer(traffic: Traffic, request: httpx.Request, reason: str) -> Retry | Unknown:
     kind = Unknown if is_write(request) else Retry
-    return kind("destination-no-answer", f"{traffic.describe(request)} had no answer: {reason}")
+    outcome = kind("destination-no-answer", f"{traffic.describe(request)} had no answer: {reason}")
+    outcome.host = request.url.host
+    return outcome

@@ -364,6 +364,9 @@ class Outcome(Exception):
         message: Stored for the person who reads the dead letter. Name members and rules, never a customer's values.
     """
 
+    host: str | None = None  # of the request, if `context.http` raised it
+    status: int | None = None  # of the answer, if there was one
+
     def __init__(self, code: str, message: str = "") -> None:
         super().__init__(code, message)
         self.code = _kebab(code)

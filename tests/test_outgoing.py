@@ -124,6 +124,7 @@ def test_each_status_is_an_outcome(status: int, method: str) -> None:
 
     assert type(raised) is expected
     assert raised.message == f"{method} /orders/… was answered {status}"
+    assert (raised.host, raised.status) == ("shop.example", status)
 
 
 @pytest.mark.parametrize("status", [408, 502, 503, 504])
@@ -279,6 +280,7 @@ def test_a_request_without_a_connection_is_a_retry(error: type[httpx.TransportEr
     raised = outcome(failing(error("canary 10.0.0.1")), method)
 
     assert (type(raised), raised.code) == (Retry, "destination-unreachable")
+    assert (raised.host, raised.status) == ("shop.example", None)
     assert "canary" not in str(raised)
 
 
@@ -295,6 +297,7 @@ def test_a_write_without_an_answer_is_unknown_and_a_read_is_a_retry(
     raised = outcome(failing(error("canary")), method)
 
     assert (type(raised), raised.code) == (expected, "destination-no-answer")
+    assert (raised.host, raised.status) == ("shop.example", None)
     assert "canary" not in str(raised)
 
 
