@@ -224,6 +224,7 @@ class Sending:
 
     def __init__(self, traffic: Traffic, *, write: bool) -> None:
         self.is_out = False
+        self.has_begun = False  # its headers were sent
         self._traffic = traffic
         self._write = write
 
@@ -240,11 +241,13 @@ class Sending:
             self._traffic.writes -= 1
 
     async def trace(self, event: str, _facts: Mapping[str, Any]) -> None:
-        """Follow httpcore's steps: nothing is out while it connects."""
+        """Follow the steps of httpcore: nothing is out while it connects."""
         if event == "connection.connect_tcp.started":
             self.undo()
         elif event.endswith(".send_request_headers.started"):
             self.begin()
+        elif event.endswith(".send_request_headers.complete"):
+            self.has_begun = True
 
 
 class _Guarded(httpx.AsyncBaseTransport):
@@ -286,6 +289,10 @@ class _Guarded(httpx.AsyncBaseTransport):
             )
             retry.host = url.host
             raise retry from error
+        except httpx.LocalProtocolError:  # a bug of the handler, such as a header with a line break
+            if not sending.has_begun:
+                sending.undo()
+            raise
         except httpx.TransportError as error:
             raise _no_answer(self._traffic, request, type(error).__name__) from error
         return _answer(response, request, self._traffic)

@@ -244,6 +244,24 @@ def test_over_tcp_a_write_went_out_only_if_something_was_sent(sends: bytes, out:
     assert traffic.close() is out
 
 
+def test_a_request_that_is_not_http_is_a_bug_and_did_not_go_out() -> None:
+    traffic = Traffic()
+
+    async def handler() -> None:
+        server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0)
+        async with server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            outgoing = Outgoing()
+            http = outgoing.client(ShopSettings(base_url=Url(url)), NOON + timedelta(seconds=30), lambda: NOON, traffic)
+            with pytest.raises(httpx.LocalProtocolError):
+                await http.post(url, headers={"idempotency-key": "a\nb"})
+            await outgoing.aclose()
+
+    asyncio.run(handler())
+
+    assert not traffic.close()
+
+
 # --- what a message shows -------------------------------------------------------------------------------------------
 
 PATHS = {

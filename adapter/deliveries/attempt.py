@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from adapter.conditions import Result as Held
-from adapter.deliveries.outcomes import is_bug, leaves, outcome_of
+from adapter.deliveries.outcomes import is_bug, outcome_of
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
 from adapter.ledger.settlement import Broken, Ending, Interrupted, Result, is_past_last_lookup
@@ -27,7 +27,7 @@ from adapter.orders import NotAnOrder, Order, read_order
 from adapter.outgoing import Traffic
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Outcome, Reject, Retry, Skip, Unknown
 from adapter.routing.routes import Route, wants
-from adapter.routing.runner import DeadlinePassed, LoopAbandoned, Run, Runner
+from adapter.routing.runner import DeadlinePassed, LoopAbandoned, Run, Runner, leaves
 
 log = structlog.get_logger(__name__)
 
@@ -190,7 +190,7 @@ class Attempts:
             if reason is not None:
                 return Interrupted(reason, message) if sent else Ending.RELEASED
             return (Unknown if sent else Retry)("deadline-passed", message)
-        except (Exception, BaseExceptionGroup) as error:
+        except Exception as error:
             if any(map(is_bug, leaves(error))):
                 log.error("handler_failed", order_id=claim.order_id, exc_info=error, **facts)
             sent = _may_have_sent(traffic, route.handler)

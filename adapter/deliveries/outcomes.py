@@ -3,24 +3,15 @@
 It depends on what was sent: before any write of the attempt there is no doubt.
 """
 
-from collections.abc import Iterator
 from typing import get_args
 
 from adapter.ledger.settlement import Broken
 from adapter.plugin import Misconfigured, Reject, Retry, Unknown
+from adapter.routing.runner import leaves
 
 FailedAttempt = Unknown | Broken | Misconfigured | Reject | Retry
 # The gravest first: doubt outlasts everything, and no order dies because of a configuration that a person can mend.
 GRAVITY = get_args(FailedAttempt)
-
-
-def leaves(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, or the errors inside an exception group."""
-    if isinstance(error, BaseExceptionGroup):
-        for each in error.exceptions:
-            yield from leaves(each)
-    else:
-        yield error
 
 
 def is_bug(error: BaseException) -> bool:
@@ -42,7 +33,9 @@ def outcome_of(error: BaseException, *, sent: bool, succeeded: bool) -> FailedAt
 
 def _of_leaf(error: BaseException, *, sent: bool, succeeded: bool) -> FailedAttempt:
     if isinstance(error, Retry | Misconfigured) and succeeded:
-        return Unknown(error.code, error.message, after=error.after if isinstance(error, Retry) else None)
+        unknown = Unknown(error.code, error.message, after=error.after if isinstance(error, Retry) else None)
+        unknown.host, unknown.status = error.host, error.status
+        return unknown
     if isinstance(error, TimeoutError):
         return (Unknown if sent else Retry)("timed-out", "a time limit of the handler's own passed")
     if is_bug(error):

@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
@@ -388,6 +388,15 @@ class Runner:
     async def stop(self, within: timedelta) -> None:
         """Stop all loops. A thread that a handler blocks is left behind and ends with the process."""
         await asyncio.gather(*(loop.stop(within) for loop in self._loops.values()))
+
+
+def leaves(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, or the errors inside an exception group."""
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions:
+            yield from leaves(each)
+    else:
+        yield error
 
 
 async def _guarded(handle: Handle[T], context: Context[Any]) -> T:

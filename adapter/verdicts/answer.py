@@ -14,7 +14,7 @@ import msgspec
 from adapter.orders import Order
 from adapter.plugin import Patch, Problem, Refuse
 from adapter.routing.routes import Callback, Route
-from adapter.routing.runner import LoopAbandoned
+from adapter.routing.runner import LoopAbandoned, leaves
 from adapter.verdicts.patches import encode, merge
 
 
@@ -86,8 +86,9 @@ def verdict_of(route: Route, result: Callable[[], Any], started_at: float, ended
     if route.callback.kind == "hook":
         if isinstance(value, list) and all(isinstance(each, Patch) for each in value):
             return Verdict(route=route, decided="patch" if value else "accept", patches=value, **took)
-        if isinstance(error, Refuse) and _is_text(error.message) and (error.inner is None or _is_text(error.inner)):
-            return Verdict(route=route, decided="refuse", refusal=error, **took)
+        for each in () if error is None else leaves(error):
+            if isinstance(each, Refuse) and _is_text(each.message) and (each.inner is None or _is_text(each.inner)):
+                return Verdict(route=route, decided="refuse", refusal=each, **took)
     elif isinstance(value, list) and all(isinstance(each, Problem) and _is_text(each.message) for each in value):
         return Verdict(route=route, decided="reject" if value else "approve", problems=value, **took)
     return no_answer(route, reason, error=error or TypeError("the handler returned something else"), **took)

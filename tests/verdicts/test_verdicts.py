@@ -686,6 +686,19 @@ def test_a_broken_hook_counts_as_its_no_answer(tmp_path: Path, broken: Callable[
     assert decided(answer) == [("refuse", "failed")]
 
 
+def test_a_refusal_inside_a_group_refuses(tmp_path: Path) -> None:
+    """Such as one of several checks in a `TaskGroup`; with `no_answer: approve` the change would be stored."""
+
+    def fail() -> Any:
+        raise ExceptionGroup("", [KeyError(), ExceptionGroup("", [Refuse("a-code", "No.")])])
+
+    answer = changed(tmp_path, hook("one", "refuse", no_answer="approve"), {"refuse": changing(fail)})
+
+    assert decided(answer) == [("refuse", None)]
+    assert answer.verdicts[0].refusal is not None
+    assert answer.verdicts[0].refusal.code == "a-code"
+
+
 def test_a_refusal_raised_by_a_validation_is_a_failure(tmp_path: Path) -> None:
     (verdict,) = asked(tmp_path, route("one", "refuse"), {"refuse": raising(lambda: Refuse("a-code", "No."))})
 
