@@ -6,6 +6,7 @@ import sys
 import threading
 import traceback
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -21,7 +22,9 @@ from adapter.cli.shared import (
     stop_signal,
 )
 from adapter.config import Config
-from adapter.routing.routes import Routes
+
+if TYPE_CHECKING:
+    from adapter.routing.routes import Routes
 
 
 @click.command()
@@ -32,13 +35,14 @@ def serve(*, hold: bool, config_path: Path) -> None:
 
     SIGHUP is ignored, so that the service outlives the terminal that started it.
     """
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # before the imports, which take a second
+
     import uvloop
 
     from adapter import logs
     from adapter.callbacks.server import DescriptorsTooFew, PortInUse, ensure_descriptors
     from adapter.ledger.store import StoreInUse, StoreUnavailable
 
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     config = load_config(config_path)
     logs.configure(level=config.logs.level, format=config.logs.format)
     with logs.printed_lines():
@@ -60,7 +64,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
         os._exit(0)
 
 
-async def _serve(config: Config, routes: Routes, *, hold: bool) -> None:
+async def _serve(config: Config, routes: "Routes", *, hold: bool) -> None:
     from adapter.app import running
 
     with stop_signal() as stop:  # may be set while the service starts
