@@ -5,6 +5,7 @@ output; logs, progress and errors go to standard error. A command imports only w
 `COMMANDS` names its module, and modules import large libraries in their functions.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -68,7 +69,8 @@ def _prepare_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(OSError):  # a pipe that has taken the place of a file cannot be repositioned
+                stream.reconfigure(errors="replace")
 
 
 @click.group(
