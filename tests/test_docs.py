@@ -25,6 +25,18 @@ def blocks(language: str) -> list[pytest.param]:  # type: ignore[valid-type]
     return found
 
 
+def test_the_tests_that_reliability_names_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text("utf-8")))
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^ *(?:async )?def (test_\w+)", path.read_text("utf-8"), re.M)
+    }
+
+    assert len(named) > 20
+    assert named - defined == set()
+
+
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_blocks_run(code: str) -> None:
     exec(compile(code, "a document", "exec"), {"__name__": "a_document"})
