@@ -2,10 +2,12 @@
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -541,3 +543,30 @@ def test_any_text_is_a_moment_or_none(value: Any) -> None:
     moment = instant(value)
 
     assert moment is None or moment.tzinfo is UTC
+
+
+# The files that decode JSON themselves: our own, or that of a handler's destination.
+DECODE_THEMSELVES = {
+    "orders.py",
+    "conditions/schemas.py",
+    "config/json_schema.py",
+    "norce/api.py",
+    "handlers/jetshop/client.py",
+    "verdicts/patches.py",
+    "ledger/queries.py",
+    "ledger/commands.py",
+    "ledger/claims.py",
+    "cli/service.py",
+    "operations/application.py",
+}
+
+
+def test_json_from_elsewhere_is_decoded_in_one_place() -> None:
+    adapter = Path(__file__).parents[1] / "adapter"
+    found = {
+        str(path.relative_to(adapter))
+        for path in adapter.rglob("*.py")
+        if "sandbox" not in path.parts and re.search(r"json\.(decode|loads?|Decoder)\(", path.read_text("utf-8"))
+    }
+
+    assert found == DECODE_THEMSELVES

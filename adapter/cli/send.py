@@ -16,6 +16,7 @@ from adapter.callbacks.server import CALLBACK_PATH
 from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config
 from adapter.config import Config
 from adapter.identifiers import Channel
+from adapter.orders import NotAnOrder, decode
 
 
 @click.command()
@@ -69,8 +70,8 @@ def _read_order(file: Path, replaced: dict[str, str]) -> tuple[bytes, dict[str, 
     """Return the bytes to send and the order in them."""
     raw = file.read_bytes()
     try:
-        tree = json.loads(raw)
-    except ValueError:
+        tree = decode(raw)
+    except NotAnOrder:
         tree = None
     if not isinstance(tree, dict):
         end(USAGE, f"{file} is not a JSON object")

@@ -36,10 +36,6 @@ REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # in Norce's APIs the
 
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 # The escape of a lone surrogate (RFC 8259, section 8.2), in a text without escaped backslashes.
-_LONE_SURROGATE = re.compile(
-    rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
-    rb"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD])[c-fC-F][0-9a-fA-F]{2})"
-)
 T = TypeVar("T")
 TokenUsed = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
 
@@ -463,10 +459,7 @@ def _json_or_none(content: bytes) -> Any:
 
 
 def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
-    try:
-        read = _decoded(content, _Listed)
-    except NorceUnavailable:  # a cut-off emoji in one item must not hide the others
-        read = _decoded(_LONE_SURROGATE.sub(rb"\\ufffd", content.replace(rb"\\", rb"\u005c")), _Listed)
+    read = _decoded(content, _Listed)
     items = []
     for each in read.data:
         with contextlib.suppress(NorceUnavailable):  # an item in another form must not hide the others
@@ -481,7 +474,8 @@ class _Listed(msgspec.Struct):
 
 def _decoded(content: bytes, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        decoded: T = decode(content, kind)
+    except NotAnOrder as error:
         # Without the decoder's message, which may quote the answer.
         raise NorceUnavailable("Norce's answer is not as documented") from error
+    return decoded

@@ -30,6 +30,7 @@ from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
 from adapter.norce.client import Event, Norce, NorceError
+from adapter.orders import NotAnOrder, decode
 from adapter.reconciliation.event_log import EventLog
 from adapter.routing.routes import Callback
 
@@ -285,8 +286,8 @@ class _Payload(msgspec.Struct):
 
 def _names_in(payload: msgspec.Raw) -> tuple[str | None, ...]:
     try:
-        registered = msgspec.json.decode(payload, type=_Payload).notification
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        registered: _Registered = decode(bytes(payload), _Payload).notification
+    except NotAnOrder:
         return ()
     try:
         path = urlsplit(registered.invoke or "").path

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
-import msgspec
-
 from adapter.config import Config
 from adapter.config.model import NotificationCallbackConfig
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceUnavailable, NotFound
+from adapter.orders import NotAnOrder, decode
 from adapter.registrations.on_orders import registration_body, static_url, url_secret
 
 STATIC = "static_notifications"
@@ -87,8 +86,8 @@ async def _read_document(norce: Norce, channel: Channel, name: str) -> dict[str,
     except NotFound:
         return {}
     try:
-        document = msgspec.json.decode(content)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        document = decode(content)
+    except NotAnOrder as error:
         raise NorceUnavailable(f"{name} is not JSON") from error
     if not isinstance(document, dict):
         raise NorceUnavailable(f"{name} is not a JSON object; the document was left as it is")

@@ -25,6 +25,7 @@ from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, NorceError, NotFound
+from adapter.orders import NotAnOrder, decode
 from adapter.plugin import Settings
 from adapter.routing.routes import Routes
 
@@ -85,7 +86,7 @@ class NorceSettings:
             if channel in self._config.channels:
                 self._has_stored.add(channel)
                 self._unchecked[channel] = content
-                self._switch(channel, active=msgspec.json.decode(content).get("active", True))
+                self._switch(channel, active=decode(content).get("active", True))
 
     async def poll(self, every: timedelta) -> None:
         """Refresh each merchant's documents periodically until cancelled; if `every` is 0, never."""
@@ -150,7 +151,7 @@ class NorceSettings:
 
     async def _store(self, channel: Channel, content: bytes | None) -> None:
         if content is not None:
-            document = msgspec.json.decode(content)
+            document = decode(content)
             kept = {name: document[name] for name in STORED_MEMBERS if name in document}
             await self._stored.keep(channel, msgspec.json.encode(kept))
             self._has_stored.add(channel)
@@ -176,7 +177,7 @@ class NorceSettings:
             return False
         for route in self._routes.all:
             route.settings[channel] = settings[route.name]
-        self._switch(channel, active=content is None or msgspec.json.decode(content).get("active", True))
+        self._switch(channel, active=content is None or decode(content).get("active", True))
         self._changed()
         if content is not None:
             log.info("configuration_applied", merchant=merchant, channel=name)
@@ -189,8 +190,8 @@ class NorceSettings:
             if len(content) > MAX_DOCUMENT_BYTES:
                 return ["$"]
             try:
-                document = msgspec.json.decode(content)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                document = decode(content)
+            except NotAnOrder:
                 return ["$"]
             errors = itertools.islice(self._validator.iter_errors(document), MAX_PLACES)
             if places := sorted({error.json_path[:MAX_PLACE_LENGTH] for error in errors}):

@@ -142,6 +142,22 @@ def test_a_body_that_is_no_json_object_is_malformed(body: bytes) -> None:
     assert refusal(BadRequest, body) == "malformed-json"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"id":"100245","merchant":"norce","channel":"1","a":"\\ud83d"}',
+        b'\xef\xbb\xbf{"id":"100245","merchant":"norce","channel":"1"}',
+        b'{"id":"100245","merchant":"norce","channel":"1","a":1e999}',
+        b'{"id":"100245","merchant":"norce","channel":"1","a":%s}' % (b"9" * 5000),
+    ],
+    ids=["half a surrogate pair", "byte order mark", "beyond a double", "5000 digits"],
+)
+def test_unusual_json_is_received_as_it_came(body: bytes) -> None:
+    notification = parsed(body, order_id="100245")
+
+    assert notification.body == body
+
+
 def test_an_order_member_that_is_no_object_is_not_an_envelope() -> None:
     assert order_in(changed(order="100245"))["order"] == "100245"
 
