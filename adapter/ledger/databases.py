@@ -1,7 +1,7 @@
 """The two databases behind the ledger, and everything in which they differ.
 
-A SQLite file belongs to one process, which holds a lock beside it. A PostgreSQL database is shared by any number of
-nodes: rows are locked in one order everywhere, and a transaction that still meets a deadlock is retried.
+A SQLite file belongs to one process, which holds a lock on the file itself. A PostgreSQL database is shared by any
+number of nodes: rows are locked in one order everywhere, and a transaction that still meets a deadlock is retried.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.parse import quote
 
 import structlog
 from sqlalchemy import (
@@ -85,6 +86,13 @@ def any_of(column: ColumnElement[int], name: str = "ids") -> ColumnElement[bool]
     return _AnyOf(column, bindparam(name, type_=Numbers()))
 
 
+def make_private_folder(path: Path) -> None:
+    """Make a folder and its missing parents, for their owner only."""
+    if not path.exists():
+        make_private_folder(path.parent)
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
 class StoreUnavailable(Exception):
     """The database cannot be written now, and nothing was stored.
 
@@ -124,7 +132,11 @@ class Database(ABC):
         return
 
     def unlock(self) -> None:
-        """Release the database for other processes."""
+        """Release the database for other processes. No connection may be open any more."""
+        return
+
+    def check_place(self) -> None:
+        """Raise `StoreUnavailable` if the reserved database is no longer at its address."""
         return
 
     @abstractmethod
@@ -222,8 +234,10 @@ class Sqlite(Database):
             oldest = ".".join(map(str, OLDEST_SQLITE))
             raise StoreUnavailable(f"SQLite {sqlite3.sqlite_version} is too old: {oldest} or newer is needed")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(f"{self.path}.lock", os.O_CREAT | os.O_RDWR, 0o600)
+            make_private_folder(self.path.parent)
+            # Open until every connection is closed: to close any descriptor of a file drops the locks that SQLite has
+            # on it. The file itself is locked, so that no link to it leads around the lock.
+            lock = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
         except OSError as error:
             raise StoreUnavailable(f"cannot open {self.path}: {error.strerror}") from error
         try:
@@ -232,11 +246,28 @@ class Sqlite(Database):
             os.close(lock)
             raise StoreInUse(f"another process serves {self.path}; stop it first") from error
         self._lock = lock
+        links = os.fstat(lock).st_nlink
+        if links > 1:  # SQLite names its journal after the path, so each link would have a journal of its own
+            self.unlock()
+            raise StoreUnavailable(f"{self.path} has {links} hard links; remove the others, or copy the file")
+        real = self.path.resolve()
+        for file in (real, Path(f"{real}-wal"), Path(f"{real}-shm")):
+            with contextlib.suppress(OSError):  # missing, or of another user who lets us write it
+                file.chmod(0o600)
 
     def unlock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def check_place(self) -> None:
+        if self._lock is None:
+            return
+        try:
+            if not os.path.samestat(os.stat(self.path), os.fstat(self._lock)):
+                raise FileNotFoundError
+        except OSError as error:
+            raise StoreUnavailable(f"{self.path} was moved or deleted; put it back, or restart the service") from error
 
     def engine(self, *, read_only: bool) -> Engine:
         engine = create_engine("sqlite://", creator=lambda: self.connect(read_only=read_only), poolclass=NullPool)
@@ -250,9 +281,9 @@ class Sqlite(Database):
 
     def connect(self, *, read_only: bool) -> sqlite3.Connection:
         """Return a connection of the driver."""
-        mode = "ro" if read_only else "rwc"
+        mode = "ro" if read_only else "rw"  # `lock` makes the file
         connection = sqlite3.connect(
-            f"file:{self.path.absolute().as_posix().replace('?', '%3f').replace('#', '%23')}?mode={mode}",
+            f"file:{quote(str(self.path.absolute()))}?mode={mode}",
             uri=True,
             isolation_level=None,
             check_same_thread=False,
@@ -319,6 +350,33 @@ class Postgres(Database):
         self.errors = (DBAPIError, psycopg.Error)
         self._psycopg = psycopg
         self._patience_ms = patience_ms
+
+    def lock(self) -> None:
+        """Check that this database can be a ledger. Any number of processes may use it.
+
+        A pooler in transaction mode gives each transaction any server connection. The ledger needs its own: settings,
+        the presence lock and LISTEN belong to a connection. So another transaction takes the server connection that a
+        pooler would have got back.
+        """
+        try:
+            with self._connect() as one, self._connect() as other:
+                encoding = one.info.parameter_status("server_encoding")
+                if encoding != "UTF8":
+                    raise StoreUnavailable(f"{self.location} is encoded as {encoding}; create it with ENCODING 'UTF8'")
+                before = one.execute("SELECT pg_backend_pid()").fetchone()
+                with other.transaction():
+                    other.execute("SELECT 1")
+                    after = one.execute("SELECT pg_backend_pid()").fetchone()
+        except self._psycopg.Error as error:
+            raise StoreUnavailable(f"cannot open {self.location}: {error}") from error
+        if before != after:
+            raise StoreUnavailable(
+                f"{self.location} is behind a pooler in transaction mode; use session mode, or connect to PostgreSQL"
+            )
+
+    def _connect(self) -> Any:
+        _, given = create_engine(self.url).dialect.create_connect_args(self.url)
+        return self._psycopg.connect(**{**given, **self._connect_arguments()}, autocommit=True)
 
     def engine(self, *, read_only: bool) -> Engine:
         engine = create_engine(self.url, poolclass=NullPool, connect_args=self._connect_arguments())

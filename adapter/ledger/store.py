@@ -212,6 +212,7 @@ class Store:
         for left in reversed(range(TRIES)):
             is_kept, is_committing = self._connection is not None, False
             try:
+                self.database.check_place()
                 if self._connection is None:
                     self._connection = self.engine.connect()
                     self.database.hold_presence_lock(self._connection)

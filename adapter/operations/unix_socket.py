@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from adapter.callbacks.server import PortInUse
+from adapter.ledger.databases import make_private_folder
 
 
 @contextlib.contextmanager
@@ -22,7 +23,7 @@ def listening_at(path: Path) -> Iterator[socket.socket]:
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_private_folder(path.parent)
             _remove_stale(path)
             listening.bind(str(path))
             # Connecting is impossible before `listen`, so the mode that the umask gave is harmless.

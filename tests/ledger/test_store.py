@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, event, make_url, text
+from sqlalchemy import URL, Connection, event, make_url, text
 
-from adapter.ledger.databases import Postgres
+from adapter.ledger.databases import Postgres, Sqlite, database_at
 from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.store import (
     Store,
@@ -23,6 +24,7 @@ from adapter.ledger.store import (
 )
 from tests.databases import Server, database_of, postgres_server
 from tests.ledgers import HandClock, Ledger, receipt
+from tests.pooler import pooler
 
 
 @pytest.fixture
@@ -223,6 +225,102 @@ def test_a_file_that_is_no_database_is_refused_and_given_back(tmp_path: Path) ->
             Store.open(f"sqlite:///{path}")
 
 
+@pytest.mark.parametrize("link", ["", "link.db", "folder/../adapter.db"], ids=["itself", "a link", "another spelling"])
+def test_a_file_is_served_by_one_process_whatever_leads_to_it(tmp_path: Path, link: str) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link.db").symlink_to(tmp_path / "adapter.db")
+    first = database_at(f"sqlite:///{tmp_path}/adapter.db")
+    first.lock()
+
+    with pytest.raises(StoreInUse):
+        Store.open(f"sqlite:///{tmp_path}/{link or 'adapter.db'}")
+
+    first.unlock()
+    Store.open(f"sqlite:///{tmp_path}/{link or 'adapter.db'}").close()
+
+
+def test_a_file_with_another_hard_link_is_refused(tmp_path: Path) -> None:
+    Store.open(f"sqlite:///{tmp_path}/adapter.db").close()
+    (tmp_path / "other.db").hardlink_to(tmp_path / "adapter.db")
+
+    for name in ("adapter.db", "other.db"):
+        with pytest.raises(StoreUnavailable, match="2 hard links"):
+            Store.open(f"sqlite:///{tmp_path}/{name}")
+
+    (tmp_path / "other.db").unlink()
+    Store.open(f"sqlite:///{tmp_path}/adapter.db").close()
+
+
+def test_the_lock_of_a_file_lasts_while_others_read_it(in_a_file: Ledger) -> None:
+    in_a_file.owed(1)
+    with open_for_reading(in_a_file.url).connect() as connection:
+        connection.exec_driver_sql("SELECT 1 FROM lanes").all()
+
+    with pytest.raises(StoreInUse):
+        Store.open(in_a_file.url)
+    in_a_file.owed(2)
+
+
+def test_a_file_that_is_moved_while_it_is_served_is_unavailable_until_it_is_back(in_a_file: Ledger) -> None:
+    path = Path(in_a_file.url.removeprefix("sqlite:///"))
+    in_a_file.owed(1)
+
+    path.rename(path.with_name("moved.db"))
+    with pytest.raises(StoreUnavailable, match="moved or deleted"):
+        in_a_file.owed(2)
+    assert in_a_file.store.failing
+    path.with_name("moved.db").rename(path)
+
+    in_a_file.owed(3)
+    assert not in_a_file.store.failing
+    assert [snapshot for snapshot, _, _ in in_a_file.states()] == [1, 3]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["deleted", "replaced"])
+def test_a_file_that_is_deleted_while_it_is_served_is_unavailable(in_a_file: Ledger, again: bool) -> None:
+    path = Path(in_a_file.url.removeprefix("sqlite:///"))
+    in_a_file.owed(1)
+
+    path.unlink()
+    if again:
+        path.touch()
+
+    with pytest.raises(StoreUnavailable, match="moved or deleted"):
+        in_a_file.owed(2)
+    assert path.exists() == again
+
+
+@pytest.mark.parametrize("name", ["a%41.db", "a b?c#d.db", "%2e%2e", "ö%.db"])
+def test_a_path_is_taken_literally(tmp_path: Path, name: str) -> None:
+    database = Sqlite(URL.create("sqlite", database=f"{tmp_path}/{name}"))
+    database.lock()
+    with database.engine(read_only=False).connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE here (x)")
+    database.unlock()
+
+    assert [each.name for each in tmp_path.iterdir()] == [name]
+
+
+def test_the_ledger_and_its_folder_are_for_their_owner_only_whatever_the_umask(tmp_path: Path) -> None:
+    old = tmp_path / "old.db"
+    Store.open(f"sqlite:///{old}").close()
+    before = os.umask(0)
+    try:
+        with asyncio.Runner() as loop:
+            for path in (tmp_path / "new" / "folder" / "adapter.db", old):
+                old.chmod(0o666)
+                ledger = Ledger(f"sqlite:///{path}", HandClock(), loop)
+                ledger.owed(1)
+                files = [path, Path(f"{path}-wal"), Path(f"{path}-shm")]
+
+                assert [stat.S_IMODE(each.stat().st_mode) for each in files] == [0o600] * 3
+                ledger.store.close()
+    finally:
+        os.umask(before)
+    for folder in ("new", "new/folder"):
+        assert stat.S_IMODE((tmp_path / folder).stat().st_mode) == 0o700
+
+
 def test_commits_are_flushed_to_the_disk(in_a_file: Ledger) -> None:
     def pragmas(connection: Connection, items: Sequence[None]) -> list[tuple[str, int]]:
         names = ("journal_mode", "synchronous")
@@ -235,6 +333,33 @@ def test_commits_are_flushed_to_the_disk(in_a_file: Ledger) -> None:
 def test_a_reader_before_the_first_start_gets_store_missing(tmp_path: Path) -> None:
     with pytest.raises(StoreMissing):
         open_for_reading(f"sqlite:///{tmp_path}/adapter.db")
+
+
+# --- a PostgreSQL that cannot be a ledger ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("per_transaction", [True, False], ids=["transaction mode", "session mode"])
+def test_a_pooler_in_transaction_mode_is_refused(postgres_url: str, per_transaction: bool) -> None:
+    url = make_url(postgres_url)
+    with pooler(f"{url.query['host']}/.s.PGSQL.5432", per_transaction=per_transaction) as running:
+        through = url.set(host="127.0.0.1", port=running.port, query={})
+        pooled = through.render_as_string(hide_password=False)
+        if per_transaction:
+            with pytest.raises(StoreUnavailable, match="pooler in transaction mode"):
+                Store.open(pooled)
+        else:
+            Store.open(pooled).close()
+
+
+def test_a_database_that_is_not_utf_8_is_refused(postgres: Server) -> None:
+    with postgres.connect("postgres") as connection:
+        connection.execute("CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'")
+    url = make_url(postgres.empty()).set(database="ascii").render_as_string(hide_password=False)
+    try:
+        with pytest.raises(StoreUnavailable, match="encoded as SQL_ASCII; create it with ENCODING 'UTF8'"):
+            Store.open(url)
+    finally:
+        postgres.drop(url)
 
 
 # --- a PostgreSQL that fails ----------------------------------------------------------------------------------------
