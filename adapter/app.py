@@ -140,7 +140,13 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         stack.push_async_callback(stop_working)
         app = PublicApp(endpoint, routes_beside_callbacks(registrations, config.adapter.id, norce_settings.schema))
         await public_listener.enter_async_context(
-            http_server(app, public, report_refusals(metrics), waiting=lambda: verdicts.waiting + registrations.waiting)
+            http_server(
+                app,
+                public,
+                report_refusals(metrics),
+                waiting=lambda: verdicts.waiting + registrations.waiting,
+                keep_alive=config.server.keep_alive,
+            )
         )
         health.started = True
         service = Service(public_address=url_of(public), operations_address=operations_address)

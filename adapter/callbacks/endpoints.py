@@ -161,7 +161,7 @@ class CallbackEndpoint:
         await response(scope, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive, callback: Callback | None) -> Responded:
-        raw = await self.read_raw(scope, receive)
+        raw = await self.read_raw(scope, receive, reads_body=callback is None or callback.kind != "validation")
         sender = self.identify(raw)
         if callback is None:
             check_order_id(raw.order_id)
@@ -187,13 +187,18 @@ class CallbackEndpoint:
         response, result = _hook_response(answer) if callback.kind == "hook" else self._validation_response(answer)
         return Responded(response=response, facts=_facts(sender, request.channel, result, len(answer.verdicts)))
 
-    async def read_raw(self, scope: Scope, receive: Receive) -> RawCallback:
-        """Read the request. Raises `BodyTooLarge`, by the bytes that have come, and `BodyTooSlow`."""
+    async def read_raw(self, scope: Scope, receive: Receive, *, reads_body: bool = True) -> RawCallback:
+        """Read the request. Raises `BodyTooLarge`, by the bytes that have come, and `BodyTooSlow`.
+
+        Args:
+            reads_body: Whether the body is used. Otherwise the server discards it, whatever its size.
+        """
         headers: dict[str, str] = {}
         for given, shown in scope["headers"]:
             if name := self._headers.get(given):
                 value = shown.decode("latin-1")
-                headers[name] = f"{headers[name]}, {value}" if name in headers else value  # two that differ fit nothing
+                if headers.setdefault(name, value) != value:
+                    headers[name] += f", {value}"  # two that differ fit nothing
         query: dict[str, tuple[str, ...]] = {}
         for name, value in _pairs(scope["query_string"].decode("latin-1")):
             query[name] = (*query[name][:1], value) if name in query else (value,)  # two are as good as a million
@@ -204,7 +209,7 @@ class CallbackEndpoint:
             callback=parameters["callback"],
             query=query,
             headers=headers,
-            body=await self._read_body(scope, receive),
+            body=await self._read_body(scope, receive) if reads_body else b"",
         )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
@@ -275,6 +280,8 @@ def _refusal(error: Exception) -> Responded:
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = error.allowed
+    if isinstance(error, NotJson):
+        headers["accept-encoding"] = "identity"  # RFC 9110, 15.5.16
     if isinstance(error, BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"  # the rest of the body is not read
     return Responded(response=_json_response(status, body, headers), facts=facts)

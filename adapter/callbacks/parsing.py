@@ -18,7 +18,8 @@ from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_
 from adapter.routing.routes import Callback
 from adapter.verdicts.verdicts import VerdictRequest
 
-HEADERS = ("content-type", "x-merchant", "x-channel")  # read by this module
+HEADERS = ("content-type", "content-encoding", "x-merchant", "x-channel")  # read by this module
+COMPRESSIONS = frozenset(("gzip", "x-gzip", "deflate", "br", "zstd"))  # other content codings are ignored
 LONGEST_ID = 64
 FURTHEST_AHEAD_MS = 10 * 60 * 1000  # of a `lastModified` that counts
 
@@ -36,7 +37,7 @@ class BadRequest(CallbackInvalid):
 
 
 class NotJson(CallbackInvalid):
-    """The content type is not a JSON type."""
+    """The content type is not a JSON type, or the content is compressed."""
 
 
 class ConfigurationNotFound(CallbackInvalid):
@@ -117,6 +118,9 @@ def _order_in(raw: RawCallback, sender: Sender, channels: Container[Channel]) ->
         media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
     ):
         raise NotJson("content-type", "The body must be application/json.")
+    codings = raw.headers.get("content-encoding", "").lower().split(",")
+    if not COMPRESSIONS.isdisjoint(coding.strip() for coding in codings):
+        raise NotJson("content-encoding", "The body must not be compressed.")
     try:
         order = order_in(decode(raw.body))
     except NotAnOrder as error:

@@ -4,6 +4,9 @@ uvicorn limits neither the size nor the duration of a request's head (measured: 
 a byte a second keeps its connection for ever). Here such a connection is closed. The limits of the body are in
 `endpoints`, which knows what to answer.
 
+uvicorn also drops the body of a request that offers an upgrade (`Upgrade: h2c`, which Java's client sends by default),
+and the answer to a caller that has closed its side of the connection. Here such requests are answered like all others.
+
 Beyond `MOST_AT_ONCE` requests at a time the next is refused with a 503 as soon as it has come, for a fifth of the cost
 of an accept. Requests that only wait for a plugin or for Norce take no time and count towards `MOST_WAITING` alone, so
 that a slow plugin does not shut out notifications.
@@ -18,10 +21,13 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
+import httptools
 import structlog
 import uvicorn
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -104,6 +110,12 @@ def url_of(listening: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
+_REFUSALS = {  # of the router
+    404: ("not-found", "There is nothing at this address."),
+    405: ("method-not-allowed", "Allow lists the methods of this address."),
+}
+
+
 class PublicApp:
     """The ASGI application of the public port.
 
@@ -116,7 +128,6 @@ class PublicApp:
         self.router = Router(
             routes=[Route(CALLBACK_PATH, endpoint), *other_routes],
             redirect_slashes=False,  # no document says that Norce follows redirects
-            default=JSONResponse({"code": "not-found", "message": "There is nothing at this address."}, 404),
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,7 +138,13 @@ class PublicApp:
                 scope["path_params"] = {"order_id": order_id, "callback": callback}
                 await self._endpoint(scope, receive, send)
                 return
-        await self.router(scope, receive, send)
+        scope["app"] = self  # with this, the router raises its refusals
+        try:
+            await self.router(scope, receive, send)
+        except HTTPException as error:
+            code, message = _REFUSALS[error.status_code]
+            response = JSONResponse({"code": code, "message": message}, error.status_code, error.headers)
+            await response(scope, receive, send)
 
 
 @contextlib.asynccontextmanager
@@ -136,10 +153,12 @@ async def http_server(
     listening: socket.socket,
     on_refusal: Callable[[], None] = lambda: None,
     waiting: Callable[[], int] = lambda: 0,
+    keep_alive: timedelta = timedelta(seconds=75),
 ) -> AsyncIterator[None]:
     """Serve an application on a listening socket, until its last answer.
 
     Args:
+        keep_alive: How long an idle connection is kept.
         on_refusal: Called for each request that is refused because too many are running.
         waiting: Returns how many of the running requests only wait.
     """
@@ -153,7 +172,7 @@ async def http_server(
         ws="none",
         http=functools.partial(GuardedProtocol, on_refusal=on_refusal, waiting=waiting),  # type: ignore[arg-type]
         backlog=MOST_UNACCEPTED,
-        timeout_keep_alive=15,
+        timeout_keep_alive=keep_alive.total_seconds(),  # type: ignore[arg-type]  # it only reaches `call_later`
         timeout_graceful_shutdown=10,
     )
     server = _Server(config)
@@ -194,6 +213,13 @@ def report_refusals(metrics: Metrics) -> Callable[[], None]:
     return on_refusal
 
 
+_UPGRADE_FIELDS = frozenset((b"upgrade", b"http2-settings"))
+
+
+def _nothing() -> None:
+    """Do nothing."""
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with limits on heads, and a 503 while too many requests run."""
 
@@ -211,6 +237,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._is_in_head = False
+        self._received = b""
+        self._behind_offer = b""  # to be read next: a request that offered an upgrade, without the offer
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_HeadBuffer(transport))  # type: ignore[arg-type]
@@ -218,13 +246,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._start_timer()
 
     def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > LARGEST_HEAD_BYTES:
-                self._close()
-            elif self._head_timer is None:  # started only here, because most heads come in one piece
-                self._start_timer()
+        while data:
+            self._received, self._behind_offer = data, b""
+            super().data_received(data)
+            if self._is_in_head:
+                self._head_bytes += len(data)
+                if self._head_bytes > LARGEST_HEAD_BYTES:
+                    self._close()
+                elif self._head_timer is None:  # started only here, because most heads come in one piece
+                    self._start_timer()
+            data = self._behind_offer
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -233,6 +264,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_head()
+        if self._offers_upgrade():
+            return
         is_idle = self.cycle is None or self.cycle.response_complete
         if is_idle and len(self.tasks) >= MOST_AT_ONCE and self._is_crowded():
             self._is_refusing = True
@@ -246,6 +279,8 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._offers_upgrade():
+            return
         if self._is_refusing:
             self._refuse(keep_alive=self.parser.should_keep_alive())
             return
@@ -256,11 +291,43 @@ class GuardedProtocol(HttpToolsProtocol):
         self.transport.flush()  # type: ignore[attr-defined]
         super().on_response_complete()
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Keep the connection for the answer if the caller closed its side after a whole request."""
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return None
+        self.cycle.keep_alive = False
+        self._note_hang_up()  # a caller that has gone looks the same
+        return True
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
-        if self.cycle is not None and not self.cycle.response_complete and ON_HANG_UP in self.cycle.scope:
-            self.cycle.scope[ON_HANG_UP]()  # type: ignore[literal-required]
+        self._note_hang_up()
         super().connection_lost(exc)
+
+    def _note_hang_up(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.scope.pop(ON_HANG_UP, _nothing)()  # type: ignore[misc]
+
+    def _offers_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Read the request as if it offered no upgrade (RFC 9110, 7.8).
+
+        uvicorn calls this when the parser has stopped behind a head that offers one. The parser then expects the next
+        request, so it gets the same head again without the offer, and everything that came behind it.
+        """
+        stopped = sys.exc_info()[1]
+        if not self._offers_upgrade() or not isinstance(stopped, httptools.HttpParserUpgrade):
+            return
+        head = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                options = [option for option in value.split(b",") if option.strip().lower() not in _UPGRADE_FIELDS]
+                head += [b"connection: " + b",".join(options)] if options else []
+            elif name not in _UPGRADE_FIELDS:
+                head.append(name + b": " + value)
+        self._behind_offer = b"\r\n".join(head) + b"\r\n\r\n" + self._received[stopped.args[0] :]
 
     def _is_crowded(self) -> bool:
         return len(self.tasks) >= MOST_WAITING or len(self.tasks) - self._waiting() >= MOST_AT_ONCE

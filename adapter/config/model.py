@@ -95,6 +95,13 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     receive_timeout: Annotated[
         timedelta, doc("Time limit for receiving a whole body; a slower caller gets 408.", within=("100ms", "5m"))
     ] = timedelta(seconds=10)
+    keep_alive: Annotated[
+        timedelta,
+        doc(
+            "Time for which an idle connection is kept; longer than the same limit of a proxy in front.",
+            within=("1s", "1h"),
+        ),
+    ] = timedelta(seconds=75)
 
 
 class OperationsConfig(_Section, frozen=True, kw_only=True):

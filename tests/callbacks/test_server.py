@@ -24,6 +24,7 @@ from adapter.callbacks.server import (
     _HeadBuffer,
     http_server,
 )
+from tests import PATIENCE
 
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
 
@@ -251,6 +252,142 @@ def test_many_new_connections_are_accepted_at_once() -> None:
                 return len(select.select(callers, [], [], 0)[0])
 
     assert uvloop.run(answered()) == 40
+
+
+# --- offers of an upgrade, and callers that close their side ----------------------------------------------------------
+
+H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQ\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nhost: adapter\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+
+
+def offering(request: bytes, offer: bytes = H2C) -> bytes:
+    return request.replace(b"host", offer + b"host", 1)
+
+
+@pytest.fixture
+def echoing() -> Callable[..., bytes]:
+    """The answers of a server that answers with the request's headers and body, on the service's own loop."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        names = b",".join(sorted(name for name, _ in scope["headers"]))
+        answer = b"[%s %s %s]" % (scope["method"].encode(), names, body)
+        await send(
+            {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(answer))]}
+        )
+        await send({"type": "http.response.body", "body": answer})
+
+    async def ask(pieces: tuple[bytes, ...], *, closes: bool) -> bytes:
+        with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listening:
+            listening.setblocking(False)
+            async with http_server(app, listening):
+                reader, writer = await asyncio.open_connection(*listening.getsockname())
+                for piece in pieces:
+                    writer.write(piece)
+                    await writer.drain()
+                    for _ in range(20):
+                        await asyncio.sleep(0)
+                if closes:
+                    writer.write_eof()
+                async with asyncio.timeout(PATIENCE):
+                    answers = await reader.read() if closes else await reader.readuntil(b"]")
+                writer.close()
+                return answers
+
+    return lambda *pieces, closes=True: uvloop.run(ask(pieces, closes=closes))
+
+
+@pytest.mark.parametrize("request_", [HEAD + b"{}", CHUNKED], ids=["length", "chunked"])
+@pytest.mark.parametrize("offer", [
+    H2C, b"Connection: Upgrade\r\nUpgrade: websocket\r\n",
+    b"connection: keep-alive\r\nconnection: upgrade\r\nUPGRADE: h2c\r\n",
+], ids=["h2c", "websocket", "two fields"])  # fmt: skip
+@pytest.mark.parametrize("at", [None, 30, -1], ids=["in one piece", "cut in the head", "cut in the body"])
+def test_a_request_that_offers_an_upgrade_keeps_its_body(
+    echoing: Callable[..., bytes], request_: bytes, offer: bytes, at: int | None
+) -> None:
+    sent = offering(request_, offer)
+
+    answer = echoing(sent[:at], sent[at:] if at else b"")
+
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert b" {}]" in answer
+    assert b"upgrade" not in answer
+    assert b"http2-settings" not in answer
+
+
+def test_requests_behind_an_offer_of_an_upgrade_are_answered_in_order(echoing: Callable[..., bytes]) -> None:
+    answers = echoing(HEAD + b"{}" + offering(HEAD) + b"[]" + offering(CHUNKED) + HEAD + b"12")
+
+    assert [part[-2:] for part in answers.split(b"]HTTP")] == [b"{}", b"[]", b"{}", b"2]"]
+    assert answers.endswith(b" 12]")
+
+
+def test_a_head_that_offers_an_upgrade_without_end_is_closed(connection) -> None:
+    _, protocol, wire = connection
+
+    protocol.data_received(offering(HEAD)[:-2] + b"x: " + b"x" * LARGEST_HEAD_BYTES)
+
+    assert wire.closed
+
+
+def test_a_malformed_request_behind_an_offer_of_an_upgrade_is_400(echoing: Callable[..., bytes]) -> None:
+    answer = echoing(offering(CHUNKED.replace(b"2\r\n{}", b"-2\r\n{}")))
+
+    assert b"HTTP/1.1 400" in answer
+
+
+def test_a_caller_that_closes_its_side_gets_every_answer(echoing: Callable[..., bytes]) -> None:
+    answers = echoing(HEAD + b"{}" + HEAD + b"[]")
+
+    assert answers.count(b"HTTP/1.1 200") == 2
+
+
+def test_a_caller_that_closes_its_side_in_the_middle_of_a_body_gets_no_answer(connection) -> None:
+    loop, protocol, _ = connection
+    protocol.data_received(HEAD + b"{")
+    settle(loop)
+
+    assert not protocol.eof_received()  # the transport closes the connection
+
+
+def test_a_caller_that_closes_its_side_before_its_answer_is_noted_once(connection) -> None:
+    loop, protocol, wire = connection
+    noted = []
+    protocol.data_received(HEAD + b"{}")
+    protocol.scope[ON_HANG_UP] = lambda: noted.append("hang-up")
+
+    assert protocol.eof_received()
+    settle(loop)
+
+    assert noted == ["hang-up"]
+    assert b"connection: close" in wire.written
+    assert wire.closed
+
+
+def test_many_offers_of_an_upgrade_in_one_packet_are_answered(connection) -> None:
+    loop, protocol, wire = connection
+
+    protocol.data_received(offering(HEAD + b"{}") * 1500)
+    for _ in range(1500):
+        loop.run_until_complete(asyncio.sleep(0))
+    settle(loop)
+
+    assert wire.written.count(b"HTTP/1.1 200") == 1500
+
+
+def test_a_large_body_behind_an_offer_of_an_upgrade_counts_as_body(connection) -> None:
+    loop, protocol, wire = connection
+    body = b" " * (LARGEST_HEAD_BYTES + 1)
+
+    protocol.data_received(offering(HEAD.replace(b"length: 2", b"length: %d" % len(body))) + body)
+    settle(loop)
+
+    assert b"HTTP/1.1 200" in wire.written
+    assert not wire.closed
 
 
 # --- an answer in one piece -------------------------------------------------------------------------------------------
