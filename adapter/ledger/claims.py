@@ -18,7 +18,7 @@ from adapter.ledger.settlement import (
     State,
     outcome_name,
 )
-from adapter.moments import to_datetime, to_milliseconds
+from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
 from adapter.plugin import Done, Outcome, Previous, Skip
 
 LONGEST_MESSAGE = 1000
@@ -39,6 +39,11 @@ class QueueLimits:
     concurrency: int
     doubt_ms: int  # time after a claim during which no other process may act on the lane
     schedule: Sequence[timedelta]  # delays before the next claim if a process ends with its claim
+
+    def due_after_death(self, attempts: int, now: int) -> int:
+        """Return when a lane is due that is claimed now by a process that ends before it settles."""
+        delay = in_milliseconds(self.schedule[min(attempts, len(self.schedule)) - 1]) if self.schedule else 0
+        return now + max(self.doubt_ms, delay)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +132,30 @@ def queue_columns(state: QueueState) -> dict[str, Any]:
     }
 
 
+def claim_of(lane: Any, delivery: Any, limit: QueueLimits, *, holder: int, now: int) -> Claim:
+    """Return the claim of a lane from its row and that of its delivery and notification."""
+    return Claim(
+        lane_id=lane.id,
+        holder=holder,
+        number=lane.claim + 1,
+        in_doubt=lane.claim > lane.settled,
+        doubt_ends_at=now + limit.doubt_ms,
+        queue_id=lane.queue_id,
+        delivery_id=delivery.delivery_id,
+        attempt=delivery.attempts,
+        first_attempt_at=delivery.first_attempt_at,
+        claimed_at=now,
+        notification_id=delivery.id,
+        callback=delivery.callback,
+        channel=Channel(delivery.merchant, delivery.channel),
+        order_id=delivery.order_id,
+        identity=delivery.identity,
+        received_at=delivery.received_at,
+        body=delivery.body,
+        previous=_previous_of(lane.previous),
+    )
+
+
 def attempt_row(record: AttemptRecord, now: int) -> tuple[Any, ...]:
     """Return the columns of an attempt after its key, in their order."""
     message = record.result.message if record.has_text and isinstance(record.result, Outcome) else None
@@ -163,6 +192,17 @@ def continues(record: AttemptRecord, settlement: Settlement) -> bool:
     return settlement.state is not State.WAITING and not stopped
 
 
+def delivery_change(record: AttemptRecord, settlement: Settlement, now: int) -> dict[str, Any]:
+    """Return the new values of a settled delivery."""
+    return {
+        "delivery": record.claim.delivery_id,
+        "state": settlement.state.value,
+        "reason": settlement.reason and settlement.reason.value,
+        "ended_at": None if settlement.reason is None else now,
+        "uncounted": 0 if settlement.counts else 1,
+    }
+
+
 def lane_change(record: AttemptRecord, settlement: Settlement, due: Collection[int], now: int) -> dict[str, Any]:
     """Return the new values of a settled lane.
 
@@ -188,8 +228,7 @@ def lane_change(record: AttemptRecord, settlement: Settlement, due: Collection[i
     }
 
 
-def previous_of(text: str | None) -> Previous | None:
-    """Read the last result of a lane from its column."""
+def _previous_of(text: str | None) -> Previous | None:
     if text is None:
         return None
     value = json.loads(text)

@@ -34,9 +34,10 @@ from adapter.ledger.claims import (
     QueueLimits,
     attempt_of,
     attempt_row,
+    claim_of,
     continues,
+    delivery_change,
     lane_change,
-    previous_of,
     queue_columns,
     queue_state,
 )
@@ -55,7 +56,6 @@ from adapter.ledger.settlement import (
     settle,
 )
 from adapter.ledger.store import Store
-from adapter.moments import in_milliseconds
 
 log = structlog.get_logger(__name__)
 
@@ -248,29 +248,9 @@ class Lanes:
         changes = []
         for row in connection.execute(CLAIMED_DELIVERIES, {"ids": list(held)}):
             lane, limit = held[row.delivery_id]
-            delay = in_milliseconds(limit.schedule[min(row.attempts, len(limit.schedule)) - 1]) if limit.schedule else 0
-            due = now + max(limit.doubt_ms, delay)
+            due = limit.due_after_death(row.attempts, now)
             changes.append({"lane": lane.id, "holder": holder, "delivery": row.delivery_id, "due": due})
-            claims[row.delivery_id] = Claim(
-                lane_id=lane.id,
-                holder=holder,
-                number=lane.claim + 1,
-                in_doubt=lane.claim > lane.settled,
-                doubt_ends_at=now + limit.doubt_ms,
-                queue_id=lane.queue_id,
-                delivery_id=row.delivery_id,
-                attempt=row.attempts,
-                first_attempt_at=row.first_attempt_at,
-                claimed_at=now,
-                notification_id=row.id,
-                callback=row.callback,
-                channel=Channel(row.merchant, row.channel),
-                order_id=row.order_id,
-                identity=row.identity,
-                received_at=row.received_at,
-                body=row.body,
-                previous=previous_of(lane.previous),
-            )
+            claims[row.delivery_id] = claim_of(lane, row, limit, holder=holder, now=now)
         self._hold_lanes(connection.connection.cursor(), changes)
         return [claims[delivery_id] for delivery_id in held]
 
@@ -336,17 +316,7 @@ class Lanes:
         self, connection: Connection, settled: Sequence[tuple[AttemptRecord, Settlement]], now: int
     ) -> None:
         cursor = connection.connection.cursor()
-        changes = [
-            {
-                "delivery": record.claim.delivery_id,
-                "state": settlement.state.value,
-                "reason": settlement.reason and settlement.reason.value,
-                "ended_at": None if settlement.reason is None else now,
-                "uncounted": 0 if settlement.counts else 1,
-            }
-            for record, settlement in settled
-        ]
-        self._settle_deliveries(cursor, changes)
+        self._settle_deliveries(cursor, [delivery_change(record, settlement, now) for record, settlement in settled])
         continuing = [record.claim.lane_id for record, settlement in settled if continues(record, settlement)]
         due = set(connection.execute(LANES_WITH_WAITING, {"ids": continuing}).scalars()) if continuing else set()
         self._settle_lanes(cursor, [lane_change(record, settlement, due, now) for record, settlement in settled])
