@@ -347,14 +347,14 @@ class _Body(httpx.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._decoded():
+            async for chunk in self._inflated():
                 yield chunk
         except (_BodyUnreadable, httpx.TransportError) as error:
             reason = str(error) if isinstance(error, _BodyUnreadable) else type(error).__name__
             if self._response.is_success:
                 raise self._no_answer(reason) from error
 
-    async def _decoded(self) -> AsyncIterator[bytes]:
+    async def _inflated(self) -> AsyncIterator[bytes]:
         if self._codings and (len(self._codings) > 1 or self._codings[0] not in _GZIP):
             raise _BodyUnreadable("its body is compressed, which was not requested")
         inflate = zlib.decompressobj(wbits=31) if self._codings else None

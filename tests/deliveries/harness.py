@@ -24,6 +24,7 @@ from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Account, Norce
+from adapter.outgoing import Outgoing
 from adapter.plugin import NoSettings, NotificationHandler, Secret
 from adapter.routing.routes import Callback, Route
 from adapter.routing.runner import Runner
@@ -266,6 +267,7 @@ async def working(
     policy: PausePolicy = POLICY,
     patience: timedelta = timedelta(seconds=PATIENCE),
     before: Callable[[Store, int], Awaitable[None]] | None = None,
+    destination: httpx.AsyncBaseTransport | None = None,
 ) -> AsyncIterator[Work]:
     """Run a dispatcher on an empty database. `before` is called before its process starts."""
     clock, fake, metrics = HandClock(), FakeNorce(), Metrics("test")
@@ -287,6 +289,7 @@ async def working(
     await lease.enter()
     runner = Runner(
         make_norce=norce,
+        make_outgoing=lambda: Outgoing(destination),
         clock=lambda: to_datetime(clock.now),
         patience=patience,
         replaced=lambda *which: metrics.plugin_loops_replaced.labels(*which).inc(),
