@@ -151,7 +151,7 @@ class LineWriter:
         self._encoding = "utf-8" if out is None else out.encoding
         self._waiting: SimpleQueue[bytes | None] = SimpleQueue()  # None ends the thread
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may log while a line is dropped
         self.dropped = self._unreported = 0
         self._count: Callable[[int], None] = lambda _number: None
         self._is_in_line = False  # the last line was written in part

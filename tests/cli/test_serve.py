@@ -152,17 +152,41 @@ def test_problems_of_the_configuration_end_with_4_on_a_full_disk(tmp_path: Path)
         assert service.process.wait(PATIENCE) == 4
 
 
-def test_the_format_of_the_log_is_configured(tmp_path: Path) -> None:
+# --- descriptors, signals, format -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A service with a low soft limit on open files and a log for people."""
+    folder = tmp_path_factory.mktemp("service")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+
     text = QUIET + "logs: {level: info, format: text}\n"
-    with (tmp_path / "log").open("w") as file, closing(Process(tmp_path, file, text=text)) as service:
-        assert service.wait_until_serving().stop() == 0
-
-    lines = (tmp_path / "log").read_text()
-    assert "serving" in lines
-    assert "{" not in lines
+    with (folder / "log").open("w") as file, closing(Process(folder, file, text=text, preexec_fn=limit)) as service:
+        yield service.wait_until_serving()
 
 
-# --- descriptors ----------------------------------------------------------------------------------------------------
+def test_the_format_of_the_log_is_configured(service: Process) -> None:
+    path = service.path.with_name("log")
+    wait_until(lambda: "serving" in path.read_text())
+
+    assert "{" not in path.read_text()
+
+
+def test_a_soft_limit_on_open_files_is_raised(service: Process) -> None:
+    soft, hard = resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE)
+
+    assert soft == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
+
+
+def test_sighup_does_not_end_the_service(service: Process) -> None:
+    service.process.send_signal(signal.SIGHUP)
+
+    assert service.ask("/livez").status_code == 200
+    assert service.process.poll() is None
 
 
 def test_a_limit_on_open_files_that_is_too_low_is_one_sentence(tmp_path: Path) -> None:
@@ -175,31 +199,6 @@ def test_a_limit_on_open_files_that_is_too_low_is_one_sentence(tmp_path: Path) -
     told = (tmp_path / "log").read_text()
     assert told == "the limit on open files is 512, but 2948 are needed; raise it (ulimit -n)\n"
     assert "2,948" in (ROOT / "docs" / "deployment.md").read_text("utf-8")
-
-
-def test_a_soft_limit_on_open_files_is_raised(tmp_path: Path) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-
-    with (tmp_path / "log").open("w") as file, closing(Process(tmp_path, file, preexec_fn=limit)) as service:
-        service.wait_until_serving()
-
-        assert resource.prlimit(service.process.pid, resource.RLIMIT_NOFILE) == (min(hard, 65_536), hard)
-
-
-# --- signals --------------------------------------------------------------------------------------------------------
-
-
-def test_sighup_does_not_end_the_service(tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w") as file, closing(Process(tmp_path, file)) as service:
-        service.wait_until_serving()
-
-        service.process.send_signal(signal.SIGHUP)
-
-        assert service.ask("/livez").status_code == 200
-        assert service.stop() == 0
 
 
 def test_the_service_outlives_its_terminal(tmp_path: Path) -> None:
