@@ -37,7 +37,7 @@ class Intake:
     def routed(self, notification: ReceivedNotification, order: dict[str, Any]) -> ReceivedNotification:
         """Return the notification with the queues that want its order. Never raises."""
         self._metrics.notifications_received.labels(*notification.channel, notification.source).inc()
-        wanting = self.routes.wanting(self.routes.callbacks[notification.callback], order)
+        wanting = self.routes.wanting(self.routes.callbacks[notification.callback], notification.channel, order)
         self._metrics.conditions_evaluated.labels("callback", wanting.callback.value).inc()
         if wanting.callback is not Result.MATCHED:
             # The condition held at Norce, or it would not have sent the notification. Operators watch this metric.
@@ -46,7 +46,8 @@ class Intake:
             self._metrics.conditions_evaluated.labels("route", held.value).inc()
         # A route whose condition ends in an error is included. The attempt evaluates it again and makes a dead letter.
         wanted = self._queues(notification, [route for route, _ in wanting.routes])
-        refetching = [route for route in self.routes.of(notification.callback) if route.refetch]
+        serving = self.routes.serving(notification.callback, notification.channel)
+        refetching = [route for route in serving if route.refetch]
         return replace(notification, wanted=wanted, wanted_in_conflict=self._queues(notification, refetching))
 
     def _queues(self, notification: ReceivedNotification, routes: Sequence[Route]) -> tuple[Wanted, ...]:

@@ -81,11 +81,13 @@ def explained(built: Routes, callback: Callback, order: dict[str, Any], channel:
     explanation: dict[str, Any] = {
         "callback": callback.name,
         "kind": callback.kind,
-        "condition": _explain_condition(callback.condition, order),
+        "condition": callback.condition and _explain_condition(callback.condition, order),
         "routes": [],
     }
+    configured = {each for route in built.all for each in route.settings}
     for route in built.of(callback.name):
-        result = wants(route, order)
+        is_for_channel = channel in route.settings or channel not in configured
+        result = wants(route, order) if is_for_channel else Result.NOT_MATCHED
         settings = route.settings.get(channel) if result is Result.MATCHED else None
         rules = settings.rules if isinstance(settings, RulesSettings) else ()
         explanation["routes"].append(
@@ -94,7 +96,8 @@ def explained(built: Routes, callback: Callback, order: dict[str, Any], channel:
                 "handler": route.handler_name,
                 "result": result.value,
                 "no_answer": route.no_answer,
-                "when": _explain_condition(route.when, order),
+                "is_for_channel": is_for_channel,
+                "when": [_explain_condition(each, order) for each in route.when],
                 "rules": [{"code": rule.code, "rule": _explain_condition(rule.compiled, order)} for rule in rules],
             }
         )
@@ -112,9 +115,7 @@ def kind(value: Any) -> str:
     return "string" if isinstance(value, str) else "number"
 
 
-def _explain_condition(condition: CompiledCondition | None, order: dict[str, Any]) -> dict[str, Any] | None:
-    if condition is None:
-        return None
+def _explain_condition(condition: CompiledCondition, order: dict[str, Any]) -> dict[str, Any]:
     evaluation, reason = condition.evaluate(order), condition.reason(order)
     scope = str(condition.condition.scope)
     at = reason.where if reason else evaluation.where or scope
@@ -141,8 +142,10 @@ def in_words(explanation: dict[str, Any]) -> Iterator[str]:
             no_answer = route["no_answer"]
             effect = f": its no_answer counts, {no_answer}" if no_answer else ": a dead letter with reason condition"
         yield f"route {route['route']} (handler {route['handler']}) {_RESULTS[route['result']]}{effect}"
-        if route["when"]:
-            yield f"  when {_sentence(route['when'])}"
+        if not route["is_for_channel"]:
+            yield "  it is for other merchants or channels"
+        for condition in route["when"]:
+            yield f"  when {_sentence(condition)}"
         for rule in route["rules"]:
             yield f"  rule {rule['code']}: {_sentence(rule['rule'])}"
 

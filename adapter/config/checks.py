@@ -132,6 +132,7 @@ def _check_routes(tree: Mapping[str, Any], converter: Converter) -> None:
         callback = converter.values.get(f"{at}.callback")
         if callback is not None and callback not in callbacks:
             converter.report(f"{at}.callback", f"must be a callback: {list_of(callbacks, callback)}")
+        _check_addressees(tree, converter, at)
         kind = _members(callbacks, callback or "").get("kind")
         if kind in ("validation", "hook"):
             if "no_answer" not in route:
@@ -148,3 +149,19 @@ def _check_routes(tree: Mapping[str, Any], converter: Converter) -> None:
                     converter.report(
                         f"{at}.{key}", "is for validations and hooks only; remove it from the route of a notification"
                     )
+
+
+def _check_addressees(tree: Mapping[str, Any], converter: Converter, at: str) -> None:
+    """Report the merchants and channels of a route that are not configured."""
+    merchants = _members(tree, "merchants")
+    given = converter.values.get(f"{at}.merchants")
+    for index, merchant in enumerate(given or ()):
+        if merchant not in merchants:
+            converter.report(f"{at}.merchants[{index}]", f"must be a merchant: {list_of(merchants, merchant)}")
+    channels = [
+        name for each in merchants if given is None or each in given for name in _members(merchants[each], "channels")
+    ]
+    for index, channel in enumerate(converter.values.get(f"{at}.channels") or ()):
+        if channel not in channels:
+            names = list_of(sorted(set(channels)), channel) if channels else "they have none"
+            converter.report(f"{at}.channels[{index}]", f"must be a channel of its merchants: {names}")

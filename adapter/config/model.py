@@ -368,7 +368,7 @@ CallbackConfig: TypeAlias = NotificationCallbackConfig | ValidationCallbackConfi
 
 
 class WhenConfig(_Section, frozen=True, kw_only=True):
-    """A further condition for the events that the route wants."""
+    """A condition of a route."""
 
     scope: Annotated[str, doc("JSON pointer to the part of the order that decides.")]
     schema: Annotated[Schema, SCHEMA] = True
@@ -391,7 +391,16 @@ class RetriesConfig(_Section, frozen=True, kw_only=True):
 
 class RouteConfig(_Section, frozen=True, kw_only=True):
     callback: Annotated[str, doc("Name of the callback that the route receives or answers.")]
-    when: WhenConfig | None = None
+    merchants: Annotated[
+        tuple[NorceName, ...] | None, doc("Merchants that the route is for, by their ids; without it, all.")
+    ] = None
+    channels: Annotated[
+        tuple[NorceName, ...] | None, doc("Channels that the route is for, by name; without it, all.")
+    ] = None
+    when: Annotated[
+        WhenConfig | tuple[WhenConfig, ...] | None,
+        doc("A condition on the order for the route, or a list of conditions that must all hold."),
+    ] = None
     handler: Annotated[Name, doc("Name of an installed handler, as `norce-adapter handlers` lists it.")]
     refetch: Annotated[bool, doc("Notifications: read the order from Norce again before the handler runs.")] = True
     no_answer: Annotated[
@@ -451,6 +460,15 @@ class Config(ConfigFile, frozen=True, kw_only=True):
     def channels(self) -> tuple[Channel, ...]:
         """The channels of all merchants."""
         return tuple(Channel(merchant, name) for merchant, its in self.merchants.items() for name in its.channels)
+
+    def channels_of(self, route: str) -> tuple[Channel, ...]:
+        """Return the channels that a route is for."""
+        merchants, names = self.routes[route].merchants, self.routes[route].channels
+        return tuple(
+            channel
+            for channel in self.channels
+            if (merchants is None or channel.merchant in merchants) and (names is None or channel.name in names)
+        )
 
     def settings(self, route: str, channel: Channel) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Return a route's settings for a channel, and the paths they are merged from.

@@ -14,12 +14,12 @@ from adapter.routing.routes import Routes
 
 
 def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
-    """Return a queue for every notification route, merchant and channel."""
+    """Return a queue for every notification route and every channel that it is for."""
     return [
         QueueKey(route.name, channel)
         for route in routes.all
         if route.callback.kind == "notification"
-        for channel in config.channels
+        for channel in config.channels_of(route.name)
     ]
 
 

@@ -176,7 +176,8 @@ class NorceSettings:
             log.error("configuration_refused", merchant=merchant, channel=name, places=places)
             return False
         for route in self._routes.all:
-            route.settings[channel] = settings[route.name]
+            if channel in route.settings:
+                route.settings[channel] = settings[route.name]
         self._switch(channel, active=content is None or decode(content).get("active", True))
         self._changed()
         if content is not None:
@@ -197,6 +198,8 @@ class NorceSettings:
             if places := sorted({error.json_path[:MAX_PLACE_LENGTH] for error in errors}):
                 return places
         for route in self._routes.all:
+            if channel not in route.settings:
+                continue
             theirs = document.get("routes", {}).get(route.name, {}).get("settings", {})
             tree, paths = self._config.settings(route.name, channel)
             read = read_settings(self._config, type(route.settings[channel]), merged(tree, theirs), paths)

@@ -53,10 +53,10 @@ class Route:
 
     name: str
     callback: Callback
-    when: CompiledCondition | None
+    when: tuple[CompiledCondition, ...]  # all must hold
     handler_name: str
     handler: Handler
-    settings: dict[Channel, Settings]  # Norce's configuration may change them while the service runs
+    settings: dict[Channel, Settings]  # by the channels that it is for; Norce's configuration may change them
     refetch: bool
     no_answer: str | None
     shadow: bool = False  # compared with the answer, but never part of it
@@ -106,14 +106,18 @@ class Routes:
         """Return the routes of a callback in the order of the configuration."""
         return self._of[callback]
 
-    def wanting(self, callback: Callback, order: Any) -> Selection:
-        """Select the routes whose conditions hold on an order's `data`. Never raises."""
+    def serving(self, callback: str, channel: Channel) -> list[Route]:
+        """Return the routes of a callback for a channel. The address names both, so no order is needed."""
+        return [route for route in self._of[callback] if channel in route.settings]
+
+    def wanting(self, callback: Callback, channel: Channel, order: Any) -> Selection:
+        """Select the routes for a channel whose conditions hold on an order's `data`. Never raises."""
         held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order).result
         if held is Result.NOT_MATCHED:
             return Selection(callback=held, routes=())
         wanted: list[tuple[Route, Result]] = []
-        for route in self._of[callback.name]:
-            own = Result.MATCHED if route.when is None else route.when.evaluate(order).result
+        for route in self.serving(callback.name, channel):
+            own = all_hold(route.when, order)
             if own is not Result.NOT_MATCHED:
                 wanted.append((route, held if own is Result.MATCHED else own))
         return Selection(callback=held, routes=tuple(wanted))
@@ -121,7 +125,13 @@ class Routes:
 
 def wants(route: Route, order: Any) -> Result:
     """Evaluate the conditions of a route and its callback on an order's `data`. Never raises."""
-    results = [c.evaluate(order).result for c in (route.callback.condition, route.when) if c is not None]
+    own = route.callback.condition
+    return all_hold(route.when if own is None else (own, *route.when), order)
+
+
+def all_hold(conditions: Sequence[CompiledCondition], order: Any) -> Result:
+    """Evaluate conditions that must all hold on an order's `data`. Never raises."""
+    results = [condition.evaluate(order).result for condition in conditions]
     if Result.NOT_MATCHED in results:
         return Result.NOT_MATCHED
     return Result.ERROR if Result.ERROR in results else Result.MATCHED
@@ -184,15 +194,19 @@ class _Builder:
 
     def _route(self, name: str, each: RouteConfig, callback: Callback) -> Route | None:
         path = f"routes.{name}"
-        when = None if each.when is None else self._compiled(f"{path}.when", each.when)
+        when = self._conditions(f"{path}.when", each.when)
         handler = self._handler(f"{path}.handler", each.handler, callback)
         if handler is None:
             return None
         if callback.kind == "notification" and each.refetch:
-            for at, condition in ((f"callbacks.{callback.name}", callback.condition), (f"{path}.when", when)):
+            self._warn_of_passing_state(f"callbacks.{callback.name}", callback.condition)
+            for at, condition in when.items():
                 self._warn_of_passing_state(at, condition)
         settings: dict[Channel, Settings] = {}
-        for channel in self._config.channels:
+        channels = self._config.channels_of(name)
+        if not channels:
+            self._problem(path, "is for no configured channel: correct its merchants and channels")
+        for channel in channels:
             tree, paths = self._config.settings(name, channel)
             read = read_settings(self._config, handler.settings_type, tree, paths)
             if isinstance(read, tuple):
@@ -202,7 +216,7 @@ class _Builder:
         return Route(
             name=name,
             callback=callback,
-            when=when,
+            when=tuple(condition for condition in when.values() if condition is not None),
             handler_name=each.handler,
             handler=handler,
             settings=settings,
@@ -213,6 +227,14 @@ class _Builder:
             schedule=each.retry.schedule,
             concurrency=each.concurrency,
         )
+
+    def _conditions(
+        self, path: str, given: WhenConfig | tuple[WhenConfig, ...] | None
+    ) -> dict[str, CompiledCondition | None]:
+        """Compile the conditions of a route; return them by their paths."""
+        if isinstance(given, tuple):
+            return {f"{path}[{index}]": self._compiled(f"{path}[{index}]", each) for index, each in enumerate(given)}
+        return {} if given is None else {path: self._compiled(path, given)}
 
     def _compiled(self, path: str, each: NotificationCallbackConfig | WhenConfig) -> CompiledCondition | None:
         if any(each.scope.startswith(f"{array}/") for array in ARRAYS):

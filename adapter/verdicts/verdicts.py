@@ -38,7 +38,7 @@ MARGIN = timedelta(milliseconds=200)  # for the way of the answer, past plugins 
 MOST_OF_MARGIN = 0.2  # of the deadline
 MOST_UNFINISHED = 200  # runs that go on after their answer; each holds an order
 # Reasons for a missing verdict that say nothing about the handler: neither a miss nor a success for the breaker.
-NOT_ASKED = frozenset({"order-unreadable", "condition", "circuit-open", "held-up"})
+NOT_ASKED = frozenset({"condition", "circuit-open", "held-up"})
 
 T = TypeVar("T")
 
@@ -97,11 +97,11 @@ class Verdicts:
         self._circuit_breaker = circuit_breaker
         self._record = record
         answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
-        self._enforced = {each.name: [r for r in routes.of(each.name) if not r.shadow] for each in answered}
-        self._shadows = {each.name: [r for r in routes.of(each.name) if r.shadow] for each in answered}
+        self._routes = routes
         self._unfinished: dict[Run[Any], None] = {}  # the oldest first
         self.waiting = 0  # requests that wait for a handler or for Norce
-        if any(self._shadows.values()):
+        answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
+        if any(route.shadow for each in answered for route in routes.of(each.name)):
             runner.open("shadows")
         for each in answered:
             metrics.callback_deadline.labels(each.name).set(each.deadline.total_seconds())
@@ -114,10 +114,10 @@ class Verdicts:
         Raises:
             OrderMissing: Norce has no such order.
         """
-        name, order = request.callback.name, request.order
+        order = request.order
         try:
             if order is None:
-                if not self._enforced[name] and not self._shadows[name]:
+                if not self._serving(request):
                     return Answer(verdicts=())
                 order = await self._read_order(request)
             answer = combine(request.callback, order, await self._ask_routes(request, order))
@@ -126,7 +126,8 @@ class Verdicts:
         except Exception as error:  # noqa: BLE001 - a mistake of ours neither stops a shopper nor lets one through
             reason = "order-unreadable" if isinstance(error, NorceUnavailable | NorceRefused) else "failed"
             missing = [
-                no_answer(route, reason, error=error, started_at=request.received_at) for route in self._enforced[name]
+                no_answer(route, reason, error=error, started_at=request.received_at)
+                for route in self._enforced(request)
             ]
             answer = combine(request.callback, None, missing)
         asyncio.get_running_loop().call_soon(self._report, request, answer, order)
@@ -140,7 +141,7 @@ class Verdicts:
         verdicts: dict[str, Verdict | None] = {}  # in the order of the configuration
         runs: list[tuple[Route, Run[Any]]] = []
         computing: list[Route] = []
-        for route in self._enforced[request.callback.name]:
+        for route in self._enforced(request):
             held = self._held(route, order)
             if held is Result.NOT_MATCHED:
                 continue
@@ -167,8 +168,14 @@ class Verdicts:
                 verdicts[route.name] = self._in_time(request, order, route, run, holding)
         return [verdict for verdict in verdicts.values() if verdict is not None]
 
+    def _serving(self, request: VerdictRequest) -> list[Route]:
+        return self._routes.serving(request.callback.name, request.channel)
+
+    def _enforced(self, request: VerdictRequest) -> list[Route]:
+        return [route for route in self._serving(request) if not route.shadow]
+
     def _held(self, route: Route, order: Order) -> Result:
-        if route.when is None:
+        if not route.when:
             return Result.MATCHED
         held = wants(route, order.data)
         self._metrics.conditions_evaluated.labels("route", held.value).inc()
@@ -233,12 +240,16 @@ class Verdicts:
             self._count(request, verdict)
             self._log(request, verdict)
         if order is not None:
-            for route in self._shadows[request.callback.name]:
+            shadows = [route for route in self._serving(request) if route.shadow]
+            for route in shadows:
                 self._ask_shadow(request, answer, order, route)
 
     def _count(self, request: VerdictRequest, verdict: Verdict) -> None:
         callback, route, missing = request.callback, verdict.route, verdict.missing
         took = verdict.ended_at - verdict.started_at
+        if missing == "order-unreadable":  # the time was Norce's
+            self._metrics.verdicts_missing.labels(callback.name, route.name, missing).inc()
+            return
         self._metrics.verdict_duration.labels(callback.name, route.name, verdict.label).observe(took)
         is_slow = took > callback.soft_limit.total_seconds()
         if is_slow:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adapter import config as configuration
 from adapter.cli.explain import explained, in_words, kind
 from adapter.conditions import MISSING, Condition
+from adapter.identifiers import Channel
 from adapter.routing.routes import Routes, build, wants
 from tests.cli.test_cli import CONFIGURATION, ENVIRON, NOTHING_MATCHED, OK, STORE, USAGE, run, write
 from tests.conditions.test_conditions import CANARY, ORDINARY_SCHEMAS, PLAIN, QUIET, is_accepted
@@ -136,7 +137,7 @@ def test_json_output_has_the_same_explanation(config):
         ("paid", "error"),
     ]
     assert (told["callback"], told["kind"], told["condition"]["result"]) == ("order-status", "notification", "matched")
-    assert told["routes"][2]["when"] == {
+    assert told["routes"][2]["when"][0] == {
         "scope": "/total",
         "kind": "object of 1",
         "result": "not_matched",
@@ -302,19 +303,22 @@ def test_explain_and_the_service_have_the_same_result(built, callback, whens, or
     like = built.of("order-status")[0]
     routes = Routes(
         {asked.name: asked},
-        [replace(like, name=str(number), callback=asked, when=when) for number, when in enumerate(whens)],
+        [
+            replace(like, name=str(number), callback=asked, when=() if when is None else (when,))
+            for number, when in enumerate(whens)
+        ],
         (),
     )
 
-    told = explained(routes, asked, order, ("fjallboden", "1"))
+    told = explained(routes, asked, order, Channel("fjallboden", "1"))
 
     assert [route["result"] for route in told["routes"]] == [wants(route, order).value for route in routes.all]
     assert {route["route"]: route["result"] for route in told["routes"] if route["result"] != "not_matched"} == {
-        route.name: result.value for route, result in routes.wanting(asked, order).routes
+        route.name: result.value for route, result in routes.wanting(asked, Channel("fjallboden", "1"), order).routes
     }
     for condition, seen in [
         (callback, told["condition"]),
-        *zip(whens, (route["when"] for route in told["routes"]), strict=True),
+        *zip(whens, (next(iter(route["when"]), None) for route in told["routes"]), strict=True),
     ]:
         assert (seen is None) is (condition is None)
         if condition is not None:

@@ -76,6 +76,8 @@ EXAMPLE = {
     "routes": {
         "export-payment": {
             "callback": "order-status",
+            "merchants": Off(["norce"]),
+            "channels": Off(["1"]),
             "when": {"scope": "/state/currentStatus", "schema": {"const": "completed"}},
             "handler": "jetshop",
             "settings": {
@@ -188,9 +190,8 @@ def _struct(type_: Any, value: Any) -> Any:
     if is_struct(base):
         return base
     tagged = get_args(base) if class_of(base) in (Union, UnionType) else ()
-    return next(
-        (each for each in tagged if is_struct(each) and class_of(each).__struct_config__.tag == value["kind"]), None
-    )
+    structs = {class_of(each).__struct_config__.tag: each for each in tagged if is_struct(each)}
+    return structs.get(value.get("kind")) if isinstance(value, Mapping) else None
 
 
 def _inside(value: Any) -> list[Any]:

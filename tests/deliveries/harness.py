@@ -245,7 +245,7 @@ def route(handler: NotificationHandler[Any], **more: Any) -> Route:
     given: dict[str, Any] = {
         "name": "export",
         "callback": Callback(name="order-status", kind="notification"),
-        "when": None,
+        "when": (),
         "handler_name": "shop",
         "handler": handler,
         "settings": {("fjallboden", "1"): NoSettings(), ("annan", "1"): NoSettings()},

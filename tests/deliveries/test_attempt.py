@@ -62,7 +62,7 @@ def queue(handler: NotificationHandler[Any], *, timeout: timedelta = 30 * SECOND
     route = Route(
         name="export",
         callback=Callback(name="order-status", kind="notification"),
-        when=None,
+        when=(),
         handler_name="shop",
         handler=handler,
         settings={Channel("fjallboden", "1"): ShopSettings()},

@@ -359,7 +359,7 @@ COMPLETED = Condition("/state/currentStatus", {"const": "completed"}).compile()
 @asynchronous
 async def test_an_order_that_no_longer_meets_the_condition_has_moved_on(store_url: str) -> None:
     handler = Plain()
-    async with working(store_url, route(handler, when=COMPLETED)) as work:
+    async with working(store_url, route(handler, when=(COMPLETED,))) as work:
         await work.owe(state={"currentStatus": "declined"})
 
         row = await work.settled()
@@ -374,7 +374,7 @@ async def test_a_condition_that_cannot_be_evaluated_makes_a_dead_letter(store_ur
     for _ in range(100):
         deep = [deep]
     handler = Plain()
-    async with working(store_url, route(handler, when=COMPLETED)) as work:
+    async with working(store_url, route(handler, when=(COMPLETED,))) as work:
         await work.owe(state={"currentStatus": deep})
 
         row = await work.settled()
@@ -386,7 +386,7 @@ async def test_a_condition_that_cannot_be_evaluated_makes_a_dead_letter(store_ur
 @asynchronous
 async def test_a_lookup_runs_although_the_condition_no_longer_holds(store_url: str) -> None:
     handler = LooksUp(Unknown("no-answer"), Done("shop-7"))
-    async with working(store_url, route(handler, when=COMPLETED)) as work:
+    async with working(store_url, route(handler, when=(COMPLETED,))) as work:
         await work.owe()
         row = await work.settled()
         work.norce.orders["order-1"]["state"] = {"currentStatus": "declined"}
@@ -417,7 +417,7 @@ async def test_an_order_that_cannot_be_read_again_is_not_delivered(
     store_url: str, answer: httpx.Response | Exception, expected: tuple[str, str | None, int | None]
 ) -> None:
     handler = Plain()
-    async with working(store_url, route(handler, when=COMPLETED)) as work:
+    async with working(store_url, route(handler, when=(COMPLETED,))) as work:
         work.norce.answers = [answer, answer]  # a read without an answer is repeated once
         await work.owe()
 

@@ -10,6 +10,7 @@ import pytest
 from adapter import config as configuration
 from adapter.conditions import Result
 from adapter.config import ConfigurationInvalid
+from adapter.identifiers import Channel
 from adapter.orders import Order
 from adapter.plugin import (
     Context,
@@ -225,7 +226,7 @@ def test_a_route_wants_orders_that_meet_both_conditions(
 ) -> None:
     routes = made(tmp_path, CALLBACKS + ROUTES)
 
-    wanting = routes.wanting(routes.callbacks["order-status"], order)
+    wanting = routes.wanting(routes.callbacks["order-status"], Channel("norce", "1"), order)
 
     assert wanting.callback.value == callback
     assert {route.name: result.value for route, result in wanting.routes} == wanted
@@ -252,7 +253,7 @@ def test_selecting_never_raises(tmp_path: Path, order: Any) -> None:
 
     for route in routes.all:
         assert isinstance(wants(route, order), Result)
-    assert isinstance(routes.wanting(routes.callbacks["order-status"], order).callback, Result)
+    assert isinstance(routes.wanting(routes.callbacks["order-status"], Channel("norce", "1"), order).callback, Result)
 
 
 # --- problems -------------------------------------------------------------------------------------------------------
@@ -350,6 +351,76 @@ def test_a_condition_that_cannot_be_evaluated_safely_is_a_problem_at_its_line(
     tmp_path: Path, when: str, at: str
 ) -> None:
     assert one_problem(tmp_path, export(when=when)).startswith(f"8 routes.export.when.{at}: ")
+
+
+def test_every_condition_of_a_list_must_hold(tmp_path: Path) -> None:
+    when = "[{scope: /country, schema: {const: SE}}, {scope: /total, schema: {minimum: 100}}]"
+    [route] = made(tmp_path, export(when=when)).all
+
+    orders: list[Any] = [
+        {"country": "SE", "total": 100},
+        {"country": "SE", "total": 99},
+        {"country": "NO", "total": 100},
+    ]
+    assert [wants(route, {"state": {"currentStatus": "completed"}} | order).value for order in orders] == [
+        "matched", "not_matched", "not_matched",
+    ]  # fmt: skip
+
+
+def test_a_wrong_condition_of_a_list_is_a_problem_at_its_place(tmp_path: Path) -> None:
+    assert one_problem(tmp_path, export(when="[{scope: /country}, {scope: total}]")).startswith(
+        "8 routes.export.when[1].scope: "
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "served"),
+    [
+        ({}, ["norce 1", "norce 2", "other 1"]),
+        ({"merchants": "[norce]"}, ["norce 1", "norce 2"]),
+        ({"channels": '["1"]'}, ["norce 1", "other 1"]),
+        ({"merchants": "[norce]", "channels": '["2"]'}, ["norce 2"]),
+    ],
+    ids=["all", "merchants", "channels", "both"],
+)
+def test_a_route_is_for_its_merchants_and_channels(tmp_path: Path, keys: dict[str, str], served: list[str]) -> None:
+    routes = made(tmp_path, export(**keys))
+    order = {"state": {"currentStatus": "completed"}}
+
+    wanting = {
+        f"{merchant} {name}": len(
+            routes.wanting(routes.callbacks["order-status"], Channel(merchant, name), order).routes
+        )
+        for merchant, name in (("norce", "1"), ("norce", "2"), ("other", "1"))
+    }
+
+    assert [" ".join(channel) for channel in routes.all[0].settings] == served
+    assert wanting == {each: int(each in served) for each in ("norce 1", "norce 2", "other 1")}
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"merchants": "[nobody]"}, "routes.export.merchants[0]: must be a merchant"),
+        ({"merchants": "[]"}, "routes.export: is for no configured channel"),
+        ({"channels": '["3"]'}, "routes.export.channels[0]: must be a channel of its merchants"),
+        (
+            {"merchants": "[other]", "channels": '["2"]'},
+            "routes.export.channels[0]: must be a channel of its merchants",
+        ),
+    ],
+    ids=["merchant", "none", "channel", "channel of another merchant"],
+)
+def test_an_unknown_merchant_or_channel_of_a_route_is_a_problem(
+    tmp_path: Path, keys: dict[str, str], problem: str
+) -> None:
+    assert problem in one_problem(tmp_path, export(**keys))
+
+
+def test_settings_are_checked_only_for_the_channels_of_the_route(tmp_path: Path) -> None:
+    text = export(merchants="[other]", settings="{shop: closed}")
+
+    assert made(tmp_path, text).all[0].settings[Channel("other", "1")].shop == "other-one"  # type: ignore[attr-defined]
 
 
 def test_the_condition_of_a_callback_without_routes_is_checked(tmp_path: Path) -> None:

@@ -314,6 +314,27 @@ def test_only_routes_whose_condition_holds_give_a_verdict(tmp_path: Path) -> Non
     assert codes(asked(tmp_path, routes, {"deny": Deny})) == ["here"]
 
 
+@pytest.mark.parametrize("addressed", ['channels: ["2"]', 'merchants: [norce], channels: ["2"]'])
+def test_a_route_of_another_channel_has_no_verdict_even_without_an_order(tmp_path: Path, addressed: str) -> None:
+    """The address names the channel, so an order that cannot be read does not matter."""
+    routes = route("others", "deny", more=f", {addressed}") + route("ours", "deny", no_answer="approve")
+
+    def silent(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(503)
+
+    assert [each.route.name for each in asked(tmp_path, routes, {"deny": Deny})] == ["ours"]
+    unread = asked(tmp_path, routes, {"deny": Deny}, silent)
+    assert [(each.route.name, each.missing, each.decided) for each in unread] == [
+        ("ours", "order-unreadable", "approve")
+    ]
+
+
+def test_the_order_is_not_read_if_no_route_is_for_the_channel(tmp_path: Path) -> None:
+    routes = route("others", "deny", more=', channels: ["2"]')
+
+    assert asked(tmp_path, routes, {"deny": Deny}, lambda _request: pytest.fail("no route needs the order")) == []
+
+
 def test_without_routes_there_is_no_verdict_and_no_call_to_norce(tmp_path: Path) -> None:
     assert asked(tmp_path, "", {}, lambda _request: pytest.fail("no route needs the order")) == []
 
