@@ -93,7 +93,7 @@ class AttemptRecord:
     handling: Handling
     schedule: Sequence[timedelta]
     jitter: float  # 0 to 1
-    refetch: bool  # then a dead letter lets the lane continue: the route needs only the newest snapshot
+    refetch: bool  # then a dead letter lets the lane continue: a later delivery reads the order as well
     keeps_lane: bool = False  # the handler still blocks its thread; `release` ends it
     has_text: bool = True  # False if the texts of the handler cannot be stored
 

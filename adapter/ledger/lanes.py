@@ -236,9 +236,9 @@ class Lanes:
             return []
         rows = connection.execute(CURRENT_DELIVERIES, {"ids": [lane.id for lane, _ in taken]})
         delivery_ids = {row.id: row.delivery_id for row in rows}
-        superseded = [lane_id for lane_id, delivery_id in delivery_ids.items() if delivery_id is None]
-        if superseded:
-            connection.execute(MAKE_IDLE, {"ids": superseded})
+        empty = [lane_id for lane_id, delivery_id in delivery_ids.items() if delivery_id is None]
+        if empty:  # what waited was discarded
+            connection.execute(MAKE_IDLE, {"ids": empty})
         held = {delivery_ids[lane.id]: (lane, limit) for lane, limit in taken if delivery_ids[lane.id] is not None}
         if not held:
             return []

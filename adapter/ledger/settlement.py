@@ -55,7 +55,7 @@ class Reason(Enum):
 
     DELIVERED = "delivered"  # the handler returned Done
     SKIPPED = "skipped"  # the handler found nothing to do
-    SUPERSEDED = "superseded"  # never attempted: a newer snapshot of the order replaces it
+    SUPERSEDED = "superseded"  # never attempted: a later event of the order replaces it
     MOVED_ON = "moved_on"  # a condition that held on receipt no longer holds for the order at Norce
     DISCARDED = "discarded"  # by a person
     REJECTED = "rejected"  # the destination or the handler can never accept this order

@@ -1017,6 +1017,27 @@ def test_a_running_service_on_a_full_disk_refuses_notifications_and_recovers(tmp
     assert (ready.status_code, ready.json()["ready"]) == (200, True)
 
 
+def test_a_moved_ledger_refuses_notifications_and_answers_validations(tmp_path: Path) -> None:
+    service = Listening(tmp_path)
+    database = Path(service.config.store.url.removeprefix("sqlite:///"))
+    try:
+        before = service.post(f"{ROOT}/before/order-status", content=b'{"id":"before"}')
+        database.rename(database.with_name("moved.db"))
+        refused = service.post(f"{ROOT}/lost/order-status", content=b'{"id":"lost"}')
+        ready = service.ready()
+        validation = service.post(f"{ROOT}/before/order-free")
+        database.with_name("moved.db").rename(database)
+        again = service.post(f"{ROOT}/lost/order-status", content=b'{"id":"lost"}')
+        stored = rows(f"sqlite:///{database}", "SELECT order_id FROM notifications ORDER BY id")
+    finally:
+        service.close()
+
+    assert before.status_code == again.status_code == validation.status_code == 200
+    assert (refused.status_code, refused.json()["code"]) == (503, "store-unavailable")
+    assert (ready.status_code, ready.json()["checks"]["store"]) == (200, False)
+    assert stored == [("before",), ("lost",)]
+
+
 @contextlib.contextmanager
 def away(server: Server, url: str) -> Iterator[None]:
     """The database cannot be reached: its connections end, and it takes no others."""

@@ -20,6 +20,7 @@ from adapter.ledger.settlement import (
     State,
     is_past_last_lookup,
     next_attempt_at,
+    outcome_name,
     settle,
 )
 from adapter.plugin import (
@@ -248,6 +249,19 @@ def test_claims_that_end_with_their_process_use_up_the_schedule(handling: Handli
 def test_the_lookup_after_the_last_attempt_is_not_past_the_schedule() -> None:
     assert not is_past_last_lookup(len(SCHEDULE) + 2, SCHEDULE)
     assert settle(Ending.NOT_THERE, replace(LAST_LOOKUP, number=len(SCHEDULE) + 2)) == dead(Reason.EXHAUSTED)
+
+
+@pytest.mark.parametrize(
+    ("result", "name"),
+    [
+        (DONE, "done"),
+        (Interrupted("shutdown"), "unknown"),
+        (Ending.NOT_THERE, "not_there"),
+        (MISCONFIGURED, "misconfigured"),
+    ],
+)
+def test_a_result_has_the_name_of_its_outcome(result: Result, name: str) -> None:
+    assert outcome_name(result) == name
 
 
 def test_the_longest_deferral_is_a_day() -> None:

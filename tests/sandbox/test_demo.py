@@ -128,6 +128,7 @@ def test_the_secrets_are_private_and_the_folder_is_removed() -> None:
     async def play() -> tuple[Any, list[int]]:
         async with demo(port=0, operations_port=0) as running:
             folder = running.config_path.parent
+            assert folder.stat().st_mode & 0o077 == 0
             modes = [(folder / name).stat().st_mode & 0o777 for name in SECRETS]
             secrets = [(folder / name).read_text() for name in SECRETS]
             assert not any(secret in running.config_path.read_text() for secret in secrets)
