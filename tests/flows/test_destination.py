@@ -11,6 +11,9 @@ pytestmark = pytest.mark.usefixtures("store_url")
 WRONG = {"type": "basic", "username": "flows", "password": "${env:WRONG_PASSWORD}"}
 
 
+LONG_PAUSE = {"pause_after": 2, "first_pause": "1h", "max_pause": "1h"}
+
+
 def test_a_destination_that_is_down_for_a_while_gets_every_order_once(site: Site) -> None:
     port, names = free_port(), [f"order-{number}" for number in range(5)]
     site.config["routes"]["export-payment"]["settings"]["base_url"] = f"http://127.0.0.1:{port}"
@@ -56,30 +59,35 @@ def test_wrong_credentials_pause_the_queue_and_keep_its_deliveries_until_they_ar
     export = site.config["routes"]["export-payment"]
     export["concurrency"] = 1
     right, export["settings"]["auth"] = export["settings"]["auth"], WRONG
-    names = ["early", "late", "later"]
+    site.config["queues"] = LONG_PAUSE
+    names = ["early", "second", "late", "later"]
     first = site.start()
-    site.notify(first, make_order("early"))
+    for name in names[:2]:
+        site.notify(first, make_order(name))
     wait_until(lambda: site.overview().paused)
-    for name in names[1:]:
+    sent = len(site.shop.received)
+    for name in names[2:]:
         assert site.notify(first, make_order(name)) == 200
     assert site.overview().paused == {("export-payment", "fjallboden", "se-b2c"): "jetshop-unauthorized"}
     assert first.stop() == 0
-    assert len(site.shop.received) == 1  # a paused queue sends nothing
+    assert len(site.shop.received) == sent  # a paused queue sends nothing
     assert site.deliveries(state="dead") == []
-    assert [site.delivery(name)["state"] for name in names] == ["waiting"] * 3
+    assert [site.delivery(name)["state"] for name in names] == ["waiting"] * 4
 
     export["settings"]["auth"] = right
     site.start()
 
-    assert [site.wait_for_end(name)["reason"] for name in names] == ["delivered"] * 3
-    assert [site.shop.count_puts(name) for name in names] == [1, 1, 1]
+    assert [site.wait_for_end(name)["reason"] for name in names] == ["delivered"] * 4
+    assert [site.shop.count_puts(name) for name in names] == [1, 1, 1, 1]
     assert site.overview().paused == {}
 
 
 def test_wrong_credentials_of_one_merchant_do_not_affect_another(site: Site) -> None:
     site.config["merchants"]["norce"]["routes"] = {"export-payment": {"settings": {"auth": WRONG}}}
+    site.config["queues"] = LONG_PAUSE
     service = site.start()
-    site.notify(service, make_order("theirs", merchant="norce", channel="1"))
+    for name in ("theirs", "theirs-too"):
+        site.notify(service, make_order(name, merchant="norce", channel="1"))
     wait_until(lambda: site.overview().paused)
 
     site.notify(service, make_order("ours"))
