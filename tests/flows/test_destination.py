@@ -8,7 +8,6 @@ from tests.simulators import in_thread
 
 pytestmark = pytest.mark.usefixtures("store_url")
 
-PAUSES_AT_ONCE = {"pause_after": 1, "first_pause": "1h", "max_pause": "1h"}
 WRONG = {"type": "basic", "username": "flows", "password": "${env:WRONG_PASSWORD}"}
 
 
@@ -57,7 +56,6 @@ def test_a_delivery_that_waits_for_a_retry_is_retried_after_a_kill(site: Site) -
 
 
 def test_wrong_credentials_pause_the_queue_and_keep_its_deliveries_until_they_are_corrected(site: Site) -> None:
-    site.config["queues"] = PAUSES_AT_ONCE
     export = site.config["routes"]["export-payment"]
     export["concurrency"] = 1
     right, export["settings"]["auth"] = export["settings"]["auth"], WRONG
@@ -85,7 +83,6 @@ def test_wrong_credentials_pause_the_queue_and_keep_its_deliveries_until_they_ar
 
 
 def test_wrong_credentials_of_one_merchant_do_not_affect_another(site: Site) -> None:
-    site.config["queues"] = PAUSES_AT_ONCE
     site.config["merchants"]["norce"]["routes"] = {"export-payment": {"settings": {"auth": WRONG}}}
     site.config["queues"] = LONG_PAUSE
     service = site.start()
