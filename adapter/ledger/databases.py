@@ -251,7 +251,14 @@ class Sqlite(Database):
             self.unlock()
             raise StoreUnavailable(f"{self.path} has {links} hard links; remove the others, or copy the file")
         real = self.path.resolve()
-        for file in (real, Path(f"{real}-wal"), Path(f"{real}-shm")):
+        journal = Path(f"{real}-wal")
+        # SQLite deletes a journal beside an empty file, and with it the last commits of the file that was moved away.
+        if os.fstat(lock).st_size == 0 and journal.exists() and journal.stat().st_size > 0:
+            self.unlock()
+            raise StoreUnavailable(
+                f"{self.path} is missing or empty beside its journal {journal.name}; put it back, or delete the journal"
+            )
+        for file in (real, journal, Path(f"{real}-shm")):
             with contextlib.suppress(OSError):  # missing, or of another user who lets us write it
                 file.chmod(0o600)
 
@@ -267,7 +274,7 @@ class Sqlite(Database):
             if not os.path.samestat(os.stat(self.path), os.fstat(self._lock)):
                 raise FileNotFoundError
         except OSError as error:
-            raise StoreUnavailable(f"{self.path} was moved or deleted; put it back, or restart the service") from error
+            raise StoreUnavailable(f"{self.path} was moved or deleted; put it back") from error
 
     def engine(self, *, read_only: bool) -> Engine:
         engine = create_engine("sqlite://", creator=lambda: self.connect(read_only=read_only), poolclass=NullPool)

@@ -276,6 +276,20 @@ def test_a_file_that_is_moved_while_it_is_served_is_unavailable_until_it_is_back
     assert [snapshot for snapshot, _, _ in in_a_file.states()] == [1, 3]
 
 
+def test_the_journal_of_a_file_that_was_moved_away_is_not_lost(in_a_file: Ledger) -> None:
+    path = Path(in_a_file.url.removeprefix("sqlite:///"))
+    in_a_file.owed(1)
+
+    path.rename(path.with_name("moved.db"))
+    in_a_file.store.close()
+    with pytest.raises(StoreUnavailable, match="beside its journal"):
+        Store.open(in_a_file.url)
+    path.with_name("moved.db").rename(path)
+
+    Store.open(in_a_file.url).close()
+    assert [snapshot for snapshot, _, _ in in_a_file.states()] == [1]
+
+
 @pytest.mark.parametrize("again", [False, True], ids=["deleted", "replaced"])
 def test_a_file_that_is_deleted_while_it_is_served_is_unavailable(in_a_file: Ledger, again: bool) -> None:
     path = Path(in_a_file.url.removeprefix("sqlite:///"))
