@@ -92,12 +92,16 @@ def _words(segment: str) -> set[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Yield every text inside a JSON value in lower case."""
-    if isinstance(value, str):
-        yield value.strip().casefold()
-    elif isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _texts(each)
+    """Yield every text inside a JSON value of any depth, in lower case."""
+    left = [value]
+    while left:
+        value = left.pop()
+        if isinstance(value, str):
+            yield value.strip().casefold()
+        elif isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def is_write(request: httpx.Request) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.orders import read_order
+from adapter.orders import Order, read_order
 from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, Traffic, origins, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
 from tests.asynchronous import asynchronous
@@ -356,6 +356,16 @@ def test_an_answer_of_a_mebibyte_is_read() -> None:
     answer = request(answering(200, stream=Chunks(count=16, size=65536)))
 
     assert len(answer.content) == MAX_ANSWER_BYTES
+
+
+def test_a_deep_order_does_not_replace_the_outcome() -> None:
+    traffic = Traffic()
+    data: dict[str, Any] = {"id": "o"}
+    for _ in range(5000):
+        data = {"id": "o", "attributes": data}
+    traffic.order = Order(b"{}", data)
+
+    assert outcome(answering(422), "POST", traffic=traffic).message == "POST /orders/… was answered 422"
 
 
 STATUSES_KEPT = [200, 401, 422, 429]
