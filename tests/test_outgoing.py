@@ -21,6 +21,7 @@ from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unkn
 from tests.asynchronous import asynchronous
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
+SECOND = timedelta(seconds=1)
 SHOP = "https://shop.example"
 SAFE, UNSAFE = ("GET", "HEAD"), ("POST", "PUT", "PATCH", "DELETE")
 
@@ -214,6 +215,23 @@ async def test_a_write_that_is_cancelled_while_it_connects_did_not_go_out() -> N
         await asyncio.sleep(0)
     writing.cancel()
     await asyncio.gather(writing, return_exceptions=True)
+
+    assert not traffic.close()
+
+
+@asynchronous
+async def test_a_write_that_comes_too_late_for_its_open_connection_did_not_go_out() -> None:
+    moments = iter([NOON])
+
+    class Open(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await request.extensions["trace"]("http11.send_request_headers.started", {})
+            raise AssertionError
+
+    traffic = Traffic()
+    http = Outgoing(Open()).client(ShopSettings(), NOON + SECOND, lambda: next(moments, NOON + SECOND), traffic)
+    with pytest.raises(Retry, match="no-time-left"):
+        await http.post(SHOP)
 
     assert not traffic.close()
 
