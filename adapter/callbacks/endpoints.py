@@ -42,6 +42,7 @@ log = structlog.get_logger(__name__)
 RETRY_AFTER_SECONDS = 5
 # Keys in the scope of a request that `server` and this module share.
 BODY_IS_COMPLETE = "norce_adapter.body_is_complete"  # the whole body had come before the request was passed on
+RECEIVED_AT = "norce_adapter.received_at"  # monotonic: when the first byte of the request came
 ON_HANG_UP = "norce_adapter.on_hang_up"  # a function to call if the caller closes the connection before the answer
 
 
@@ -136,7 +137,7 @@ class CallbackEndpoint:
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started_at = time.perf_counter()
+        received_at = scope.setdefault(RECEIVED_AT, time.monotonic())
         name, order_id = scope["path_params"]["callback"], scope["path_params"]["order_id"]
         callback = self.routes.callbacks.get(name)
         try:
@@ -144,7 +145,7 @@ class CallbackEndpoint:
         except Exception as error:  # noqa: BLE001 - the last place where an error can become a response
             responded = _refusal(error)
         response = responded.response
-        seconds = time.perf_counter() - started_at
+        seconds = time.monotonic() - received_at
         shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")
         self.metrics.callbacks.labels(shown, kind, str(response.status_code)).inc()
         self.metrics.callback_duration.labels(kind).observe(seconds)
@@ -210,6 +211,7 @@ class CallbackEndpoint:
             query=query,
             headers=headers,
             body=await self._read_body(scope, receive) if reads_body else b"",
+            received_at=scope[RECEIVED_AT],
         )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:

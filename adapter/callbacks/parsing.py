@@ -97,7 +97,13 @@ def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: C
     Raises what `parse_notification` raises.
     """
     order, channel = _order_in(raw, sender, channels)
-    return VerdictRequest(callback=callback, channel=channel, order_id=raw.order_id, order=Order(raw.body, order))
+    return VerdictRequest(
+        callback=callback,
+        channel=channel,
+        order_id=raw.order_id,
+        order=Order(raw.body, order),
+        received_at=raw.received_at,
+    )
 
 
 def parse_validation(
@@ -108,7 +114,8 @@ def parse_validation(
     Raises what `parse_notification` raises, except `NotJson`.
     """
     check_order_id(raw.order_id)
-    return VerdictRequest(callback=callback, channel=_channel_of(raw, sender, channels, {}), order_id=raw.order_id)
+    channel = _channel_of(raw, sender, channels, {})
+    return VerdictRequest(callback=callback, channel=channel, order_id=raw.order_id, received_at=raw.received_at)
 
 
 def _order_in(raw: RawCallback, sender: Sender, channels: Container[Channel]) -> tuple[dict[str, Any], Channel]:

@@ -8,6 +8,7 @@ the reason.
 
 import hashlib
 import hmac
+import time
 from base64 import urlsafe_b64encode
 from collections.abc import Iterable, Mapping
 from urllib.parse import quote, urlencode
@@ -38,6 +39,7 @@ class RawCallback(msgspec.Struct, frozen=True, kw_only=True):
     query: Mapping[str, tuple[str, ...]]
     headers: Mapping[str, str]
     body: bytes
+    received_at: float = msgspec.field(default_factory=time.monotonic)  # when its first byte came
 
     def once(self, parameter: str) -> str | None:
         """Return the value of a query parameter, or None if it is absent or repeated."""

@@ -33,7 +33,7 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP, CallbackEndpoint
+from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP, RECEIVED_AT, CallbackEndpoint
 from adapter.metrics import Metrics
 
 log = structlog.get_logger(__name__)
@@ -259,6 +259,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[RECEIVED_AT] = time.monotonic()  # type: ignore[literal-required]
         if not self._is_in_head:  # a further request on the same connection
             self._begin_head()
 

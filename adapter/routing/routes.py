@@ -107,11 +107,14 @@ class Routes:
         return self._of[callback]
 
     def serving(self, callback: str, channel: Channel) -> list[Route]:
-        """Return the routes of a callback for a channel. The address names both, so no order is needed."""
+        """Return the routes of a callback for a channel.
+
+        The address of a request names both, so no order is needed.
+        """
         return [route for route in self._of[callback] if channel in route.settings]
 
     def wanting(self, callback: Callback, channel: Channel, order: Any) -> Selection:
-        """Select the routes for a channel whose conditions hold on an order's `data`. Never raises."""
+        """Select the routes for a channel whose conditions hold on an order. Never raises."""
         held = Result.MATCHED if callback.condition is None else callback.condition.evaluate(order).result
         if held is Result.NOT_MATCHED:
             return Selection(callback=held, routes=())

@@ -23,11 +23,11 @@ from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
-from adapter.norce.client import Norce, NorceRefused, NorceUnavailable, OrderNotFound
+from adapter.norce.client import Norce, NorceError, NorceRefused, NorceUnavailable, OrderNotFound
 from adapter.orders import Order
-from adapter.plugin import Context
+from adapter.plugin import Context, Outcome, Undecided
 from adapter.routing.routes import Callback, Route, Routes, wants
-from adapter.routing.runner import LoopName, Run, Runner
+from adapter.routing.runner import LoopName, Run, Runner, leaves
 from adapter.verdicts.answer import Answer, Verdict, combine, no_answer, verdict_of
 from adapter.verdicts.circuit_breaker import CircuitBreaker
 from adapter.verdicts.patches import PatchInvalid
@@ -36,6 +36,9 @@ log = structlog.get_logger(__name__)
 
 MARGIN = timedelta(milliseconds=200)  # for the way of the answer, past plugins that compute
 MOST_OF_MARGIN = 0.2  # of the deadline
+NO_BUGS = (Outcome, NorceError, Undecided, TimeoutError)  # errors that are logged without a traceback
+MOST_CODES = 20  # in a line of the log
+SECONDS_BETWEEN_TRACEBACKS = 3600  # of one kind
 MOST_UNFINISHED = 200  # runs that go on after their answer; each holds an order
 # Reasons for a missing verdict that say nothing about the handler: neither a miss nor a success for the breaker.
 NOT_ASKED = frozenset({"condition", "circuit-open", "held-up"})
@@ -54,7 +57,7 @@ class VerdictRequest(msgspec.Struct, frozen=True, kw_only=True):
     channel: Channel
     order_id: str
     order: Order | None = None  # of a hook, with the proposed change in it; that of a validation is read from Norce
-    received_at: float = msgspec.field(default_factory=time.monotonic)
+    received_at: float = msgspec.field(default_factory=time.monotonic)  # the first byte
 
     @property
     def answer_by(self) -> float:
@@ -99,6 +102,7 @@ class Verdicts:
         answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
         self._routes = routes
         self._unfinished: dict[Run[Any], None] = {}  # the oldest first
+        self._shown_at: dict[tuple[str, type[BaseException]], float] = {}  # the last traceback of a kind
         self.waiting = 0  # requests that wait for a handler or for Norce
         answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
         if any(route.shadow for each in answered for route in routes.of(each.name)):
@@ -256,7 +260,9 @@ class Verdicts:
             self._metrics.verdicts_slow.labels(callback.name, route.name).inc()
         if missing is not None:
             self._metrics.verdicts_missing.labels(callback.name, route.name, missing).inc()
-        if missing not in NOT_ASKED:
+        # The request or the order came slowly if a late route had less than half of the deadline.
+        had_time = missing not in ("late", "blocks") or took >= callback.deadline.total_seconds() / 2
+        if missing not in NOT_ASKED and had_time:
             missed = missing in ("late", "blocks") or (missing == "failed" and is_slow)
             self._circuit_breaker.record((route.name, request.channel), missed=missed)
 
@@ -267,15 +273,33 @@ class Verdicts:
         facts["duration_ms"] = round(took * 1000, 2)
         if verdict.missing is None:
             is_slow = took > request.callback.soft_limit.total_seconds()
+            if verdict.codes:
+                facts["paths" if verdict.decided == "patch" else "codes"] = verdict.codes[:MOST_CODES]
             (log.warning if is_slow else log.info)("verdict", **facts)
             return
+        facts |= {"handler": route.handler_name, "reason": verdict.missing, "no_answer": route.no_answer}
         if isinstance(error, PatchInvalid):
             facts["where"] = error.path
         elif error is not None:
-            facts["error_type"] = type(error).__name__
-        log.warning("verdict", **facts, handler=route.handler_name, reason=verdict.missing, no_answer=route.no_answer)
-        if verdict.missing == "failed":
-            log.error("handler_failed", route=route.name, handler=route.handler_name, exc_info=error)
+            told = next((each for each in leaves(error) if isinstance(each, Outcome | NorceError)), error)
+            facts["error_type"] = type(told).__name__
+            facts |= {name: value for name in ("code", "host", "status") if (value := getattr(told, name, None))}
+        is_bug = error is not None and not all(isinstance(each, NO_BUGS) for each in leaves(error))
+        if verdict.missing == "failed" and error is not None and is_bug:
+            log.error("verdict", **facts, exc_info=error if self._has_news(route, error) else None)
+        else:
+            log.warning("verdict", **facts)
+
+    def _has_news(self, route: Route, error: BaseException) -> bool:
+        """Return True at most once an hour for a kind of error of a route.
+
+        A traceback for each shopper would fill the log.
+        """
+        kind, now = (route.name, type(error)), time.monotonic()
+        is_new = now - self._shown_at.get(kind, float("-inf")) >= SECONDS_BETWEEN_TRACEBACKS
+        if is_new:
+            self._shown_at[kind] = now
+        return is_new
 
     def _ask_shadow(self, request: VerdictRequest, answer: Answer, order: Order, route: Route) -> None:
         held = self._held(route, order)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import select
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP
+from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP, RECEIVED_AT
 from adapter.callbacks.server import (
     LARGEST_HEAD_BYTES,
     LONGEST_HEAD_SECONDS,
@@ -143,6 +144,23 @@ def test_a_request_with_a_complete_body_is_marked(connection) -> None:
         settle(loop)
 
     assert told == [False, False, True, True, False]
+
+
+def test_a_request_is_marked_with_the_moment_of_its_first_byte(connection) -> None:
+    loop, protocol, _ = connection
+    before = time.monotonic()
+
+    protocol.data_received(HEAD[:10])
+    first = protocol.scope[RECEIVED_AT]
+    protocol.data_received(HEAD[10:] + b"{")
+    settle(loop)
+    protocol.data_received(b"}")
+
+    assert before <= first <= time.monotonic()
+    assert protocol.scope[RECEIVED_AT] == first
+    settle(loop)
+    protocol.data_received(HEAD + b"{}")
+    assert protocol.scope[RECEIVED_AT] >= first
 
 
 def test_a_caller_that_closes_the_connection_before_its_answer_is_noted(connection) -> None:

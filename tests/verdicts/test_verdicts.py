@@ -24,7 +24,7 @@ from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce
 from adapter.orders import Order, read_order
-from adapter.plugin import Context, HookHandler, Patch, Problem, Refuse, Settings, ValidationHandler
+from adapter.plugin import Context, HookHandler, Patch, Problem, Refuse, Retry, Settings, ValidationHandler
 from adapter.routing.from_config import norce_accounts
 from adapter.routing.routes import Routes, build
 from adapter.routing.runner import Runner
@@ -807,6 +807,9 @@ def test_every_verdict_is_one_line(tmp_path: Path) -> None:
     assert [(line["route"], line["decided"], line["log_level"]) for line in logged] == [
         ("zeta", "patch", "info"), ("mu", "refuse", "info"), ("alpha", "accept", "info")
     ]  # fmt: skip
+    zeta, mu, alpha = logged
+    assert (zeta["paths"], mu["codes"]) == (("/cart/attributes/priceList",), ("a-code",))
+    assert not {"codes", "paths"} & alpha.keys()
     assert all(
         (line["callback"], line["merchant"], line["channel"], line["order_id"]) == ("cart-changed", "norce", "1", "o1")
         for line in logged
@@ -824,16 +827,73 @@ def test_a_missing_verdict_is_logged_with_its_reason(tmp_path: Path) -> None:
         logs.logging.getLogger().handlers = root_handlers
 
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]  # a loop of another test may say something
-    verdict, failed = (line for line in lines if line["event"] in ("verdict", "handler_failed"))
-    assert (failed["event"], failed["exception"][0]["type"]) == ("handler_failed", "builtins.ValueError")
+    [verdict] = (line for line in lines if line["event"] in ("verdict", "handler_failed"))
+    assert verdict["exception"][0]["type"] == "builtins.ValueError"
     told = {
         name: verdict[name] for name in ("event", "level", "decided", "reason", "no_answer", "error_type", "handler")
     }
     assert told == {
-        "event": "verdict", "level": "warning", "decided": "no_answer", "reason": "failed", "no_answer": "reject",
+        "event": "verdict", "level": "error", "decided": "no_answer", "reason": "failed", "no_answer": "reject",
         "error_type": "ValueError", "handler": "broken",
     }  # fmt: skip
     assert "canary" not in stream.getvalue()
+
+
+def test_a_bug_has_one_traceback_an_hour_for_its_kind_and_route(tmp_path: Path) -> None:
+    routes = route("one", "broken") + route("two", "broken") + route("three", "other")
+    handlers = {"broken": raising(lambda: ValueError("canary")), "other": raising(lambda: KeyError("canary"))}
+
+    async def ask() -> None:
+        async with asking(tmp_path, routes, handlers) as at:
+            for _ in range(3):
+                await at.validate()
+                await asyncio.sleep(0)
+
+    with capture_logs() as logged:
+        asyncio.run(ask())
+
+    assert len(logged) == 9
+    assert sorted(line["route"] for line in logged if line.get("exc_info")) == ["one", "three", "two"]
+
+
+def test_a_failed_request_is_one_line_with_code_host_and_status(tmp_path: Path) -> None:
+    def refused() -> BaseException:
+        error = Retry("destination-busy")
+        error.host, error.status = "credit.example", 503
+        return error
+
+    with capture_logs() as logged:
+        asked(tmp_path, route("one", "busy"), {"busy": raising(refused)})
+
+    [line] = logged
+    assert not line.get("exc_info")
+    assert {name: line[name] for name in ("merchant", "order_id", "error_type", "code", "host", "status")} == {
+        "merchant": "norce", "order_id": "o1", "error_type": "Retry", "code": "destination-busy",
+        "host": "credit.example", "status": 503,
+    }  # fmt: skip
+
+
+def test_a_route_without_half_of_its_deadline_has_not_missed_it(tmp_path: Path) -> None:
+    """A request that comes byte by byte must not open the circuit breaker of a plugin."""
+    breaker = CircuitBreaker(failures=1, open_for=timedelta(hours=1))
+
+    async def ask(started: float) -> bool:
+        async with asking(
+            tmp_path, route("one", "forever"), {"forever": Forever}, breaker=breaker, deadline=DEADLINE
+        ) as at:
+            request = VerdictRequest(
+                callback=at.routes.callbacks["order-rules"],
+                channel=Channel("norce", "1"),
+                order_id="o1",
+                received_at=time.monotonic() - started,
+            )
+            answer = await at.verdicts.answer(request)
+            await asyncio.sleep(0)
+        assert [each.missing for each in answer.verdicts] == ["late"]
+        return breaker.is_open(("one", Channel("norce", "1")))
+
+    assert asyncio.run(ask(started=DEADLINE.total_seconds())) is False
+    assert asyncio.run(ask(started=0)) is True
 
 
 def test_patches_that_cannot_be_used_are_logged_with_their_place(tmp_path: Path) -> None:
