@@ -117,13 +117,11 @@ def test_a_log_whose_reader_has_stopped_delays_nothing(tmp_path: Path, pipe: tup
     with closing(Process(tmp_path, writing)) as service:
         service.wait_until_serving()
         address = address_in(os.read(reading, 4096))
-        while os.get_blocking(writing):
-            os.set_blocking(writing, False)
-        try:
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
             while True:
                 os.write(writing, b"x" * 64)
-        except BlockingIOError:
-            os.set_blocking(writing, True)
+        os.set_blocking(writing, True)
 
         statuses = [service.notify(address, f"o{number}") for number in range(30)]
 
