@@ -1,6 +1,11 @@
-"""Commands on a terminal, or into a pipe, that does not take UTF-8."""
+"""Commands on a terminal that does not take UTF-8, on a full disk, and with signals."""
 
+import asyncio
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +13,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from adapter import cli
+from adapter.cli.shared import stop_signal
+from tests import PATIENCE
 from tests.cli.test_cli import CONFIG, ENVIRON, NOTHING_MATCHED, ORDER, save, write
 from tests.ledgers import opened
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
+COMMAND = Path(sys.executable).with_name("norce-adapter")
 ORDER_ID = "order-åäö-☃"
 
 
@@ -74,3 +82,48 @@ def test_an_error_about_such_a_text_is_one_line(folder: Path) -> None:
 
 def test_an_order_that_is_not_there_is_still_3(folder: Path) -> None:
     assert run(folder, "deliveries", "list", "--order", "å").exit_code == NOTHING_MATCHED
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_1() -> None:
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [COMMAND, "version"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False
+        )
+
+    assert (ended.returncode, ended.stderr) == (1, "the output cannot be written: No space left on device\n")
+
+
+# --- signals --------------------------------------------------------------------------------------------------------
+
+
+def ends(number: signal.Signals) -> None:
+    async def main() -> None:
+        with stop_signal() as stop:
+            os.kill(os.getpid(), number)
+            async with asyncio.timeout(PATIENCE):
+                await stop.wait()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_a_command_in_good_order(number: signal.Signals) -> None:
+    ends(number)
+
+
+def test_an_ignored_sighup_stays_ignored() -> None:
+    """`nohup` and `serve` ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(TimeoutError):
+            asyncio.run(_wait_for_sighup())
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+async def _wait_for_sighup() -> None:
+    with stop_signal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        async with asyncio.timeout(0.05):
+            await stop.wait()
