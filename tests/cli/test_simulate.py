@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests import ROOT
 from tests.cli.test_cli import run
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -61,3 +62,20 @@ def test_a_wrong_option_ends_it_with_one_line(words: list[str], status: int, say
     assert says in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--scenario", "happy-purchase", "--orders", "3"], "--orders is for the scenario burst"),
+        (["--orders", "3"], "need a --scenario"),
+        (["--scenario", "sad-purchase"], "'sad-purchase' is not one of"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options: list[str], message: str) -> None:
+    environ = {"NORCE_TOKEN": "a token", "NORCE_ADAPTER_URL_KEY": "a-key-of-at-least-thirty-two-bytes"}
+
+    result = run("simulate", *options, config=ROOT / "docs" / "scenarios.yaml", env=environ)
+
+    assert result.exit_code == 2
+    assert message in result.stderr

@@ -121,20 +121,3 @@ def test_the_command_fails_if_a_promise_is_broken(scenario_site: ScenarioSite) -
     assert status == 1
     assert summary["unmet"].startswith("validate was answered 400")
     assert said == f"happy-purchase: {summary['unmet']}\n"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--scenario", "happy-purchase", "--orders", "3"], "--orders is for the scenario burst"),
-        (["--orders", "3"], "need a --scenario"),
-        (["--scenario", "sad-purchase"], "'sad-purchase' is not one of"),
-    ],
-)
-def test_options_that_contradict_each_other_are_refused(
-    scenario_site: ScenarioSite, options: list[str], message: str
-) -> None:
-    result = scenario_site.site.run_command("simulate", *options)
-
-    assert result.returncode == 2
-    assert message in result.stderr
