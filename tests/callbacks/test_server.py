@@ -6,6 +6,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from adapter.callbacks.server import (
     _HeadBuffer,
     http_server,
 )
+from adapter.config.model import ServerConfig
 from tests import PATIENCE
 
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
@@ -105,6 +107,21 @@ def test_a_connection_that_sends_nothing_is_closed(connection) -> None:
     loop.after(LONGEST_HEAD_SECONDS)
 
     assert wire.closed
+
+
+def test_an_idle_connection_is_kept_for_the_configured_time_and_longer_than_by_proxies(connection) -> None:
+    """Nginx keeps one for 60 s. A request that meets a connection being closed gets no answer."""
+    loop, protocol, wire = connection
+    protocol.data_received(HEAD + b"{}")
+    settle(loop)
+
+    loop.after(2999)
+    is_kept = not wire.closed
+    loop.after(3000)
+
+    assert is_kept
+    assert wire.closed
+    assert ServerConfig().keep_alive > timedelta(seconds=60)
 
 
 def test_a_head_that_arrives_byte_by_byte_is_closed_at_the_time_limit(connection) -> None:
