@@ -85,7 +85,7 @@ QUEUES_WITH_DUE = select(
 QUEUES = select(queues).where(any_of(queues.c.id))
 LOCK_QUEUES = QUEUES.order_by(queues.c.id).with_for_update(key_share=True)
 # Counted in Python: for a GROUP BY, SQLite walks through all lanes.
-HELD_QUEUES = select(lanes.c.queue_id).where(lanes.c.holder > 0)
+HELD_LANES = select(lanes.c.queue_id, lanes.c.next_at).where(lanes.c.holder > 0)
 LOCK_DUE_LANES = (
     select(lanes)
     .where(lanes.c.queue_id == bindparam("queue"), _is_free, lanes.c.next_at <= bindparam("now"))
@@ -212,14 +212,19 @@ class Lanes:
             return Claimed(claims=[], next_due_at=later)
         # The lock makes one node at a time count the held lanes of a queue. The inbox does not wait for it.
         locked = connection.execute(LOCK_QUEUES, {"ids": ready}).all()
-        held = Counter(connection.execute(HELD_QUEUES).scalars())
+        held_lanes = connection.execute(HELD_LANES).all()
+        held = Counter(lane.queue_id for lane in held_lanes)
+        # Without those that a blocked handler holds after its settlement: one would keep a probe away for good.
+        attempted = Counter(lane.queue_id for lane in held_lanes if lane.next_at is not None)
         self._claims_made += 1
         first = self._claims_made % len(locked)  # each claim begins with the next queue
         taken: list[tuple[Any, QueueLimits]] = []
         for queue in (*locked[first:], *locked[:first]):
             limit, state = limits[queue.id], queue_state(queue)
             slots = max(most - len(taken), 1 if queue.id in idle else 0)
-            room = min(state.room(limit.concurrency, now) - held[queue.id], slots)
+            room = min(
+                state.room(limit.concurrency, now) - attempted[queue.id], limit.concurrency - held[queue.id], slots
+            )
             if room > 0:
                 which = {"queue": queue.id, "now": now, "room": room}
                 rows: Sequence[Any] = []

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -10,12 +11,13 @@ from sqlalchemy import Connection
 
 from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
 from adapter.ledger.settlement import Reason
-from adapter.plugin import Context, Done, NoSettings, Notification
+from adapter.plugin import Context, Done, NoSettings, Notification, Retry
 from adapter.routing.routes import Route
 from tests import PATIENCE
 from tests.asynchronous import asynchronous
 from tests.deliveries.handlers import Blocks, LooksUp, Plain
 from tests.deliveries.harness import NOON, SHORTLY, Work, route, working
+from tests.ledgers import POLICY
 
 HELD = timedelta(seconds=1)
 
@@ -75,6 +77,25 @@ async def test_a_blocked_lane_counts_for_the_concurrency_of_its_queue(store_url:
         row = await work.settled()
 
         assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+
+@asynchronous
+async def test_a_blocked_lane_takes_no_probe_of_its_queue(store_url: str) -> None:
+    holds = Blocks()
+    handler = Plain(holds, Retry("destination-busy"), Retry("destination-busy"))
+    policy = replace(POLICY, after_failures=2)
+    async with watched(store_url, route(handler, timeout=SHORTLY, concurrency=2), policy=policy) as work:
+        for order in ("order-1", "order-2", "order-3"):
+            await work.owe(order)
+            await work.settled()
+        await work.owe("order-4")
+
+        work.move_to(work.paused_until())
+        row = await work.settled()
+
+        assert (row["order_id"], row["state"]) == ("order-4", "done")
+        assert work.pauses() == {}
+        await holds.ends()
 
 
 @asynchronous
