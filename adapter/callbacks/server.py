@@ -79,13 +79,15 @@ def ensure_descriptors(*, slots: int, are_verdicts_configured: bool) -> None:
         DescriptorsTooFew: the hard limit is too low for the callers and destinations that are served at once.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_DESCRIPTORS)
+    if soft < most:
+        with contextlib.suppress(ValueError, OSError):  # macOS allows less than its hard limit
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     callers = MOST_AT_ONCE + MOST_WAITING * are_verdicts_configured
     needed = 3 * CONNECTIONS_A_TURN + callers + DESCRIPTORS_OF_A_SLOT * slots + OTHER_DESCRIPTORS
-    most = hard if hard != resource.RLIM_INFINITY else ENOUGH_DESCRIPTORS
-    if most < needed:
-        raise DescriptorsTooFew(f"the limit on open files is {most}, but {needed} are needed; raise it (ulimit -n)")
-    if soft < min(most, ENOUGH_DESCRIPTORS):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, ENOUGH_DESCRIPTORS), hard))
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise DescriptorsTooFew(f"the limit on open files is {limit}, but {needed} are needed; raise it (ulimit -n)")
 
 
 def listen(host: str, port: int) -> socket.socket:
