@@ -363,6 +363,14 @@ def test_send_sends_an_order_byte_for_byte(serving: Serving, config: Path, tmp_p
     assert execute(config, "SELECT body FROM notifications WHERE order_id = 'raw'") == [(raw,)]
 
 
+def test_send_reads_a_file_as_the_service_reads_a_body(serving: Serving, config: Path, tmp_path: Path) -> None:
+    raw = b'\xef\xbb\xbf{"id":"odd","merchant":"norce","channel":"1","a":"\\ud83d","b":1e400}'
+
+    run_send(serving, config, save(tmp_path, raw))
+
+    assert execute(config, "SELECT body FROM notifications WHERE order_id = 'odd'") == [(raw,)]
+
+
 def test_send_replaces_id_merchant_and_channel_by_options(serving: Serving, config: Path, tmp_path: Path) -> None:
     file = save(tmp_path, {"total": {}})
     given = ["--order", "an odd?id#å", "--merchant", "other", "--channel", "1"]

@@ -81,6 +81,16 @@ def for_programs(config: Path, order: Any, callback: str) -> Any:
     return json.loads(result.stdout)
 
 
+def test_a_file_is_read_as_the_service_reads_a_body(config):
+    file = config.parent / "odd.json"
+    odd = json.dumps(ORDER)[:-1] + ', "a": "\\ud83d", "b": 1e400}'
+    file.write_bytes(b"\xef\xbb\xbf" + odd.encode())
+
+    result = run("explain", file, "--callback", "order-status", "--output", "json", config=config)
+
+    assert json.loads(result.stdout) == for_programs(config, ORDER, "order-status")
+
+
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 

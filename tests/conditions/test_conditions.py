@@ -175,6 +175,57 @@ def test_the_deepest_order_that_is_accepted_is_decided(schema: Any) -> None:
     assert Condition("/value", schema).compile().evaluate(tree).result is not Result.ERROR
 
 
+CART_RULE: Any = {
+    "items": {
+        "properties": {
+            "sku": {"pattern": "^[A-Z]{2}"},
+            "unit": {"enum": ["pcs", "kg"]},
+            "quantity": {"maximum": 10},
+        }
+    }
+}
+LINE = b'{"sku":"AB-1","unit":"pcs","quantity":1,"name":"%s"}' % (b"x" * 750)
+
+
+@pytest.mark.parametrize("lines", [0, 1, 100, 122, 1000, 1280])
+def test_more_lines_do_not_switch_a_rule_off(lines: int) -> None:
+    """1280 lines make the largest body that is accepted."""
+    rule = Condition("/cart/items", CART_RULE).compile()
+    many = [LINE] * lines
+
+    tried = decode(b'{"cart":{"items":[%s]}}' % b",".join([*many, b'{"quantity":11}']))
+    honest = decode(b'{"cart":{"items":[%s]}}' % b",".join([*many, b'{"quantity":10}']))
+
+    assert rule.evaluate(tried).result is Result.NOT_MATCHED
+    assert rule.evaluate(honest).result is Result.MATCHED
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        b"100000000000000000000", b"-100000000000000000000", b"9" * 4000, b"9" * 5000, b"1e400", b"-1e400", b"1e-400",
+        b"[" * 150 + b"]" * 150, b'{"a":' * 150 + b"1" + b"}" * 150, rb'"\ud83d"', rb'{"\ud83d":1}', b'""', b"null",
+        b"[%s]" % b",".join([b"1"] * 200_000),
+    ],
+    ids=lambda member: f"{member[:12].decode()} {len(member)}",
+)  # fmt: skip
+def test_an_unusual_member_does_not_switch_a_rule_off(member: bytes) -> None:
+    rule = Condition("/cart/items", CART_RULE).compile()
+
+    tree = decode(b'{"cart":{"items":[{"quantity":11},{"attributes":{"x":%s}}]}}' % member)
+    honest = decode(b'{"cart":{"items":[{"quantity":10},{"attributes":{"x":%s}}]}}' % member)
+
+    assert rule.evaluate(tree).result is Result.NOT_MATCHED
+    assert rule.evaluate(honest).result is Result.MATCHED
+
+
+@pytest.mark.parametrize("quantity", [b"11", b"11.0", b"1e400", b"18446744073709551616", b"9" * 400, b"9" * 5000])
+def test_a_quantity_of_any_size_is_compared(quantity: bytes) -> None:
+    tree = decode(b'{"cart":{"items":[{"quantity":%s}]}}' % quantity)
+
+    assert Condition("/cart/items", CART_RULE).compile().evaluate(tree).result is Result.NOT_MATCHED
+
+
 def test_a_schema_may_be_at_most_64_levels_deep() -> None:
     assert Condition("/value", {"const": nested(MAX_SCHEMA_DEPTH - 1)}).compile()
     assert refusal("/value", {"const": nested(MAX_SCHEMA_DEPTH)}).code == "too_deep"
