@@ -268,7 +268,7 @@ class Norce:
             if isinstance(error, NOT_SENT):
                 sending.undo()
             failure = NorceUnclear if sending.is_out else NorceUnavailable
-            raise failure(f"{operation.title} had no answer: {type(error).__name__}") from error
+            raise failure(f"no answer from Norce to {operation.title}: {type(error).__name__}") from error
         if traffic is not None and answer.is_success:
             traffic.succeeded = True
         return _content(answer, operation)
@@ -407,11 +407,11 @@ def _outcome(error: NorceError, method: str) -> Outcome:
 def _content(answer: httpx.Response, operation: Operation) -> bytes:
     status = answer.status_code
     if status in (401, 403):
-        raise NorceRefused(f"{operation.title} was answered {status}: check the tokens of this merchant")
+        raise NorceRefused(f"Norce answered {status} to {operation.title}: check the tokens of this merchant")
     if answer.is_success:
         return answer.content
     code = _code(answer)
-    said = f"{operation.title} was answered {status}{'' if code is None else f', {code}'}"
+    said = f"Norce answered {status} to {operation.title}{'' if code is None else f', {code}'}"
     if status == 404:
         if not _is_from_norce(answer):
             raise NorceUnavailable(f"{said}, and not in Norce's form: perhaps from a proxy")

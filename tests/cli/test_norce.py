@@ -152,7 +152,7 @@ def test_a_missing_norce_is_an_error_in_one_line(tmp_path: Path) -> None:
 
     result = command("orders", "list", config=config)
 
-    assert (result.exit_code, result.stderr) == (FAILED, "no answer from Norce: ConnectError\n")
+    assert (result.exit_code, result.stderr) == (FAILED, "no answer from Norce to GET /checkout/orders: ConnectError\n")
 
 
 def test_a_refused_token_is_reported(norce: Norce, config: Path) -> None:

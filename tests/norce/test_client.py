@@ -598,7 +598,7 @@ def test_a_message_names_the_operation_and_the_status_but_no_value() -> None:
         )
 
     path = "/checkout/orders/{order_id}/payments/{payment_id}"
-    assert raised.value.message == f"PUT {path} was answered 400"
+    assert raised.value.message == f"Norce answered 400 to PUT {path}"
 
 
 WRITES: list[Any] = [
