@@ -166,11 +166,12 @@ class Dispatcher:
         """
         await self._return_uncertain_claims()
         free = max(self._slots - len(self._tasks), 0)
-        idle = {each.queue_id for each in self._limits if self._busy[each.queue_id] == 0}
+        running = {claim.queue_id for claim in self._tasks.values()}
+        idle = {each.queue_id for each in self._limits} - running
         limits = [
             each
             for each in self._limits
-            if each.queue_id in idle or (free and self._busy[each.queue_id] < each.concurrency)
+            if self._busy[each.queue_id] < each.concurrency and (free or each.queue_id in idle)
         ]
         self._has_room = bool(limits) and not self._held
         limits = [each for each in limits if self._queues[each.queue_id].channel not in self.switched_off]

@@ -15,7 +15,7 @@ from adapter.plugin import Context, Done, NoSettings, Notification, Retry
 from adapter.routing.routes import Route
 from tests import PATIENCE
 from tests.asynchronous import asynchronous
-from tests.deliveries.handlers import Blocks, LooksUp, Plain
+from tests.deliveries.handlers import Blocks, LooksUp, Plain, wait_forever
 from tests.deliveries.harness import NOON, SHORTLY, Work, route, working
 from tests.ledgers import POLICY
 
@@ -77,6 +77,24 @@ async def test_a_blocked_lane_counts_for_the_concurrency_of_its_queue(store_url:
         row = await work.settled()
 
         assert (row["order_id"], row["state"]) == ("order-2", "done")
+
+
+@asynchronous
+async def test_a_queue_whose_only_lane_is_blocked_starts_another_beyond_the_slots(store_url: str) -> None:
+    holds = Blocks()
+    slow = Plain(wait_forever)
+    routes = route(Plain(holds), timeout=SHORTLY, concurrency=2), route(slow, name="slow")
+    async with watched(store_url, *routes, slots=1) as work:
+        await work.owe("order-1")
+        await work.settled()
+        await work.owe("order-2", route="slow")
+        await slow.has_begun()
+        await work.owe("order-3")
+
+        row = await work.settled()
+
+        assert (row["order_id"], row["state"]) == ("order-3", "done")
+        await holds.ends()
 
 
 @asynchronous
