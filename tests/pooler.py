@@ -15,11 +15,13 @@ class Pooler:
     """Forwards clients to server connections, which it keeps.
 
     In transaction mode a client has its server connection only until its transaction ends. The next one goes to the
-    client that asks first, as in PgBouncer: the connection that was used last is the first to be used again.
+    client that asks first, as in PgBouncer: the connection that was used last is the first to be used again, or with
+    `round_robin` the last.
     """
 
     socket: str  # of the server
     per_transaction: bool
+    round_robin: bool = False
     port: int = 0
     idle: list[Server] = field(default_factory=list)
     greeting: bytes = b""  # of a server connection, for every client
@@ -50,7 +52,11 @@ class Pooler:
                     self.idle.append(server)
                     server = None
                 pending = await _message(reader)
-                server = server or (self.idle.pop() if self.idle else await self._connect(hello))
+                if pending[:1] == b"X":
+                    raise ConnectionResetError
+                if server is None and self.idle:
+                    server = self.idle.pop(0 if self.round_robin else -1)
+                server = server or await self._connect(hello)
                 in_transaction = True
                 while in_transaction:
                     if pending[:1] == b"X":
@@ -95,7 +101,7 @@ async def _forward_answer(reader: asyncio.StreamReader, writer: asyncio.StreamWr
 
 
 @contextlib.contextmanager
-def pooler(socket: str, *, per_transaction: bool) -> Iterator[Pooler]:
+def pooler(socket: str, *, per_transaction: bool, round_robin: bool = False) -> Iterator[Pooler]:
     """Run a pooler in a thread of its own."""
-    with in_thread(Pooler(socket, per_transaction).serving()) as running:
+    with in_thread(Pooler(socket, per_transaction, round_robin).serving()) as running:
         yield running

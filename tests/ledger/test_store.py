@@ -365,6 +365,15 @@ def test_a_pooler_in_transaction_mode_is_refused(postgres_url: str, per_transact
             Store.open(pooled).close()
 
 
+def test_a_pooler_that_takes_its_connections_in_turn_is_refused(postgres_url: str) -> None:
+    url = make_url(postgres_url)
+    with pooler(f"{url.query['host']}/.s.PGSQL.5432", per_transaction=True, round_robin=True) as running:
+        pooled = url.set(host="127.0.0.1", port=running.port, query={}).render_as_string(hide_password=False)
+        for _ in range(4):  # with every number of connections that it has kept
+            with pytest.raises(StoreUnavailable, match="pooler in transaction mode"):
+                Store.open(pooled)
+
+
 def test_a_database_that_is_not_utf_8_is_refused(postgres: Server) -> None:
     with postgres.connect("postgres") as connection:
         connection.execute("CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C'")
