@@ -1,9 +1,11 @@
 """`adapter.orders`: exact amounts, tolerant of odd members, and no values in a `repr`."""
 
+import contextlib
 import copy
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -400,6 +402,10 @@ LARGEST = sys.float_info.max
         (b"[%s]" % (b"9" * 400), [10**400 - 1]),
         (b"[%s, 1e400]" % (b"9" * 400), [10**400 - 1, LARGEST]),
         (b"[-%s]" % (b"9" * 5000), [-LARGEST]),
+        (b"[%s, -%s]" % (b"1" * 4300, b"1" * 4300), [int("1" * 4300), -LARGEST]),
+        (b'["%s", %s]' % (b"9" * 5000, b"9" * 5000), ["9" * 5000, LARGEST]),
+        (b'["\\"%s", %s.5, 0.%s, %s]' % ((b"9" * 5000,) * 4), ['"' + "9" * 5000, LARGEST, 1.0, LARGEST]),
+        (rb'["\\\ud83d", "\\\\ud83d\ude00"]', ["\\\ufffd", "\\\\ud83d\ufffd"]),
     ],
 )
 def test_grammatical_json_that_others_refuse_is_read(text: bytes, value: Any) -> None:
@@ -413,6 +419,27 @@ def test_grammatical_json_that_others_refuse_is_read(text: bytes, value: Any) ->
 def test_a_repair_makes_no_json_of_other_texts(text: bytes) -> None:
     with pytest.raises(NotAnOrder):
         decode(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'["\\ud83d"' + b",1e400" * 170_000 + b"]",
+        b'["' + b'\\"' * 32_000,
+        b'["' + b"9" * 5000 + b'\\"' * 32_000,
+        b"[" + (b"9" * 4300 + b",") * 240 + b"\\",
+        b"\\" * 64_000,
+        b"[" + b"-" * 64_000,
+    ],
+    ids=["numbers", "no end", "no end and digits", "many digits", "backslashes", "signs"],
+)
+def test_no_text_takes_long_to_decode(text: bytes) -> None:
+    """A string of 64 KiB without an end took 25 s."""
+    began = time.process_time()
+    with contextlib.suppress(NotAnOrder):
+        decode(text)
+
+    assert time.process_time() - began < 10  # tells linear time, 0.01 to 0.2 s, from quadratic
 
 
 def test_amounts_beyond_a_double_are_read_alike() -> None:
@@ -472,6 +499,8 @@ def test_the_order_is_the_body_or_its_member_order(tree: Any, inner: Any) -> Non
         (b'{"a": 1.0}', b'{"a": 1}'),
         (b'{"a": 1e2}', b'{"a": 100.00}'),
         (b'{"a": -0.0}', b'{"a": 0}'),
+        (b'{"a": 1e20}', b'{"a": 100000000000000000000}'),
+        (b'{"a": 9223372036854775808}', b'{"a": 9223372036854775808.0}'),
         (b'{"a": 1, "b": 2}', b'{"b":2,"a":1}'),
         (b'{"a": {"c": [1.0], "b": 2}}', b'{"a": {"b": 2, "c": [1]}}'),
         (b'{"a": "\\u00e5"}', '{"a": "å"}'.encode()),
@@ -487,6 +516,7 @@ def test_equal_values_have_equal_bytes(one: bytes, other: bytes) -> None:
     ("one", "other"),
     [
         (b'{"a": 1}', b'{"a": 1.5}'),
+        (b'{"a": 1e20}', b'{"a": 100000000000000000001}'),
         (b'{"a": 1}', b'{"a": "1"}'),
         (b'{"a": 1}', b'{"a": true}'),
         (b'{"a": null}', b"{}"),
