@@ -147,6 +147,9 @@ def test_outside_doubt_the_settlement_does_not_depend_on_the_handler(
         pytest.param(Ending.NOT_THERE, LOOKUP, waiting(NOON), id="not there: sent again at once"),
         pytest.param(Ending.NOT_THERE, LAST_LOOKUP, dead(Reason.EXHAUSTED), id="not there, the last"),
         pytest.param(RETRY, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: retry"),
+        pytest.param(
+            RETRY, replace(LOOKUP, number=1), waiting(DOUBT_ENDS, known=False), id="lookup: retry after the doubt"
+        ),
         pytest.param(RETRY, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: retry, the last"),
         pytest.param(REJECT, LOOKUP, waiting(NOON + 60 * SECOND, known=False), id="lookup: reject"),
         pytest.param(REJECT, LAST_LOOKUP, dead(Reason.UNKNOWN, known=False), id="lookup: reject, the last"),
