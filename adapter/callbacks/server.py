@@ -56,7 +56,7 @@ WARN_EVERY_SECONDS = 10
 CONNECTIONS_A_TURN = 64
 MOST_UNACCEPTED = 4096
 
-DESCRIPTORS_OF_A_SLOT = 4  # connections to Norce and to the destination, in use and kept
+DESCRIPTORS_OF_AN_ATTEMPT = 4  # connections to Norce and to the destination, in use and kept
 OTHER_DESCRIPTORS = 128
 ENOUGH_DESCRIPTORS = 65_536  # idle connections of callers take more than the service needs at once
 
@@ -72,8 +72,12 @@ class DescriptorsTooFew(Exception):
     """A limit on open files that is too low. Raise it: `LimitNOFILE`, `ulimit -n`."""
 
 
-def ensure_descriptors(*, slots: int, are_verdicts_configured: bool) -> None:
+def ensure_descriptors(*, attempts: int, are_verdicts_configured: bool) -> None:
     """Raise the limit on open files as far as the service can use it.
+
+    Args:
+        attempts: Deliveries that may run at once: all slots, and one for each further queue.
+        are_verdicts_configured: Whether there are validations or hooks, whose callers may wait.
 
     Raises:
         DescriptorsTooFew: the hard limit is too low for the callers and destinations that are served at once.
@@ -85,7 +89,7 @@ def ensure_descriptors(*, slots: int, are_verdicts_configured: bool) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     callers = MOST_AT_ONCE + MOST_WAITING * are_verdicts_configured
-    needed = 3 * CONNECTIONS_A_TURN + callers + DESCRIPTORS_OF_A_SLOT * slots + OTHER_DESCRIPTORS
+    needed = 3 * CONNECTIONS_A_TURN + callers + DESCRIPTORS_OF_AN_ATTEMPT * attempts + OTHER_DESCRIPTORS
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise DescriptorsTooFew(f"the limit on open files is {limit}, but {needed} are needed; raise it (ulimit -n)")
 

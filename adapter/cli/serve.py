@@ -42,6 +42,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
     from adapter import logs
     from adapter.callbacks.server import DescriptorsTooFew, PortInUse, ensure_descriptors
     from adapter.ledger.store import StoreInUse, StoreUnavailable
+    from adapter.routing.from_config import queue_keys
 
     config = load_config(config_path)
     logs.configure(level=config.logs.level, format=config.logs.format)
@@ -49,7 +50,8 @@ def serve(*, hold: bool, config_path: Path) -> None:
         routes = load_routes(config)
         try:
             are_verdicts_configured = any(each.kind != "notification" for each in routes.callbacks.values())
-            ensure_descriptors(slots=config.dispatcher.slots, are_verdicts_configured=are_verdicts_configured)
+            most_attempts = config.dispatcher.slots + max(len(queue_keys(config, routes)) - 1, 0)
+            ensure_descriptors(attempts=most_attempts, are_verdicts_configured=are_verdicts_configured)
             uvloop.run(_serve(config, routes, hold=hold))
         except (StoreInUse, StoreUnavailable) as error:
             end(STORE, in_one_line(error))
