@@ -44,7 +44,7 @@ class _UniqueItems:
         self._is_wanted = is_wanted
 
     def validate(self, value: Any) -> None:
-        if not self._is_wanted or not isinstance(value, list):
+        if not self._is_wanted or not isinstance(value, list) or len(value) < 2:
             return
         seen = set()
         for key in map(_equality_key, value):
@@ -94,6 +94,11 @@ def with_ranges(schema: Any) -> Any:
 def is_integer(value: Any) -> bool:
     """Return True if a value is an integer that the engine compares fast."""
     return type(value) in (int, float) and -_EXACT <= value <= _EXACT and value == int(value)
+
+
+def is_near(limit: float) -> bool:
+    """Return True if a limit is one that the engine compares fast."""
+    return -_BIG <= limit <= _BIG
 
 
 KEYWORDS = {"const": _Const, "enum": _Enum, "uniqueItems": _UniqueItems}

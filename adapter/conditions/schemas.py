@@ -15,7 +15,7 @@ from referencing import Registry
 from referencing.exceptions import NoSuchAnchor, PointerToNowhere, Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from adapter.conditions.equality import KEYWORDS, is_integer, with_ranges
+from adapter.conditions.equality import KEYWORDS, is_integer, is_near, with_ranges
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 MAX_SCOPE_LENGTH, MAX_SCOPE_TOKENS = 1_024, 32
@@ -28,7 +28,8 @@ MAX_PATTERN_LENGTH = 1_024
 MAX_PATTERN_BYTES = 8 * 1024
 MAX_CLASSES_BYTES = 64 * 1024  # without a counted repetition
 # At this rate, a schema takes at most 50 ms for a MiB (measured; 60 ms with `multipleOf` or `enum` of fractions).
-# Integers beyond 64 bits are slower: a MiB of nothing else takes 20 to 70 ms for each limit that is compared with all.
+# Two kinds of values are slower: a MiB of integers beyond 64 bits takes 20 to 70 ms for each limit that is compared
+# with all, and `uniqueItems` takes up to 150 ms for a MiB of small arrays and objects.
 MAX_NODES_PER_BYTE = 4.5
 MIB = 1024 * 1024
 
@@ -131,6 +132,8 @@ _LIMITS = ("maximum", "minimum", "exclusiveMaximum", "exclusiveMinimum")
 # Nodes that a slow keyword counts as.
 _RANGE_NODES = 4  # `const`, if it is an integer
 _EQUALITY_NODES = 40  # other `const` and `enum`, if one in the schema holds more than text
+_UNIQUE_NODES = 30  # `uniqueItems`, for each array
+_FAR_LIMIT_NODES = 40  # a limit beyond 64 bits
 _UNIQUE_RATE, _PATTERN_RATE = 3.0, 0.5  # for each byte of an array, of a text
 _FRACTION_NODES = 60  # `multipleOf`, if it is no integer
 
@@ -283,7 +286,9 @@ class _Check:
             weight += sum(_EQUALITY_NODES + _containers(schema[each]) for each in ("const", "enum") if each in schema)
         if isinstance(schema.get("multipleOf", 1), float):
             weight += _FRACTION_NODES
-        weight += sum(each in schema for each in _LIMITS)  # a limit takes twice the time of another keyword
+        weight += _UNIQUE_NODES * (schema.get("uniqueItems") is True)
+        # A limit takes twice the time of another keyword.
+        weight += sum(1 if is_near(schema[each]) else _FAR_LIMIT_NODES for each in _LIMITS if each in schema)
         return weight + len(schema.get("dependentRequired", ())) + len(schema.get("required", ())) // 4
 
 

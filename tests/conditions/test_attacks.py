@@ -443,15 +443,20 @@ def test_schemas_that_are_slow_on_large_values_are_refused() -> None:
         attack("numbers", {"items": {"enum": [i / 4 for i in range(100)]}})
         attack("fractions", {"items": {"multipleOf": 0.01}})
         attack("names", {"patternProperties": {f"a{i}": True for i in range(300)}})
+        attack("unique items of many arrays", {"items": {"uniqueItems": True}})
+        attack("limits beyond 64 bits", {"items": {"maximum": 10**30}})
         attack("patterns", {"allOf": [{"pattern": f"a{i}"} for i in range(12)]})
         attack("recursive and unique", {"items": {"$ref": "#"}, "uniqueItems": True})
+        tags = {"items": {"properties": {"tags": {"uniqueItems": True}}}}
+        attack("unique tags", tags, [{"tags": ["a", "b"]}], [{"tags": ["a", "a"]}])
         attack("alternatives for one value", options, -1, 999)
         attack("many numbers for one value", {"enum": [i / 4 for i in range(19_000)]}, 0.25, 0.3)
     """)
 
     assert answers.pop("alternatives for one value") == "schema matched"
     assert answers.pop("many numbers for one value") == "matched schema"
-    assert len(answers) == 7
+    assert answers.pop("unique tags") == "matched schema"
+    assert len(answers) == 9
     assert set(answers.values()) == {"too_slow"}
 
 
@@ -463,12 +468,15 @@ def test_numbers_beyond_64_bits_are_compared_fast() -> None:
         attack("4000 digits", {"uniqueItems": True}, [10**4000 + i for i in range(250)])
         prices = {"items": {"properties": {"includingVat": {"multipleOf": 0.01}}}}
         attack("multiples", prices, [{"includingVat": 10**4000 + i} for i in range(250)])
-        attack("limits", {"items": {"minimum": 0, "maximum": 10**400}}, [10**20 + i for i in range(50_000)])
+        attack("limits", {"items": {"minimum": -5, "maximum": 9}}, [-(10**20) - i for i in range(50_000)])
+        attack("far limits", {"properties": {"a": {"maximum": 10**400}}}, {"a": 10**400}, {"a": 10**400 + 1})
         attack("one", {"const": 1}, 10**4000)
         attack("one in the schema", {"const": 10**400}, 1, 10**400, 10**400 + 1)
     """)
 
     assert answers.pop("one in the schema") == "schema matched schema"
     assert answers.pop("one") == "schema"
-    assert len(answers) == 5
+    assert answers.pop("limits") == "schema"
+    assert answers.pop("far limits") == "matched schema"
+    assert len(answers) == 4
     assert set(answers.values()) == {"matched"}
