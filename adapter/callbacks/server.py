@@ -321,8 +321,9 @@ class GuardedProtocol(HttpToolsProtocol):
     def _unsupported_upgrade_warning(self) -> None:
         """Read the request as if it offered no upgrade (RFC 9110, 7.8).
 
-        uvicorn calls this when the parser has stopped behind a head that offers one. The parser then expects the next
-        request, so it gets the same head again without the offer, and everything that came behind it.
+        uvicorn calls this when the parser has stopped behind a head that offers one. A new parser gets the same head
+        again without the offer, and everything that came behind it. The old one ignores what follows a request of
+        HTTP/1.0 or with `Connection: close`.
         """
         stopped = sys.exc_info()[1]
         if not self._offers_upgrade() or not isinstance(stopped, httptools.HttpParserUpgrade):
@@ -334,6 +335,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 head += [b"connection: " + b",".join(options)] if options else []
             elif name not in _UPGRADE_FIELDS:
                 head.append(name + b": " + value)
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self._behind_offer = b"\r\n".join(head) + b"\r\n\r\n" + self._received[stopped.args[0] :]
 
     def _is_crowded(self) -> bool:

@@ -354,6 +354,24 @@ def test_a_request_that_offers_an_upgrade_keeps_its_body(
     assert b"http2-settings" not in answer
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        HEAD.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        HEAD.replace(b"HTTP/1.1\r\n", b"HTTP/1.0\r\nconnection: keep-alive\r\n"),
+        HEAD.replace(b"HTTP/1.1\r\n", b"HTTP/1.1\r\nconnection: close\r\n"),
+    ],
+    ids=["HTTP/1.0", "HTTP/1.0 with keep-alive", "close"],
+)
+def test_an_offer_of_an_upgrade_on_a_connection_that_ends_is_ignored(
+    echoing: Callable[..., bytes], request_: bytes
+) -> None:
+    answer = echoing(offering(request_) + b"{}")
+
+    assert answer.count(b"HTTP/1.1 200") == 1
+    assert b" {}]" in answer
+
+
 def test_requests_behind_an_offer_of_an_upgrade_are_answered_in_order(echoing: Callable[..., bytes]) -> None:
     answers = echoing(HEAD + b"{}" + offering(HEAD) + b"[]" + offering(CHUNKED) + HEAD + b"12")
 
