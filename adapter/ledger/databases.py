@@ -506,6 +506,7 @@ class Postgres(Database):
         return {
             "connect_timeout": 5,
             "application_name": "norce-adapter",
+            "client_encoding": "utf8",  # whatever PGCLIENTENCODING or the role says
             "keepalives_idle": 5,
             "keepalives_interval": 2,
             "keepalives_count": 3,

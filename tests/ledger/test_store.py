@@ -23,7 +23,7 @@ from adapter.ledger.store import (
     open_for_reading,
 )
 from tests.databases import Server, database_of, postgres_server
-from tests.ledgers import HandClock, Ledger, receipt
+from tests.ledgers import HandClock, Ledger, opened, receipt
 from tests.pooler import pooler
 
 
@@ -372,6 +372,17 @@ def test_a_pooler_that_takes_its_connections_in_turn_is_refused(postgres_url: st
         for _ in range(4):  # with every number of connections that it has kept
             with pytest.raises(StoreUnavailable, match="pooler in transaction mode"):
                 Store.open(pooled)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_text_is_utf_8_whatever_the_environment_says(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    monkeypatch.setenv("PGCLIENTENCODING", encoding)
+    with opened(postgres_url) as ledger:
+        ledger.owed(1, order_id="order-ö→🙂")
+
+        assert ledger.claim_one().order_id == "order-ö→🙂"
 
 
 def test_a_database_that_is_not_utf_8_is_refused(postgres: Server) -> None:
