@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import stat
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -246,21 +247,25 @@ class Sqlite(Database):
             os.close(lock)
             raise StoreInUse(f"another process serves {self.path}; stop it first") from error
         self._lock = lock
-        links = os.fstat(lock).st_nlink
-        if links > 1:  # SQLite names its journal after the path, so each link would have a journal of its own
-            self.unlock()
-            raise StoreUnavailable(f"{self.path} has {links} hard links; remove the others, or copy the file")
         real = self.path.resolve()
         journal = Path(f"{real}-wal")
-        # SQLite deletes a journal beside an empty file, and with it the last commits of the file that was moved away.
-        if os.fstat(lock).st_size == 0 and journal.exists() and journal.stat().st_size > 0:
+        if (fault := self._fault(os.fstat(lock), journal)) is not None:
             self.unlock()
-            raise StoreUnavailable(
-                f"{self.path} is missing or empty beside its journal {journal.name}; put it back, or delete the journal"
-            )
+            raise StoreUnavailable(f"{self.path} {fault}")
         for file in (real, journal, Path(f"{real}-shm")):
             with contextlib.suppress(OSError):  # missing, or of another user who lets us write it
                 file.chmod(0o600)
+
+    def _fault(self, file: os.stat_result, journal: Path) -> str | None:
+        """Return the reason why this file cannot be a ledger."""
+        if not stat.S_ISREG(file.st_mode):
+            return "is no regular file"
+        if file.st_nlink > 1:  # SQLite names its journal after the path, so each link would have a journal of its own
+            return f"has {file.st_nlink} hard links; remove the others, or copy the file"
+        # SQLite deletes a journal beside an empty file, and with it the last commits of the file that was moved away.
+        if file.st_size == 0 and journal.exists() and journal.stat().st_size > 0:
+            return f"is missing or empty beside its journal {journal.name}; put it back, or delete the journal"
+        return None
 
     def unlock(self) -> None:
         if self._lock is not None:

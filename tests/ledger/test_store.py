@@ -251,6 +251,17 @@ def test_a_file_with_another_hard_link_is_refused(tmp_path: Path) -> None:
     Store.open(f"sqlite:///{tmp_path}/adapter.db").close()
 
 
+def test_a_device_or_pipe_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "adapter.db"
+    os.mkfifo(pipe)
+    pipe.chmod(0o666)
+
+    with pytest.raises(StoreUnavailable, match="is no regular file"):
+        Store.open(f"sqlite:///{pipe}")
+
+    assert stat.S_IMODE(pipe.stat().st_mode) == 0o666
+
+
 def test_the_lock_of_a_file_lasts_while_others_read_it(in_a_file: Ledger) -> None:
     in_a_file.owed(1)
     with open_for_reading(in_a_file.url).connect() as connection:
