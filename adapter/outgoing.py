@@ -57,6 +57,7 @@ class Traffic:
         self.not_done = not_done
         self.order: Order | None = None  # whose values no message may show
         self.writes = 0  # went out, or may have
+        self.unanswered = 0  # of these, without an answer, or with one that leaves their effect open
         self.succeeded = False  # a write was answered 2xx
         self._closed = False
 
@@ -71,6 +72,7 @@ class Traffic:
         Raises:
             Retry: The attempt has ended.
         """
+        self.unanswered += 1
         self.writes += 1  # counted before `_closed` is read; `close` sets `_closed`, then reads `writes`
         if self._closed:
             raise Retry("attempt-ended", "the attempt ended before the request was sent")
@@ -243,6 +245,13 @@ class Sending:
         if self.is_out:
             self.is_out = False
             self._traffic.writes -= 1
+            self._traffic.unanswered -= 1
+
+    def answer(self, status: int) -> None:
+        """Note the status of the answer. Only then is it known whether a write had an effect."""
+        if self.is_out and ((status < 500 and status != 408) or status in self._traffic.not_done):
+            self._traffic.unanswered -= 1
+            self._traffic.succeeded |= 200 <= status < 300
 
     async def trace(self, event: str, _facts: Mapping[str, Any]) -> None:
         """Follow the steps of httpcore: nothing is out while it connects."""
@@ -299,6 +308,7 @@ class _Guarded(httpx.AsyncBaseTransport):
             raise
         except httpx.TransportError as error:
             raise _no_answer(self._traffic, request, type(error).__name__) from error
+        sending.answer(response.status_code)
         return _answer(response, request, self._traffic)
 
     async def _trace(self, request: httpx.Request, sending: Sending, event: str, facts: Mapping[str, Any]) -> None:
@@ -326,8 +336,6 @@ def _answer(response: httpx.Response, request: httpx.Request, traffic: Traffic) 
     body = _Body(response, codings, lambda reason: _no_answer(traffic, request, reason))
     answer = DestinationResponse(response.status_code, headers=headers, stream=body, extensions=response.extensions)
     answer.traffic = traffic
-    if is_write(request) and answer.is_success:
-        traffic.succeeded = True
     return answer
 
 

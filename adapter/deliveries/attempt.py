@@ -194,7 +194,7 @@ class Attempts:
             if any(map(is_bug, leaves(error))):
                 log.error("handler_failed", order_id=claim.order_id, exc_info=error, **facts)
             sent = _may_have_sent(traffic, route.handler)
-            return outcome_of(error, sent=sent, succeeded=traffic.succeeded)
+            return outcome_of(error, sent=sent, succeeded=traffic.succeeded, unanswered=traffic.unanswered > 0)
         finally:
             del self._runs[run]
         if isinstance(value, Done | Ending) or (isinstance(value, Skip) and not looks_up):

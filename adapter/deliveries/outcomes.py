@@ -19,20 +19,24 @@ def is_bug(error: BaseException) -> bool:
     return not isinstance(error, FailedAttempt | TimeoutError)
 
 
-def outcome_of(error: BaseException, *, sent: bool, succeeded: bool) -> FailedAttempt:
+def outcome_of(error: BaseException, *, sent: bool, succeeded: bool, unanswered: bool = False) -> FailedAttempt:
     """Return the outcome of an attempt whose handler raised `error`; of a group, the gravest.
 
     Args:
         error: Raised by the handler.
         sent: A write may have gone out in this attempt.
         succeeded: A write of this attempt was answered 2xx. A retry would then do it twice.
+        unanswered: A write of this attempt may have had an effect that no answer tells, such as one that a `TaskGroup`
+            cancelled because another request was refused.
     """
-    outcomes = [_of_leaf(each, sent=sent, succeeded=succeeded) for each in leaves(error)]
+    outcomes = [_of_leaf(each, sent=sent, succeeded=succeeded, unanswered=unanswered) for each in leaves(error)]
     return min(outcomes, key=_gravity)
 
 
-def _of_leaf(error: BaseException, *, sent: bool, succeeded: bool) -> FailedAttempt:
-    if isinstance(error, Retry | Misconfigured) and succeeded:
+def _of_leaf(error: BaseException, *, sent: bool, succeeded: bool, unanswered: bool) -> FailedAttempt:
+    if (isinstance(error, Retry | Misconfigured) and succeeded) or (
+        isinstance(error, Retry | Misconfigured | Reject) and unanswered
+    ):
         unknown = Unknown(error.code, error.message, after=error.after if isinstance(error, Retry) else None)
         unknown.host, unknown.status = error.host, error.status
         return unknown

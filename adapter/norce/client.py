@@ -269,8 +269,7 @@ class Norce:
                 sending.undo()
             failure = NorceUnclear if sending.is_out else NorceUnavailable
             raise failure(f"no answer from Norce to {operation.title}: {type(error).__name__}") from error
-        if traffic is not None and answer.is_success:
-            traffic.succeeded = True
+        sending.answer(answer.status_code)
         return _content(answer, operation)
 
     async def _send(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> httpx.Response:

@@ -3,10 +3,11 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from decimal import Decimal
+from functools import partial
 from typing import Any, cast
 
 import httpx
@@ -465,6 +466,48 @@ async def test_another_attempt_after_a_successful_write_would_do_it_twice(
 
     assert isinstance(result, Outcome)
     assert (type(result), result.code, getattr(result, "after", None)) == (kind, raised.code, after)
+
+
+async def post_in_a_group_with_a_refusal(http: Http) -> None:
+    async def refused() -> None:
+        for _ in range(20):  # the other task sends meanwhile
+            await asyncio.sleep(0)
+        await get(http, status=429)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(post(http, status=0))
+        group.create_task(refused())
+
+
+async def give_up_a_post(http: Http) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(SHORTLY.total_seconds()):
+            await post(http, status=0)
+
+
+async def ignore_the_outcome_of_a_post(http: Http) -> None:
+    with suppress(Unknown):
+        await post(http, status=502)
+
+
+UNANSWERED = {
+    "cancelled in a group": post_in_a_group_with_a_refusal,
+    "given up, then a retry": then(give_up_a_post, raising(Retry("busy"))),
+    "given up, then no credentials": then(give_up_a_post, raising(Misconfigured("no-credentials"))),
+    "given up, then a refusal": then(give_up_a_post, raising(Reject("refused"))),
+    "a gateway's answer, then a refused read": then(ignore_the_outcome_of_a_post, partial(get, status=503)),
+}
+
+
+@pytest.mark.parametrize("work", UNANSWERED.values(), ids=UNANSWERED)
+@asynchronous
+async def test_a_write_without_an_answer_is_a_doubt_whatever_is_raised_later(
+    work: Callable[[Http], Awaitable[Any]],
+) -> None:
+    async with trying(shop=Takes()) as trial:
+        result = (await trial.run(CLAIM, queue(Sends(work)))).result
+
+    assert type(result) is Unknown
 
 
 @asynchronous
