@@ -58,7 +58,7 @@ class Traffic:
         self.order: Order | None = None  # whose values no message may show
         self.writes = 0  # went out, or may have
         self.unanswered = 0  # of these, without an answer, or with one that leaves their effect open
-        self.succeeded = False  # a write was answered 2xx
+        self.succeeded = False  # a write was answered 2xx or 3xx
         self._closed = False
 
     def close(self) -> bool:
@@ -251,7 +251,7 @@ class Sending:
         """Note the status of the answer. Only then is it known whether a write had an effect."""
         if self.is_out and ((status < 500 and status != 408) or status in self._traffic.not_done):
             self._traffic.unanswered -= 1
-            self._traffic.succeeded |= 200 <= status < 300
+            self._traffic.succeeded |= 200 <= status < 400  # a 303 leads to what was made (RFC 9110, 15.4.4)
 
     async def trace(self, event: str, _facts: Mapping[str, Any]) -> None:
         """Follow the steps of httpcore: nothing is out while it connects."""

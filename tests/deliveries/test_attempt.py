@@ -490,7 +490,13 @@ async def ignore_the_outcome_of_a_post(http: Http) -> None:
         await post(http, status=502)
 
 
+async def follow_a_redirect_that_fails(http: Http) -> None:
+    await http.post(INVOICES, params={"status": 303})
+    await get(http, status=503)
+
+
 UNANSWERED = {
+    "a redirect to a page that cannot be read": follow_a_redirect_that_fails,
     "cancelled in a group": post_in_a_group_with_a_refusal,
     "given up, then a retry": then(give_up_a_post, raising(Retry("busy"))),
     "given up, then no credentials": then(give_up_a_post, raising(Misconfigured("no-credentials"))),
