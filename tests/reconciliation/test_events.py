@@ -372,7 +372,7 @@ def test_events_that_the_ledger_has_forgotten_are_not_stored_again(tmp_path: Pat
         assert house.reconciled(since=datetime.now(UTC) - timedelta(days=30)).missed == 0
 
 
-@pytest.mark.parametrize(("age", "missed"), [(timedelta(hours=46), 1), (timedelta(hours=47), 0)])
+@pytest.mark.parametrize(("age", "missed"), [(timedelta(hours=46), 1), (timedelta(hours=47, minutes=1), 0)])
 def test_an_event_at_the_end_of_the_ledgers_memory_is_left_alone(
     tmp_path: Path, store_url: str, age: timedelta, missed: int
 ) -> None:
