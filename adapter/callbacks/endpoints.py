@@ -162,8 +162,10 @@ class CallbackEndpoint:
         await response(scope, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive, callback: Callback | None) -> Responded:
-        raw = await self.read_raw(scope, receive, reads_body=callback is None or callback.kind != "validation")
-        sender = self.identify(raw)
+        raw = self.read_head(scope)
+        sender = self.identify(raw)  # by the head alone, so that an unknown caller is never waited for
+        if callback is None or callback.kind != "validation":  # whose body the server discards, whatever its size
+            raw = msgspec.structs.replace(raw, body=await self._read_body(scope, receive))
         if callback is None:
             check_order_id(raw.order_id)
             raise CallbackUnknown
@@ -188,12 +190,8 @@ class CallbackEndpoint:
         response, result = _hook_response(answer) if callback.kind == "hook" else self._validation_response(answer)
         return Responded(response=response, facts=_facts(sender, request.channel, result, len(answer.verdicts)))
 
-    async def read_raw(self, scope: Scope, receive: Receive, *, reads_body: bool = True) -> RawCallback:
-        """Read the request. Raises `BodyTooLarge`, by the bytes that have come, and `BodyTooSlow`.
-
-        Args:
-            reads_body: Whether the body is used. Otherwise the server discards it, whatever its size.
-        """
+    def read_head(self, scope: Scope) -> RawCallback:
+        """Return a request as far as its head gives it, without a body."""
         headers: dict[str, str] = {}
         for given, shown in scope["headers"]:
             if name := self._headers.get(given):
@@ -210,11 +208,11 @@ class CallbackEndpoint:
             callback=parameters["callback"],
             query=query,
             headers=headers,
-            body=await self._read_body(scope, receive) if reads_body else b"",
             received_at=scope[RECEIVED_AT],
         )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Return the whole body. Raises `BodyTooLarge`, by the bytes that have come, and `BodyTooSlow`."""
         try:
             async with asyncio.timeout(None if BODY_IS_COMPLETE in scope else self.receive_timeout_seconds):
                 chunks, size, more = [], 0, True
@@ -284,7 +282,7 @@ def _refusal(error: Exception) -> Responded:
         headers["allow"] = error.allowed
     if isinstance(error, NotJson):
         headers["accept-encoding"] = "identity"  # RFC 9110, 15.5.16
-    if isinstance(error, BodyTooLarge | BodyTooSlow):
+    if isinstance(error, Unauthenticated | BodyTooLarge | BodyTooSlow):
         headers["connection"] = "close"  # the rest of the body is not read
     return Responded(response=_json_response(status, body, headers), facts=facts)
 

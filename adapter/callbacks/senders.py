@@ -28,7 +28,9 @@ class Unauthenticated(Exception):
 
 
 class RawCallback(msgspec.Struct, frozen=True, kw_only=True):
-    """An unverified request: the decoded parts of its path, its query, headers and body.
+    """An unverified request: the decoded parts of its path, its query and headers, and later its body.
+
+    The body is empty until the sender is identified. No sender's proof covers the body.
 
     Values that are made for each request are structs: a frozen dataclass takes eight times as long to make.
     """
@@ -38,7 +40,7 @@ class RawCallback(msgspec.Struct, frozen=True, kw_only=True):
     callback: str
     query: Mapping[str, tuple[str, ...]]
     headers: Mapping[str, str]
-    body: bytes
+    body: bytes = b""
     received_at: float = msgspec.field(default_factory=time.monotonic)  # when its first byte came
 
     def once(self, parameter: str) -> str | None:
@@ -107,7 +109,7 @@ class Senders:
             yield from ((each.scheme, f"{each.name}-{number}") for number, _ in enumerate(each.digests, 1))
 
     def identify(self, raw: RawCallback) -> Sender:
-        """Return the sender of a request. Raises `Unauthenticated`."""
+        """Return the sender of a request, by its address and headers. Raises `Unauthenticated`."""
         if "sig" in raw.query:
             return self._signed(raw)
         found: Sender | None = None

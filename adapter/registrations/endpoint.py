@@ -34,6 +34,7 @@ SCHEMA_PATH = "/openapi/v1/schemas/{adapter_id}.json"
 DESCRIPTION_PATH = "/docs/v1/openapi.yaml"
 NO_ANSWER = "Norce did not answer. Please send it again."
 LATER = {"retry-after": "5"}
+UNKNOWN_CALLER = {"www-authenticate": "Bearer", "connection": "close"}
 # Of one merchant. Each makes several requests to Norce, and the client limits those of a merchant: the others are for
 # orders that a shopper waits for.
 MAX_AT_ONCE = 32
@@ -119,7 +120,7 @@ class Registrations:
         headers = dict(request.headers.items())
         channel = Channel(headers.get("x-merchant", ""), headers.get("x-channel", ""))
         if not self._is_authorized(headers, channel.merchant):
-            raise _Refused(401, "unauthorized", "The caller is not known.", {"www-authenticate": "Bearer"})
+            raise _Refused(401, "unauthorized", "The caller is not known.", UNKNOWN_CALLER)
         if not all(channel):
             raise _Refused(400, "order-bad-request", "The headers x-merchant and x-channel are needed.")
         if channel not in self._config.channels:
@@ -132,7 +133,7 @@ class Registrations:
         tokens = () if of_merchant is None else of_merchant.tokens
         if any(hmac.compare_digest(shown, b"Bearer " + token.reveal().encode()) for token in tokens):
             return True
-        raw = RawCallback(method="POST", order_id="", callback="", query={}, headers=headers, body=b"")
+        raw = RawCallback(method="POST", order_id="", callback="", query={}, headers=headers)
         try:
             return self._senders.identify(raw).may_speak_for(merchant)
         except Unauthenticated:

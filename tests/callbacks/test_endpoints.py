@@ -642,6 +642,12 @@ class Listening:
         return received
 
 
+def head_of(target: str, *fields: str, by: Sequence[tuple[str, str]] | None = None) -> bytes:
+    """The head of a POST, with the first header secret unless other headers are given."""
+    lines = [f"POST {target} HTTP/1.1", "host: x", *(": ".join(pair) for pair in (BY_HEADER if by is None else by))]
+    return "\r\n".join([*lines, *fields, "", ""]).encode()
+
+
 @contextlib.asynccontextmanager
 async def on_loopback(asgi: Any) -> AsyncIterator[str]:
     listening = listen("127.0.0.1", 0)
@@ -826,22 +832,18 @@ def test_the_largest_body_is_accepted_and_the_connection_stays_open(listening: L
 
 
 def test_a_body_that_is_longer_than_it_says_is_cut_off_before_it_is_sent(listening: Listening) -> None:
-    head = (
-        f"POST {STATUS_OF} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 999999999\r\n\r\n"
-    )
-
-    answer = listening.raw(head.encode(), b" " * (MIB + 1))
+    answer = listening.raw(head_of(STATUS_OF, "content-length: 999999999"), b" " * (MIB + 1))
 
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"connection: close" in answer.lower()
 
 
 def test_a_body_that_is_shorter_than_it_says_stores_nothing(listening: Listening) -> None:
-    head = [f"POST {ROOT}/short/order-status HTTP/1.1", "host: x", *(": ".join(pair) for pair in BY_HEADER)]
+    head = head_of(f"{ROOT}/short/order-status", "content-length: 500")
     body = b'{"id":"short"}'
     parts = urlsplit(listening.address)
     with socket.create_connection((parts.hostname, parts.port), timeout=PATIENCE) as connection:
-        connection.sendall("\r\n".join([*head, "content-length: 500", "", ""]).encode() + body)
+        connection.sendall(head + body)
     after = listening.post(f"{ROOT}/after/order-status", content=b"{}")
 
     assert after.status_code == 200
@@ -902,6 +904,30 @@ def test_a_body_that_does_not_arrive_is_408(impatient: House) -> None:
     assert impatient.stored("slow") == []
 
 
+@pytest.mark.parametrize("target", [STATUS_OF, RULES_OF, f"{ROOT}/o1/nothing"], ids=["order", "validation", "unknown"])
+@pytest.mark.parametrize(
+    ("headers", "query"),
+    [((), ""), ([("authorization", "Bearer wrong")], ""), ((), "secret=wrong"), ((), "key=new&sig=x")],
+    ids=["nothing", "header", "secret", "signature"],
+)
+def test_an_unknown_caller_is_refused_before_its_body_is_read(
+    house: House, target: str, headers: Sequence[tuple[str, str]], query: str
+) -> None:
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body is not read")
+
+    answer = house.runner.run(asked(house.app, scope_of("POST", f"{target}?{query}", headers), receive))
+
+    assert is_a_refusal(answer, 401, "unauthorized")
+    assert answer.headers["connection"] == "close"
+
+
+def test_an_unknown_caller_that_sends_no_body_is_answered_and_cut_off(listening: Listening) -> None:
+    answer = listening.raw(head_of(STATUS_OF, "content-length: 100", "expect: 100-continue", by=()))
+
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
 @on_both_stores
 def test_a_caller_that_disconnects_during_its_body_stores_nothing(house: House) -> None:
     pieces = iter([{"type": "http.request", "body": b'{"id":"gone"}', "more_body": True}])
@@ -918,7 +944,7 @@ def test_a_caller_that_disconnects_during_its_body_stores_nothing(house: House) 
 def test_a_slow_body_over_http_is_answered_408_and_cut_off(tmp_path: Path) -> None:
     service = Listening(tmp_path, CONFIG.replace("receive_timeout: 5s", "receive_timeout: 100ms"))
     try:
-        answer = service.raw(f"POST {STATUS_OF} HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{{".encode())
+        answer = service.raw(head_of(STATUS_OF, "content-length: 100") + b"{")
     finally:
         service.close()
 

@@ -105,6 +105,7 @@ def test_a_caller_without_permission_or_with_a_wrong_request_is_refused(
     answer = send(registrar, configured(tmp_path), url=URL.replace("o-1", order_id), headers=headers)
 
     assert (answer.status_code, answer.json()["code"]) == (status, code)
+    assert (answer.headers.get("connection") == "close") is (status == 401)
     assert registrar.calls == []
 
 
