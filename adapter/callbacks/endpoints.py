@@ -212,7 +212,12 @@ class CallbackEndpoint:
         )
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
-        """Return the whole body. Raises `BodyTooLarge`, by the bytes that have come, and `BodyTooSlow`."""
+        """Return the whole body.
+
+        Raises:
+            BodyTooLarge: more bytes than the limit have come.
+            BodyTooSlow: the rest did not come in time.
+        """
         try:
             async with asyncio.timeout(None if BODY_IS_COMPLETE in scope else self.receive_timeout_seconds):
                 chunks, size, more = [], 0, True
