@@ -28,7 +28,7 @@ class Unauthenticated(Exception):
 
 
 class RawCallback(msgspec.Struct, frozen=True, kw_only=True):
-    """An unverified request: the decoded parts of its path, its query and headers, and later its body.
+    """An unverified request: the decoded parts of its path, its query, headers and body.
 
     The body is empty until the sender is identified. No sender's proof covers the body.
 
