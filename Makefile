@@ -12,7 +12,7 @@ SUITE := $(VENV)/json-schema-test-suite
 # The tests of a file stay together, because they share services.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run test quick one fix lint tests bench crash docs wheel lock clean
+.PHONY: help run test quick one fix lint tests bench crash attack docs wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ bench: $(VENV)/installed-bench  ## measure the claims as ratios within one run: 
 
 crash: $(VENV)/installed-dev  ## kill the service many times: KILLS=200 STORE=sqlite|postgresql|both SEED=…
 	$(BIN)/python -m tests.crash --kills $(KILLS) --store $(STORE) $(if $(SEED),--seed $(SEED))
+
+attack: $(VENV)/installed-dev  ## attack a running service and measure: ONLY=trailers for one, SECONDS_OF_ATTACK=60
+	$(BIN)/python -m tests.attacks $(or $(ONLY),all) $(if $(SECONDS_OF_ATTACK),--seconds $(SECONDS_OF_ATTACK))
 
 docs: $(VENV)/installed-dev  ## regenerate what is generated
 	$(BIN)/python -m tests.config.reference

@@ -13,7 +13,7 @@ import gc
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,7 +61,7 @@ def open_loop(port: int, requests: list[bytes], *, per_second: float, connection
     return _quietly(lambda: _Open(port, requests, per_second, connections).run())
 
 
-def open_loops(port: int, *loads: tuple[list[bytes], float], connections: int) -> list[Load]:
+def open_loops(port: int, *loads: tuple[Sequence[bytes], float], connections: int) -> list[Load]:
     """Run several open loads at once. Each is given as its requests and their rate per second."""
 
     async def together() -> list[Load]:
@@ -109,6 +109,7 @@ class _Connection(asyncio.Protocol):
         self._buffer = b""
         self.transport: asyncio.WriteTransport | None = None
         self.begun: float | None = None
+        self.is_ending = False  # the answer says that the server closes the connection
 
     def send(self, request: bytes, begun: float) -> None:
         self.begun = begun
@@ -128,6 +129,7 @@ class _Connection(asyncio.Protocol):
         if len(buffer) < end + 4 + length:
             return
         self._buffer = b""
+        self.is_ending = b"\r\nconnection: close\r\n" in head
         self._answered(self, int(head[9:12]))
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -170,7 +172,7 @@ async def _closed(port: int, requests: Iterator[bytes], connections: int, second
 
 
 class _Open:
-    def __init__(self, port: int, requests: list[bytes], per_second: float, connections: int) -> None:
+    def __init__(self, port: int, requests: Sequence[bytes], per_second: float, connections: int) -> None:
         self._port = port
         self._requests = requests
         self._interval = 1 / per_second
@@ -242,6 +244,8 @@ class _Open:
             self._opened -= 1
             if connection in self._idle:
                 self._idle.remove(connection)
+        elif connection.is_ending:
+            connection.transport.close()
         elif self._waiting:
             connection.send(*self._waiting.popleft())
         else:

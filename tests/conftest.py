@@ -15,7 +15,7 @@ from adapter import logs
 from tests.databases import KINDS, Files, Server, postgres_server
 from tests.ledgers import HandClock, Ledger
 
-SLOW = ("crash", "flows")
+SLOW = ("attacks", "crash", "flows")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,7 +1,7 @@
 """The service as a process of its own, forked from one that has imported every module already.
 
-Importing costs a second of CPU at every start, and most flows start two services. `command=True` runs the installed
-command instead.
+Importing costs a second of CPU at every start, and most flows start two services. With a `command`, such as the
+installed one, the process executes it instead.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import pkgutil
 import sys
 import sysconfig
 import warnings
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -29,21 +30,27 @@ for _module in pkgutil.walk_packages(adapter.__path__, "adapter."):
 
 
 def start(
-    config_path: Path, environ: dict[str, str], log_path: Path, *options: str, command: bool = False
+    config_path: Path, environ: dict[str, str], log_path: Path, *options: str, command: Sequence[Path | str] = ()
 ) -> BaseProcess:
-    """Start `norce-adapter serve` with its output in a file."""
+    """Start `norce-adapter serve` with its output in a file. `command` is executed with these arguments."""
     process = _CONTEXT.Process(target=_serve, args=(config_path, environ, log_path, options, command), daemon=True)
     process.start()
     return process
 
 
-def _serve(config_path: Path, environ: dict[str, str], log_path: Path, options: tuple[str, ...], command: bool) -> None:
+def _serve(
+    config_path: Path,
+    environ: dict[str, str],
+    log_path: Path,
+    options: tuple[str, ...],
+    command: Sequence[Path | str],
+) -> None:
     os.chdir(config_path.parent)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if command:
-        os.execve(COMMAND, [COMMAND, "serve", *options, "--config", config_path], environ)
+        os.execve(command[0], [*command, "serve", *options, "--config", config_path], environ)
     os.environ.clear()
     os.environ.update(environ)
     sys.path[:0] = filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from base64 import urlsafe_b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
@@ -190,7 +190,12 @@ class Service:
     """A process of `norce-adapter serve`. Its log is a file of JSON lines."""
 
     def __init__(
-        self, config_path: Path, environ: dict[str, str], log_path: Path, *options: str, command: bool = False
+        self,
+        config_path: Path,
+        environ: dict[str, str],
+        log_path: Path,
+        *options: str,
+        command: Sequence[Path | str] = (),
     ) -> None:
         self.log_path = log_path
         self.started_at = time.monotonic()
@@ -326,14 +331,14 @@ class Site:
         path.write_text(json.dumps(self.config, indent=2))  # JSON is YAML 1.2
         return path
 
-    def launch(self, *options: str, command: bool = False) -> Service:
-        """Start a process and do not wait until it listens. `command` runs the installed command."""
+    def launch(self, *options: str, command: Sequence[Path | str] = ()) -> Service:
+        """Start a process and do not wait until it listens. `[COMMAND]` executes the installed command."""
         log_path = self.folder / f"service-{len(self.services)}.log"
         service = Service(self.write_config(), self.environ, log_path, *options, command=command)
         self.services.append(service)
         return service
 
-    def start(self, *options: str, command: bool = False) -> Service:
+    def start(self, *options: str, command: Sequence[Path | str] = ()) -> Service:
         return self.launch(*options, command=command).wait_until_serving()
 
     def run_command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":

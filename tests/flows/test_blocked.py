@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import pytest
 
+from tests.flows.service_process import COMMAND
 from tests.flows.site import Site, make_order, wait_until
 
 DEADLINE_SECONDS = 2.0
@@ -85,7 +86,7 @@ def test_verdicts_are_in_time_and_notifications_are_stored_while_every_plugin_bl
 def test_a_shutdown_does_not_wait_for_a_thread_that_a_handler_started(site: Site, sample_plugin: Path) -> None:
     calls = add_blocking_routes(site, sample_plugin)
     site.config["routes"]["sleeps"] |= {"handler": "sample-sleeps-in-a-thread", "timeout": "10m"}
-    service = site.start(command=True)
+    service = site.start(command=[COMMAND])
     site.notify(service, make_order("aside"))
     wait_until(lambda: "deliver aside" in calls.read_text())
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.flows.service_process import COMMAND
 from tests.flows.site import Site, make_order, wait_until
 
 pytestmark = pytest.mark.usefixtures("store_url")
@@ -68,7 +69,7 @@ def test_an_order_that_is_read_again_when_the_grace_ends_is_not_lost(site: Site,
 
 def test_sigterm_ends_an_idle_service_at_once(site: Site) -> None:
     site.config["dispatcher"]["grace"] = "10m"
-    service = site.start(command=True)
+    service = site.start(command=[COMMAND])
 
     assert service.stop() == 0
     events = [event["event"] for event in service.read_log()]

@@ -3,6 +3,7 @@
 import json
 import socket
 
+from tests.flows.service_process import COMMAND
 from tests.flows.site import Site, make_order
 
 
@@ -71,7 +72,7 @@ def test_a_port_in_use_ends_the_start_and_releases_the_database(site: Site) -> N
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == f"cannot listen on 127.0.0.1:{port}: Address already in use"
     site.config["server"]["port"] = 0
-    assert site.notify(site.start(command=True), make_order("after-all")) == 200
+    assert site.notify(site.start(command=[COMMAND]), make_order("after-all")) == 200
 
 
 def test_a_held_service_accepts_and_delivers_nothing_until_the_next_start(site: Site) -> None:

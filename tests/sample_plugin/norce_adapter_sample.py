@@ -17,6 +17,7 @@ from adapter.plugin import (
     Order,
     Patch,
     Problem,
+    Refuse,
     Reject,
     Settings,
     Skip,
@@ -124,6 +125,19 @@ class Stalls(HookHandler[StallSettings]):
                 threading.Thread(target=_spin, daemon=True).start()
             _spin()
         return []
+
+
+class SlowOrderSettings(Settings, frozen=True, kw_only=True):
+    slow: Annotated[str, msgspec.Meta(description="How the ids of the slow orders begin.")]
+
+
+class SlowForSomeOrders(HookHandler[SlowOrderSettings]):
+    """Waits for ever for some orders and refuses all others."""
+
+    async def change(self, order: Order, context: Context[SlowOrderSettings]) -> list[Patch]:
+        if (order.id or "").startswith(context.settings.slow):
+            await asyncio.Event().wait()
+        raise Refuse("refused", "This change is not allowed.")
 
 
 def _spin() -> None:
