@@ -101,7 +101,8 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         lease = Lease(store, version=VERSION)
         await lease.enter()
         lanes = Lanes(store, lease, policy=pause_policy(config))
-        queues = await lanes.open_queues(queue_keys(config, routes))
+        refetching = {route.name for route in routes.all if route.refetch}
+        queues = await lanes.open_queues(queue_keys(config, routes), refetching=refetching)
         attempts = Attempts(runner=runner, norce=norce, clock=store.clock)
         dispatcher = builder.dispatcher(queues, lanes, lease, attempts, hold=hold)
         norce_settings = builder.norce_settings(norce, dispatcher)

@@ -16,7 +16,7 @@ from adapter.ledger.clock import Clock
 from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
-from adapter.ledger.settlement import Ending, Handling, PausePolicy, Result
+from adapter.ledger.settlement import Broken, Ending, Handling, PausePolicy, Result
 from adapter.ledger.store import Store
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
 from tests.databases import rows
@@ -49,6 +49,7 @@ DELIVERED = Ends(Done(), "delivered")
 SKIPPED = Ends(Skip("nothing-to-do"), "skipped")
 REJECTED = Ends(Reject("no-such-shop"), "rejected")
 EXHAUSTED = Ends(Retry("destination-busy"), "exhausted")
+BROKEN = Ends(Broken("handler-failed"), "broken")
 CONDITION = Ends(Ending.CONDITION, "condition")
 MOVED_ON = Ends(Ending.MOVED_ON, "moved_on")
 UNKNOWN = Ends(Unknown("connection-lost"), "unknown")

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from sqlalchemy import Connection, case, func, insert, select, update
+from sqlalchemy import Connection, insert, select, update
 
 from adapter.ledger.claims import queue_columns, queue_state
-from adapter.ledger.dead_letters import LaneDelivery, lock_lanes, retry_dead_letters
+from adapter.ledger.dead_letters import LaneDelivery, after_doubt, lock_lanes, retry_dead_letters
 from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
@@ -175,8 +175,7 @@ class Commands:
         # The person's decision ends the doubt, but a request in doubt has its time before the next delivery. The lane
         # is due even if nothing waits in it: a claim notices that.
         lane = lanes.c
-        due = case((lane.claim > lane.settled, func.coalesce(lane.next_at, now)), else_=now)
-        continues = {"current_delivery_id": None, "settled": lane.claim, "next_at": due}
+        continues = {"current_delivery_id": None, "settled": lane.claim, "next_at": after_doubt(now)}
         stopped = lane.id.in_([each.lane_id for each in found]) & lane.current_delivery_id.in_(ids)
         connection.execute(update(lanes).where(stopped).values(continues))
         return len(ids)

@@ -7,13 +7,27 @@ schedule, before a delivery is dead, are computed in `settlement`.
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, case, literal_column, select, update
 
 from adapter.ledger.databases import any_of
 from adapter.ledger.schema import deliveries, lanes
 from adapter.ledger.settlement import Reason, State
 
 LOCK_LANES = select(lanes).where(any_of(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
+# A literal: with a parameter, the planner does not use the index of dead letters.
+_is_known_letter = (deliveries.c.state == literal_column("'dead'")) & (deliveries.c.reason != Reason.UNKNOWN.value)
+_is_stopped_by_it = lanes.c.holder.is_(None) & (lanes.c.current_delivery_id == deliveries.c.id) & _is_known_letter
+STOPPED_LANES = (
+    select(lanes.c.id)
+    .join_from(deliveries, lanes, deliveries.c.lane_id == lanes.c.id)
+    .where(any_of(lanes.c.queue_id), _is_stopped_by_it)
+)
+# A lane is due even if nothing waits in it: a claim notices that.
+PASS_LETTERS = (
+    update(lanes)
+    .where(any_of(lanes.c.id), select(deliveries.c.id).where(_is_stopped_by_it).exists())
+    .values(current_delivery_id=None, next_at=bindparam("now"))
+)
 
 
 class LaneDelivery(NamedTuple):
@@ -54,9 +68,26 @@ def retry_dead_letters(
         if lane.id in lane_ids and lane.next_at is None and lane.current_delivery_id in stopped_by
     ]
     if due:
-        settled = {"settled": lanes.c.claim} if ends_doubt else {}
-        connection.execute(update(lanes).where(lanes.c.id.in_(due)).values({"next_at": now, **settled}))
+        settled = {"settled": lanes.c.claim, "next_at": now} if ends_doubt else {"next_at": after_doubt(now)}
+        connection.execute(update(lanes).where(lanes.c.id.in_(due)).values(settled))
     return len(changed)
+
+
+def pass_dead_letters(connection: Connection, queue_ids: Collection[int], now: int) -> None:
+    """Let the lanes of these queues go on that a dead letter with a known outcome has stopped.
+
+    Their routes read the order again, so a dead letter of before must not hold the later deliveries.
+    """
+    stopped = connection.execute(STOPPED_LANES, {"ids": list(queue_ids)}).scalars().all()
+    if stopped:
+        lock_lanes(connection, stopped)
+        connection.execute(PASS_LETTERS, {"ids": list(stopped), "now": now})
+
+
+def after_doubt(now: int) -> ColumnElement[int]:
+    """Return the first moment at which a lane may be claimed: a request in doubt has its time before."""
+    lane = lanes.c
+    return case(((lane.claim > lane.settled) & (lane.doubt_until > now), lane.doubt_until), else_=now)
 
 
 def lock_lanes(connection: Connection, lane_ids: Iterable[int]) -> Sequence[Any]:

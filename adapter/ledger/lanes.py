@@ -42,7 +42,7 @@ from adapter.ledger.claims import (
     queue_state,
 )
 from adapter.ledger.databases import any_of
-from adapter.ledger.dead_letters import lock_lanes
+from adapter.ledger.dead_letters import lock_lanes, pass_dead_letters
 from adapter.ledger.lease import Lease
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, queues
 from adapter.ledger.settlement import (
@@ -127,7 +127,10 @@ class Lanes:
         lane, delivery, database = lanes.c, deliveries.c, store.database
         held = {"lane": lane.id, "holder": lane.holder, "delivery": lane.current_delivery_id, "due": lane.next_at}
         self._hold_lanes = database.updater(
-            lanes, held, "holder = {holder}, claim = lanes.claim + 1, current_delivery_id = {delivery}, next_at = {due}"
+            lanes,
+            held | {"doubt_until": lane.doubt_until},
+            "holder = {holder}, claim = lanes.claim + 1, current_delivery_id = {delivery}, next_at = {due},"
+            " doubt_until = {doubt_until}",
         )
         self._settle_lanes = database.updater(
             lanes,
@@ -145,12 +148,13 @@ class Lanes:
             attempts, [column.name for column in attempts.c if column.name != "id"]
         )
 
-    async def open_queues(self, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
+    async def open_queues(self, keys: Sequence[QueueKey], *, refetching: Container[str] = ()) -> dict[QueueKey, int]:
         """Return the ids of these queues, and create the missing ones.
 
-        This ends pauses for broken credentials: a person who restarts the service has corrected them.
+        This ends pauses for broken credentials: a person who restarts the service has corrected them. `refetching`
+        holds the routes that read the order again. Lanes that stopped before a route did so go on.
         """
-        return await self._store.run(self._open_queues, keys)
+        return await self._store.run(self._open_queues, keys, refetching)
 
     async def claim(self, limits: Sequence[QueueLimits], most: int, *, idle: Container[int] = frozenset()) -> Claimed:
         """Claim at most `most` due lanes, one queue after another, within each queue's limit.
@@ -184,7 +188,9 @@ class Lanes:
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _open_queues(self, connection: Connection, keys: Sequence[QueueKey]) -> dict[QueueKey, int]:
+    def _open_queues(
+        self, connection: Connection, keys: Sequence[QueueKey], refetching: Container[str]
+    ) -> dict[QueueKey, int]:
         misconfigured = queues.c.paused_by == PausedBy.MISCONFIGURED.value
         connection.execute(update(queues).where(misconfigured).values(queue_columns(RUNNING)))
         rows = sorted({(key.route, *key.channel) for key in keys})
@@ -195,6 +201,7 @@ class Lanes:
             QueueKey(row.route, Channel(row.merchant, row.channel)): row.id
             for row in connection.execute(select(queues))
         }
+        pass_dead_letters(connection, [known[key] for key in keys if key.route in refetching], self._clock())
         return {key: known[key] for key in keys}
 
     def _claim(
@@ -253,9 +260,11 @@ class Lanes:
         changes = []
         for row in connection.execute(CLAIMED_DELIVERIES, {"ids": list(held)}):
             lane, limit = held[row.delivery_id]
+            claim = claim_of(lane, row, limit, holder=holder, now=now)
+            claims[row.delivery_id] = claim
             due = limit.due_after_death(row.attempts, now)
-            changes.append({"lane": lane.id, "holder": holder, "delivery": row.delivery_id, "due": due})
-            claims[row.delivery_id] = claim_of(lane, row, limit, holder=holder, now=now)
+            held_by = {"lane": lane.id, "holder": holder, "delivery": row.delivery_id}
+            changes.append(held_by | {"due": due, "doubt_until": claim.doubt_ends_at})
         self._hold_lanes(connection.connection.cursor(), changes)
         return [claims[delivery_id] for delivery_id in held]
 

@@ -24,6 +24,7 @@ from tests.databases import Server
 from tests.ledgers import (
     CONDITION,
     DELIVERED,
+    DOUBT,
     EXHAUSTED,
     EXPORT,
     HOUR,
@@ -294,6 +295,8 @@ def test_look_up_keeps_the_doubt(ledger: Ledger) -> None:
 
     retry(ledger, 1, unknown="look-up")
 
+    assert ledger.claim() == []  # the request in doubt has its time
+    ledger.clock.now += DOUBT
     claim = ledger.claim_one()
     assert claim.in_doubt
     ledger.settle(claim, Ends(Ending.NOT_THERE, due=NOON, handling=LOOKS_UP))
@@ -333,6 +336,7 @@ def test_a_letter_stays_dead_while_its_blocked_handler_holds_the_lane(ledger: Le
     ledger.do(ledger.lanes.release(claim))
     assert retry(ledger, 1, unknown=unknown).changed == 1
 
+    ledger.clock.now += DOUBT
     assert ledger.claim_one().in_doubt == (unknown == "look-up")
 
 
@@ -348,6 +352,7 @@ def test_a_letter_behind_another_waits_for_it(ledger: Ledger) -> None:
     assert ledger.claim() == []  # the unknown one stops the lane
 
     assert discard(ledger, 2).changed == 1
+    ledger.clock.now += DOUBT
     assert ledger.claim_one().delivery_id == 1
 
 
@@ -430,6 +435,7 @@ def test_a_discarded_letter_is_done_and_its_lane_continues_without_doubt(ledger:
 def test_a_lane_with_nothing_left_takes_the_next_notification(ledger: Ledger) -> None:
     dead(ledger, "order-1", ends=UNKNOWN)
     discard(ledger, 1)
+    ledger.clock.now += DOUBT
     assert ledger.claim() == []
 
     ledger.owed(2)
@@ -458,6 +464,7 @@ def test_a_blocked_letter_can_be_discarded_once_its_handler_has_ended(ledger: Le
     assert ledger.claim() == []
     assert discard(ledger, 1).changed == 1
 
+    ledger.clock.now += DOUBT
     after = ledger.claim_one()
     assert (after.delivery_id, after.in_doubt) == (2, False)
 
@@ -501,17 +508,48 @@ def test_a_delivery_that_waits_for_its_retry_is_discarded(ledger: Ledger) -> Non
     assert (claim.delivery_id, claim.in_doubt) == (2, False)
 
 
-def test_a_request_in_doubt_has_its_time_before_the_next_delivery_after_a_discard(ledger: Ledger) -> None:
+@pytest.mark.parametrize("ends", [in_doubt(NOON + 6 * HOUR), UNKNOWN], ids=["waiting", "dead"])
+def test_after_a_discard_the_next_delivery_waits_for_the_end_of_the_doubt_and_no_longer(
+    ledger: Ledger, ends: Ends
+) -> None:
     ledger.owed(1)
-    ledger.settle(ledger.claim_one(), in_doubt(NOON + HOUR))
+    ledger.settle(ledger.claim_one(), ends)
     ledger.owed(2)
+
+    ledger.clock.now += DOUBT - 1
+    assert discard(ledger, 1, state="waiting" if ends.due else "dead").changed == 1
+
+    assert ledger.claim() == []
+    assert ledger.next_due_at() == NOON + DOUBT
+    ledger.clock.now += 1
+    claim = ledger.claim_one()
+    assert (claim.delivery_id, claim.in_doubt) == (2, False)
+
+
+def test_a_discard_after_the_end_of_the_doubt_makes_the_next_delivery_due_at_once(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), in_doubt(NOON + 6 * HOUR))
+    ledger.owed(2)
+    ledger.clock.now += HOUR
 
     assert discard_waiting(ledger, 1).changed == 1
 
-    assert ledger.claim() == []
-    ledger.clock.now += HOUR
-    claim = ledger.claim_one()
-    assert (claim.delivery_id, claim.in_doubt) == (2, False)
+    assert ledger.claim_one().delivery_id == 2
+
+
+def test_a_discard_after_a_crash_leaves_the_request_its_time(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.claim_one()
+    ledger.owed(2)
+    after = ledger.reopened()
+    try:
+        assert discard_waiting(after, 1).changed == 1
+
+        assert after.claim() == []
+        after.clock.now += DOUBT
+        assert after.claim_one().delivery_id == 2
+    finally:
+        after.store.close()
 
 
 def test_a_delivery_that_is_being_attempted_is_not_discarded(ledger: Ledger) -> None:
@@ -849,6 +887,7 @@ def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Se
         at_once(operator, intake, worker)
         while ledger.rows("SELECT 1 FROM deliveries WHERE state = 'dead'"):
             run(ledger, "discard", route="export")
+        ledger.clock.now += DOUBT
         while claims := ledger.claim():
             for claim in claims:
                 ledger.settle(claim)

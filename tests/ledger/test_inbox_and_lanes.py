@@ -12,6 +12,7 @@ from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import Received
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
+from adapter.ledger.settlement import Ending
 from adapter.plugin import Reject
 from tests.ledgers import (
     CONDITION,
@@ -19,6 +20,8 @@ from tests.ledgers import (
     DOUBT,
     EXHAUSTED,
     HOUR,
+    EXPORT,
+    HISTORY,
     MISCONFIGURED,
     MOVED_ON,
     NOON,
@@ -465,6 +468,65 @@ def test_an_attempt_is_written_with_its_outcome(ledger: Ledger) -> None:
 
 
 def test_the_last_done_is_there_at_the_next_claim_of_the_lane(ledger: Ledger) -> None:
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION, BROKEN], ids=lambda each: each.reason)
+@pytest.mark.parametrize("arrives", ["before", "after"])
+def test_a_stopped_lane_goes_on_once_its_route_reads_the_order_again(
+    ledger: Ledger, settlement: Ends, arrives: str
+) -> None:
+    """The next delivery may wait behind the letter already, or arrive after the change of the configuration."""
+    ledger.owed(1, refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), settlement, refetch=False)
+    if arrives == "before":
+        ledger.owed(2, refetch=False)
+
+    ledger.do(ledger.lanes.open_queues([EXPORT, HISTORY], refetching=["history"]))
+    if arrives == "after":
+        ledger.receive(receipt(snapshot=2, wanted=[(ledger.history, True)]))
+
+    assert ledger.claim_one(ledger.history).delivery_id == 2
+    assert ledger.states()[0] == (1, "dead", settlement.reason)
+
+
+def test_a_stopped_lane_in_which_nothing_waits_is_idle_once_its_route_reads_the_order_again(ledger: Ledger) -> None:
+    ledger.owed(1, refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), REJECTED, refetch=False)
+
+    ledger.do(ledger.lanes.open_queues([HISTORY], refetching=["history"]))
+
+    assert ledger.claim(ledger.history) == []
+    assert ledger.rows("SELECT holder, next_at, current_delivery_id FROM lanes") == [(None, None, None)]
+
+
+@pytest.mark.parametrize("what", ["unknown", "of another queue", "held by a blocked handler", "waiting for a retry"])
+def test_a_start_leaves_other_lanes_as_they_are(ledger: Ledger, what: str) -> None:
+    ledger.owed(1, 2, refetch=False)
+    claim = ledger.claim_one(ledger.history)
+    if what == "held by a blocked handler":
+        ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), refetch=False, keeps_lane=True)
+    else:
+        ends = {"unknown": UNKNOWN, "waiting for a retry": waiting(NOON + HOUR)}.get(what, REJECTED)
+        ledger.settle(claim, ends, refetch=False)
+    before = ledger.rows("SELECT * FROM lanes")
+
+    refetching = ["export"] if what == "of another queue" else ["history"]
+    ledger.do(ledger.lanes.open_queues([EXPORT, HISTORY], refetching=refetching))
+
+    assert ledger.rows("SELECT * FROM lanes") == before
+
+
+def test_a_start_finds_stopped_lanes_among_many_orders_by_an_index(ledger: Ledger) -> None:
+    make_many(ledger, 20_000)
+    ledger.owed(1, order_id="order-1", refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), REJECTED, refetch=False)
+
+    open_queues = ledger.lanes.open_queues([HISTORY], refetching=["history"])
+    statements = seen(ledger.store.engine, lambda: ledger.do(open_queues))
+
+    assert [statement for statement, _ in statements if "current_delivery_id" in statement]
+    for statement, parameters in statements:
+        assert_no_scan(ledger, statement, parameters, ("notifications", "deliveries", "lanes"))
+
+
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), delivered("shop-7", digest="abc", lines=3))
     ledger.clock.now += HOUR
@@ -544,6 +606,7 @@ def test_a_dead_letter_is_not_discarded_while_its_handler_still_runs(ledger: Led
     ledger.do(ledger.lanes.release(claim))
     assert ledger.do(commands.discard(discard)).changed == 1
 
+    ledger.clock.now += DOUBT
     assert ledger.claim_one(queue).delivery_id == 2
 
 

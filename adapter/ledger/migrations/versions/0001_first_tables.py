@@ -73,7 +73,7 @@ def upgrade() -> None:
         counter("claim", sa.BigInteger),
         counter("settled", sa.BigInteger),
         sa.Column("current_delivery_id", KEY),
-        *numbers("next_at", nullable=True),
+        *numbers("next_at", "doubt_until", nullable=True),
         *texts("previous", nullable=True),
         sa.UniqueConstraint("queue_id", "order_id"),
     )
