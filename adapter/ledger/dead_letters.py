@@ -85,7 +85,7 @@ def pass_dead_letters(connection: Connection, queue_ids: Collection[int], now: i
 
 
 def after_doubt(now: int) -> ColumnElement[int]:
-    """Return the first moment at which a lane may be claimed: a request in doubt has its time before."""
+    """Return now, or the moment at which a lane's request in doubt has had its time."""
     lane = lanes.c
     return case(((lane.claim > lane.settled) & (lane.doubt_until > now), lane.doubt_until), else_=now)
 

@@ -3,7 +3,8 @@
 The same event is stored once, as long as its row lives. The same identity with another order is a conflict: on each
 route that reads the order again, it makes sure that a delivery waits, because nobody can tell which of the two is true.
 A repeat retries a delivery that is dead as rejected or exhausted, at most once an hour, because a person who presses
-retry at Norce means that.
+retry at Norce means that. Without `lastModified`, or within one, an order that returns to an earlier state looks like a
+repeat. It makes sure that a delivery waits if the route may have read another state last.
 
 A route that reads the order again needs one delivery after the last change. A new one therefore supersedes those of its
 lane that wait and that no process has claimed. Whoever claims or settles a lane locks it as well, so a delivery is
@@ -19,7 +20,7 @@ import msgspec
 from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
-from adapter.ledger.databases import IN_ARRAY, Numbers
+from adapter.ledger.databases import IN_ARRAY, Numbers, any_of
 from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
@@ -28,6 +29,32 @@ from adapter.orders import NotAnOrder, decode, order_digest, order_in
 
 RETRY_AT_MOST_EVERY_MS = 3_600_000
 RETRIED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
+RETURN_BYTES = 8  # that the identity of an order's return to an earlier state has more than that of this state
+
+_of_lane = deliveries.alias("of_lane")
+_newest_delivery = (
+    select(_of_lane.c.id)
+    .where(_of_lane.c.lane_id == lanes.c.id)
+    .order_by(_of_lane.c.id.desc())
+    .limit(1)
+    .scalar_subquery()
+)
+# Of the lanes of an order, with the notification of each.
+NEWEST_DELIVERIES = (
+    select(
+        lanes.c.queue_id,
+        lanes.c.holder,
+        lanes.c.current_delivery_id,
+        deliveries.c.id,
+        deliveries.c.state,
+        deliveries.c.reason,
+        deliveries.c.notification_id,
+        notifications.c.identity,
+    )
+    .join_from(lanes, deliveries, deliveries.c.id == _newest_delivery)
+    .join(notifications, notifications.c.id == deliveries.c.notification_id)
+    .where(any_of(lanes.c.queue_id), lanes.c.order_id == bindparam("of_order"))
+)
 
 
 class Received(Enum):
@@ -176,17 +203,36 @@ class Inbox:
         if known is None:  # another node has pruned it since the insert
             return self._receive(connection, [notification])[0]
         same: int | None = known.id
+        identity = notification.identity
         if known.body != notification.body:
             digest = _digest(notification.body)
             if self._digest_of(connection, known) not in (digest, None):
-                identity = notification.identity + digest
+                identity += digest
                 row = _row(notification, now, identity=identity, conflicts_with=known.id, digest=digest)
                 if inserted := self._insert_notifications(connection.connection.cursor(), [row]):
                     arrivals.append((inserted[0][0], notification, notification.wanted_in_conflict))
                     return Received.CONFLICT
                 same = connection.execute(select(n.id).where(n.identity == identity)).scalar_one_or_none()
-        dead = [] if notification.source == "reconciliation" else self._dead_letters(connection, same, now)
+        newest = self._newest_deliveries(connection, notification)
+        if returned := [each for each in newest if _has_returned(notification, identity, each)]:
+            # What came in between makes the identity: of the same return, another node inserts one row.
+            identity += max(each.id for each in returned).to_bytes(RETURN_BYTES, "big")
+            row = _row(notification, now, identity=identity)
+            if inserted := self._insert_notifications(connection.connection.cursor(), [row]):
+                queue_ids = {each.queue_id for each in returned}
+                wanted = tuple(each for each in notification.wanted if each.queue_id in queue_ids)
+                arrivals.append((inserted[0][0], notification, wanted))
+                return Received.NEW
+        own = {same, *(each.notification_id for each in newest if _is_of(identity, each))}
+        dead = [] if notification.source == "reconciliation" else self._dead_letters(connection, own, now)
         return dead or Received.REPEAT
+
+    def _newest_deliveries(self, connection: Connection, notification: ReceivedNotification) -> Sequence[Any]:
+        """Return the newest delivery of the order on each route that wants it and reads it again."""
+        queue_ids = [each.queue_id for each in notification.wanted if each.refetch]
+        if not queue_ids:
+            return ()
+        return connection.execute(NEWEST_DELIVERIES, {"ids": queue_ids, "of_order": notification.order_id}).all()
 
     def _have(self, connection: Connection, orders: Sequence[tuple[Collection[bytes], bytes]]) -> list[bool]:
         n = notifications.c
@@ -206,11 +252,11 @@ class Inbox:
         connection.execute(update(notifications).where(notifications.c.id == row.id).values(digest=digest))
         return digest
 
-    def _dead_letters(self, connection: Connection, notification_id: int | None, now: int) -> list[LaneDelivery]:
+    def _dead_letters(self, connection: Connection, ids: Collection[int | None], now: int) -> list[LaneDelivery]:
         d = deliveries.c
         dead = connection.execute(
             select(d.id, d.lane_id).where(
-                d.notification_id == notification_id,
+                d.notification_id.in_(ids),
                 d.state == State.DEAD.value,
                 d.reason.in_([reason.value for reason in RETRIED_BY_A_REPEAT]),
                 func.coalesce(d.retried_at, 0) <= now - RETRY_AT_MOST_EVERY_MS,
@@ -223,6 +269,33 @@ class Inbox:
             return Received.REPEAT
         self._store.database.notify(connection)
         return Received.RETRIED
+
+
+def _has_returned(notification: ReceivedNotification, identity: bytes, newest: Any) -> bool:
+    """Return whether a repeat may be an order that returned to an earlier state.
+
+    Without `lastModified`, and within one, nothing else tells the two apart: the route may have read another state
+    since. A repeat has no effect if the newest
+    delivery in the lane has not begun, or is of the same state and was not `moved_on`.
+
+    Args:
+        notification: The repeat.
+        identity: Of the state that it repeats.
+        newest: The newest delivery in its lane.
+    """
+    waits = newest.state == State.WAITING.value
+    if waits and newest.id != newest.current_delivery_id:
+        return False
+    if notification.snapshot_at is not None:
+        return not _is_of(identity, newest) and bytes(newest.identity).startswith(notification.identity)
+    is_being_attempted = waits and newest.holder is not None
+    return not _is_of(identity, newest) or is_being_attempted or newest.reason == Reason.MOVED_ON.value
+
+
+def _is_of(identity: bytes, delivery: Any) -> bool:
+    """Return whether a delivery is of the state with this identity, or of a return to it."""
+    of_it = bytes(delivery.identity)
+    return of_it.startswith(identity) and len(of_it) in (len(identity), len(identity) + RETURN_BYTES)
 
 
 def _snapshot_at(notification: ReceivedNotification, now: int) -> int:

@@ -126,7 +126,7 @@ deliveries = Table(
     Column("ended_at", BigInteger),
     Column("retried_at", BigInteger),
     Index("ix_deliveries_notification_id", "notification_id"),
-    Index("ix_deliveries_lane_id", "lane_id"),
+    Index("ix_deliveries_lane_id", "lane_id", "id"),
     _partial_index("ix_deliveries_waiting", "lane_id", "position", "id", where="state = 'waiting'"),
     _partial_index("ix_deliveries_dead", "id", "lane_id", where="state = 'dead'"),
 )

@@ -10,18 +10,19 @@ import pytest
 
 from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
-from adapter.ledger.inbox import Received
+from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
 from adapter.ledger.settlement import Ending
 from adapter.plugin import Reject
 from tests.ledgers import (
+    BROKEN,
     CONDITION,
     DELIVERED,
     DOUBT,
     EXHAUSTED,
-    HOUR,
     EXPORT,
     HISTORY,
+    HOUR,
     MISCONFIGURED,
     MOVED_ON,
     NOON,
@@ -174,6 +175,140 @@ def test_an_order_is_known_under_its_identity_or_as_its_conflict(ledger: Ledger,
 
     assert ledger.do(ledger.inbox.has([b"other", b"same"], body)) is expected
     assert not ledger.do(ledger.inbox.has([b"other"], body))
+
+
+# --- an order that returns to an earlier state -----------------------------------------------------------------
+
+
+def state(ledger: Ledger, name: str, moment: int | None = None, **more: Any) -> ReceivedNotification:
+    """Return an event of an order in this state; without a moment, the state is its identity."""
+    identity = f"order-1/{moment or name}".encode()
+    wanted = [] if name == "unwanted" else [(ledger.export, True), (ledger.history, False)]
+    body = json.dumps({"state": name}).encode()
+    return receipt(
+        identity=identity, snapshot=moment, body=body, **{"wanted": wanted, "refetching": [ledger.export], **more}
+    )
+
+
+MOMENTS = pytest.mark.parametrize("moment", [None, NOON], ids=["without a moment", "within one moment"])
+
+
+@MOMENTS
+def test_a_return_to_an_earlier_state_makes_one_delivery_wait(ledger: Ledger, moment: int | None) -> None:
+    identities = []
+    for name in ("a", "b", "a", "b", "a"):
+        ledger.receive(state(ledger, name, moment))
+        claim = ledger.claim_one()
+        identities.append(claim.identity)
+        ledger.settle(claim)
+
+        assert ledger.receive(state(ledger, name, moment)) is Received.REPEAT  # it is the newest state
+        assert ledger.claim() == []
+    assert len(set(identities)) == 5  # each with an idempotency key of its own
+    returned = ledger.rows("SELECT body, conflicts_with FROM notifications ORDER BY id LIMIT 1 OFFSET 2")
+    assert returned == [(b'{"state": "a"}', None)]
+
+
+@MOMENTS
+def test_a_return_starts_nothing_on_a_route_with_refetch_false(ledger: Ledger, moment: int | None) -> None:
+    ledger.receive(state(ledger, "a", moment))
+    ledger.receive(state(ledger, "b", moment))
+    while claims := ledger.claim(ledger.export, ledger.history):
+        for claim in claims:
+            ledger.settle(claim)
+
+    assert ledger.receive(state(ledger, "a", moment)) is Received.NEW
+
+    assert ledger.claim(ledger.history) == []
+    assert ledger.claim_one()
+
+
+@MOMENTS
+def test_returns_for_ever_leave_one_waiting_delivery_and_no_row_beside_it(ledger: Ledger, moment: int | None) -> None:
+    ledger.receive(state(ledger, "a", moment))
+    ledger.receive(state(ledger, "b", moment))
+    ledger.settle(ledger.claim_one())
+
+    answers = [ledger.receive(state(ledger, name, moment)) for name in ("a", "b") * 10]
+
+    assert answers == [Received.NEW, *[Received.REPEAT] * 19]
+    assert len(ledger.rows("SELECT 1 FROM deliveries WHERE state = 'waiting' AND lane_id = 1")) == 1
+
+
+def test_returns_in_one_group_leave_one_waiting_delivery(ledger: Ledger) -> None:
+    for name in ("a", "b"):
+        ledger.receive(state(ledger, name))
+        ledger.settle(ledger.claim_one())
+
+    async def together() -> list[Received]:
+        return await asyncio.gather(*(ledger.inbox.receive(state(ledger, "a")) for _ in range(3)))
+
+    assert ledger.do(together()) == [Received.NEW, Received.REPEAT, Received.REPEAT]
+    assert ledger.claim_one().callback == "order-status"
+
+
+def test_a_return_after_an_unwanted_state_that_the_route_has_read_is_delivered(ledger: Ledger) -> None:
+    ledger.receive(state(ledger, "a"))
+    ledger.settle(ledger.claim_one(), MOVED_ON)  # it read the unwanted state
+    ledger.receive(state(ledger, "unwanted"))
+
+    assert ledger.receive(state(ledger, "a")) is Received.NEW
+    assert ledger.claim_one()
+
+
+def test_a_repeat_during_the_attempt_makes_a_delivery_wait_behind_it(ledger: Ledger) -> None:
+    """The attempt may have read another state, between the two."""
+    ledger.receive(state(ledger, "a"))
+    claim = ledger.claim_one()
+
+    assert ledger.receive(state(ledger, "a")) is Received.NEW
+
+    ledger.settle(claim, MOVED_ON)
+    assert ledger.claim_one()
+
+
+@pytest.mark.parametrize("ends", [DELIVERED, SKIPPED, waiting(NOON + HOUR), CONDITION, UNKNOWN])
+def test_without_another_state_in_between_a_repeat_without_a_moment_does_nothing_more(
+    ledger: Ledger, ends: Ends
+) -> None:
+    ledger.receive(state(ledger, "a"))
+    ledger.settle(ledger.claim_one(), ends)
+
+    assert ledger.receive(state(ledger, "a")) is Received.REPEAT
+    assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
+
+
+def test_a_late_repeat_of_an_earlier_moment_does_nothing_more(ledger: Ledger) -> None:
+    for moment in (NOON, NOON + 1):
+        ledger.receive(state(ledger, "a", moment))
+        ledger.settle(ledger.claim_one())
+
+    assert ledger.receive(state(ledger, "a", NOON)) is Received.REPEAT
+    assert ledger.claim() == []
+
+
+def test_a_repeat_of_a_return_retries_its_dead_letter(ledger: Ledger) -> None:
+    for name in ("a", "b"):
+        ledger.receive(state(ledger, name))
+        ledger.settle(ledger.claim_one())
+    ledger.receive(state(ledger, "a"))
+    ledger.settle(ledger.claim_one(), REJECTED)
+
+    assert ledger.receive(state(ledger, "a")) is Received.RETRIED
+    [(newest,)] = ledger.rows("SELECT max(id) FROM notifications")
+    assert ledger.claim_one().notification_id == newest
+
+
+def test_a_repeat_finds_the_newest_delivery_among_many_by_an_index(ledger: Ledger) -> None:
+    make_many(ledger, 20_000)
+    ledger.receive(state(ledger, "a"))
+    ledger.settle(ledger.claim_one())
+
+    statements = seen(ledger.store.engine, lambda: ledger.receive(state(ledger, "a")))
+
+    assert [statement for statement, _ in statements if "ORDER BY of_lane.id DESC" in statement]
+    for statement, parameters in statements:
+        assert_no_scan(ledger, statement, parameters)
 
 
 def test_a_third_order_under_the_same_identity_is_a_conflict_of_its_own(ledger: Ledger) -> None:
@@ -333,6 +468,65 @@ def test_a_dead_letter_of_a_route_that_does_not_refetch_holds_its_lane(ledger: L
     assert ledger.next_due_at() is None
 
 
+@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION, BROKEN], ids=lambda each: each.reason)
+@pytest.mark.parametrize("arrives", ["before", "after"])
+def test_a_stopped_lane_goes_on_once_its_route_reads_the_order_again(
+    ledger: Ledger, settlement: Ends, arrives: str
+) -> None:
+    """The next delivery may wait behind the letter already, or arrive after the change of the configuration."""
+    ledger.owed(1, refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), settlement, refetch=False)
+    if arrives == "before":
+        ledger.owed(2, refetch=False)
+
+    ledger.do(ledger.lanes.open_queues([EXPORT, HISTORY], refetching=["history"]))
+    if arrives == "after":
+        ledger.receive(receipt(snapshot=2, wanted=[(ledger.history, True)]))
+
+    assert ledger.claim_one(ledger.history).delivery_id == 2
+    assert ledger.states()[0] == (1, "dead", settlement.reason)
+
+
+def test_a_stopped_lane_in_which_nothing_waits_is_idle_once_its_route_reads_the_order_again(ledger: Ledger) -> None:
+    ledger.owed(1, refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), REJECTED, refetch=False)
+
+    ledger.do(ledger.lanes.open_queues([HISTORY], refetching=["history"]))
+
+    assert ledger.claim(ledger.history) == []
+    assert ledger.rows("SELECT holder, next_at, current_delivery_id FROM lanes") == [(None, None, None)]
+
+
+@pytest.mark.parametrize("what", ["unknown", "of another queue", "held by a blocked handler", "waiting for a retry"])
+def test_a_start_leaves_other_lanes_as_they_are(ledger: Ledger, what: str) -> None:
+    ledger.owed(1, 2, refetch=False)
+    claim = ledger.claim_one(ledger.history)
+    if what == "held by a blocked handler":
+        ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), refetch=False, keeps_lane=True)
+    else:
+        ends = {"unknown": UNKNOWN, "waiting for a retry": waiting(NOON + HOUR)}.get(what, REJECTED)
+        ledger.settle(claim, ends, refetch=False)
+    before = ledger.rows("SELECT * FROM lanes")
+
+    refetching = ["export"] if what == "of another queue" else ["history"]
+    ledger.do(ledger.lanes.open_queues([EXPORT, HISTORY], refetching=refetching))
+
+    assert ledger.rows("SELECT * FROM lanes") == before
+
+
+def test_a_start_finds_stopped_lanes_among_many_orders_by_an_index(ledger: Ledger) -> None:
+    make_many(ledger, 20_000)
+    ledger.owed(1, order_id="order-1", refetch=False)
+    ledger.settle(ledger.claim_one(ledger.history), REJECTED, refetch=False)
+
+    open_queues = ledger.lanes.open_queues([HISTORY], refetching=["history"])
+    statements = seen(ledger.store.engine, lambda: ledger.do(open_queues))
+
+    assert [statement for statement, _ in statements if "current_delivery_id" in statement]
+    for statement, parameters in statements:
+        assert_no_scan(ledger, statement, parameters, ("notifications", "deliveries", "lanes"))
+
+
 @pytest.mark.parametrize("refetch", [True, False], ids=["refetch", "no-refetch"])
 def test_an_unknown_outcome_always_holds_its_lane(ledger: Ledger, refetch: bool) -> None:
     queue = ledger.export if refetch else ledger.history
@@ -468,65 +662,6 @@ def test_an_attempt_is_written_with_its_outcome(ledger: Ledger) -> None:
 
 
 def test_the_last_done_is_there_at_the_next_claim_of_the_lane(ledger: Ledger) -> None:
-@pytest.mark.parametrize("settlement", [REJECTED, EXHAUSTED, CONDITION, BROKEN], ids=lambda each: each.reason)
-@pytest.mark.parametrize("arrives", ["before", "after"])
-def test_a_stopped_lane_goes_on_once_its_route_reads_the_order_again(
-    ledger: Ledger, settlement: Ends, arrives: str
-) -> None:
-    """The next delivery may wait behind the letter already, or arrive after the change of the configuration."""
-    ledger.owed(1, refetch=False)
-    ledger.settle(ledger.claim_one(ledger.history), settlement, refetch=False)
-    if arrives == "before":
-        ledger.owed(2, refetch=False)
-
-    ledger.do(ledger.lanes.open_queues([EXPORT, HISTORY], refetching=["history"]))
-    if arrives == "after":
-        ledger.receive(receipt(snapshot=2, wanted=[(ledger.history, True)]))
-
-    assert ledger.claim_one(ledger.history).delivery_id == 2
-    assert ledger.states()[0] == (1, "dead", settlement.reason)
-
-
-def test_a_stopped_lane_in_which_nothing_waits_is_idle_once_its_route_reads_the_order_again(ledger: Ledger) -> None:
-    ledger.owed(1, refetch=False)
-    ledger.settle(ledger.claim_one(ledger.history), REJECTED, refetch=False)
-
-    ledger.do(ledger.lanes.open_queues([HISTORY], refetching=["history"]))
-
-    assert ledger.claim(ledger.history) == []
-    assert ledger.rows("SELECT holder, next_at, current_delivery_id FROM lanes") == [(None, None, None)]
-
-
-@pytest.mark.parametrize("what", ["unknown", "of another queue", "held by a blocked handler", "waiting for a retry"])
-def test_a_start_leaves_other_lanes_as_they_are(ledger: Ledger, what: str) -> None:
-    ledger.owed(1, 2, refetch=False)
-    claim = ledger.claim_one(ledger.history)
-    if what == "held by a blocked handler":
-        ledger.settle(claim, Ends(Ending.BLOCKED, "unknown"), refetch=False, keeps_lane=True)
-    else:
-        ends = {"unknown": UNKNOWN, "waiting for a retry": waiting(NOON + HOUR)}.get(what, REJECTED)
-        ledger.settle(claim, ends, refetch=False)
-    before = ledger.rows("SELECT * FROM lanes")
-
-    refetching = ["export"] if what == "of another queue" else ["history"]
-    ledger.do(ledger.lanes.open_queues([EXPORT, HISTORY], refetching=refetching))
-
-    assert ledger.rows("SELECT * FROM lanes") == before
-
-
-def test_a_start_finds_stopped_lanes_among_many_orders_by_an_index(ledger: Ledger) -> None:
-    make_many(ledger, 20_000)
-    ledger.owed(1, order_id="order-1", refetch=False)
-    ledger.settle(ledger.claim_one(ledger.history), REJECTED, refetch=False)
-
-    open_queues = ledger.lanes.open_queues([HISTORY], refetching=["history"])
-    statements = seen(ledger.store.engine, lambda: ledger.do(open_queues))
-
-    assert [statement for statement, _ in statements if "current_delivery_id" in statement]
-    for statement, parameters in statements:
-        assert_no_scan(ledger, statement, parameters, ("notifications", "deliveries", "lanes"))
-
-
     ledger.owed(1)
     ledger.settle(ledger.claim_one(), delivered("shop-7", digest="abc", lines=3))
     ledger.clock.now += HOUR

@@ -91,7 +91,7 @@ def upgrade() -> None:
         *numbers("first_attempt_at", "ended_at", "retried_at", nullable=True),
     )
     op.create_index("ix_deliveries_notification_id", "deliveries", ["notification_id"])
-    op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id"])
+    op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id", "id"])
     partial_index("ix_deliveries_waiting", "deliveries", ["lane_id", "position", "id"], "state = 'waiting'")
     partial_index("ix_deliveries_dead", "deliveries", ["id", "lane_id"], "state = 'dead'")
     op.create_table(
