@@ -31,6 +31,7 @@ MAX_LIST_BYTES = 64 * 1024 * 1024  # of a page of a hundred orders
 # Of one merchant, so that a merchant whose Norce does not answer leaves connections to the others. The pool of httpx is
 # no alternative: it looks at all waiting requests when one ends, and blocked the event loop for 15 s with 300 of them.
 MAX_REQUESTS_AT_ONCE = 64
+MAX_REQUESTS_OF_AN_ORDER = 8  # of those, so that one order leaves the others to the rest
 MAX_PAGES = 100_000
 REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # in Norce's APIs these set a state, so repeating is harmless
 
@@ -73,6 +74,10 @@ class NorceUnavailable(NorceError):
     def __init__(self, message: str, after: timedelta | None = None, code: str | None = None) -> None:
         super().__init__(message, code)
         self.after = after
+
+
+class NorceBusy(NorceUnavailable):
+    """Other requests of its order or merchant delayed a request until its time ran out."""
 
 
 class NorceTooLarge(NorceUnavailable):
@@ -148,7 +153,7 @@ class Norce:
         self._timeout = timeout
         self._version = version
         self._used = used
-        self._at_once = {merchant: asyncio.Semaphore(MAX_REQUESTS_AT_ONCE) for merchant in accounts}
+        self._turns = {merchant: _Turns() for merchant in accounts}
         self._client = httpx.AsyncClient(
             transport=transport or connections(),
             # One client serves all merchants, so a cookie of one must not be sent for another, nor kept for each order.
@@ -256,18 +261,27 @@ class Norce:
         max_bytes = MAX_LIST_BYTES if name.startswith("list_") else MAX_ORDER_BYTES
         seconds = min(within or self._timeout, self._timeout).total_seconds()
         sending = Sending(traffic or Traffic(), write=operation.method != "GET")
+        turns, turn = self._turns[channel.merchant], path.get("order_id", channel.name)
+        is_delayed = False
         try:
-            async with asyncio.timeout(seconds), self._at_once[channel.merchant]:
-                for number, token in enumerate(account.tokens, 1):
-                    headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
-                    answer = await self._send(request | {"headers": headers}, max_bytes, sending)
-                    self._used(channel.merchant, number, answer.status_code)
-                    if answer.status_code not in (401, 403):
-                        break
+            async with asyncio.timeout(seconds):
+                if is_delayed := not turns.begin(turn):
+                    await turns.wait(turn)
+                try:
+                    for number, token in enumerate(account.tokens, 1):
+                        headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
+                        answer = await self._send(request | {"headers": headers}, max_bytes, sending)
+                        self._used(channel.merchant, number, answer.status_code)
+                        if answer.status_code not in (401, 403):
+                            break
+                finally:
+                    turns.end(turn)
         except (httpx.HTTPError, TimeoutError) as error:
             if isinstance(error, NOT_SENT):
                 sending.undo()
-            failure = NorceUnclear if sending.is_out else NorceUnavailable
+            failure: type[NorceUnavailable] = NorceUnclear if sending.is_out else NorceUnavailable
+            if is_delayed and isinstance(error, TimeoutError) and not sending.is_out:
+                failure = NorceBusy
             raise failure(f"no answer from Norce to {operation.title}: {type(error).__name__}") from error
         sending.answer(answer.status_code)
         return _content(answer, operation)
@@ -307,6 +321,61 @@ class Norce:
     async def aclose(self) -> None:
         """Close all connections."""
         await self._client.aclose()
+
+
+class _Turns:
+    """The running requests of one merchant, limited in all and for each order.
+
+    Those that wait begin in turn, order by order, so that many of one order do not delay those of others.
+    """
+
+    def __init__(self) -> None:
+        self._free = MAX_REQUESTS_AT_ONCE
+        self._running: dict[str, int] = {}  # by order
+        self._waiting: dict[str, dict[asyncio.Future[None], None]] = {}  # by order, the next first
+
+    def begin(self, order_id: str) -> bool:
+        """Begin a request. Returns False if it must `wait`."""
+        running = self._running.get(order_id, 0)
+        if not self._free or running >= MAX_REQUESTS_OF_AN_ORDER:
+            return False
+        self._free -= 1
+        self._running[order_id] = running + 1
+        return True
+
+    async def wait(self, order_id: str) -> None:
+        """Wait, and begin a request in its turn."""
+        line = self._waiting.setdefault(order_id, {})
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        line[turn] = None
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():  # it had begun
+                self.end(order_id)
+            line.pop(turn, None)
+            if not line and self._waiting.get(order_id) is line:
+                del self._waiting[order_id]
+            raise
+
+    def end(self, order_id: str) -> None:
+        """End a request, and begin those that may begin now."""
+        self._free += 1
+        if (running := self._running.pop(order_id) - 1) > 0:
+            self._running[order_id] = running
+        # At most a few orders are at their limit, so this does not look far.
+        while self._free and (following := next(filter(self._may_begin, self._waiting), None)) is not None:
+            line = self._waiting.pop(following)
+            turn = next(iter(line))
+            del line[turn]
+            if line:
+                self._waiting[following] = line  # behind all others
+            if not turn.done():  # not cancelled
+                self.begin(following)
+                turn.set_result(None)
+
+    def _may_begin(self, order_id: str) -> bool:
+        return self._running.get(order_id, 0) < MAX_REQUESTS_OF_AN_ORDER
 
 
 class HandlerOrders:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
@@ -22,9 +22,11 @@ from adapter.norce.client import (
     MAX_ORDER_BYTES,
     MAX_PAGES,
     MAX_REQUESTS_AT_ONCE,
+    MAX_REQUESTS_OF_AN_ORDER,
     Account,
     HandlerOrders,
     Norce,
+    NorceBusy,
     NorceRefused,
     NorceRejected,
     NorceUnavailable,
@@ -35,6 +37,7 @@ from adapter.norce.client import (
 from adapter.orders import Order
 from adapter.outgoing import Traffic
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
+from tests import virtual_time
 
 CHANNEL = Channel("fjallboden", "1")
 T = TypeVar("T")
@@ -325,6 +328,215 @@ def test_requests_of_a_merchant_are_limited_and_leave_others_alone() -> None:
 
     assert asked == MAX_REQUESTS_AT_ONCE + 1
     assert beside.id == "order-1"
+
+
+class Holding(httpx.AsyncBaseTransport):
+    """A Norce whose answers come when the test says so. Remembers the orders that are being read."""
+
+    def __init__(self) -> None:
+        self.reading: list[tuple[str, asyncio.Future[None]]] = []
+        self.read: list[str] = []  # in the order of the requests
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        order_id = request.url.path.rpartition("/")[2]
+        self.read.append(order_id)
+        held = order_id, asyncio.get_running_loop().create_future()
+        self.reading.append(held)
+        try:
+            await held[1]
+        finally:
+            self.reading.remove(held)
+        return httpx.Response(200, json={"id": order_id})
+
+    def answer(self, order_id: str | None = None) -> None:
+        """Answer the first request that is being read, or the first of an order."""
+        next(held for name, held in self.reading if order_id in (None, name) and not held.done()).set_result(None)
+
+
+class Readers:
+    """Reads of orders of one merchant."""
+
+    def __init__(self, timeout: timedelta = timedelta(minutes=1)) -> None:
+        self.at_norce = Holding()
+        account = Account(base_url="https://shop.api-se.norce.tech/checkout", tokens=(Secret("token-1"),))
+        self.norce = Norce({"fjallboden": account}, adapter_id="our_adapter", timeout=timeout, transport=self.at_norce)
+        self.tasks: list[asyncio.Task[Order]] = []
+
+    async def read(self, *order_ids: str) -> list[asyncio.Task[Order]]:
+        tasks = [asyncio.create_task(self.norce.order(CHANNEL, each)) for each in order_ids]
+        self.tasks += tasks
+        await self.settle()
+        return tasks
+
+    async def answer(self, order_id: str | None = None) -> None:
+        self.at_norce.answer(order_id)
+        await self.settle()
+
+    async def settle(self) -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def close(self) -> None:
+        for each in self.tasks:
+            each.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await self.norce.aclose()
+
+
+def reading(play: Callable[[Readers], Awaitable[None]]) -> None:
+    async def work() -> None:
+        readers = Readers()
+        try:
+            await play(readers)
+        finally:
+            await readers.close()
+
+    virtual_time.run(work())
+
+
+FULL = [f"full-{number}" for number in range(MAX_REQUESTS_AT_ONCE)]
+
+
+def test_a_flood_of_one_order_leaves_reads_to_the_others() -> None:
+    async def play(readers: Readers) -> None:
+        await readers.read(*["flooded"] * 200)
+
+        await readers.read(*FULL[: MAX_REQUESTS_AT_ONCE - MAX_REQUESTS_OF_AN_ORDER])
+
+        assert readers.at_norce.read.count("flooded") == MAX_REQUESTS_OF_AN_ORDER
+        assert len(readers.at_norce.read) == MAX_REQUESTS_AT_ONCE
+
+    reading(play)
+
+
+def test_reads_that_wait_begin_in_turn_order_by_order() -> None:
+    async def play(readers: Readers) -> None:
+        await readers.read(*FULL)
+        await readers.read(*["a"] * 5, "b", "b", "c")
+        for full in FULL[:8]:
+            await readers.answer(full)
+
+        assert readers.at_norce.read[MAX_REQUESTS_AT_ONCE:] == ["a", "b", "c", "a", "b", "a", "a", "a"]
+
+    reading(play)
+
+
+def test_a_read_that_waits_for_its_own_order_delays_no_other() -> None:
+    async def play(readers: Readers) -> None:
+        await readers.read(*["flooded"] * 50, *FULL[: MAX_REQUESTS_AT_ONCE - MAX_REQUESTS_OF_AN_ORDER])
+        await readers.read("a", "b")
+        await readers.answer(FULL[0])
+        await readers.answer(FULL[1])
+        assert readers.at_norce.read[-2:] == ["a", "b"]
+
+        await readers.answer("flooded")
+
+        assert readers.at_norce.read[-1] == "flooded"
+
+    reading(play)
+
+
+def test_reads_that_leave_give_their_turn_to_the_others() -> None:
+    async def play(readers: Readers) -> None:
+        running = await readers.read(*FULL)
+        left, stays = await readers.read("left", "stays")
+        left.cancel()
+        running[5].cancel()
+        await readers.settle()
+
+        assert readers.at_norce.read[MAX_REQUESTS_AT_ONCE:] == ["stays"]
+        # In one step a read gets its turn and leaves.
+        more = await readers.read("late", "later")
+        readers.at_norce.answer()
+        turns = readers.norce._turns["fjallboden"]
+        for _ in range(20):
+            if turns._waiting.keys() == {"late", "later"}:
+                await asyncio.sleep(0)
+        assert turns._waiting.keys() == {"later"}
+        assert "late" not in readers.at_norce.read
+        more[0].cancel()
+        await readers.settle()
+        assert readers.at_norce.read[-1] == "later"
+        assert not stays.done()
+
+    reading(play)
+
+
+def test_a_read_that_was_delayed_by_others_says_so_when_its_time_is_up() -> None:
+    async def play(readers: Readers) -> None:
+        await readers.read(*FULL)
+        with pytest.raises(NorceBusy):
+            await readers.norce.order(CHANNEL, "waits", within=timedelta(seconds=1))
+
+        late = asyncio.create_task(readers.norce.order(CHANNEL, "begins-late", within=timedelta(seconds=1)))
+        await asyncio.sleep(0.5)
+        await readers.answer()
+        assert readers.at_norce.read[-1] == "begins-late"
+        await asyncio.wait((late,))
+        assert isinstance(late.exception(), NorceBusy)
+
+    reading(play)
+
+
+def test_a_read_that_norce_does_not_answer_was_not_delayed_by_others() -> None:
+    async def play(readers: Readers) -> None:
+        with pytest.raises(NorceUnavailable) as raised:
+            await readers.norce.order(CHANNEL, "waits", within=timedelta(seconds=1))
+
+        assert not isinstance(raised.value, NorceBusy)
+
+    reading(play)
+
+
+TURNS = st.lists(
+    st.one_of(
+        st.tuples(st.just("read"), st.integers(0, 12), st.integers(1, 30)),
+        st.tuples(st.just("answer"), st.integers(0, 200), st.integers(1, 10)),
+        st.tuples(st.just("leave"), st.integers(0, 200), st.integers(1, 10)),
+        st.tuples(st.just("let steps pass"), st.integers(1, 3), st.none()),
+    ),
+    max_size=40,
+)
+
+
+@given(TURNS)
+@settings(deadline=None)
+def test_no_read_waits_that_might_run_whatever_comes_and_ends(steps: list[Any]) -> None:
+    async def play(readers: Readers) -> None:
+        at_norce = readers.at_norce
+
+        def running(order_id: str) -> int:
+            return sum(name == order_id for name, _ in at_norce.reading)
+
+        for what, first, second in steps:
+            match what:
+                case "read":
+                    wanted = (readers.norce.order(CHANNEL, f"o{first}") for _ in range(second))
+                    readers.tasks += map(asyncio.create_task, wanted)
+                case "answer" | "leave":
+                    for number in range(first, first + second):
+                        if what == "leave" and readers.tasks:
+                            readers.tasks[number % len(readers.tasks)].cancel()
+                        held = [each for _, each in at_norce.reading if not each.done()]
+                        if what == "answer" and held:
+                            held[number % len(held)].set_result(None)
+                case "let steps pass":
+                    for _ in range(first):
+                        await asyncio.sleep(0)
+            assert len(at_norce.reading) <= MAX_REQUESTS_AT_ONCE
+        await readers.settle()
+        unended = sum(not each.done() for each in readers.tasks)
+        may_run = {name for name, _ in at_norce.reading if running(name) < MAX_REQUESTS_OF_AN_ORDER}
+        assert all(running(name) <= MAX_REQUESTS_OF_AN_ORDER for name, _ in at_norce.reading)
+        turns = readers.norce._turns["fjallboden"]
+        assert unended == len(at_norce.reading) + sum(map(len, turns._waiting.values()))
+        assert len(at_norce.reading) == MAX_REQUESTS_AT_ONCE or not may_run & turns._waiting.keys()
+        while at_norce.reading:
+            await readers.answer()
+        assert all(each.done() for each in readers.tasks)
+        assert (turns._free, turns._running, turns._waiting) == (MAX_REQUESTS_AT_ONCE, {}, {})
+
+    reading(play)
 
 
 def ask(transport: httpx.AsyncBaseTransport, work: Callable[[Norce], Awaitable[T]], **given: Any) -> T:
