@@ -228,7 +228,7 @@ class _PartsBuilder:
             norce=norce,
             metrics=self.metrics,
             clock=self.store.clock,
-            circuit_breaker=CircuitBreaker(failures=given.failures, open_for=given.open_for),
+            circuit_breaker=CircuitBreaker(orders=given.orders, open_for=given.open_for),
             record=verdict_log.record,
         )
 

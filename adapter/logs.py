@@ -29,7 +29,7 @@ ALLOWED = frozenset(
         "event", "level", "timestamp", "exception",
         "adapter_id", "added", "address", "attempt", "bodies", "callback", "channel", "claim", "code", "codes",
         "command", "count", "decided", "delivery_id", "duration_ms", "error_type", "events", "handler", "held", "host",
-        "identity", "in_doubt", "inner_code", "kept", "key", "kind", "logger", "loop", "merchant", "method",
+        "identity", "in_doubt", "inner_code", "kept", "key", "kind", "limit", "logger", "loop", "merchant", "method",
         "milliseconds", "missed", "next_at", "no_answer", "notification_id", "notifications", "operations_address",
         "order_id", "others", "outcome", "path", "paths", "paused_by", "places", "queue_id", "reason", "removed",
         "result", "revision", "route", "routes", "running", "scheme", "source", "state", "status", "status_code",

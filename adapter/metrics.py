@@ -22,6 +22,7 @@ class Metrics:
 
         self.callbacks = counter("callbacks_total", "Callbacks answered.", ["callback", "kind", "status"])
         self.callbacks_refused = counter("callbacks_refused_total", "Callbacks refused because too many were running.")
+        self.limits_reached = counter("limits_reached_total", "Times that a limit acted.", ["limit"])
         self.callback_duration = fast("callback_duration_seconds", "Time from request to response.", ["kind"])
         self.callback_deadline = gauge("callback_deadline_seconds", "The deadline for an answer.", ["callback"])
         self.caller_patience = fast("caller_patience_seconds", "Time until a caller hung up.", ["callback"])

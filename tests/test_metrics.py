@@ -17,7 +17,7 @@ PACKAGE = Path(adapter.__file__).parent
 TABLE = {name: value for name, value in vars(Metrics("0")).items() if isinstance(value, MetricWrapperBase)}
 # What a label may say: names from the configuration or from a closed list. An order's id, say, is neither.
 LABELS = {
-    "callback", "channel", "key", "kind", "loop", "merchant", "origin", "outcome", "reason", "result", "route",
+    "callback", "channel", "key", "kind", "limit", "loop", "merchant", "origin", "outcome", "reason", "result", "route",
     "scheme", "source", "state", "status", "token", "verdict", "version",
 }  # fmt: skip
 

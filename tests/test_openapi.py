@@ -197,7 +197,7 @@ def test_callbacks_are_answered_with_the_statuses_and_codes_that_are_described()
     assert {(status, code) for status, of_status in described.items() for code in of_status} == answered
     assert described.keys() == {200, 400, *(status for status, *_ in endpoints.STATUS.values())}
     # A validation has no body that could be of the wrong type, and stores nothing.
-    assert codes(CALLBACK_PATH, "get") | {415: described[415]} == described | {503: {"overloaded"}}
+    assert codes(CALLBACK_PATH, "get") | {415: described[415]} == described | {503: {"overloaded", "order-busy"}}
 
 
 # --- what is answered -------------------------------------------------------------------------------------------------

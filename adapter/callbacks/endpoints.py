@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapter.callbacks import parsing
 from adapter.callbacks.intake import Intake
+from adapter.callbacks.limits import LimitReport
 from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
@@ -35,7 +36,7 @@ from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.routing.routes import Callback, Routes
 from adapter.verdicts.answer import Answer
-from adapter.verdicts.verdicts import OrderMissing, VerdictRequest, Verdicts
+from adapter.verdicts.verdicts import OrderBusy, OrderMissing, VerdictRequest, Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +79,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooSlow: (408, "request-timeout", "The body did not arrive in time."),
     BodyTooLarge: (413, "payload-too-large", "The body is too large."),
     NotJson: (415, "unsupported-media-type", ""),
+    OrderBusy: (503, "order-busy", "There are too many calls for this order. Please send it again."),
     StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
 }
 METHODS = {
@@ -132,6 +134,7 @@ class CallbackEndpoint:
         self.receive_timeout_seconds = receive_timeout_seconds
         self.clock = clock
         self.switched_off = switched_off
+        self.limits = LimitReport(metrics)
         for scheme, key in senders.known:  # a key that is no longer used shows as 0
             metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
@@ -144,6 +147,8 @@ class CallbackEndpoint:
             responded = await self._respond(scope, receive, callback)
         except Exception as error:  # noqa: BLE001 - the last place where an error can become a response
             responded = _refusal(error)
+            if isinstance(error, OrderBusy):
+                self.limits.acted(error.limit)
         response = responded.response
         seconds = time.monotonic() - received_at
         shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")
@@ -281,7 +286,7 @@ def _refusal(error: Exception) -> Responded:
     if isinstance(error, Unauthenticated):
         facts["reason"] = error.reason
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, StoreUnavailable):
+    if isinstance(error, StoreUnavailable | OrderBusy):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = error.allowed

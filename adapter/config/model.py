@@ -226,15 +226,15 @@ class QueuesConfig(_Section, frozen=True, kw_only=True):
 class CircuitBreakerConfig(_Section, frozen=True, kw_only=True):
     """The circuit breaker of a route; while it is open, the no_answer counts at once."""
 
-    failures: Annotated[
+    orders: Annotated[
         int,
         doc(
-            "Failures in a row that open the circuit breaker; 0: never. No answer by the deadline is a failure, and so "
-            "is an error after the soft_limit.",
+            "The last different orders that count, for each route and channel: it opens when more than half of so many "
+            "missed; 0: never. No answer by the deadline is a miss, and so is an error after the soft_limit.",
             ge=0,
             le=1000,
         ),
-    ] = 5
+    ] = 20
     open_for: Annotated[
         timedelta, doc("Time that it stays open before one call tries the route again.", within=("100ms", "1d"))
     ] = timedelta(seconds=30)

@@ -4,13 +4,17 @@ At the deadline the answer goes out with the verdicts that are there. A route th
 gets its `no_answer`. Norce stops waiting at a time that it documents nowhere (the payment providers in front of it wait
 3 to 10 s), so the deadline is ours. It includes reading the order.
 
+What a caller causes stays with its order. Equal hooks share one evaluation, and validations share a read that starts
+after they came. A validation whose read is delayed by others until its deadline is refused. It never gets a
+`no_answer`, because its caller could choose that.
+
 A late route is not stopped: its verdict is recorded when it comes. Nothing is logged before the answer is on its way,
 because writing releases the interpreter, and a plugin's thread that computes may keep it for long.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -23,7 +27,7 @@ from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
-from adapter.norce.client import Norce, NorceError, NorceRefused, NorceUnavailable, OrderNotFound
+from adapter.norce.client import Norce, NorceBusy, NorceError, NorceRefused, NorceUnavailable, OrderNotFound
 from adapter.orders import Order
 from adapter.plugin import Context, Outcome, Undecided
 from adapter.routing.routes import Callback, Route, Routes, wants
@@ -31,6 +35,7 @@ from adapter.routing.runner import LoopName, Run, Runner, leaves
 from adapter.verdicts.answer import Answer, Verdict, combine, no_answer, verdict_of
 from adapter.verdicts.circuit_breaker import CircuitBreaker
 from adapter.verdicts.patches import PatchInvalid
+from adapter.verdicts.shared_runs import SharedRuns
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +46,10 @@ MOST_OF_MARGIN = 0.2  # of the deadline
 NO_BUGS = (Outcome, NorceError, Undecided, TimeoutError)  # errors that are logged without a traceback
 MOST_CODES = 20  # in a line of the log
 SECONDS_BETWEEN_TRACEBACKS = 3600  # of one kind
+READS_OF_AN_ORDER_AT_ONCE = 4
+# A hook joins an evaluation that has at least this part of the time that the hook has left. One whose request came
+# slowly has less.
+LEAST_SHARED_TIME = 0.9
 MOST_UNFINISHED = 200  # runs that go on after their answer; each holds an order
 # Reasons for a missing verdict that say nothing about the handler: neither a miss nor a success for the breaker.
 NOT_ASKED = frozenset({"condition", "circuit-open", "held-up"})
@@ -50,6 +59,14 @@ T = TypeVar("T")
 
 class OrderMissing(Exception):
     """Norce has no order of this id, so a validation has nothing to decide."""
+
+
+class OrderBusy(Exception):
+    """Other calls of its order or merchant leave no room for a call. `limit` names the limit."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(limit)
+        self.limit = limit
 
 
 class VerdictRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,6 +93,25 @@ class VerdictRequest(msgspec.Struct, frozen=True, kw_only=True):
         }
 
 
+class _Evaluation(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """A hook that is being answered, with the answer that its repeats get, too."""
+
+    request: VerdictRequest
+    body: bytes
+    began_at: float
+    answer: asyncio.Future[Answer]
+
+    def serves(self, request: VerdictRequest, body: bytes) -> bool:
+        """Return True if a hook is equal and its deadline leaves room for this evaluation.
+
+        Alone, the hook would have hardly more time than the evaluation has in all.
+        """
+        if self.body != body or self.request.answer_by > request.answer_by:
+            return False
+        left = request.answer_by - time.monotonic()
+        return self.request.answer_by - self.began_at >= LEAST_SHARED_TIME * left
+
+
 class Verdicts:
     """Asks the routes of validations and hooks.
 
@@ -95,8 +131,12 @@ class Verdicts:
         circuit_breaker: CircuitBreaker,
         record: Callable[[LoggedVerdict], None],
     ) -> None:
+        def read(of: tuple[Channel, str], within: timedelta | None) -> Coroutine[Any, Any, Order]:
+            return norce.order(*of, within=within)
+
         self._runner = runner
-        self._norce = norce
+        self._reads = SharedRuns(read, at_once=READS_OF_AN_ORDER_AT_ONCE)
+        self._evaluations: dict[tuple[str, Channel, str], list[_Evaluation]] = {}  # by callback, channel and order
         self._metrics = metrics
         self._clock = clock
         self._circuit_breaker = circuit_breaker
@@ -119,7 +159,31 @@ class Verdicts:
 
         Raises:
             OrderMissing: Norce has no such order.
+            OrderBusy: Other reads delayed that of a validation until its deadline.
         """
+        if request.order is None:
+            return await self._evaluate(request)
+        key, body = (request.callback.name, request.channel, request.order_id), request.order.raw
+        running = self._evaluations.get(key, ())
+        while (equal := next((each for each in running if each.serves(request, body)), None)) is not None:
+            await self._waiting_for(asyncio.wait((equal.answer,)))
+            if not equal.answer.cancelled():
+                return equal.answer.result()
+            running = self._evaluations.get(key, ())
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        evaluation = _Evaluation(request=request, body=body, began_at=time.monotonic(), answer=answer)
+        evaluations = self._evaluations.setdefault(key, [])
+        evaluations.append(evaluation)
+        try:
+            answer.set_result(await self._evaluate(request))
+            return answer.result()
+        finally:
+            answer.cancel()  # nothing, if it is there
+            evaluations.remove(evaluation)
+            if not evaluations:
+                del self._evaluations[key]
+
+    async def _evaluate(self, request: VerdictRequest) -> Answer:
         order = request.order
         try:
             if order is None:
@@ -129,6 +193,8 @@ class Verdicts:
             answer = combine(request.callback, order, await self._ask_routes(request, order))
         except OrderNotFound as error:
             raise OrderMissing from error
+        except OrderBusy:
+            raise
         except Exception as error:  # noqa: BLE001 - a mistake of ours neither stops a shopper nor lets one through
             reason = "order-unreadable" if isinstance(error, NorceUnavailable | NorceRefused) else "failed"
             missing = [
@@ -141,7 +207,10 @@ class Verdicts:
 
     async def _read_order(self, request: VerdictRequest) -> Order:
         within = timedelta(seconds=request.answer_by - time.monotonic())
-        return await self._waiting_for(self._norce.order(request.channel, request.order_id, within=within))
+        try:
+            return await self._waiting_for(self._reads.get((request.channel, request.order_id), within))
+        except (TimeoutError, NorceBusy) as error:
+            raise OrderBusy("order-reads") from error
 
     async def _ask_routes(self, request: VerdictRequest, order: Order) -> list[Verdict]:
         verdicts: dict[str, Verdict | None] = {}  # in the order of the configuration
@@ -154,7 +223,7 @@ class Verdicts:
             verdicts[route.name] = None
             if held is Result.ERROR:
                 verdicts[route.name] = no_answer(route, "condition", started_at=request.received_at)
-            elif self._circuit_breaker.is_open((route.name, request.channel)):
+            elif self._circuit_breaker.is_open((route.name, request.channel), request.order_id):
                 verdicts[route.name] = no_answer(route, "circuit-open", started_at=request.received_at)
             elif route.computes:
                 computing.append(route)
@@ -266,7 +335,7 @@ class Verdicts:
         had_time = missing not in ("late", "blocks") or took >= callback.deadline.total_seconds() / 2
         if missing not in NOT_ASKED and had_time:
             missed = missing in ("late", "blocks") or (missing == "failed" and is_slow)
-            self._circuit_breaker.record((route.name, request.channel), missed=missed)
+            self._circuit_breaker.record((route.name, request.channel), request.order_id, missed=missed)
 
     def _log(self, request: VerdictRequest, verdict: Verdict, **more: str) -> None:
         route, error = verdict.route, verdict.error

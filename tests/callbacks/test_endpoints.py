@@ -52,7 +52,7 @@ from adapter.routing.routes import build
 from adapter.routing.runner import Runner
 from adapter.sandbox.norce import Simulator
 from adapter.verdicts.circuit_breaker import CircuitBreaker
-from adapter.verdicts.verdicts import Verdicts
+from adapter.verdicts.verdicts import OrderBusy, Verdicts
 from tests import ORDERS, PATIENCE
 from tests.databases import KINDS, Server, database_of, rows
 from tests.ledgers import POLICY
@@ -229,7 +229,7 @@ class House:
                 norce=self._reader,
                 metrics=self.metrics,
                 clock=self.store.clock,
-                circuit_breaker=CircuitBreaker(failures=5, open_for=timedelta(seconds=30)),
+                circuit_breaker=CircuitBreaker(orders=20, open_for=timedelta(seconds=30)),
                 record=self.logged.append,
             ),
             metrics=self.metrics,
@@ -288,6 +288,9 @@ class House:
             return next(messages, {"type": "http.request", "body": b"", "more_body": False})
 
         return self.runner.run(asked(self.app, scope, receive))
+
+    def counted(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"norce_adapter_{name}", labels) or 0.0
 
     def stored(self, order_id: str) -> list[Any]:
         """The notifications of an order, each with the number of its deliveries."""
@@ -570,6 +573,25 @@ def test_a_repeated_validation_has_the_same_answer_and_stores_nothing(house: Hou
     assert after == before
 
 
+class Busy:
+    """Verdicts without room for another call of the order."""
+
+    async def answer(self, _request: Any) -> Any:
+        raise OrderBusy("order-reads")
+
+
+def test_a_validation_that_others_delay_until_its_deadline_is_503(house: House, order: dict[str, Any]) -> None:
+    verdicts, house.endpoint.verdicts = house.endpoint.verdicts, Busy()  # type: ignore[assignment]
+    try:
+        answer = house.ask(order["id"], "order-rules")
+    finally:
+        house.endpoint.verdicts = verdicts
+
+    assert is_a_refusal(answer, 503, "order-busy")
+    assert int(answer.headers["retry-after"]) > 0
+    assert house.counted("limits_reached_total", limit="order-reads") == 1
+
+
 def test_a_validation_without_routes_is_200_without_a_call_to_norce(house: House, order: dict[str, Any]) -> None:
     answer = house.ask(order["id"], "order-free")
 
@@ -745,7 +767,7 @@ def test_an_error_has_its_status_and_norces_form(
 
 def test_every_error_in_the_table_has_a_test() -> None:
     in_the_list = {(row.values[2], row.values[3]) for row in ERRORS}
-    by_themselves = {(408, "request-timeout"), (503, "store-unavailable")}
+    by_themselves = {(408, "request-timeout"), (503, "order-busy"), (503, "store-unavailable")}
 
     assert {(status, code) for status, code, _ in endpoints.STATUS.values()} == in_the_list | by_themselves
 

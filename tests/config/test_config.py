@@ -524,9 +524,9 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
     ),
     "misses below nothing": (
         "senders:",
-        "circuit_breaker: {failures: -1}\nsenders:",
+        "circuit_breaker: {orders: -1}\nsenders:",
         9,
-        "circuit_breaker.failures",
+        "circuit_breaker.orders",
         "at least 0 and at most 1000",
     ),
     "notification without scope": (

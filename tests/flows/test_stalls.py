@@ -95,7 +95,7 @@ def test_a_hook_is_answered_in_time_although_its_plugin_stalls(site: Site, sampl
 
 def test_the_open_circuit_breaker_answers_at_once(site: Site, sample_plugin: Path) -> None:
     add_hooks(site, sample_plugin, "waits")
-    site.config["circuit_breaker"] = {"failures": 2}
+    site.config["circuit_breaker"] = {"orders": 2}
     service = site.start()
 
     seconds = [timed_post(site, service, "cart-stalls", f"order-{number}")[0] for number in range(4)]

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,7 +31,7 @@ from adapter.routing.routes import Routes, build
 from adapter.routing.runner import Runner
 from adapter.verdicts.answer import Answer, Verdict
 from adapter.verdicts.circuit_breaker import CircuitBreaker
-from adapter.verdicts.verdicts import MOST_UNFINISHED, OrderMissing, VerdictRequest, Verdicts
+from adapter.verdicts.verdicts import MOST_UNFINISHED, OrderBusy, OrderMissing, VerdictRequest, Verdicts
 from tests import PATIENCE
 from tests.ledgers import HandClock
 
@@ -200,10 +201,15 @@ class Asking:
     async def validate(self, order_id: str = "o1", channel: str = "1") -> Answer:
         return await self._answer("order-rules", order_id, channel)
 
-    async def change(self, callback: str = "cart-changed") -> Answer:
-        return await self._answer(callback, "o1", "1", read_order(json.dumps(CART).encode()))
+    async def change(
+        self, callback: str = "cart-changed", order_id: str = "o1", *, received_at: float | None = None, **members: Any
+    ) -> Answer:
+        order = read_order(json.dumps(CART | {"id": order_id} | members).encode())
+        return await self._answer(callback, order_id, "1", order, received_at)
 
-    async def _answer(self, callback: str, order_id: str, channel: str, order: Order | None = None) -> Answer:
+    async def _answer(
+        self, callback: str, order_id: str, channel: str, order: Order | None = None, received_at: float | None = None
+    ) -> Answer:
         # The handlers that hang are released after this, so a test that waits for one would not end.
         async with asyncio.timeout(PATIENCE):
             return await self.verdicts.answer(
@@ -212,6 +218,7 @@ class Asking:
                     channel=Channel("norce", channel),
                     order_id=order_id,
                     order=order,
+                    received_at=time.monotonic() if received_at is None else received_at,
                 )
             )
 
@@ -249,7 +256,7 @@ async def asking(
         norce=client,
         metrics=metrics,
         clock=lambda: time.time_ns() // 1_000_000,
-        circuit_breaker=breaker or CircuitBreaker(failures=0, open_for=timedelta(0)),
+        circuit_breaker=breaker or CircuitBreaker(orders=0, open_for=timedelta(0)),
         record=logged.put_nowait,
     )
     try:
@@ -549,6 +556,13 @@ class NeverChanges(HookHandler[Settings]):
         raise AssertionError
 
 
+class NeverForO1(Refuses):
+    async def change(self, order: Order, context: Context[Code]) -> list[Patch]:
+        if order.id == "o1":
+            await asyncio.Event().wait()
+        return await super().change(order, context)
+
+
 HOOKS = {
     "patch": Patches, "patch-in-place": PatchesInPlace, "accept": Accepts, "refuse": Refuses,
     "refuse-in-place": RefusesInPlace, "never": NeverChanges,
@@ -557,6 +571,9 @@ HOOKS = {
 
 def hook(name: str, handler: str, *, no_answer: str = "approve", more: str = "", callback: str = "cart-changed") -> str:
     return route(name, handler, callback=callback, no_answer=no_answer, more=more)
+
+
+SHADOW = ", mode: shadow"
 
 
 def wishing(**wish: str) -> str:
@@ -875,7 +892,7 @@ def test_a_failed_request_is_one_line_with_code_host_and_status(tmp_path: Path) 
 
 def test_a_route_without_half_of_its_deadline_has_not_missed_it(tmp_path: Path) -> None:
     """A request that comes byte by byte must not open the circuit breaker of a plugin."""
-    breaker = CircuitBreaker(failures=1, open_for=timedelta(hours=1))
+    breaker = CircuitBreaker(orders=1, open_for=timedelta(hours=1))
 
     async def ask(started: float, *missing: str) -> bool:
         async with asking(
@@ -890,7 +907,7 @@ def test_a_route_without_half_of_its_deadline_has_not_missed_it(tmp_path: Path) 
             answer = await at.verdicts.answer(request)
             await asyncio.sleep(0)
         assert [each.missing for each in answer.verdicts if each.missing not in missing] == []
-        return breaker.is_open(("one", Channel("norce", "1")))
+        return breaker.is_open(("one", Channel("norce", "1")), "another")
 
     # On a slow machine the handler has not begun when the rest of the deadline is over.
     assert asyncio.run(ask(DEADLINE.total_seconds() * 0.6, "late", "held-up")) is False
@@ -1023,9 +1040,9 @@ def test_the_oldest_of_too_many_late_runs_is_cancelled_and_counted(tmp_path: Pat
 # --- one miss after another -------------------------------------------------------------------------------------------
 
 
-def breaker_of(failures: int) -> tuple[CircuitBreaker, HandClock]:
+def breaker_of(orders: int) -> tuple[CircuitBreaker, HandClock]:
     clock = HandClock()
-    return CircuitBreaker(failures=failures, open_for=timedelta(seconds=30), clock=clock), clock
+    return CircuitBreaker(orders=orders, open_for=timedelta(seconds=30), clock=clock), clock
 
 
 def test_the_circuit_breaker_skips_a_late_route_and_then_probes_it(tmp_path: Path) -> None:
@@ -1034,11 +1051,11 @@ def test_the_circuit_breaker_skips_a_late_route_and_then_probes_it(tmp_path: Pat
     async def ask() -> tuple[list[str | None], Asking]:
         said = []
         async with asking(tmp_path, route("one", "held"), {"held": Held}, breaker=breaker, deadline=DEADLINE) as at:
-            for seconds in (0, 0, 0, 29, 1, 0):
+            for number, seconds in enumerate((0, 0, 0, 29, 1, 0)):
                 clock.now += seconds
                 if seconds == 1:
                     Held.let_go.set()
-                (verdict,) = (await at.validate()).verdicts
+                (verdict,) = (await at.validate(f"o{number}")).verdicts
                 said.append(verdict.missing)
                 await asyncio.sleep(0)
             return said, at
@@ -1056,12 +1073,28 @@ def test_a_quick_failure_is_no_miss(tmp_path: Path) -> None:
     async def ask() -> list[str | None]:
         async with asking(tmp_path, route("one", "fails"), {"fails": raising(ValueError)}, breaker=breaker) as at:
             answers: list[Verdict] = []
-            for _ in range(3):
-                answers += (await at.validate()).verdicts
+            for number in range(3):
+                answers += (await at.validate(f"o{number}")).verdicts
                 await asyncio.sleep(0)
             return [verdict.missing for verdict in answers]
 
     assert asyncio.run(ask()) == ["failed"] * 3
+
+
+def test_slow_hooks_of_one_order_do_not_open_the_circuit_breaker_for_the_others(tmp_path: Path) -> None:
+    breaker, _ = breaker_of(20)
+
+    async def ask() -> None:
+        routes = hook("one", "never-o1", no_answer="approve")
+        async with asking(tmp_path, routes, {"never-o1": NeverForO1}, breaker=breaker, deadline=DEADLINE) as at:
+            slow = await asyncio.gather(*(at.change(note=number) for number in range(50)))
+            assert {decided(answer)[0] for answer in slow} == {("accept", "late")}
+            await asyncio.sleep(0)
+        async with asking(tmp_path, routes, {"never-o1": NeverForO1}, breaker=breaker) as at:
+            others = await asyncio.gather(*(at.change(order_id=f"other-{number}") for number in range(105)))
+            assert {decided(answer)[0] for answer in others} == {("refuse", None)}
+
+    asyncio.run(ask())
 
 
 def test_a_failure_past_the_soft_limit_is_a_miss(tmp_path: Path) -> None:
@@ -1102,9 +1135,248 @@ def test_a_route_delayed_by_another_is_no_miss(tmp_path: Path) -> None:
     assert asyncio.run(ask()) == [("blocks", "held-up"), ("circuit-open", None)]
 
 
-# --- in the shadow ----------------------------------------------------------------------------------------------------
+# --- many calls for one order -----------------------------------------------------------------------------------------
 
-SHADOW = ", mode: shadow"
+
+class Reads:
+    """A Norce that answers the read of an order when the test says so."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self._has_begun = asyncio.Event()
+        self._may_answer: dict[str, asyncio.Event] = {}
+        self.orders: dict[str, dict[str, Any]] = {}  # by id, as they are when a read begins
+
+    async def __call__(self, request: httpx.Request) -> httpx.Response:
+        order_id = request.url.path.rpartition("/")[2]
+        self.begun.append(order_id)
+        self._has_begun.set()
+        answer = ORDER | {"id": order_id} | self.orders.get(order_id, {})
+        if order_id in self._may_answer:
+            await self._may_answer[order_id].wait()
+        return httpx.Response(200, json=answer)
+
+    def hold(self, order_id: str) -> None:
+        self._may_answer[order_id] = asyncio.Event()
+
+    def answer(self, order_id: str) -> None:
+        self._may_answer.pop(order_id).set()
+
+    async def have_begun(self, count: int) -> None:
+        async with asyncio.timeout(PATIENCE):
+            while len(self.begun) < count:
+                self._has_begun.clear()
+                await self._has_begun.wait()
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+
+@contextlib.asynccontextmanager
+async def flood(at: Asking, order_id: str = "flooded", count: int = 200) -> AsyncIterator[list[asyncio.Task[Answer]]]:
+    calls = [asyncio.create_task(at.validate(order_id)) for _ in range(count)]
+    try:
+        yield calls
+    finally:
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+
+def test_a_flood_for_one_order_lets_no_other_order_pass(tmp_path: Path) -> None:
+    norce = Reads()
+    norce.hold("flooded")
+
+    async def ask() -> list[Answer]:
+        routes = route("one", "deny", no_answer="approve")
+        async with asking(tmp_path, routes, {"deny": Deny}, norce) as at, flood(at):
+            await norce.have_begun(4)
+            return [await at.validate(f"o{number}") for number in range(5)]
+
+    assert [codes(list(answer.verdicts)) for answer in asyncio.run(ask())] == [["a-code"]] * 5
+    assert norce.begun.count("flooded") == 4
+
+
+def test_a_flood_for_an_order_does_not_let_it_pass(tmp_path: Path) -> None:
+    """A validation whose read was delayed by others gets no verdict, not even that of `no_answer`."""
+    norce = Reads()
+    norce.hold("flooded")
+
+    async def ask() -> list[Any]:
+        routes = route("one", "deny", no_answer="approve")
+        async with asking(tmp_path, routes, {"deny": Deny}, norce, deadline=DEADLINE) as at, flood(at) as calls:
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert [each.verdicts[0].missing for each in answers[:4]] == ["order-unreadable"] * 4
+    assert {type(each) for each in answers[4:]} == {OrderBusy}
+
+
+def test_a_validation_whose_read_began_late_gets_no_no_answer(tmp_path: Path) -> None:
+    norce = Reads()
+    norce.hold("flooded")
+
+    async def ask() -> list[Any]:
+        routes, handlers = route("one", "deny", no_answer="approve"), {"deny": Deny}
+        async with asking(tmp_path, routes, handlers, norce, deadline=DEADLINE) as at, flood(at, count=5) as calls:
+            await norce.have_begun(4)
+            calls[0].cancel()
+            await norce.have_begun(5)
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    answers = asyncio.run(ask())
+    assert [each.verdicts[0].missing for each in answers[1:4]] == ["order-unreadable"] * 3
+    assert type(answers[4]) is OrderBusy
+
+
+def test_a_shopper_who_corrects_the_cart_is_not_refused_by_an_older_read(tmp_path: Path) -> None:
+    class DenyUncorrected(Deny):
+        async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
+            return [] if order.data.get("corrected") else await super().validate(order, context)
+
+    norce = Reads()
+    norce.hold("o1")
+
+    async def ask() -> tuple[list[Answer], Answer]:
+        routes = route("one", "deny")
+        async with asking(tmp_path, routes, {"deny": DenyUncorrected}, norce) as at, flood(at, "o1", 9) as before:
+            await norce.have_begun(4)
+            norce.orders["o1"] = {"corrected": True}
+            after = asyncio.create_task(at.validate())
+            await norce.have_begun(4)
+            norce.answer("o1")
+            return await asyncio.gather(*before), await after
+
+    before, after = asyncio.run(ask())
+    assert [answer.stops for answer in before] == [True] * 4 + [False] * 5
+    assert not after.stops
+    assert len(norce.begun) == 5
+
+
+def test_all_validations_that_share_a_read_learn_that_norce_has_no_such_order(tmp_path: Path) -> None:
+    async def ask() -> list[Any]:
+        async with (
+            asking(tmp_path, route("one", "deny"), {"deny": Deny}, lambda _request: httpx.Response(404)) as at,
+            flood(at, count=20) as calls,
+        ):
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    assert {type(each) for each in asyncio.run(ask())} == {OrderMissing}
+
+
+class Counts(HookHandler[Settings]):
+    """Counts its calls, and refuses with the number of the call when it is let go."""
+
+    begun: ClassVar[int] = 0
+    calls: ClassVar["queue.SimpleQueue[int]"] = queue.SimpleQueue()
+    let_go: ClassVar[threading.Event] = threading.Event()
+
+    async def change(self, order: Order, context: Context[Settings]) -> list[Patch]:
+        Counts.begun += 1
+        number = Counts.begun
+        self.calls.put(number)
+        await asyncio.to_thread(self.let_go.wait, PATIENCE)
+        raise Refuse(f"call-{number}", "No.")
+
+
+@contextlib.asynccontextmanager
+async def counting(folder: Path, more: str = "", **given: Any) -> AsyncIterator[Asking]:
+    Counts.begun, Counts.calls = 0, queue.SimpleQueue()
+    Counts.let_go.clear()
+    try:
+        async with asking(folder, hook("one", "counts") + more, HOOKS | {"counts": Counts}, **given) as at:
+            try:
+                yield at
+            finally:
+                Counts.let_go.set()
+    finally:
+        Counts.let_go.set()
+
+
+async def call_begun() -> int:
+    return await asyncio.to_thread(Counts.calls.get, timeout=PATIENCE)
+
+
+def refusals(answers: list[Answer]) -> list[str]:
+    return [answer.refusal.code for answer in answers if answer.refusal is not None]
+
+
+def test_equal_hooks_of_one_order_share_one_evaluation_and_its_answer(tmp_path: Path) -> None:
+    async def ask() -> tuple[list[Answer], Asking]:
+        async with counting(tmp_path, hook("s", "refuse", more=SHADOW)) as at:
+            calls = [asyncio.create_task(at.change()) for _ in range(20)]
+            await call_begun()
+            assert at.verdicts.waiting == 20
+            Counts.let_go.set()
+            answers = await asyncio.gather(*calls)
+            await at.recorded()
+            return answers, at
+
+    answers, at = asyncio.run(ask())
+    assert refusals(answers) == ["call-1"] * 20
+    assert all(answer is answers[0] for answer in answers)
+    assert at.logged.empty()  # the shadow was asked once
+    labels = {"callback": "cart-changed", "route": "one", "verdict": "refuse"}
+    assert at.counted("verdict_duration_seconds_count", **labels) == 1
+
+
+@pytest.mark.parametrize(
+    "other", [{"note": 1}, {"order_id": "o2"}, {"callback": "watched"}], ids=["bytes", "order", "callback"]
+)
+def test_hooks_that_differ_share_nothing(tmp_path: Path, other: dict[str, Any]) -> None:
+    async def ask() -> list[Answer]:
+        async with counting(tmp_path, hook("two", "counts", callback="watched")) as at:
+            calls = [asyncio.create_task(at.change()), asyncio.create_task(at.change(**other))]
+            assert [await call_begun(), await call_begun()] == [1, 2]
+            Counts.let_go.set()
+            return await asyncio.gather(*calls)
+
+    assert sorted(refusals(asyncio.run(ask()))) == ["call-1", "call-2"]
+
+
+def test_a_hook_does_not_get_the_answer_of_an_evaluation_that_has_ended(tmp_path: Path) -> None:
+    async def ask() -> list[Answer]:
+        async with counting(tmp_path) as at:
+            Counts.let_go.set()
+            answers = [await at.change() for _ in range(3)]
+            assert not at.verdicts._evaluations
+            return answers
+
+    assert refusals(asyncio.run(ask())) == ["call-1", "call-2", "call-3"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(0.5, 0.0), (0.0, 0.5)], ids=["the first came slowly", "the second came slowly"]
+)
+def test_a_hook_keeps_its_own_deadline_beside_an_equal_one(tmp_path: Path, first: float, second: float) -> None:
+    """It joins neither an evaluation that had less time than its own nor one that ends after its deadline."""
+
+    async def ask() -> list[Answer]:
+        async with counting(tmp_path) as at:
+            now = time.monotonic()
+            calls = [
+                asyncio.create_task(at.change(received_at=now - part * FAR.total_seconds())) for part in (first, second)
+            ]
+            assert [await call_begun(), await call_begun()] == [1, 2]
+            Counts.let_go.set()
+            return await asyncio.gather(*calls)
+
+    assert refusals(asyncio.run(ask())) == ["call-1", "call-2"]
+
+
+def test_an_equal_hook_is_evaluated_again_if_the_first_one_is_cancelled(tmp_path: Path) -> None:
+    async def ask() -> list[Answer]:
+        async with counting(tmp_path) as at:
+            calls = [asyncio.create_task(at.change()) for _ in range(4)]
+            await call_begun()
+            calls[0].cancel()
+            await call_begun()
+            Counts.let_go.set()
+            return await asyncio.gather(*calls[1:])
+
+    assert refusals(asyncio.run(ask())) == ["call-2"] * 3
+
+
+# --- in the shadow ----------------------------------------------------------------------------------------------------
 
 
 def shadowed(

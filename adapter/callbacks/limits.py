@@ -1,0 +1,84 @@
+"""Limits of what a caller may cause, and the report that one of them acted.
+
+A limit refuses and never lets through. Everything here is in memory and for this process alone: each node has its own
+limits.
+"""
+
+import time
+from collections.abc import Callable, Hashable
+
+import structlog
+
+from adapter.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+WARN_EVERY_SECONDS = 60
+SECONDS_OF_A_WINDOW = 60
+
+# Of one order, whatever the callback. A shopper's browser sees the signed addresses of its order.
+CALLS_OF_AN_ORDER_AT_ONCE = 32
+CALLS_OF_AN_ORDER_A_MINUTE = 600
+# With a secret in the URL, which fits every order: of all merchants together that the secret is valid for.
+CALLS_BY_URL_SECRET_AT_ONCE = 250
+CALLS_BY_URL_SECRET_A_MINUTE = 6000
+
+
+class CallLimit:
+    """A limit on the calls of each key: how many run at once, and how many begin in a minute.
+
+    Minutes begin at the same moment for all keys. Then all counts are forgotten, so that a key takes memory for a
+    minute after its last call. Refused calls do not count.
+    """
+
+    def __init__(self, *, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._at_once = at_once
+        self._a_minute = a_minute
+        self._clock = clock
+        self._running: dict[Hashable, int] = {}
+        self._begun: dict[Hashable, int] = {}  # in this minute
+        self._minute_ends = clock() + SECONDS_OF_A_WINDOW
+
+    def enter(self, key: Hashable) -> bool:
+        """Begin a call unless the limit is reached. After True, call `leave` at its end."""
+        now = self._clock()
+        if now >= self._minute_ends:
+            self._begun = {}
+            self._minute_ends = now + SECONDS_OF_A_WINDOW
+        running, begun = self._running.get(key, 0), self._begun.get(key, 0)
+        if running >= self._at_once or begun >= self._a_minute:
+            return False
+        self._running[key] = running + 1
+        self._begun[key] = begun + 1
+        return True
+
+    def leave(self, key: Hashable) -> None:
+        """End a call that has entered."""
+        running = self._running.pop(key) - 1
+        if running:
+            self._running[key] = running
+
+    def __len__(self) -> int:
+        """Return the number of keys that take memory."""
+        return len(self._running.keys() | self._begun.keys())
+
+
+class LimitReport:
+    """The report that a limit acted: a count, and at most one warning a minute for each limit."""
+
+    def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
+        self._metrics = metrics
+        self._clock = clock
+        self._warned_at: dict[str, float] = {}
+        self._unreported: dict[str, int] = {}
+
+    def acted(self, limit: str) -> None:
+        """Report that a limit has acted once. Names have few values: they are labels of a metric."""
+        self._metrics.limits_reached.labels(limit).inc()
+        count = self._unreported.get(limit, 0) + 1
+        now = self._clock()
+        if now - self._warned_at.get(limit, float("-inf")) >= WARN_EVERY_SECONDS:
+            self._warned_at[limit] = now
+            log.warning("limit_reached", limit=limit, count=count)
+            count = 0
+        self._unreported[limit] = count

@@ -1,0 +1,120 @@
+"""`adapter.callbacks.limits`: what a caller may cause, and the report that a limit acted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from adapter.callbacks.limits import WARN_EVERY_SECONDS, CallLimit, LimitReport
+from adapter.metrics import Metrics
+
+
+class Seconds:
+    """A clock that the test moves."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Seconds:
+    return Seconds()
+
+
+def test_only_so_many_calls_of_a_key_run_at_once(clock: Seconds) -> None:
+    limit = CallLimit(at_once=3, a_minute=100, clock=clock)
+
+    assert [limit.enter("o1") for _ in range(5)] == [True, True, True, False, False]
+    assert limit.enter("o2")
+    limit.leave("o1")
+    assert [limit.enter("o1") for _ in range(2)] == [True, False]
+
+
+def test_only_so_many_calls_of_a_key_begin_in_a_minute(clock: Seconds) -> None:
+    limit = CallLimit(at_once=1, a_minute=3, clock=clock)
+
+    def call() -> bool:
+        entered = limit.enter("o1")
+        if entered:
+            limit.leave("o1")
+        return entered
+
+    assert [call() for _ in range(5)] == [True, True, True, False, False]
+    clock.now += 59.9
+    assert not call()
+    clock.now += 0.1
+    assert [call() for _ in range(4)] == [True, True, True, False]
+
+
+def test_calls_that_still_run_in_the_next_minute_count_as_running(clock: Seconds) -> None:
+    limit = CallLimit(at_once=2, a_minute=100, clock=clock)
+    limit.enter("o1")
+    limit.enter("o1")
+    clock.now += 600
+
+    assert not limit.enter("o1")
+    limit.leave("o1")
+    assert limit.enter("o1")
+
+
+def test_idle_keys_take_no_memory(clock: Seconds) -> None:
+    limit = CallLimit(at_once=2, a_minute=100, clock=clock)
+    for number in range(1000):
+        limit.enter(f"o{number}")
+        limit.leave(f"o{number}")
+    clock.now += 60
+
+    limit.enter("one-more")
+
+    assert len(limit) == 1
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.just("enter"), st.integers(0, 3)),
+            st.tuples(st.just("leave"), st.integers(0, 3)),
+            st.tuples(st.just("wait"), st.integers(0, 70)),
+        ),
+        max_size=100,
+    )
+)
+def test_calls_are_refused_exactly_beyond_the_limit(steps: list[tuple[str, int]]) -> None:
+    """Compared with the definition. Minutes begin with the first call after the end of the last one."""
+    clock = Seconds()
+    limit = CallLimit(at_once=3, a_minute=6, clock=clock)
+    running, begun, ends = [0] * 4, [0] * 4, clock.now + 60
+    for what, number in steps:
+        if what == "wait":
+            clock.now += number
+        elif what == "leave" and running[number]:
+            limit.leave(number)
+            running[number] -= 1
+        elif what == "enter":
+            if clock.now >= ends:
+                begun, ends = [0] * 4, clock.now + 60
+            may = running[number] < 3 and begun[number] < 6
+            assert limit.enter(number) == may
+            running[number] += may
+            begun[number] += may
+
+
+def test_a_limit_that_acts_is_counted_and_logged_once_a_minute_with_the_count(clock: Seconds) -> None:
+    metrics = Metrics("0")
+    report = LimitReport(metrics, clock)
+    with capture_logs() as logged:
+        for _ in range(5):
+            report.acted("order-calls")
+        report.acted("order-reads")
+        clock.now += WARN_EVERY_SECONDS
+        report.acted("order-calls")
+        clock.now += WARN_EVERY_SECONDS - 1
+        report.acted("order-calls")
+
+    assert [(line["limit"], line["count"], line["log_level"]) for line in logged] == [
+        ("order-calls", 1, "warning"), ("order-reads", 1, "warning"), ("order-calls", 5, "warning"),
+    ]  # fmt: skip
+    assert metrics.registry.get_sample_value("norce_adapter_limits_reached_total", {"limit": "order-calls"}) == 7
