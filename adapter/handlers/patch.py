@@ -4,11 +4,12 @@ A change is requested if its condition holds. If a condition cannot be evaluated
 `no_answer` is used.
 """
 
+import asyncio
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from adapter.plugin import Conditional, Context, HookHandler, Order, Patch, Settings
+from adapter.plugin import Conditional, Context, HookHandler, Order, Pace, Patch, Settings
 
 
 class Change(Conditional, frozen=True, kw_only=True):
@@ -56,4 +57,11 @@ class PatchHandler(HookHandler[PatchSettings]):
 
         Raises `Undecided` if a condition cannot be evaluated.
         """
-        return [change.patch for change in context.settings.changes if change.holds(order)]
+        patches: list[Patch] = []
+        pace = Pace(order)
+        for change in context.settings.changes:
+            if pace.is_exceeded():
+                await asyncio.sleep(0)  # lets other orders be answered
+            if change.holds(order):
+                patches.append(change.patch)
+        return patches

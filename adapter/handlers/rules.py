@@ -7,8 +7,8 @@ result and the route's `no_answer` is used.
 A validation returns every problem. A hook is refused with the first one, since Norce takes only one.
 """
 
+import asyncio
 import re
-from collections.abc import Iterator
 from typing import Annotated, TypeAlias
 
 import msgspec
@@ -18,6 +18,7 @@ from adapter.plugin import (
     Context,
     HookHandler,
     Order,
+    Pace,
     Patch,
     Problem,
     Refuse,
@@ -100,21 +101,27 @@ class Rules(ValidationHandler[RulesSettings], HookHandler[RulesSettings]):
 
     async def validate(self, order: Order, context: Context[RulesSettings]) -> list[Problem]:
         """Return the problem of every rule that does not hold. Raises `Undecided`."""
-        return list(_broken(order, context.settings))
+        return await _problems(order, context.settings)
 
     async def change(self, order: Order, context: Context[RulesSettings]) -> list[Patch]:
         """Refuse the change with the first problem, or accept it without further changes.
 
         Raises `Refuse`, or `Undecided` if such a condition comes first.
         """
-        problem = next(_broken(order, context.settings), None)
-        if problem is not None:
+        for problem in await _problems(order, context.settings, most=1):
             raise Refuse(problem.code, problem.message)
         return []
 
 
-def _broken(order: Order, settings: RulesSettings) -> Iterator[Problem]:
+async def _problems(order: Order, settings: RulesSettings, most: int | None = None) -> list[Problem]:
+    problems: list[Problem] = []
+    pace = Pace(order)
     for rule in settings.rules:
+        if pace.is_exceeded():
+            await asyncio.sleep(0)  # lets other orders be answered
         if not rule.holds(order):
             culture = order.data.get("culture")  # from `data`: decoding the view of a large order takes seconds
-            yield rule.problem(culture if isinstance(culture, str) else None)
+            problems.append(rule.problem(culture if isinstance(culture, str) else None))
+            if len(problems) == most:
+                break
+    return problems

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 import httpx
@@ -54,7 +55,7 @@ class LoopAbandoned(Exception):
 
 
 class HandlerWaits(Exception):
-    """A handler declares `computes` but awaits something. Remove one of these."""
+    """A handler declares `computes` but waits. Remove one of these."""
 
 
 class Run(Generic[T]):
@@ -366,20 +367,25 @@ class Runner:
             _guarded(handle, context), name=context.route, within=context.deadline - self._clock()
         )
 
-    def compute(self, handle: Handle[T], context: Context[Any]) -> T:
-        """Call a handler that only computes, on the caller's thread.
+    async def compute(self, handle: Handle[T], context: Context[Any]) -> Callable[[], T]:
+        """Call a handler that only computes, on the caller's loop.
 
-        Raises:
-            HandlerWaits: The handler awaited something.
-            Exception: Whatever the handler raised.
+        It may let other tasks of the loop run with `asyncio.sleep(0)`. The deadline is checked then.
+
+        Returns:
+            A function that returns what the handler returned or raises what it raised, `DeadlinePassed` if it had not
+            ended at its deadline, or `HandlerWaits` if it awaited something else.
         """
         coroutine = _guarded(handle, context)
         try:
-            coroutine.send(None)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
-        coroutine.close()
-        raise HandlerWaits("the handler declares that it only computes, and awaits something")
+            while (error := _step(coroutine)) is None:
+                await asyncio.sleep(0)
+                if self._clock() > context.deadline:
+                    error = DeadlinePassed()
+                    break
+        finally:
+            coroutine.close()
+        return partial(_outcome, error)
 
     def current_answer(self) -> Run[Any] | None:
         """Return the run that occupies the answers' thread now. All other answers wait for it."""
@@ -411,6 +417,21 @@ async def _guarded(handle: Handle[T], context: Context[Any]) -> T:
         raise
     except BaseException as error:
         raise RuntimeError("the handler tried to end the process") from error
+
+
+def _step(coroutine: Coroutine[Any, Any, Any]) -> BaseException | None:
+    """Run a coroutine to its next pause; return the exception that it ends with, if any."""
+    try:
+        is_pause = coroutine.send(None) is None
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is raised by `_outcome`
+        return error
+    return None if is_pause else HandlerWaits("the handler declares that it only computes, and awaits something")
+
+
+def _outcome(ended_with: BaseException) -> Any:
+    if isinstance(ended_with, StopIteration):
+        return ended_with.value
+    raise ended_with
 
 
 _COMPUTES_ONLY = "a handler that declares that it only computes may not call other systems"

@@ -14,7 +14,7 @@ import msgspec
 from adapter.orders import Order
 from adapter.plugin import Patch, Problem, Refuse
 from adapter.routing.routes import Callback, Route
-from adapter.routing.runner import LoopAbandoned, leaves
+from adapter.routing.runner import DeadlinePassed, LoopAbandoned, leaves
 from adapter.verdicts.patches import encode, merge
 
 
@@ -80,6 +80,8 @@ def verdict_of(route: Route, result: Callable[[], Any], started_at: float, ended
     except LoopAbandoned as abandoned:
         is_to_blame = abandoned.blocked_by is not None and abandoned.blocked_by.name == route.name
         error, reason = abandoned, "blocks" if is_to_blame else "held-up"
+    except DeadlinePassed as passed:
+        error, reason = passed, "late"
     except (Exception, asyncio.CancelledError) as raised:  # noqa: BLE001 - a plugin may raise anything
         error = raised
     took: dict[str, Any] = {"started_at": started_at, "ended_at": time.monotonic() if ended_at is None else ended_at}

@@ -29,7 +29,7 @@ from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce, NorceBusy, NorceError, NorceRefused, NorceUnavailable, OrderNotFound
 from adapter.orders import Order
-from adapter.plugin import Context, Outcome, Undecided
+from adapter.plugin import Context, Outcome, Pace, Undecided
 from adapter.routing.routes import Callback, Route, Routes, wants
 from adapter.routing.runner import LoopName, Run, Runner, leaves
 from adapter.verdicts.answer import Answer, Verdict, combine, no_answer, verdict_of
@@ -216,7 +216,10 @@ class Verdicts:
         verdicts: dict[str, Verdict | None] = {}  # in the order of the configuration
         runs: list[tuple[Route, Run[Any]]] = []
         computing: list[Route] = []
+        pace = Pace(order)
         for route in self._enforced(request):
+            if route.when and pace.is_exceeded():
+                await asyncio.sleep(0)
             held = self._held(route, order)
             if held is Result.NOT_MATCHED:
                 continue
@@ -233,8 +236,8 @@ class Verdicts:
         for route in computing:  # while the others run
             started_at = time.monotonic()
             context = self._context(request, route, None, request.answer_by - started_at)
-            compute = partial(self._runner.compute, partial(route.method, order), context)
-            verdicts[route.name] = verdict_of(route, compute, started_at)
+            result = await self._runner.compute(partial(route.method, order), context)
+            verdicts[route.name] = verdict_of(route, result, started_at)
         if runs:
             left = max(request.answer_by - time.monotonic(), 0)
             await self._waiting_for(asyncio.wait([run.ended for _, run in runs], timeout=left))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
@@ -9,6 +10,7 @@ import msgspec
 import pytest
 
 from adapter.handlers.log import LogHandler
+from adapter.handlers.patch import PatchHandler, PatchSettings
 from adapter.handlers.rules import Rules, RulesSettings
 from adapter.orders import Order, read_order
 from adapter.plugin import (
@@ -202,6 +204,42 @@ def test_a_change_is_refused_with_the_first_rule_that_does_not_hold():
 def test_an_undecided_rule_raises_for_a_change():
     with pytest.raises(Undecided):
         change(read_order(COMPLETED), SWEDISH | {"scope": "/payments/0/state"}, LOYAL)
+
+
+def pauses(coroutine: Coroutine[Any, Any, Any]) -> int:
+    """Run a coroutine that only pauses, and count its pauses."""
+    number = 0
+    try:
+        while coroutine.send(None) is None:
+            number += 1
+    except StopIteration:
+        return number
+    raise AssertionError("it waits for something")
+
+
+def order_of(size: int) -> Order:
+    return read_order(b'{"id": "o", "country": "SE", "filler": "%s"}' % (b"x" * (size - 42)))
+
+
+@pytest.mark.parametrize(
+    ("size", "number", "expected"),
+    [(5_000, 30, 0), (5_000, 100, 0), (100_000, 30, 5), (600_000, 30, 29), (2**20, 30, 29), (2**20, 1, 0)],
+)
+def test_rules_pause_between_each_other_on_a_large_order(size: int, number: int, expected: int):
+    """At most 512 KiB are evaluated between two pauses, or one rule."""
+    settings = context(rules(*[SWEDISH] * number))
+
+    assert len(order_of(size).raw) == size
+    assert pauses(Rules().validate(order_of(size), settings)) == expected
+    assert pauses(Rules().change(order_of(size), settings)) == expected
+
+
+def test_changes_pause_between_each_other_on_a_large_order():
+    change = {"scope": "/country", "path": "/country", "value": "SE"}
+    settings = context(msgspec.convert({"changes": [change] * 30}, PatchSettings))
+
+    assert pauses(PatchHandler().change(order_of(2**20), settings)) == 29
+    assert pauses(PatchHandler().change(order_of(5_000), settings)) == 0
 
 
 def test_one_name_serves_validations_and_hooks():

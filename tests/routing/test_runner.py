@@ -63,8 +63,8 @@ def answer(runner: Runner, handler: Handler, deadline: timedelta = timedelta(min
     return runner.start("answers", handler, context(runner, "answers", deadline))
 
 
-def compute(runner: Runner, handler: Handler) -> Any:
-    return runner.compute(handler, context(runner, None))
+async def compute(runner: Runner, handler: Handler) -> Any:
+    return (await runner.compute(handler, context(runner, None)))()
 
 
 def norce() -> Norce:
@@ -527,7 +527,7 @@ async def test_the_context_reaches_the_hosts_in_the_settings_and_norce() -> None
 @asynchronous
 async def test_a_handler_that_computes_runs_in_place() -> None:
     async with running() as runner:
-        assert compute(runner, done) == Done(str(threading.get_ident()))
+        assert await compute(runner, done) == Done(str(threading.get_ident()))
 
 
 @asynchronous
@@ -536,16 +536,83 @@ async def test_a_handler_that_declares_computes_and_waits_is_closed() -> None:
 
     async def waits(_context: Context[ShopSettings]) -> Done:
         try:
-            await asyncio.sleep(0)
+            await asyncio.sleep(1)
         finally:
             closed.append(True)
         return Done()
 
     async with running() as runner:
         with pytest.raises(HandlerWaits):
-            compute(runner, waits)
+            await compute(runner, waits)
 
         assert closed == [True]
+
+
+@asynchronous
+async def test_a_handler_that_computes_lets_other_tasks_run_where_it_pauses() -> None:
+    happened: list[str] = []
+
+    async def pauses(_context: Context[ShopSettings]) -> Done:
+        for number in range(3):
+            happened.append(f"step {number}")
+            await asyncio.sleep(0)
+        return Done("end")
+
+    async def another_task() -> None:
+        for number in range(3):
+            happened.append(f"other {number}")
+            await asyncio.sleep(0)
+
+    async with running() as runner:
+        other = asyncio.create_task(another_task())
+        assert await compute(runner, pauses) == Done("end")
+        await other
+
+    assert happened == ["step 0", "other 0", "step 1", "other 1", "step 2", "other 2"]
+
+
+@asynchronous
+async def test_a_handler_that_computes_ends_at_its_deadline_where_it_pauses() -> None:
+    steps: list[int] = []
+    now = NOON
+
+    async def computes_for_ever(_context: Context[ShopSettings]) -> Done:
+        nonlocal now
+        while True:
+            steps.append(1)
+            now += timedelta(seconds=40)
+            await asyncio.sleep(0)
+
+    runner = Runner(make_norce=norce, clock=lambda: now)
+    try:
+        with pytest.raises(DeadlinePassed):
+            await compute(runner, computes_for_ever)
+    finally:
+        await runner.stop(timedelta(seconds=PATIENCE))
+
+    assert len(steps) == 2  # the deadline is after a minute
+
+
+@asynchronous
+async def test_a_caller_that_is_cancelled_closes_a_handler_that_computes() -> None:
+    closed: list[bool] = []
+
+    async def computes_for_ever(_context: Context[ShopSettings]) -> Done:
+        try:
+            for _ in range(1000):
+                await asyncio.sleep(0)
+            return Done()
+        finally:
+            closed.append(True)
+
+    async with running() as runner:
+        task = asyncio.create_task(compute(runner, computes_for_ever))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    assert closed == [True]
 
 
 @pytest.mark.parametrize("end", [SystemExit(1), KeyboardInterrupt()], ids=["exit", "interrupt"])
@@ -556,7 +623,7 @@ async def test_a_handler_that_computes_and_tries_to_end_the_process_fails_alone(
 
     async with running() as runner:
         with pytest.raises(RuntimeError, match="tried to end the process"):
-            compute(runner, ends)
+            await compute(runner, ends)
 
 
 async def _calls_out(context: Context[Any]) -> None:
@@ -572,4 +639,4 @@ async def _reads_an_order(context: Context[Any]) -> None:
 async def test_a_handler_that_computes_may_not_call_other_systems(calls: Handler) -> None:
     async with running() as runner:
         with pytest.raises(Misconfigured, match="computes-only"):
-            compute(runner, calls)
+            await compute(runner, calls)

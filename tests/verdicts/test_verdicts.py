@@ -20,6 +20,7 @@ from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter import logs
+from adapter.handlers.rules import Rules
 from adapter.identifiers import Channel
 from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
@@ -574,6 +575,46 @@ def hook(name: str, handler: str, *, no_answer: str = "approve", more: str = "",
 
 
 SHADOW = ", mode: shadow"
+
+
+def test_other_requests_are_answered_between_the_conditions_on_a_large_order(tmp_path: Path) -> None:
+    condition = "{scope: /cart/attributes, schema: {type: object}}"
+    more = (
+        ", when: "
+        + condition
+        + ", settings: {rules: ["
+        + ", ".join("{scope: /cart/attributes, schema: {type: object}, code: c, message: m}" for _ in range(5))
+        + "]}"
+    )
+    routes = "".join(hook(f"rules-{number}", "rules", more=more) for number in range(3))
+
+    async def pauses(size: int) -> int:
+        order = CART | {"cart": {"attributes": {"filler": "x" * size}}}
+        turns = 0
+
+        async def other_requests() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        async with asking(tmp_path, routes, {"rules": Rules}) as at:
+            request = VerdictRequest(
+                callback=at.routes.callbacks["cart-changed"],
+                channel=Channel("norce", "1"),
+                order_id="o1",
+                order=read_order(json.dumps(order).encode()),
+            )
+            others = asyncio.create_task(other_requests())
+            await asyncio.sleep(0)
+            before = turns
+            answer = await at.verdicts.answer(request)
+            others.cancel()
+            assert [verdict.decided for verdict in answer.verdicts] == ["accept"] * 3
+            return turns - before
+
+    assert asyncio.run(pauses(2**20)) >= 2 + 3 * 4
+    assert asyncio.run(pauses(2**10)) == 0
 
 
 def wishing(**wish: str) -> str:
