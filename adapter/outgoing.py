@@ -20,11 +20,10 @@ follow an effect.
 An `httpx.AsyncClient` belongs to one event loop, so each loop has an `Outgoing` of its own.
 """
 
+import asyncio
 import functools
 import re
-import ssl
-import zlib
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -32,6 +31,7 @@ from typing import Any
 import httpx
 import msgspec
 
+from adapter.connections import ContentUnreadable, connections, content_codings, read_content
 from adapter.orders import Order
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
 
@@ -187,21 +187,6 @@ def _urls(value: Any) -> Iterator[Url]:
             yield from _urls(item)
 
 
-# The callers limit their requests. A queue in the connection pool is slow.
-_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-
-
-def connections() -> httpx.AsyncHTTPTransport:
-    """Return connections for one event loop, without proxies, environment and retries."""
-    return httpx.AsyncHTTPTransport(verify=_ssl_context(), retries=0, trust_env=False, limits=_UNLIMITED)
-
-
-@functools.cache
-def _ssl_context() -> ssl.SSLContext:
-    # Created once: it takes 20 ms, and a blocked loop is replaced while shoppers wait.
-    return httpx.create_ssl_context(trust_env=False)
-
-
 class Outgoing:
     """The connections of one event loop, shared by the clients of all calls on it."""
 
@@ -217,7 +202,7 @@ class Outgoing:
         sends in `traffic`. It owns nothing, so it need not be closed.
         """
         guarded = _Guarded(self._transport, origins(settings), deadline, clock, traffic)
-        headers = {"accept-encoding": "identity"}  # so that the limit on received bytes limits the answer
+        headers = {"accept-encoding": "identity"}  # compression saves nothing here
         return httpx.AsyncClient(transport=guarded, headers=headers, follow_redirects=False, trust_env=False)
 
     async def aclose(self) -> None:
@@ -292,10 +277,14 @@ class _Guarded(httpx.AsyncBaseTransport):
         request.extensions["timeout"] = {"connect": connect, "pool": connect, "read": left, "write": left}
         sending = Sending(self._traffic, write=is_write(request))
         request.extensions["trace"] = functools.partial(self._trace, request, sending)
+        ends_at = asyncio.get_running_loop().time() + left
         sending.begin()
         try:
-            response = await self._transport.handle_async_request(request)
-        except NOT_SENT as error:
+            async with asyncio.timeout_at(ends_at):
+                response = await self._transport.handle_async_request(request)
+        except (TimeoutError, *NOT_SENT) as error:
+            if isinstance(error, TimeoutError) and (sending.is_out or not is_write(request)):
+                raise _no_answer(self._traffic, request, type(error).__name__) from error
             sending.undo()
             retry = Retry(
                 "destination-unreachable", f"{self._traffic.describe(request)} was not sent: {type(error).__name__}"
@@ -309,7 +298,7 @@ class _Guarded(httpx.AsyncBaseTransport):
         except httpx.TransportError as error:
             raise _no_answer(self._traffic, request, type(error).__name__) from error
         sending.answer(response.status_code)
-        return _answer(response, request, self._traffic)
+        return _answer(response, request, self._traffic, ends_at)
 
     async def _trace(self, request: httpx.Request, sending: Sending, event: str, facts: Mapping[str, Any]) -> None:
         """Stop a request whose deadline has passed, right before httpcore writes it.
@@ -326,71 +315,49 @@ class _Guarded(httpx.AsyncBaseTransport):
         await sending.trace(event, facts)
 
 
-def _answer(response: httpx.Response, request: httpx.Request, traffic: Traffic) -> DestinationResponse:
-    named = response.headers.get_list("content-encoding", split_commas=True)
-    codings = [name for each in named if (name := each.strip().lower()) in _CODINGS]
+def _answer(response: httpx.Response, request: httpx.Request, traffic: Traffic, ends_at: float) -> DestinationResponse:
     headers = response.headers.copy()
     headers.pop("content-encoding", None)  # the body is decoded here, where its size is limited
-    if codings:
+    if content_codings(response.headers):
         headers.pop("content-length", None)
-    body = _Body(response, codings, lambda reason: _no_answer(traffic, request, reason))
+    body = _Body(response, ends_at, lambda reason: _no_answer(traffic, request, reason))
     answer = DestinationResponse(response.status_code, headers=headers, stream=body, extensions=response.extensions)
     answer.traffic = traffic
     return answer
 
 
-# Of RFC 9110, section 8.4.1, and newer ones. Other values are mistakes, such as the name of a character set.
-_GZIP = ("gzip", "x-gzip")
-_CODINGS = frozenset({*_GZIP, "deflate", "compress", "x-compress", "br", "zstd"})
-
-
 class _Body(httpx.AsyncByteStream):
-    """The body of an answer, decoded, and limited to `MAX_ANSWER_BYTES`.
+    """The body of an answer, decoded, with limits on its size and its time.
 
     If it cannot be read, a 2xx is no answer. Any other status counts without its body.
     """
 
     def __init__(
-        self, response: httpx.Response, codings: Sequence[str], no_answer: Callable[[str], Retry | Unknown]
+        self,
+        response: httpx.Response,
+        ends_at: float,
+        no_answer: Callable[[str], Retry | Unknown],
     ) -> None:
         self._response = response
-        self._codings = codings
+        self._pieces = read_content(response, MAX_ANSWER_BYTES)
+        self._ends_at = ends_at
         self._no_answer = no_answer
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         try:
-            async for chunk in self._inflated():
-                yield chunk
-        except (_BodyUnreadable, httpx.TransportError) as error:
-            reason = str(error) if isinstance(error, _BodyUnreadable) else type(error).__name__
+            while (piece := await self._next_piece()) is not None:
+                yield piece
+        except (ContentUnreadable, TimeoutError, httpx.TransportError) as error:
+            reason = str(error) if isinstance(error, ContentUnreadable) else type(error).__name__
             if self._response.is_success:
                 raise self._no_answer(reason) from error
 
-    async def _inflated(self) -> AsyncIterator[bytes]:
-        if self._codings and (len(self._codings) > 1 or self._codings[0] not in _GZIP):
-            raise _BodyUnreadable("its body is compressed, which was not requested")
-        inflate = zlib.decompressobj(wbits=31) if self._codings else None
-        received = size = 0
-        async for chunk in self._response.stream:  # type: ignore[union-attr]
-            received += len(chunk)
-            if inflate is not None:
-                try:
-                    chunk = inflate.decompress(chunk, MAX_ANSWER_BYTES + 1 - size)
-                except zlib.error:
-                    raise _BodyUnreadable("its body is not what its Content-Encoding says") from None
-            size += len(chunk)
-            if max(received, size) > MAX_ANSWER_BYTES:
-                raise _BodyUnreadable("its body is larger than 1 MiB")
-            yield chunk
-        if inflate is not None and received and (not inflate.eof or inflate.unused_data):
-            raise _BodyUnreadable("its body is incomplete")
+    async def _next_piece(self) -> bytes | None:
+        async with asyncio.timeout_at(self._ends_at):  # a limit on each read would let a slow answer last for ever
+            return await anext(self._pieces, None)
 
     async def aclose(self) -> None:
         await self._response.aclose()
-
-
-class _BodyUnreadable(Exception):
-    """The body of an answer cannot be read."""
 
 
 def _no_time_left() -> Retry:

@@ -19,6 +19,7 @@ from adapter.orders import Order, read_order
 from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, Traffic, origins, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
 from tests.asynchronous import asynchronous
+from tests.scripted_server import Script, ScriptedServer, without_end
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 SECOND = timedelta(seconds=1)
@@ -615,6 +616,59 @@ def test_nothing_is_sent_after_the_deadline(left: timedelta) -> None:
 
     assert (type(raised), raised.code) == (Retry, "no-time-left")
     assert destination.requests == []
+
+
+HEAD_OF_CHUNKS = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+SLOW = {
+    "in its head": (without_end(b"HTTP/1.1 200 ", b"O"), None),
+    "in its body": (without_end(HEAD_OF_CHUNKS + b"fffff\r\n", b"x"), None),
+    "in a chunk line": (without_end(HEAD_OF_CHUNKS + b"1;", b"a"), None),
+    "in its trailers": (without_end(HEAD_OF_CHUNKS + b"0\r\na: ", b"a"), None),
+    "in the body of an error": (without_end(b"HTTP/1.1 422 No\r\ncontent-length: 999999\r\n\r\n", b"x"), 422),
+}
+
+
+@pytest.mark.parametrize(("method", "expected"), [("GET", Retry), ("PUT", Unknown)])
+@pytest.mark.parametrize(("script", "status"), SLOW.values(), ids=SLOW)
+@asynchronous
+async def test_an_answer_that_comes_byte_by_byte_ends_at_the_deadline(
+    script: Script, status: int | None, method: str, expected: type[Outcome]
+) -> None:
+    """The time between two bytes is short, so a limit on each read would never be reached."""
+    async with ScriptedServer(script).listening() as server:
+        outgoing, settings = Outgoing(), ShopSettings(base_url=Url(server.url))
+        http = outgoing.client(settings, NOON + timedelta(milliseconds=200), lambda: NOON, Traffic())
+        with pytest.raises(Outcome) as raised:
+            (await http.request(method, server.url)).raise_for_status()
+        await outgoing.aclose()
+
+    outcome = raised.value
+    assert (type(outcome), outcome.status) == (expected if status is None else Reject, status)
+
+
+@pytest.mark.parametrize(("method", "expected"), [("GET", Retry), ("PUT", Unknown)])
+@asynchronous
+async def test_an_answer_without_end_before_its_body_is_no_answer(method: str, expected: type[Outcome]) -> None:
+    async with ScriptedServer(without_end(b"", b"HTTP/1.1 102 Processing\r\n\r\n")).listening() as server:
+        outgoing, settings = Outgoing(), ShopSettings(base_url=Url(server.url))
+        http = outgoing.client(settings, NOON + timedelta(days=1), lambda: NOON, Traffic())
+        with pytest.raises(expected, match="RemoteProtocolError"):
+            await http.request(method, server.url)
+        await outgoing.aclose()
+
+
+def test_a_write_that_cannot_connect_before_the_deadline_did_not_go_out() -> None:
+    class Connecting(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await request.extensions["trace"]("connection.connect_tcp.started", {})
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    traffic = Traffic()
+    raised = outcome(Connecting(), "PUT", left=timedelta(milliseconds=150), traffic=traffic)  # type: ignore[arg-type]
+
+    assert (type(raised), raised.code) == (Retry, "destination-unreachable")
+    assert not traffic.close()
 
 
 def test_the_connections_outlive_the_client_of_one_call() -> None:

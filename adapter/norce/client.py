@@ -15,19 +15,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import MappingProxyType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
+from urllib.parse import urlsplit
 
 import httpx
 import msgspec
 
+from adapter.connections import ContentTooLarge, ContentUnreadable, connections, read_content
 from adapter.identifiers import Channel
 from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
 from adapter.orders import NotAnOrder, Order, decode, order_in, read_order
-from adapter.outgoing import NOT_SENT, Sending, Traffic, connections, retry_after
+from adapter.outgoing import NOT_SENT, Sending, Traffic, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
 MAX_ORDER_BYTES = 4 * 1024 * 1024  # of an order and of every other answer that is not a list
-MAX_LIST_BYTES = 64 * 1024 * 1024  # of a page of a hundred orders
+MAX_LIST_BYTES = 16 * 1024 * 1024  # of a page; a smaller page may fit
+MAX_ERROR_BYTES = 64 * 1024  # of an answer that is not 2xx; a longer one counts without its body
 # Of one merchant, so that a merchant whose Norce does not answer leaves connections to the others. The pool of httpx is
 # no alternative: it looks at all waiting requests when one ends, and blocked the event loop for 15 s with 300 of them.
 MAX_REQUESTS_AT_ONCE = 64
@@ -36,17 +39,27 @@ MAX_PAGES = 100_000
 REPEATABLE = frozenset({"GET", "PUT", "PATCH", "DELETE"})  # in Norce's APIs these set a state, so repeating is harmless
 
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-# The escape of a lone surrogate (RFC 8259, section 8.2), in a text without escaped backslashes.
 T = TypeVar("T")
 TokenUsed = Callable[[str, int, int], None]  # merchant, number of the token (from 1), status
 
 
 class NorceError(Exception):
-    """A request to Norce that failed. `code` is Norce's own code, if it gave one."""
+    """A request to Norce that failed. `code` is Norce's own code, if it gave one.
+
+    `host` and `status` are None if no request was made, or none was answered.
+    """
+
+    host: str | None = None
+    status: int | None = None
 
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
+
+    def at(self, url: str, status: int | None = None) -> Self:
+        """Note the address and the status of the request that failed, and return the error."""
+        self.host, self.status = urlsplit(url).hostname, status
+        return self
 
 
 class NorceRejected(NorceError):
@@ -158,7 +171,6 @@ class Norce:
             transport=transport or connections(),
             # One client serves all merchants, so a cookie of one must not be sent for another, nor kept for each order.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            # Compressed answers would be larger than the bytes that are counted.
             headers={"accept-encoding": "identity"},
             trust_env=False,
             follow_redirects=False,
@@ -169,7 +181,12 @@ class Norce:
 
         Raises `OrderNotFound`, `NorceRefused`, `NorceUnavailable`.
         """
-        return parse_order(await self.order_bytes(channel, order_id, within=within), order_id)
+        content = await self.order_bytes(channel, order_id, within=within)
+        try:
+            return parse_order(content, order_id)
+        except NorceUnavailable as error:
+            error.at(self.base_url(channel.merchant), 200)
+            raise
 
     async def order_bytes(self, channel: Channel, order_id: str, *, within: timedelta | None = None) -> bytes:
         """Return the bytes of an order, for a caller that calls `parse_order` on another thread.
@@ -181,7 +198,8 @@ class Norce:
         except NotFound as error:
             raise OrderNotFound("Norce has no such order", error.code) from error
         except NorceRejected as error:  # does not say whether the order exists
-            raise NorceUnavailable(str(error), code=error.code) from error
+            base = self.base_url(channel.merchant)
+            raise NorceUnavailable(str(error), code=error.code).at(base, error.status) from error
 
     async def events(self, merchant: str, *, offset: int = 0, limit: int = 100, **filters: str) -> Page[Event]:
         """Return a page of our adapter's events in all channels of a merchant.
@@ -189,8 +207,7 @@ class Norce:
         Raises `NorceError`.
         """
         query = {"adapter_id": self._adapter_id, "offset": str(offset), "limit": str(limit), **filters}
-        content = await self.call(Channel(merchant, ""), "list_events", query=query)
-        return _page(content, offset, Event)
+        return await _page(await self.call(Channel(merchant, ""), "list_events", query=query), offset, Event)
 
     async def order_pages(
         self, channel: Channel, *, limit: int = 50, **filters: str
@@ -202,7 +219,7 @@ class Norce:
         offset = 0
         for _ in range(MAX_PAGES):
             query = {**filters, "offset": str(offset), "limit": str(limit)}
-            page = _page(await self.call(channel, "list_orders", query=query), offset, dict[str, Any])
+            page = await _page(await self.call(channel, "list_orders", query=query), offset, dict[str, Any])
             if page.count:
                 yield page
             offset += page.count
@@ -262,7 +279,7 @@ class Norce:
         seconds = min(within or self._timeout, self._timeout).total_seconds()
         sending = Sending(traffic or Traffic(), write=operation.method != "GET")
         turns, turn = self._turns[channel.merchant], path.get("order_id", channel.name)
-        is_delayed = False
+        is_delayed, status = False, None
         try:
             async with asyncio.timeout(seconds):
                 if is_delayed := not turns.begin(turn):
@@ -271,22 +288,27 @@ class Norce:
                     for number, token in enumerate(account.tokens, 1):
                         headers[AUTHORIZATION] = f"Bearer {token.reveal()}"
                         answer = await self._send(request | {"headers": headers}, max_bytes, sending)
-                        self._used(channel.merchant, number, answer.status_code)
-                        if answer.status_code not in (401, 403):
+                        self._used(channel.merchant, number, answer.status)
+                        if answer.status not in (401, 403):
                             break
                 finally:
                     turns.end(turn)
+            status = answer.status
+            sending.answer(status)
+            return _content(answer, operation)
         except (httpx.HTTPError, TimeoutError) as error:
             if isinstance(error, NOT_SENT):
                 sending.undo()
             failure: type[NorceUnavailable] = NorceUnclear if sending.is_out else NorceUnavailable
             if is_delayed and isinstance(error, TimeoutError) and not sending.is_out:
                 failure = NorceBusy
-            raise failure(f"no answer from Norce to {operation.title}: {type(error).__name__}") from error
-        sending.answer(answer.status_code)
-        return _content(answer, operation)
+            message = f"no answer from Norce to {operation.title}: {type(error).__name__}"
+            raise failure(message).at(url) from error
+        except NorceError as error:
+            error.at(url, error.status or status)
+            raise
 
-    async def _send(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> httpx.Response:
+    async def _send(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> "_Reply":
         try:
             return await self._send_once(request, max_bytes, sending)
         except httpx.TransportError as error:
@@ -294,21 +316,25 @@ class Norce:
                 raise
             return await self._send_once(request, max_bytes, sending)
 
-    async def _send_once(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> httpx.Response:
+    async def _send_once(self, request: dict[str, Any], max_bytes: int, sending: Sending) -> "_Reply":
         sending.begin()
         async with self._client.stream(
             **request, timeout=self._timeout.total_seconds(), extensions={"trace": sending.trace}
         ) as answer:
-            chunks, size = [], 0
-            async for chunk in answer.aiter_bytes():
-                size += len(chunk)
-                if size > max_bytes:
-                    failure = NorceTooLarge if request["method"] == "GET" else NorceUnclear
-                    raise failure(f"Norce's answer is larger than {max_bytes // 2**20} MiB")
-                chunks.append(chunk)
-        # The body is decoded, so its headers must not say that it is encoded.
-        headers = [(name, value) for name, value in answer.headers.raw if name.lower() != b"content-encoding"]
-        return httpx.Response(answer.status_code, headers=headers, content=b"".join(chunks))
+            status, body = answer.status_code, bytearray()
+            largest = max_bytes if answer.is_success else MAX_ERROR_BYTES
+            try:
+                async for piece in read_content(answer, largest):
+                    body += piece
+            except (ContentUnreadable, httpx.TransportError) as error:
+                if not answer.is_success:  # the status counts without its body
+                    return _Reply(status, answer.headers, None)
+                if isinstance(error, httpx.TransportError):
+                    raise
+                read_failure = NorceTooLarge if isinstance(error, ContentTooLarge) else NorceUnavailable
+                failure = read_failure if request["method"] == "GET" else NorceUnclear
+                raise failure(f"Norce's answer cannot be read: {error}").at(request["url"], status) from error
+        return _Reply(status, answer.headers, bytes(body))
 
     def base_url(self, merchant: str) -> str:
         """Return the address of the merchant's Checkout services."""
@@ -403,7 +429,7 @@ class HandlerOrders:
             order = parse_order(content, order_id)
             return read_order(order.raw, order.data)
         except NorceUnavailable as error:
-            raise _outcome(error, "GET") from error
+            raise _outcome(error.at(self._norce.base_url(self._channel.merchant), 200), "GET") from error
         except NotAnOrder as error:
             raise Retry("norce-unavailable", "Norce's answer is nested too deeply") from error
 
@@ -458,6 +484,12 @@ def base_url(environment: str, slug: str) -> str:
 
 
 def _outcome(error: NorceError, method: str) -> Outcome:
+    outcome = _kind_of_outcome(error, method)
+    outcome.host, outcome.status = error.host, error.status
+    return outcome
+
+
+def _kind_of_outcome(error: NorceError, method: str) -> Outcome:
     match error:
         case OrderNotFound():
             return Reject("order-not-found", "Norce has no such order")
@@ -472,44 +504,52 @@ def _outcome(error: NorceError, method: str) -> Outcome:
     raise AssertionError(error)
 
 
-def _content(answer: httpx.Response, operation: Operation) -> bytes:
-    status = answer.status_code
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    status: int
+    headers: httpx.Headers
+    body: bytes | None  # None if the body of an error cannot be read
+
+
+def _content(reply: _Reply, operation: Operation) -> bytes:
+    status = reply.status
     if status in (401, 403):
         raise NorceRefused(f"Norce answered {status} to {operation.title}: check the tokens of this merchant")
-    if answer.is_success:
-        return answer.content
-    code = _code(answer)
+    if 200 <= status < 300:
+        assert reply.body is not None
+        return reply.body
+    code = _code(reply)
     said = f"Norce answered {status} to {operation.title}{'' if code is None else f', {code}'}"
     if status == 404:
-        if not _is_from_norce(answer):
+        if not _is_from_norce(reply):
             raise NorceUnavailable(f"{said}, and not in Norce's form: perhaps from a proxy")
         is_of_order = code == "order-not-found" or (code is None and operation.service == "order")
         raise (OrderNotFound if is_of_order else NotFound)(said, code)
     if status in (425, 429) or status < 400:
-        raise NorceUnavailable(said, retry_after(answer.headers.get("retry-after")), code)
+        raise NorceUnavailable(said, retry_after(reply.headers.get("retry-after")), code)
     if status < 500 and status != 408:
         raise NorceRejected(said, code)
     failure = NorceUnavailable if operation.method == "GET" else NorceUnclear
-    raise failure(said, retry_after(answer.headers.get("retry-after")), code)
+    raise failure(said, retry_after(reply.headers.get("retry-after")), code)
 
 
-def _is_from_norce(answer: httpx.Response) -> bool:
+def _is_from_norce(reply: _Reply) -> bool:
     """Tell whether a 404 is Norce's own: empty, an error of Norce or a problem (RFC 7807).
 
     A gateway that cannot reach Norce also answers 404, to everything, and every delivery would become a dead letter.
     """
-    if not answer.content:
+    if reply.body == b"":
         return True
-    body = _json_or_none(answer.content)
+    body = _json_or_none(reply.body)
     return isinstance(body, dict) and not {"code", "type", "title"}.isdisjoint(body)
 
 
-def _code(answer: httpx.Response) -> str | None:
+def _code(reply: _Reply) -> str | None:
     """Return the code of an error, of the first in a list, or of a problem's `type`.
 
     A text that does not look like a code is ignored: it may contain a customer's values.
     """
-    error = _json_or_none(answer.content)
+    error = _json_or_none(reply.body)
     if isinstance(error, list) and error:
         error = error[0]
     if not isinstance(error, dict):
@@ -520,13 +560,20 @@ def _code(answer: httpx.Response) -> str | None:
     return code if isinstance(code, str) and len(code) <= 64 and _CODE.fullmatch(code) else None
 
 
-def _json_or_none(content: bytes) -> Any:
+def _json_or_none(content: bytes | None) -> Any:
+    if content is None:
+        return None
     with contextlib.suppress(NorceUnavailable):
         return _decoded(content, Any)
     return None
 
 
-def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
+async def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
+    """Decode a page in a thread: a large one takes longer than other tasks can wait."""
+    return await asyncio.to_thread(_decoded_page, content, offset, kind)
+
+
+def _decoded_page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
     read = _decoded(content, _Listed)
     items = []
     for each in read.data:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ from jsonschema import Draft202012Validator
 from adapter.identifiers import Channel
 from adapter.norce.api import OPERATIONS, Operation, schema
 from adapter.norce.client import (
+    MAX_ERROR_BYTES,
     MAX_ORDER_BYTES,
     MAX_PAGES,
     MAX_REQUESTS_AT_ONCE,
@@ -27,8 +30,10 @@ from adapter.norce.client import (
     HandlerOrders,
     Norce,
     NorceBusy,
+    NorceError,
     NorceRefused,
     NorceRejected,
+    NorceTooLarge,
     NorceUnavailable,
     NorceUnclear,
     OrderNotFound,
@@ -38,6 +43,8 @@ from adapter.orders import Order
 from adapter.outgoing import Traffic
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 from tests import virtual_time
+from tests.asynchronous import asynchronous
+from tests.scripted_server import Script, ScriptedServer, without_end
 
 CHANNEL = Channel("fjallboden", "1")
 T = TypeVar("T")
@@ -896,6 +903,125 @@ def test_an_endless_answer_is_broken_off() -> None:
         ask(transport, lambda norce: norce.order(CHANNEL, "order-1"))
 
     assert transport.sent <= 2 * MAX_ORDER_BYTES
+
+
+def encoded(status: int, coding: str, body: bytes) -> httpx.Response:
+    return httpx.Response(status, headers={"content-encoding": coding}, stream=httpx.ByteStream(body))
+
+
+UNREADABLE = {
+    "br": ("br", b"\x0b\x02\x80"),
+    "not gzip": ("gzip", b"{}"),
+    "cut off": ("gzip", gzip.compress(json.dumps(ORDER).encode())[:-4]),
+    "a bomb": ("gzip", gzip.compress(bytes(50_000_000))),
+}
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "identity", "utf-8", ""])
+def test_an_order_is_read_though_it_is_compressed_unasked(coding: str) -> None:
+    body = json.dumps(ORDER).encode()
+    answer = encoded(200, coding, gzip.compress(body) if coding.lower() == "gzip" else body)
+
+    assert read(FakeNorce(answer)).id == "order-1"
+
+
+@pytest.mark.parametrize(("coding", "body"), UNREADABLE.values(), ids=UNREADABLE)
+def test_an_answer_that_cannot_be_read_keeps_its_status_unless_it_is_a_success(coding: str, body: bytes) -> None:
+    def read_ends(status: int) -> tuple[type[NorceError], int | None]:
+        with pytest.raises(NorceError) as raised:
+            read(FakeNorce(encoded(status, coding, body)), tokens=("one",))
+        return type(raised.value), raised.value.status
+
+    def change_ends(status: int) -> tuple[type[NorceError], int | None]:
+        with pytest.raises(NorceError) as raised:
+            ask(FakeNorce(*(encoded(status, coding, body) for _ in range(2))), change)
+        return type(raised.value), raised.value.status
+
+    assert read_ends(200) == (NorceTooLarge if body == UNREADABLE["a bomb"][1] else NorceUnavailable, 200)
+    assert change_ends(200) == (NorceUnclear, 200)
+    assert read_ends(401) == change_ends(401) == (NorceRefused, 401)
+    assert read_ends(404) == change_ends(404) == (NorceUnavailable, 404)  # perhaps a proxy's
+    assert change_ends(409) == (NorceRejected, 409)
+    assert (read_ends(503), change_ends(503)) == ((NorceUnavailable, 503), (NorceUnclear, 503))
+
+
+@pytest.mark.parametrize("size", [10, MAX_ERROR_BYTES])
+def test_a_long_error_counts_without_its_body(size: int) -> None:
+    with pytest.raises(NorceRejected) as raised:
+        ask(FakeNorce(httpx.Response(409, json={"code": "order-conflict", "message": "x" * size})), change)
+
+    assert raised.value.code == ("order-conflict" if size == 10 else None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [
+        (httpx.Response(503), 503),
+        (httpx.Response(401), 401),
+        (httpx.Response(400), 400),
+        (httpx.Response(200, text="<html>"), 200),
+        (httpx.ReadTimeout(""), None),
+        (httpx.ConnectError(""), None),
+    ],
+    ids=["503", "401", "400", "a page", "no answer", "no connection"],
+)
+def test_an_error_and_its_outcome_name_host_and_status(answer: httpx.Response | Exception, status: int | None) -> None:
+    with pytest.raises(NorceError) as error:
+        read(FakeNorce(answer))
+    with pytest.raises(Outcome) as outcome:
+        read(FakeNorce(answer), as_handler=True)
+
+    expected = ("shop.api-se.norce.tech", status)
+    assert (error.value.host, error.value.status) == (outcome.value.host, outcome.value.status) == expected
+
+
+HOSTILE = {
+    "1xx answers": without_end(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    "trailers": without_end(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n", b"a: b\r\n"),
+    "a head, byte by byte": without_end(b"HTTP/1.1 200 ", b"O"),
+    "a body, byte by byte": without_end(b"HTTP/1.1 200 OK\r\ncontent-length: 3000000\r\n\r\n", b" "),
+    "an error, byte by byte": without_end(b"HTTP/1.1 409 No\r\ncontent-length: 30000\r\n\r\n", b" "),
+}
+
+
+@pytest.mark.parametrize("script", HOSTILE.values(), ids=HOSTILE)
+@asynchronous
+async def test_an_answer_without_end_is_no_answer_by_the_timeout(script: Script) -> None:
+    async with ScriptedServer(script).listening() as server:
+        account = Account(base_url=server.url, tokens=(Secret("token-1"),))
+        norce = Norce({"fjallboden": account}, adapter_id="our_adapter", timeout=timedelta(milliseconds=300))
+        with pytest.raises(NorceUnavailable):
+            await norce.order(CHANNEL, "order-1")
+        with pytest.raises(NorceUnclear):
+            await change(norce)
+        await norce.aclose()
+
+
+class CountingExecutor(ThreadPoolExecutor):
+    """The threads of a loop. Counts the calls that they were given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Any:
+        self.calls += 1
+        return super().submit(function, *arguments, **named)
+
+
+def test_pages_are_decoded_in_a_thread() -> None:
+    """One of 16 MiB takes half a second, and the loop answers shoppers."""
+    threads = CountingExecutor()
+
+    async def both_lists(norce: Norce) -> None:
+        asyncio.get_running_loop().set_default_executor(threads)
+        await norce.events("fjallboden")
+        await norce.order_pages(CHANNEL).__anext__()
+
+    page = {"data": [event(1)], "pagination": {"totalSize": 1}}
+    ask(FakeNorce(httpx.Response(200, json=page), httpx.Response(200, json=page)), both_lists)
+
+    assert threads.calls == 2
 
 
 def test_undocumented_items_of_a_page_are_counted_and_left_out() -> None:

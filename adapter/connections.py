@@ -1,0 +1,194 @@
+"""Connections to other systems, with limits on everything that an answer may be.
+
+The other side may be broken or hostile, and its answers are parsed on loops that shoppers wait for. So the strict
+parser that reads the requests at our door reads every answer first, and counts: what is not body, and how many lines
+the heads and trailers have. httpx gets no byte that this parser has refused. (h11, the parser of httpx, sets no limit
+on 1xx responses, trailers and chunk extensions. It takes quadratic time for some lines that are not HTTP, and holds the
+interpreter meanwhile: 45 s for one line of 100 KiB.)
+
+Bodies are limited by `read_content`, for every reader. Time is limited by the callers.
+"""
+
+import asyncio
+import functools
+import ssl
+import zlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpcore
+import httptools
+import httpx
+
+MAX_OVERHEAD_BYTES = 32 * 1024  # of an answer, all that is not body: its heads (1xx ones too), chunk lines, trailers
+MAX_OVERHEAD_PART = 0.5  # of the body, on top of that, for the lines of small chunks
+MAX_LINES = 200  # status lines, fields and trailers of an answer
+READ_BYTES = 16 * 1024  # parsed without a pause for other tasks
+PIECE_BYTES = 64 * 1024  # of a body that is being decompressed
+PIECES_IN_A_ROW = 8  # of a body, then other tasks have a turn
+
+# Of RFC 9110, section 8.4.1, and newer ones. Other values are mistakes, such as the name of a character set.
+_GZIP = ("gzip", "x-gzip")
+_CODINGS = frozenset({*_GZIP, "deflate", "compress", "x-compress", "br", "zstd"})
+
+# The callers limit their requests. A queue in the connection pool is slow.
+_UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+
+
+def connections() -> httpx.AsyncHTTPTransport:
+    """Return connections for one event loop, without proxies, environment and retries."""
+    transport = httpx.AsyncHTTPTransport(verify=_ssl_context(), trust_env=False)
+    # httpx has no argument for the network below its pool.
+    transport._pool = httpcore.AsyncConnectionPool(
+        ssl_context=_ssl_context(),
+        max_connections=_UNLIMITED.max_connections,
+        max_keepalive_connections=_UNLIMITED.max_keepalive_connections,
+        keepalive_expiry=_UNLIMITED.keepalive_expiry,
+        network_backend=_Network(),
+    )
+    return transport
+
+
+@functools.cache
+def _ssl_context() -> ssl.SSLContext:
+    # Created once: it takes 20 ms, and a blocked loop is replaced while shoppers wait.
+    return httpx.create_ssl_context(trust_env=False)
+
+
+class ContentUnreadable(Exception):
+    """The body of an answer cannot be read."""
+
+
+class ContentTooLarge(ContentUnreadable):
+    """The body of an answer is larger than its limit."""
+
+
+def content_codings(headers: httpx.Headers) -> list[str]:
+    """Return the content codings that the headers of an answer name."""
+    named = headers.get_list("content-encoding", split_commas=True)
+    return [name for each in named if (name := each.strip().lower()) in _CODINGS]
+
+
+async def read_content(response: httpx.Response, max_bytes: int) -> AsyncIterator[bytes]:
+    """Yield the content of an answer, decompressed if it is gzip.
+
+    No compression is requested, but some servers and proxies compress all the same. Other tasks have a turn between
+    small chunks, and between the pieces of what was compressed.
+
+    Raises:
+        ContentTooLarge: It has more than `max_bytes`, as received or decompressed.
+        ContentUnreadable: It has another content coding, or is not what its coding says.
+    """
+    codings = content_codings(response.headers)
+    if codings and (len(codings) > 1 or codings[0] not in _GZIP):
+        raise ContentUnreadable("its body is compressed, which was not requested")
+    inflate = zlib.decompressobj(wbits=31) if codings else None
+    received = size = pieces = 0
+    async for chunk in response.stream:  # type: ignore[union-attr]
+        received += len(chunk)
+        for piece in (chunk,) if inflate is None else _inflated(inflate, chunk):
+            size += len(piece)
+            pieces += 1
+            if max(received, size) > max_bytes:
+                raise ContentTooLarge(f"its body is larger than {max_bytes // 1024} KiB")
+            yield piece
+            if pieces % PIECES_IN_A_ROW == 0:
+                await asyncio.sleep(0)
+        if inflate is not None and inflate.unused_data:
+            raise ContentUnreadable("its body is not what its Content-Encoding says")
+    if inflate is not None and received and not inflate.eof:
+        raise ContentUnreadable("its body is incomplete")
+
+
+def _inflated(inflate: Any, chunk: bytes) -> Iterator[bytes]:
+    is_full = True
+    while chunk or is_full:  # a full piece may have a rest inside zlib
+        try:
+            piece = inflate.decompress(chunk, PIECE_BYTES)
+        except zlib.error:
+            raise ContentUnreadable("its body is not what its Content-Encoding says") from None
+        is_full, chunk = len(piece) == PIECE_BYTES, inflate.unconsumed_tail
+        yield piece
+
+
+class _Network(httpcore.AnyIOBackend):
+    async def connect_tcp(self, *arguments: Any, **named: Any) -> httpcore.AsyncNetworkStream:
+        return _Checked(await super().connect_tcp(*arguments, **named))
+
+
+class _Checked(httpcore.AsyncNetworkStream):
+    """A connection that lets through only answers within the limits."""
+
+    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
+        self._stream = stream
+        self._answer = _AnswerParser(is_to_head=False)
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
+        data = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
+        if data:
+            self._answer.check(data)
+        return data
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+        if buffer:  # nothing is read between the parts of a request, so each may begin the count again
+            self._answer = _AnswerParser(is_to_head=buffer.startswith(b"HEAD "))
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: ssl.SSLContext,
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - as above
+    ) -> httpcore.AsyncNetworkStream:
+        return _Checked(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
+
+
+class _AnswerParser:
+    """The parser of one answer, with the 1xx answers before it."""
+
+    def __init__(self, *, is_to_head: bool) -> None:
+        self._is_to_head = is_to_head  # then it has no body, whatever its fields say
+        self._is_complete = False
+        self._received = self._body = self._lines = 0
+        self._parser = httptools.HttpResponseParser(self)
+        # Both are frequent and harmless: a `Content-Length` beside chunks does not count, nor do spaces after a size.
+        self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
+
+    def check(self, data: bytes) -> None:
+        """Parse what has come. Raises `httpcore.RemoteProtocolError` if it must not be used."""
+        self._received += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            raise httpcore.RemoteProtocolError("the answer is not HTTP/1.1") from error
+        overhead = self._received - self._body
+        if self._lines > MAX_LINES or overhead > MAX_OVERHEAD_BYTES + MAX_OVERHEAD_PART * self._body:
+            raise httpcore.RemoteProtocolError("the answer has too much that is not body")
+
+    def on_message_begin(self) -> None:
+        self._refuse_if(self._is_complete)
+        self._lines += 1
+
+    def on_header(self, _name: bytes, _value: bytes) -> None:
+        self._lines += 1
+
+    def on_chunk_header(self) -> None:
+        self._refuse_if(self._is_to_head)
+
+    def on_body(self, body: bytes) -> None:
+        self._refuse_if(self._is_to_head)
+        self._body += len(body)
+
+    def on_message_complete(self) -> None:
+        self._is_complete = self._parser.get_status_code() >= 200
+
+    def _refuse_if(self, is_unexpected: bool) -> None:
+        # Otherwise httpx would read this as the answer to the next request.
+        if is_unexpected:
+            raise ValueError("more than the answer")
