@@ -269,7 +269,7 @@ async def _serve_operations(stack: contextlib.AsyncExitStack, config: Config, en
     if given.socket is not None:
         socket = stack.enter_context(listening_at(Path(given.socket)))
         await stack.enter_async_context(http_server(endpoints.for_socket(), socket))
-    await stack.enter_async_context(http_server(endpoints.for_port(given.token), port))
+    await stack.enter_async_context(http_server(endpoints.for_port(given.token, {given.host, *given.hosts}), port))
     return url_of(port)
 
 

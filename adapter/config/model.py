@@ -63,6 +63,9 @@ Pointer: TypeAlias = Annotated[
 ]
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(?!\n)$"
 SLUG_IN_WORDS = "a part of a host name (a-z, 0-9 and hyphens within), at most 63 characters"
+HostName: TypeAlias = Annotated[
+    str, doc(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(?!\n)$", max_length=253, allowed="a host name without a port")
+]
 Port: TypeAlias = Annotated[int, doc(ge=0, le=65535)]
 Concurrency: TypeAlias = Annotated[int, doc(ge=1, le=1024)]
 OneOrTwoSecrets: TypeAlias = Annotated[tuple[Secret, ...], doc(min_length=1, max_length=2)]
@@ -109,6 +112,10 @@ class OperationsConfig(_Section, frozen=True, kw_only=True):
 
     host: Annotated[str, doc("Address that the operations port listens on.", min_length=1)] = "127.0.0.1"
     port: Annotated[Port, doc("Number of the operations port; 0 takes any free port.")] = 8081
+    hosts: Annotated[
+        tuple[HostName, ...],
+        doc("Names that the port may be called by, besides localhost, the host above and every IP address."),
+    ] = ()
     socket: Annotated[
         Annotated[str, doc(pattern=r"^[^\x00]+$", allowed="the path of a file, or null")] | None,
         doc("Path of a Unix socket on which commands need no token, relative to the working directory; null for none."),

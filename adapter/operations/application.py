@@ -6,7 +6,7 @@ and the service is not stopping.
 
 import asyncio
 import hmac
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from datetime import datetime
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import msgspec
 import structlog
 from sqlalchemy.exc import DBAPIError
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -24,6 +25,7 @@ from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
 from adapter.operations.health import Health
+from adapter.operations.host_check import HostCheck
 from adapter.plugin import Secret
 from adapter.reconciliation.events import LogProgress
 
@@ -75,14 +77,15 @@ class OperationsEndpoints:
         """Return the application for the Unix socket. Commands need no token."""
         return self._application(lambda _request: None)
 
-    def for_port(self, token: Secret | None) -> Starlette:
-        """Return the application for the port. Commands need the bearer token.
+    def for_port(self, token: Secret | None, names: Collection[str] = ()) -> Starlette:
+        """Return the application for the port. It answers to these names and to every IP address.
 
-        Without a configured token, the port refuses every command.
+        Commands need the bearer token. Without a configured token, the port refuses every command.
         """
-        return self._application(lambda request: _refuse_without_token(request, token))
+        host_check = Middleware(HostCheck, names=names)
+        return self._application(lambda request: _refuse_without_token(request, token), host_check)
 
-    def _application(self, refuse: Callable[[Request], Response | None]) -> Starlette:
+    def _application(self, refuse: Callable[[Request], Response | None], *middleware: Middleware) -> Starlette:
         async def command(request: Request) -> Response:
             return refuse(request) or await self.run_command(request)
 
@@ -93,7 +96,8 @@ class OperationsEndpoints:
                 Route("/startupz", self.startupz),
                 Route("/metrics", self.show_metrics),
                 Route("/commands/{name}", command, methods=["POST"]),
-            ]
+            ],
+            middleware=middleware,
         )
 
     async def livez(self, _request: Request) -> Response:

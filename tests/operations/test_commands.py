@@ -296,7 +296,7 @@ def test_a_caller_that_disconnects_has_no_effect_on_the_next(port: Port) -> None
 
     with socket.create_connection(("127.0.0.1", port.port)) as raw:
         raw.sendall(
-            b"POST /commands/pause HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nAuthorization: Bearer "
+            b"POST /commands/pause HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nAuthorization: Bearer "
             + TOKEN.encode()
             + b'\r\n\r\n{"ro'
         )
