@@ -16,7 +16,8 @@ from adapter.config.model import CallbackConfig, HookCallbackConfig, Notificatio
 from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
 from adapter.orders import Order
-from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler
+from adapter.outgoing import origins
+from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler, can_look_up
 
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
@@ -205,6 +206,8 @@ class _Builder:
             self._warn_of_passing_state(f"callbacks.{callback.name}", callback.condition)
             for at, condition in when.items():
                 self._warn_of_passing_state(at, condition)
+        elif callback.kind == "notification":
+            self._warn_of_forged_orders(f"{path}.refetch")
         settings: dict[Channel, Settings] = {}
         channels = self._config.channels_of(name)
         if not channels:
@@ -216,6 +219,8 @@ class _Builder:
                 self._problems += [problem for problem in read if problem not in self._problems]
             else:
                 settings[channel] = read
+        if isinstance(handler, NotificationHandler):
+            self._warn_of_doubt(f"{path}.handler", handler, settings.values())
         return Route(
             name=name,
             callback=callback,
@@ -278,6 +283,24 @@ class _Builder:
         if state in PASSING_STATES:
             remedy = f"an order is {state} only for a while, and may have moved on when the route reads it again"
             self._warnings.append(self._config.problem(f"{path}.schema", f"{remedy}; use an enum of states"))
+
+    def _warn_of_forged_orders(self, path: str) -> None:
+        senders = self._config.senders
+        if senders.signed_urls is not None or senders.url_secrets:
+            remedy = (
+                "the route exports what the caller sends, and a shopper can see the URL of a callback and call it; "
+                "remove refetch: false, or accept callers by senders.header_secrets alone"
+            )
+            self._warnings.append(self._config.problem(path, remedy))
+
+    def _warn_of_doubt(self, path: str, handler: NotificationHandler[Any], settings: Iterable[Settings]) -> None:
+        is_prepared = can_look_up(type(handler)) or handler.repeatable or handler.not_done
+        if not is_prepared and (handler.other_clients or any(map(origins, settings))):
+            remedy = (
+                "the handler has no lookup and declares neither repeatable nor not_done, so after each 503 or broken "
+                "connection its order waits for a person; its author can add one of them"
+            )
+            self._warnings.append(self._config.problem(path, remedy))
 
     def _problem(self, path: str, message: str) -> None:
         self._problems.append(self._config.problem(path, message))

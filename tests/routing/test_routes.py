@@ -123,9 +123,9 @@ HANDLERS: dict[str, Any] = {
 }
 
 
-def made(folder: Path, text: str, handlers: dict[str, Any] = HANDLERS) -> Routes:
+def made(folder: Path, text: str, handlers: dict[str, Any] = HANDLERS, head: str = HEAD) -> Routes:
     path = folder / "config.yaml"
-    path.write_text(HEAD + text)
+    path.write_text(head + text)
     points: Any = [Point(name, class_) for name, class_ in handlers.items()]
     return build(configuration.load(path, {"SECRET": SECRET}), points)
 
@@ -549,3 +549,75 @@ def test_a_scope_inside_an_array_is_a_warning(tmp_path: Path, scope: str) -> Non
 @pytest.mark.parametrize("scope", ["/payments", "/cart/items", "/paymentsOfOthers/0"])
 def test_a_scope_of_an_array_is_no_warning(tmp_path: Path, scope: str) -> None:
     assert made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings == ()
+
+
+# --- orders that a shopper can write ----------------------------------------------------------------------------------
+
+SIGNED = '{signed_urls: {keys: {k1: "${env:SECRET}"}}}'
+IN_THE_QUERY = '{url_secrets: [{parameter: secret, values: ["${env:SECRET}"]}]}'
+
+
+def head_with(senders: str) -> str:
+    head = HEAD.replace("{id: an_adapter}", "{id: an_adapter, public_url: https://adapter.example}")
+    return "".join(line for line in head.splitlines(True) if "senders:" not in line) + f"senders: {senders}\n"
+
+
+@pytest.mark.parametrize("senders", [SIGNED, IN_THE_QUERY], ids=["signed URLs", "a secret in the URL"])
+def test_a_route_that_exports_what_a_shopper_can_write_is_a_warning(tmp_path: Path, senders: str) -> None:
+    [warning] = made(tmp_path, export(refetch="false"), head=head_with(senders)).warnings
+
+    assert warning.path == "routes.export.refetch"
+    assert "remove refetch: false" in warning.message
+
+
+@pytest.mark.parametrize(
+    ("senders", "members"),
+    [(SIGNED, {}), (SIGNED, {"refetch": "true"}), (None, {"refetch": "false"})],
+    ids=["the default", "reads the order", "a secret in a header"],
+)
+def test_an_order_that_a_shopper_cannot_write_is_no_warning(
+    tmp_path: Path, senders: str | None, members: dict[str, str]
+) -> None:
+    head = HEAD if senders is None else head_with(senders)
+
+    assert made(tmp_path, export(**members), head=head).warnings == ()
+
+
+# --- handlers that cannot end a doubt ---------------------------------------------------------------------------------
+
+
+class Asking(Export):
+    async def lookup(self, notification: Notification, context: Context[Shop]) -> Done | None:
+        return None
+
+
+class NotDone(Export):
+    not_done = frozenset({503})
+
+
+class RepeatableExport(Export):
+    repeatable = True
+
+
+class WithOtherClients(Export):
+    other_clients = True
+
+
+@pytest.mark.parametrize(
+    ("handler", "settings", "warns"),
+    [
+        (Export, "{url: https://shop.example}", True),
+        (Export, "{}", False),
+        (WithOtherClients, "{}", True),
+        (Asking, "{url: https://shop.example}", False),
+        (NotDone, "{url: https://shop.example}", False),
+        (RepeatableExport, "{url: https://shop.example}", False),
+    ],
+    ids=["sends", "has no address", "has other clients", "can look up", "knows a status", "is repeatable"],
+)
+def test_a_handler_that_cannot_end_a_doubt_is_a_warning(
+    tmp_path: Path, handler: type[Export], settings: str, warns: bool
+) -> None:
+    routes = made(tmp_path, export(handler="it", settings=settings), {"it": handler})
+
+    assert [warning.path for warning in routes.warnings] == ["routes.export.handler"] * warns
