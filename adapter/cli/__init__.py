@@ -9,6 +9,7 @@ import contextlib
 import errno
 import io
 import os
+import signal
 import sys
 from importlib import import_module, metadata
 from typing import Any
@@ -50,6 +51,14 @@ class LazyGroup(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         return [*COMMANDS, *super().list_commands(context)]
+
+    def resolve_command(
+        self, context: click.Context, arguments: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if arguments[0] == "serve":
+            # Before the imports, which take a second: a terminal that is closed must not end the start.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        return super().resolve_command(context, arguments)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:

@@ -1,7 +1,6 @@
 """The commands `serve` and `check`."""
 
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -35,8 +34,6 @@ def serve(*, hold: bool, config_path: Path) -> None:
 
     SIGHUP is ignored, so that the service outlives the terminal that started it.
     """
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # before the imports, which take a second
-
     import uvloop
 
     from adapter import logs

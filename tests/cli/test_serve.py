@@ -187,6 +187,28 @@ def test_sighup_does_not_end_the_service(service: Process) -> None:
     assert service.process.poll() is None
 
 
+HANGS_UP_DURING_THE_IMPORTS = """
+import os, signal, sys
+from adapter import cli
+
+class Terminal:
+    def find_spec(self, name, *_):
+        if name == "adapter.cli.serve":
+            os.kill(os.getpid(), signal.SIGHUP)
+            sys.exit(7)
+
+sys.meta_path.insert(0, Terminal())
+cli.main(["serve"])
+"""
+
+
+def test_sighup_does_not_end_a_start() -> None:
+    """The imports of `serve` take a second."""
+    ended = subprocess.run([sys.executable, "-c", HANGS_UP_DURING_THE_IMPORTS], check=False, timeout=PATIENCE)
+
+    assert ended.returncode == 7
+
+
 def test_a_limit_on_open_files_that_is_too_low_is_one_sentence(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
