@@ -348,8 +348,8 @@ class Notification:
     channel: str
     callback: str
     order: Order  # as Norce has it now; as it was received on a route with `refetch: false`
-    received: Order  # as it was received
-    raw: bytes = field(repr=False)  # the whole body as it was received
+    received: Order | None  # as it was received; None if its body is not kept, or was not read
+    raw: bytes | None = field(repr=False)  # the whole body as it was received, or None
     received_at: datetime
 
 

@@ -191,5 +191,5 @@ def _notification(config: Config, number: int) -> Any:
     if row is None:
         end(NOTHING_MATCHED, f"there is no notification {number}; a file of that name is ./{number}")
     if row.body is None:
-        end(NOTHING_MATCHED, f"the body of notification {number} is no longer kept; see store.retention")
+        end(NOTHING_MATCHED, f"the body of notification {number} is not kept; see store.retention")
     return row

@@ -81,7 +81,7 @@ class Attempts:
             if can_continue:
                 message = "every attempt ended without a known outcome; the order may end the process"
             return AttemptResult(result=Interrupted("in-doubt", message))
-        if claim.body is None:
+        if claim.body is None and not route.refetch:
             return AttemptResult(
                 result=Reject("body-pruned", "the body of this notification is no longer stored"), kind=kind
             )
@@ -129,7 +129,7 @@ class Attempts:
         handler: NotificationHandler[Any],
         route: Route,
         claim: Claim,
-        body: bytes,
+        body: bytes | None,
         current: bytes | None,
         looks_up: bool,
         traffic: Traffic,
@@ -139,8 +139,9 @@ class Attempts:
 
         Runs on the plugins' loop.
         """
-        received = Order(body)
+        received = None if body is None else Order(body)
         if current is None:
+            assert body is not None
             try:
                 order = received = read_order(body)
             except NotAnOrder as error:

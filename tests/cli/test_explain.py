@@ -247,7 +247,7 @@ def test_a_missing_notification_or_body_exits_with_3(config):
 
     assert (pruned.exit_code, pruned.stderr) == (
         NOTHING_MATCHED,
-        "the body of notification 1 is no longer kept; see store.retention\n",
+        "the body of notification 1 is not kept; see store.retention\n",
     )
     assert (absent.exit_code, absent.stderr) == (
         NOTHING_MATCHED,

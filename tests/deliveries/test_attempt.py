@@ -165,6 +165,18 @@ async def test_a_body_without_an_order_is_rejected_without_a_call(body: bytes | 
 
 
 @asynchronous
+async def test_a_route_that_reads_the_order_again_needs_no_body() -> None:
+    handler = Plain(Done("shop-7"))
+    async with trying() as trial:
+        trial.attempts = Attempts(runner=trial.runner, norce=cast("Any", Reader()), clock=lambda: NOON)
+        ended = await trial.run(replace(CLAIM, body=None), queue(handler, refetch=True))
+
+    assert ended.result == Done("shop-7")
+    ((notification, _),) = handler.seen
+    assert (notification.order.currency, notification.received, notification.raw) == ("SEK", None, None)
+
+
+@asynchronous
 async def test_no_handler_starts_while_the_service_stops() -> None:
     handler = LooksUp(Done("shop-7"))
     async with trying() as trial:
