@@ -178,7 +178,7 @@ class CallbackEndpoint:
             raise MethodNotAllowed(", ".join(METHODS[callback.kind]))
 
         if callback.kind == "notification":
-            notification, order = parse_notification(raw, sender, callback, self.channels, self.clock())
+            notification, order = await parse_notification(raw, sender, callback, self.channels, self.clock())
             notification = self.intake.routed(notification, order)  # evaluates each route's condition; never raises
             del order  # hundreds of objects, not needed while the disk writes
             received = await self.intake.store(notification)  # durable, atomic and stored once, before we answer

@@ -50,6 +50,17 @@ class Intake:
         refetching = [route for route in serving if route.refetch]
         return replace(notification, wanted=wanted, wanted_in_conflict=self._queues(notification, refetching))
 
+    def routed_unread(self, notification: ReceivedNotification) -> ReceivedNotification | None:
+        """Return a notification that has no body with every queue of its callback.
+
+        Returns None if a route does not read the order again, so that it needs the body.
+        """
+        serving = self.routes.serving(notification.callback, notification.channel)
+        if not all(route.refetch for route in serving):
+            return None
+        self._metrics.notifications_received.labels(*notification.channel, notification.source).inc()
+        return replace(notification, wanted=self._queues(notification, serving))
+
     def _queues(self, notification: ReceivedNotification, routes: Sequence[Route]) -> tuple[Wanted, ...]:
         keys = [(QueueKey(route.name, notification.channel), route.refetch) for route in routes]
         return tuple(Wanted(queue_id=self._queue_ids[key], refetch=refetch) for key, refetch in keys)

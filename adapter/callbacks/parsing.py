@@ -14,6 +14,7 @@ from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
 from adapter.identifiers import Channel
 from adapter.ledger.inbox import ReceivedNotification
+from adapter.offload import offload
 from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in
 from adapter.routing.routes import Callback
 from adapter.verdicts.verdicts import VerdictRequest
@@ -61,7 +62,7 @@ def check_order_id(order_id: str) -> None:
         raise BadRequest("order-id", f"An order id has 1 to {LONGEST_ID} printable characters.")
 
 
-def parse_notification(
+async def parse_notification(
     raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel], now: int
 ) -> tuple[ReceivedNotification, dict[str, Any]]:
     """Parse a notification: a bare order, or `{"notification": …, "order": …}`.
@@ -79,16 +80,38 @@ def parse_notification(
     """
     order, channel = _order_in(raw, sender, channels)
     modified = _micros(order.get("lastModified"), now)
+    identity, digest = await offload(len(raw.body), _identity, callback, channel, raw.order_id, order, modified)
     notification = ReceivedNotification(
-        identity=_identity(callback, channel, raw, order, modified),
+        identity=identity,
         channel=channel,
         callback=callback.name,
         order_id=raw.order_id,
         snapshot_at=None if modified is None else modified // 1000,
         source=sender.source,
         body=raw.body,
+        digest=digest,
     )
     return notification, order
+
+
+def parse_unread(
+    raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]
+) -> ReceivedNotification:
+    """Parse a notification whose body is left unread, because its order is beyond its limits.
+
+    Raises what `parse_validation` raises: also if only the body names the merchant or channel.
+    """
+    check_order_id(raw.order_id)
+    channel = _channel_of(raw, sender, channels, {})
+    return ReceivedNotification(
+        identity=_hashed(["v1", *channel, callback.name, raw.order_id, None], None),
+        channel=channel,
+        callback=callback.name,
+        order_id=raw.order_id,
+        snapshot_at=None,
+        source=sender.source,
+        body=None,
+    )
 
 
 def parse_hook(raw: RawCallback, sender: Sender, callback: Callback, channels: Container[Channel]) -> VerdictRequest:
@@ -173,22 +196,28 @@ def _micros(value: Any, now: int) -> int | None:
 
 
 def _identity(
-    callback: Callback, channel: Channel, raw: RawCallback, order: dict[str, Any], modified: int | None
-) -> bytes:
-    """Return the same bytes for the same event.
+    callback: Callback, channel: Channel, order_id: str, order: dict[str, Any], modified: int | None
+) -> tuple[bytes, bytes | None]:
+    """Return the same bytes for the same event, and the order's digest if it was needed.
 
     An event is a callback of an order at a moment, with the value at the callback's scope; without a moment, with the
     whole order. The moment comes first, so that the ledger's index grows at its end.
     """
-    named: list[Any] = ["v1", *channel, callback.name, raw.order_id, modified]
+    named: list[Any] = ["v1", *channel, callback.name, order_id, modified]
+    digest = None
     try:
         if modified is None:
-            named.append(order_digest(order).hex())
+            digest = order_digest(order)
+            named.append(digest.hex())
         elif callback.condition is not None and (value := callback.condition.value(order)) is not MISSING:
             named.append(value)
-        return (modified or 0).to_bytes(8, "big") + hashlib.sha256(canonical(named)).digest()[:16]
+        return _hashed(named, modified), digest
     except NotAnOrder as error:
         raise _malformed() from error
+
+
+def _hashed(named: list[Any], modified: int | None) -> bytes:
+    return (modified or 0).to_bytes(8, "big") + hashlib.sha256(canonical(named)).digest()[:16]
 
 
 def _malformed() -> BadRequest:

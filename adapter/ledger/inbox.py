@@ -11,12 +11,13 @@ lane that wait and that no process has claimed. Whoever claims or settles a lane
 either claimed or superseded.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
@@ -25,11 +26,13 @@ from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
+from adapter.offload import offload
 from adapter.orders import NotAnOrder, decode, order_digest, order_in
 
 RETRY_AT_MOST_EVERY_MS = 3_600_000
 RETRIED_BY_A_REPEAT = (Reason.REJECTED, Reason.EXHAUSTED)
 RETURN_BYTES = 8  # that the identity of an order's return to an earlier state has more than that of this state
+UNREAD_EVERY_MS = 10_000  # between two deliveries of a lane that no order caused whose body was read
 
 _of_lane = deliveries.alias("of_lane")
 _newest_delivery = (
@@ -82,12 +85,24 @@ class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
     order_id: str
     snapshot_at: int | None  # its `lastModified` in milliseconds, if it has one
     source: str  # callback or reconciliation
-    body: bytes
+    body: bytes | None  # None if it was left unread, beyond the limits of its order
+    digest: bytes | None = None  # of its order, once it was needed
     wanted: tuple[Wanted, ...] = ()
     wanted_in_conflict: tuple[Wanted, ...] = ()  # routes of the callback that read the order again, without conditions
 
 
+class Undigested(NamedTuple):
+    """A stored notification with which a repeat in other bytes must be compared.
+
+    The caller computes what it needs for that, because everybody waits for the writer's thread.
+    """
+
+    notification_id: int
+    body: bytes | None  # None if its digest is stored
+
+
 Arrival = tuple[int, ReceivedNotification, tuple[Wanted, ...]]  # its id, and the queues that get a delivery
+Answer = Received | Undigested | list[LaneDelivery]
 
 
 class Inbox:
@@ -126,12 +141,17 @@ class Inbox:
         Raises:
             StoreUnavailable: Nothing was stored.
         """
-        received = await self._store.write(self._receive, notification, len(notification.body))
-        if isinstance(received, Received):
-            return received
-        # In a transaction of its own: a batch has locked its lanes already, and the order of locks must hold.
-        letters = received
-        return await self._store.run(self._retry, letters)
+        while True:
+            body = notification.body or b""
+            received = await self._store.write(self._receive, notification, len(body))
+            if isinstance(received, Received):
+                return received
+            if isinstance(received, list):
+                # In a transaction of its own: a batch has locked its lanes already, and the order of locks must hold.
+                return await self._store.run(self._retry, received)
+            await self._digest(received)
+            if notification.digest is None:
+                notification = replace(notification, digest=await offload(len(body), _digest, body))
 
     async def has(self, identities: Collection[bytes], body: bytes) -> bool:
         """Return whether one of these identities is stored with this order.
@@ -139,24 +159,35 @@ class Inbox:
         Raises:
             StoreUnavailable: The ledger cannot be read.
         """
-        return await self._store.write(self._have, (identities, _digest(body)))
+        digest = await offload(len(body), _digest, body)
+        while not isinstance(known := await self._store.write(self._have, (identities, digest)), bool):
+            await self._digest(known)
+        return known
+
+    async def _digest(self, stored: Undigested) -> None:
+        """Store the digest of a stored order, once."""
+        if stored.body is not None:
+            digest = await offload(len(stored.body), _digest, stored.body)
+            of_it = update(notifications).where(notifications.c.id == stored.notification_id).values(digest=digest)
+            await self._store.run(lambda connection: connection.execute(of_it))
 
     # --- in the writer's thread, inside its transaction ---
 
-    def _receive(
-        self, connection: Connection, received: Sequence[ReceivedNotification]
-    ) -> list[Received | list[LaneDelivery]]:
+    def _receive(self, connection: Connection, received: Sequence[ReceivedNotification]) -> list[Answer]:
         now = self._clock()
         first: dict[bytes, ReceivedNotification] = {}
         for notification in received:
-            first.setdefault(notification.identity, notification)
+            if notification.body is not None:
+                first.setdefault(notification.identity, notification)
         # Sorted by identity on every node, so that two batches never deadlock.
         rows = [_row(first[identity], now) for identity in sorted(first)]
         ids = {identity: key for key, identity in self._insert_notifications(connection.connection.cursor(), rows)}
-        answers: list[Received | list[LaneDelivery]] = []
+        answers: list[Answer] = []
         arrivals: list[Arrival] = []
         for notification in received:
-            if notification.identity in ids and first[notification.identity] is notification:
+            if notification.body is None:
+                answers.append(self._receive_unread(connection, notification, now, arrivals))
+            elif notification.identity in ids and first[notification.identity] is notification:
                 answers.append(Received.NEW)
                 arrivals.append((ids[notification.identity], notification, notification.wanted))
             else:
@@ -168,17 +199,22 @@ class Inbox:
     def _add_deliveries(self, connection: Connection, arrivals: Sequence[Arrival], now: int) -> bool:
         """Add the deliveries of a batch to their lanes. Returns whether there are any."""
         places: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of each lane: (notification id, position)
+        due: dict[tuple[int, str], int] = {}  # when an idle lane is due
         refetching: set[int] = set()
         for notification_id, notification, wanted in arrivals:
             for each in wanted:
                 if each.refetch:
                     refetching.add(each.queue_id)
-                position = 0 if each.refetch else _snapshot_at(notification, now)
-                places.setdefault((each.queue_id, notification.order_id), []).append((notification_id, position))
+                lane, position = (each.queue_id, notification.order_id), 0
+                if not each.refetch:
+                    position = _snapshot_at(notification, now)
+                places.setdefault(lane, []).append((notification_id, position))
+                if notification.body is not None:
+                    due[lane] = now
         if not places:
             return False
         cursor = connection.connection.cursor()
-        locked = self._upsert_lanes(cursor, [(*lane, now) for lane in sorted(places)])
+        locked = self._upsert_lanes(cursor, [(*lane, due.get(lane, now + UNREAD_EVERY_MS)) for lane in sorted(places)])
         lane_ids = {(queue_id, order_id): lane_id for queue_id, order_id, lane_id in locked}
         superseded = [lane_ids[lane] for lane in places if lane[0] in refetching]
         if superseded:
@@ -195,7 +231,7 @@ class Inbox:
 
     def _receive_again(
         self, connection: Connection, notification: ReceivedNotification, now: int, arrivals: list[Arrival]
-    ) -> Received | list[LaneDelivery]:
+    ) -> Answer:
         """Compare a notification with the stored one, and add a conflict to `arrivals`."""
         n = notifications.c
         stored = select(n.id, n.digest, n.body).where(n.identity == notification.identity)
@@ -204,53 +240,88 @@ class Inbox:
             return self._receive(connection, [notification])[0]
         same: int | None = known.id
         identity = notification.identity
-        if known.body != notification.body:
-            digest = _digest(notification.body)
-            if self._digest_of(connection, known) not in (digest, None):
+        was_pruned = known.body is None and known.digest is None  # before anything was compared with it
+        if known.body != notification.body and not was_pruned:
+            digest = notification.digest
+            if digest is None or known.digest is None:
+                return Undigested(known.id, known.body if known.digest is None else None)
+            if digest != known.digest:
                 identity += digest
-                row = _row(notification, now, identity=identity, conflicts_with=known.id, digest=digest)
+                row = _row(notification, now, identity=identity, conflicts_with=known.id)
                 if inserted := self._insert_notifications(connection.connection.cursor(), [row]):
                     arrivals.append((inserted[0][0], notification, notification.wanted_in_conflict))
                     return Received.CONFLICT
                 same = connection.execute(select(n.id).where(n.identity == identity)).scalar_one_or_none()
         newest = self._newest_deliveries(connection, notification)
-        if returned := [each for each in newest if _has_returned(notification, identity, each)]:
-            # What came in between makes the identity: of the same return, another node inserts one row.
-            identity += max(each.id for each in returned).to_bytes(RETURN_BYTES, "big")
-            row = _row(notification, now, identity=identity)
-            if inserted := self._insert_notifications(connection.connection.cursor(), [row]):
-                queue_ids = {each.queue_id for each in returned}
-                wanted = tuple(each for each in notification.wanted if each.queue_id in queue_ids)
-                arrivals.append((inserted[0][0], notification, wanted))
-                return Received.NEW
-        own = {same, *(each.notification_id for each in newest if _is_of(identity, each))}
+        returned = {each.queue_id: each.id for each in newest.values() if _has_returned(notification, identity, each)}
+        if returned and self._add_after(connection, notification, identity, returned, now, arrivals):
+            return Received.NEW
+        own = {same, *(each.notification_id for each in newest.values() if _is_of(identity, each))}
         dead = [] if notification.source == "reconciliation" else self._dead_letters(connection, own, now)
         return dead or Received.REPEAT
 
-    def _newest_deliveries(self, connection: Connection, notification: ReceivedNotification) -> Sequence[Any]:
-        """Return the newest delivery of the order on each route that wants it and reads it again."""
+    def _receive_unread(
+        self, connection: Connection, notification: ReceivedNotification, now: int, arrivals: list[Arrival]
+    ) -> Received:
+        """Make sure that a delivery waits in each lane.
+
+        Without a body, nobody can tell which of the routes want it.
+        """
+        newest = self._newest_deliveries(connection, notification)
+        owed = {each.queue_id: 0 for each in notification.wanted} | {key: each.id for key, each in newest.items()}
+        owed = {key: after for key, after in owed.items() if after == 0 or not _will_begin(newest[key])}
+        if owed and self._add_after(connection, notification, notification.identity, owed, now, arrivals):
+            return Received.NEW
+        return Received.REPEAT
+
+    def _add_after(
+        self,
+        connection: Connection,
+        notification: ReceivedNotification,
+        identity: bytes,
+        newest: Mapping[int, int],
+        now: int,
+        arrivals: list[Arrival],
+    ) -> bool:
+        """Store a notification that follows these newest deliveries, and add it to `arrivals`.
+
+        Args:
+            connection: Of the writer.
+            notification: The notification.
+            identity: Of its event. The newest of the deliveries is added.
+            newest: The newest delivery of each queue that gets another one, or 0.
+            now: The time in milliseconds.
+            arrivals: Gets the notification.
+
+        Returns:
+            False if it is stored already.
+        """
+        row = _row(notification, now, identity=identity + max(newest.values()).to_bytes(RETURN_BYTES, "big"))
+        inserted = self._insert_notifications(connection.connection.cursor(), [row])
+        wanted = tuple(each for each in notification.wanted if each.queue_id in newest)
+        arrivals += [(key, notification, wanted) for key, _ in inserted]
+        return bool(inserted)
+
+    def _newest_deliveries(self, connection: Connection, notification: ReceivedNotification) -> dict[int, Any]:
+        """Return the newest delivery of the order in each queue that wants it and reads it again."""
         queue_ids = [each.queue_id for each in notification.wanted if each.refetch]
         if not queue_ids:
-            return ()
-        return connection.execute(NEWEST_DELIVERIES, {"ids": queue_ids, "of_order": notification.order_id}).all()
+            return {}
+        rows = connection.execute(NEWEST_DELIVERIES, {"ids": queue_ids, "of_order": notification.order_id})
+        return {row.queue_id: row for row in rows}
 
-    def _have(self, connection: Connection, orders: Sequence[tuple[Collection[bytes], bytes]]) -> list[bool]:
+    def _have(
+        self, connection: Connection, orders: Sequence[tuple[Collection[bytes], bytes]]
+    ) -> list[bool | Undigested]:
         n = notifications.c
-        known = []
+        known: list[bool | Undigested] = []
         for identities, digest in orders:
             names = [*identities, *(identity + digest for identity in identities)]
             rows = connection.execute(select(n.id, n.digest, n.body).where(n.identity.in_(names))).all()
-            known.append(any(self._digest_of(connection, row) in (None, digest) for row in rows))
+            undigested = [Undigested(row.id, row.body) for row in rows if row.digest is None and row.body is not None]
+            # A row with neither was pruned before anything was compared with it.
+            known.append(undigested[0] if undigested else any(row.digest in (None, digest) for row in rows))
         return known
-
-    def _digest_of(self, connection: Connection, row: Any) -> bytes | None:
-        """Return the digest of a stored order, or None if it was pruned before."""
-        if row.digest is not None or row.body is None:
-            return row.digest and bytes(row.digest)
-        # Computed once and stored: with one signed URL, a caller may repeat an event as often as it likes.
-        digest = _digest(row.body)
-        connection.execute(update(notifications).where(notifications.c.id == row.id).values(digest=digest))
-        return digest
 
     def _dead_letters(self, connection: Connection, ids: Collection[int | None], now: int) -> list[LaneDelivery]:
         d = deliveries.c
@@ -283,13 +354,17 @@ def _has_returned(notification: ReceivedNotification, identity: bytes, newest: A
         identity: Of the state that it repeats.
         newest: The newest delivery in its lane.
     """
-    waits = newest.state == State.WAITING.value
-    if waits and newest.id != newest.current_delivery_id:
+    if _will_begin(newest):
         return False
     if notification.snapshot_at is not None:
         return not _is_of(identity, newest) and bytes(newest.identity).startswith(notification.identity)
-    is_being_attempted = waits and newest.holder is not None
+    is_being_attempted = newest.state == State.WAITING.value and newest.holder is not None
     return not _is_of(identity, newest) or is_being_attempted or newest.reason == Reason.MOVED_ON.value
+
+
+def _will_begin(delivery: Any) -> bool:
+    """Return whether a delivery waits for its first attempt, and so for a later read."""
+    return bool(delivery.state == State.WAITING.value and delivery.id != delivery.current_delivery_id)
 
 
 def _is_of(identity: bytes, delivery: Any) -> bool:
@@ -308,7 +383,6 @@ def _row(
     *,
     identity: bytes | None = None,
     conflicts_with: int | None = None,
-    digest: bytes | None = None,
 ) -> tuple[Any, ...]:
     # The columns of the table after its key, in their order.
     return (
@@ -320,7 +394,7 @@ def _row(
         _snapshot_at(notification, now),
         now,
         notification.source,
-        digest,
+        notification.digest,
         notification.body,
     )
 

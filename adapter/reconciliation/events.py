@@ -202,7 +202,7 @@ class Reconciliation:
         for start in range(0, len(ours), EVENTS_AT_ONCE):
             identified = []
             for event in ours[start : start + EVENTS_AT_ONCE]:
-                if (identities := self._identities(event)) is not None:
+                if (identities := await self._identities(event)) is not None:
                     identified.append((event, identities))
                 await asyncio.sleep(0)  # orders may be large; let other tasks run
             progress.others += len(ours[start : start + EVENTS_AT_ONCE]) - len(identified)
@@ -220,7 +220,7 @@ class Reconciliation:
 
     async def _store_event(self, event: Event, progress: LogProgress) -> None:
         # Parsed again: keeping parsed orders while others are stored would take ten times the memory of their text.
-        parsed = self._parse(event, self._clock())
+        parsed = await self._parse(event, self._clock())
         assert parsed is not None
         notification = self._intake.routed(*parsed)
         del parsed
@@ -236,17 +236,17 @@ class Reconciliation:
         log.warning("notification_missed", callback=notification.callback, merchant=merchant, channel=channel,
                     order_id=notification.order_id)  # fmt: skip
 
-    def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
+    async def _identities(self, event: Event) -> tuple[bytes, bytes] | None:
         """Return the two identities under which a callback may have stored the event.
 
         None stands for an event that is not ours. The two differ if `lastModified` was too far in the future to count
         when the callback came.
         """
-        now = self._parse(event, self._clock())
-        ahead = None if now is None else self._parse(event, LONG_AGO)
+        now = await self._parse(event, self._clock())
+        ahead = None if now is None else await self._parse(event, LONG_AGO)
         return None if now is None or ahead is None else (now[0].identity, ahead[0].identity)
 
-    def _parse(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
+    async def _parse(self, event: Event, now: int) -> tuple[ReceivedNotification, dict[str, Any]] | None:
         """Return the notification that a callback would have brought, and its order."""
         callback, channel = self._callback(event), Channel(event.merchant, event.channel)
         if callback is None or channel not in self._channels:
@@ -260,7 +260,7 @@ class Reconciliation:
             body=bytes(event.payload),
         )
         try:
-            return parse_notification(raw, reconciled(channel), callback, self._channels, now)
+            return await parse_notification(raw, reconciled(channel), callback, self._channels, now)
         except (CallbackInvalid, Unauthenticated) as error:
             log.warning("event_unreadable", order_id=event.order_id, callback=callback.name, merchant=event.merchant,
                         error_type=type(error).__name__)  # fmt: skip

@@ -1,5 +1,6 @@
 """`adapter.callbacks.parsing`: what was sent, whose it is, and which event it is."""
 
+import asyncio
 import json
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -17,12 +18,14 @@ from adapter.callbacks.parsing import (
     Unresolved,
     check_order_id,
     parse_notification,
+    parse_unread,
     parse_validation,
 )
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import Condition
 from adapter.identifiers import Channel
 from adapter.ledger.inbox import ReceivedNotification
+from adapter.orders import order_digest
 from adapter.routing.routes import Callback
 
 CHANNELS = {("norce", "1"), ("norce", "2"), ("other", "1")}
@@ -62,11 +65,11 @@ def request(body: Any = ORDER, **changes: Any) -> RawCallback:
 def parsed(
     body: Any = ORDER, sender: Sender = ANYBODY, callback: Callback = STATUS, now: int = NOW_MS, **changes: Any
 ) -> ReceivedNotification:
-    return parse_notification(request(body, **changes), sender, callback, CHANNELS, now)[0]
+    return asyncio.run(parse_notification(request(body, **changes), sender, callback, CHANNELS, now))[0]
 
 
 def order_in(body: Any) -> dict[str, Any]:
-    return parse_notification(request(body), ANYBODY, STATUS, CHANNELS, NOW_MS)[1]
+    return asyncio.run(parse_notification(request(body), ANYBODY, STATUS, CHANNELS, NOW_MS))[1]
 
 
 def refusal(kind: type[CallbackInvalid], body: Any = ORDER, **changes: Any) -> str:
@@ -340,6 +343,29 @@ def test_a_last_modified_up_to_ten_minutes_ahead_counts() -> None:
 
     assert one.snapshot_at == NOW_MS + 600_000
     assert one.identity == other.identity
+
+
+def test_an_unread_notification_is_the_same_for_every_body_and_no_other_event() -> None:
+    events = [parse_unread(request(body), SIGNED, STATUS, CHANNELS) for body in (ORDER, b"", b"no JSON")]
+
+    assert [event.identity for event in events] == [events[0].identity] * 3
+    assert {event.body for event in events} == {None}
+    assert (events[0].channel, events[0].order_id, events[0].snapshot_at) == (("norce", "1"), "o1", None)
+    assert events[0].identity not in (parsed().identity, parsed(changed(lastModified=ABSENT)).identity)
+
+
+def test_an_unread_notification_needs_an_address_that_names_the_channel() -> None:
+    with pytest.raises(BadRequest, match="merchant is missing"):
+        parse_unread(request(headers={}), ANYBODY, STATUS, CHANNELS)
+    with pytest.raises(Unresolved):
+        parse_unread(request(order_id="{orderId}"), SIGNED, STATUS, CHANNELS)
+
+
+def test_an_order_without_a_moment_is_digested_once() -> None:
+    without = changed(lastModified=ABSENT)
+
+    assert parsed(without).digest == order_digest(without)
+    assert parsed().digest is None
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,24 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from types import FrameType
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace
 
 from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
 from adapter.ledger.commands import Commands, Step
-from adapter.ledger.inbox import Received, ReceivedNotification
+from adapter.ledger.inbox import UNREAD_EVERY_MS, Received, ReceivedNotification
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
 from adapter.ledger.settlement import Ending
+from adapter.offload import SMALL_BYTES
+from adapter.orders import canonical
 from adapter.plugin import Reject
 from tests.ledgers import (
     BROKEN,
@@ -38,6 +45,7 @@ from tests.ledgers import (
     delivered,
     in_doubt,
     make_many,
+    opened,
     receipt,
     waiting,
 )
@@ -175,6 +183,139 @@ def test_an_order_is_known_under_its_identity_or_as_its_conflict(ledger: Ledger,
 
     assert ledger.do(ledger.inbox.has([b"other", b"same"], body)) is expected
     assert not ledger.do(ledger.inbox.has([b"other"], body))
+
+
+# --- digests ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def digesting_threads() -> Iterator[list[str]]:
+    """Yield the name of the thread of each digest.
+
+    Threads are seen that start in the meantime.
+    """
+    threads: list[str] = []
+
+    def look(frame: FrameType, event: str, _argument: Any) -> None:
+        if event == "call" and frame.f_code is canonical.__code__:
+            threads.append(threading.current_thread().name)
+
+    threading.setprofile(look)
+    sys.setprofile(look)
+    try:
+        yield threads
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+@pytest.mark.parametrize("size", [10, SMALL_BYTES], ids=["small", "large"])
+def test_a_repeat_in_other_bytes_is_digested_beside_the_writer_and_once(store_url: str, size: int) -> None:
+    wanted, padding = [(1, True)], " " * size
+    with digesting_threads() as threads, opened(store_url) as ledger:
+        ledger.receive(receipt(body=b'{"id": "order-1", "total": 1.0}' + padding.encode(), wanted=wanted))
+        assert threads == []
+
+        for space in range(1, 4):
+            body = b'{"id": "order-1",' + b" " * space + b'"total": 1}' + padding.encode()
+            assert ledger.receive(receipt(body=body, wanted=wanted)) is Received.REPEAT
+
+        if size == 10:  # of the stored order, and of each of the three
+            assert threads == ["MainThread"] * 4
+        else:  # the thread for large bodies is seen only if it was not there before
+            assert set(threads) <= {"large-bodies_0"}
+
+
+def test_a_repeat_in_equal_bytes_needs_no_digest(store_url: str) -> None:
+    with digesting_threads() as threads, opened(store_url) as ledger:
+        for _ in range(3):
+            ledger.receive(receipt(wanted=[(ledger.export, True)]))
+
+        assert threads == []
+        assert ledger.rows("SELECT digest FROM notifications") == [(None,)]
+
+
+def test_a_digest_that_the_caller_has_is_stored_and_not_computed_again(store_url: str) -> None:
+    with digesting_threads() as threads, opened(store_url) as ledger:
+        for body in (b'{"total": 1}', b'{"total": 1.0}'):
+            ledger.receive(replace(receipt(body=body, identity=b"same"), digest=b"0123456789abcdef"))
+
+        assert threads == []
+        assert len(ledger.rows("SELECT 1 FROM notifications")) == 1
+
+
+# --- notifications whose body was not read ----------------------------------------------------------------------------
+
+
+def unread(*queues: int, order_id: str = "order-1") -> ReceivedNotification:
+    wanted = [(queue, True) for queue in queues]
+    return replace(receipt(order_id, None, wanted=wanted, identity=f"{order_id}/unread".encode()), body=None)
+
+
+def test_an_unread_notification_makes_each_lane_due_once(ledger: Ledger) -> None:
+    it = unread(ledger.export, ledger.other)
+
+    assert [ledger.receive(it) for _ in range(3)] == [Received.NEW, Received.REPEAT, Received.REPEAT]
+
+    assert ledger.claim(ledger.export, ledger.other) == []
+    ledger.clock.now += UNREAD_EVERY_MS
+    claims = ledger.claim(ledger.export, ledger.other)
+    assert [(claim.body, claim.order_id) for claim in claims] == [(None, "order-1")] * 2
+
+
+def test_an_unread_notification_during_an_attempt_starts_another_one(ledger: Ledger) -> None:
+    ledger.owed(1)
+    claim = ledger.claim_one()
+
+    assert [ledger.receive(unread(ledger.export)) for _ in range(3)] == [Received.NEW, *[Received.REPEAT] * 2]
+
+    ledger.settle(claim)
+    after = ledger.claim_one()
+    assert (after.body, after.identity != claim.identity) == (None, True)
+
+
+def test_an_unread_notification_leaves_a_waiting_delivery_with_its_body(ledger: Ledger) -> None:
+    ledger.owed(1)
+
+    assert ledger.receive(unread(ledger.export, ledger.other)) is Received.NEW
+
+    assert ledger.claim_one().body == body_of("order-1", 1)
+    ledger.clock.now += UNREAD_EVERY_MS
+    assert ledger.claim(ledger.export) == []
+    assert ledger.claim_one(ledger.other).body is None
+
+
+def test_a_notification_with_a_body_supersedes_a_waiting_one_without(ledger: Ledger) -> None:
+    ledger.receive(unread(ledger.export))
+    ledger.owed(1)
+    ledger.clock.now += UNREAD_EVERY_MS
+
+    assert ledger.claim_one().body == body_of("order-1", 1)
+    assert [state for _, state, _ in ledger.states()] == ["done", "waiting"]
+
+
+def test_an_unread_notification_that_no_route_wants_stores_nothing(ledger: Ledger) -> None:
+    assert ledger.receive(unread()) is Received.REPEAT
+    assert ledger.rows("SELECT 1 FROM notifications") == []
+
+
+def test_unread_notifications_in_one_group_store_one_row_for_each_order(ledger: Ledger) -> None:
+    async def together() -> list[Received]:
+        those = [unread(ledger.export, order_id=f"order-{number % 2}") for number in range(6)]
+        return await asyncio.gather(*(ledger.inbox.receive(each) for each in [receipt(snapshot=5), *those]))
+
+    assert ledger.do(together()).count(Received.NEW) == 3
+    assert len(ledger.rows("SELECT 1 FROM deliveries")) == 2
+
+
+def test_endless_unread_notifications_store_a_row_every_ten_seconds(ledger: Ledger) -> None:
+    for _ in range(900):
+        ledger.receive(unread(ledger.export))
+        ledger.clock.now += 1000
+        for claim in ledger.claim():
+            ledger.settle(claim)
+
+    assert ledger.rows("SELECT count(*) FROM notifications") == [(90,)]
 
 
 # --- an order that returns to an earlier state -----------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from adapter.ledger.claims import Claim
 from adapter.ledger.inbox import ReceivedNotification
@@ -49,6 +50,7 @@ steps = st.one_of(
     st.tuples(st.just("changed"), moments),
     st.tuples(st.just("became"), states),  # without `lastModified`; it may have been like this before
     st.tuples(st.just("became_at_once"), states),  # the same, within the `lastModified` of the last change
+    st.tuples(st.just("became_unread"), states),  # beyond the limits of the order: its body is not read
     st.tuples(st.just("arrived"), st.integers(0, 9)),
     st.tuples(st.just("forged"), st.tuples(st.none() | moments, st.integers(0, 2), st.booleans())),
     st.tuples(st.just("began"), st.none()),
@@ -99,6 +101,11 @@ class World:
     def became(self, state: str) -> None:
         self.versions += 1
         self.send(None, state=state)
+
+    def became_unread(self, state: str) -> None:
+        self.became(state)
+        unread = receipt(identity=b"order-1/unread", snapshot=None, wanted=[(self.ledger.export, True)])
+        self.events[-1] = self.on_their_way[-1] = replace(unread, body=None)
 
     def became_at_once(self, state: str) -> None:
         self.send(self.modified, version=self.versions, state=state)
