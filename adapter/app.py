@@ -7,6 +7,7 @@ callbacks, running deliveries finish or are cancelled, the plugins' loops, the o
 import asyncio
 import contextlib
 import random
+import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,16 +15,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 import structlog
+from starlette.types import ASGIApp
 
 from adapter import logs
+from adapter.callbacks.connections import MOST_UNIDENTIFIED, Connections
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
+from adapter.callbacks.limits import LimitReport, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import (
+    MOST_OPERATIONS_CONNECTIONS,
+    OPERATIONS_CONNECTIONS_A_TURN,
     PublicApp,
     http_server,
     listen,
-    report_refusals,
+    most_connections,
     short_thread_slices,
     url_of,
 )
@@ -110,7 +116,9 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         dispatcher.switched_off = norce_settings.switched_off
         intake = Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=dispatcher.wake)
         verdicts = builder.verdicts(runner, norce, verdict_log)
-        endpoint = builder.callback_endpoint(intake, verdicts, norce_settings)
+        on_limit = LimitReport(metrics).acted
+        load = Load(waiting=lambda: verdicts.waiting, on_limit=on_limit)
+        endpoint = builder.callback_endpoint(intake, verdicts, norce_settings, load)
         registrations = Registrations(config, Registrar(config, norce), norce_settings.switched_off)
         reconciler = reconciliation(config, norce, intake, store, metrics)
 
@@ -118,7 +126,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         stack.callback(public.close)
         # The operations listeners open first and close last, so that operators can watch a shutdown.
         operations = OperationsEndpoints(health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run)
-        operations_address = await _serve_operations(stack, config, operations)
+        operations_address = await _serve_operations(stack, config, operations, on_limit)
         for name, work in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
@@ -144,9 +152,15 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             http_server(
                 app,
                 public,
-                report_refusals(metrics),
-                waiting=lambda: verdicts.waiting + registrations.waiting,
+                connections=Connections(
+                    most=most_connections(most_attempts(config, len(queues))),
+                    most_unidentified=MOST_UNIDENTIFIED,
+                    trusted_proxies=config.server.trusted_proxies,
+                    on_limit=on_limit,
+                ),
+                load=load,
                 keep_alive=config.server.keep_alive,
+                receive_timeout=config.server.receive_timeout,
             )
         )
         health.started = True
@@ -159,6 +173,11 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             health.stopping = True
             log.info("stopping", running=dispatcher.running)
     log.info("stopped")
+
+
+def most_attempts(config: Config, queues: int) -> int:
+    """Return how many deliveries may run at once: all slots, and one for each further queue."""
+    return config.dispatcher.slots + max(queues - 1, 0)
 
 
 def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, metrics: Metrics) -> Reconciliation:
@@ -232,7 +251,9 @@ class _PartsBuilder:
             record=verdict_log.record,
         )
 
-    def callback_endpoint(self, intake: Intake, verdicts: Verdicts, norce_settings: NorceSettings) -> CallbackEndpoint:
+    def callback_endpoint(
+        self, intake: Intake, verdicts: Verdicts, norce_settings: NorceSettings, load: Load
+    ) -> CallbackEndpoint:
         return CallbackEndpoint(
             routes=self.routes,
             senders=Senders(self.config.senders),
@@ -242,7 +263,7 @@ class _PartsBuilder:
             metrics=self.metrics,
             adapter_id=self.config.adapter.id,
             max_body_bytes=self.config.server.max_body_bytes,
-            receive_timeout_seconds=self.config.server.receive_timeout.total_seconds(),
+            load=load,
             clock=self.store.clock,
             switched_off=norce_settings.switched_off,
         )
@@ -261,15 +282,22 @@ async def _read_norce_settings(config: Config, norce_settings: NorceSettings) ->
                 await norce_settings.refresh()
 
 
-async def _serve_operations(stack: contextlib.AsyncExitStack, config: Config, endpoints: OperationsEndpoints) -> str:
+async def _serve_operations(
+    stack: contextlib.AsyncExitStack, config: Config, endpoints: OperationsEndpoints, on_limit: Callable[[str], None]
+) -> str:
     """Serve operations on the port and the Unix socket. Return the address of the port."""
+
+    async def serve(app: ASGIApp, listening: socket.socket) -> None:
+        connections = Connections(most=MOST_OPERATIONS_CONNECTIONS, on_limit=on_limit)
+        server = http_server(app, listening, connections=connections, connections_a_turn=OPERATIONS_CONNECTIONS_A_TURN)
+        await stack.enter_async_context(server)
+
     given = config.operations
     port = listen(given.host, given.port)
     stack.callback(port.close)
     if given.socket is not None:
-        socket = stack.enter_context(listening_at(Path(given.socket)))
-        await stack.enter_async_context(http_server(endpoints.for_socket(), socket))
-    await stack.enter_async_context(http_server(endpoints.for_port(given.token, {given.host, *given.hosts}), port))
+        await serve(endpoints.for_socket(), stack.enter_context(listening_at(Path(given.socket))))
+    await serve(endpoints.for_port(given.token, {given.host, *given.hosts}), port)
     return url_of(port)
 
 

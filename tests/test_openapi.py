@@ -21,8 +21,7 @@ from schemathesis.specs.openapi import checks as openapi_checks
 from starlette.routing import Route
 
 from adapter import config as configuration
-from adapter.callbacks import endpoints, parsing
-from adapter.callbacks import server as protocol
+from adapter.callbacks import endpoints, limits, parsing, protocol
 from adapter.callbacks.senders import sign
 from adapter.callbacks.server import CALLBACK_PATH, PublicApp
 from adapter.identifiers import Channel
@@ -46,6 +45,7 @@ SERVED = {
     REGISTRATIONS_PATH: {"post", "delete"},
     SCHEMA_PATH: {"get"},
     DESCRIPTION_PATH: {"get"},
+    "/livez": {"get"},
 }
 ENVIRON = {
     "TOKEN": "a token at norce",
@@ -168,8 +168,10 @@ def test_the_limits_in_the_description_are_those_of_the_service() -> None:
         in text
     )
     assert (protocol.LONGEST_HEAD_SECONDS, protocol.LARGEST_HEAD_BYTES) == (10, 32 * 1024)
+    assert (protocol.LONGEST_UNREAD_SECONDS, protocol.LARGEST_FRAMING_BYTES) == (10, 8 * 1024)
+    assert f"more than {protocol.MOST_FIELDS} fields" in " ".join(text.split())
     assert DESCRIPTION["components"]["parameters"]["OrderId"]["schema"]["maxLength"] == parsing.LONGEST_ID == 64
-    assert (protocol.MOST_AT_ONCE, protocol.MOST_WAITING) == (500, 2000)
+    assert (limits.MOST_AT_ONCE, limits.MOST_WAITING) == (500, 2000)
 
 
 def resolved(part: dict[str, Any]) -> dict[str, Any]:
@@ -192,9 +194,11 @@ def codes(path: str, method: str) -> dict[int, set[str]]:
 def test_callbacks_are_answered_with_the_statuses_and_codes_that_are_described() -> None:
     described = codes(CALLBACK_PATH, "post") | {405: codes(CALLBACK_PATH, "get")[405]}
     answered = {(status, code) for status, code, _ in endpoints.STATUS.values() if status != 400}
-    answered |= {(404, "not-found"), (503, json.loads(protocol.REFUSAL_BODY)["code"])}
+    answered |= {(404, "not-found")}
+    by_the_server = {answer.partition(b"\r\n\r\n")[2] for answer in (protocol.OVERLOADED, protocol.TOO_SLOW)}
 
     assert {(status, code) for status, of_status in described.items() for code in of_status} == answered
+    assert {json.loads(body)["code"] for body in by_the_server} <= {code for _, code in answered}
     assert described.keys() == {200, 400, *(status for status, *_ in endpoints.STATUS.values())}
     # A validation has no body that could be of the wrong type, and stores nothing.
     assert codes(CALLBACK_PATH, "get") | {415: described[415]} == described | {503: {"overloaded", "order-busy"}}

@@ -4,7 +4,6 @@
 some requests before they come here (see `server`).
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Container
 from functools import partial
@@ -17,8 +16,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapter.callbacks import parsing
+from adapter.callbacks.connections import discard_body, note_identified
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import LimitReport
+from adapter.callbacks.limits import LimitReport, Load, Overloaded
 from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
@@ -42,7 +42,6 @@ log = structlog.get_logger(__name__)
 
 RETRY_AFTER_SECONDS = 5
 # Keys in the scope of a request that `server` and this module share.
-BODY_IS_COMPLETE = "norce_adapter.body_is_complete"  # the whole body had come before the request was passed on
 RECEIVED_AT = "norce_adapter.received_at"  # monotonic: when the first byte of the request came
 ON_HANG_UP = "norce_adapter.on_hang_up"  # a function to call if the caller closes the connection before the answer
 
@@ -80,6 +79,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooLarge: (413, "payload-too-large", "The body is too large."),
     NotJson: (415, "unsupported-media-type", ""),
     OrderBusy: (503, "order-busy", "There are too many calls for this order. Please send it again."),
+    Overloaded: (503, "overloaded", "Nothing was stored. Please send it again."),
     StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
 }
 METHODS = {
@@ -119,7 +119,7 @@ class CallbackEndpoint:
         metrics: Metrics,
         adapter_id: str,
         max_body_bytes: int,
-        receive_timeout_seconds: float,
+        load: Load,
         clock: Callable[[], int],
         switched_off: Container[Channel] = (),
     ) -> None:
@@ -131,7 +131,7 @@ class CallbackEndpoint:
         self.metrics = metrics
         self.adapter_id = adapter_id
         self.max_body_bytes = max_body_bytes
-        self.receive_timeout_seconds = receive_timeout_seconds
+        self.load = load
         self.clock = clock
         self.switched_off = switched_off
         self.limits = LimitReport(metrics)
@@ -169,7 +169,16 @@ class CallbackEndpoint:
     async def _respond(self, scope: Scope, receive: Receive, callback: Callback | None) -> Responded:
         raw = self.read_head(scope)
         sender = self.identify(raw)  # by the head alone, so that an unknown caller is never waited for
-        if callback is None or callback.kind != "validation":  # whose body the server discards, whatever its size
+        note_identified(scope)
+        with self.load:
+            return await self._respond_to_known(scope, receive, callback, raw, sender)
+
+    async def _respond_to_known(
+        self, scope: Scope, receive: Receive, callback: Callback | None, raw: RawCallback, sender: Sender
+    ) -> Responded:
+        if callback is not None and callback.kind == "validation":
+            discard_body(scope)  # whatever its size
+        else:
             raw = msgspec.structs.replace(raw, body=await self._read_body(scope, receive))
         if callback is None:
             check_order_id(raw.order_id)
@@ -223,22 +232,18 @@ class CallbackEndpoint:
             BodyTooLarge: more bytes than the limit have come.
             BodyTooSlow: the rest did not come in time.
         """
-        try:
-            async with asyncio.timeout(None if BODY_IS_COMPLETE in scope else self.receive_timeout_seconds):
-                chunks, size, more = [], 0, True
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise BodyTooSlow
-                    chunk = message.get("body", b"")
-                    size += len(chunk)
-                    if size > self.max_body_bytes:
-                        raise BodyTooLarge
-                    chunks.append(chunk)
-                    more = message.get("more_body", False)
-                return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        except TimeoutError as error:
-            raise BodyTooSlow from error
+        chunks, size, more = [], 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":  # or the server has answered that the body is too slow
+                raise BodyTooSlow
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > self.max_body_bytes:
+                raise BodyTooLarge
+            chunks.append(chunk)
+            more = message.get("more_body", False)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def identify(self, raw: RawCallback) -> Sender:
         """Return the sender and count it. Raises `Unauthenticated`."""
@@ -286,7 +291,7 @@ def _refusal(error: Exception) -> Responded:
     if isinstance(error, Unauthenticated):
         facts["reason"] = error.reason
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, StoreUnavailable | OrderBusy):
+    if isinstance(error, StoreUnavailable | OrderBusy | Overloaded):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = error.allowed

@@ -13,6 +13,8 @@ from adapter.metrics import Metrics
 
 log = structlog.get_logger(__name__)
 
+MOST_AT_ONCE = 500  # requests of known callers: as many accepts as one core does in a tenth of a second
+MOST_WAITING = 2000  # each holds an order
 WARN_EVERY_SECONDS = 60
 SECONDS_OF_A_WINDOW = 60
 
@@ -22,6 +24,48 @@ CALLS_OF_AN_ORDER_A_MINUTE = 600
 # With a secret in the URL, which fits every order: of all merchants together that the secret is valid for.
 CALLS_BY_URL_SECRET_AT_ONCE = 250
 CALLS_BY_URL_SECRET_A_MINUTE = 6000
+
+
+class Overloaded(Exception):
+    """More requests run than can be served in time. Add a node, or find what they wait for."""
+
+
+class Load:
+    """The requests of known callers that run, and their limits.
+
+    Each request enters it as a context manager.
+
+    Requests that only wait for a plugin or for Norce take no time and count towards `MOST_WAITING` alone, so that a
+    slow plugin does not shut out notifications. An unknown caller never counts.
+
+    Args:
+        waiting: Returns how many of the running requests only wait.
+        on_limit: Called with the name of the limit for each request that is refused.
+    """
+
+    def __init__(
+        self, waiting: Callable[[], int] = lambda: 0, on_limit: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.running = 0
+        self.waiting = waiting  # returns how many of the running requests only wait
+        self._on_limit = on_limit
+
+    def is_full(self) -> bool:
+        running = self.running
+        return running >= MOST_AT_ONCE and (running >= MOST_WAITING or running - self.waiting() >= MOST_AT_ONCE)
+
+    def note_refusal(self) -> None:
+        self._on_limit("requests")
+
+    def __enter__(self) -> None:
+        """Count a request. Raises `Overloaded`."""
+        if self.is_full():
+            self.note_refusal()
+            raise Overloaded
+        self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.running -= 1
 
 
 class CallLimit:

@@ -37,6 +37,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
     import uvloop
 
     from adapter import logs
+    from adapter.app import most_attempts
     from adapter.callbacks.server import DescriptorsTooFew, PortInUse, ensure_descriptors
     from adapter.ledger.store import StoreInUse, StoreUnavailable
     from adapter.routing.from_config import queue_keys
@@ -46,9 +47,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
     with logs.printed_lines():
         routes = load_routes(config)
         try:
-            are_verdicts_configured = any(each.kind != "notification" for each in routes.callbacks.values())
-            most_attempts = config.dispatcher.slots + max(len(queue_keys(config, routes)) - 1, 0)
-            ensure_descriptors(attempts=most_attempts, are_verdicts_configured=are_verdicts_configured)
+            ensure_descriptors(most_attempts(config, len(queue_keys(config, routes))))
             uvloop.run(_serve(config, routes, hold=hold))
         except (StoreInUse, StoreUnavailable) as error:
             end(STORE, in_one_line(error))

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from typing import Any
 
 from adapter.config.convert import Converter, list_of
@@ -59,6 +60,12 @@ def _check_addresses(tree: Mapping[str, Any], converter: Converter) -> None:
     )
     if server and server == operations:
         converter.report("operations.port", "must be another port than server.port")
+    for index, proxy in enumerate(converter.values.get("server.trusted_proxies") or ()):
+        try:
+            ip_network(proxy)
+        except ValueError:
+            at = f"server.trusted_proxies[{index}]"
+            converter.report(at, "must be an address or a network without host bits, such as 10.1.2.3 or 10.0.0.0/8")
     socket = converter.values.get("operations.socket")
     if isinstance(socket, str) and (size := len(os.fsencode(socket))) > LONGEST_SOCKET_PATH_BYTES:
         longest = f"a Unix socket's path has at most {LONGEST_SOCKET_PATH_BYTES} bytes"

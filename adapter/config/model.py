@@ -96,7 +96,10 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     port: Annotated[Port, doc("Number of the public port; 0 takes any free port.")] = 8080
     max_body_bytes: Annotated[int, doc("Largest body in bytes; a larger body gets 413.", ge=1024, le=64 * MIB)] = MIB
     receive_timeout: Annotated[
-        timedelta, doc("Time limit for receiving a whole body; a slower caller gets 408.", within=("100ms", "5m"))
+        timedelta,
+        doc(
+            "Time limit for receiving a request, from its first byte; a slower caller gets 408.", within=("100ms", "5m")
+        ),
     ] = timedelta(seconds=10)
     keep_alive: Annotated[
         timedelta,
@@ -105,6 +108,10 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
             within=("1s", "1h"),
         ),
     ] = timedelta(seconds=75)
+    trusted_proxies: Annotated[
+        tuple[str, ...],
+        doc("Addresses and networks of proxies whose X-Forwarded-For counts; it serves only to limit unknown callers."),
+    ] = ()
 
 
 class OperationsConfig(_Section, frozen=True, kw_only=True):

@@ -19,6 +19,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from adapter.callbacks.connections import note_identified
+from adapter.callbacks.server import livez
 from adapter.ledger.commands import Commands, NoSuchCommand
 from adapter.ledger.queries import Overview, Queries
 from adapter.ledger.store import Store, StoreUnavailable
@@ -87,11 +89,14 @@ class OperationsEndpoints:
 
     def _application(self, refuse: Callable[[Request], Response | None], *middleware: Middleware) -> Starlette:
         async def command(request: Request) -> Response:
-            return refuse(request) or await self.run_command(request)
+            if (refusal := refuse(request)) is not None:
+                return refusal
+            note_identified(request.scope)
+            return await self.run_command(request)
 
         return Starlette(
             routes=[
-                Route("/livez", self.livez),
+                Route("/livez", livez),
                 Route("/readyz", self.readyz),
                 Route("/startupz", self.startupz),
                 Route("/metrics", self.show_metrics),
@@ -99,9 +104,6 @@ class OperationsEndpoints:
             ],
             middleware=middleware,
         )
-
-    async def livez(self, _request: Request) -> Response:
-        return JSONResponse({"alive": True})
 
     async def readyz(self, _request: Request) -> Response:
         checks = self._health.results()

@@ -19,7 +19,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapter.callbacks import server
+from adapter.callbacks.connections import discard_body, note_identified
+from adapter.callbacks.limits import MOST_WAITING
 from adapter.callbacks.parsing import CallbackInvalid, check_order_id
 from adapter.callbacks.senders import RawCallback, Senders, Unauthenticated
 from adapter.config import Config
@@ -39,7 +40,7 @@ UNKNOWN_CALLER = {"www-authenticate": "Bearer", "connection": "close"}
 # orders that a shopper waits for.
 MAX_AT_ONCE = 32
 # Of all merchants. If Norce does not answer, registrations that wait for it must leave room for notifications.
-MAX_IN_TOTAL = server.MOST_WAITING // 2
+MAX_IN_TOTAL = MOST_WAITING // 2
 
 
 class _Refused(Exception):
@@ -75,6 +76,8 @@ class Registrations:
         facts: dict[str, Any] = {"order_id": order_id if len(order_id) <= 64 else None}
         try:
             channel = self._authorized_channel(request)
+            note_identified(request.scope)
+            discard_body(request.scope)
             facts |= {"merchant": channel.merchant, "channel": channel.name}
             done = await self._run(request.method, channel, order_id)
         except _Refused as refused:

@@ -34,6 +34,7 @@ from adapter.app import running
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
+from adapter.callbacks.limits import MOST_AT_ONCE, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH, http_server, listen
 from adapter.ledger.inbox import Inbox
@@ -235,7 +236,7 @@ class House:
             metrics=self.metrics,
             adapter_id="an_adapter",
             max_body_bytes=1024 * 1024,
-            receive_timeout_seconds=30,
+            load=Load(),
             clock=self.store.clock,
         )
         self.app = Starlette(routes=[Route(CALLBACK_PATH, self.endpoint)])
@@ -767,7 +768,7 @@ def test_an_error_has_its_status_and_norces_form(
 
 def test_every_error_in_the_table_has_a_test() -> None:
     in_the_list = {(row.values[2], row.values[3]) for row in ERRORS}
-    by_themselves = {(408, "request-timeout"), (503, "order-busy"), (503, "store-unavailable")}
+    by_themselves = {(408, "request-timeout"), (503, "order-busy"), (503, "overloaded"), (503, "store-unavailable")}
 
     assert {(status, code) for status, code, _ in endpoints.STATUS.values()} == in_the_list | by_themselves
 
@@ -901,31 +902,6 @@ def test_a_body_that_is_too_large_is_not_read_to_its_end(house: House) -> None:
 # --- slow and vanished callers ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def impatient(house: House) -> Iterator[House]:
-    patience, house.endpoint.receive_timeout_seconds = house.endpoint.receive_timeout_seconds, 0.02
-    yield house
-    house.endpoint.receive_timeout_seconds = patience
-
-
-def test_a_body_that_does_not_arrive_is_408(impatient: House) -> None:
-    never = asyncio.Event()
-    pieces = iter([{"type": "http.request", "body": b'{"id":', "more_body": True}])
-
-    async def receive() -> dict[str, Any]:
-        if (piece := next(pieces, None)) is not None:
-            return piece
-        await never.wait()
-        raise AssertionError
-
-    scope = scope_of("POST", f"{ROOT}/slow/order-status", BY_HEADER)
-    answer = impatient.runner.run(asked(impatient.app, scope, receive))
-
-    assert is_a_refusal(answer, 408, "request-timeout")
-    assert answer.headers["connection"] == "close"
-    assert impatient.stored("slow") == []
-
-
 @pytest.mark.parametrize("target", [STATUS_OF, RULES_OF, f"{ROOT}/o1/nothing"], ids=["order", "validation", "unknown"])
 @pytest.mark.parametrize(
     ("headers", "query"),
@@ -942,6 +918,38 @@ def test_an_unknown_caller_is_refused_before_its_body_is_read(
 
     assert is_a_refusal(answer, 401, "unauthorized")
     assert answer.headers["connection"] == "close"
+
+
+def test_a_known_caller_beyond_the_limit_is_refused_before_its_body_is_read(house: House) -> None:
+    house.endpoint.load.running = MOST_AT_ONCE
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body is not read")
+
+    try:
+        answer = house.runner.run(asked(house.app, scope_of("POST", STATUS_OF, BY_HEADER), receive))
+        unknown = house.runner.run(asked(house.app, scope_of("POST", STATUS_OF, ()), receive))
+    finally:
+        house.endpoint.load.running = 0
+
+    assert is_a_refusal(answer, 503, "overloaded")
+    assert int(answer.headers["retry-after"]) > 0
+    assert is_a_refusal(unknown, 401, "unauthorized")
+
+
+@pytest.mark.parametrize("target", [STATUS_OF, RULES_OF], ids=["notification", "validation"])
+def test_a_request_counts_for_the_limit_until_it_is_answered(house: House, target: str) -> None:
+    running = []
+
+    async def receive() -> dict[str, Any]:
+        running.append(house.endpoint.load.running)
+        return {"type": "http.request", "body": ORDER}
+
+    house.runner.run(asked(house.app, scope_of("POST", target, BY_HEADER), receive))
+    house.runner.run(asked(house.app, scope_of("POST", target, ()), receive))
+
+    assert running == ([1] if target == STATUS_OF else [])
+    assert house.endpoint.load.running == 0
 
 
 def test_an_unknown_caller_that_sends_no_body_is_answered_and_cut_off(listening: Listening) -> None:

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from adapter.callbacks.limits import WARN_EVERY_SECONDS, CallLimit, LimitReport
+from adapter.callbacks.limits import (
+    MOST_AT_ONCE,
+    MOST_WAITING,
+    WARN_EVERY_SECONDS,
+    CallLimit,
+    LimitReport,
+    Load,
+    Overloaded,
+)
 from adapter.metrics import Metrics
 
 
@@ -118,3 +126,34 @@ def test_a_limit_that_acts_is_counted_and_logged_once_a_minute_with_the_count(cl
         ("order-calls", 1, "warning"), ("order-reads", 1, "warning"), ("order-calls", 5, "warning"),
     ]  # fmt: skip
     assert metrics.registry.get_sample_value("norce_adapter_limits_reached_total", {"limit": "order-calls"}) == 7
+
+
+@pytest.mark.parametrize(
+    ("waiting", "running", "is_full"),
+    [
+        (0, MOST_AT_ONCE - 1, False),
+        (0, MOST_AT_ONCE, True),
+        (1, MOST_AT_ONCE, False),
+        (MOST_WAITING - 1, MOST_WAITING - 1, False),
+        (MOST_WAITING, MOST_WAITING, True),
+    ],
+)
+def test_waiting_requests_count_only_towards_their_own_limit(waiting: int, running: int, is_full: bool) -> None:
+    load = Load(waiting=lambda: waiting)
+    load.running = running
+
+    assert load.is_full() is is_full
+
+
+def test_a_request_counts_while_it_runs() -> None:
+    refused: list[str] = []
+    load = Load(on_limit=refused.append)
+    load.running = MOST_AT_ONCE - 1
+
+    with load, pytest.raises(Overloaded), load:
+        pass
+    with load:
+        pass
+
+    assert load.running == MOST_AT_ONCE - 1
+    assert refused == ["requests"]

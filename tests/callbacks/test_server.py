@@ -1,11 +1,11 @@
-"""Connections whose request never gets a complete head."""
+"""The protocol of a connection: its limits, offers of an upgrade, callers that close their side, answers."""
 
 import asyncio
 import contextlib
 import select
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -15,52 +15,45 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from adapter.callbacks.endpoints import BODY_IS_COMPLETE, ON_HANG_UP, RECEIVED_AT
-from adapter.callbacks.server import (
+from adapter.callbacks.connections import CONNECTION, Connections
+from adapter.callbacks.endpoints import ON_HANG_UP, RECEIVED_AT
+from adapter.callbacks.limits import MOST_AT_ONCE, Load
+from adapter.callbacks.protocol import (
+    LARGEST_FRAMING_BYTES,
     LARGEST_HEAD_BYTES,
+    LINGER_SECONDS,
     LONGEST_HEAD_SECONDS,
-    MOST_AT_ONCE,
-    MOST_WAITING,
-    REFUSAL,
+    LONGEST_UNREAD_SECONDS,
+    MOST_FIELDS,
+    MOST_PIPELINED,
+    OVERLOADED,
+    PIECE_BYTES,
+    TOO_SLOW,
     GuardedProtocol,
     _HeadBuffer,
-    http_server,
 )
+from adapter.callbacks.server import http_server
 from adapter.config.model import ServerConfig
 from tests import PATIENCE
 
+RECEIVE_SECONDS = 20
 HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ncontent-length: 2\r\n\r\n"
-
-
-class Loop(asyncio.SelectorEventLoop):
-    """An event loop whose timers go off when the test says so."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.timers: list[tuple[float, asyncio.TimerHandle, Callable[[], object]]] = []
-
-    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
-        timer = super().call_later(3600, callback, *args, context=context)
-        self.timers.append((delay, timer, lambda: callback(*args)))
-        return timer
-
-    def after(self, delay: float) -> None:
-        for due, timer, call in [*self.timers]:
-            if due <= delay and not timer.cancelled():
-                timer.cancel()
-                call()
+CHUNKED_HEAD = b"POST / HTTP/1.1\r\nhost: adapter\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 class Wire(asyncio.Transport):
-    """The far end of a connection: what was written, and whether it was closed."""
+    """The far end of a connection: what was written, and how the connection ended."""
 
     def __init__(self) -> None:
         super().__init__()
         self.closed = False
+        self.aborted = False
+        self.ended = False  # our side: the caller may still send
+        self.reading = True
         self.written = b""
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return default
+        return ("192.0.2.1", 50000) if name == "peername" else default
 
     def is_closing(self) -> bool:
         return self.closed
@@ -68,99 +61,477 @@ class Wire(asyncio.Transport):
     def close(self) -> None:
         self.closed = True
 
-    def write(self, data: bytes) -> None:
+    def abort(self) -> None:
+        self.closed = self.aborted = True
+
+    def write_eof(self) -> None:
+        self.ended = True
+
+    def write(self, data: Any) -> None:
+        assert not self.ended
         self.written += data
 
-    def pause_reading(self) -> None: ...
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert high == 0
 
-    def resume_reading(self) -> None: ...
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+
+class Guarded:
+    """A connection to an application, on a clock that the test moves."""
+
+    def __init__(self, app: Any) -> None:
+        self.loop = asyncio.SelectorEventLoop()
+        asyncio.set_event_loop(self.loop)
+        self.limits: list[str] = []
+        self.load = Load(on_limit=self.limits.append)
+        self.connections = Connections(on_limit=self.limits.append)
+        self.config = Config(app, lifespan="off", log_config=None, ws="none", timeout_keep_alive=3000)
+        self.config.load()
+        self.began_at = time.monotonic()
+        self.protocol: Any
+        self.protocol, self.wire = self.connect()
+
+    def connect(self) -> tuple[GuardedProtocol, Wire]:
+        named = {"connections": self.connections, "load": self.load, "receive_seconds": RECEIVE_SECONDS}
+        protocol, wire = GuardedProtocol(self.config, ServerState(), {}, self.loop, **named), Wire()
+        protocol.connection_made(wire)
+        return protocol, wire
+
+    def send(self, data: bytes) -> None:
+        """Let the caller send bytes, and everything run that can run."""
+        self.protocol.data_received(data)
+        self.settle()
+
+    def settle(self) -> None:
+        for _ in range(10):
+            self.loop.run_until_complete(asyncio.sleep(0))
+
+    def after(self, seconds: float) -> None:
+        """Let time pass, at least these seconds since everything before."""
+        self.connections.expire(time.monotonic() + seconds)
+        self.settle()
+
+    def before(self, seconds: float) -> None:
+        """Let time pass, less than these seconds since anything."""
+        self.connections.expire(self.began_at + seconds - 0.001)
+        self.settle()
+
+    def close(self) -> None:
+        self.protocol.connection_lost(None)
+        self.settle()
+        asyncio.set_event_loop(None)
+        self.loop.close()
 
 
 @pytest.fixture
-def connection():
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await receive()
-        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
-        await send({"type": "http.response.body", "body": b""})
+def answering() -> Iterator[Callable[[Any], Guarded]]:
+    """A function that connects to an application."""
+    with contextlib.ExitStack() as closing:
 
-    config = Config(app, http=GuardedProtocol, log_config=None, lifespan="off", ws="none", timeout_keep_alive=3000)
-    config.load()
-    loop = Loop()
-    asyncio.set_event_loop(loop)
-    protocol, wire = GuardedProtocol(config, ServerState(), {}, loop), Wire()
-    protocol.connection_made(wire)
-    yield loop, protocol, wire
-    protocol.connection_lost(None)
-    loop.run_until_complete(asyncio.sleep(0))
-    asyncio.set_event_loop(None)
-    loop.close()
+        def connect(app: Any) -> Guarded:
+            guarded = Guarded(app)
+            closing.callback(guarded.close)
+            return guarded
+
+        yield connect
 
 
-def settle(loop: Loop) -> None:
+async def answer_empty(_scope: Any, receive: Any, send: Any) -> None:
+    await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def answer_unread(_scope: Any, _receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+@pytest.fixture
+def guarded(answering: Callable[[Any], Guarded]) -> Guarded:
+    """A connection to an application that answers after the first part of the body."""
+    return answering(answer_empty)
+
+
+@pytest.fixture
+def connection(guarded: Guarded) -> tuple[asyncio.AbstractEventLoop, GuardedProtocol, Wire]:
+    return guarded.loop, guarded.protocol, guarded.wire
+
+
+def settle(loop: asyncio.AbstractEventLoop) -> None:
     for _ in range(10):
         loop.run_until_complete(asyncio.sleep(0))
 
 
-def test_a_connection_that_sends_nothing_is_closed(connection) -> None:
-    loop, _, wire = connection
-
-    loop.after(LONGEST_HEAD_SECONDS)
-
-    assert wire.closed
+# --- deadlines --------------------------------------------------------------------------------------------------------
 
 
-def test_an_idle_connection_is_kept_for_the_configured_time_and_longer_than_by_proxies(connection) -> None:
-    """Nginx keeps one for 60 s. A request that meets a connection being closed gets no answer."""
-    loop, protocol, wire = connection
-    protocol.data_received(HEAD + b"{}")
-    settle(loop)
-
-    loop.after(2999)
-    is_kept = not wire.closed
-    loop.after(3000)
+def test_a_connection_that_sends_nothing_is_closed_without_a_warning(guarded: Guarded) -> None:
+    guarded.before(LONGEST_HEAD_SECONDS)
+    is_kept = not guarded.wire.closed
+    guarded.after(LONGEST_HEAD_SECONDS)
 
     assert is_kept
-    assert wire.closed
+    assert guarded.wire.closed
+    assert guarded.limits == []
+
+
+def test_an_idle_connection_is_kept_for_the_configured_time_and_longer_than_by_proxies(guarded: Guarded) -> None:
+    """Nginx keeps one for 60 s. A request that meets a connection being closed gets no answer."""
+    guarded.send(HEAD + b"{}")
+
+    guarded.before(3000)
+    is_kept = not guarded.wire.closed
+    guarded.after(3000)
+
+    assert is_kept
+    assert guarded.wire.closed
+    assert not guarded.wire.aborted
+    assert guarded.limits == []
     assert ServerConfig().keep_alive > timedelta(seconds=60)
 
 
-def test_a_head_that_arrives_byte_by_byte_is_closed_at_the_time_limit(connection) -> None:
-    loop, protocol, wire = connection
+@pytest.mark.parametrize("sent", [b"\r\n", b"\r\n\r\n\r\n"])
+def test_empty_lines_between_requests_do_not_keep_an_idle_connection(guarded: Guarded, sent: bytes) -> None:
+    guarded.send(HEAD + b"{}")
+    guarded.send(sent)
+
+    guarded.after(3000)
+
+    assert guarded.wire.closed
+
+
+def test_a_head_that_arrives_byte_by_byte_is_closed_at_the_time_limit(guarded: Guarded) -> None:
     for byte in HEAD[:-4]:
-        protocol.data_received(bytes([byte]))
+        guarded.protocol.data_received(bytes([byte]))
 
-    loop.after(LONGEST_HEAD_SECONDS)
+    guarded.before(LONGEST_HEAD_SECONDS)
+    is_kept = not guarded.wire.closed
+    guarded.after(LONGEST_HEAD_SECONDS)
 
-    assert wire.closed
-
-
-def test_a_head_beyond_the_size_limit_is_closed(connection) -> None:
-    _, protocol, wire = connection
-    protocol.data_received(b"POST / HTTP/1.1\r\n")
-    for number in range(LARGEST_HEAD_BYTES // 1000 + 1):
-        protocol.data_received(b"x-%d: " % number + b"y" * 1000 + b"\r\n")
-
-    assert wire.closed
+    assert is_kept
+    assert guarded.wire.aborted
+    assert guarded.limits == ["request-time"]
 
 
-def test_a_body_is_not_limited_by_the_protocol(connection) -> None:
-    loop, protocol, wire = connection
-    protocol.data_received(HEAD)
-
-    loop.after(LONGEST_HEAD_SECONDS)
-
-    assert not wire.closed
-
-
-def test_a_request_with_a_complete_body_is_marked(connection) -> None:
-    loop, protocol, _ = connection
+@pytest.mark.parametrize("rest", [b"", b"{", b"\r\n"], ids=["no body", "half a body", "other bytes"])
+def test_a_body_that_does_not_come_is_answered_408_and_closed(guarded: Guarded, rest: bytes) -> None:
+    """The application waits for the rest, and is told that the caller is gone."""
     told = []
-    for data in (HEAD, b"{", b"}", HEAD + b"{}", HEAD):
-        protocol.data_received(data)
-        told.append(BODY_IS_COMPLETE in protocol.scope)
-        settle(loop)
 
-    assert told == [False, False, True, True, False]
+    async def read(_scope: Any, receive: Any, _send: Any) -> None:
+        while (message := await receive())["type"] != "http.disconnect" and message["more_body"]:
+            pass
+        told.append(message["type"])
+
+    guarded.protocol.app = read
+    guarded.send(HEAD.replace(b"length: 2", b"length: 3") + rest)
+
+    guarded.before(RECEIVE_SECONDS)
+    is_kept = not guarded.wire.written
+    guarded.after(RECEIVE_SECONDS)
+
+    assert is_kept
+    assert guarded.wire.written == TOO_SLOW
+    assert guarded.wire.ended
+    assert guarded.limits == ["request-time"]
+    assert told == ["http.disconnect"]
+    guarded.after(LINGER_SECONDS)
+    assert guarded.wire.aborted
+    assert guarded.limits == ["request-time"]
+
+
+def test_a_whole_request_has_no_deadline_of_its_caller(answering: Callable[[Any], Guarded]) -> None:
+    """A handler may take as long as its own deadline allows."""
+    answer = asyncio.Event()
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await answer.wait()
+        await answer_empty(scope, receive, send)
+
+    guarded = answering(wait)
+    guarded.send(HEAD + b"{}")
+    guarded.after(24 * 3600)
+    answer.set()
+    guarded.settle()
+
+    assert b"HTTP/1.1 200" in guarded.wire.written
+    assert not guarded.wire.closed
+
+
+def test_each_request_of_a_connection_has_its_own_deadline(guarded: Guarded) -> None:
+    for _ in range(2):
+        guarded.send(HEAD + b"{}")
+    assert guarded.wire.written.count(b"HTTP/1.1 200") == 2
+    guarded.after(LONGEST_HEAD_SECONDS)
+    assert not guarded.wire.closed
+
+    guarded.send(HEAD[:20])
+    guarded.after(LONGEST_HEAD_SECONDS)
+
+    assert guarded.wire.closed
+
+
+def test_an_offer_of_an_upgrade_does_not_prolong_the_deadline(guarded: Guarded) -> None:
+    guarded.protocol.data_received(offering(HEAD)[:10])
+    began = guarded.protocol.scope[RECEIVED_AT]
+
+    guarded.protocol.data_received(offering(HEAD)[10:] + b"{")
+
+    assert guarded.protocol.scope[RECEIVED_AT] == began
+    assert guarded.protocol.deadline == began + RECEIVE_SECONDS
+
+
+def test_an_answer_that_is_not_taken_is_cut(guarded: Guarded) -> None:
+    guarded.send(HEAD + b"{}")
+    guarded.protocol.pause_writing()  # as the transport does while anything is unsent
+
+    guarded.before(LONGEST_UNREAD_SECONDS)
+    is_kept = not guarded.wire.closed
+    guarded.after(LONGEST_UNREAD_SECONDS)
+
+    assert is_kept
+    assert guarded.wire.aborted
+    assert guarded.limits == ["unread-answer"]
+
+
+def test_an_answer_that_is_taken_late_is_complete(guarded: Guarded) -> None:
+    guarded.send(HEAD + b"{}")
+    guarded.protocol.pause_writing()
+    guarded.protocol.resume_writing()
+
+    guarded.after(LONGEST_UNREAD_SECONDS)
+
+    assert not guarded.wire.closed
+
+
+def test_a_last_answer_that_is_not_taken_is_cut(guarded: Guarded) -> None:
+    guarded.protocol.pause_writing()
+    guarded.protocol.data_received(HEAD.replace(b"host", b"connection: close\r\nhost") + b"{}")
+    guarded.after(LONGEST_UNREAD_SECONDS)
+
+    assert guarded.wire.aborted
+
+
+# --- answers before the end of a request ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rest", [b"", b"{"], ids=["silence", "one more byte"])
+def test_an_answer_before_the_body_ends_the_connection(answering: Callable[[Any], Guarded], rest: bytes) -> None:
+    guarded = answering(answer_unread)
+    guarded.send(HEAD)
+    guarded.send(rest)
+
+    assert guarded.wire.written.count(b"HTTP/1.1 200") == 1
+    assert b"connection: close" in guarded.wire.written
+    assert guarded.wire.ended
+    guarded.before(LINGER_SECONDS)
+    is_kept = not guarded.wire.closed
+    guarded.after(LINGER_SECONDS)
+    assert is_kept
+    assert guarded.wire.aborted
+    assert guarded.limits == []
+
+
+def test_everything_behind_such_an_answer_is_dropped(answering: Callable[[Any], Guarded]) -> None:
+    guarded = answering(answer_unread)
+    guarded.send(HEAD)
+
+    guarded.send(b"{}" + HEAD + b"{}" + b"x" * 100_000)
+
+    assert guarded.wire.written.count(b"HTTP/1.1") == 1
+    assert guarded.wire.reading
+    assert not guarded.protocol.cycle.body
+
+
+def test_a_caller_that_takes_such_an_answer_and_goes_ends_the_connection(answering: Callable[[Any], Guarded]) -> None:
+    guarded = answering(answer_unread)
+    guarded.send(HEAD)
+
+    assert not guarded.protocol.eof_received()  # the transport closes the connection
+
+
+def test_a_body_that_has_come_before_the_answer_keeps_the_connection(answering: Callable[[Any], Guarded]) -> None:
+    answer = asyncio.Event()
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await answer.wait()
+        await answer_unread(scope, receive, send)
+
+    guarded = answering(wait)
+    guarded.send(HEAD)
+    guarded.send(b"{}")
+    answer.set()
+    guarded.settle()
+
+    assert b"connection: close" not in guarded.wire.written
+    assert not guarded.wire.ended
+    assert not guarded.wire.closed
+
+
+def test_a_discarded_body_takes_no_memory_and_keeps_the_connection(answering: Callable[[Any], Guarded]) -> None:
+    answer = asyncio.Event()
+
+    async def discard(scope: Any, receive: Any, send: Any) -> None:
+        scope[CONNECTION].discard_body()
+        await answer.wait()
+        await answer_unread(scope, receive, send)
+
+    guarded = answering(discard)
+    guarded.send(HEAD.replace(b"length: 2", b"length: 400000") + b"x" * 100_000)
+    for _ in range(3):
+        assert guarded.wire.reading
+        assert not guarded.protocol.cycle.body
+        guarded.send(b"x" * 100_000)
+    guarded.after(RECEIVE_SECONDS)
+    answer.set()
+    guarded.settle()
+
+    assert b"HTTP/1.1 200" in guarded.wire.written
+    assert not guarded.wire.ended
+    guarded.protocol.data_received(HEAD + b"{")
+    assert guarded.protocol.cycle.body == b"{"
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def in_pieces(data: bytes, size: int) -> Iterator[bytes]:
+    return (data[start : start + size] for start in range(0, len(data), size))
+
+
+def head_with(fields: bytes) -> bytes:
+    return HEAD.replace(b"host", fields + b"host", 1)
+
+
+@pytest.mark.parametrize("size", [1_000, 65_536, 1_000_000], ids=str)
+@pytest.mark.parametrize(
+    "head",
+    [
+        HEAD[:-2] + b"".join(b"x-%d: %s\r\n" % (number, b"y" * 1000) for number in range(60)),
+        HEAD[:-2] + b"x: " + b" " * 60_000,
+        b"POST /" + b"x" * 60_000,
+        head_with(b"x: " + b"y" * 60_000 + b"\r\n") + b"{}",
+        head_with(b"x:" + b" " * 60_000 + b"y\r\n") + b"{}",
+        head_with(b"".join(b"x: y\r\n" for _ in range(MOST_FIELDS))) + b"{}",
+        b"POST / HTTP/1.1\r\n" + b"a:\r\n" * 8_000,
+    ],
+    ids=["fields", "spaces", "address", "complete", "complete with spaces", "many fields", "many small fields"],
+)
+def test_a_head_beyond_its_limit_is_closed(guarded: Guarded, head: bytes, size: int) -> None:
+    for piece in in_pieces(head, size):
+        guarded.send(piece)
+
+    assert guarded.wire.aborted
+    assert guarded.limits == ["head"]
+    assert guarded.wire.written == b""
+
+
+def test_a_head_within_its_limit_is_answered(guarded: Guarded) -> None:
+    fields = b"".join(b"x: %s\r\n" % (b"y" * 200) for _ in range(MOST_FIELDS - 2))
+
+    guarded.send(head_with(fields) + b"{}")
+
+    assert b"HTTP/1.1 200" in guarded.wire.written
+
+
+@pytest.mark.parametrize("size", [1, 1_000, 65_536, 1_000_000], ids=str)
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"2\r\n{}\r\n0\r\n" + b"x: y\r\n" * 10_000,
+        b"2\r\n{}\r\n0\r\nx: " + b"y" * 60_000,
+        b"2;" + b"x" * 60_000,
+        b"2;x=" + b"y" * 60_000 + b"\r\n{}\r\n0\r\n\r\n",
+        b"1;" + b"x" * 1000 + b"\r\n \r\n",
+    ],
+    ids=["trailers", "a trailer", "an extension", "a complete extension", "many extensions"],
+)
+def test_framing_beyond_its_limit_is_closed(guarded: Guarded, sent: bytes, size: int) -> None:
+    guarded.protocol.data_received(CHUNKED_HEAD)
+    for piece in in_pieces(sent * (1 + 60_000 // len(sent)), size):
+        guarded.protocol.data_received(piece)
+
+    assert guarded.wire.aborted
+    assert guarded.limits == ["framing"]
+
+
+def test_bytes_between_requests_beyond_their_limit_are_closed(guarded: Guarded) -> None:
+    guarded.send(HEAD + b"{}")
+
+    guarded.send(b"\r\n" * (LARGEST_FRAMING_BYTES + PIECE_BYTES))
+
+    assert guarded.wire.aborted
+
+
+@pytest.mark.parametrize("size", [1, 100, 10_000], ids=str)
+def test_a_body_in_the_smallest_chunks_is_read(echoing: Callable[..., bytes], size: int) -> None:
+    sent = CHUNKED_HEAD + b"1\r\nx\r\n" * 30_000 + b"0\r\nx: y\r\n\r\n"
+
+    assert echoing(*in_pieces(sent, size * 100)).count(b"x" * 30_000) == 1
+
+
+def test_a_field_of_a_trailer_never_becomes_a_header(echoing: Callable[..., bytes]) -> None:
+    trailer = b"authorization: Bearer x\r\nexpect: 100-continue\r\nx-merchant: y\r\n"
+
+    answers = echoing(CHUNKED_HEAD, b"2\r\n{}\r\n0\r\n" + trailer, b"\r\n" + HEAD + b"12")
+
+    assert b"[POST host,transfer-encoding {}]" in answers
+    assert b"[POST content-length,host 12]" in answers
+
+
+def test_a_body_is_not_limited_by_the_protocol(answering: Callable[[Any], Guarded]) -> None:
+    read = bytearray()
+
+    async def app(_scope: Any, receive: Any, _send: Any) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            read.extend(message["body"])
+
+    guarded = answering(app)
+    guarded.send(HEAD.replace(b"length: 2", b"length: 5000001"))
+    for _ in range(50):
+        guarded.send(b"x" * 100_000)
+
+    assert len(read) == 5_000_000
+    assert not guarded.wire.closed
+
+
+def test_pipelined_requests_are_answered_in_order_up_to_their_limit(guarded: Guarded) -> None:
+    guarded.send((HEAD + b"{}") * (MOST_PIPELINED + 100))
+    for _ in range(MOST_PIPELINED):
+        guarded.settle()
+
+    assert guarded.wire.written.count(b"HTTP/1.1 200") == 1 + MOST_PIPELINED
+    assert guarded.wire.written.count(b"connection: close") == 1
+    assert guarded.limits == ["pipelined-requests"]
+    assert guarded.wire.ended
+    guarded.after(LINGER_SECONDS)
+    assert guarded.wire.aborted
+
+
+def test_the_first_pipelined_request_has_the_time_that_it_needs(answering: Callable[[Any], Guarded]) -> None:
+    answer = asyncio.Event()
+
+    async def wait(scope: Any, receive: Any, send: Any) -> None:
+        await answer.wait()
+        await answer_empty(scope, receive, send)
+
+    guarded = answering(wait)
+    guarded.send((HEAD + b"{}") * (MOST_PIPELINED + 2))
+    guarded.after(24 * 3600)
+    answer.set()
+    for _ in range(MOST_PIPELINED):
+        guarded.settle()
+
+    assert guarded.wire.written.count(b"HTTP/1.1 200") == 1 + MOST_PIPELINED
+
+
+# --- marks, and requests beyond the limit -----------------------------------------------------------------------------
 
 
 def test_a_request_is_marked_with_the_moment_of_its_first_byte(connection) -> None:
@@ -194,76 +565,73 @@ def test_a_caller_that_closes_the_connection_before_its_answer_is_noted(connecti
     assert noted == ["second"]
 
 
-def test_each_request_of_a_connection_has_its_own_time_limit(connection) -> None:
-    loop, protocol, wire = connection
-    for _ in range(2):
-        protocol.data_received(HEAD + b"{}")
-        settle(loop)
-    assert wire.written.count(b"HTTP/1.1 200") == 2
-    loop.after(LONGEST_HEAD_SECONDS)
-    assert not wire.closed
-
-    protocol.data_received(HEAD[:20])
-    loop.after(LONGEST_HEAD_SECONDS)
-
-    assert wire.closed
+@pytest.fixture
+def known(guarded: Guarded) -> Guarded:
+    """A connection whose caller has been identified."""
+    guarded.send(HEAD + b"{}")
+    guarded.protocol.note_identified()
+    guarded.wire.written = b""
+    return guarded
 
 
-def test_a_request_beyond_the_limit_is_refused_unread_and_its_connection_stays_open(connection) -> None:
-    loop, protocol, wire = connection
-    others = [loop.create_future() for _ in range(MOST_AT_ONCE)]
-    protocol.tasks.update(others)
+def test_a_request_beyond_the_limit_is_refused_unread_and_its_connection_stays_open(known: Guarded) -> None:
+    known.load.running = MOST_AT_ONCE
 
-    protocol.data_received(HEAD + b"{}" + HEAD + b"{")
-    protocol.data_received(b"}")
+    known.send(HEAD + b"{}" + HEAD + b"{")
+    known.send(b"}")
 
-    assert wire.written == REFUSAL * 2
-    assert b"retry-after" in REFUSAL
-    assert not wire.closed
-    protocol.tasks.clear()
-    protocol.data_received(HEAD + b"{}")
-    settle(loop)
-    assert wire.written.count(b"HTTP/1.1 200") == 1
-
-
-@pytest.mark.parametrize(
-    ("waiting", "at_once", "is_refused"),
-    [(0, MOST_AT_ONCE, True), (1, MOST_AT_ONCE, False), (MOST_WAITING, MOST_WAITING, True)],
-)
-def test_waiting_requests_count_only_towards_their_own_limit(
-    connection, waiting: int, at_once: int, is_refused: bool
-) -> None:
-    loop, protocol, wire = connection
-    protocol._waiting = lambda: waiting
-    protocol.tasks.update(loop.create_future() for _ in range(at_once))
-
-    protocol.data_received(HEAD + b"{}")
-    protocol.tasks.clear()
-    settle(loop)
-
-    assert (wire.written == REFUSAL) is is_refused
+    assert known.wire.written == OVERLOADED * 2
+    assert b"retry-after" in OVERLOADED
+    assert known.limits == ["requests"] * 2
+    known.after(RECEIVE_SECONDS)
+    assert not known.wire.closed
+    known.load.running = 0
+    known.send(HEAD + b"{}")
+    assert known.wire.written.count(b"HTTP/1.1 200") == 1
 
 
-def test_a_caller_that_expects_100_continue_is_refused_at_once(connection) -> None:
-    loop, protocol, wire = connection
-    protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
+def test_the_first_request_of_a_connection_is_passed_on_to_be_identified(guarded: Guarded) -> None:
+    guarded.load.running = MOST_AT_ONCE
 
-    protocol.data_received(HEAD.replace(b"host", b"expect: 100-continue\r\nhost"))
+    guarded.send(HEAD + b"{}")
 
-    assert wire.written == REFUSAL
-    assert wire.closed
-    protocol.tasks.clear()
+    assert b"HTTP/1.1 200" in guarded.wire.written
 
 
-def test_a_refusal_honours_connection_close(connection) -> None:
-    loop, protocol, wire = connection
-    protocol.tasks.update(loop.create_future() for _ in range(MOST_AT_ONCE))
+def test_health_is_answered_beyond_the_limit(known: Guarded) -> None:
+    known.load.running = MOST_AT_ONCE
 
-    protocol.data_received(HEAD.replace(b"host", b"connection: close\r\nhost") + b"{}")
+    known.send(b"GET /livez HTTP/1.1\r\nhost: adapter\r\n\r\n")
 
-    assert wire.written == REFUSAL
-    assert wire.closed
-    protocol.tasks.clear()
+    assert b"HTTP/1.1 200" in known.wire.written
+
+
+def test_a_refused_request_whose_body_does_not_come_is_closed(known: Guarded) -> None:
+    known.load.running = MOST_AT_ONCE
+    known.send(HEAD)
+
+    known.after(RECEIVE_SECONDS)
+
+    assert known.wire.aborted
+    assert known.limits == ["request-time"]
+
+
+def test_a_caller_that_expects_100_continue_is_refused_at_once(known: Guarded) -> None:
+    known.load.running = MOST_AT_ONCE
+
+    known.send(HEAD.replace(b"host", b"expect: 100-continue\r\nhost"))
+
+    assert known.wire.written == OVERLOADED
+    assert known.wire.ended
+
+
+def test_a_refusal_honours_connection_close(known: Guarded) -> None:
+    known.load.running = MOST_AT_ONCE
+
+    known.send(HEAD.replace(b"host", b"connection: close\r\nhost") + b"{}")
+
+    assert known.wire.written == OVERLOADED
+    assert known.wire.closed
 
 
 def test_many_new_connections_are_accepted_at_once() -> None:
@@ -292,7 +660,7 @@ def test_many_new_connections_are_accepted_at_once() -> None:
 # --- offers of an upgrade, and callers that close their side ----------------------------------------------------------
 
 H2C = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQ\r\n"
-CHUNKED = b"POST / HTTP/1.1\r\nhost: adapter\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n"
+CHUNKED = CHUNKED_HEAD + b"2\r\n{}\r\n0\r\n\r\n"
 
 
 def offering(request: bytes, offer: bytes = H2C) -> bytes:
@@ -421,15 +789,13 @@ def test_a_caller_that_closes_its_side_before_its_answer_is_noted_once(connectio
     assert wire.closed
 
 
-def test_many_offers_of_an_upgrade_in_one_packet_are_answered(connection) -> None:
-    loop, protocol, wire = connection
+def test_many_offers_of_an_upgrade_in_one_packet_are_answered(guarded: Guarded) -> None:
+    guarded.send(offering(HEAD + b"{}") * (1 + MOST_PIPELINED))
+    for _ in range(MOST_PIPELINED):
+        guarded.settle()
 
-    protocol.data_received(offering(HEAD + b"{}") * 1500)
-    for _ in range(1500):
-        loop.run_until_complete(asyncio.sleep(0))
-    settle(loop)
-
-    assert wire.written.count(b"HTTP/1.1 200") == 1500
+    assert guarded.wire.written.count(b"HTTP/1.1 200") == 1 + MOST_PIPELINED
+    assert guarded.limits == []
 
 
 def test_a_large_body_behind_an_offer_of_an_upgrade_counts_as_body(connection) -> None:
@@ -461,7 +827,8 @@ class Pieces:
     def is_closing(self) -> bool:
         return self.closed
 
-    def close(self) -> None:
+    def finish(self, transport: object) -> None:
+        assert transport is self
         self.closed = True
 
     def get_extra_info(self, name: str) -> str:
@@ -469,7 +836,7 @@ class Pieces:
 
 
 def through(wire: Pieces) -> Any:
-    return _HeadBuffer(wire)  # type: ignore[arg-type]
+    return _HeadBuffer(wire, wire.finish)  # type: ignore[arg-type]
 
 
 def test_head_and_body_are_written_together() -> None:
@@ -497,7 +864,7 @@ def test_a_head_without_a_body_is_written_at_the_end(ends: str) -> None:
     assert wire.closed == (ends == "close")
 
 
-@pytest.mark.parametrize("data", [b"HTTP/1.1 100 Continue\r\n\r\n", REFUSAL, b"0\r\n\r\n", b"anything"])
+@pytest.mark.parametrize("data", [b"HTTP/1.1 100 Continue\r\n\r\n", OVERLOADED, b"0\r\n\r\n", b"anything"])
 def test_other_bytes_are_written_at_once(data: bytes) -> None:
     wire = Pieces()
 

@@ -217,9 +217,9 @@ def test_a_limit_on_open_files_that_is_too_low_is_one_sentence(tmp_path: Path) -
         assert service.process.wait(PATIENCE) == 1
 
     told = (tmp_path / "log").read_text()
-    # 2,948, and 4 for each of the two further queues: a queue may start a delivery beyond the slots.
-    assert told == "the limit on open files is 512, but 2956 are needed; raise it (ulimit -n)\n"
-    assert "2,948" in (ROOT / "docs" / "deployment.md").read_text("utf-8")
+    # 928, and 4 for each of the two further queues: a queue may start a delivery beyond the slots.
+    assert told == "the limit on open files is 512, but 936 are needed; raise it (ulimit -n)\n"
+    assert "928" in (ROOT / "docs" / "deployment.md").read_text("utf-8")
 
 
 def test_the_service_outlives_its_terminal(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from adapter import config as configuration
 from adapter.app import reconciliation
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
+from adapter.callbacks.limits import Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
 from adapter.identifiers import Channel
@@ -110,7 +111,7 @@ class House:
             metrics=self.metrics,
             adapter_id="our_adapter",
             max_body_bytes=1024 * 1024,
-            receive_timeout_seconds=10,
+            load=Load(),
             clock=self.store.clock,
         )
         app = Router(routes=[Route(CALLBACK_PATH, self.endpoint)])
