@@ -173,6 +173,7 @@ def receipt(
     body: bytes | None = None,
     identity: bytes | None = None,
     source: str = "callback",
+    digest: bytes | None = None,
 ) -> ReceivedNotification:
     return ReceivedNotification(
         identity=identity if identity is not None else f"{order_id}/{snapshot}".encode(),
@@ -182,6 +183,7 @@ def receipt(
         snapshot_at=snapshot,
         source=source,
         body=body if body is not None else body_of(order_id, snapshot or 0),
+        digest=digest,
         wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
         wanted_in_conflict=tuple(Wanted(queue_id=queue, refetch=True) for queue in refetching),
     )

@@ -238,7 +238,7 @@ def test_a_repeat_in_equal_bytes_needs_no_digest(store_url: str) -> None:
 def test_a_digest_that_the_caller_has_is_stored_and_not_computed_again(store_url: str) -> None:
     with digesting_threads() as threads, opened(store_url) as ledger:
         for body in (b'{"total": 1}', b'{"total": 1.0}'):
-            ledger.receive(replace(receipt(body=body, identity=b"same"), digest=b"0123456789abcdef"))
+            ledger.receive(receipt(body=body, identity=b"same", digest=b"0123456789abcdef"))
 
         assert threads == []
         assert len(ledger.rows("SELECT 1 FROM notifications")) == 1

@@ -474,9 +474,9 @@ def test_a_letter_that_is_retried_meanwhile_is_not_deleted(postgres: Server) -> 
 
 def test_a_conflict_that_comes_meanwhile_stays(postgres: Server) -> None:
     with on_postgres(postgres) as ledger:
-        ledger.receive(receipt("order-1", body=b'{"total": 1}'))
+        ledger.receive(receipt("order-1", body=b'{"total": 1}', digest=b"1"))
         ledger.clock.now = NOON + 401 * DAY
-        conflict = receipt("order-1", body=b'{"total": 2}')
+        conflict = receipt("order-1", body=b'{"total": 2}', digest=b"2")
 
         pruned = beside(
             ledger,
