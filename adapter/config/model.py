@@ -156,6 +156,9 @@ class RetentionConfig(_Section, frozen=True, kw_only=True):
             within=("1h", "3650d"),
         ),
     ] = timedelta(days=90)
+    unwanted: Annotated[
+        timedelta, doc("Time to keep the body of a notification that no route wants.", within=("1h", "3650d"))
+    ] = timedelta(days=1)
     rows: Annotated[
         timedelta,
         doc("Time to remember a notification, so that a repeat does nothing.", within=("1d", "3650d")),

@@ -180,7 +180,7 @@ class Inbox:
             if notification.body is not None:
                 first.setdefault(notification.identity, notification)
         # Sorted by identity on every node, so that two batches never deadlock.
-        rows = [_row(first[identity], now) for identity in sorted(first)]
+        rows = [_row(first[identity], first[identity].wanted, now) for identity in sorted(first)]
         ids = {identity: key for key, identity in self._insert_notifications(connection.connection.cursor(), rows)}
         answers: list[Answer] = []
         arrivals: list[Arrival] = []
@@ -247,9 +247,10 @@ class Inbox:
                 return Undigested(known.id, known.body if known.digest is None else None)
             if digest != known.digest:
                 identity += digest
-                row = _row(notification, now, identity=identity, conflicts_with=known.id)
+                wanted = notification.wanted_in_conflict
+                row = _row(notification, wanted, now, identity=identity, conflicts_with=known.id)
                 if inserted := self._insert_notifications(connection.connection.cursor(), [row]):
-                    arrivals.append((inserted[0][0], notification, notification.wanted_in_conflict))
+                    arrivals.append((inserted[0][0], notification, wanted))
                     return Received.CONFLICT
                 same = connection.execute(select(n.id).where(n.identity == identity)).scalar_one_or_none()
         newest = self._newest_deliveries(connection, notification)
@@ -296,9 +297,10 @@ class Inbox:
         Returns:
             False if it is stored already.
         """
-        row = _row(notification, now, identity=identity + max(newest.values()).to_bytes(RETURN_BYTES, "big"))
-        inserted = self._insert_notifications(connection.connection.cursor(), [row])
         wanted = tuple(each for each in notification.wanted if each.queue_id in newest)
+        identity += max(newest.values()).to_bytes(RETURN_BYTES, "big")
+        row = _row(notification, wanted, now, identity=identity)
+        inserted = self._insert_notifications(connection.connection.cursor(), [row])
         arrivals += [(key, notification, wanted) for key, _ in inserted]
         return bool(inserted)
 
@@ -379,6 +381,7 @@ def _snapshot_at(notification: ReceivedNotification, now: int) -> int:
 
 def _row(
     notification: ReceivedNotification,
+    wanted: Sequence[Wanted],
     now: int,
     *,
     identity: bytes | None = None,
@@ -394,6 +397,7 @@ def _row(
         _snapshot_at(notification, now),
         now,
         notification.source,
+        bool(wanted),
         notification.digest,
         notification.body,
     )

@@ -1,8 +1,9 @@
 """Maintenance of the ledger: prune, check, measure and back up.
 
 Bodies are personal data. A body is deleted 30 days after receipt if all its deliveries are done, otherwise after 90
-days. Rows stay longer, because they make a repeat recognisable. Everything that waits keeps all it has. Pruning goes in
-small transactions between those of the inbox. It stores no progress: each round looks again at what still exists.
+days, and after one day if no route wanted it. Rows stay longer, because they make a repeat recognisable. Everything
+that waits keeps all it has. Pruning goes in small transactions between those of the inbox. It stores no progress: each
+round looks again at what still exists.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy import Connection, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, select, text, update
 
 from adapter.ledger.dead_letters import lock_lanes
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
@@ -30,6 +31,9 @@ BETWEEN_ROUNDS = timedelta(hours=1)
 BETWEEN_STEPS = timedelta(milliseconds=200)
 NOTIFICATIONS_PER_STEP = 200
 VERDICTS_PER_STEP = 1000
+IS_UNWANTED: ColumnElement[bool] = literal_column(
+    "NOT notifications.is_wanted"
+)  # as in the condition of the partial index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +42,7 @@ class Retention:
 
     bodies: timedelta  # bodies of notifications whose deliveries are all done
     bodies_of_dead_letters: timedelta
+    unwanted: timedelta  # bodies of notifications that no route wanted
     rows: timedelta  # notifications with their deliveries
     verdicts: timedelta
 
@@ -58,7 +63,8 @@ class Maintenance:
     def __init__(self, store: Store, retention: Retention) -> None:
         self._store = store
         self._retention = retention
-        self._bodies_after = self._rows_after = 0  # the notification where the round continues; 0: a new round
+        # The notification where the round continues; 0: a new round.
+        self._bodies_after = self._unwanted_after = self._rows_after = 0
 
     async def run(self) -> None:
         """Prune every hour, with a pause after each step, until cancelled."""
@@ -77,11 +83,15 @@ class Maintenance:
 
     async def step(self) -> Pruned:
         """Delete one portion of bodies, notifications and verdicts. Raises `StoreUnavailable`."""
-        bodies, self._bodies_after = await self._store.run(self._bodies, self._bodies_after)
+        kept = self._retention
+        bodies, self._bodies_after = await self._store.run(self._bodies, self._bodies_after, kept.bodies)
+        unwanted, self._unwanted_after = await self._store.run(
+            self._bodies, self._unwanted_after, kept.unwanted, IS_UNWANTED
+        )
         rows, self._rows_after = await self._store.run(self._rows, self._rows_after)
         old_verdicts = await self._store.run(self._verdicts)
-        more = self._bodies_after or self._rows_after or old_verdicts == VERDICTS_PER_STEP
-        return Pruned(bodies=bodies, notifications=rows, verdicts=old_verdicts, more=bool(more))
+        more = self._bodies_after or self._unwanted_after or self._rows_after or old_verdicts == VERDICTS_PER_STEP
+        return Pruned(bodies=bodies + unwanted, notifications=rows, verdicts=old_verdicts, more=bool(more))
 
     # --- in the writer's thread, inside its transaction; they return a number and where the next step begins ---
 
@@ -91,9 +101,9 @@ class Maintenance:
         ids = connection.execute(old).scalars().all()
         return connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount
 
-    def _bodies(self, connection: Connection, after: int) -> tuple[int, int]:
+    def _bodies(self, connection: Connection, after: int, kept: timedelta, *conditions: Any) -> tuple[int, int]:
         n, d = notifications.c, deliveries.c
-        old, following = self._old(connection, after, self._retention.bodies, n.body.is_not(None))
+        old, following = self._old(connection, after, kept, n.body.is_not(None), *conditions)
         younger = [key for key, at in old.items() if at >= self._before(self._retention.bodies_of_dead_letters)]
         _lock_lanes_of(connection, old)
         needed = (d.state == State.WAITING.value) | (d.state == State.DEAD.value) & d.notification_id.in_(younger)

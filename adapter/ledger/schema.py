@@ -7,6 +7,7 @@ while `claim > settled`. Moments are milliseconds since 1970 (UTC) on the ledger
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     ForeignKey,
     Index,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     text,
+    true,
 )
 
 metadata = MetaData(
@@ -83,11 +85,13 @@ notifications = Table(
     Column("snapshot_at", BigInteger, nullable=False, doc="lastModified, or the time of receipt"),
     Column("received_at", BigInteger, nullable=False),
     Column("source", Text, nullable=False, doc="callback or reconciliation"),
+    Column("is_wanted", Boolean, nullable=False, server_default=true(), doc="by a route, when it was received"),
     Column("digest", LargeBinary, doc="of the order, once it had to be compared"),
     Column("body", LargeBinary, doc="as received; null once pruned"),
     Index("uq_notifications_identity", "identity", unique=True),
     # For pruning. Ordered by insertion, so that it costs an accept next to nothing.
     _partial_index("ix_notifications_bodies", "id", where="body IS NOT NULL"),
+    _partial_index("ix_notifications_unwanted_bodies", "id", where="body IS NOT NULL AND NOT is_wanted"),
     _partial_index("ix_notifications_conflicts_with", "conflicts_with", where="conflicts_with IS NOT NULL"),
 )
 

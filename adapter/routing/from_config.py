@@ -33,6 +33,7 @@ def retention(config: Config) -> Retention:
     return Retention(
         bodies=given.bodies,
         bodies_of_dead_letters=given.bodies_of_dead_letters,
+        unwanted=given.unwanted,
         rows=given.rows,
         verdicts=given.verdicts,
     )

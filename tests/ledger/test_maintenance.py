@@ -38,11 +38,12 @@ from tests.ledgers import (
     receipt,
     waiting,
 )
-from tests.plans import assert_no_scan, seen
+from tests.plans import assert_no_scan, plan, seen
 
 KEPT = Retention(
     bodies=timedelta(days=30),
     bodies_of_dead_letters=timedelta(days=90),
+    unwanted=timedelta(days=1),
     rows=timedelta(days=400),
     verdicts=timedelta(days=30),
 )
@@ -107,8 +108,9 @@ def one_of_each(ledger: Ledger) -> None:
 def test_bodies_are_deleted_after_a_month_if_all_is_done_and_otherwise_after_three(ledger: Ledger) -> None:
     one_of_each(ledger)
 
+    assert after(ledger, 1.1).bodies == 1
     assert after(ledger, 30) == Pruned()
-    assert after(ledger, 30.1).bodies == 2
+    assert after(ledger, 30.1).bodies == 1
     assert bodies(ledger) == ["dead", "waits", "stops", "held"]
     assert after(ledger, 90).bodies == 0
     assert after(ledger, 90.1).bodies == 2
@@ -116,6 +118,34 @@ def test_bodies_are_deleted_after_a_month_if_all_is_done_and_otherwise_after_thr
     assert after(ledger, 399).bodies == 0
     assert len(remembered(ledger)) == 6
     assert found(ledger) == []
+
+
+def test_the_body_of_a_notification_that_no_route_wants_is_deleted_after_a_day(ledger: Ledger) -> None:
+    one_of_each(ledger)
+    ledger.receive(receipt("conflict", body=b'{"total": 1}'))
+    ledger.receive(receipt("conflict", body=b'{"total": 2}', refetching=[ledger.export]))
+
+    assert after(ledger, 1) == Pruned()
+    assert after(ledger, 1.1).bodies == 2
+    assert bodies(ledger) == ["done", "dead", "waits", "stops", "held", "conflict"]
+    assert len(remembered(ledger)) == 8
+
+
+def test_unwanted_bodies_are_found_among_many_by_their_index(ledger: Ledger) -> None:
+    make_many(ledger, 20_000)
+    ledger.rows("UPDATE notifications SET body = ''")
+    for number in range(3):
+        ledger.receive(receipt(f"unwanted-{number}"))
+    ledger.clock.now += 2 * DAY
+
+    maintenance = Maintenance(ledger.store, KEPT)
+    statements = seen(ledger.store.engine, lambda: ledger.do(maintenance.step()))
+
+    finding = [each for each in statements if "NOT notifications.is_wanted" in each[0]]
+    assert finding
+    for statement, parameters in finding:
+        assert "ix_notifications_unwanted_bodies" in str(plan(ledger, statement, parameters))
+    assert len(ledger.rows("SELECT 1 FROM notifications WHERE body IS NOT NULL")) == 20_000
 
 
 def test_a_needed_body_is_deleted_once_nothing_waits_for_it(ledger: Ledger) -> None:

@@ -55,6 +55,7 @@ def upgrade() -> None:
         *texts("merchant", "channel", "callback", "order_id"),
         *numbers("snapshot_at", "received_at"),
         *texts("source"),
+        sa.Column("is_wanted", sa.Boolean, nullable=False, server_default=sa.true()),
         sa.Column("digest", sa.LargeBinary),
         sa.Column("body", sa.LargeBinary),
     )
@@ -63,6 +64,7 @@ def upgrade() -> None:
         op.execute("ALTER TABLE notifications ALTER COLUMN body SET STORAGE EXTERNAL")
     op.create_index("uq_notifications_identity", "notifications", ["identity"], unique=True)
     partial_index("ix_notifications_bodies", "notifications", ["id"], "body IS NOT NULL")
+    partial_index("ix_notifications_unwanted_bodies", "notifications", ["id"], "body IS NOT NULL AND NOT is_wanted")
     partial_index("ix_notifications_conflicts_with", "notifications", ["conflicts_with"], "conflicts_with IS NOT NULL")
     op.create_table(
         "lanes",
