@@ -24,6 +24,7 @@ HOST = "127.0.0.1"
 PATIENCE_SECONDS = 30
 UNANSWERED = 0
 FINEST_TICK_SECONDS = 0.00025
+COARSEST_TICK_SECONDS = 0.002  # a request waits so long for the generator, however low the rate is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,7 +189,7 @@ class _Open:
     async def run(self) -> Load:
         loop = asyncio.get_running_loop()
         self._finished: asyncio.Future[None] = loop.create_future()
-        tick = max(self._interval, FINEST_TICK_SECONDS)
+        tick = min(max(self._interval, FINEST_TICK_SECONDS), COARSEST_TICK_SECONDS)
         timer = _timer(tick)
         self._started = time.perf_counter() + 0.05
         loop.add_reader(timer, self._tick, timer)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from tests.attacks.harness import HOSTILE, MIB, Attack, Result
 from tests.attacks.honest import RATES
 from tests.attacks.orders import flood
-from tests.attacks.wire import PIECE, Target, request
+from tests.attacks.wire import PIECE, Target, put, request
 from tests.flows.site import Site
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
@@ -59,7 +59,7 @@ async def gzip(target: Target, seconds: float) -> Result:
     packed = bomb(50)
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed) + packed)
+        put(writer, OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n" % len(packed) + packed)
         await writer.drain()
 
     return await ask(target, seconds, answer)
@@ -69,9 +69,9 @@ def endless(begin: bytes, piece: bytes) -> Answer:
     """Return an answer that begins once and then repeats a piece until the service closes."""
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(begin)
+        put(writer, begin)
         while not writer.transport.is_closing():
-            writer.write(piece)
+            put(writer, piece)
             await writer.drain()
             await asyncio.sleep(0.001)
 
@@ -101,9 +101,9 @@ async def dripping_body(target: Target, seconds: float) -> Result:
     """Answer with a byte a second: no pause is long enough for a time limit between two bytes."""
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(OK + b"content-length: 100000\r\n\r\n")
+        put(writer, OK + b"content-length: 100000\r\n\r\n")
         while not writer.transport.is_closing():
-            writer.write(b" ")
+            put(writer, b" ")
             await asyncio.sleep(1)
 
     began = time.monotonic()

@@ -65,7 +65,7 @@ class Target:
         """Send one request on a connection of its own and return the status of its answer."""
         with contextlib.suppress(OSError, TimeoutError):
             async with self.connect(port) as (reader, writer):
-                writer.write(request)
+                put(writer, request)
                 return await status_of(reader)
         return NO_ANSWER
 
@@ -99,6 +99,12 @@ async def status_of(reader: asyncio.StreamReader) -> int:
         return NO_ANSWER
 
 
+def put(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Send bytes, unless the service has closed the connection. uvloop raises an error then, asyncio does not."""
+    if not writer.transport.is_closing():
+        writer.write(data)
+
+
 def stop_reading(writer: asyncio.StreamWriter) -> None:
     """Leave everything that the service sends in the buffers of the kernel."""
     writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -124,7 +130,7 @@ async def push(connection: Connection, piece: bytes, most: int) -> int:
     closed = asyncio.ensure_future(is_closed(reader, 3600))
     try:
         while sent < most and not closed.done():
-            writer.write(piece)
+            put(writer, piece)
             drained = asyncio.ensure_future(writer.drain())
             await asyncio.wait([drained, closed], return_when=asyncio.FIRST_COMPLETED)
             if not drained.done():
