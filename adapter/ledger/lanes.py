@@ -294,7 +294,8 @@ class Lanes:
         for record in kept:
             claim = record.claim
             before = states[claim.queue_id]
-            settlements[claim.fence] = settle(record.result, attempt_of(record, now, paused=not before.is_running()))
+            paused = before.is_paused_by_others(claim.lane_id)
+            settlements[claim.fence] = settle(record.result, attempt_of(record, now, paused=paused))
             states[claim.queue_id] = after = self._queue_after(before, record, now)
             if after is not before:
                 connection.execute(update(queues).where(queues.c.id == claim.queue_id).values(queue_columns(after)))

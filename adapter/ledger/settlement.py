@@ -15,7 +15,7 @@ looked it up, unless the handler declares that a repetition does no harm. `settl
 | a bug before anything was sent | dead: broken | as `Reject` |
 | a condition in error | dead: condition | - |
 | a handler that blocks its thread for good | dead: unknown | the same |
-| a failure or no effect found, in a paused queue | the same, but the attempt does not count | the same |
+| a failure or no effect found, in a queue that others paused | the same, but the attempt does not count | the same |
 | `Unknown`, a deadline or bug too | waiting for a lookup; a retry if repeatable; else dead: unknown | as `Retry` |
 | released before anything was sent | waiting, due at once, the attempt does not count | the same, still in doubt |
 
@@ -121,7 +121,7 @@ class Attempt:
     handling: Handling
     schedule: Sequence[timedelta]
     jitter: float  # 0 to 1
-    paused: bool = False  # a failure in a paused queue says nothing about its order and uses up no retry
+    paused: bool = False  # by others: a failure then says nothing about its order and uses up no retry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,6 +262,10 @@ class QueueState:
     def is_running(self) -> bool:
         """Return whether there is neither a pause nor a probe."""
         return self.paused_until is None
+
+    def is_paused_by_others(self, lane_id: int) -> bool:
+        """Return whether a person, or failures on other lanes too, keep the queue from running."""
+        return not self.is_running() and (self.paused_by is PausedBy.PERSON or self.failed_lanes != (lane_id,))
 
     def room(self, concurrency: int, now: int) -> int:
         """Return how many lanes may be held at once: all, one as a probe, or none."""

@@ -236,6 +236,24 @@ async def test_one_order_that_is_never_taken_delays_no_other_and_becomes_a_dead_
         assert work.pauses() == {}
 
 
+@pytest.mark.parametrize("pause_after", [1, 5])
+@asynchronous
+async def test_an_order_that_is_never_taken_becomes_a_dead_letter_without_others_beside_it(
+    store_url: str, pause_after: int
+) -> None:
+    """Its queue pauses for it alone, so each probe is one of its attempts."""
+    shop = Picky("order-3", Retry("destination-busy", after=timedelta(hours=1)))
+    policy = replace(POLICY, after_failures=pause_after)
+    async with working(store_url, route(shop, schedule=(5 * SECOND, 60 * SECOND, 60 * SECOND)), policy=policy) as work:
+        await work.owe("order-3")
+        for _ in range(8):
+            await work.quiet()
+            work.move_to(work.clock.now + 3_700_000)
+
+        assert work.states() == {("dead", "exhausted"): 1}
+        assert shop.refused == 4
+
+
 @asynchronous
 async def test_orders_that_are_never_taken_pause_the_queue_only_until_another_is_the_probe(store_url: str) -> None:
     shop = Shop()

@@ -472,7 +472,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.queue_states[line.route] = after_attempt(
                 was, record.result, claim.lane_id, self.now, POLICY, is_retry=claim.attempt > 1
             )
-            expected = settle(record.result, replace(attempt, paused=not was.is_running()))
+            expected = settle(record.result, replace(attempt, paused=was.is_paused_by_others(claim.lane_id)))
             assert settlement == expected
             self.model_settles(hand, expected, keeps=keeps)
             assert self.loop.run(node.lanes.settle(record)) is not None  # once more: it stands there

@@ -234,6 +234,23 @@ def test_retry_after_pauses_a_queue_that_failures_never_pause() -> None:
     assert again.is_paused(NOON)  # a probe that fails is no queue that runs
 
 
+@pytest.mark.parametrize(
+    ("queue", "is_by_others"),
+    [
+        pytest.param(RUNNING, False, id="running"),
+        pytest.param(replace(RUNNING, failed_lanes=(2,)), False, id="running after a failure"),
+        pytest.param(replace(PROBING, failed_lanes=(1,)), False, id="for this lane alone"),
+        pytest.param(replace(PROBING, failed_lanes=(2,)), True, id="for another lane"),
+        pytest.param(replace(PROBING, failed_lanes=(2, 1)), True, id="for both"),
+        pytest.param(replace(STOPPED, failed_lanes=(1,)), True, id="by a person"),
+    ],
+)
+def test_a_failure_says_something_about_its_order_unless_others_paused_the_queue(
+    queue: QueueState, is_by_others: bool
+) -> None:
+    assert queue.is_paused_by_others(1) is is_by_others
+
+
 # --- random sequences -------------------------------------------------------------------------------------------------
 
 results = st.sampled_from([*ANSWERS, *FAILURES, LATER, *SAY_NOTHING])
