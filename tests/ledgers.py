@@ -176,7 +176,7 @@ def receipt(
     digest: bytes | None = None,
 ) -> ReceivedNotification:
     return ReceivedNotification(
-        identity=identity if identity is not None else f"{order_id}/{snapshot}".encode(),
+        identity=identity if identity is not None else f"{order_id}/{snapshot}/".encode(),  # none begins with another
         channel=Channel("fjallboden", "1"),
         callback="order-status",
         order_id=order_id,

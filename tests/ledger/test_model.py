@@ -56,7 +56,7 @@ from adapter.identifiers import Channel
 from adapter.ledger.claims import AttemptRecord, Claim, QueueKey, QueueLimits
 from adapter.ledger.commands import Commands, QueueChange, Step
 from adapter.ledger.databases import database_at
-from adapter.ledger.inbox import Inbox, Received, ReceivedNotification, Wanted
+from adapter.ledger.inbox import RETURN_BYTES, Inbox, Received, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import LEASE_MS, Lease
 from adapter.ledger.maintenance import faults
@@ -134,6 +134,8 @@ class Line:
     owed: list[Owed] = field(default_factory=list)
     current: Owed | None = None  # attempted, and not passed
     due_at: int = 0  # of `current`
+    doubt_until: int = 0  # of its last claim
+    free_at: int = 0  # after a discard in doubt
     held: int | None = None  # by which process
     claims: int = 0
     settled: int = 0
@@ -158,7 +160,10 @@ class Line:
             return None
         if self.current is not None:
             return (self.due_at, self.current) if self.current.state is State.WAITING else None
-        return next(((0, owed) for owed in self.waiting()), None)
+        return next(((self.free_at, owed) for owed in self.waiting()), None)
+
+    def after_doubt(self, now: int) -> int:
+        return max(now, self.doubt_until) if self.claims > self.settled else now
 
 
 @dataclass(eq=False)
@@ -171,6 +176,10 @@ class Event:
     body: bytes
     conflicts: dict[bytes, "Event"] = field(default_factory=dict)
     owed: list[tuple[Line, Owed]] = field(default_factory=list)
+    returns: list[tuple[Line, Owed]] = field(default_factory=list)  # deliveries of the order's returns to this body
+
+    def is_of(self, owed: Owed) -> bool:
+        return owed.identity.startswith(self.identity) and len(owed.identity) - len(self.identity) in (0, RETURN_BYTES)
 
 
 @dataclass(eq=False)
@@ -263,7 +272,7 @@ class LedgerMachine(RuleBasedStateMachine):
         expected: list[Received] = []
         receipts = []
         for order, snapshot, value in told:
-            identity = f"{order}/{snapshot}/{value}".encode()
+            identity = f"{order}/{snapshot}/{value}/".encode()
             if any(event.identity == identity for event in self.known):
                 continue
             is_new = all(event.identity != identity for event in events)
@@ -301,6 +310,8 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def repeated(self, event: Event, in_envelope: bool, source: str, node: int) -> None:
         body = b'{"notification": {}, "order": %s}' % event.body if in_envelope else event.body
+        if self.returned(event, event, body, source, node):
+            return
         retried = [] if source == "reconciliation" else self.retryable(event)
 
         received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body, source)))
@@ -312,6 +323,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def contradicted(self, event: Event, other: int, node: int) -> None:
         order = {"id": event.order_id, "another": other}
         body = json.dumps(order).encode()
+        if body in event.conflicts and self.returned(event, event.conflicts[body], body, "callback", node):
+            return
         retried = self.retryable(event.conflicts[body]) if body in event.conflicts else []
 
         received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body)))
@@ -328,10 +341,39 @@ class LedgerMachine(RuleBasedStateMachine):
             if refetch:
                 self.model_owes(self.lines[event.order_id, route], conflict)
 
+    def returned(self, event: Event, now: Event, body: bytes, source: str, node: int) -> bool:
+        """Receive a repeat if it may be a return: another body of the event came last, and its delivery began."""
+        lines = [line for line, _ in event.owed if line.refetch]
+        newest = [(line, line.owed[-1]) for line in lines]
+        began = [
+            line
+            for line, owed in newest
+            if (owed.state is not State.WAITING or line.current is owed)
+            and owed.identity.startswith(event.identity)
+            and not now.is_of(owed)
+        ]
+        if not began:
+            return False
+
+        received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, body, source)))
+
+        assert received is Received.NEW
+        self.conflicts += 1
+        with self.looking.begin():
+            newest_row = self.looking.execute(text("SELECT identity FROM notifications ORDER BY id DESC LIMIT 1"))
+            identity = bytes(newest_row.scalar_one())
+        again = Event(event.order_id, event.snapshot, identity, body)
+        for line in began:
+            self.model_owes(line, again)
+        assert now.is_of(line.owed[-1])
+        now.returns += again.owed
+        return True
+
     def retryable(self, event: Event) -> list[tuple[Line, Owed]]:
+        last = [(line, owed) for line, owed in event.returns if line.owed[-1] is owed]
         return [
             (line, owed)
-            for line, owed in event.owed
+            for line, owed in [*event.owed, *last]
             if owed.reason in RETRYABLE and owed.retried_at <= self.now - HOUR and not line.still_tries(owed)
         ]
 
@@ -435,7 +477,7 @@ class LedgerMachine(RuleBasedStateMachine):
         line.claims += 1
         owed.attempts += 1
         assert (claim.number, claim.attempt) == (line.claims, owed.attempts)
-        line.held, line.current = claim.holder, owed
+        line.held, line.current, line.doubt_until, line.free_at = claim.holder, owed, self.now + DOUBT, 0
         delay = SCHEDULE[min(claim.attempt, len(SCHEDULE)) - 1] // timedelta(milliseconds=1)
         line.due_at = self.now + max(DOUBT, delay)
         return Held(line, owed, claim)
@@ -561,6 +603,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for line, owed in meant:
             owed.state, owed.reason = State.DONE, Reason.DISCARDED
             if line.current is owed:
+                line.free_at = line.after_doubt(self.now)
                 line.current, line.settled = None, line.claims
 
     def dead(self) -> list[tuple[Line, Owed]]:
@@ -575,7 +618,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for line, owed in letters:
             owed.state, owed.reason, owed.attempts, owed.retried_at = State.WAITING, None, 0, self.now
             if line.current is owed:
-                line.due_at = self.now
+                line.due_at = self.now if ends_doubt else line.after_doubt(self.now)
                 if ends_doubt:
                     line.settled = line.claims
 
