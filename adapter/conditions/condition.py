@@ -6,13 +6,22 @@ the scope is a value.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import Enum
 from typing import Any, Final
 
 from jsonpointer import JsonPointer, JsonPointerException
 
 from adapter.conditions.failing_keyword import FailingKeyword, find_failing_keyword
-from adapter.conditions.schemas import MAX_SCOPE_LENGTH, MAX_SCOPE_TOKENS, ConditionInvalid, check_schema
+from adapter.conditions.schemas import (
+    LONGEST_FOR_A_MIB,
+    MAX_NODES_PER_BYTE,
+    MAX_SCOPE_LENGTH,
+    MAX_SCOPE_TOKENS,
+    MIB,
+    ConditionInvalid,
+    check_schema,
+)
 from adapter.orders import Json
 
 
@@ -91,13 +100,13 @@ class CompiledCondition:
 
     def __init__(self, condition: Condition) -> None:
         self.condition = condition
-        self._tokens = parse_scope(condition.scope)  # type: ignore[arg-type]  # it refuses None by its own code
+        self.tokens = parse_scope(condition.scope)  # type: ignore[arg-type]  # it refuses None by its own code
         self._scope = str(condition.scope)
         self._checked = check_schema(True if condition.schema is None else condition.schema)
         self.schema: Json = self._checked.schema
         self._is_valid = self._checked.engine().is_valid
         # Evaluations are made once: making one takes longer than evaluating most schemas.
-        places = [JsonPointer.from_parts(self._tokens[:end]).path for end in range(len(self._tokens) + 1)]
+        places = [JsonPointer.from_parts(self.tokens[:end]).path for end in range(len(self.tokens) + 1)]
         self._matched = Evaluation(result=Result.MATCHED, code=None, where=self._scope)
         self._not_matched = Evaluation(result=Result.NOT_MATCHED, code="schema", where=self._scope)
         self._in_array = [Evaluation(result=Result.ERROR, code="scope_in_array", where=place) for place in places]
@@ -107,11 +116,15 @@ class CompiledCondition:
 
     def value(self, tree: object) -> Any:
         """Return the value at the scope, or `MISSING`, also if the scope leads through an array."""
-        for token in self._tokens:
+        for token in self.tokens:
             if not isinstance(tree, dict) or token not in tree:
                 return MISSING
             tree = tree[token]
         return tree
+
+    def worst_case(self, order_bytes: int) -> timedelta:
+        """Return the longest time of an evaluation for an order of a size, by the schema."""
+        return LONGEST_FOR_A_MIB * (self._checked.nodes_per_byte / MAX_NODES_PER_BYTE) * (order_bytes / MIB)
 
     def evaluate(self, tree: object) -> Evaluation:
         """Evaluate the condition on an order as plain JSON. Never raises.
@@ -142,7 +155,7 @@ class CompiledCondition:
         return find_failing_keyword(self._checked, self.value(tree), self._scope)
 
     def _missing_at(self, tree: object) -> Evaluation:
-        for depth, token in enumerate(self._tokens):
+        for depth, token in enumerate(self.tokens):
             if isinstance(tree, list):
                 return self._in_array[depth]
             if not isinstance(tree, dict) or token not in tree:

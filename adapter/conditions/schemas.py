@@ -5,9 +5,9 @@ its nodes, on its patterns, and on its nodes for each byte of the value (`MAX_NO
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import jsonschema_rs
@@ -15,7 +15,8 @@ from referencing import Registry
 from referencing.exceptions import NoSuchAnchor, PointerToNowhere, Unresolvable
 from referencing.jsonschema import DRAFT202012
 
-from adapter.conditions.equality import KEYWORDS, is_integer, is_near, with_ranges
+from adapter.conditions.keywords import OWN, OwnKeywords, has_scalars, is_simple_step, own_keywords, with_own_keywords
+from adapter.conditions.patterns import PatternUnknown, has_more_states
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 MAX_SCOPE_LENGTH, MAX_SCOPE_TOKENS = 1_024, 32
@@ -23,15 +24,11 @@ MAX_SCHEMA_BYTES = 1024 * 1024  # as compact JSON
 MAX_SCHEMA_DEPTH = 64  # of a schema, and of its subschemas after `$ref` expansion
 MAX_NODES = 20_000  # of a schema, after `$ref` expansion
 MAX_PATTERN_LENGTH = 1_024
-# Compiled size of a pattern. The engine reads a character in 2 to 5 ns (measured), unless a pattern has to remember
-# many positions at once, such as [01]*1[01]{100}: then it takes up to 0.7 us at this size.
-MAX_PATTERN_BYTES = 8 * 1024
-MAX_CLASSES_BYTES = 64 * 1024  # without a counted repetition
-# At this rate, a schema takes at most 50 ms for a MiB (measured; 60 ms with `multipleOf` or `enum` of fractions).
-# Two kinds of values are slower: a MiB of integers beyond 64 bits takes 20 to 70 ms for each limit that is compared
-# with all, and `uniqueItems` takes up to 150 ms for a MiB of small arrays and objects.
+MAX_PATTERN_BYTES = 256 * 1024  # compiled
+MAX_PATTERN_STATES = 2_000  # they fit in the engine's memory, so that it reads a character in 2 to 5 ns (measured)
 MAX_NODES_PER_BYTE = 4.5
 MIB = 1024 * 1024
+LONGEST_FOR_A_MIB = timedelta(milliseconds=50)  # of an evaluation at this rate
 
 _REMEDIES = {
     "scope_empty": "a condition needs a scope, a JSON Pointer such as /state/currentStatus",
@@ -76,7 +73,7 @@ class CheckedSchema:
 
     schema: Any  # a copy, as plain JSON
     nodes: int  # after `$ref` expansion
-    has_own_equality: bool  # for `const` and `enum`: they hold more than text
+    nodes_per_byte: float  # that are evaluated at most, for each byte of the value
 
     def engine(self, part: Any = None, registry: jsonschema_rs.Registry | None = None) -> Any:
         """Compile the schema, or a part of it. Use only `is_valid` of the result.
@@ -84,8 +81,8 @@ class CheckedSchema:
         The error iterator can take seconds on a recursive schema, and its messages hold values. Two measures prevent
         fetching: `offline`, and the check of every reference.
         """
-        own = {name: each for name, each in KEYWORDS.items() if self.has_own_equality or name == "uniqueItems"}
-        return _engine(with_ranges(self.schema if part is None else part), registry=registry, keywords=own)
+        schema = with_own_keywords(self.schema if part is None else part)
+        return _engine(schema, registry=registry, keywords={OWN: OwnKeywords})
 
 
 def check_schema(schema: Any) -> CheckedSchema:
@@ -94,15 +91,13 @@ def check_schema(schema: Any) -> CheckedSchema:
     return _Check(plain).result()
 
 
-def _engine(
-    schema: Any, max_pattern_bytes: int = MAX_CLASSES_BYTES, **options: Any
-) -> jsonschema_rs.Draft202012Validator:
+def _engine(schema: Any, **options: Any) -> jsonschema_rs.Draft202012Validator:
     try:
         return jsonschema_rs.Draft202012Validator(
             schema,
             offline=True,
             validate_formats=False,
-            pattern_options=jsonschema_rs.RegexOptions(size_limit=max_pattern_bytes, dfa_size_limit=1024 * 1024),
+            pattern_options=jsonschema_rs.RegexOptions(size_limit=MAX_PATTERN_BYTES, dfa_size_limit=1024 * 1024),
             **options,
         )
     except jsonschema_rs.ValidationError as error:
@@ -128,14 +123,14 @@ BY_NAME = frozenset(("properties", "patternProperties", "dependentSchemas", "dep
 UNEVALUATED = ("unevaluatedProperties", "unevaluatedItems")
 # The engine evaluates the other keywords again to find what is unevaluated: 2.6 to 3.7 times (measured).
 _UNEVALUATED_FACTOR = 4
-_LIMITS = ("maximum", "minimum", "exclusiveMaximum", "exclusiveMinimum")
-# Nodes that a slow keyword counts as.
-_RANGE_NODES = 4  # `const`, if it is an integer
-_EQUALITY_NODES = 40  # other `const` and `enum`, if one in the schema holds more than text
-_UNIQUE_NODES = 30  # `uniqueItems`, for each array
-_FAR_LIMIT_NODES = 40  # a limit beyond 64 bits
-_UNIQUE_RATE, _PATTERN_RATE = 3.0, 0.5  # for each byte of an array, of a text
-_FRACTION_NODES = 60  # `multipleOf`, if it is no integer
+# Keywords whose subschema may fail for one part while the evaluation goes on with the next.
+_GOES_ON = frozenset(("contains", "not", "anyOf", "oneOf", "if", *UNEVALUATED))
+# Nodes that the keywords count as that are checked in Python (`keywords.py`).
+_CALL_NODES, _FAILURE_NODES = 32, 25  # for each value; more if it may fail and the evaluation goes on
+_EQUALITY_NODES, _OTHER_NODES = 25, 4
+_STEP_NODES, _ODD_STEP_NODES = 30, 120  # `multipleOf`, if every integer is a multiple, and otherwise
+_UNIQUE_SCALARS_RATE, _UNIQUE_RATE = 2.5, 4.4  # for each byte of an array
+_PATTERN_RATE = 0.5  # for each byte of a text
 
 
 class _Check:
@@ -151,7 +146,6 @@ class _Check:
     def __init__(self, schema: Any) -> None:
         self._schema = schema
         self._nodes = 0
-        self._has_own_equality = False
         self._has_unique_items = False
         self._checked: set[int] = set()
         self._following: dict[int, int] = {}  # the schemas being followed, with their depth in the value
@@ -167,14 +161,15 @@ class _Check:
             known, rate = None, (0.0, 0.0)
             while known != self._smallest:  # until each recursive schema is counted for its smallest parts
                 known, self._nodes, self._returns = dict(self._smallest), 0, []
-                rate = self._rate(self._schema, resolver, "", each=MIB, into=0, depth=0)
+                rate = self._rate(self._schema, resolver, "", each=MIB, goes_on=False, into=0, depth=0)
         except ValueError as error:
             raise ConditionInvalid("ref_unresolvable", "", "an $id or $ref is not a URI") from error
         # Every reference back evaluates each remembered schema.
         returns = max(1, len(set(self._returns)) * len(self._returns))
-        if max(rate) * returns > MAX_NODES_PER_BYTE or (self._returns and self._has_unique_items):
+        nodes_per_byte = max(rate) * returns
+        if nodes_per_byte > MAX_NODES_PER_BYTE or (self._returns and self._has_unique_items):
             raise ConditionInvalid("too_slow", "")
-        checked = CheckedSchema(self._schema, self._nodes * returns, self._has_own_equality)
+        checked = CheckedSchema(self._schema, self._nodes * returns, nodes_per_byte)
         checked.engine()
         return checked
 
@@ -191,14 +186,15 @@ class _Check:
             raise ConditionInvalid("dynamic_ref", f"{where}/$dynamicRef")
         for pattern, place in _patterns(schema):
             _check_pattern(pattern, where + place)
-        self._has_own_equality |= not _is_text([schema.get("const", ""), *schema.get("enum", ())])
         self._has_unique_items |= schema.get("uniqueItems") is True
         if "$ref" in schema:
             self._look_up(schema["$ref"], resolver, f"{where}/$ref")
         for _, place, subschema in _subschemas(schema):
             self._check(subschema, resolver, where + place)
 
-    def _rate(self, schema: Any, resolver: Any, where: str, *, each: int, into: int, depth: int) -> tuple[float, float]:
+    def _rate(
+        self, schema: Any, resolver: Any, where: str, *, each: int, goes_on: bool, into: int, depth: int
+    ) -> tuple[float, float]:
         """Return the nodes that are evaluated for a byte of a value: on itself, and on its parts.
 
         The larger one is the rate of the subschema, because the bytes of a part are bytes of the value, too.
@@ -208,6 +204,7 @@ class _Check:
             resolver: Of its references.
             where: Its place.
             each: The fewest bytes for each value that it is evaluated on.
+            goes_on: Whether the evaluation goes on if it fails for a value.
             into: The steps into the value so far.
             depth: Bounds the recursion.
         """
@@ -221,11 +218,13 @@ class _Check:
             return nodes / each, 0
         resolver = resolver.in_subresource(DRAFT202012.create_resource(schema))
         own, parts = (
-            self._own_weight(schema) / each + _PATTERN_RATE * ("pattern" in schema),
+            _own_weight(schema, goes_on=goes_on) / each + _PATTERN_RATE * ("pattern" in schema),
             _nodes_per_byte_of_parts(schema),
         )
         if "$ref" in schema:
-            more, below = self._follow(schema["$ref"], resolver, f"{where}/$ref", each=each, into=into, depth=depth)
+            more, below = self._follow(
+                schema["$ref"], resolver, f"{where}/$ref", each=each, goes_on=goes_on, into=into, depth=depth
+            )
             own, parts = own + more, parts + below
         named = 0.0  # the members that `properties` names are different parts of the value
         for keyword, place, subschema in _subschemas(schema):
@@ -237,6 +236,7 @@ class _Check:
                 resolver,
                 where + place,
                 each=_bytes_of_part(keyword, place, each),
+                goes_on=goes_on or keyword in _GOES_ON,
                 into=into + is_below,
                 depth=depth + 1,
             )
@@ -249,7 +249,9 @@ class _Check:
         factor = _UNEVALUATED_FACTOR if any(keyword in schema for keyword in UNEVALUATED) else 1
         return own * factor, (parts + named) * factor
 
-    def _follow(self, ref: str, resolver: Any, where: str, *, each: int, into: int, depth: int) -> tuple[float, float]:
+    def _follow(
+        self, ref: str, resolver: Any, where: str, *, each: int, goes_on: bool, into: int, depth: int
+    ) -> tuple[float, float]:
         resolved = self._look_up(ref, resolver, where)
         target = id(resolved.contents)
         if target in self._following:
@@ -259,9 +261,12 @@ class _Check:
             self._smallest[target] = min(each, self._smallest.get(target, each))
             return 1 / each, 0
         self._following[target] = into
+        goes_on = goes_on or target in self._smallest
         each = min(each, self._smallest.get(target, each))
         try:
-            return self._rate(resolved.contents, resolved.resolver, where, each=each, into=into, depth=depth + 1)
+            return self._rate(
+                resolved.contents, resolved.resolver, where, each=each, goes_on=goes_on, into=into, depth=depth + 1
+            )
         finally:
             del self._following[target]
 
@@ -278,18 +283,20 @@ class _Check:
             self._unchecked.append((resolved.contents, resolved.resolver, where))
         return resolved
 
-    def _own_weight(self, schema: dict[str, Any]) -> int:
-        weight = len(schema)
-        if "const" in schema and is_integer(schema["const"]):
-            weight += _RANGE_NODES
-        elif self._has_own_equality:
-            weight += sum(_EQUALITY_NODES + _containers(schema[each]) for each in ("const", "enum") if each in schema)
-        if isinstance(schema.get("multipleOf", 1), float):
-            weight += _FRACTION_NODES
-        weight += _UNIQUE_NODES * (schema.get("uniqueItems") is True)
-        # A limit takes twice the time of another keyword.
-        weight += sum(1 if is_near(schema[each]) else _FAR_LIMIT_NODES for each in _LIMITS if each in schema)
-        return weight + len(schema.get("dependentRequired", ())) + len(schema.get("required", ())) // 4
+
+def _own_weight(schema: dict[str, Any], *, goes_on: bool) -> int:
+    """Return the nodes of the keywords that apply to a value itself."""
+    weight = len(schema) + len(schema.get("dependentRequired", ())) + len(schema.get("required", ())) // 4
+    if own := own_keywords(schema):
+        weight += _CALL_NODES + _FAILURE_NODES * goes_on
+    for name in own:
+        if name == "enum" or isinstance(schema[name], (list, dict)):
+            weight += _EQUALITY_NODES + _containers(schema[name])
+        elif name == "multipleOf":
+            weight += _STEP_NODES if is_simple_step(schema[name]) else _ODD_STEP_NODES
+        else:
+            weight += _OTHER_NODES
+    return weight
 
 
 def _own_nodes(schema: Any) -> int:
@@ -301,27 +308,29 @@ def _own_nodes(schema: Any) -> int:
 def _nodes_per_byte_of_parts(schema: dict[str, Any]) -> float:
     """Return the nodes for keywords whose time depends on the length of an array or of names."""
     patterns = len(schema.get("patternProperties", ()))
-    return _UNIQUE_RATE * (schema.get("uniqueItems") is True) + _PATTERN_RATE * patterns
+    unique = _UNIQUE_SCALARS_RATE if has_scalars(schema) else _UNIQUE_RATE
+    return unique * (schema.get("uniqueItems") is True) + _PATTERN_RATE * patterns
 
 
 def _bytes_of_part(keyword: str, place: str, each: int) -> int:
     """Return the fewest bytes for each part that a keyword applies to."""
     if keyword in _EVERY_PART:
         return _EVERY_PART[keyword]
-    if keyword == "properties":  # `"name":1,`
-        return max(each, len(place.rpartition("/")[2]) + 5)
+    if keyword == "properties":  # `{"name":1},`
+        return each + len(place.rpartition("/")[2].replace("~1", "/").replace("~0", "~")) + 5
     return each
 
 
 def _check_pattern(pattern: str, where: str) -> None:
     if len(pattern) > MAX_PATTERN_LENGTH:
         raise ConditionInvalid("pattern_too_long", where)
-    # Only a repetition makes the engine remember many positions; a class such as \\p{L} is large, but fast.
-    max_bytes = MAX_PATTERN_BYTES if re.search(r"\{\d", pattern) else MAX_CLASSES_BYTES
     try:
-        _engine({"pattern": pattern}, max_bytes)
-    except ConditionInvalid as error:
+        _engine({"pattern": pattern})
+        if not has_more_states(pattern, MAX_PATTERN_STATES):
+            return
+    except (ConditionInvalid, PatternUnknown) as error:
         raise ConditionInvalid("pattern_unsupported", where) from error
+    raise ConditionInvalid("pattern_unsupported", where)
 
 
 def _plain_copy(schema: Any) -> Any:
@@ -399,10 +408,6 @@ def size(value: Any) -> int:
 def _containers(value: Any) -> int:
     """Return the number of values in the arrays and objects of an `enum` or `const`."""
     return size(value) if isinstance(value, dict) else sum(map(_containers, value)) if isinstance(value, list) else 0
-
-
-def _is_text(values: list[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
 
 
 def escaped(token: object) -> str:

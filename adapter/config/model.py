@@ -94,7 +94,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
 
     host: Annotated[str, doc("Address that the public port listens on.", min_length=1)] = "0.0.0.0"  # noqa: S104
     port: Annotated[Port, doc("Number of the public port; 0 takes any free port.")] = 8080
-    max_body_bytes: Annotated[int, doc("Largest body in bytes; a larger body gets 413.", ge=1024, le=64 * MIB)] = MIB
+    max_body_bytes: Annotated[int, doc("Largest body in bytes; a larger body gets 413.", ge=1024, le=4 * MIB)] = MIB
     receive_timeout: Annotated[
         timedelta,
         doc(

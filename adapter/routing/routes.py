@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import EntryPoint, entry_points
+from itertools import chain
 from typing import Any
 
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
@@ -15,9 +16,11 @@ from adapter.config import Config, ConfigProblem, ConfigurationInvalid, read_set
 from adapter.config.model import CallbackConfig, HookCallbackConfig, NotificationCallbackConfig, RouteConfig, WhenConfig
 from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
+from adapter.norce.client import MAX_ORDER_BYTES
 from adapter.orders import Order
 from adapter.outgoing import origins
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler, can_look_up
+from adapter.routing.worst_cases import conditions_in, worst_case
 
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
@@ -181,9 +184,32 @@ class _Builder:
     def routes(self) -> Routes:
         callbacks = {name: self._callback(name, each) for name, each in self._config.callbacks.items()}
         routes = [self._route(name, each, callbacks[each.callback]) for name, each in self._config.routes.items()]
+        if not self._problems:
+            built = Routes(callbacks, [route for route in routes if route is not None], self._warnings)
+            for callback in callbacks.values():
+                self._check_worst_case(callback, built)
         if self._problems:
             raise ConfigurationInvalid(self._problems)
-        return Routes(callbacks, [route for route in routes if route is not None], self._warnings)
+        return built
+
+    def _check_worst_case(self, callback: Callback, built: Routes) -> None:
+        """Check that the service has time for its own conditions, however large the order is."""
+        if callback.kind == "notification":
+            return
+        order_bytes = self._config.server.max_body_bytes if callback.kind == "hook" else MAX_ORDER_BYTES
+        for channel in self._config.channels:
+            serving = [route for route in built.serving(callback.name, channel) if not route.shadow]
+            computing = [conditions_in(route.settings[channel]) for route in serving if route.computes]
+            longest = worst_case(chain(*(route.when for route in serving), *computing), order_bytes)
+            if longest > callback.deadline / 2:
+                names = ", ".join(route.name for route in serving if route.when or route.computes)
+                self._problem(
+                    f"callbacks.{callback.name}.deadline",
+                    f"the conditions of its routes ({names}) could together take {longest.total_seconds():.1f} s for "
+                    f"an order of {order_bytes / 2**20:g} MiB, and may take half of the deadline; raise the deadline, "
+                    "write fewer conditions for the same part of the order, or give them smaller scopes",
+                )
+                return
 
     def _callback(self, name: str, each: CallbackConfig) -> Callback:
         if isinstance(each, NotificationCallbackConfig):

@@ -30,7 +30,8 @@ SUITE = Path(sys.prefix) / "json-schema-test-suite"
 
 # The official suite ------------------------------------------------------------------------------------------------
 
-# Groups of the suite that are refused: they need another document or a metaschema, or could be slow on a large order.
+# Groups of the suite that are refused: they need another document or a metaschema, or could be slow on a large order,
+# such as those that compare each number of a bare list.
 # All of dynamicRef.json is refused, too.
 NOT_SUPPORTED = {
     ("defs.json", "validate definition against metaschema"): "ref_remote",
@@ -50,6 +51,22 @@ NOT_SUPPORTED = {
     ("refRemote.json", "remote HTTP ref with different URN $id"): "ref_remote",
     ("refRemote.json", "remote HTTP ref with nested absolute ref"): "ref_remote",
     ("refRemote.json", "$ref to $ref finds detached $anchor"): "ref_remote",
+    ("contains.json", "contains keyword validation"): "too_slow",
+    ("contains.json", "contains keyword with const keyword"): "too_slow",
+    ("contains.json", "items + contains"): "too_slow",
+    ("items.json", "items does not look in applicators, valid case"): "too_slow",
+    ("maxContains.json", "maxContains with contains"): "too_slow",
+    ("maxContains.json", "maxContains with contains, value with a decimal"): "too_slow",
+    ("maxContains.json", "minContains < maxContains"): "too_slow",
+    ("minContains.json", "minContains=1 with contains"): "too_slow",
+    ("minContains.json", "minContains=2 with contains"): "too_slow",
+    ("minContains.json", "minContains=2 with contains with a decimal value"): "too_slow",
+    ("minContains.json", "maxContains = minContains"): "too_slow",
+    ("minContains.json", "maxContains < minContains"): "too_slow",
+    ("minContains.json", "minContains = 0"): "too_slow",
+    ("minContains.json", "minContains = 0 with maxContains"): "too_slow",
+    ("patternProperties.json", "multiple simultaneous patternProperties are validated"): "too_slow",
+    ("uniqueItems.json", "uniqueItems with an array of items and additionalItems=false"): "too_slow",
     ("unevaluatedItems.json", "unevaluatedItems with nested unevaluatedItems"): "too_slow",
     ("unevaluatedItems.json", "unevaluatedItems with $dynamicRef"): "dynamic_ref",
     ("unevaluatedItems.json", "unevaluatedItems depends on multiple nested contains"): "too_slow",
@@ -98,7 +115,7 @@ def test_every_mandatory_case_of_the_official_suite_passes_or_is_refused_by_name
 
     assert wrong == []
     assert refused == NOT_SUPPORTED
-    assert right == 1138  # of 1257; the other 119 are in the groups above
+    assert right == 1076  # of 1257; the other 181 are in the groups above
 
 
 # Cases as data -----------------------------------------------------------------------------------------------------
@@ -424,11 +441,11 @@ def test_any_schema_is_refused_or_evaluates_any_tree_without_raising(schema: Any
 
 
 @QUIET
-@given(schema=ORDINARY_SCHEMAS, value=PLAIN, has_own_equality=st.booleans())
-def test_evaluations_agree_with_another_implementation(schema: Any, value: Any, *, has_own_equality: bool) -> None:
+@given(schema=ORDINARY_SCHEMAS, value=PLAIN)
+def test_evaluations_agree_with_another_implementation(schema: Any, value: Any) -> None:
     expected = Draft202012Validator(schema, registry=Registry()).is_valid(value)
 
-    engine = CheckedSchema(schema, nodes=0, has_own_equality=has_own_equality).engine()
+    engine = CheckedSchema(schema, nodes=0, nodes_per_byte=0).engine()
 
     assert engine.is_valid(value) is expected
 

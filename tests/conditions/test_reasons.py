@@ -44,7 +44,7 @@ def fails(keyword: str | None, schema: str, where: str) -> FailingKeyword:
             fails(None, "/additionalProperties", "/c"),
         ),
         ({"required": ["a", "b"]}, {"a": 1}, fails("required", "/required", "/b")),
-        ({"contains": {"const": 1}, "minContains": 2}, [1, 2], fails("contains", "/contains", "")),
+        ({"contains": {"const": "a"}, "minContains": 2}, ["a", "b"], fails("contains", "/contains", "")),
         ({"dependencies": {"a": ["b"]}}, {"a": 1}, fails("dependencies", "/dependencies", "")),
         (
             {"dependentSchemas": {"b": False, "a": {"maxProperties": 1}}},
@@ -85,22 +85,22 @@ def test_it_names_the_keyword_and_the_places_where_it_fails(
     [
         ({"$ref": "#/$defs/a", "$defs": {"a": {"enum": [1]}}}, 2, fails("enum", "/$ref/enum", "")),
         (
-            {"items": {"$ref": "#n"}, "$defs": {"a": {"$anchor": "n", "const": 1}}},
-            [2],
+            {"items": {"$ref": "#n"}, "$defs": {"a": {"$anchor": "n", "const": "a"}}},
+            ["b"],
             fails("const", "/items/$ref/const", "/0"),
         ),
         (
             {
                 "$id": "http://a/b",
                 "properties": {"p": {"$ref": "c"}},
-                "$defs": {"x": {"$id": "c", "items": {"$ref": "#/$defs/y"}, "$defs": {"y": {"const": 1}}}},
+                "$defs": {"x": {"$id": "c", "items": {"$ref": "#/$defs/y"}, "$defs": {"y": {"const": "a"}}}},
             },
-            {"p": [1, 2]},
+            {"p": ["a", "b"]},
             fails("const", "/properties/p/$ref/items/$ref/const", "/p/1"),
         ),
         (
-            {"$id": "urn:a:b", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"const": 1}}},
-            [2],
+            {"$id": "urn:a:b", "items": {"$ref": "#/$defs/a"}, "$defs": {"a": {"const": "a"}}},
+            ["b"],
             fails("const", "/items/$ref/const", "/0"),
         ),
         ({"const": {"$ref": "#/$defs/a"}}, {"$ref": "#/$defs/b"}, fails("const", "/const", "")),
@@ -202,7 +202,7 @@ def test_no_schema_and_no_value_make_the_search_endless() -> None:
         search("if", {"type": "object", "if": members, "then": True, "else": members}, deep)
         search("backtracking", {"patternProperties": {"^(a+)+$": {"type": "null"}}, "required": ["x"]}, {"a" * 9999: 1})
         bits = format(random.Random(1).getrandbits(50_000), "b")
-        search("slow patterns", {"anyOf": [{"pattern": f"[01]*1[01]{{{i}}}2"} for i in range(50, 54)]}, bits)
+        search("many patterns", {"anyOf": [{"pattern": f"[01]*1[01]{{{i}}}2"} for i in range(5, 9)]}, bits)
         search("many items", {"items": {"type": "integer"}}, [1] * 150_000 + ["x"])
         numbers = {str(i): i for i in range(80_000)}
         search("many members", {"additionalProperties": {"type": "integer"}}, numbers | {"": ""})
