@@ -152,10 +152,17 @@ def next_attempt_at(
     It is never earlier than the schedule says and at most 20 % later. A destination may ask for a later time
     (`Retry-After`), never an earlier one. The delay is capped, so that a typo at the destination cannot park an order
     for a month.
+
+    Args:
+        schedule: The delays after each attempt.
+        attempts: The attempts that were made.
+        failed_at: The end of the last one.
+        jitter: The part of the longest jitter to add, 0 to 1.
+        not_before: The delay that the destination asked for.
     """
     if attempts > len(schedule):
         return None
-    due = failed_at + schedule[attempts - 1] * (1 + LARGEST_JITTER * min(max(jitter, 0.0), 1.0))
+    due = failed_at + schedule[attempts - 1] * (1 + LARGEST_JITTER * jitter)
     if not_before is None:
         return due
     return max(due, failed_at + min(max(not_before, timedelta(0)), LONGEST_DEFERRAL))
