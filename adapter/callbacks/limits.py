@@ -17,6 +17,7 @@ MOST_AT_ONCE = 500  # requests of known callers: as many accepts as one core doe
 MOST_WAITING = 2000  # each holds an order
 WARN_EVERY_SECONDS = 60
 SECONDS_OF_A_WINDOW = 60
+SECONDS_OF_A_DAY = 86_400
 
 # Of one order, whatever the callback. A shopper's browser sees the signed addresses of its order.
 CALLS_OF_AN_ORDER_AT_ONCE = 32
@@ -126,3 +127,38 @@ class LimitReport:
             log.warning("limit_reached", limit=limit, count=count)
             count = 0
         self._unreported[limit] = count
+
+
+class ByteLimit:
+    """A limit on the bytes that the bodies of each key may have in a day.
+
+    Bytes are forgotten evenly, the whole limit within a day. So a key takes memory only for as long as its bytes count:
+    most orders for some minutes.
+    """
+
+    def __init__(self, name: str, *, a_day: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = name
+        self._limit = a_day
+        self._clock = clock
+        self._counted: dict[Hashable, tuple[float, float]] = {}  # bytes, and when they were counted
+        self._forgets_at = clock() + SECONDS_OF_A_WINDOW
+
+    def take(self, key: Hashable, size: int) -> bool:
+        """Count the bytes of a body unless they exceed the limit. A first body may have any size."""
+        now = self._clock()
+        if now >= self._forgets_at:
+            self._counted = {each: counted for each, counted in self._counted.items() if self._left(counted, now)}
+            self._forgets_at = now + SECONDS_OF_A_WINDOW
+        before = self._left(self._counted.get(key, (0, now)), now)
+        if before and before + size > self._limit:
+            return False
+        self._counted[key] = before + size, now
+        return True
+
+    def _left(self, counted: tuple[float, float], now: float) -> float:
+        size, at = counted
+        return max(size - (now - at) * self._limit / SECONDS_OF_A_DAY, 0)
+
+    def __len__(self) -> int:
+        """Return the number of keys that take memory."""
+        return len(self._counted)

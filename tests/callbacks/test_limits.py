@@ -8,7 +8,9 @@ from structlog.testing import capture_logs
 from adapter.callbacks.limits import (
     MOST_AT_ONCE,
     MOST_WAITING,
+    SECONDS_OF_A_DAY,
     WARN_EVERY_SECONDS,
+    ByteLimit,
     CallLimit,
     LimitReport,
     Load,
@@ -157,3 +159,41 @@ def test_a_request_counts_while_it_runs() -> None:
 
     assert load.running == MOST_AT_ONCE - 1
     assert refused == ["requests"]
+
+
+# --- bytes of a day -------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_of_a_key_are_limited_and_come_back_over_a_day(clock: Seconds) -> None:
+    limit = ByteLimit("order-bytes", a_day=SECONDS_OF_A_DAY * 10, clock=clock)
+
+    assert [limit.take("a", SECONDS_OF_A_DAY * 4) for _ in range(3)] == [True, True, False]
+    assert limit.take("b", SECONDS_OF_A_DAY * 4)
+    clock.now += SECONDS_OF_A_DAY / 5  # two tenths are forgotten
+    assert [limit.take("a", SECONDS_OF_A_DAY * 4) for _ in range(2)] == [True, False]
+    clock.now += SECONDS_OF_A_DAY
+    assert [limit.take("a", SECONDS_OF_A_DAY * 5) for _ in range(3)] == [True, True, False]
+
+
+def test_a_refused_body_does_not_count(clock: Seconds) -> None:
+    limit = ByteLimit("order-bytes", a_day=100, clock=clock)
+
+    assert [limit.take("a", size) for size in (60, 60, 60, 40)] == [True, False, False, True]
+
+
+def test_a_first_body_may_be_larger_than_the_limit(clock: Seconds) -> None:
+    limit = ByteLimit("order-bytes", a_day=100, clock=clock)
+
+    assert [limit.take("a", size) for size in (1000, 1)] == [True, False]
+
+
+def test_a_key_takes_memory_until_its_bytes_are_forgotten(clock: Seconds) -> None:
+    limit = ByteLimit("order-bytes", a_day=SECONDS_OF_A_DAY, clock=clock)
+    for number in range(100):
+        limit.take(number, 120)
+    assert len(limit) == 100
+
+    clock.now += 121
+    limit.take("another", 1)
+
+    assert len(limit) == 1
