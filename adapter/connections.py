@@ -13,7 +13,7 @@ import asyncio
 import functools
 import ssl
 import zlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpcore
@@ -24,8 +24,7 @@ MAX_OVERHEAD_BYTES = 32 * 1024  # of an answer, all that is not body: its heads 
 MAX_OVERHEAD_PART = 0.5  # of the body, on top of that, for the lines of small chunks
 MAX_LINES = 200  # status lines, fields and trailers of an answer
 READ_BYTES = 16 * 1024  # parsed without a pause for other tasks
-PIECE_BYTES = 64 * 1024  # of a body that is being decompressed
-PIECES_IN_A_ROW = 8  # of a body, then other tasks have a turn
+CHUNKS_IN_A_ROW = 8  # of a body, then other tasks have a turn
 
 # Of RFC 9110, section 8.4.1, and newer ones. Other values are mistakes, such as the name of a character set.
 _GZIP = ("gzip", "x-gzip")
@@ -72,8 +71,8 @@ def content_codings(headers: httpx.Headers) -> list[str]:
 async def read_content(response: httpx.Response, max_bytes: int) -> AsyncIterator[bytes]:
     """Yield the content of an answer, decompressed if it is gzip.
 
-    No compression is requested, but some servers and proxies compress all the same. Other tasks have a turn between
-    small chunks, and between the pieces of what was compressed.
+    No compression is requested, but some servers and proxies compress all the same. What is compressed is decompressed
+    in a thread, and between small chunks other tasks have a turn.
 
     Raises:
         ContentTooLarge: It has more than `max_bytes`, as received or decompressed.
@@ -82,33 +81,38 @@ async def read_content(response: httpx.Response, max_bytes: int) -> AsyncIterato
     codings = content_codings(response.headers)
     if codings and (len(codings) > 1 or codings[0] not in _GZIP):
         raise ContentUnreadable("its body is compressed, which was not requested")
-    inflate = zlib.decompressobj(wbits=31) if codings else None
-    received = size = pieces = 0
+    compressed = bytearray()
+    size = count = 0
     async for chunk in response.stream:  # type: ignore[union-attr]
-        received += len(chunk)
-        for piece in (chunk,) if inflate is None else _inflated(inflate, chunk):
-            size += len(piece)
-            pieces += 1
-            if max(received, size) > max_bytes:
-                raise ContentTooLarge(f"its body is larger than {max_bytes // 1024} KiB")
-            yield piece
-            if pieces % PIECES_IN_A_ROW == 0:
-                await asyncio.sleep(0)
-        if inflate is not None and inflate.unused_data:
-            raise ContentUnreadable("its body is not what its Content-Encoding says")
-    if inflate is not None and received and not inflate.eof:
-        raise ContentUnreadable("its body is incomplete")
+        size += len(chunk)
+        count += 1
+        if size > max_bytes:
+            raise _too_large(max_bytes)
+        if codings:
+            compressed += chunk
+        else:
+            yield chunk
+        if count % CHUNKS_IN_A_ROW == 0:
+            await asyncio.sleep(0)
+    if compressed:
+        yield await asyncio.to_thread(_decompressed, compressed, max_bytes)
 
 
-def _inflated(inflate: Any, chunk: bytes) -> Iterator[bytes]:
-    is_full = True
-    while chunk or is_full:  # a full piece may have a rest inside zlib
-        try:
-            piece = inflate.decompress(chunk, PIECE_BYTES)
-        except zlib.error:
-            raise ContentUnreadable("its body is not what its Content-Encoding says") from None
-        is_full, chunk = len(piece) == PIECE_BYTES, inflate.unconsumed_tail
-        yield piece
+def _decompressed(compressed: bytearray, max_bytes: int) -> bytes:
+    inflate = zlib.decompressobj(wbits=31)
+    try:
+        content = inflate.decompress(compressed, max_bytes + 1)
+    except zlib.error:
+        raise ContentUnreadable("its body is not what its Content-Encoding says") from None
+    if len(content) > max_bytes:
+        raise _too_large(max_bytes)
+    if not inflate.eof or inflate.unused_data:
+        raise ContentUnreadable("its body is incomplete, or there is more after it")
+    return content
+
+
+def _too_large(max_bytes: int) -> ContentTooLarge:
+    return ContentTooLarge(f"its body is larger than {max_bytes // 1024} KiB")
 
 
 class _Network(httpcore.AnyIOBackend):

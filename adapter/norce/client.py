@@ -321,20 +321,21 @@ class Norce:
         async with self._client.stream(
             **request, timeout=self._timeout.total_seconds(), extensions={"trace": sending.trace}
         ) as answer:
-            status, body = answer.status_code, bytearray()
-            largest = max_bytes if answer.is_success else MAX_ERROR_BYTES
+            status, reason = answer.status_code, None
             try:
-                async for piece in read_content(answer, largest):
-                    body += piece
-            except (ContentUnreadable, httpx.TransportError) as error:
-                if not answer.is_success:  # the status counts without its body
-                    return _Reply(status, answer.headers, None)
-                if isinstance(error, httpx.TransportError):
+                body: bytes | None = await _read_body(answer, max_bytes if answer.is_success else MAX_ERROR_BYTES)
+            except ContentUnreadable as error:
+                body, reason, is_too_large = None, str(error), isinstance(error, ContentTooLarge)
+            except httpx.TransportError:
+                if answer.is_success:
                     raise
-                read_failure = NorceTooLarge if isinstance(error, ContentTooLarge) else NorceUnavailable
-                failure = read_failure if request["method"] == "GET" else NorceUnclear
-                raise failure(f"Norce's answer cannot be read: {error}").at(request["url"], status) from error
-        return _Reply(status, answer.headers, bytes(body))
+                body = None
+        if reason is None or not answer.is_success:  # the status of an error counts without its body
+            return _Reply(status, answer.headers, body)
+        failure: type[NorceUnavailable] = NorceTooLarge if is_too_large else NorceUnavailable
+        if request["method"] != "GET":
+            failure = NorceUnclear
+        raise failure(f"Norce's answer cannot be read: {reason}").at(request["url"], status)
 
     def base_url(self, merchant: str) -> str:
         """Return the address of the merchant's Checkout services."""
@@ -504,6 +505,17 @@ def _kind_of_outcome(error: NorceError, method: str) -> Outcome:
     raise AssertionError(error)
 
 
+async def _read_body(answer: httpx.Response, max_bytes: int) -> bytes:
+    body = bytearray()
+    try:
+        async for piece in read_content(answer, max_bytes):
+            body += piece
+    except BaseException:
+        body.clear()  # an error keeps this frame until it is logged, and many may wait for that
+        raise
+    return bytes(body)
+
+
 @dataclass(frozen=True, slots=True)
 class _Reply:
     status: int
@@ -576,9 +588,10 @@ async def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
 def _decoded_page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
     read = _decoded(content, _Listed)
     items = []
-    for each in read.data:
+    for each in map(bytes, read.data):
         with contextlib.suppress(NorceUnavailable):  # an item in another form must not hide the others
-            items.append(_decoded(bytes(each), kind))
+            if len(each) <= MAX_ORDER_BYTES:  # as for an order by itself; a larger one would hold the interpreter
+                items.append(_decoded(each, kind))
     return Page(offset=offset, items=items, count=len(read.data), total=read.pagination.total_size)
 
 

@@ -1033,6 +1033,15 @@ def test_undocumented_items_of_a_page_are_counted_and_left_out() -> None:
     assert ([each.id for each in page.items], page.count) == (["event-1", "event-3"], 3)
 
 
+def test_an_item_that_is_larger_than_any_order_is_left_out() -> None:
+    data = [event(1), event(2, payload="x" * MAX_ORDER_BYTES), event(3)]
+    transport = FakeNorce(httpx.Response(200, json={"data": data}))
+
+    page = ask(transport, lambda norce: norce.events("fjallboden"))
+
+    assert ([each.id for each in page.items], page.count) == (["event-1", "event-3"], 3)
+
+
 @given(st.lists(st.sampled_from([r"\\", r"\ud83d", r"\uDE00", r"\n", r"\u0041", r"\"", "u", "d83d"]), max_size=8))
 def test_lone_surrogates_in_a_page_are_replaced(parts: list[str]) -> None:
     text = "".join(parts)
