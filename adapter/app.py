@@ -223,7 +223,7 @@ class _PartsBuilder:
             metrics=self.metrics,
             clock=self.store.clock,
             slots=self.config.dispatcher.slots,
-            random=random.random,
+            random=random.Random().random,  # noqa: S311 - jitter; plugins and tests may seed the shared generator
             shared=self.store.shared,
             held=hold,
         )
