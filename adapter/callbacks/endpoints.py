@@ -5,7 +5,7 @@ some requests before they come here (see `server`).
 """
 
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Hashable
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from adapter.callbacks import parsing
 from adapter.callbacks.connections import discard_body, note_identified
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import LimitReport, Load, Overloaded
+from adapter.callbacks.limits import CallLimit, LimitReport, Load, Overloaded
 from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
@@ -28,14 +28,17 @@ from adapter.callbacks.parsing import (
     check_order_id,
     parse_hook,
     parse_notification,
+    parse_unread,
     parse_validation,
 )
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated
 from adapter.identifiers import Channel
+from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.routing.routes import Callback, Routes
 from adapter.verdicts.answer import Answer
+from adapter.verdicts.shared_runs import SharedRuns
 from adapter.verdicts.verdicts import OrderBusy, OrderMissing, VerdictRequest, Verdicts
 
 log = structlog.get_logger(__name__)
@@ -58,6 +61,14 @@ class MethodNotAllowed(Exception):
         self.allowed = allowed
 
 
+class TooManyNotifications(Exception):
+    """Too many notifications came for an order, or with a secret. `limit` names the limit."""
+
+    def __init__(self, limit: str) -> None:
+        super().__init__(limit)
+        self.limit = limit
+
+
 class BodyTooLarge(Exception):
     """More bytes than the limit have come, whatever the headers say."""
 
@@ -78,6 +89,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooSlow: (408, "request-timeout", "The body did not arrive in time."),
     BodyTooLarge: (413, "payload-too-large", "The body is too large."),
     NotJson: (415, "unsupported-media-type", ""),
+    TooManyNotifications: (429, "too-many-requests", "Nothing was stored. Please send it again."),
     OrderBusy: (503, "order-busy", "There are too many calls for this order. Please send it again."),
     Overloaded: (503, "overloaded", "Nothing was stored. Please send it again."),
     StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
@@ -135,6 +147,11 @@ class CallbackEndpoint:
         self.clock = clock
         self.switched_off = switched_off
         self.limits = LimitReport(metrics)
+        # A shopper's browser sees the signed addresses of its order. A secret in a URL fits every order.
+        self.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=600)
+        self.calls_by_url_secret = CallLimit("url-secret-calls", at_once=250, a_minute=6000)
+        # Only one write at a time for an order, because the ledger has one writer. Those that wait share the next.
+        self._unread = SharedRuns[ReceivedNotification, Received](lambda each, _: intake.store(each), at_once=1)
         for scheme, key in senders.known:  # a key that is no longer used shows as 0
             metrics.auth.labels(scheme, key, "identified")
         self._headers = {name.encode(): name for name in (*parsing.HEADERS, *senders.headers)}
@@ -147,7 +164,7 @@ class CallbackEndpoint:
             responded = await self._respond(scope, receive, callback)
         except Exception as error:  # noqa: BLE001 - the last place where an error can become a response
             responded = _refusal(error)
-            if isinstance(error, OrderBusy):
+            if isinstance(error, OrderBusy | TooManyNotifications):
                 self.limits.acted(error.limit)
         response = responded.response
         seconds = time.monotonic() - received_at
@@ -168,10 +185,16 @@ class CallbackEndpoint:
 
     async def _respond(self, scope: Scope, receive: Receive, callback: Callback | None) -> Responded:
         raw = self.read_head(scope)
-        sender = self.identify(raw)  # by the head alone, so that an unknown caller is never waited for
+        sender = self.identify(raw, callback)  # by the head alone, so that an unknown caller is never waited for
         note_identified(scope)
-        with self.load:
-            return await self._respond_to_known(scope, receive, callback, raw, sender)
+        limit, key = self._limit_of(sender, raw.order_id)
+        if not limit.enter(key):  # before the load, so that what is refused here takes no room there
+            return await self._respond_beyond_limit(raw, sender, callback, limit)
+        try:
+            with self.load:
+                return await self._respond_to_known(scope, receive, callback, raw, sender)
+        finally:
+            limit.leave(key)
 
     async def _respond_to_known(
         self, scope: Scope, receive: Receive, callback: Callback | None, raw: RawCallback, sender: Sender
@@ -203,6 +226,34 @@ class CallbackEndpoint:
         answer = await self.verdicts.answer(request)  # before the callback's deadline
         response, result = _hook_response(answer) if callback.kind == "hook" else self._validation_response(answer)
         return Responded(response=response, facts=_facts(sender, request.channel, result, len(answer.verdicts)))
+
+    def _limit_of(self, sender: Sender, order_id: str) -> tuple[CallLimit, Hashable]:
+        """Return the limit of a call, and the key under which it counts there."""
+        if sender.scheme == "url":
+            return self.calls_by_url_secret, sender.merchants
+        return self.calls_of_order, (sender.channel or sender.key, order_id)
+
+    async def _respond_beyond_limit(
+        self, raw: RawCallback, sender: Sender, callback: Callback | None, limit: CallLimit
+    ) -> Responded:
+        """Refuse a call, or store a notification without its body.
+
+        Its routes must all read the order again.
+        """
+        if callback is None or callback.kind != "notification":
+            raise OrderBusy(limit.name)
+        if limit is not self.calls_of_order:  # each call may name another order
+            raise TooManyNotifications(limit.name)
+        try:
+            notification = parse_unread(raw, sender, callback, self.channels)
+        except BadRequest as error:  # only the body names the channel
+            raise TooManyNotifications(limit.name) from error
+        routed = self.intake.routed_unread(notification)
+        if routed is None:
+            raise TooManyNotifications(limit.name)
+        self.limits.acted(limit.name)
+        await self._unread.get(routed)
+        return Responded(response=EMPTY, facts=_facts(sender, routed.channel, "unread", len(routed.wanted)))
 
     def read_head(self, scope: Scope) -> RawCallback:
         """Return a request as far as its head gives it, without a body."""
@@ -245,13 +296,16 @@ class CallbackEndpoint:
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    def identify(self, raw: RawCallback) -> Sender:
+    def identify(self, raw: RawCallback, callback: Callback | None = None) -> Sender:
         """Return the sender and count it. Raises `Unauthenticated`."""
         try:
             sender = self.senders.identify(raw)
         except Unauthenticated:
             self.metrics.auth.labels("none", "none", "refused").inc()
             raise
+        if sender.scheme == "url" and callback is not None and callback.kind != "notification":
+            self.metrics.auth.labels(sender.scheme, sender.key, "refused").inc()
+            raise Unauthenticated("a secret in the URL is valid for notifications only")
         self.metrics.auth.labels(sender.scheme, sender.key, "identified").inc()
         return sender
 
@@ -291,7 +345,7 @@ def _refusal(error: Exception) -> Responded:
     if isinstance(error, Unauthenticated):
         facts["reason"] = error.reason
         headers["www-authenticate"] = "Bearer"
-    if isinstance(error, StoreUnavailable | OrderBusy | Overloaded):
+    if isinstance(error, StoreUnavailable | OrderBusy | Overloaded | TooManyNotifications):
         headers["retry-after"] = str(RETRY_AFTER_SECONDS)
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = error.allowed

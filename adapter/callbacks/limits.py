@@ -19,13 +19,6 @@ WARN_EVERY_SECONDS = 60
 SECONDS_OF_A_WINDOW = 60
 SECONDS_OF_A_DAY = 86_400
 
-# Of one order, whatever the callback. A shopper's browser sees the signed addresses of its order.
-CALLS_OF_AN_ORDER_AT_ONCE = 32
-CALLS_OF_AN_ORDER_A_MINUTE = 600
-# With a secret in the URL, which fits every order: of all merchants together that the secret is valid for.
-CALLS_BY_URL_SECRET_AT_ONCE = 250
-CALLS_BY_URL_SECRET_A_MINUTE = 6000
-
 
 class Overloaded(Exception):
     """More requests run than can be served in time. Add a node, or find what they wait for."""
@@ -76,7 +69,8 @@ class CallLimit:
     minute after its last call. Refused calls do not count.
     """
 
-    def __init__(self, *, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, *, at_once: int, a_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = name
         self._at_once = at_once
         self._a_minute = a_minute
         self._clock = clock

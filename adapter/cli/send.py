@@ -98,10 +98,12 @@ def _authenticate(
     for in_header in config.senders.header_secrets:
         if in_header.merchants is None or channel.merchant in in_header.merchants:
             return url, headers | {in_header.header: in_header.values[0].reveal()}
-    for in_url in config.senders.url_secrets:
+    is_answered = callback in config.callbacks and config.callbacks[callback].kind != "notification"
+    for in_url in () if is_answered else config.senders.url_secrets:
         if in_url.merchants is None or channel.merchant in in_url.merchants:
             return f"{url}?{urlencode({in_url.parameter: in_url.values[0].reveal()})}", headers
-    return end(USAGE, f"no secret in senders is for merchant {channel.merchant}")
+    which = "for a validation or hook" if is_answered else "in senders"
+    return end(USAGE, f"no secret {which} is for merchant {channel.merchant}")
 
 
 def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:

@@ -80,6 +80,14 @@ def _check_senders(tree: Mapping[str, Any], converter: Converter) -> None:
             "has no kind of caller; configure signed_urls, header_secrets or url_secrets, "
             'such as signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}',
         )
+    elif not senders.get("signed_urls") and not senders.get("header_secrets"):
+        for name in _members(tree, "callbacks"):
+            if (kind := _members(tree, "callbacks", name).get("kind")) in ("validation", "hook"):
+                converter.report(
+                    under("callbacks", name),
+                    f"is a {kind}, which no caller may call: senders.url_secrets are for notifications only; "
+                    "configure signed_urls or header_secrets",
+                )
     adapter = _members(tree, "adapter")
     if senders.get("signed_urls") and adapter and adapter.get("public_url") is None:
         converter.report("adapter.public_url", "is missing; signed URLs (senders.signed_urls) begin with it")

@@ -335,7 +335,10 @@ class SendersConfig(_Section, frozen=True, kw_only=True):
     ] = ()
     url_secrets: Annotated[
         tuple[UrlSecretConfig, ...],
-        doc("Secrets in the query of static registrations. Prefer signed_urls: queries end up in access logs."),
+        doc(
+            "Secrets in the query of static registrations, for notifications only. Prefer signed_urls: a secret fits "
+            "every order, and queries end up in access logs."
+        ),
     ] = ()
 
 

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection, event, select, text
 from starlette.applications import Starlette
 from starlette.routing import Route
+from structlog.testing import capture_logs
 
 from adapter import config as configuration
 from adapter import logs
@@ -34,7 +35,7 @@ from adapter.app import running
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import MOST_AT_ONCE, Load
+from adapter.callbacks.limits import MOST_AT_ONCE, CallLimit, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH, http_server, listen
 from adapter.ledger.inbox import Inbox
@@ -89,6 +90,7 @@ senders:
 callbacks:
   order-status: {kind: notification, scope: /state/currentStatus, schema: {enum: [accepted, completed]}}
   order-total: {kind: notification, scope: /total}
+  order-paid: {kind: notification, scope: /payments}
   order-rules: {kind: validation, deadline: 2s}
   order-free: {kind: validation}
 routes:
@@ -97,6 +99,7 @@ routes:
     {callback: order-status, handler: remember, refetch: false,
      when: {scope: /state/currentStatus, schema: {const: completed}}}
   totals: {callback: order-total, handler: remember, refetch: false}
+  paid: {callback: order-paid, handler: remember}
   first: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: [a-first, a-second]}}
   second: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: []}}
   third: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: [b-first]}}
@@ -768,7 +771,10 @@ def test_an_error_has_its_status_and_norces_form(
 
 def test_every_error_in_the_table_has_a_test() -> None:
     in_the_list = {(row.values[2], row.values[3]) for row in ERRORS}
-    by_themselves = {(408, "request-timeout"), (503, "order-busy"), (503, "overloaded"), (503, "store-unavailable")}
+    by_themselves = {
+        (408, "request-timeout"), (429, "too-many-requests"), (503, "order-busy"), (503, "overloaded"),
+        (503, "store-unavailable"),
+    }  # fmt: skip
 
     assert {(status, code) for status, code, _ in endpoints.STATUS.values()} == in_the_list | by_themselves
 
@@ -1149,6 +1155,7 @@ NEW, OLD = ENVIRON["NEW_KEY"], ENVIRON["OLD_KEY"]
 UNSIGNED = tuple(pair for pair in BY_HEADER if pair[0] != "authorization")
 SIG = signed(NEW, "new", "o1", "CALLBACK")
 OK, NO = 200, 401
+OK_IF_STORED = 0  # 401 for a validation or a hook
 
 # The query and the header that show who calls; CALLBACK stands for the callback's name.
 MATRIX = [
@@ -1191,8 +1198,10 @@ MATRIX = [
     pytest.param(lambda c: "", {"authorization": ENVIRON["FIRST_STATIC"]}, NO, id="header: the url's secret"),
     pytest.param(lambda c: "", {"x-bound": ENVIRON["BOUND"]}, NO, id="header: of another merchant"),
     pytest.param(lambda c: "", {"x-bound": ENVIRON["FIRST"]}, NO, id="header: another header's secret"),
-    pytest.param(lambda c: f"secret={ENVIRON['FIRST_STATIC']}", {}, OK, id="url: first"),
-    pytest.param(lambda c: f"secret={ENVIRON['SECOND_STATIC']}", {}, OK, id="url: second"),
+    pytest.param(lambda c: f"secret={ENVIRON['FIRST_STATIC']}", {}, OK_IF_STORED, id="url: first"),
+    pytest.param(lambda c: f"secret={ENVIRON['SECOND_STATIC']}", {}, OK_IF_STORED, id="url: second"),
+    pytest.param(lambda c: f"secret={ENVIRON['SECOND_STATIC']}", {"authorization": ENVIRON["FIRST"]}, OK,
+                 id="url, and header"),
     pytest.param(lambda c: "secret=wrong", {}, NO, id="url: wrong"),
     pytest.param(lambda c: "secret", {}, NO, id="url: malformed"),
     pytest.param(lambda c: "secret=%C3%A9%FF", {}, NO, id="url: non-ASCII"),
@@ -1208,6 +1217,8 @@ def test_callers_are_accepted_or_refused(
     house: House, query: Callable[[str], str], shown: dict[str, str], status: int, callback: str
 ) -> None:
     headers = [*UNSIGNED, *shown.items()]
+    if status == OK_IF_STORED:
+        status = OK if callback == "order-status" else NO
 
     answer = house.ask("o1", callback, ORDER, headers=headers, query=query(callback))
 
@@ -1216,6 +1227,17 @@ def test_callers_are_accepted_or_refused(
         told = house.ask("o1", "nothing", method="PUT", headers=[])  # the plainest refusal there is
         assert (answer.body, answer.headers) == (told.body, told.headers)
         assert is_a_refusal(answer, 401, "unauthorized")
+
+
+def test_a_secret_in_a_url_that_is_refused_for_a_validation_is_named_in_log_and_metric(house: House) -> None:
+    labels = {"scheme": "url", "key": "secret-1", "result": "refused"}
+    before = house.counted("auth_total", **labels)
+    with capture_logs() as logged:
+        answer = house.ask("o1", "order-free", headers=UNSIGNED, query=f"secret={ENVIRON['FIRST_STATIC']}")
+
+    assert answer.status == 401
+    assert [line["reason"] for line in logged] == ["a secret in the URL is valid for notifications only"]
+    assert house.counted("auth_total", **labels) == before + 1
 
 
 def test_a_refused_caller_learns_nothing_about_the_configuration(house: House) -> None:
@@ -1237,6 +1259,167 @@ def test_a_secret_bound_to_merchants_is_valid_for_these_alone(house: House) -> N
     assert house.ask(own["id"], body=own, headers=bound).status == 200
     assert is_a_refusal(house.ask(foreign["id"], body=foreign, headers=bound), 401, "unauthorized")
     assert house.stored(foreign["id"]) == []
+
+
+# --- limits of an order and of a secret -------------------------------------------------------------------------------
+
+
+class Minute:
+    """A clock that stands still."""
+
+    def __call__(self) -> float:
+        return 1000.0
+
+
+@pytest.fixture
+def limited(house: House) -> Iterator[House]:
+    """Two calls of an order a minute, and three with a secret in the URL."""
+    endpoint = house.endpoint
+    before = endpoint.calls_of_order, endpoint.calls_by_url_secret
+    endpoint.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=2, clock=Minute())
+    endpoint.calls_by_url_secret = CallLimit("url-secret-calls", at_once=32, a_minute=3, clock=Minute())
+    yield house
+    endpoint.calls_of_order, endpoint.calls_by_url_secret = before
+
+
+def ask_signed(house: House, order_id: str, callback: str, body: Any = b"") -> Answer:
+    return house.ask(order_id, callback, body, headers=UNSIGNED, query=signed(NEW, "new", order_id, callback))
+
+
+def test_the_limits_of_an_order_and_of_a_secret(house: House) -> None:
+    limits = house.endpoint.calls_of_order, house.endpoint.calls_by_url_secret
+
+    assert [(limit._at_once, limit._a_minute) for limit in limits] == [(32, 600), (250, 6000)]
+
+
+def test_validations_beyond_the_limit_of_their_order_are_503_and_others_are_answered(limited: House) -> None:
+    mine, other = new_order(), new_order()
+    limited.norce |= {mine["id"]: mine, other["id"]: other}
+    before = limited.counted("limits_reached_total", limit="order-calls")
+
+    answers = [ask_signed(limited, mine["id"], "order-rules") for _ in range(4)]
+
+    assert [answer.status for answer in answers] == [400, 400, 503, 503]
+    assert is_a_refusal(answers[3], 503, "order-busy")
+    assert int(answers[3].headers["retry-after"]) > 0
+    assert ask_signed(limited, other["id"], "order-rules").status == 400
+    assert limited.counted("limits_reached_total", limit="order-calls") == before + 2
+
+
+def test_all_callbacks_of_an_order_count_together(limited: House, order: dict[str, Any]) -> None:
+    statuses = [
+        ask_signed(limited, order["id"], callback, order).status
+        for callback in ("order-free", "order-status", "order-free", "order-status", "order-total")
+    ]
+
+    assert statuses == [200, 200, 503, 429, 429]
+
+
+def test_calls_with_a_header_secret_do_not_count_for_signed_ones(limited: House, order: dict[str, Any]) -> None:
+    """A shopper has the signed addresses, and must not use up what Norce may do with the secret."""
+    flood = [ask_signed(limited, order["id"], "order-free").status for _ in range(3)]
+
+    assert (flood, limited.ask(order["id"], "order-free").status) == ([200, 200, 503], 200)
+
+
+def test_an_order_has_at_most_32_calls_at_once_also_while_their_bodies_come(house: House) -> None:
+    order_id = new_order()["id"]
+    target = f"{ROOT}/{order_id}/order-status?{signed(NEW, 'new', order_id, 'order-status')}"
+
+    async def ask() -> tuple[Answer, Answer, list[Answer]]:
+        come = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await come.wait()
+            return {"type": "http.request", "body": encoded(new_order(id=order_id)), "more_body": False}
+
+        def call() -> asyncio.Task[Answer]:
+            return asyncio.create_task(asked(house.app, scope_of("POST", target, UNSIGNED), receive))
+
+        slow = [call() for _ in range(32)]
+        await asyncio.sleep(0)
+        refused = await call()
+        come.set()
+        answers = await asyncio.gather(*slow)
+        return refused, await call(), answers
+
+    refused, after, answers = house.runner.run(ask())
+    assert is_a_refusal(refused, 429, "too-many-requests")
+    assert (after.status, {answer.status for answer in answers}) == (200, {200})
+
+
+@on_both_stores
+def test_a_notification_beyond_the_limit_is_stored_unread_if_its_routes_read_the_order_again(limited: House) -> None:
+    order = new_order()
+    target = f"{ROOT}/{order['id']}/order-paid?{signed(NEW, 'new', order['id'], 'order-paid')}"
+    for _ in range(2):
+        assert ask_signed(limited, order["id"], "order-free").status == 200
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body is not read")
+
+    async def flood() -> list[Answer]:
+        calls = (asked(limited.app, scope_of("POST", target, UNSIGNED), receive) for _ in range(20))
+        return await asyncio.gather(*calls)
+
+    answers = limited.runner.run(flood())
+
+    assert [(answer.status, answer.body) for answer in answers] == [(200, b"")] * 20
+    [(row, owed)] = limited.stored(order["id"])
+    assert (row.body, [delivery.state for delivery in owed]) == (None, ["waiting"])
+
+
+@on_both_stores
+def test_a_notification_beyond_the_limit_is_429_if_a_route_needs_its_body(limited: House) -> None:
+    order = new_order()
+    answers = [ask_signed(limited, order["id"], "order-status", order | {"note": number}) for number in range(3)]
+
+    assert [answer.status for answer in answers] == [200, 200, 429]
+    assert is_a_refusal(answers[2], 429, "too-many-requests")
+    assert int(answers[2].headers["retry-after"]) > 0
+    assert all(row.body is not None for row, _ in limited.stored(order["id"]))
+
+
+def test_a_notification_beyond_the_limit_is_429_if_only_its_body_names_the_channel(limited: House) -> None:
+    order = new_order()
+    headers = [pair for pair in BY_HEADER if pair[0] != "x-channel"]
+
+    statuses = [limited.ask(order["id"], "order-paid", order, headers=headers).status for _ in range(3)]
+
+    assert statuses == [200, 200, 429]
+
+
+def test_an_invalid_notification_beyond_the_limit_is_refused_as_before(limited: House) -> None:
+    order = new_order()
+    foreign = [(name, "9" if name == "x-channel" else value) for name, value in BY_HEADER]
+
+    statuses = [limited.ask(order["id"], "order-paid", order, headers=foreign).status for _ in range(2)]
+    beyond = limited.ask(order["id"], "order-paid", headers=foreign)
+
+    assert statuses == [400, 400]  # the body names another channel
+    assert is_a_refusal(beyond, 404, "configuration-not-found", "merchant-or-channel")
+
+
+def test_calls_with_a_secret_in_the_url_share_a_limit_and_leave_the_orders_theirs(limited: House) -> None:
+    by_url = {"headers": UNSIGNED, "query": f"secret={ENVIRON['FIRST_STATIC']}"}
+    orders = [new_order() for _ in range(4)]
+
+    answers = [limited.ask(order["id"], "order-paid", order, **by_url) for order in orders]
+
+    assert [answer.status for answer in answers] == [200, 200, 200, 429]
+    assert is_a_refusal(answers[3], 429, "too-many-requests")
+    assert limited.stored(orders[3]["id"]) == []
+    assert [ask_signed(limited, orders[0]["id"], "order-paid", orders[0]).status for _ in range(2)] == [200, 200]
+    assert limited.counted("limits_reached_total", limit="url-secret-calls") > 0
+
+
+def test_callers_that_are_not_known_use_up_nothing(limited: House) -> None:
+    order = new_order()
+    for _ in range(5):
+        assert limited.ask(order["id"], "order-free", headers=UNSIGNED, query="sig=x").status == 401
+
+    assert len(limited.endpoint.calls_of_order) == 0
+    assert ask_signed(limited, order["id"], "order-free").status == 200
 
 
 # --- nothing that a caller sends is a 500 -----------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def clock() -> Seconds:
 
 
 def test_only_so_many_calls_of_a_key_run_at_once(clock: Seconds) -> None:
-    limit = CallLimit(at_once=3, a_minute=100, clock=clock)
+    limit = CallLimit("calls", at_once=3, a_minute=100, clock=clock)
 
     assert [limit.enter("o1") for _ in range(5)] == [True, True, True, False, False]
     assert limit.enter("o2")
@@ -44,7 +44,7 @@ def test_only_so_many_calls_of_a_key_run_at_once(clock: Seconds) -> None:
 
 
 def test_only_so_many_calls_of_a_key_begin_in_a_minute(clock: Seconds) -> None:
-    limit = CallLimit(at_once=1, a_minute=3, clock=clock)
+    limit = CallLimit("calls", at_once=1, a_minute=3, clock=clock)
 
     def call() -> bool:
         entered = limit.enter("o1")
@@ -60,7 +60,7 @@ def test_only_so_many_calls_of_a_key_begin_in_a_minute(clock: Seconds) -> None:
 
 
 def test_calls_that_still_run_in_the_next_minute_count_as_running(clock: Seconds) -> None:
-    limit = CallLimit(at_once=2, a_minute=100, clock=clock)
+    limit = CallLimit("calls", at_once=2, a_minute=100, clock=clock)
     limit.enter("o1")
     limit.enter("o1")
     clock.now += 600
@@ -71,7 +71,7 @@ def test_calls_that_still_run_in_the_next_minute_count_as_running(clock: Seconds
 
 
 def test_idle_keys_take_no_memory(clock: Seconds) -> None:
-    limit = CallLimit(at_once=2, a_minute=100, clock=clock)
+    limit = CallLimit("calls", at_once=2, a_minute=100, clock=clock)
     for number in range(1000):
         limit.enter(f"o{number}")
         limit.leave(f"o{number}")
@@ -95,7 +95,7 @@ def test_idle_keys_take_no_memory(clock: Seconds) -> None:
 def test_calls_are_refused_exactly_beyond_the_limit(steps: list[tuple[str, int]]) -> None:
     """Compared with the definition. Minutes begin with the first call after the end of the last one."""
     clock = Seconds()
-    limit = CallLimit(at_once=3, a_minute=6, clock=clock)
+    limit = CallLimit("calls", at_once=3, a_minute=6, clock=clock)
     running, begun, ends = [0] * 4, [0] * 4, clock.now + 60
     for what, number in steps:
         if what == "wait":

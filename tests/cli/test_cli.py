@@ -392,7 +392,8 @@ def test_send_replaces_id_merchant_and_channel_by_options(serving: Serving, conf
     [
         SIGNED,
         '{header_secrets: [{header: x-secret, values: ["${env:HEADER}"]}]}',
-        '{url_secrets: [{parameter: secret, values: ["${env:STATIC}"]}]}',
+        '{header_secrets: [{header: x-secret, values: ["${env:HEADER}"], merchants: [other]}],'
+        ' url_secrets: [{parameter: secret, values: ["${env:STATIC}"]}]}',
     ],
     ids=["signed", "header", "url"],
 )
@@ -419,6 +420,18 @@ def test_send_chooses_a_secret_for_the_merchant(tmp_path: Path) -> None:
         ]
 
     assert results == ["200: 1\n", "200: 1\n"]
+
+
+def test_send_does_not_use_a_secret_in_the_url_for_a_validation(tmp_path: Path) -> None:
+    header = '{header: x-one, values: ["${env:HEADER}"], merchants: [other]}'
+    path = write(
+        tmp_path, f'{{header_secrets: [{header}], url_secrets: [{{parameter: s, values: ["${{env:STATIC}}"]}}]}}'
+    )
+
+    result = run("send", save(tmp_path, ORDER), "--callback", "order-rules", config=path)
+
+    assert result.exit_code == USAGE
+    assert "no secret for a validation or hook is for merchant norce" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -424,6 +424,13 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "senders",
         "configure signed_urls, header_secrets or url_secrets, such as signed_urls: {keys:",
     ),
+    "validation that no caller may call": (
+        'senders: {signed_urls: {keys: {k1: "${env:NORCE_ADAPTER_URL_KEY}"}}}',
+        'senders: {url_secrets: [{parameter: secret, values: ["${env:SHORT}"]}]}',
+        12,
+        "callbacks.order-rules",
+        "is a validation, which no caller may call: senders.url_secrets are for notifications only",
+    ),
     "key too short": (
         "${env:NORCE_ADAPTER_URL_KEY}",
         "${env:SHORT}",

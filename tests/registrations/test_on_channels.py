@@ -14,7 +14,7 @@ from adapter.routing.routes import build
 from tests.registrations.stage import CHANNEL, TREE, configured, opened
 from tests.simulators import Shop, shop
 
-URL_SECRETS = {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]}
+URL_SECRETS = TREE["senders"] | {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]}
 FOR_ALL = {"parameter": "all", "values": ["${env:OLD}"]}
 FOR_ONE = {"parameter": "its", "values": ["${env:STATIC}"], "merchants": ["norce"]}
 BOTH = TREE["merchants"] | {"other": TREE["merchants"]["norce"]}
@@ -76,7 +76,7 @@ def test_a_document_that_is_not_understood_is_not_replaced(tmp_path: Path, stati
 
 
 def test_a_static_registration_has_the_secret_that_is_good_for_this_merchant_alone(tmp_path: Path) -> None:
-    config = configured(tmp_path, merchants=BOTH, senders={"url_secrets": [FOR_ALL, FOR_ONE]})
+    config = configured(tmp_path, merchants=BOTH, senders=TREE["senders"] | {"url_secrets": [FOR_ALL, FOR_ONE]})
 
     assert static_secret(config, "norce") == "a%20secret%20%26%20more"
     assert "?its=" in static_notifications(config, "norce")[0]["invoke"]
@@ -85,7 +85,7 @@ def test_a_static_registration_has_the_secret_that_is_good_for_this_merchant_alo
 @pytest.mark.parametrize("merchants", [None, ["norce", "other"]])
 def test_without_such_a_secret_there_is_no_static_registration(tmp_path: Path, merchants: list[str] | None) -> None:
     secret = FOR_ALL | ({} if merchants is None else {"merchants": merchants})
-    shared = configured(tmp_path, merchants=BOTH, senders={"url_secrets": [secret]})
+    shared = configured(tmp_path, merchants=BOTH, senders=TREE["senders"] | {"url_secrets": [secret]})
 
     for config in (configured(tmp_path), shared):
         with shop() as norce, pytest.raises(LookupError, match="url_secrets"):

@@ -259,7 +259,7 @@ def test_a_static_notification_counts_as_registered(tmp_path: Path) -> None:
 
 
 def test_without_a_key_nothing_can_be_registered(tmp_path: Path) -> None:
-    config = configured(tmp_path, senders={"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]})
+    config = configured(tmp_path, senders={"header_secrets": [{"header": "x-secret", "values": ["${env:STATIC}"]}]})
 
     with pytest.raises(LookupError, match="signed_urls"):
         list(registrations(config, Senders(config.senders), CHANNEL, "o"))

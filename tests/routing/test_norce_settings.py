@@ -38,7 +38,7 @@ TREE: dict[str, Any] = {
             "channels": {"1": {"routes": {"limit": {"settings": {"most": 5}}}}, "2": {}},
         }
     },
-    "senders": {"url_secrets": [{"parameter": "secret", "values": ["${env:STATIC}"]}]},
+    "senders": {"header_secrets": [{"header": "x-secret", "values": ["${env:STATIC}"]}]},
     "callbacks": {
         "order-status": {"kind": "notification", "scope": "/state/currentStatus", "schema": {"const": "completed"}},
         "order-rules": {"kind": "validation"},
