@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from adapter.callbacks import parsing
 from adapter.callbacks.connections import discard_body, note_identified
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import CallLimit, LimitReport, Load, Overloaded
+from adapter.callbacks.limits import ByteLimit, CallLimit, LimitReport, Load, Overloaded
 from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
@@ -150,6 +150,8 @@ class CallbackEndpoint:
         # A shopper's browser sees the signed addresses of its order. A secret in a URL fits every order.
         self.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=600)
         self.calls_by_url_secret = CallLimit("url-secret-calls", at_once=250, a_minute=6000)
+        # A hundred times what the events of a usual order have. They stay in the ledger for weeks.
+        self.bytes_of_order = ByteLimit("order-bytes", a_day=20 * 1024 * 1024)
         # Only one write at a time for an order, because the ledger has one writer. Those that wait share the next.
         self._unread = SharedRuns[ReceivedNotification, Received](lambda each, _: intake.store(each), at_once=1)
         for scheme, key in senders.known:  # a key that is no longer used shows as 0
@@ -210,6 +212,8 @@ class CallbackEndpoint:
             raise MethodNotAllowed(", ".join(METHODS[callback.kind]))
 
         if callback.kind == "notification":
+            if not self.bytes_of_order.take((sender.channel or sender.key, raw.order_id), len(raw.body)):
+                return await self._respond_beyond_limit(raw, sender, callback, self.bytes_of_order)
             notification, order = await parse_notification(raw, sender, callback, self.channels, self.clock())
             notification = self.intake.routed(notification, order)  # evaluates each route's condition; never raises
             del order  # hundreds of objects, not needed while the disk writes
@@ -234,7 +238,7 @@ class CallbackEndpoint:
         return self.calls_of_order, (sender.channel or sender.key, order_id)
 
     async def _respond_beyond_limit(
-        self, raw: RawCallback, sender: Sender, callback: Callback | None, limit: CallLimit
+        self, raw: RawCallback, sender: Sender, callback: Callback | None, limit: CallLimit | ByteLimit
     ) -> Responded:
         """Refuse a call, or store a notification without its body.
 
@@ -242,7 +246,7 @@ class CallbackEndpoint:
         """
         if callback is None or callback.kind != "notification":
             raise OrderBusy(limit.name)
-        if limit is not self.calls_of_order:  # each call may name another order
+        if limit is self.calls_by_url_secret:  # each call may name another order
             raise TooManyNotifications(limit.name)
         try:
             notification = parse_unread(raw, sender, callback, self.channels)

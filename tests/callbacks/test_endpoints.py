@@ -35,7 +35,7 @@ from adapter.app import running
 from adapter.callbacks import endpoints
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import MOST_AT_ONCE, CallLimit, Load
+from adapter.callbacks.limits import MOST_AT_ONCE, ByteLimit, CallLimit, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH, http_server, listen
 from adapter.ledger.inbox import Inbox
@@ -1398,6 +1398,54 @@ def test_an_invalid_notification_beyond_the_limit_is_refused_as_before(limited: 
 
     assert statuses == [400, 400]  # the body names another channel
     assert is_a_refusal(beyond, 404, "configuration-not-found", "merchant-or-channel")
+
+
+@pytest.fixture
+def small(house: House) -> Iterator[House]:
+    """Room for the bodies of three notifications of an order."""
+    before = house.endpoint.bytes_of_order
+    size = len(encoded(new_order(note=0)))
+    house.endpoint.bytes_of_order = ByteLimit("order-bytes", a_day=size * 3, clock=Minute())
+    yield house
+    house.endpoint.bytes_of_order = before
+
+
+def test_an_order_has_20_mib_a_day_for_the_bodies_of_its_notifications(house: House) -> None:
+    assert house.endpoint.bytes_of_order._limit == 20 * 1024 * 1024
+
+
+@on_both_stores
+def test_bodies_beyond_the_bytes_of_their_order_are_left_out(small: House) -> None:
+    order, other = new_order(), new_order()
+    before = small.counted("limits_reached_total", limit="order-bytes")
+
+    sent = [ask_signed(small, order["id"], "order-paid", order | {"note": number}).status for number in range(8)]
+
+    assert sent == [200] * 8
+    assert small.counted("limits_reached_total", limit="order-bytes") == before + 5
+    bodies = [row.body is not None for row, _ in small.stored(order["id"])]
+    assert bodies.count(True) == 3
+    assert bodies.count(False) <= 1
+    assert ask_signed(small, other["id"], "order-paid", other).status == 200
+    assert [row.body for row, _ in small.stored(other["id"])] == [encoded(other)]
+
+
+def test_a_body_beyond_the_bytes_of_its_order_is_429_if_a_route_needs_it(small: House) -> None:
+    order = new_order()
+
+    answers = [ask_signed(small, order["id"], "order-status", order | {"note": number}) for number in range(4)]
+
+    assert [answer.status for answer in answers] == [200, 200, 200, 429]
+    assert is_a_refusal(answers[3], 429, "too-many-requests")
+
+
+def test_only_bodies_of_notifications_count_among_the_bytes_of_an_order(small: House) -> None:
+    order = new_order()
+    for _ in range(5):
+        assert ask_signed(small, order["id"], "order-free", order).status == 200
+
+    assert ask_signed(small, order["id"], "order-paid", order).status == 200
+    assert [row.body for row, _ in small.stored(order["id"])] == [encoded(order)]
 
 
 def test_calls_with_a_secret_in_the_url_share_a_limit_and_leave_the_orders_theirs(limited: House) -> None:

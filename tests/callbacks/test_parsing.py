@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,6 +26,7 @@ from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import Condition
 from adapter.identifiers import Channel
 from adapter.ledger.inbox import ReceivedNotification
+from adapter.offload import SMALL_BYTES
 from adapter.orders import order_digest
 from adapter.routing.routes import Callback
 
@@ -359,6 +361,23 @@ def test_an_unread_notification_needs_an_address_that_names_the_channel() -> Non
         parse_unread(request(headers={}), ANYBODY, STATUS, CHANNELS)
     with pytest.raises(Unresolved):
         parse_unread(request(order_id="{orderId}"), SIGNED, STATUS, CHANNELS)
+
+
+@pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
+def test_the_identity_of_a_large_order_is_computed_beside_the_loop(large: bool) -> None:
+    threads: list[str] = []
+
+    class Scope(Condition):
+        def value(self, order: Any) -> Any:
+            threads.append(threading.current_thread().name)
+            return order
+
+    callback = Callback(name="order-status", kind="notification", condition=Scope("", {}))
+    order = changed(attributes={"text": "x" * (SMALL_BYTES if large else 1)})
+
+    parsed(order, callback=callback)
+
+    assert threads == ["large-bodies_0" if large else "MainThread"]
 
 
 def test_an_order_without_a_moment_is_digested_once() -> None:
