@@ -24,6 +24,7 @@ from adapter.callbacks.intake import Intake
 from adapter.callbacks.limits import LimitReport, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import (
+    MOST_BODY_BYTES,
     MOST_OPERATIONS_CONNECTIONS,
     OPERATIONS_CONNECTIONS_A_TURN,
     PublicApp,
@@ -155,6 +156,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
                 connections=Connections(
                     most=most_connections(most_attempts(config, len(queues))),
                     most_unidentified=MOST_UNIDENTIFIED,
+                    most_body_bytes=max(MOST_BODY_BYTES, 2 * config.server.max_body_bytes),
                     trusted_proxies=config.server.trusted_proxies,
                     on_limit=on_limit,
                 ),

@@ -27,6 +27,8 @@ class Connection(Protocol):
 
     def expire(self, now: float) -> None: ...
 
+    def refuse_body(self) -> None: ...
+
     def drop(self) -> None:
         """Close the connection at once."""
 
@@ -43,6 +45,9 @@ class Connections:
     strangers does not cost known callers their connections. If all are busy with requests of known callers, the new
     connection is closed.
 
+    Beyond `most_body_bytes` in unfinished bodies, the one that began first is refused: an honest one is complete within
+    moments.
+
     Args:
         on_limit: Called with the name of a limit each time that it acts.
         trusted_proxies: Networks whose `X-Forwarded-For` counts. Their connections have no limit by address until a
@@ -54,11 +59,13 @@ class Connections:
         *,
         most: int = sys.maxsize,
         most_unidentified: int = sys.maxsize,
+        most_body_bytes: int = sys.maxsize,
         trusted_proxies: Iterable[str] = (),
         on_limit: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.most = most
         self.most_unidentified = most_unidentified
+        self.most_body_bytes = most_body_bytes
         self.on_limit = on_limit
         self._trusted = [ip_network(each) for each in trusted_proxies]
         self._open: set[Connection] = set()
@@ -66,6 +73,8 @@ class Connections:
         self._unidentified: dict[Connection, str | None] = {}  # with its address; None for a trusted proxy
         self._by_address: dict[str, dict[Connection, None]] = {}
         self._idle: dict[Connection, None] = {}
+        self._bodies: dict[Connection, int] = {}  # unfinished, with the bytes that have come
+        self._body_bytes = 0
 
     def __len__(self) -> int:
         return len(self._open)
@@ -111,9 +120,24 @@ class Connections:
         """Note that a request begins on a connection."""
         self._idle.pop(connection, None)
 
+    def hold_body(self, connection: Connection, size: int) -> None:
+        """Note how many bytes of an unfinished body have come."""
+        self._body_bytes += size - self._bodies.get(connection, 0)
+        self._bodies[connection] = size
+        while self._body_bytes > self.most_body_bytes:
+            self.on_limit("unfinished-bodies")
+            oldest = next(iter(self._bodies))
+            self.release_body(oldest)
+            oldest.refuse_body()
+
+    def release_body(self, connection: Connection) -> None:
+        """Note that a body is complete, or not kept any longer."""
+        self._body_bytes -= self._bodies.pop(connection, 0)
+
     def closed(self, connection: Connection) -> None:
         """Remove a connection."""
         self._open.discard(connection)
+        self.release_body(connection)
         self._forget(connection)
 
     def expire(self, now: float) -> None:

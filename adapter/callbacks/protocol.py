@@ -18,7 +18,7 @@ from math import inf
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from adapter.callbacks.connections import CONNECTION, Connections
 from adapter.callbacks.endpoints import ON_HANG_UP, RECEIVED_AT
@@ -51,6 +51,7 @@ def _answer(status: bytes, code: bytes, message: bytes, fields: bytes = b"") -> 
 OVERLOADED = _answer(
     b"503 Service Unavailable", b"overloaded", b"Nothing was stored. Please send it again.", b"retry-after: 5\r\n"
 )
+OVERLOADED_AND_CLOSED = OVERLOADED.replace(b"\r\n", b"\r\nconnection: close\r\n", 1)
 TOO_SLOW = _answer(
     b"408 Request Timeout", b"request-timeout", b"The body did not arrive in time.", b"connection: close\r\n"
 )
@@ -102,6 +103,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_proxied = False
         self._is_refusing = False
         self._discards_body = False
+        self._body_bytes = 0  # of the request that is being read, as far as they are kept
+        self._running: RequestResponseCycle | None = None
         self._keeps_alive = False  # after the request that is being read
         self._received = b""
         self._behind_offer = b""  # to be read next: a request that offered an upgrade, without the offer
@@ -121,6 +124,8 @@ class GuardedProtocol(HttpToolsProtocol):
         else:
             for start in range(0, len(data), PIECE_BYTES):
                 self._read_piece(data[start : start + PIECE_BYTES])
+        if self._reads is Part.BODY and not self._is_deaf:
+            self._connections.hold_body(self, self._body_bytes)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -140,12 +145,14 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_deaf = True
-        self._connections.closed(self)
         self._note_hang_up()
         self.pipeline.clear()
-        if self.scope is not None:
-            self.scope.pop(CONNECTION, None)  # type: ignore[misc]
         super().connection_lost(exc)
+        if self._running is not None:  # uvicorn does the same for the last request only
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self._connections.closed(self)
+        self._break_cycles()
 
     # --- from the parser ----------------------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_deaf:
             return
         self._reads = Part.BODY
-        self._overhead = 0
+        self._overhead = self._body_bytes = 0
         if len(self.headers) > MOST_FIELDS:
             self._cut("head")
             return
@@ -200,6 +207,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._overhead = max(0, self._overhead - (1 + FRAMING_PER_BODY_BYTE) * len(body))
         if not (self._is_refusing or self._discards_body or self._is_deaf):
+            self._body_bytes += len(body)
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -208,6 +216,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._reads = Part.NOTHING
         self._overhead = 0
         self.deadline = inf
+        self._connections.release_body(self)
         if self._is_refusing:
             self._refuse(keep_alive=self.parser.should_keep_alive())
             return
@@ -227,6 +236,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Drop the body of the running request as it comes, and do not wait for it."""
         if self.cycle.more_body:
             self._discards_body = True
+            self._body_bytes = 0
             self.deadline = inf  # the answer ends the connection
             self.cycle.body = bytearray()
             self.flow.resume_reading()
@@ -256,10 +266,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self.drop()
         elif self._reads is Part.NOTHING:  # no request has begun
             self.transport.close()
-        elif self._reads is Part.BODY and not self._is_refusing and not self.pipeline and self._expire_body():
-            self._connections.on_limit("request-time")
         else:
-            self._cut("request-time")
+            self._connections.on_limit("request-time")
+            self._end_body(TOO_SLOW)
+
+    def refuse_body(self) -> None:
+        """Answer 503 in place of waiting for the rest of the body."""
+        self._end_body(OVERLOADED_AND_CLOSED)
 
     def drop(self) -> None:
         self._is_deaf = True
@@ -280,15 +293,30 @@ class GuardedProtocol(HttpToolsProtocol):
                     self._cut("head")
             data = self._behind_offer
 
-    def _expire_body(self) -> bool:
-        """Answer 408 if the running request waits for its body, and return whether it does."""
-        if self.cycle.response_started:
-            return False
-        self.cycle.disconnected = True  # the application sees that the caller is gone, and its answer is not sent
-        self.cycle.message_event.set()
-        self.transport.write(TOO_SLOW)
+    def _break_cycles(self) -> None:
+        """Free the memory of a lost connection now. The garbage collector runs rarely."""
+        self.transport.end_writing()  # type: ignore[attr-defined]
+        if self.scope is not None:
+            self.scope.pop(CONNECTION, None)  # type: ignore[misc]
+        for cycle in (self.cycle, self._running):
+            if cycle is not None:
+                cycle.scope.pop(CONNECTION, None)  # type: ignore[misc]
+                cycle.on_response = _nothing
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _end_body(self, answer: bytes) -> None:
+        """End the connection, with an answer if the running request waits for its body."""
+        cycle = self._running
+        if self._reads is not Part.BODY or self._is_refusing or cycle is not self.cycle or cycle.response_started:
+            self.drop()
+            return
+        cycle.disconnected = True  # the application sees that the caller is gone, and its answer is not sent
+        cycle.message_event.set()
+        self.transport.write(answer)
         self.transport.close()
-        return True
 
     def _wait_for_request(self) -> None:
         self.deadline = time.monotonic() + self.timeout_keep_alive
@@ -301,6 +329,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         is_complete = self._reads is Part.NOTHING and not self._is_deaf
         self._is_deaf = True
+        self._connections.release_body(self)
         self._connections.idle(self)
         if is_complete:
             self.deadline = inf  # `write_deadline` limits the rest
@@ -391,12 +420,21 @@ class _HeadBuffer:
         if not self.is_closing():
             self.flush()
             self.is_closing = lambda: True
-            self.write = _ignore  # type: ignore[method-assign, assignment]
-            self._finish(self._transport)
+            finish = self._finish
+            self.end_writing()
+            finish(self._transport)
+
+    def abort(self) -> None:
+        self.end_writing()
+        self._transport.abort()
+
+    def end_writing(self) -> None:
+        """Ignore what an application still writes."""
+        self.write = self._finish = _ignore  # type: ignore[method-assign, assignment]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
 
-def _ignore(_data: bytes) -> None:
+def _ignore(_: object) -> None:
     """Do nothing."""

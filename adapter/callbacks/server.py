@@ -38,6 +38,7 @@ MOST_UNACCEPTED = 4096
 SOCKET_BUFFER_BYTES = 64 * 1024
 
 MOST_CONNECTIONS = 10_000  # of the public port
+MOST_BODY_BYTES = 64 * 1024 * 1024  # in unfinished bodies
 MOST_OPERATIONS_CONNECTIONS = 32  # of the operations port, and of its Unix socket
 OPERATIONS_CONNECTIONS_A_TURN = 4
 DESCRIPTORS_OF_AN_ATTEMPT = 4  # connections to Norce and to the destination, in use and kept

@@ -14,9 +14,13 @@ class Open:
     def __init__(self, table: Connections, peer: str | None = "192.0.2.1") -> None:
         self.deadline = self.write_deadline = inf
         self.dropped = False
+        self.refused_body = False
         self.table = table
         self.expired_at: float | None = None
         self.is_proxied = table.opened(self, peer)
+
+    def refuse_body(self) -> None:
+        self.refused_body = True
 
     def drop(self) -> None:
         assert not self.dropped
@@ -247,6 +251,38 @@ def test_an_identified_connection_of_a_proxy_has_no_address(table: Connections) 
         each.forwarded("198.51.100.1")
 
     assert dropped(opened) == []
+
+
+# --- unfinished bodies ------------------------------------------------------------------------------------------------
+
+
+def test_beyond_their_total_the_body_that_began_first_is_refused(limits: list[str]) -> None:
+    table = Connections(most_body_bytes=100, on_limit=limits.append)
+    opened = [Open(table) for _ in range(4)]
+    for each in opened[:3]:
+        table.hold_body(each, 10)
+    table.hold_body(opened[0], 60)
+    within = [each.refused_body for each in opened]
+
+    table.hold_body(opened[3], 30)
+
+    assert not any(within)
+    assert [each.refused_body for each in opened] == [True, False, False, False]
+    assert limits == ["unfinished-bodies"]
+
+
+def test_a_body_that_is_complete_or_lost_makes_room(limits: list[str]) -> None:
+    table = Connections(most_body_bytes=100, on_limit=limits.append)
+    for number in range(20):
+        each = Open(table)
+        table.hold_body(each, 60)
+        table.hold_body(each, 100)
+        if number % 2:
+            table.release_body(each)
+        else:
+            table.closed(each)
+
+    assert limits == []
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gc
 import select
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -27,6 +29,7 @@ from adapter.callbacks.protocol import (
     MOST_FIELDS,
     MOST_PIPELINED,
     OVERLOADED,
+    OVERLOADED_AND_CLOSED,
     PIECE_BYTES,
     TOO_SLOW,
     GuardedProtocol,
@@ -166,6 +169,34 @@ def connection(guarded: Guarded) -> tuple[asyncio.AbstractEventLoop, GuardedProt
 def settle(loop: asyncio.AbstractEventLoop) -> None:
     for _ in range(10):
         loop.run_until_complete(asyncio.sleep(0))
+
+
+def test_a_lost_connection_leaves_no_garbage() -> None:
+    """The garbage collector runs rarely, and a connection may hold a part of a body."""
+
+    async def wait(_scope: Any, receive: Any, _send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    guarded = Guarded(wait)
+    left = []
+    gc.disable()
+    try:
+        for sent in (b"", HEAD[:20], HEAD, HEAD + b"{", HEAD + b"{}", (HEAD + b"{}") * 3, (HEAD + b"{}") * 20):
+            protocol, _ = guarded.connect()
+            protocol.data_received(sent)
+            guarded.settle()
+            protocol.connection_lost(None)
+            guarded.settle()
+            left.append(weakref.ref(protocol))
+            del protocol
+        guarded.settle()
+        kept = [each() is not None for each in left]
+    finally:
+        gc.enable()
+        guarded.close()
+
+    assert kept == [False] * len(left)
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------
@@ -396,6 +427,39 @@ def test_a_discarded_body_takes_no_memory_and_keeps_the_connection(answering: Ca
     assert not guarded.wire.ended
     guarded.protocol.data_received(HEAD + b"{")
     assert guarded.protocol.cycle.body == b"{"
+
+
+def test_an_unfinished_body_that_takes_others_room_is_refused(answering: Callable[[Any], Guarded]) -> None:
+    told = []
+
+    async def read(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] != "http.disconnect" and message["more_body"]:
+            pass
+        told.append(message["type"])
+        await answer_unread(scope, receive, send)
+
+    guarded = answering(read)
+    guarded.connections.most_body_bytes = 100_000
+    guarded.send(HEAD.replace(b"length: 2", b"length: 1000000") + b"x" * 50_000)
+    other, other_wire = guarded.connect()
+    other.data_received(HEAD.replace(b"length: 2", b"length: 50002") + b"x" * 50_001)
+    other.data_received(b"x")
+    guarded.settle()
+
+    assert guarded.wire.written == OVERLOADED_AND_CLOSED
+    assert guarded.wire.ended
+    assert sorted(told) == ["http.disconnect", "http.request"]
+    assert guarded.limits == ["unfinished-bodies"]
+    assert b"HTTP/1.1 200" in other_wire.written
+    other.connection_lost(None)
+
+
+def test_a_body_in_one_piece_is_never_unfinished(guarded: Guarded) -> None:
+    guarded.connections.most_body_bytes = 0
+
+    guarded.send(HEAD.replace(b"length: 2", b"length: 100000") + b"x" * 100_000)
+
+    assert b"HTTP/1.1 200" in guarded.wire.written
 
 
 # --- sizes ------------------------------------------------------------------------------------------------------------
