@@ -12,10 +12,26 @@ COMBINED_FILES = 1024
 COMBINED_RATES = RATES | {"hooks": 50.0, "notifications": 50.0}
 
 
+COMBINED = (
+    "trailers",
+    "trailer-authorization",
+    "silence",
+    "slow-bodies",
+    "endless-bodies",
+    "unread-answers",
+    "drip-heads",
+    "validation-flood",
+    "circuit-breaker",
+    "large-hook",
+    "white-space",
+    "last-modified",
+    "url-secret",
+)
+
+
 def combined() -> dict[str, Attack]:
-    """Return all attacks on connections and with signed URLs, to be run at the same time."""
-    both = {**connections.ATTACKS, **orders.ATTACKS}
+    """Return attacks on connections and with signed URLs that run at the same time, on one configuration."""
     return {
         name: replace(attack, configure=unchanged) if attack.configure is only_notifications else attack
-        for name, attack in both.items()
+        for name, attack in ((name, ATTACKS[name]) for name in COMBINED)
     }
