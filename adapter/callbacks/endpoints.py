@@ -4,6 +4,7 @@
 some requests before they come here (see `server`).
 """
 
+import asyncio
 import time
 from collections.abc import Callable, Container, Hashable
 from functools import partial
@@ -39,7 +40,7 @@ from adapter.metrics import Metrics
 from adapter.routing.routes import Callback, Routes
 from adapter.verdicts.answer import Answer
 from adapter.verdicts.shared_runs import SharedRuns
-from adapter.verdicts.verdicts import OrderBusy, OrderMissing, VerdictRequest, Verdicts
+from adapter.verdicts.verdicts import ORDER_READS, OrderBusy, OrderMissing, VerdictRequest, Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -152,6 +153,8 @@ class CallbackEndpoint:
         self.calls_by_url_secret = CallLimit("url-secret-calls", at_once=250, a_minute=6000)
         # A hundred times what the events of a usual order have. They stay in the ledger for weeks.
         self.bytes_of_order = ByteLimit("order-bytes", a_day=20 * 1024 * 1024)
+        # So that a flood over a few connections leaves the processor to the others.
+        self.delay_beyond_limits = 1.0  # seconds
         # Only one write at a time for an order, because the ledger has one writer. Those that wait share the next.
         self._unread = SharedRuns[ReceivedNotification, Received](lambda each, _: intake.store(each), at_once=1)
         for scheme, key in senders.known:  # a key that is no longer used shows as 0
@@ -162,18 +165,22 @@ class CallbackEndpoint:
         received_at = scope.setdefault(RECEIVED_AT, time.monotonic())
         name, order_id = scope["path_params"]["callback"], scope["path_params"]["order_id"]
         callback = self.routes.callbacks.get(name)
+        is_flood = False
         try:
             responded = await self._respond(scope, receive, callback)
         except Exception as error:  # noqa: BLE001 - the last place where an error can become a response
             responded = _refusal(error)
             if isinstance(error, OrderBusy | TooManyNotifications):
                 self.limits.acted(error.limit)
+                is_flood = error.limit != ORDER_READS
         response = responded.response
         seconds = time.monotonic() - received_at
         shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")
         self.metrics.callbacks.labels(shown, kind, str(response.status_code)).inc()
         self.metrics.callback_duration.labels(kind).observe(seconds)
         write = log.warning if response.status_code >= 500 or response.status_code == 401 else log.info
+        if is_flood:  # `limits` warns once a minute
+            write = log.debug
         write(
             "callback_answered",
             callback=shown,
@@ -191,6 +198,8 @@ class CallbackEndpoint:
         note_identified(scope)
         limit, key = self._limit_of(sender, raw.order_id)
         if not limit.enter(key):  # before the load, so that what is refused here takes no room there
+            discard_body(scope)
+            await asyncio.sleep(self.delay_beyond_limits)
             return await self._respond_beyond_limit(raw, sender, callback, limit)
         try:
             with self.load:
@@ -246,6 +255,8 @@ class CallbackEndpoint:
         """
         if callback is None or callback.kind != "notification":
             raise OrderBusy(limit.name)
+        if raw.method not in METHODS[callback.kind]:
+            raise MethodNotAllowed(", ".join(METHODS[callback.kind]))
         if limit is self.calls_by_url_secret:  # each call may name another order
             raise TooManyNotifications(limit.name)
         try:

@@ -46,6 +46,7 @@ MOST_OF_MARGIN = 0.2  # of the deadline
 NO_BUGS = (Outcome, NorceError, Undecided, TimeoutError)  # errors that are logged without a traceback
 MOST_CODES = 20  # in a line of the log
 SECONDS_BETWEEN_TRACEBACKS = 3600  # of one kind
+ORDER_READS = "order-reads"  # the limit, as metrics and logs name it
 READS_OF_AN_ORDER_AT_ONCE = 4
 # A hook joins an evaluation that has at least this part of the time that the hook has left. One whose request came
 # slowly has less.
@@ -213,7 +214,7 @@ class Verdicts:
         try:
             return await self._waiting_for(self._reads.get((request.channel, request.order_id), within))
         except (TimeoutError, NorceBusy) as error:
-            raise OrderBusy("order-reads") from error
+            raise OrderBusy(ORDER_READS) from error
 
     async def _ask_routes(self, request: VerdictRequest, order: Order) -> list[Verdict]:
         verdicts: dict[str, Verdict | None] = {}  # in the order of the configuration

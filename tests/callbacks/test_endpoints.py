@@ -691,6 +691,7 @@ def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Listening]:
 ROOT = "/api/v1/callbacks/orders"
 STATUS_OF = f"{ROOT}/o1/order-status"
 RULES_OF = f"{ROOT}/o1/order-rules"
+RULES_FREE = f"{ROOT}/o1/order-free"
 ORDER = b'{"id":"o1","merchant":"norce","channel":"1","lastModified":"2026-02-03T08:16:35Z"}'
 MIB = 1024 * 1024
 
@@ -1275,11 +1276,12 @@ class Minute:
 def limited(house: House) -> Iterator[House]:
     """Two calls of an order a minute, and three with a secret in the URL."""
     endpoint = house.endpoint
-    before = endpoint.calls_of_order, endpoint.calls_by_url_secret
-    endpoint.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=2, clock=Minute())
+    before = endpoint.calls_of_order, endpoint.calls_by_url_secret, endpoint.delay_beyond_limits
+    endpoint.delay_beyond_limits = 0
+    endpoint.calls_of_order = CallLimit("order-calls", at_once=5, a_minute=2, clock=Minute())
     endpoint.calls_by_url_secret = CallLimit("url-secret-calls", at_once=32, a_minute=3, clock=Minute())
     yield house
-    endpoint.calls_of_order, endpoint.calls_by_url_secret = before
+    endpoint.calls_of_order, endpoint.calls_by_url_secret, endpoint.delay_beyond_limits = before
 
 
 def ask_signed(house: House, order_id: str, callback: str, body: Any = b"") -> Answer:
@@ -1322,7 +1324,9 @@ def test_calls_with_a_header_secret_do_not_count_for_signed_ones(limited: House,
     assert (flood, limited.ask(order["id"], "order-free").status) == ([200, 200, 503], 200)
 
 
-def test_an_order_has_at_most_32_calls_at_once_also_while_their_bodies_come(house: House) -> None:
+def test_calls_count_as_running_while_their_bodies_come(limited: House) -> None:
+    house = limited
+    house.endpoint.calls_of_order = CallLimit("order-calls", at_once=5, a_minute=100, clock=Minute())
     order_id = new_order()["id"]
     target = f"{ROOT}/{order_id}/order-status?{signed(NEW, 'new', order_id, 'order-status')}"
 
@@ -1336,7 +1340,7 @@ def test_an_order_has_at_most_32_calls_at_once_also_while_their_bodies_come(hous
         def call() -> asyncio.Task[Answer]:
             return asyncio.create_task(asked(house.app, scope_of("POST", target, UNSIGNED), receive))
 
-        slow = [call() for _ in range(32)]
+        slow = [call() for _ in range(5)]
         await asyncio.sleep(0)
         refused = await call()
         come.set()
@@ -1398,6 +1402,7 @@ def test_an_invalid_notification_beyond_the_limit_is_refused_as_before(limited: 
 
     assert statuses == [400, 400]  # the body names another channel
     assert is_a_refusal(beyond, 404, "configuration-not-found", "merchant-or-channel")
+    assert limited.ask(order["id"], "order-paid", method="PUT").status == 405
 
 
 @pytest.fixture
@@ -1459,6 +1464,42 @@ def test_calls_with_a_secret_in_the_url_share_a_limit_and_leave_the_orders_their
     assert limited.stored(orders[3]["id"]) == []
     assert [ask_signed(limited, orders[0]["id"], "order-paid", orders[0]).status for _ in range(2)] == [200, 200]
     assert limited.counted("limits_reached_total", limit="url-secret-calls") > 0
+
+
+def test_a_call_beyond_the_limit_waits_and_leaves_the_service_to_the_others(limited: House) -> None:
+    limited.endpoint.delay_beyond_limits = PATIENCE
+    target = f"{ROOT}/waits/order-free?{signed(NEW, 'new', 'waits', 'order-free')}"
+    for _ in range(2):
+        assert ask_signed(limited, "waits", "order-free").status == 200
+    running = limited.endpoint.load.running
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("the body is not read")
+
+    async def flood() -> list[bool]:
+        calls = [
+            asyncio.create_task(asked(limited.app, scope_of("POST", target, UNSIGNED), receive)) for _ in range(100)
+        ]
+        await asyncio.sleep(0)
+        assert limited.endpoint.load.running == running
+        assert (await asked(limited.app, scope_of("POST", RULES_FREE, BY_HEADER), receive)).status == 200
+        done = [call.done() for call in calls]
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+        return done
+
+    assert not any(limited.runner.run(flood()))
+
+
+def test_a_refusal_beyond_the_limit_is_below_the_usual_level_of_the_log(limited: House, order: dict[str, Any]) -> None:
+    """A line for each would fill the disk. `limit_reached` comes once a minute."""
+    with capture_logs() as logged:
+        for _ in range(4):
+            ask_signed(limited, order["id"], "order-free")
+
+    answered = [line["log_level"] for line in logged if line["event"] == "callback_answered"]
+    assert answered == ["info", "info", "debug", "debug"]
 
 
 def test_callers_that_are_not_known_use_up_nothing(limited: House) -> None:
