@@ -11,6 +11,7 @@ lane that wait and that no process has claimed. Whoever claims or settles a lane
 either claimed or superseded.
 """
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from hashlib import sha256
@@ -111,6 +112,7 @@ class Inbox:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._clock = store.clock
+        self._digesting: dict[int, asyncio.Task[None]] = {}  # by notification
         database = store.database
         columns = [column.name for column in notifications.c if column.name != "id"]
         self._insert_notifications = database.inserter(
@@ -149,7 +151,7 @@ class Inbox:
             if isinstance(received, list):
                 # In a transaction of its own: a batch has locked its lanes already, and the order of locks must hold.
                 return await self._store.run(self._retry, received)
-            await self._digest(received)
+            await self._digest_stored(received)
             if notification.digest is None:
                 notification = replace(notification, digest=await offload(len(body), _digest, body))
 
@@ -160,16 +162,23 @@ class Inbox:
             StoreUnavailable: The ledger cannot be read.
         """
         digest = await offload(len(body), _digest, body)
-        while not isinstance(known := await self._store.write(self._have, (identities, digest)), bool):
-            await self._digest(known)
+        while not isinstance(known := await self._store.write(self._have, (identities, digest, body)), bool):
+            await self._digest_stored(known)
         return known
 
-    async def _digest(self, stored: Undigested) -> None:
-        """Store the digest of a stored order, once."""
-        if stored.body is not None:
-            digest = await offload(len(stored.body), _digest, stored.body)
-            of_it = update(notifications).where(notifications.c.id == stored.notification_id).values(digest=digest)
-            await self._store.run(lambda connection: connection.execute(of_it))
+    async def _digest_stored(self, stored: Undigested) -> None:
+        """Store the digest of a stored order, once for all callers that wait for it."""
+        if stored.body is None:
+            return
+        key = stored.notification_id
+        if key not in self._digesting:
+            self._digesting[key] = asyncio.create_task(self._keep_digest(key, stored.body))
+            self._digesting[key].add_done_callback(lambda _: self._digesting.pop(key))
+        await asyncio.shield(self._digesting[key])
+
+    async def _keep_digest(self, notification_id: int, body: bytes) -> None:
+        digest = await offload(len(body), _digest, body)
+        await self._store.write(self._keep_digests, (notification_id, digest))
 
     # --- in the writer's thread, inside its transaction ---
 
@@ -313,17 +322,27 @@ class Inbox:
         return {row.queue_id: row for row in rows}
 
     def _have(
-        self, connection: Connection, orders: Sequence[tuple[Collection[bytes], bytes]]
+        self, connection: Connection, orders: Sequence[tuple[Collection[bytes], bytes, bytes]]
     ) -> list[bool | Undigested]:
         n = notifications.c
         known: list[bool | Undigested] = []
-        for identities, digest in orders:
+        for identities, digest, body in orders:
             names = [*identities, *(identity + digest for identity in identities)]
             rows = connection.execute(select(n.id, n.digest, n.body).where(n.identity.in_(names))).all()
-            undigested = [Undigested(row.id, row.body) for row in rows if row.digest is None and row.body is not None]
-            # A row with neither was pruned before anything was compared with it.
-            known.append(undigested[0] if undigested else any(row.digest in (None, digest) for row in rows))
+            if any(row.body == body or row.digest == digest for row in rows):
+                known.append(True)
+                continue
+            undigested = [row for row in rows if row.digest is None]
+            # One without a body was pruned before anything was compared with it, and counts as this order.
+            stored = [Undigested(row.id, row.body) for row in undigested if row.body is not None]
+            known.append(stored[0] if stored else bool(undigested))
         return known
+
+    def _keep_digests(self, connection: Connection, digested: Sequence[tuple[int, bytes]]) -> list[None]:
+        for notification_id, digest in sorted(digested):
+            kept = update(notifications).where(notifications.c.id == notification_id).values(digest=digest)
+            connection.execute(kept)
+        return [None] * len(digested)
 
     def _dead_letters(self, connection: Connection, ids: Collection[int | None], now: int) -> list[LaneDelivery]:
         d = deliveries.c

@@ -226,6 +226,18 @@ def test_a_repeat_in_other_bytes_is_digested_beside_the_writer_and_once(store_ur
             assert set(threads) <= {"large-bodies_0"}
 
 
+def test_many_repeats_at_once_digest_the_stored_order_once(store_url: str) -> None:
+    with digesting_threads() as threads, opened(store_url) as ledger:
+        ledger.receive(receipt(body=b'{"total": 1.0}', identity=b"same"))
+
+        async def together() -> list[Received]:
+            repeats = [receipt(body=b'{"total": 1}' + b" " * number, identity=b"same") for number in range(5)]
+            return await asyncio.gather(*map(ledger.inbox.receive, repeats))
+
+        assert ledger.do(together()) == [Received.REPEAT] * 5
+        assert len(threads) == 6
+
+
 def test_a_repeat_in_equal_bytes_needs_no_digest(store_url: str) -> None:
     with digesting_threads() as threads, opened(store_url) as ledger:
         for _ in range(3):
