@@ -23,6 +23,7 @@ import httpx
 MAX_OVERHEAD_BYTES = 32 * 1024  # of an answer, all that is not body: its heads (1xx ones too), chunk lines, trailers
 MAX_OVERHEAD_PART = 0.5  # of the body, on top of that, for the lines of small chunks
 MAX_LINES = 200  # status lines, fields and trailers of an answer
+RECEIVE_BYTES = 256 * 1024  # as much as uvloop receives at once
 READ_BYTES = 16 * 1024  # parsed without a pause for other tasks
 CHUNKS_IN_A_ROW = 8  # of a body, then other tasks have a turn
 
@@ -124,22 +125,36 @@ class _Checked(httpcore.AsyncNetworkStream):
     """A connection that lets through only answers within the limits."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
-        self._stream = stream
-        self._answer = _AnswerParser(is_to_head=False)
+        self._stream: httpcore.AsyncNetworkStream | None = stream
+        self._answer = _AnswerParser()
+        self._is_sending = False
+        self._received = memoryview(b"")  # what is not read yet of the last bytes that came
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - httpcore's
-        data = await self._stream.read(min(max_bytes, READ_BYTES), timeout)
+        self._is_sending = False
+        if self._received:
+            await asyncio.sleep(0)
+        else:
+            # All that has come: of less, anyio would copy the rest each time.
+            self._received = memoryview(await self._open().read(RECEIVE_BYTES, timeout))
+        size = min(max_bytes, READ_BYTES)
+        data, self._received = bytes(self._received[:size]), self._received[size:]
         if data:
             self._answer.check(data)
         return data
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
-        if buffer:  # nothing is read between the parts of a request, so each may begin the count again
-            self._answer = _AnswerParser(is_to_head=buffer.startswith(b"HEAD "))
-        await self._stream.write(buffer, timeout)
+        if not self._is_sending:
+            self._answer.begin(is_to_head=buffer.startswith(b"HEAD "))
+            self._is_sending = True
+        await self._open().write(buffer, timeout)
 
     async def aclose(self) -> None:
-        await self._stream.aclose()
+        # httpx keeps the connection of an answer until a collection of garbage. It must not keep what has come.
+        self._received = memoryview(b"")
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.aclose()
 
     async def start_tls(
         self,
@@ -147,31 +162,42 @@ class _Checked(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - as above
     ) -> httpcore.AsyncNetworkStream:
-        return _Checked(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        return _Checked(await self._open().start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
-        return self._stream.get_extra_info(info)
+        return None if self._stream is None else self._stream.get_extra_info(info)
+
+    def _open(self) -> httpcore.AsyncNetworkStream:
+        if self._stream is None:
+            raise httpcore.ReadError("the connection is closed")
+        return self._stream
 
 
 class _AnswerParser:
-    """The parser of one answer, with the 1xx answers before it."""
+    """The parser of the answers on one connection, each with the 1xx answers before it."""
 
-    def __init__(self, *, is_to_head: bool) -> None:
-        self._is_to_head = is_to_head  # then it has no body, whatever its fields say
+    def __init__(self) -> None:
+        self._is_to_head = True
+        self.begin(is_to_head=False)
+
+    def begin(self, *, is_to_head: bool) -> None:
+        """Begin with the answer to the next request. The answer to a HEAD request has no body, whatever it says."""
+        if is_to_head or self._is_to_head:  # a parser that waits for such a body is of no use
+            self._parser = httptools.HttpResponseParser(self)
+            # Both are frequent and harmless: a `Content-Length` beside chunks is ignored, as are spaces after a size.
+            self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
+        self._is_to_head = is_to_head
         self._is_complete = False
-        self._received = self._body = self._lines = 0
-        self._parser = httptools.HttpResponseParser(self)
-        # Both are frequent and harmless: a `Content-Length` beside chunks does not count, nor do spaces after a size.
-        self._parser.set_dangerous_leniencies(lenient_chunked_length=True, lenient_spaces_after_chunk_size=True)
+        self._bytes = self._body = self._lines = 0
 
     def check(self, data: bytes) -> None:
         """Parse what has come. Raises `httpcore.RemoteProtocolError` if it must not be used."""
-        self._received += len(data)
+        self._bytes += len(data)
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             raise httpcore.RemoteProtocolError("the answer is not HTTP/1.1") from error
-        overhead = self._received - self._body
+        overhead = self._bytes - self._body
         if self._lines > MAX_LINES or overhead > MAX_OVERHEAD_BYTES + MAX_OVERHEAD_PART * self._body:
             raise httpcore.RemoteProtocolError("the answer has too much that is not body")
 

@@ -1,6 +1,7 @@
 """`adapter.connections`: everything that an answer may be has a limit."""
 
 import asyncio
+import gc
 import gzip
 import os
 import resource
@@ -190,6 +191,49 @@ async def test_honest_answers_are_read_and_leave_the_connection_open(
 
     assert [(each.status_code, each.content) for each in answers] == [(status, body)] * 3
     assert server.connections == 1
+
+
+@asynchronous
+async def test_requests_and_answers_of_all_kinds_follow_one_another_on_a_connection() -> None:
+    head, body = OK + b"content-length: 2\r\n\r\n", b"{}"
+    no_content = b"HTTP/1.1 204 No Content\r\n\r\n"
+    server = ScriptedServer(*(once(each) for each in (head, head + body, head, head, no_content, head + body)))
+    async with server.listening(), httpx.AsyncClient(transport=connections(), timeout=None) as client:
+        methods = ("HEAD", "GET", "HEAD", "HEAD", "DELETE", "GET")
+        contents = [(await client.request(method, server.url)).content for method in methods]
+
+    assert contents == [b"", body, b"", b"", b"", body]
+    assert server.connections == 1
+
+
+@asynchronous
+async def test_a_body_that_looks_like_a_head_request_has_an_answer_with_a_body() -> None:
+    async with (
+        ScriptedServer(once(OK + b"content-length: 2\r\n\r\n{}")).listening() as server,
+        httpx.AsyncClient(transport=connections(), timeout=None) as client,
+    ):
+        answer = await client.post(server.url, content=b"HEAD / HTTP/1.1")
+
+    assert answer.content == b"{}"
+
+
+@asynchronous
+async def test_an_answer_that_is_broken_off_leaves_nothing_in_memory() -> None:
+    """Without a collection of garbage, which is rare: httpx makes a circle of an answer and its connection."""
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(httpx.RemoteProtocolError):
+            await fetch(ENDLESS["chunks of a byte"])
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kept = [each for each in gc.garbage if type(each).__name__ in ("SocketStream", "StreamProtocol")]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+    assert kept == []
 
 
 @pytest.mark.parametrize("sent", UNTIL_CLOSED.values(), ids=UNTIL_CLOSED)

@@ -506,14 +506,14 @@ def _kind_of_outcome(error: NorceError, method: str) -> Outcome:
 
 
 async def _read_body(answer: httpx.Response, max_bytes: int) -> bytes:
-    body = bytearray()
+    pieces: list[bytes] = []  # one buffer that grows, beside others that grow, leaves three times its size unused
     try:
         async for piece in read_content(answer, max_bytes):
-            body += piece
+            pieces.append(piece)
     except BaseException:
-        body.clear()  # an error keeps this frame until it is logged, and many may wait for that
+        pieces.clear()  # an error keeps this frame until it is logged, and many may wait for that
         raise
-    return bytes(body)
+    return b"".join(pieces)
 
 
 @dataclass(frozen=True, slots=True)
