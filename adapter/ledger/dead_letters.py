@@ -1,7 +1,8 @@
-"""Retrying dead letters: they wait again, with their whole schedule, in their old place.
+"""Dead letters: retrying them, and passing those that no longer need to stop their lanes.
 
-The lane's doubt stays, unless a person has looked at the destination and found no effect there. The retries of a
-schedule, before a delivery is dead, are computed in `settlement`.
+A retried letter waits again, with its whole schedule, in its old place. The lane's doubt stays, unless a person has
+looked at the destination and found no effect there. The retries of a schedule, before a delivery is dead, are computed
+in `settlement`.
 """
 
 from collections.abc import Collection, Iterable, Sequence

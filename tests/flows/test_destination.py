@@ -55,6 +55,25 @@ def test_a_delivery_that_waits_for_a_retry_is_retried_after_a_kill(site: Site) -
     assert site.shop.exports("patient") == site.shop.count_puts("patient") == 1
 
 
+def test_a_lane_that_a_dead_letter_stopped_goes_on_once_its_route_reads_the_order_again(site: Site) -> None:
+    export = site.config["routes"]["export-payment"]
+    export["refetch"] = False
+    site.shop.script("stopped", Fault(status=422))
+    first = site.start()
+    site.notify(first, make_order("stopped", lastModified="2026-02-03T09:00:00Z"))
+    assert site.wait_for_end("stopped")["reason"] == "rejected"
+    site.notify(first, make_order("stopped", lastModified="2026-02-03T09:00:01Z"))
+    assert first.stop() == 0
+    assert {each["state"] for each in site.deliveries("stopped")} == {"dead", "waiting"}
+
+    del export["refetch"]
+    site.start()
+
+    wait_until(lambda: not site.deliveries("stopped", state="waiting"), what="the second delivery")
+    assert {each["reason"] for each in site.deliveries("stopped")} == {"rejected", "delivered"}
+    assert site.shop.exports("stopped") == 1
+
+
 def test_wrong_credentials_pause_the_queue_and_keep_its_deliveries_until_they_are_corrected(site: Site) -> None:
     export = site.config["routes"]["export-payment"]
     export["concurrency"] = 1
