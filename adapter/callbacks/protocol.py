@@ -35,7 +35,8 @@ LARGEST_HEAD_BYTES = 32 * 1024
 MOST_FIELDS = 128  # each takes 150 bytes more than it has
 LARGEST_FRAMING_BYTES = 8 * 1024  # trailers, sizes and extensions of chunks
 FRAMING_PER_BODY_BYTE = 8  # allowed on top: one byte in a chunk of its own needs five
-PIECE_BYTES = 8 * 1024  # parsed at once, and the tolerance of the limits above
+# Parsed at once. It is the tolerance for the extensions of chunks, because the parser does not tell where it is.
+PIECE_BYTES = 32 * 1024
 MOST_PIPELINED = 16  # waiting requests of one connection; Norce and usual proxies send none
 
 UNLIMITED_PATH = b"/livez"  # answered however many requests run
@@ -98,12 +99,13 @@ class GuardedProtocol(HttpToolsProtocol):
         self.write_deadline = inf  # for the caller to take what was written
         self._reads = Part.NOTHING
         self._overhead = 0  # received bytes of a head, or not of a body
+        self._trailer_bytes = 0
         self._is_deaf = False  # drops what comes, because the connection ends
         self._is_identified = False
         self._is_proxied = False
         self._is_refusing = False
         self._discards_body = False
-        self._body_bytes = 0  # of the request that is being read, as far as they are kept
+        self._body_bytes = 0  # received, of the request that is being read
         self._running: RequestResponseCycle | None = None
         self._keeps_alive = False  # after the request that is being read
         self._received = b""
@@ -122,9 +124,12 @@ class GuardedProtocol(HttpToolsProtocol):
         if len(data) <= PIECE_BYTES:
             self._read_piece(data)
         else:
-            for start in range(0, len(data), PIECE_BYTES):
-                self._read_piece(data[start : start + PIECE_BYTES])
-        if self._reads is Part.BODY and not self._is_deaf:
+            begin, size = 0, len(data)
+            while begin < size and not self._is_deaf:
+                end = begin + max(PIECE_BYTES, self._announced_bytes() if self._reads is Part.BODY else 0)
+                self._read_piece(data[begin:end])
+                begin = end
+        if self._reads is Part.BODY and not (self._is_deaf or self._discards_body or self._is_refusing):
             self._connections.hold_body(self, self._body_bytes)
 
     def pause_writing(self) -> None:
@@ -170,6 +175,9 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._reads is not Part.HEAD:  # a field of a trailer never counts as a header
+            self._trailer_bytes += len(name) + len(value)
+            if self._trailer_bytes > LARGEST_FRAMING_BYTES and not self._is_deaf:
+                self._cut("framing")
             return
         name = name.lower()
         if name == b"expect" and value.lower() == b"100-continue":
@@ -180,10 +188,10 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_deaf:
             return
         self._reads = Part.BODY
-        self._overhead = self._body_bytes = 0
-        if len(self.headers) > MOST_FIELDS:
+        if len(self.headers) > MOST_FIELDS or self._overhead > LARGEST_HEAD_BYTES < self._head_bytes():
             self._cut("head")
             return
+        self._overhead = self._trailer_bytes = self._body_bytes = 0
         if self._offers_upgrade():
             return
         self.deadline = self.scope[RECEIVED_AT] + self._receive_seconds  # type: ignore[literal-required]
@@ -206,8 +214,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._overhead = max(0, self._overhead - (1 + FRAMING_PER_BODY_BYTE) * len(body))
+        self._body_bytes += len(body)
         if not (self._is_refusing or self._discards_body or self._is_deaf):
-            self._body_bytes += len(body)
             super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -236,7 +244,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Drop the body of the running request as it comes, and do not wait for it."""
         if self.cycle.more_body:
             self._discards_body = True
-            self._body_bytes = 0
+            self._connections.release_body(self)
             self.deadline = inf  # the answer ends the connection
             self.cycle.body = bytearray()
             self.flow.resume_reading()
@@ -292,6 +300,14 @@ class GuardedProtocol(HttpToolsProtocol):
                 elif self._overhead > LARGEST_HEAD_BYTES or len(self.headers) > MOST_FIELDS:
                     self._cut("head")
             data = self._behind_offer
+
+    def _head_bytes(self) -> int:
+        """Return the size of a head that ends in the piece that is being parsed."""
+        return self._overhead - len(self._received) + self._received.find(b"\r\n\r\n")
+
+    def _announced_bytes(self) -> int:
+        """Return how many bytes of the body follow by its length. They need no limit here."""
+        return next((int(value) for name, value in self.headers if name == b"content-length"), 0) - self._body_bytes
 
     def _break_cycles(self) -> None:
         """Free the memory of a lost connection now. The garbage collector runs rarely."""

@@ -150,6 +150,12 @@ async def answer_empty(_scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
+async def read_and_answer(scope: Any, receive: Any, send: Any) -> None:
+    while (message := await receive())["type"] != "http.disconnect" and message["more_body"]:
+        pass
+    await answer_unread(scope, receive, send)
+
+
 async def answer_unread(_scope: Any, _receive: Any, send: Any) -> None:
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
     await send({"type": "http.response.body", "body": b""})
@@ -494,6 +500,37 @@ def test_a_head_beyond_its_limit_is_closed(guarded: Guarded, head: bytes, size: 
     assert guarded.wire.aborted
     assert guarded.limits == ["head"]
     assert guarded.wire.written == b""
+
+
+@pytest.mark.parametrize("first", [10, 1000, LARGEST_HEAD_BYTES - 1000], ids=str)
+@pytest.mark.parametrize(("size", "is_answered"), [(LARGEST_HEAD_BYTES, True), (LARGEST_HEAD_BYTES + 10, False)])
+def test_a_head_is_measured_to_the_byte_wherever_it_is_cut(
+    guarded: Guarded, first: int, size: int, is_answered: bool
+) -> None:
+    """The body behind it does not count, though it comes in the same packet."""
+    head = HEAD.replace(b"length: 2", b"length: 90000")
+    sent = head.replace(b"host", b"x: %s\r\nhost" % (b"y" * (size - len(head) - 5))) + b"z" * 90_000
+
+    guarded.send(sent[:first])
+    guarded.send(sent[first:])
+
+    assert (b"HTTP/1.1 200" in guarded.wire.written) is is_answered
+    assert guarded.limits == ([] if is_answered else ["head"])
+
+
+@pytest.mark.parametrize("size", [1, 100, 20_000], ids=str)
+@pytest.mark.parametrize(("fields", "is_answered"), [(8, True), (9, False)])
+def test_trailers_are_measured_wherever_they_are_cut(
+    answering: Callable[[Any], Guarded], size: int, fields: int, is_answered: bool
+) -> None:
+    guarded = answering(read_and_answer)
+    sent = CHUNKED + CHUNKED[:-2] + (b"x: %s\r\n" % (b"y" * 1000)) * fields + b"\r\n"
+    for piece in in_pieces(sent, size):
+        guarded.protocol.data_received(piece)
+    guarded.settle()
+
+    assert guarded.wire.aborted is not is_answered
+    assert guarded.limits == ([] if is_answered else ["framing"])
 
 
 def test_a_head_within_its_limit_is_answered(guarded: Guarded) -> None:
