@@ -41,9 +41,9 @@ class Connections:
     milliseconds.
 
     Beyond `most` connections in total, one of the larger of two groups is closed: the unidentified (the oldest), or the
-    idle ones of known callers (the longest idle). So neither can push the other below half of the room, and a flood of
-    strangers does not cost known callers their connections. If all are busy with requests of known callers, the new
-    connection is closed.
+    idle ones of known callers (the longest idle; a request that waits for its refusal counts as idle). So neither can
+    push the other below half of the room, and a flood of strangers does not cost known callers their connections. If
+    all are busy with requests of known callers, the new connection is closed.
 
     Beyond `most_body_bytes` in unfinished bodies, the one that began first is refused: an honest one is complete within
     moments.
@@ -211,6 +211,12 @@ def note_identified(scope: MutableMapping[str, Any]) -> None:
     """Note that the sender of a request is known. See `Connections.identified`."""
     if (connection := scope.get(CONNECTION)) is not None:
         connection.note_identified()
+
+
+def note_refusal(scope: MutableMapping[str, Any]) -> None:
+    """Note that a request is refused later. Until then its connection counts as idle."""
+    if (connection := scope.get(CONNECTION)) is not None:
+        connection.note_refusal()
 
 
 def discard_body(scope: MutableMapping[str, Any]) -> None:

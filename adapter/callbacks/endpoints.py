@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapter.callbacks import parsing
-from adapter.callbacks.connections import discard_body, note_identified
+from adapter.callbacks.connections import discard_body, note_identified, note_refusal
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.limits import ByteLimit, CallLimit, LimitReport, Load, Overloaded
 from adapter.callbacks.parsing import (
@@ -198,7 +198,7 @@ class CallbackEndpoint:
         note_identified(scope)
         limit, key = self._limit_of(sender, raw.order_id)
         if not limit.enter(key):  # before the load, so that what is refused here takes no room there
-            discard_body(scope)
+            note_refusal(scope)
             await asyncio.sleep(self.delay_beyond_limits)
             return await self._respond_beyond_limit(raw, sender, callback, limit)
         try:

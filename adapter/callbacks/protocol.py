@@ -240,6 +240,11 @@ class GuardedProtocol(HttpToolsProtocol):
             self._is_identified = True
             self._connections.identified(self)
 
+    def note_refusal(self) -> None:
+        """Drop the body of the running request as it comes, and give way to other connections."""
+        self.discard_body()
+        self._connections.idle(self)
+
     def discard_body(self) -> None:
         """Drop the body of the running request as it comes, and do not wait for it."""
         if self.cycle.more_body:

@@ -460,6 +460,26 @@ def test_an_unfinished_body_that_takes_others_room_is_refused(answering: Callabl
     other.connection_lost(None)
 
 
+def test_a_connection_that_waits_for_a_refusal_gives_way_to_others(answering: Callable[[Any], Guarded]) -> None:
+    """Otherwise the calls of one order could take all connections while their refusals are delayed."""
+
+    async def refuse(scope: Any, receive: Any, _send: Any) -> None:
+        scope[CONNECTION].note_identified()
+        scope[CONNECTION].note_refusal()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    guarded = answering(refuse)
+    guarded.connections.most = 1
+    guarded.send(HEAD + b"{")
+
+    other, other_wire = guarded.connect()
+
+    assert guarded.wire.aborted
+    assert not other_wire.closed
+    other.connection_lost(None)
+
+
 def test_a_body_in_one_piece_is_never_unfinished(guarded: Guarded) -> None:
     guarded.connections.most_body_bytes = 0
 
