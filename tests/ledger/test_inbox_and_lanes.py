@@ -787,7 +787,7 @@ def test_a_claim_says_all_that_an_attempt_needs(ledger: Ledger) -> None:
 
     assert (claim.order_id, claim.channel, claim.callback) == ("order-1", ("fjallboden", "1"), "order-status")
     assert claim.body == body_of("order-1", 1)
-    assert claim.identity == b"order-1/1"
+    assert claim.identity == b"order-1/1/"
     assert (claim.attempt, claim.in_doubt, claim.previous) == (1, False, None)
     assert (claim.received_at, claim.claimed_at, claim.first_attempt_at) == (NOON, NOON + 7, NOON + 7)
     assert claim.doubt_ends_at == NOON + 7 + DOUBT
