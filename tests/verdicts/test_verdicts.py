@@ -677,6 +677,14 @@ def test_the_first_refusal_in_the_order_of_the_configuration_is_the_answer(tmp_p
     assert decided(answer) == [("patch", None), ("refuse", None), ("refuse", None)]
 
 
+@pytest.mark.parametrize("handler", ["refuse", "refuse-in-place"])
+def test_a_refusal_does_not_keep_its_order_in_memory(tmp_path: Path, handler: str) -> None:
+    answer = changed(tmp_path, hook("one", handler, more=", settings: {code: first}"))
+
+    assert answer.refusal is not None
+    assert answer.refusal.__traceback__ is None
+
+
 def test_only_hook_routes_whose_condition_holds_give_a_verdict(tmp_path: Path) -> None:
     answer = changed(tmp_path, hook("there", "refuse", more=", when: {scope: /country, schema: {const: NO}}"))
 
