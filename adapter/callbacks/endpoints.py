@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from adapter.callbacks import parsing
 from adapter.callbacks.connections import discard_body, note_identified, note_refusal
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import ByteLimit, CallLimit, LimitReport, Load, Overloaded
+from adapter.callbacks.limits import ByteLimit, CallLimit, LargeBodies, LimitReport, Load, Overloaded
 from adapter.callbacks.parsing import (
     BadRequest,
     CallbackInvalid,
@@ -153,6 +153,10 @@ class CallbackEndpoint:
         self.calls_by_url_secret = CallLimit("url-secret-calls", at_once=250, a_minute=6000)
         # A hundred times what the events of a usual order have. They stay in the ledger for weeks.
         self.bytes_of_order = ByteLimit("order-bytes", a_day=20 * 1024 * 1024)
+        # Two of the largest of an order, because Norce may call a hook twice.
+        self.large_hooks = LargeBodies(
+            "large-hooks", least=64 * 1024, of_key=2 * max_body_bytes, in_all=8 * max_body_bytes
+        )
         # So that a flood over a few connections leaves the processor to the others.
         self.delay_beyond_limits = 1.0  # seconds
         # Only one write at a time for an order, because the ledger has one writer. Those that wait share the next.
@@ -230,6 +234,19 @@ class CallbackEndpoint:
             facts = _facts(sender, notification.channel, received.value, len(notification.wanted))
             return Responded(response=EMPTY, facts=facts)
 
+        if len(raw.body) < self.large_hooks.least:
+            return await self._respond_verdict(scope, raw, sender, callback)
+        key, size = (sender.channel or sender.key, raw.order_id), len(raw.body)
+        if not self.large_hooks.enter(key, size):
+            await asyncio.sleep(self.delay_beyond_limits)
+            raise OrderBusy(self.large_hooks.name)
+        try:
+            return await self._respond_verdict(scope, raw, sender, callback)
+        finally:
+            self.large_hooks.leave(key, size)
+
+    async def _respond_verdict(self, scope: Scope, raw: RawCallback, sender: Sender, callback: Callback) -> Responded:
+        """Answer a validation or a hook."""
         parse = parse_hook if callback.kind == "hook" else parse_validation
         request = parse(raw, sender, callback, self.channels)
         if request.channel in self.switched_off:

@@ -102,6 +102,35 @@ class CallLimit:
         return len(self._running.keys() | self._begun.keys())
 
 
+class LargeBodies:
+    """A limit on the bytes of large bodies in evaluation, for each key and in all.
+
+    A decoded order takes twenty times the memory of its bytes, and rules on it take turns, so that many would be in
+    memory together.
+    """
+
+    def __init__(self, name: str, *, least: int, of_key: int, in_all: int) -> None:
+        self.name = name
+        self.least = least  # the smallest size that counts
+        self._of_key = of_key
+        self._in_all = in_all
+        self._bytes: dict[Hashable, int] = {}
+
+    def enter(self, key: Hashable, size: int) -> bool:
+        """Begin with a body unless the limit is reached. After True, call `leave` at its end."""
+        before = self._bytes.get(key, 0)
+        if before + size > self._of_key or sum(self._bytes.values()) + size > self._in_all:
+            return False
+        self._bytes[key] = before + size
+        return True
+
+    def leave(self, key: Hashable, size: int) -> None:
+        """End a body that has entered."""
+        left = self._bytes.pop(key) - size
+        if left:
+            self._bytes[key] = left
+
+
 class LimitReport:
     """The report that a limit acted: a count, and at most one warning a minute for each limit."""
 

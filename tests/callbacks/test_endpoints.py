@@ -9,6 +9,7 @@ import io
 import itertools
 import json
 import logging
+import queue
 import re
 import resource
 import socket
@@ -48,7 +49,18 @@ from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import Order
-from adapter.plugin import Context, Done, Notification, NotificationHandler, Problem, Settings, ValidationHandler
+from adapter.plugin import (
+    Context,
+    Done,
+    HookHandler,
+    Notification,
+    NotificationHandler,
+    Patch,
+    Problem,
+    Refuse,
+    Settings,
+    ValidationHandler,
+)  # fmt: skip
 from adapter.routing.from_config import norce_accounts, queue_keys
 from adapter.routing.routes import build
 from adapter.routing.runner import Runner
@@ -93,6 +105,7 @@ callbacks:
   order-paid: {kind: notification, scope: /payments}
   order-rules: {kind: validation, deadline: 2s}
   order-free: {kind: validation}
+  cart-changed: {kind: hook, watch: /cart}
 routes:
   export: {callback: order-status, handler: remember, refetch: false}
   completed-only:
@@ -100,6 +113,7 @@ routes:
      when: {scope: /state/currentStatus, schema: {const: completed}}}
   totals: {callback: order-total, handler: remember, refetch: false}
   paid: {callback: order-paid, handler: remember}
+  slow: {callback: cart-changed, handler: slow, no_answer: reject}
   first: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: [a-first, a-second]}}
   second: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: []}}
   third: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: [b-first]}}
@@ -130,6 +144,18 @@ class Deny(ValidationHandler[Codes]):
         return [Problem(code, f"No: {code}.") for code in context.settings.codes]
 
 
+class Slow(HookHandler[Settings]):
+    """Refuses when the test says so."""
+
+    begun: "queue.SimpleQueue[str]" = queue.SimpleQueue()
+    may_end = threading.Event()
+
+    async def change(self, order: Order, context: Context[Settings]) -> list[Patch]:
+        self.begun.put(str(order.id))
+        await asyncio.to_thread(self.may_end.wait, PATIENCE)
+        raise Refuse("slow", "No.")
+
+
 class Point:
     """An entry point without an installed package."""
 
@@ -141,7 +167,7 @@ class Point:
         return self._class
 
 
-POINTS: Any = [Point("remember", Remember), Point("deny", Deny)]
+POINTS: Any = [Point("remember", Remember), Point("deny", Deny), Point("slow", Slow)]
 
 
 class Answer:
@@ -1490,6 +1516,36 @@ def test_a_call_beyond_the_limit_waits_and_leaves_the_service_to_the_others(limi
         return done
 
     assert not any(limited.runner.run(flood()))
+
+
+def test_an_order_has_few_large_hooks_at_once_and_others_have_room(limited: House) -> None:
+    """A decoded order takes twenty times the memory of its body."""
+    limited.endpoint.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=600, clock=Minute())
+    Slow.may_end.clear()
+
+    def call(order_id: str, number: int, size: int) -> "asyncio.Task[Answer]":
+        body = encoded(new_order(id=order_id, number=number, text="x" * size))
+        target = f"{ROOT}/{order_id}/cart-changed?{signed(NEW, 'new', order_id, 'cart-changed')}"
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
+
+        return asyncio.create_task(asked(limited.app, scope_of("POST", target, UNSIGNED), receive))
+
+    async def ask() -> tuple[Answer, list[Answer]]:
+        sizes = [MIB - 1000] * 2 + [100_000, 1000]
+        large = [call("large", number, size) for number, size in enumerate(sizes)]
+        other = call("other", 0, MIB - 1000)
+        for _ in range(4):
+            await asyncio.to_thread(Slow.begun.get, timeout=PATIENCE)
+        refused = await large[2]
+        Slow.may_end.set()
+        return refused, list(await asyncio.gather(large[0], large[1], large[3], other))
+
+    refused, answered = limited.runner.run(ask())
+    assert is_a_refusal(refused, 503, "order-busy")
+    assert [answer.json["code"] for answer in answered] == ["slow"] * 4
+    assert limited.endpoint.large_hooks._bytes == {}
 
 
 def test_a_refusal_beyond_the_limit_is_below_the_usual_level_of_the_log(limited: House, order: dict[str, Any]) -> None:

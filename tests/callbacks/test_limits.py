@@ -12,6 +12,7 @@ from adapter.callbacks.limits import (
     WARN_EVERY_SECONDS,
     ByteLimit,
     CallLimit,
+    LargeBodies,
     LimitReport,
     Load,
     Overloaded,
@@ -110,6 +111,25 @@ def test_calls_are_refused_exactly_beyond_the_limit(steps: list[tuple[str, int]]
             assert limit.enter(number) == may
             running[number] += may
             begun[number] += may
+
+
+def test_large_bodies_are_limited_for_each_key_and_in_all() -> None:
+    limit = LargeBodies("large", least=10, of_key=200, in_all=500)
+
+    assert [limit.enter("o1", 100) for _ in range(3)] == [True, True, False]
+    assert [limit.enter("o2", 100), limit.enter("o2", 101), limit.enter("o3", 200)] == [True, False, True]
+    assert not limit.enter("o4", 1)
+    limit.leave("o1", 100)
+    assert [limit.enter("o4", 100), limit.enter("o1", 1)] == [True, False]
+
+
+def test_large_bodies_that_have_ended_take_no_memory() -> None:
+    limit = LargeBodies("large", least=10, of_key=200, in_all=500)
+    for number in range(100):
+        assert limit.enter(number, 150)
+        limit.leave(number, 150)
+
+    assert limit._bytes == {}
 
 
 def test_a_limit_that_acts_is_counted_and_logged_once_a_minute_with_the_count(clock: Seconds) -> None:
