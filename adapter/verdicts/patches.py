@@ -68,7 +68,7 @@ def merge(
     if not any(asked):
         return [], [None] * len(asked)
     inside = None if target is None else tuple(JsonPointer(target).parts)
-    tree, answer = order, list[Patch]()
+    tree, answer = _Tree(order), list[Patch]()
     accepted: list[_Changes] = []
     refused: list[PatchInvalid | None] = []
     for patches in asked:
@@ -81,9 +81,9 @@ def merge(
             continue
         refused.append(None)
         accepted.append(changes)
-        for patch in changes.unmet(tree):
+        for patch in changes.unmet(tree.value):
             answer.append(patch)
-            tree = _applied(tree, patch)
+            tree.apply(patch)
     return answer, refused
 
 
@@ -96,22 +96,23 @@ class _Changes:
     """The outermost places that one list of patches sets, on its own copy of the order."""
 
     def __init__(self, order: Any, patches: Sequence[Patch], inside: Place | None) -> None:
-        self.tree = order
+        tree = _Tree(order)
         self.places: dict[Place, Patch | None] = {}  # its patch, if that is the only one of its place
-        self._above: set[Place] = set()  # the places around them
+        self._within: dict[Place, list[Place]] = {}  # place -> the places inside it, some of which may be gone
         for patch in patches:
             place = tuple(JsonPointer(patch.path).parts)
-            is_absent = patch.op == "remove" and _value_at(self.tree, place) is MISSING
+            is_absent = patch.op == "remove" and _value_at(tree.value, place) is MISSING
             moves_elements = (
-                not is_absent and patch.op != "replace" and isinstance(_value_at(self.tree, place[:-1]), list)
+                not is_absent and patch.op != "replace" and isinstance(_value_at(tree.value, place[:-1]), list)
             )
             if moves_elements:
                 place = place[:-1]
             if inside is None or place[: len(inside)] != inside:
                 raise PatchInvalid("outside-target", patch.path)
             if not is_absent:
-                self.tree = _applied(self.tree, patch)
+                tree.apply(patch)
             self._add(place, None if moves_elements else patch)
+        self.tree = tree.value
 
     def _add(self, place: Place, patch: Patch | None) -> None:
         outer, inner = self._related(place)
@@ -120,20 +121,22 @@ class _Changes:
             return
         for each in inner:
             del self.places[each]
+        self._within.pop(place, None)
         self.places[place] = None if inner else patch
-        self._above.update(place[:end] for end in range(len(place)))
+        for end in range(len(place)):
+            self._within.setdefault(place[:end], []).append(place)
 
     def _related(self, place: Place) -> tuple[list[Place], list[Place]]:
         """Return the places that are or hold this one, and those inside it."""
         outer = [place[:end] for end in range(len(place) + 1) if place[:end] in self.places]
-        within = self.places if place in self._above else ()
-        return outer, [each for each in within if each != place and each[: len(place)] == place]
+        return outer, [each for each in self._within.get(place, ()) if each in self.places]
 
     def check_agrees(self, earlier: "_Changes") -> None:
         """Raise `PatchInvalid` if the two want different values."""
+        equal: dict[Place, bool] = {}  # compared once for all places inside
         for place in self.places:
             outer, inner = earlier._related(place)
-            if not all(_agree(self.tree, place, earlier.tree, each) for each in outer + inner):
+            if not all(_agree(self.tree, place, earlier.tree, each, equal) for each in outer + inner):
                 raise PatchInvalid("contradicts", _pointer(place))
 
     def unmet(self, tree: Any) -> list[Patch]:
@@ -153,18 +156,34 @@ class _Changes:
         return patches
 
 
-def _applied(tree: Any, patch: Patch) -> Any:
-    """Return a patched tree, which shares all unchanged parts with the old one."""
-    operation = _operation(patch)
-    parts = JsonPointer(patch.path).parts
-    new = node = copy(tree)
-    try:
-        for part in parts[:-1]:
-            key = JsonPointer.get_part(node, part)
-            node[key] = node = copy(node[key])
-        return _OPERATIONS[patch.op](operation).apply(new)
-    except (JsonPatchException, JsonPointerException, KeyError, IndexError, TypeError) as error:
-        raise PatchInvalid("does-not-apply", patch.path) from error
+class _Tree:
+    """A tree to which patches are applied.
+
+    It shares all unchanged parts with the order, and copies each changed part once.
+    """
+
+    def __init__(self, order: Any) -> None:
+        self.value = order
+        self._copies: dict[int, Any] = {}  # by their id
+
+    def apply(self, patch: Patch) -> None:
+        operation = _operation(patch)
+        parts = JsonPointer(patch.path).parts
+        self.value = node = self._copied(self.value)
+        try:
+            for part in parts[:-1]:
+                key = JsonPointer.get_part(node, part)
+                node[key] = node = self._copied(node[key])
+            _OPERATIONS[patch.op](operation).apply(self.value)
+        except (JsonPatchException, JsonPointerException, KeyError, IndexError, TypeError) as error:
+            raise PatchInvalid("does-not-apply", patch.path) from error
+
+    def _copied(self, part: Any) -> Any:
+        if id(part) in self._copies:
+            return part
+        copied = copy(part)
+        self._copies[id(copied)] = copied
+        return copied
 
 
 def _operation(patch: Patch) -> dict[str, Any]:
@@ -208,11 +227,17 @@ def _value_at(tree: Any, place: Place) -> Any:
     return tree
 
 
-def _agree(one: Any, its: Place, other: Any, others: Place) -> bool:
-    """Return True if two trees agree where one of two places holds the other."""
+def _agree(one: Any, its: Place, other: Any, others: Place, equal: dict[Place, bool]) -> bool:
+    """Return True if two trees agree where one of two places holds the other.
+
+    `equal` remembers the places whose values have been compared.
+    """
     length = min(len(its), len(others))
-    one, other = _value_at(one, its[:length]), _value_at(other, its[:length])
-    if _equal(one, other):
+    place = its[:length]
+    one, other = _value_at(one, place), _value_at(other, place)
+    if place not in equal:
+        equal[place] = _equal(one, other)
+    if equal[place]:
         return True
     inner = (its + others[len(its) :])[length:]
     for part in inner:
