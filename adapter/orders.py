@@ -5,13 +5,15 @@ which conditions are evaluated. A member of an unexpected type never makes an or
 because Norce's API descriptions disagree about what is nullable, and live orders vary more than either description.
 """
 
+import gc
 import math
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import cache
 from hashlib import sha256
-from itertools import chain
 from types import UnionType
 from typing import Any, TypeAlias, get_origin, get_type_hints
 
@@ -20,6 +22,7 @@ import msgspec
 Json: TypeAlias = "dict[str, Json] | list[Json] | str | int | float | bool | None"
 
 MAX_DIGITS = 4300  # of an integer, in Python
+LARGE_BYTES = 64 * 1024
 MAX_DEPTH = 200  # of objects and arrays in one another
 # An order with more members of an unexpected type is shown with its ids alone: each one costs another conversion.
 MAX_SET_ASIDE = 20
@@ -302,20 +305,36 @@ def decode(raw: bytes, kind: Any = Any) -> Any:
     Raises:
         NotAnOrder: The bytes are not JSON, do not have the type, or are nested more than `MAX_DEPTH` levels deep.
     """
-    return _decoded(_PLAIN if kind is Any else msgspec.json.Decoder(kind, float_hook=_double), raw)
+    return _decoded(_PLAIN if kind is Any else _decoder_of(kind), raw)
+
+
+@cache
+def _decoder_of(kind: Any) -> msgspec.json.Decoder[Any]:
+    return msgspec.json.Decoder(kind, float_hook=_double)
 
 
 def _decoded(decoder: msgspec.json.Decoder[Any], raw: bytes) -> Any:
     try:
         try:
-            tree = decoder.decode(raw)
+            tree = _without_collection(decoder.decode, raw)
         except msgspec.DecodeError:
-            tree = decoder.decode(_repaired(raw))
+            tree = _without_collection(decoder.decode, _repaired(raw))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise NotAnOrder("not valid JSON") from error
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and isinstance(tree, dict | list) and _is_deep(tree):
         raise NotAnOrder("nested too deeply")
     return tree
+
+
+def _without_collection(decode: Callable[[bytes], Any], raw: bytes) -> Any:
+    """Decode without the garbage collector, which would take longer and find nothing."""
+    if len(raw) < LARGE_BYTES or not gc.isenabled():
+        return decode(raw)
+    gc.disable()
+    try:
+        return decode(raw)
+    finally:
+        gc.enable()
 
 
 def _repaired(raw: bytes) -> bytes:
@@ -337,8 +356,12 @@ def _in_range(found: re.Match[bytes]) -> bytes:
 def _is_deep(tree: Any) -> bool:
     level = [tree]
     for _ in range(MAX_DEPTH):
-        parts = chain.from_iterable(each.values() if type(each) is dict else each for each in level)
-        level = [part for part in parts if type(part) is dict or type(part) is list]
+        level = [
+            part
+            for each in level
+            for part in (each.values() if type(each) is dict else each)
+            if type(part) is list or type(part) is dict
+        ]
         if not level:
             return False
     return True
@@ -391,7 +414,8 @@ def canonical(tree: Any) -> bytes:
     """
     try:
         # Through a text, because a walk through the tree in Python would take five times as long.
-        return msgspec.json.encode(_INTEGRAL.decode(msgspec.json.encode(tree)), order="sorted")
+        text = msgspec.json.encode(tree)
+        return msgspec.json.encode(_without_collection(_INTEGRAL.decode, text), order="sorted")
     except RecursionError as error:
         raise NotAnOrder("nested too deeply") from error
 
@@ -493,8 +517,8 @@ _SURROGATES = re.compile(
     rb"(?<!\\)((?:\\\\)*+)\\u[dD](?:[89abAB][0-9a-fA-F]{2}(\\u[dD][c-fC-F][0-9a-fA-F]{2})?|[c-fC-F][0-9a-fA-F]{2})"
 )
 # An integer with too many digits for msgspec, which counts the sign. A string may lack its end, so that no quote is
-# looked at twice.
-_DIGITS = re.compile(rb"[0-9]{%d}" % MAX_DIGITS)
+# looked at twice, and a search does not begin inside a number.
+_DIGITS = re.compile(rb"(?<![0-9])[0-9]{%d}" % MAX_DIGITS)
 _STRING_OR_INTEGER = re.compile(
     rb'"(?:[^"\\]++|\\.)*+"?|(?<![0-9.eE+-])(?:-|(?=[0-9]{%d}))[1-9][0-9]{%d,}+(?![.eE])'
     % (MAX_DIGITS + 1, MAX_DIGITS - 1),

@@ -37,6 +37,7 @@ from adapter.identifiers import Channel
 from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
+from adapter.offload import SMALL_BYTES, offload
 from adapter.routing.routes import Callback, Routes
 from adapter.verdicts.answer import Answer
 from adapter.verdicts.shared_runs import SharedRuns
@@ -228,7 +229,8 @@ class CallbackEndpoint:
             if not self.bytes_of_order.take((sender.channel or sender.key, raw.order_id), len(raw.body)):
                 return await self._respond_beyond_limit(raw, sender, callback, self.bytes_of_order)
             notification, order = await parse_notification(raw, sender, callback, self.channels, self.clock())
-            notification = self.intake.routed(notification, order)  # evaluates each route's condition; never raises
+            # Evaluates each route's condition, and never raises.
+            notification = await offload(len(raw.body), self.intake.routed, notification, order)
             del order  # hundreds of objects, not needed while the disk writes
             received = await self.intake.store(notification)  # durable, atomic and stored once, before we answer
             facts = _facts(sender, notification.channel, received.value, len(notification.wanted))
@@ -248,7 +250,10 @@ class CallbackEndpoint:
     async def _respond_verdict(self, scope: Scope, raw: RawCallback, sender: Sender, callback: Callback) -> Responded:
         """Answer a validation or a hook."""
         parse = parse_hook if callback.kind == "hook" else parse_validation
-        request = parse(raw, sender, callback, self.channels)
+        if len(raw.body) > SMALL_BYTES:  # beside the loop, and not after large notifications
+            request = await asyncio.to_thread(parse, raw, sender, callback, self.channels)
+        else:
+            request = parse(raw, sender, callback, self.channels)
         if request.channel in self.switched_off:
             response = NO_PATCHES if callback.kind == "hook" else EMPTY
             return Responded(response=response, facts=_facts(sender, request.channel, "switched-off", 0))

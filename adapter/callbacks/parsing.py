@@ -78,7 +78,7 @@ async def parse_notification(
         ConfigurationNotFound: The merchant or channel is not configured.
         Unauthenticated: The secret is not valid for this merchant.
     """
-    order, channel = _order_in(raw, sender, channels)
+    order, channel = await offload(len(raw.body), _order_in, raw, sender, channels)
     modified = _micros(order.get("lastModified"), now)
     identity, digest = await offload(len(raw.body), _identity, callback, channel, raw.order_id, order, modified)
     notification = ReceivedNotification(

@@ -30,6 +30,7 @@ from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
 from adapter.norce.client import Event, Norce, NorceError
+from adapter.offload import offload
 from adapter.orders import NotAnOrder, decode
 from adapter.reconciliation.event_log import EventLog
 from adapter.routing.routes import Callback
@@ -222,7 +223,7 @@ class Reconciliation:
         # Parsed again: keeping parsed orders while others are stored would take ten times the memory of their text.
         parsed = await self._parse(event, self._clock())
         assert parsed is not None
-        notification = self._intake.routed(*parsed)
+        notification = await offload(len(parsed[0].body or b""), self._intake.routed, *parsed)
         del parsed
         if await self._intake.store(notification) in (Received.NEW, Received.CONFLICT):
             self._report_missed(notification)

@@ -28,6 +28,7 @@ from adapter.ledger.verdict_log import LoggedVerdict
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce, NorceBusy, NorceError, NorceRefused, NorceUnavailable, OrderNotFound
+from adapter.offload import SMALL_BYTES
 from adapter.orders import Order
 from adapter.plugin import Context, Outcome, Pace, Undecided
 from adapter.routing.routes import Callback, Route, Routes, wants
@@ -191,7 +192,11 @@ class Verdicts:
                 if not self._serving(request):
                     return Answer(verdicts=())
                 order = await self._read_order(request)
-            answer = combine(request.callback, order, await self._ask_routes(request, order))
+            verdicts = await self._ask_routes(request, order)
+            if len(order.raw) > SMALL_BYTES and any(verdict.patches for verdict in verdicts):
+                answer = await asyncio.to_thread(combine, request.callback, order, verdicts)
+            else:
+                answer = combine(request.callback, order, verdicts)
         except OrderNotFound as error:
             raise OrderMissing from error
         except OrderBusy:

@@ -577,6 +577,34 @@ def hook(name: str, handler: str, *, no_answer: str = "approve", more: str = "",
 SHADOW = ", mode: shadow"
 
 
+def test_patches_of_a_large_order_are_merged_beside_the_loop(tmp_path: Path) -> None:
+    threads: list[str] = []
+
+    class Members(dict[str, Any]):
+        def __copy__(self) -> dict[str, Any]:
+            threads.append(threading.current_thread().name)
+            return dict(self)
+
+    async def patched(size: int) -> Answer:
+        raw = json.dumps(CART | {"filler": "x" * size}).encode()
+        order = Order(raw, Members(json.loads(raw)))
+        wish = wishing(path="/cart/attributes/wrapping", value="gift", op="add")
+        async with asking(tmp_path, hook("one", "patch-in-place", more=wish), HOOKS) as at:
+            return await at.verdicts.answer(
+                VerdictRequest(
+                    callback=at.routes.callbacks["cart-changed"],
+                    channel=Channel("norce", "1"),
+                    order_id="o1",
+                    order=order,
+                )
+            )
+
+    assert [patch.path for patch in asyncio.run(patched(2**20)).patches] == ["/cart/attributes/wrapping"]
+    assert "MainThread" not in threads
+    assert asyncio.run(patched(100)).patches
+    assert threads[-1] == "MainThread"
+
+
 def test_other_requests_are_answered_between_the_conditions_on_a_large_order(tmp_path: Path) -> None:
     condition = "{scope: /cart/attributes, schema: {type: object}}"
     more = (
