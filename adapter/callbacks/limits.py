@@ -105,7 +105,7 @@ class CallLimit:
 class LargeBodies:
     """A limit on the bytes of large bodies in evaluation, for each key and in all.
 
-    A decoded order takes twenty times the memory of its bytes, and rules on it take turns, so that many would be in
+    A decoded order takes nine times the memory of its bytes, and rules on it take turns, so that many would be in
     memory together.
     """
 

@@ -1519,7 +1519,7 @@ def test_a_call_beyond_the_limit_waits_and_leaves_the_service_to_the_others(limi
 
 
 def test_an_order_has_few_large_hooks_at_once_and_others_have_room(limited: House) -> None:
-    """A decoded order takes twenty times the memory of its body."""
+    """A decoded order takes nine times the memory of its body."""
     limited.endpoint.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=600, clock=Minute())
     Slow.may_end.clear()
 
