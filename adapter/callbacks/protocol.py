@@ -129,8 +129,8 @@ class GuardedProtocol(HttpToolsProtocol):
                 end = begin + max(PIECE_BYTES, self._announced_bytes() if self._reads is Part.BODY else 0)
                 self._read_piece(data[begin:end])
                 begin = end
-        if self._reads is Part.BODY and not (self._is_deaf or self._discards_body or self._is_refusing):
-            self._connections.hold_body(self, self._body_bytes)
+        if self._is_identified:
+            self._hold_body()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -239,6 +239,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if not self._is_identified:
             self._is_identified = True
             self._connections.identified(self)
+            self._hold_body()
 
     def note_refusal(self) -> None:
         """Drop the body of the running request as it comes, and give way to other connections."""
@@ -309,6 +310,11 @@ class GuardedProtocol(HttpToolsProtocol):
     def _head_bytes(self) -> int:
         """Return the size of a head that ends in the piece that is being parsed."""
         return self._overhead - len(self._received) + self._received.find(b"\r\n\r\n")
+
+    def _hold_body(self) -> None:
+        """Note the size of an unfinished body. Those of unknown callers take no room from it."""
+        if self._reads is Part.BODY and not (self._is_deaf or self._discards_body or self._is_refusing):
+            self._connections.hold_body(self, self._body_bytes)
 
     def _announced_bytes(self) -> int:
         """Return how many bytes of the body follow by its length. They need no limit here."""

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from adapter.callbacks.connections import CONNECTION, Connections
+from adapter.callbacks.connections import CONNECTION, Connections, note_identified
 from adapter.callbacks.endpoints import ON_HANG_UP, RECEIVED_AT
 from adapter.callbacks.limits import MOST_AT_ONCE, Load
 from adapter.callbacks.protocol import (
@@ -439,6 +439,7 @@ def test_an_unfinished_body_that_takes_others_room_is_refused(answering: Callabl
     told = []
 
     async def read(scope: Any, receive: Any, send: Any) -> None:
+        note_identified(scope)
         while (message := await receive())["type"] != "http.disconnect" and message["more_body"]:
             pass
         told.append(message["type"])
@@ -447,14 +448,18 @@ def test_an_unfinished_body_that_takes_others_room_is_refused(answering: Callabl
     guarded = answering(read)
     guarded.connections.most_body_bytes = 100_000
     guarded.send(HEAD.replace(b"length: 2", b"length: 1000000") + b"x" * 50_000)
+    stranger, _ = guarded.connect()
+    stranger.data_received(HEAD.replace(b"length: 2", b"length: 1000000") + b"x" * 90_000)
     other, other_wire = guarded.connect()
     other.data_received(HEAD.replace(b"length: 2", b"length: 50002") + b"x" * 50_001)
+    stranger.connection_lost(None)
+    guarded.settle()
     other.data_received(b"x")
     guarded.settle()
 
     assert guarded.wire.written == OVERLOADED_AND_CLOSED
     assert guarded.wire.ended
-    assert sorted(told) == ["http.disconnect", "http.request"]
+    assert sorted(told) == ["http.disconnect", "http.disconnect", "http.request"]
     assert guarded.limits == ["unfinished-bodies"]
     assert b"HTTP/1.1 200" in other_wire.written
     other.connection_lost(None)
