@@ -90,7 +90,8 @@ def verdict_of(route: Route, result: Callable[[], Any], started_at: float, ended
             return Verdict(route=route, decided="patch" if value else "accept", patches=value, **took)
         for each in () if error is None else leaves(error):
             if isinstance(each, Refuse) and _is_text(each.message) and (each.inner is None or _is_text(each.inner)):
-                for kept in (error or each, each):  # or the traceback keeps the order until the garbage collector's rare run
+                # Otherwise the traceback keeps the order until the garbage collector's rare run.
+                for kept in (error or each, each):
                     kept.with_traceback(None)
                 return Verdict(route=route, decided="refuse", refusal=each, **took)
     elif isinstance(value, list) and all(isinstance(each, Problem) and _is_text(each.message) for each in value):
