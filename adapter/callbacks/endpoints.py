@@ -1,7 +1,7 @@
 """The way of a callback through the service: start with `CallbackEndpoint._respond`.
 
 `STATUS` is the table of the refusals that Norce gets. Nothing that a caller sends is answered 500. The server refuses
-some requests before they come here (see `server`).
+some requests before they come here (see `protocol`).
 """
 
 import asyncio
@@ -46,7 +46,7 @@ from adapter.verdicts.verdicts import ORDER_READS, OrderBusy, OrderMissing, Verd
 log = structlog.get_logger(__name__)
 
 RETRY_AFTER_SECONDS = 5
-# Keys in the scope of a request that `server` and this module share.
+# Keys in the scope of a request that `protocol` and this module share.
 RECEIVED_AT = "norce_adapter.received_at"  # monotonic: when the first byte of the request came
 ON_HANG_UP = "norce_adapter.on_hang_up"  # a function to call if the caller closes the connection before the answer
 
