@@ -24,11 +24,15 @@ import msgspec
 from adapter.connections import ContentTooLarge, ContentUnreadable, connections, read_content
 from adapter.identifiers import Channel
 from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
+from adapter.offload import offload
 from adapter.orders import NotAnOrder, Order, decode, order_in, read_order
 from adapter.outgoing import NOT_SENT, Sending, Traffic, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
 MAX_ORDER_BYTES = 4 * 1024 * 1024  # of an order and of every other answer that is not a list
+# As many as fit into 1 MiB, the largest body that a callback has by default: what is accepted must be decided. Decoding
+# holds the interpreter, so no thread helps: 4 MiB of empty lists take 170 ms and 96 MiB.
+MAX_ORDER_VALUES = 700_000
 MAX_LIST_BYTES = 16 * 1024 * 1024  # of a page; a smaller page may fit
 MAX_ERROR_BYTES = 64 * 1024  # of an answer that is not 2xx; a longer one counts without its body
 # Of one merchant, so that a merchant whose Norce does not answer leaves connections to the others. The pool of httpx is
@@ -183,7 +187,7 @@ class Norce:
         """
         content = await self.order_bytes(channel, order_id, within=within)
         try:
-            return parse_order(content, order_id)
+            return await offload(len(content), parse_order, content, order_id)
         except NorceUnavailable as error:
             error.at(self.base_url(channel.merchant), 200)
             raise
@@ -468,6 +472,8 @@ def parse_order(content: bytes, order_id: str) -> Order:
     Raises `NorceUnavailable` if it is not this order. A page of a proxy, for example, is no order: no condition would
     hold on it, and the event would be lost.
     """
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_ORDER_VALUES:
+        raise NorceUnavailable("Norce's answer has more values than an order")
     try:
         data = order_in(decode(content))
     except NotAnOrder as error:

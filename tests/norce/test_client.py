@@ -224,6 +224,13 @@ def test_errors_contain_no_token() -> None:
 
 
 LARGE = b'{"id": "order-1", "filler": "' + b"x" * MAX_ORDER_BYTES + b'"}'
+
+
+def many(value: bytes, size: int = 4_000_000) -> bytes:
+    """Return an order of this size that consists of these values."""
+    return b'{"id": "order-1", "x": [%s]}' % b",".join([value] * (size // (len(value) + 1)))
+
+
 DEEP = b'{"id": "order-1", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"  # beyond the decoder of every Python
 ANSWERS: list[Any] = [
     pytest.param(httpx.Response(404), OrderNotFound, Reject, id="404"),
@@ -246,6 +253,9 @@ ANSWERS: list[Any] = [
     pytest.param(httpx.Response(200, json={"id": "order-2"}), NorceUnavailable, Retry, id="another order"),
     pytest.param(httpx.Response(200, content=LARGE), NorceUnavailable, Retry, id="too large"),
     pytest.param(httpx.Response(200, content=DEEP), NorceUnavailable, Retry, id="nested too deeply"),
+    pytest.param(httpx.Response(200, content=many(b"[]")), NorceUnavailable, Retry, id="many lists"),
+    pytest.param(httpx.Response(200, content=many(b"{}")), NorceUnavailable, Retry, id="many objects"),
+    pytest.param(httpx.Response(200, content=many(b"1")), NorceUnavailable, Retry, id="many numbers"),
     pytest.param(httpx.ConnectError("canary"), NorceUnavailable, Retry, id="no connection"),
     pytest.param(httpx.ReadError("canary"), NorceUnavailable, Retry, id="broken off"),
     pytest.param(httpx.ReadTimeout("canary"), NorceUnavailable, Retry, id="no answer"),
@@ -1007,6 +1017,36 @@ class CountingExecutor(ThreadPoolExecutor):
     def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Any:
         self.calls += 1
         return super().submit(function, *arguments, **named)
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1"])
+def test_an_order_of_the_largest_accepted_size_is_read_whatever_it_consists_of(value: bytes) -> None:
+    order = ask(
+        FakeNorce(httpx.Response(200, content=many(value, 1024 * 1024))), lambda norce: norce.order(CHANNEL, "order-1")
+    )
+
+    assert order.id == "order-1"
+
+
+def test_a_large_order_is_decoded_beside_the_loop() -> None:
+    async def turns_while_reading(norce: Norce) -> list[int]:
+        turns = [0, 0]
+
+        async def count(read: int) -> None:
+            while True:
+                turns[read] += 1
+                await asyncio.sleep(0)
+
+        for read in (0, 1):
+            counting = asyncio.create_task(count(read))
+            await norce.order(CHANNEL, "order-1")
+            counting.cancel()
+        return turns
+
+    large = ORDER | {"cart": {"items": [{"name": "x" * 100}] * 10_000}}
+    small, other = ask(FakeNorce(httpx.Response(200, json=ORDER), httpx.Response(200, json=large)), turns_while_reading)
+
+    assert other > small
 
 
 def test_pages_are_decoded_in_a_thread() -> None:
