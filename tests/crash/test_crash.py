@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from tests import ROOT
-from tests.crash.harness import FROZEN, RANDOM, RANDOM_START
-from tests.crash.points import POINTS
 
 KILLS = 6
 
@@ -55,8 +53,7 @@ def test_a_mistake_in_the_service_is_found(mistake: str, point: str, count: str)
     assert counts["by_point"] == {point: 3}
 
 
-def test_the_documentation_explains_every_point() -> None:
+def test_the_documentation_refers_to_the_points() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
 
-    for point in (*POINTS, FROZEN, RANDOM, RANDOM_START):
-        assert f"| `{point}` |" in text
+    assert "(../tests/crash/points.py)" in text
