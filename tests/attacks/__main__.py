@@ -31,6 +31,7 @@ def main(name: str, seconds: float | None, command: Path, memory: int, output: s
             seconds or (ATTACKS[each].seconds if is_one else COMBINED_SECONDS),
             files=ATTACKS[each].files if is_one else COMBINED_FILES,
             rates=ATTACKS[each].rates if is_one else COMBINED_RATES,
+            comes_again_seconds=1.0 if is_one else 5.0,
             command=command,
             memory_mib=memory,
             report=lambda line: click.echo(line, err=True),

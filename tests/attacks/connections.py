@@ -123,7 +123,7 @@ async def idle_connections(target: Target, seconds: float) -> Result:
             await is_closed(reader, max(ends - time.monotonic(), 0))
             return status
 
-    return {"statuses": await repeat(1500, seconds, quietly(call), pause=1)}
+    return {"statuses": await repeat(1500, seconds, quietly(call), pause=target.comes_again_seconds)}
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ async def slow_bodies(target: Target, seconds: float) -> Result:
                 return NO_ANSWER
             return answer.result()
 
-    return {"statuses": await repeat(560, seconds, quietly(call), pause=1)}
+    return {"statuses": await repeat(560, seconds, quietly(call), pause=target.comes_again_seconds)}
 
 
 async def endless_bodies(target: Target, seconds: float, path_of: Callable[[int], str] = lambda _: UNSIGNED) -> Result:
@@ -169,7 +169,7 @@ async def endless_bodies(target: Target, seconds: float, path_of: Callable[[int]
                 return NO_ANSWER
             return answer.result()
 
-    return {"statuses": await repeat(450, seconds, quietly(call), pause=1)}
+    return {"statuses": await repeat(450, seconds, quietly(call), pause=target.comes_again_seconds)}
 
 
 async def endless_signed_bodies(target: Target, seconds: float) -> Result:
@@ -244,7 +244,7 @@ async def drip_heads(target: Target, seconds: float) -> Result:
             closed.cancel()
             return NO_ANSWER
 
-    await repeat(1500, seconds, quietly(call), pause=1)
+    await repeat(1500, seconds, quietly(call), pause=target.comes_again_seconds)
     longest = round(max(lasted, default=0), 1)
     faults = [f"a head lasted {longest} s"] if longest > DEADLINE_SECONDS + SLACK_SECONDS else []
     return {"cut_off": len(lasted), "longest_seconds": longest, "faults": faults}

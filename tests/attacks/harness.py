@@ -136,6 +136,7 @@ def run(
     *,
     files: int = FILES,
     rates: Mapping[str, float] = RATES,
+    comes_again_seconds: float = 1.0,
     command: Path = COMMAND,
     memory_mib: int = MEMORY_MIB,
     report: Callable[[str], None] = lambda _line: None,
@@ -147,6 +148,7 @@ def run(
         seconds: How long they attack.
         files: The limit on open files of the service.
         rates: Requests a second of each kind of honest traffic.
+        comes_again_seconds: The time after which an attacker that was cut off opens another connection.
         command: The `norce-adapter` to run, which may be of another version.
         memory_mib: The limit of the service's memory cgroup; 0 for none.
         report: Called with lines of progress.
@@ -170,7 +172,12 @@ def run(
             service = site.start(command=words)
         except AssertionError:
             return {"attacks": list(attacks), "faults": [], "refused_to_start": last_lines(site.services[0])}
-        target = Target(address=service.address, operations_address=service.operations_address, norce_port=norce_port)
+        target = Target(
+            address=service.address,
+            operations_address=service.operations_address,
+            norce_port=norce_port,
+            comes_again_seconds=comes_again_seconds,
+        )
         pool = stack.enter_context(
             ProcessPoolExecutor(len(attacks) + 1, mp_context=multiprocessing.get_context("spawn"))
         )

@@ -29,6 +29,7 @@ class Target:
     address: str
     operations_address: str
     norce_port: int = 0  # of an attacker that plays Norce
+    comes_again_seconds: float = 1.0  # after which a caller that was cut off opens another connection
 
     @property
     def port(self) -> int:
