@@ -7,15 +7,12 @@ callbacks, running deliveries finish or are cancelled, the plugins' loops, the o
 import asyncio
 import contextlib
 import random
-import socket
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
-from pathlib import Path
 
 import structlog
-from starlette.types import ASGIApp
 
 from adapter import logs
 from adapter.callbacks.connections import MOST_UNIDENTIFIED, Connections
@@ -25,8 +22,6 @@ from adapter.callbacks.limits import LimitReport, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import (
     MOST_BODY_BYTES,
-    MOST_OPERATIONS_CONNECTIONS,
-    OPERATIONS_CONNECTIONS_A_TURN,
     PublicApp,
     http_server,
     listen,
@@ -48,9 +43,8 @@ from adapter.ledger.verdict_log import VerdictLog
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce
-from adapter.operations.application import OperationsEndpoints
-from adapter.operations.health import Health
-from adapter.operations.unix_socket import listening_at
+from adapter.operations.application import OperationsEndpoints, serve_operations
+from adapter.operations.health import Health, background_task
 from adapter.reconciliation.events import Reconciliation
 from adapter.registrations.endpoint import Registrations
 from adapter.registrations.endpoint import routes as routes_beside_callbacks
@@ -127,7 +121,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         stack.callback(public.close)
         # The operations listeners open first and close last, so that operators can watch a shutdown.
         operations = OperationsEndpoints(health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run)
-        operations_address = await _serve_operations(stack, config, operations, on_limit)
+        operations_address = await serve_operations(stack, config, operations, on_limit)
         for name, work in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
@@ -136,7 +130,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             ("configuration", norce_settings.poll(config.norce.refresh)),
             ("reconciliation", reconciler.run_regularly(config.reconciliation.every)),
         ):
-            await stack.enter_async_context(_background_task(name, work, health))
+            await stack.enter_async_context(background_task(name, work, health))
         stack.callback(store.database.listen(_from_any_thread(dispatcher.wake)))
         dispatching = asyncio.create_task(dispatcher.run())
         health.checks["dispatcher"] = lambda: not dispatching.done()
@@ -284,25 +278,6 @@ async def _read_norce_settings(config: Config, norce_settings: NorceSettings) ->
                 await norce_settings.refresh()
 
 
-async def _serve_operations(
-    stack: contextlib.AsyncExitStack, config: Config, endpoints: OperationsEndpoints, on_limit: Callable[[str], None]
-) -> str:
-    """Serve operations on the port and the Unix socket. Return the address of the port."""
-
-    async def serve(app: ASGIApp, listening: socket.socket) -> None:
-        connections = Connections(most=MOST_OPERATIONS_CONNECTIONS, on_limit=on_limit)
-        server = http_server(app, listening, connections=connections, connections_a_turn=OPERATIONS_CONNECTIONS_A_TURN)
-        await stack.enter_async_context(server)
-
-    given = config.operations
-    port = listen(given.host, given.port)
-    stack.callback(port.close)
-    if given.socket is not None:
-        await serve(endpoints.for_socket(), stack.enter_context(listening_at(Path(given.socket))))
-    await serve(endpoints.for_port(given.token, {given.host, *given.hosts}), port)
-    return url_of(port)
-
-
 def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
     """Return a function by which any thread can call `function` on this event loop."""
     loop = asyncio.get_running_loop()
@@ -312,21 +287,3 @@ def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
             loop.call_soon_threadsafe(function)
 
     return call
-
-
-@contextlib.asynccontextmanager
-async def _background_task(name: str, work: Coroutine[None, None, None], health: Health) -> AsyncIterator[None]:
-    """Run work that should not end. If it ends, the service is no longer ready."""
-    task = asyncio.create_task(work)
-    health.checks[name] = lambda: not task.done()
-    task.add_done_callback(_log_failure)
-    try:
-        yield
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("task_failed", exc_info=error)

@@ -5,9 +5,12 @@ and the service is not stopping.
 """
 
 import asyncio
+import contextlib
 import hmac
+import socket
 from collections.abc import AsyncIterator, Callable, Collection
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
@@ -18,9 +21,18 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
-from adapter.callbacks.connections import note_identified
-from adapter.callbacks.server import livez
+from adapter.callbacks.connections import Connections, note_identified
+from adapter.callbacks.server import (
+    MOST_OPERATIONS_CONNECTIONS,
+    OPERATIONS_CONNECTIONS_A_TURN,
+    http_server,
+    listen,
+    livez,
+    url_of,
+)
+from adapter.config import Config
 from adapter.ledger.commands import Commands, NoSuchCommand
 from adapter.ledger.queries import Overview, Queries
 from adapter.ledger.store import Store, StoreUnavailable
@@ -28,6 +40,7 @@ from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
 from adapter.operations.health import Health
 from adapter.operations.host_check import HostCheck
+from adapter.operations.unix_socket import listening_at
 from adapter.plugin import Secret
 from adapter.reconciliation.events import LogProgress
 
@@ -192,3 +205,22 @@ async def _read_body(request: Request) -> bytes:
         if len(body) > LARGEST_COMMAND_BYTES:
             raise CommandTooLarge
     return bytes(body)
+
+
+async def serve_operations(
+    stack: contextlib.AsyncExitStack, config: Config, endpoints: OperationsEndpoints, on_limit: Callable[[str], None]
+) -> str:
+    """Serve operations on the port and the Unix socket. Return the address of the port."""
+
+    async def serve(app: ASGIApp, listening: socket.socket) -> None:
+        connections = Connections(most=MOST_OPERATIONS_CONNECTIONS, on_limit=on_limit)
+        server = http_server(app, listening, connections=connections, connections_a_turn=OPERATIONS_CONNECTIONS_A_TURN)
+        await stack.enter_async_context(server)
+
+    given = config.operations
+    port = listen(given.host, given.port)
+    stack.callback(port.close)
+    if given.socket is not None:
+        await serve(endpoints.for_socket(), stack.enter_context(listening_at(Path(given.socket))))
+    await serve(endpoints.for_port(given.token, {given.host, *given.hosts}), port)
+    return url_of(port)
