@@ -54,6 +54,7 @@ from adapter.routing.norce_settings import NorceSettings, published_schema
 from adapter.routing.routes import Routes
 from adapter.routing.runner import Runner
 from adapter.verdicts.circuit_breaker import CircuitBreaker
+from adapter.verdicts.loop_lag import LoopLag
 from adapter.verdicts.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
@@ -110,7 +111,8 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         await _read_norce_settings(config, norce_settings)
         dispatcher.switched_off = norce_settings.switched_off
         intake = Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=dispatcher.wake)
-        verdicts = builder.verdicts(runner, norce, verdict_log)
+        lag = LoopLag()
+        verdicts = builder.verdicts(runner, norce, verdict_log, lag)
         on_limit = LimitReport(metrics).acted
         load = Load(waiting=lambda: verdicts.waiting, on_limit=on_limit)
         endpoint = builder.callback_endpoint(intake, verdicts, norce_settings, load)
@@ -125,6 +127,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         for name, work in (
             ("lease", dispatcher.keep_lease()),
             ("runner", runner.watch()),
+            ("loop_lag", lag.watch()),
             ("verdict_log", verdict_log.run()),
             ("retention", Maintenance(store, retention(config)).run()),
             ("configuration", norce_settings.poll(config.norce.refresh)),
@@ -235,7 +238,7 @@ class _PartsBuilder:
             changed=dispatcher.wake,
         )
 
-    def verdicts(self, runner: Runner, norce: Norce, verdict_log: VerdictLog) -> Verdicts:
+    def verdicts(self, runner: Runner, norce: Norce, verdict_log: VerdictLog, lag: LoopLag) -> Verdicts:
         given = self.config.circuit_breaker
         return Verdicts(
             self.routes,
@@ -244,6 +247,7 @@ class _PartsBuilder:
             metrics=self.metrics,
             clock=self.store.clock,
             circuit_breaker=CircuitBreaker(orders=given.orders, open_for=given.open_for),
+            lag=lag.seconds,
             record=verdict_log.record,
         )
 

@@ -41,7 +41,7 @@ from adapter.offload import SMALL_BYTES, offload
 from adapter.routing.routes import Callback, Routes
 from adapter.verdicts.answer import Answer
 from adapter.verdicts.shared_runs import SharedRuns
-from adapter.verdicts.verdicts import ORDER_READS, OrderBusy, OrderMissing, VerdictRequest, Verdicts
+from adapter.verdicts.verdicts import LATE_LOOP, ORDER_READS, OrderBusy, OrderMissing, VerdictRequest, Verdicts
 
 log = structlog.get_logger(__name__)
 
@@ -92,7 +92,7 @@ STATUS: dict[type[Exception], tuple[int, str, str]] = {
     BodyTooLarge: (413, "payload-too-large", "The body is too large."),
     NotJson: (415, "unsupported-media-type", ""),
     TooManyNotifications: (429, "too-many-requests", "Nothing was stored. Please send it again."),
-    OrderBusy: (503, "order-busy", "There are too many calls for this order. Please send it again."),
+    OrderBusy: (503, "order-busy", "There are too many calls. Please send it again."),
     Overloaded: (503, "overloaded", "Nothing was stored. Please send it again."),
     StoreUnavailable: (503, "store-unavailable", "Nothing was stored. Please send it again."),
 }
@@ -177,7 +177,7 @@ class CallbackEndpoint:
             responded = _refusal(error)
             if isinstance(error, OrderBusy | TooManyNotifications):
                 self.limits.acted(error.limit)
-                is_flood = error.limit != ORDER_READS
+                is_flood = error.limit not in (ORDER_READS, LATE_LOOP)
         response = responded.response
         seconds = time.monotonic() - received_at
         shown, kind = (callback.name, callback.kind) if callback else ("unknown", "unknown")

@@ -5,8 +5,8 @@ gets its `no_answer`. Norce stops waiting at a time that it documents nowhere (t
 3 to 10 s), so the deadline is ours. It includes reading the order.
 
 What a caller causes stays with its order. Equal hooks share one evaluation, and validations share a read that starts
-after they came. A validation whose read is delayed by others until its deadline is refused. It never gets a
-`no_answer`, because its caller could choose that.
+after they came. A validation whose read is delayed by others until its deadline is refused, and so is each call that
+misses its deadline because this process is too busy. They never get a `no_answer`, because a caller could choose that.
 
 A late route is not stopped: its verdict is recorded when it comes. Nothing is logged before the answer is on its way,
 because writing releases the interpreter, and a plugin's thread that computes may keep it for long.
@@ -47,7 +47,9 @@ MOST_OF_MARGIN = 0.2  # of the deadline
 NO_BUGS = (Outcome, NorceError, Undecided, TimeoutError)  # errors that are logged without a traceback
 MOST_CODES = 20  # in a line of the log
 SECONDS_BETWEEN_TRACEBACKS = 3600  # of one kind
-ORDER_READS = "order-reads"  # the limit, as metrics and logs name it
+ORDER_READS = "order-reads"  # limits, as metrics and logs name them
+LATE_LOOP = "late-loop"
+MOST_LAG = 0.5  # of the deadline: with more, a verdict is missing because the loop was late
 READS_OF_AN_ORDER_AT_ONCE = 4
 # A hook joins an evaluation that has at least this part of the time that the hook has left. One whose request came
 # slowly has less.
@@ -55,6 +57,7 @@ LEAST_SHARED_TIME = 0.9
 MOST_UNFINISHED = 200  # runs that go on after their answer; each holds an order
 # Reasons for a missing verdict that say nothing about the handler: neither a miss nor a success for the breaker.
 NOT_ASKED = frozenset({"condition", "circuit-open", "held-up"})
+TOO_LATE = frozenset({"late", "held-up", "order-unreadable"})  # reasons that a late loop causes
 
 T = TypeVar("T")
 
@@ -64,7 +67,7 @@ class OrderMissing(Exception):
 
 
 class OrderBusy(Exception):
-    """Other calls of its order or merchant leave no room for a call. `limit` names the limit."""
+    """Other calls leave no room or no time for a call. `limit` names the limit."""
 
     def __init__(self, limit: str) -> None:
         super().__init__(limit)
@@ -119,6 +122,7 @@ class Verdicts:
 
     Args:
         clock: The ledger's clock, in milliseconds.
+        lag: Returns the seconds by which the running event loop has been late, in all (see `LoopLag`).
         record: Takes late verdicts and those of routes in shadow mode.
     """
 
@@ -131,6 +135,7 @@ class Verdicts:
         metrics: Metrics,
         clock: Callable[[], int],
         circuit_breaker: CircuitBreaker,
+        lag: Callable[[], float],
         record: Callable[[LoggedVerdict], None],
     ) -> None:
         def read(of: tuple[Channel, str], within: timedelta | None) -> Coroutine[Any, Any, Order]:
@@ -142,6 +147,7 @@ class Verdicts:
         self._metrics = metrics
         self._clock = clock
         self._circuit_breaker = circuit_breaker
+        self._lag = lag
         self._record = record
         answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
         self._routes = routes
@@ -161,7 +167,7 @@ class Verdicts:
 
         Raises:
             OrderMissing: Norce has no such order.
-            OrderBusy: Other reads delayed that of a validation until its deadline.
+            OrderBusy: Other calls delayed the read of a validation, or the loop, until the deadline.
         """
         if request.order is None:
             return await self._evaluate(request)
@@ -186,7 +192,7 @@ class Verdicts:
                 del self._evaluations[key]
 
     async def _evaluate(self, request: VerdictRequest) -> Answer:
-        order = request.order
+        order, lag_before = request.order, self._lag()
         try:
             if order is None:
                 if not self._serving(request):
@@ -211,6 +217,9 @@ class Verdicts:
                 for route in self._enforced(request)
             ]
             answer = combine(request.callback, None, missing)
+        is_too_late = any(verdict.missing in TOO_LATE for verdict in answer.verdicts)
+        if is_too_late and self._lag() - lag_before > MOST_LAG * request.callback.deadline.total_seconds():
+            raise OrderBusy(LATE_LOOP)
         asyncio.get_running_loop().call_soon(self._report, request, answer, order)
         return answer
 

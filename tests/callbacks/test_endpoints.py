@@ -260,6 +260,7 @@ class House:
                 metrics=self.metrics,
                 clock=self.store.clock,
                 circuit_breaker=CircuitBreaker(orders=20, open_for=timedelta(seconds=30)),
+                lag=lambda: 0.0,
                 record=self.logged.append,
             ),
             metrics=self.metrics,

@@ -240,6 +240,7 @@ async def asking(
     breaker: CircuitBreaker | None = None,
     deadline: timedelta = FAR,
     soft_limit: str = "",
+    lag: Callable[[], float] = lambda: 0.0,
 ) -> AsyncIterator[Asking]:
     half = f"{deadline / timedelta(milliseconds=2):.0f}ms"
     config, made = built(folder, routes, handlers, deadline, soft_limit or half)
@@ -258,6 +259,7 @@ async def asking(
         metrics=metrics,
         clock=lambda: time.time_ns() // 1_000_000,
         circuit_breaker=breaker or CircuitBreaker(orders=0, open_for=timedelta(0)),
+        lag=lag,
         record=logged.put_nowait,
     )
     try:
@@ -514,6 +516,48 @@ def test_the_second_token_is_tried_where_the_first_is_refused(tmp_path: Path) ->
 
     assert codes(verdicts) == ["a-code"]
     assert shown == ["Bearer the-first-token", "Bearer the-second-token"]
+
+
+# --- this process is too busy -----------------------------------------------------------------------------------------
+
+
+def late_loop(*, by: float) -> Callable[[], float]:
+    """Return a lag that grows by this part of the deadline during a request."""
+    seconds = iter((7.0, 7.0 + by * DEADLINE.total_seconds()))
+    return lambda: next(seconds)
+
+
+@pytest.mark.parametrize(
+    ("handler", "norce"), [(Forever, is_there), (Deny, never)], ids=["a late handler", "an order that is not read"]
+)
+@pytest.mark.parametrize("no_answer", ["approve", "reject"])
+def test_a_call_whose_verdict_is_missing_after_the_loop_was_late_is_refused(
+    tmp_path: Path, handler: Any, norce: Callable[[httpx.Request], Any], no_answer: str
+) -> None:
+    async def ask() -> None:
+        lag, routes = late_loop(by=0.6), route("one", "asked", no_answer=no_answer)
+        async with asking(tmp_path, routes, {"asked": handler}, norce, deadline=DEADLINE, lag=lag) as at:
+            with pytest.raises(OrderBusy) as refused:
+                await at.validate()
+            assert refused.value.limit == "late-loop"
+
+    asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("handler", "lateness", "missing"),
+    [(Forever, 0.4, "late"), (Block, 0.6, "blocks"), (Deny, 0.6, None)],
+    ids=["a little late", "a handler that blocks", "a verdict in time"],
+)
+def test_another_call_keeps_its_answer(tmp_path: Path, handler: Any, lateness: float, missing: str | None) -> None:
+    async def ask() -> Answer:
+        lag = late_loop(by=lateness)
+        async with asking(tmp_path, route("one", "asked"), {"asked": handler}, deadline=DEADLINE, lag=lag) as at:
+            return await at.validate()
+
+    (verdict,) = asyncio.run(ask()).verdicts
+
+    assert verdict.missing == missing
 
 
 # --- a hook -----------------------------------------------------------------------------------------------------------
