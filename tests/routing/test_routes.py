@@ -554,7 +554,10 @@ def test_a_scope_of_an_array_is_no_warning(tmp_path: Path, scope: str) -> None:
 # --- orders that a shopper can write ----------------------------------------------------------------------------------
 
 SIGNED = '{signed_urls: {keys: {k1: "${env:SECRET}"}}}'
-IN_THE_QUERY = '{url_secrets: [{parameter: secret, values: ["${env:SECRET}"]}]}'
+IN_THE_QUERY = (
+    '{url_secrets: [{parameter: secret, values: ["${env:SECRET}"]}],'
+    ' header_secrets: [{header: authorization, values: ["${env:SECRET}"]}]}'
+)
 
 
 def head_with(senders: str) -> str:
