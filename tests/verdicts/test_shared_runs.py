@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter.verdicts.shared_runs import SharedRuns
@@ -209,7 +209,8 @@ STEPS = st.one_of(
 )
 
 
-@given(st.lists(STEPS, max_size=60))
+@settings(max_examples=settings.default.max_examples // 2)
+@given(st.lists(STEPS, max_size=40))
 def test_whatever_comes_and_ends_a_caller_gets_a_run_that_began_after_it_asked(steps: list[Any]) -> None:
     """At most four runs of a key are under way (see `Runs`), every caller ends, and nothing stays behind."""
 
