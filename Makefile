@@ -12,7 +12,7 @@ SUITE := $(VENV)/json-schema-test-suite
 # The tests of a file stay together, because they share services.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help run test quick one fix lint tests bench crash attack docs wheel lock clean
+.PHONY: help run test quick one fix lint types types-of-tests tests bench crash attack docs wheel lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,9 +61,14 @@ fix: $(VENV)/installed-dev  ## format the code and correct what ruff can correct
 lint: $(VENV)/installed-dev  ## check format, lint, types and layers
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/mypy --config-file tests/mypy.ini
+	@$(MAKE) --no-print-directory -j2 types types-of-tests
 	$(BIN)/lint-imports
+
+types:
+	$(BIN)/mypy
+
+types-of-tests:
+	$(BIN)/mypy --cache-dir .mypy_cache/tests --config-file tests/mypy.ini
 
 # The tests of speed need the machine for themselves.
 tests: $(SUITE)

@@ -420,7 +420,7 @@ def is_accepted(schema: Any) -> bool:
         raise
 
 
-QUIET = settings(max_examples=2 * settings.default.max_examples, suppress_health_check=list(HealthCheck))
+QUIET = settings(max_examples=settings.default.max_examples, suppress_health_check=list(HealthCheck))
 
 
 @QUIET

@@ -210,7 +210,7 @@ STEPS = st.one_of(
 
 
 @settings(max_examples=settings.default.max_examples // 2)
-@given(st.lists(STEPS, max_size=40))
+@given(st.lists(STEPS, max_size=25))
 def test_whatever_comes_and_ends_a_caller_gets_a_run_that_began_after_it_asked(steps: list[Any]) -> None:
     """At most four runs of a key are under way (see `Runs`), every caller ends, and nothing stays behind."""
 
