@@ -7,8 +7,8 @@ from tests.attacks.worst_bodies import KEPT, PARTS, Found, Recipe, measure, plai
 
 pytestmark = pytest.mark.speed
 
-# In times of a plain decode of a MiB of small arrays (30 ms). The worst bodies take up to 8 of them; before their faults
-# were mended, up to 200.
+# In times of a plain decode of a MiB of small arrays (30 ms). The worst bodies take up to 8 of them; before their
+# faults were mended, up to 200.
 MOST_DECODES = 20
 
 
