@@ -367,8 +367,8 @@ def _has_returned(notification: ReceivedNotification, identity: bytes, newest: A
     """Return whether a repeat may be an order that returned to an earlier state.
 
     Without `lastModified`, and within one, nothing else tells the two apart: the route may have read another state
-    since. A repeat has no effect if the newest
-    delivery in the lane has not begun, or is of the same state and was not `moved_on`.
+    since. A repeat has no effect if the newest delivery in the lane has not begun, or is of the same state and was not
+    `moved_on`.
 
     Args:
         notification: The repeat.

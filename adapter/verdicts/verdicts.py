@@ -149,7 +149,6 @@ class Verdicts:
         self._circuit_breaker = circuit_breaker
         self._lag = lag
         self._record = record
-        answered = [callback for callback in routes.callbacks.values() if callback.kind != "notification"]
         self._routes = routes
         self._unfinished: dict[Run[Any], None] = {}  # the oldest first
         self._shown_at: dict[tuple[str, type[BaseException]], float] = {}  # the last traceback of a kind
