@@ -137,12 +137,7 @@ class Registrar:
 
     async def _stored(self, channel: Channel, order_id: str) -> list[Stored]:
         order = await self._norce.order(channel, order_id)
-        return [
-            Stored(kind=kind, entry=entry)
-            for kind, (place, *_) in PLACES.items()
-            for entry in order.data.get(place) or ()
-            if isinstance(entry, Mapping) and entry.get("adapterId") == self._config.adapter.id and entry.get("id")
-        ]
+        return stored_on(order.data, self._config.adapter.id)
 
     async def _remove(self, channel: Channel, order_id: str, stale: list[Stored]) -> None:
         for each in stale:
@@ -158,8 +153,28 @@ class Registrar:
         return tuple(sorted(self._name(each.entry) for each in callbacks))
 
     def _name(self, entry: Mapping[str, Any]) -> str:
-        name = unquote(_address(entry).partition("?")[0].rpartition("/")[2])
+        name = callback_name(entry)
         return name if name in self._config.callbacks else str(entry["id"])
+
+
+def stored_on(order: Mapping[str, Any], adapter_id: str) -> list[Stored]:
+    """Return the callbacks of an adapter that Norce has on an order.
+
+    Args:
+        order: The order as plain JSON.
+        adapter_id: The id of the adapter.
+    """
+    return [
+        Stored(kind=kind, entry=entry)
+        for kind, (place, *_) in PLACES.items()
+        for entry in order.get(place) or ()
+        if isinstance(entry, Mapping) and entry.get("adapterId") == adapter_id and entry.get("id")
+    ]
+
+
+def callback_name(stored: Mapping[str, Any]) -> str:
+    """Return the name in the address of a callback on an order."""
+    return unquote(_address(stored).partition("?")[0].rpartition("/")[2])
 
 
 def registrations(
