@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter import config as configuration
-from adapter.cli.explain import explained, in_words, kind
 from adapter.conditions import MISSING, Condition
 from adapter.identifiers import Channel
+from adapter.routing.explanations import explained, in_words, kind
 from adapter.routing.routes import Routes, build, wants
 from tests.cli.test_cli import CONFIGURATION, ENVIRON, NOTHING_MATCHED, OK, STORE, USAGE, run, write
 from tests.conditions.test_conditions import CANARY, ORDINARY_SCHEMAS, PLAIN, QUIET, is_accepted
