@@ -6,17 +6,24 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 import psycopg
+from sqlalchemy import Engine
 
 from adapter import ledger
-from adapter.ledger.store import Store
+from adapter.ledger.store import Store, open_for_reading
 
 KINDS = ("sqlite", "postgresql")
 TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts"
+
+
+@lru_cache(maxsize=8)
+def reading_engine(url: str) -> Engine:
+    """Return an engine that only reads, the same for each call: a new one compiles every statement again."""
+    return open_for_reading(url)
 
 
 class Server:

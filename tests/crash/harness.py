@@ -22,7 +22,6 @@ from sqlalchemy.exc import DBAPIError
 
 from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import DeliveryFilter, Queries
-from adapter.ledger.store import open_for_reading
 from adapter.sandbox.norce import Simulator
 from tests import PATIENCE, ROOT
 from tests.crash import points
@@ -30,7 +29,7 @@ from tests.crash.destinations import Shop, Warehouse
 from tests.crash.node import Node
 from tests.crash.shoppers import Shoppers
 from tests.crash.warehouse import install
-from tests.databases import Server
+from tests.databases import Server, reading_engine
 from tests.flows.site import NORCE_TOKEN, PASSWORD, URL_KEY, ExternalServices
 
 RANDOM, RANDOM_START = "at-a-random-moment", "at-a-random-moment-of-the-start"
@@ -292,7 +291,7 @@ class Round:
     def _read(self, ask: Callable[[Any], Any]) -> Any:
         if not self.url.startswith("postgresql") and not (self._folder / "ledger.db").exists():
             return []  # killed before the file was made
-        with open_for_reading(self.url).connect() as connection:
+        with reading_engine(self.url).connect() as connection:
             try:
                 return ask(connection)
             except DBAPIError as error:

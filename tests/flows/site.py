@@ -28,10 +28,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapter.ledger.queries import DeliveryFilter, Overview, Queries
-from adapter.ledger.store import open_for_reading
 from adapter.sandbox.jetshop_stand_in import JetshopStandIn
 from adapter.sandbox.norce import Simulator
 from tests import ORDERS, PATIENCE, ROOT
+from tests.databases import reading_engine
 from tests.flows import service_process
 from tests.flows.service_process import COMMAND
 from tests.simulators import in_thread
@@ -375,7 +375,7 @@ class Site:
     # --- the ledger ---
 
     def query(self, ask: Callable[[Queries], T]) -> T:
-        with open_for_reading(self.config["store"]["url"]).connect() as connection:
+        with reading_engine(self.config["store"]["url"]).connect() as connection:
             return ask(Queries(connection))
 
     def deliveries(self, order_id: str | None = None, *, state: str | None = None) -> list[dict[str, Any]]:
