@@ -19,8 +19,8 @@ SLOW = ("attacks", "crash", "flows")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let an example of a property take as long as a loaded machine needs for it."""
-    examples = 10 if config.getoption("quick") else 100
+    """Let an example of a property take as long as a loaded machine needs for it. `EXAMPLES` sets their number."""
+    examples = 10 if config.getoption("quick") else int(os.environ.get("EXAMPLES", "50"))
     settings.register_profile(
         "suite", deadline=None, max_examples=examples, suppress_health_check=[HealthCheck.too_slow]
     )
@@ -28,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Start one worker more than there are cores: the flows wait most of the time."""
-    return min((os.cpu_count() or 1) + 1, 4)
+    """Start two workers more than there are cores: the flows wait most of the time."""
+    return min((os.cpu_count() or 1) + 2, 4)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

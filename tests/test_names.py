@@ -3,7 +3,7 @@
 import ast
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 from tests import ROOT
@@ -32,12 +32,15 @@ class Definition(NamedTuple):
         return (self.path, self.name) in EXCEPTIONS
 
 
-def definitions() -> Iterator[Definition]:
-    """Yield every module, class and function of adapter/."""
-    for path in sorted((ROOT / "adapter").rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                yield Definition(str(path.relative_to(ROOT)), getattr(node, "name", "module"), node)
+@cache
+def definitions() -> list[Definition]:
+    """Return every module, class and function of adapter/."""
+    return [
+        Definition(str(path.relative_to(ROOT)), getattr(node, "name", "module"), node)
+        for path in sorted((ROOT / "adapter").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
 
 
 def files_by_name(*kinds: type[ast.AST]) -> dict[str, set[str]]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests import ROOT
 
-KILLS = 6
+KILLS = 4
 
 
 def run_crash_test(*arguments: str) -> tuple[int, dict[str, Any]]:
@@ -29,7 +29,7 @@ def run_crash_test(*arguments: str) -> tuple[int, dict[str, Any]]:
 
 @pytest.mark.parametrize("store", ["sqlite", "postgresql"])
 def test_nothing_acknowledged_is_lost_or_done_twice(store: str) -> None:
-    code, counts = run_crash_test("--kills", f"{KILLS}", "--a-round", "3", "--store", store, "--seed", "20261124")
+    code, counts = run_crash_test("--kills", f"{KILLS}", "--a-round", "2", "--store", store, "--seed", "20261124")
 
     assert (code, counts["lost"], counts["doubled"]) == (0, 0, 0), counts
     assert (counts["kills"], counts["rounds"], counts["by_store"]) == (KILLS, 2, {store: KILLS})
