@@ -134,7 +134,7 @@ class Commands:
         given = step.matching.given()
         if command == "retry" and not leaves_unknown:
             given["unknown"] = step.unknown
-        action = self._record(connection, command, step.by, given, changed, step.action)
+        action = record_action(connection, command, step.by, given, changed, self._clock(), step.action)
         return StepResult(changed=changed, after=after, action=action)
 
     def _matching(
@@ -193,26 +193,27 @@ class Commands:
                     queue_state(row), paused_until=FOR_EVER, paused_by=PausedBy.PERSON, reason=change.by.why
                 )
             connection.execute(update(queues).where(queues.c.id == row.id).values(queue_columns(after)))
-        self._record(connection, command, change.by, given, len(rows))
+        record_action(connection, command, change.by, given, len(rows), self._clock())
         self._store.database.notify(connection)
         return len(rows)
 
-    def _record(
-        self,
-        connection: Connection,
-        command: str,
-        by: Author,
-        given: Mapping[str, Any],
-        changed: int,
-        action: int | None = None,
-    ) -> int:
-        """Store a command, or add to the row of its first step. Returns the id of the row."""
-        row = {"command": command, "who": by.who, "why": by.why, "matching": msgspec.json.encode(given).decode()}
-        if action is not None:
-            same = [actions.c[name] == value for name, value in row.items()]
-            add = update(actions).where(actions.c.id == action, *same).values(changed=actions.c.changed + changed)
-            if connection.execute(add).rowcount == 1:
-                return action
-        key = connection.execute(insert(actions).values(row | {"at": self._clock(), "changed": changed}))
-        assert key.inserted_primary_key is not None
-        return int(key.inserted_primary_key[0])
+
+def record_action(
+    connection: Connection,
+    command: str,
+    by: Author,
+    given: Mapping[str, Any],
+    changed: int,
+    now: int,
+    action: int | None = None,
+) -> int:
+    """Store a command, or add to the row of its first step. Returns the id of the row."""
+    row = {"command": command, "who": by.who, "why": by.why, "matching": msgspec.json.encode(given).decode()}
+    if action is not None:
+        same = [actions.c[name] == value for name, value in row.items()]
+        add = update(actions).where(actions.c.id == action, *same).values(changed=actions.c.changed + changed)
+        if connection.execute(add).rowcount == 1:
+            return action
+    key = connection.execute(insert(actions).values(row | {"at": now, "changed": changed}))
+    assert key.inserted_primary_key is not None
+    return int(key.inserted_primary_key[0])
