@@ -5,12 +5,8 @@ Commands that only read use the database. Commands that change deliveries or que
 """
 
 import contextlib
-import getpass
 import json
-import os
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +19,9 @@ from adapter.cli.shared import (
     STORE,
     TEXT,
     USAGE,
-    Decorator,
     as_json,
+    author_options,
+    channel_options,
     config_option,
     end,
     in_one_line,
@@ -38,9 +35,11 @@ from adapter.cli.shared import (
     print_rows,
     printable,
     progress_bar,
+    rate_option,
     read_options,
     route_option,
     service_options,
+    since_option,
 )
 from adapter.ledger.clock import read_from_outside
 from adapter.ledger.commands import MAX_PER_STEP, QueueChange, Step
@@ -64,24 +63,6 @@ ID = click.IntRange(0, 2**63 - 1)
 Body = TypeVar("Body", DeliveryFilter, Step, QueueChange)
 
 
-def _current_user() -> str:
-    try:
-        name = getpass.getuser()
-    except (KeyError, OSError, ImportError):  # a container may run under a number that has no name
-        name = f"uid {os.getuid()}"
-    return f"{name}@{socket.gethostname()}"
-
-
-def since_option(what: str) -> Decorator:
-    return click.option(
-        "--since", callback=parse_moment, metavar="MOMENT", help=f"Only {what} at this moment or later; UTC by default."
-    )
-
-
-channel_options = options(
-    click.option("--merchant", type=TEXT, help="Only of this merchant."),
-    click.option("--channel", type=TEXT, help="Only of this channel."),
-)
 filter_options = options(
     click.option("--reason", type=click.Choice([each.value for each in Reason]), help="Only with this reason."),
     order_option,
@@ -93,17 +74,13 @@ filter_options = options(
     route_option,
     channel_options,
 )
-author_options = options(
-    click.option("--why", type=TEXT, required=True, help="Your reason. It is recorded."),
-    click.option("--who", type=TEXT, default=_current_user, help="Your name; by default your user and host."),
-)
 change_options = options(
     click.argument("ids", type=ID, nargs=-1),
     click.option("--all", "everything", is_flag=True, help="All of them; needed if there is no other filter."),
     filter_options,
     author_options,
     click.option("--dry-run", is_flag=True, help="Only count them."),
-    click.option("--rate", type=click.IntRange(1, 100_000), help="Largest number per second; by default no limit."),
+    rate_option,
     output_option,
     service_options,
 )
@@ -194,7 +171,7 @@ def _change(
     state: str = State.DEAD.value,
     **filters: Any,
 ) -> None:
-    from adapter.cli.service import running_service
+    from adapter.cli.service import run_in_steps, running_service
 
     kind = "dead letter" if state == State.DEAD.value else "waiting delivery"
     if not (ids or everything or any(value is not None for value in filters.values())):
@@ -235,26 +212,6 @@ def _count(config_path: Path, step: Step, *, leave_unknown: bool) -> list[dict[s
         if left:
             click.echo(f"{left} left out, because their effect is unknown; see --unknown", err=True)
     return rows
-
-
-def run_in_steps(
-    run: Callable[[Step], Any],
-    step: Step,
-    rate: int | None,
-    *,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Iterator[int]:
-    """Run a command in steps, at most `rate` changes per second. Yield the changes of each."""
-    while True:
-        started_at = clock()
-        answer = run(step)
-        yield answer["changed"]
-        if answer["after"] is None:
-            return
-        step = msgspec.structs.replace(step, after=answer["after"], action=answer["action"])
-        if rate:
-            sleep(max(0.0, answer["changed"] / rate - (clock() - started_at)))
 
 
 # --- notifications --------------------------------------------------------------------------------------------------

@@ -3,15 +3,18 @@
 import contextlib
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
 
 from adapter.cli.shared import FAILED, STORE, USAGE, end, load_config, printable
 from adapter.config import Config
+
+AnyStep = TypeVar("AnyStep", bound=msgspec.Struct)
 
 TIMEOUT_SECONDS = 30.0
 # A line comes after each page of an event log. A page may take two requests, and `norce.timeout` is at most a minute.
@@ -65,6 +68,26 @@ class RunningService:
             end(FAILED, f"no answer from {self._name} ({type(error).__name__}): {advice}")
         except ValueError:
             end(FAILED, f"the server at {self._name} is no norce-adapter")
+
+
+def run_in_steps(
+    run: Callable[[AnyStep], Any],
+    step: AnyStep,
+    rate: int | None,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[int]:
+    """Run a command in steps, at most `rate` changes per second. Yield the changes of each."""
+    while True:
+        started_at = clock()
+        answer = run(step)
+        yield answer["changed"]
+        if answer["after"] is None:
+            return
+        step = msgspec.structs.replace(step, after=answer["after"], action=answer["action"])
+        if rate:
+            sleep(max(0.0, answer["changed"] / rate - (clock() - started_at)))
 
 
 @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """Options, exit codes, output and access to the ledger that several commands share."""
 
 import contextlib
+import getpass
 import json
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,6 +56,14 @@ def options(*decorators: Decorator) -> Decorator:
     return decorate
 
 
+def current_user() -> str:
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError, ImportError):  # a container may run under a number that has no name
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
+
+
 TEXT = _Text()
 config_option = click.option(
     "--config",
@@ -71,6 +81,17 @@ output_option = click.option(
     default="table",
     show_default=True,
     help="A table for people, or JSON for programs.",
+)
+channel_options = options(
+    click.option("--merchant", type=TEXT, help="Only of this merchant."),
+    click.option("--channel", type=TEXT, help="Only of this channel."),
+)
+author_options = options(
+    click.option("--why", type=TEXT, required=True, help="Your reason. It is recorded."),
+    click.option("--who", type=TEXT, default=current_user, help="Your name; by default your user and host."),
+)
+rate_option = click.option(
+    "--rate", type=click.IntRange(1, 100_000), help="Largest number per second; by default no limit."
 )
 route_option = click.option("--route", type=TEXT, help="Only of this route.")
 order_option = click.option("--order", "order_id", type=TEXT, help="Only of this order.")
@@ -91,6 +112,12 @@ service_options = options(
     ),
     config_option,
 )
+
+
+def since_option(what: str) -> Decorator:
+    return click.option(
+        "--since", callback=parse_moment, metavar="MOMENT", help=f"Only {what} at this moment or later; UTC by default."
+    )
 
 
 def parse_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from adapter.cli.ledger import run_in_steps
+from adapter.cli.service import run_in_steps
 from adapter.cli.shared import printable
 from adapter.ledger.commands import Step
 from adapter.ledger.queries import Author, DeliveryFilter
