@@ -214,7 +214,11 @@ class _PartsBuilder:
     ) -> Dispatcher:
         by_name = {route.name: route for route in self.routes.all}
         return Dispatcher(
-            {queue_id: Queue(route=by_name[key.route], channel=key.channel) for key, queue_id in queues.items()},
+            {
+                queue_id: Queue(route=by_name[key.route], channel=key.channel)
+                for key, queue_id in queues.items()
+                if not by_name[key.route].shadow  # what waits there waits until the route is in force again
+            },
             lanes=lanes,
             lease=lease,
             attempts=attempts,

@@ -58,6 +58,9 @@ class Metrics:
             "delivery_attempt_duration_seconds", "Time from the claim to the record of an attempt.", ["route"]
         )
         self.delivery_end_to_end = slow("delivery_end_to_end_seconds", "Time from receipt to done.", ["route"])
+        self.deliveries_shadow = counter(
+            "deliveries_shadow_total", "Deliveries that a route in shadow mode recorded and did not send.", ["route"]
+        )
         self.deliveries = gauge("deliveries", "Deliveries that wait or are dead letters.", ["route", "state"])
         self.oldest_waiting_age = gauge("oldest_waiting_age_seconds", "Age of the oldest waiting delivery.", ["route"])
         self.queue_paused = gauge("queue_paused", "1 while a queue is paused.", ["route", "merchant", "channel"])

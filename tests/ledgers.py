@@ -170,11 +170,13 @@ def receipt(
     *,
     wanted: Sequence[tuple[int, bool]] = (),
     refetching: Sequence[int] = (),
+    shadows: Sequence[int] = (),
     body: bytes | None = None,
     identity: bytes | None = None,
     source: str = "callback",
     digest: bytes | None = None,
 ) -> ReceivedNotification:
+    in_shadow = [Wanted(queue_id=queue, refetch=True, shadow=True) for queue in shadows]
     return ReceivedNotification(
         identity=identity if identity is not None else f"{order_id}/{snapshot}/".encode(),  # none begins with another
         channel=Channel("fjallboden", "1"),
@@ -184,8 +186,8 @@ def receipt(
         source=source,
         body=body if body is not None else body_of(order_id, snapshot or 0),
         digest=digest,
-        wanted=tuple(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted),
-        wanted_in_conflict=tuple(Wanted(queue_id=queue, refetch=True) for queue in refetching),
+        wanted=(*(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted), *in_shadow),
+        wanted_in_conflict=(*(Wanted(queue_id=queue, refetch=True) for queue in refetching), *in_shadow),
     )
 
 

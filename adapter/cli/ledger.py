@@ -265,6 +265,8 @@ def queues_list(output: str, config_path: Path) -> None:
     config = load_config(config_path)
     with open_ledger(config) as connection:
         rows = Queries(connection).queues(read_from_outside(database_at(config.store.url), connection))
+    shadows = {name for name, route in config.routes.items() if route.mode == "shadow"}
+    rows = [row | {"state": "shadow"} if row["route"] in shadows else row for row in rows]
     if is_held(config):
         rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
     print_rows(rows, output, QUEUE_COLUMNS)

@@ -429,7 +429,10 @@ class RouteConfig(_Section, frozen=True, kw_only=True):
     ] = None
     mode: Annotated[
         Literal["enforce", "shadow"],
-        doc("Validations and hooks: a shadow runs and is compared with the verdict, but never changes it."),
+        doc(
+            "A shadow has no effect. Validations and hooks: it runs and is compared with the verdict. Notifications: "
+            "what it would get is recorded and not sent."
+        ),
     ] = "enforce"
     timeout: Annotated[timedelta, doc("Notifications: time limit for one attempt.", within=("100ms", "10m"))] = (
         timedelta(seconds=15)
@@ -443,7 +446,7 @@ class RouteConfig(_Section, frozen=True, kw_only=True):
 
 
 ONLY_FOR_NOTIFICATIONS = ("refetch", "timeout", "retry", "concurrency")
-ONLY_FOR_ANSWERS = ("no_answer", "mode")
+ONLY_FOR_ANSWERS = ("no_answer",)
 
 
 class ConfigFile(_Section, frozen=True, kw_only=True):

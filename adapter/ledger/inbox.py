@@ -9,6 +9,9 @@ repeat. It makes sure that a delivery waits if the route may have read another s
 A route that reads the order again needs one delivery after the last change. A new one therefore supersedes those of its
 lane that wait and that no process has claimed. Whoever claims or settles a lane locks it as well, so a delivery is
 either claimed or superseded.
+
+A route in shadow mode gets deliveries that are done from the beginning. They supersede nothing and leave their lane as
+it is, so what the route owed before stays owed.
 """
 
 import asyncio
@@ -75,6 +78,7 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     queue_id: int
     refetch: bool  # its route reads the order again
+    shadow: bool = False  # its route only records the delivery
 
 
 class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,13 +210,16 @@ class Inbox:
         return answers
 
     def _add_deliveries(self, connection: Connection, arrivals: Sequence[Arrival], now: int) -> bool:
-        """Add the deliveries of a batch to their lanes. Returns whether there are any."""
+        """Add the deliveries of a batch to their lanes. Returns whether any of them waits."""
         places: dict[tuple[int, str], list[tuple[int, int]]] = {}  # of each lane: (notification id, position)
         due: dict[tuple[int, str], int] = {}  # when an idle lane is due
         refetching: set[int] = set()
+        shadows: set[int] = set()
         for notification_id, notification, wanted in arrivals:
             for each in wanted:
-                if each.refetch:
+                if each.shadow:
+                    shadows.add(each.queue_id)
+                elif each.refetch:
                     refetching.add(each.queue_id)
                 lane, position = (each.queue_id, notification.order_id), 0
                 if not each.refetch:
@@ -223,7 +230,10 @@ class Inbox:
         if not places:
             return False
         cursor = connection.connection.cursor()
-        locked = self._upsert_lanes(cursor, [(*lane, due.get(lane, now + UNREAD_EVERY_MS)) for lane in sorted(places)])
+        upserted = [
+            (*lane, None if lane[0] in shadows else due.get(lane, now + UNREAD_EVERY_MS)) for lane in sorted(places)
+        ]
+        locked = self._upsert_lanes(cursor, upserted)
         lane_ids = {(queue_id, order_id): lane_id for queue_id, order_id, lane_id in locked}
         superseded = [lane_ids[lane] for lane in places if lane[0] in refetching]
         if superseded:
@@ -232,11 +242,13 @@ class Inbox:
         for lane, arrived in places.items():
             for number, (notification_id, position) in enumerate(arrived, 1):
                 state: tuple[Any, ...] = (State.WAITING.value, None, None)
-                if lane[0] in refetching and number < len(arrived):
+                if lane[0] in shadows:
+                    state = (State.DONE.value, Reason.SHADOW.value, now)
+                elif lane[0] in refetching and number < len(arrived):
                     state = (State.DONE.value, Reason.SUPERSEDED.value, now)
                 added.append((notification_id, lane_ids[lane], position, *state))
         self._insert_deliveries(cursor, added)
-        return True
+        return any(queue_id not in shadows for queue_id, _ in places)
 
     def _receive_again(
         self, connection: Connection, notification: ReceivedNotification, now: int, arrivals: list[Arrival]
@@ -306,7 +318,7 @@ class Inbox:
         Returns:
             False if it is stored already.
         """
-        wanted = tuple(each for each in notification.wanted if each.queue_id in newest)
+        wanted = tuple(each for each in notification.wanted if each.queue_id in newest or each.shadow)
         identity += max(newest.values()).to_bytes(RETURN_BYTES, "big")
         row = _row(notification, wanted, now, identity=identity)
         inserted = self._insert_notifications(connection.connection.cursor(), [row])
@@ -314,8 +326,11 @@ class Inbox:
         return bool(inserted)
 
     def _newest_deliveries(self, connection: Connection, notification: ReceivedNotification) -> dict[int, Any]:
-        """Return the newest delivery of the order in each queue that wants it and reads it again."""
-        queue_ids = [each.queue_id for each in notification.wanted if each.refetch]
+        """Return the newest delivery of the order in each queue that wants it and reads it again.
+
+        A route in shadow mode reads nothing.
+        """
+        queue_ids = [each.queue_id for each in notification.wanted if each.refetch and not each.shadow]
         if not queue_ids:
             return {}
         rows = connection.execute(NEWEST_DELIVERIES, {"ids": queue_ids, "of_order": notification.order_id})

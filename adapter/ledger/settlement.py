@@ -57,6 +57,7 @@ class Reason(Enum):
     SKIPPED = "skipped"  # the handler found nothing to do
     SUPERSEDED = "superseded"  # never attempted: a later event of the order replaces it
     MOVED_ON = "moved_on"  # a condition that held on receipt no longer holds for the order at Norce
+    SHADOW = "shadow"  # its route is in shadow mode, which sends nothing
     DISCARDED = "discarded"  # by a person
     REJECTED = "rejected"  # the destination or the handler can never accept this order
     EXHAUSTED = "exhausted"  # the retry schedule is used up

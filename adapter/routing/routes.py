@@ -63,7 +63,7 @@ class Route:
     settings: dict[Channel, Settings]  # by the channels that it is for; Norce's configuration may change them
     refetch: bool
     no_answer: str | None
-    shadow: bool = False  # compared with the answer, but never part of it
+    shadow: bool = False  # its verdict is compared with the answer, its deliveries are recorded: neither takes effect
     timeout: timedelta
     schedule: Sequence[timedelta]
     concurrency: int

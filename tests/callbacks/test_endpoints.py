@@ -103,6 +103,8 @@ callbacks:
   order-status: {kind: notification, scope: /state/currentStatus, schema: {enum: [accepted, completed]}}
   order-total: {kind: notification, scope: /total}
   order-paid: {kind: notification, scope: /payments}
+  order-cart: {kind: notification, scope: /total}
+  order-shipped: {kind: notification, scope: /total}
   order-rules: {kind: validation, deadline: 2s}
   order-free: {kind: validation}
   cart-changed: {kind: hook, watch: /cart}
@@ -113,6 +115,11 @@ routes:
      when: {scope: /state/currentStatus, schema: {const: completed}}}
   totals: {callback: order-total, handler: remember, refetch: false}
   paid: {callback: order-paid, handler: remember}
+  cart-in-shadow: {callback: order-cart, handler: remember, mode: shadow,
+    when: {scope: /state/currentStatus, schema: {const: completed}}}
+  shipped: {callback: order-shipped, handler: remember}
+  shipped-in-shadow: {callback: order-shipped, handler: remember, mode: shadow,
+    when: {scope: /state/currentStatus, schema: {const: completed}}}
   slow: {callback: cart-changed, handler: slow, no_answer: reject}
   first: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: [a-first, a-second]}}
   second: {callback: order-rules, handler: deny, no_answer: approve, settings: {codes: []}}
@@ -460,6 +467,39 @@ def test_the_same_identity_with_other_order_content_starts_the_routes_that_read_
     assert (conflict.conflicts_with, conflict.body) == (first.id, encoded(other))
     assert len(owed) == sum(route.refetch for route in house.routes.of("order-status"))
     assert house.woken == before + 2
+
+
+@on_both_stores
+def test_a_shadow_records_the_events_that_it_wants_and_nothing_is_read(house: House) -> None:
+    wanted, unwanted = new_order(), new_order(state={"currentStatus": "accepted"})
+    before = house.counted("deliveries_shadow_total", route="cart-in-shadow")
+
+    for order in (wanted, wanted, unwanted):
+        assert ask_signed(house, order["id"], "order-cart", order).status == 200
+
+    [(row, [delivery])] = house.stored(wanted["id"])
+    assert (delivery.state, delivery.reason, delivery.attempts) == ("done", "shadow", 0)
+    assert row.body == encoded(wanted)  # kept for a backfill
+    assert [owed for _, owed in house.stored(unwanted["id"])] == [[]]
+    assert house.counted("deliveries_shadow_total", route="cart-in-shadow") == before + 1
+    assert not {wanted["id"], unwanted["id"]} & set(house.read)
+
+
+@on_both_stores
+@pytest.mark.parametrize(("status", "reasons"), [("completed", ["shadow"]), ("accepted", [])])
+def test_a_conflict_starts_the_other_route_and_is_recorded_by_the_shadow_that_wants_it(
+    house: House, order: dict[str, Any], status: str, reasons: list[str]
+) -> None:
+    other = order | {"state": {"currentStatus": status}, "note": "another"}
+
+    for body in (order, other):
+        assert ask_signed(house, order["id"], "order-shipped", body).status == 200
+
+    (_, first), (conflict, second) = house.stored(order["id"])
+    assert conflict.conflicts_with is not None
+    assert {each.reason for each in first} == {"superseded", "shadow"}
+    assert [each.state for each in second if each.reason is None] == ["waiting"]
+    assert [each.reason for each in second if each.reason is not None] == reasons
 
 
 @on_both_stores
@@ -1398,6 +1438,31 @@ def test_a_notification_beyond_the_limit_is_stored_unread_if_its_routes_read_the
     assert [(answer.status, answer.body) for answer in answers] == [(200, b"")] * 20
     [(row, owed)] = limited.stored(order["id"])
     assert (row.body, [delivery.state for delivery in owed]) == (None, ["waiting"])
+
+
+@on_both_stores
+def test_a_notification_beyond_the_limit_is_left_to_the_routes_that_read_the_order_beside_a_shadow(
+    limited: House,
+) -> None:
+    order = new_order()
+    before = limited.counted("deliveries_shadow_total", route="shipped-in-shadow")
+    for _ in range(2):
+        assert ask_signed(limited, order["id"], "order-free").status == 200
+
+    assert ask_signed(limited, order["id"], "order-shipped", order).status == 200
+
+    [(row, owed)] = limited.stored(order["id"])
+    assert (row.body, [delivery.state for delivery in owed]) == (None, ["waiting"])
+    assert limited.counted("deliveries_shadow_total", route="shipped-in-shadow") == before
+
+
+def test_a_notification_beyond_the_limit_is_429_if_there_are_only_shadows(limited: House) -> None:
+    """A shadow decides on the body, so nothing could be stored before the 200."""
+    order = new_order()
+
+    statuses = [ask_signed(limited, order["id"], "order-cart", order | {"note": n}).status for n in range(3)]
+
+    assert statuses == [200, 200, 429]
 
 
 @on_both_stores

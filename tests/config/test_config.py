@@ -572,13 +572,6 @@ PROBLEMS: dict[str, tuple[str, str, int, str, str]] = {
         "routes.export.no_answer",
         "is for validations and hooks only",
     ),
-    "mode of a notification": (
-        "handler: log",
-        "handler: log, mode: shadow",
-        14,
-        "routes.export.mode",
-        "is for validations and hooks only",
-    ),
     "mode unknown": (
         "no_answer: approve",
         "no_answer: approve, mode: dry-run",

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 from msgspec.structs import replace
 
-from adapter.ledger.claims import LONGEST_MESSAGE, QueueLimits
+from adapter.ledger.claims import LONGEST_MESSAGE, Claimed, QueueLimits
 from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import UNREAD_EVERY_MS, Received, ReceivedNotification
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
@@ -183,6 +184,133 @@ def test_an_order_is_known_under_its_identity_or_as_its_conflict(ledger: Ledger,
 
     assert ledger.do(ledger.inbox.has([b"other", b"same"], body)) is expected
     assert not ledger.do(ledger.inbox.has([b"other"], body))
+
+
+# --- routes in shadow mode ------------------------------------------------------------------------------------------
+
+
+def test_a_shadow_has_a_delivery_that_is_done_and_nothing_to_claim(ledger: Ledger) -> None:
+    received = ledger.receive(receipt(shadows=[ledger.export]))
+
+    assert received is Received.NEW
+    assert ledger.states() == [(1, "done", "shadow")]
+    assert ledger.rows("SELECT is_wanted, body FROM notifications") == [(True, body_of("order-1", 1))]
+    assert ledger.rows("SELECT holder, next_at, current_delivery_id, previous FROM lanes") == [(None,) * 4]
+    assert ledger.take(*ledger.queues.values()) == Claimed(claims=[], next_due_at=None)
+    assert ledger.rows("SELECT ended_at FROM deliveries") == [(NOON,)]
+
+
+def test_every_event_of_an_order_is_recorded_by_a_shadow_also_in_one_group(ledger: Ledger) -> None:
+    async def together() -> None:
+        await asyncio.gather(*(ledger.inbox.receive(receipt(snapshot=n, shadows=[ledger.export])) for n in (1, 2)))
+
+    ledger.do(together())
+    repeated = ledger.receive(receipt(snapshot=2, shadows=[ledger.export]))
+
+    assert repeated is Received.REPEAT
+    assert ledger.states() == [(1, "done", "shadow"), (2, "done", "shadow")]
+
+
+def test_a_shadow_and_another_route_of_the_same_event_do_not_affect_each_other(ledger: Ledger) -> None:
+    ledger.receive(receipt(wanted=[(ledger.history, True)], shadows=[ledger.export]))
+    ledger.receive(receipt(snapshot=2, wanted=[(ledger.history, True)], shadows=[ledger.export]))
+
+    assert ledger.rows(
+        "SELECT l.queue_id, d.reason FROM deliveries d JOIN lanes l ON l.id = d.lane_id ORDER BY l.queue_id, d.id"
+    ) == [
+        (ledger.export, "shadow"),
+        (ledger.export, "shadow"),
+        (ledger.history, "superseded"),
+        (ledger.history, None),
+    ]
+    assert [claim.queue_id for claim in ledger.claim(ledger.export, ledger.history)] == [ledger.history]
+
+
+def test_a_conflict_is_recorded_by_a_shadow(ledger: Ledger) -> None:
+    ledger.receive(receipt(body=b'{"total": 1}', shadows=[ledger.export]))
+
+    received = ledger.receive(receipt(body=b'{"total": 2}', shadows=[ledger.export]))
+
+    assert received is Received.CONFLICT
+    assert ledger.states() == [(1, "done", "shadow"), (1, "done", "shadow")]
+    assert ledger.claim() == []
+
+
+def test_work_that_waits_when_its_route_becomes_a_shadow_stays_owed(ledger: Ledger) -> None:
+    """A shadow's newer event must not supersede it: nothing would be left to send."""
+    ledger.owed(1)
+
+    ledger.receive(receipt(snapshot=2, shadows=[ledger.export]))
+    assert ledger.states() == [(1, "waiting", None), (2, "done", "shadow")]
+    ledger.owed(3)  # in force again
+
+    assert ledger.states() == [(1, "done", "superseded"), (2, "done", "shadow"), (3, "waiting", None)]
+    assert ledger.claim_one().body == body_of("order-1", 3)
+
+
+@pytest.mark.parametrize("refetch", [True, False])
+def test_a_retry_keeps_its_time_and_its_place_while_its_route_is_a_shadow(ledger: Ledger, refetch: bool) -> None:
+    queue = ledger.export if refetch else ledger.history
+    ledger.owed(5, refetch=refetch)
+    ledger.settle(ledger.claim_one(queue), waiting(NOON + HOUR), refetch=refetch)
+
+    ledger.receive(receipt(snapshot=4, shadows=[queue]))
+    ledger.receive(receipt(snapshot=6, shadows=[queue]))
+
+    assert ledger.claim(queue) == []
+    ledger.clock.now += HOUR
+    claim = ledger.claim_one(queue)
+    assert (claim.body, claim.attempt) == (body_of("order-1", 5), 2)
+    ledger.settle(claim, delivered("a-1"), refetch=refetch)
+    assert ledger.claim(queue) == []
+
+
+def test_a_lane_in_doubt_stays_in_doubt_while_its_route_is_a_shadow(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), in_doubt(NOON))
+
+    ledger.receive(receipt(snapshot=2, shadows=[ledger.export]))
+
+    claim = ledger.claim_one()
+    assert (claim.in_doubt, claim.body) == (True, body_of("order-1", 1))
+
+
+def test_a_shadow_is_no_previous_delivery_and_keeps_the_last_one(ledger: Ledger) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), delivered("a-1"))
+    ledger.receive(receipt(snapshot=2, shadows=[ledger.export]))
+    ledger.receive(receipt("order-2", 1, shadows=[ledger.export]))
+
+    ledger.owed(3)
+    ledger.owed(3, order_id="order-2")
+
+    first, second = sorted(ledger.claim(), key=lambda claim: claim.order_id)
+    assert first.previous is not None
+    assert first.previous.reference == "a-1"
+    assert second.previous is None
+
+
+def test_an_event_that_a_shadow_has_recorded_is_not_sent_by_a_repeat(ledger: Ledger) -> None:
+    """The same event again has no effect; a person sends it."""
+    ledger.receive(receipt(shadows=[ledger.export]))
+
+    assert ledger.receive(receipt(wanted=[(ledger.export, True)])) is Received.REPEAT
+    assert ledger.claim() == []
+
+
+def test_an_order_that_returns_to_an_earlier_state_starts_the_other_route_and_not_the_shadow(ledger: Ledger) -> None:
+    def arrives(identity: bytes) -> Received:
+        both = receipt(snapshot=None, identity=identity, wanted=[(ledger.history, True)], shadows=[ledger.export])
+        return ledger.receive(replace(both, body=b'{"is": "%s"}' % identity))
+
+    for identity in (b"checkout", b"completed"):
+        arrives(identity)
+        ledger.settle(ledger.claim_one(ledger.history))
+
+    assert arrives(b"checkout") is Received.NEW
+    reasons = Counter(reason for _, _, reason in ledger.states())
+    assert reasons == {"delivered": 2, "shadow": 3, None: 1}
+    assert ledger.claim(ledger.export) == []
 
 
 # --- digests ----------------------------------------------------------------------------------------------------------
