@@ -104,7 +104,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         await lease.enter()
         lanes = Lanes(store, lease, policy=pause_policy(config))
         refetching = {route.name for route in routes.all if route.refetch}
-        queues = await lanes.open_queues(queue_keys(config, routes), refetching=refetching)
+        queues = await lanes.open_queues(queue_keys(config), refetching=refetching)
         attempts = Attempts(runner=runner, norce=norce, clock=store.clock)
         dispatcher = builder.dispatcher(queues, lanes, lease, attempts, hold=hold)
         norce_settings = builder.norce_settings(norce, dispatcher)
@@ -122,7 +122,9 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
         # The operations listeners open first and close last, so that operators can watch a shutdown.
-        operations = OperationsEndpoints(health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run)
+        operations = OperationsEndpoints(
+            health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run, configured=set(queues.values())
+        )
         operations_address = await serve_operations(stack, config, operations, on_limit)
         for name, work in (
             ("lease", dispatcher.keep_lease()),

@@ -41,11 +41,13 @@ from adapter.cli.shared import (
     service_options,
     since_option,
 )
+from adapter.config import Config
+from adapter.identifiers import Channel
 from adapter.ledger.clock import read_from_outside
 from adapter.ledger.commands import MAX_PER_STEP, QueueChange, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
-from adapter.ledger.queries import DeliveryFilter, Queries
+from adapter.ledger.queries import ORPHANED, DeliveryFilter, Queries
 from adapter.ledger.settlement import Reason, State
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
@@ -183,7 +185,7 @@ def _change(
     )
     total = None
     if to is None or dry_run:  # the ledger of a service on another host may be out of reach
-        rows = _count(config_path, step, leave_unknown=command == "retry" and unknown == "leave")
+        rows = _count(config_path, step, is_retry=command == "retry", leave_unknown=unknown == "leave")
         total = sum(row["count"] for row in rows)
     if dry_run:
         print_rows(rows, output, COUNT_COLUMNS)
@@ -203,15 +205,33 @@ def _change(
         end(NOTHING_MATCHED, f"no {kind} matches; `norce-adapter deliveries list --state {state}` lists them")
 
 
-def _count(config_path: Path, step: Step, *, leave_unknown: bool) -> list[dict[str, Any]]:
+def _count(config_path: Path, step: Step, *, is_retry: bool, leave_unknown: bool) -> list[dict[str, Any]]:
     with _queries(config_path) as queries:
         rows = queries.count(step.matching)
-    if leave_unknown:
+    if is_retry:
+        rows = leave_out_orphaned(load_config(config_path), rows)
+    if is_retry and leave_unknown:
         left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
         rows = [row for row in rows if row["reason"] != Reason.UNKNOWN.value]
         if left:
             click.echo(f"{left} left out, because their effect is unknown; see --unknown", err=True)
     return rows
+
+
+def leave_out_orphaned(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts of configured queues, and report the others.
+
+    If all queues are orphaned, end the command.
+    """
+    configured = config.queue_keys
+    kept = [row for row in rows if (row["route"], Channel(row["merchant"], row["channel"])) in configured]
+    left = sum(row["count"] for row in rows) - sum(row["count"] for row in kept)
+    if left:
+        words = f"because their queue is {ORPHANED}: its route, merchant or channel is no longer configured"
+        if not kept:
+            end(FAILED, f"{left} refused, {words}; `norce-adapter deliveries discard` ends them")
+        click.echo(f"{left} left out, {words}", err=True)
+    return kept
 
 
 # --- notifications --------------------------------------------------------------------------------------------------
@@ -259,14 +279,18 @@ def queues_group() -> None:
 @queues_group.command("list")
 @read_options
 def queues_list(output: str, config_path: Path) -> None:
-    """List the queues with their state, their pause and their waiting deliveries."""
+    """List the queues with their state, their pause and their waiting deliveries.
+
+    A queue whose route, merchant or channel is no longer configured is orphaned.
+    """
     from adapter.cli.service import is_held
 
     config = load_config(config_path)
     with open_ledger(config) as connection:
-        rows = Queries(connection).queues(read_from_outside(database_at(config.store.url), connection))
+        now = read_from_outside(database_at(config.store.url), connection)
+        rows = Queries(connection).queues(now, config.queue_keys)
     shadows = {name for name, route in config.routes.items() if route.mode == "shadow"}
-    rows = [row | {"state": "shadow"} if row["route"] in shadows else row for row in rows]
+    rows = [row | {"state": "shadow"} if row["route"] in shadows and row["state"] != ORPHANED else row for row in rows]
     if is_held(config):
         rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
     print_rows(rows, output, QUEUE_COLUMNS)

@@ -47,7 +47,7 @@ def serve(*, hold: bool, config_path: Path) -> None:
     with logs.printed_lines():
         routes = load_routes(config)
         try:
-            ensure_descriptors(most_attempts(config, len(queue_keys(config, routes))))
+            ensure_descriptors(most_attempts(config, len(queue_keys(config))))
             uvloop.run(_serve(config, routes, hold=hold))
         except (StoreInUse, StoreUnavailable) as error:
             end(STORE, in_one_line(error))

@@ -493,6 +493,12 @@ class Config(ConfigFile, frozen=True, kw_only=True):
             if (merchants is None or channel.merchant in merchants) and (names is None or channel.name in names)
         )
 
+    @property
+    def queue_keys(self) -> tuple[tuple[str, Channel], ...]:
+        """The queues: each notification route with each channel that it is for."""
+        routes = [name for name, each in self.routes.items() if self.callbacks[each.callback].kind == "notification"]
+        return tuple((route, channel) for route in routes for channel in self.channels_of(route))
+
     def settings(self, route: str, channel: Channel) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Return a route's settings for a channel, and the paths they are merged from.
 

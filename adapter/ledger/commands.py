@@ -5,17 +5,18 @@ transaction, so that it does not delay other writers. An interrupted command can
 are changed already no longer match.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from sqlalchemy import Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, insert, select, update
 
+from adapter.identifiers import Channel
 from adapter.ledger.claims import queue_columns, queue_state
 from adapter.ledger.dead_letters import LaneDelivery, after_doubt, lock_lanes, retry_dead_letters
-from adapter.ledger.queries import Author, DeliveryFilter, Id, Text, joined
+from adapter.ledger.queries import ORPHANED, Author, DeliveryFilter, Id, Text, joined
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
@@ -27,6 +28,16 @@ MAX_IDS_PER_STEP = 20_000  # between which waiting deliveries are looked for: no
 
 class NoSuchCommand(Exception):
     """There is no command of this name."""
+
+
+class QueueOrphaned(ValueError):
+    """A delivery is in a queue whose route, merchant or channel is no longer configured."""
+
+    def __init__(self, delivery_id: int, route: str, channel: Channel) -> None:
+        super().__init__(
+            f"delivery {delivery_id}: its queue, {route} of {channel.merchant}/{channel.name}, is {ORPHANED}. "
+            "Discard it, or configure the route, merchant and channel again"
+        )
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,10 +80,16 @@ class QueueChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Commands:
-    """The commands on an open ledger. All methods raise `StoreUnavailable`."""
+    """The commands on an open ledger. All methods raise `StoreUnavailable`.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        configured: The ids of the configured queues; None if every queue is configured. Any other queue is orphaned:
+            nothing is retried in it.
+    """
+
+    def __init__(self, store: Store, configured: Collection[int] | None = None) -> None:
         self._store = store
+        self._configured = configured
         self._clock = store.clock
 
     async def run(self, name: str, body: bytes) -> Any:
@@ -95,8 +112,11 @@ class Commands:
     async def retry(self, step: Step) -> StepResult:
         """Make dead letters wait again, with their whole schedule.
 
+        Deliveries of orphaned queues are left out.
+
         Raises:
             ValueError: The step asks for waiting deliveries.
+            QueueOrphaned: The step names the id of a delivery in an orphaned queue.
         """
         if step.matching.state == State.WAITING.value:
             raise ValueError("only dead letters can be retried")
@@ -117,12 +137,29 @@ class Commands:
         """Let paused queues run again at once, whatever paused them. Returns their number."""
         return await self._store.run(self._change_queues, "resume", change)
 
+    def in_configured_queues(self) -> list[ColumnElement[bool]]:
+        """Return the conditions under which a delivery of `joined` is in no orphaned queue."""
+        return [] if self._configured is None else [queues.c.id.in_(self._configured)]
+
     # --- in the writer's thread, inside its transaction ---
 
+    def refuse_orphaned(self, connection: Connection, ids: Collection[int]) -> None:
+        """Raise `QueueOrphaned` if one of these deliveries is in an orphaned queue."""
+        if self._configured is None or not ids:
+            return
+        columns = (deliveries.c.id, queues.c.route, queues.c.merchant, queues.c.channel)
+        orphaned = joined(*columns).where(deliveries.c.id.in_(ids), queues.c.id.not_in(self._configured))
+        if (row := connection.execute(orphaned.order_by(deliveries.c.id).limit(1)).first()) is not None:
+            raise QueueOrphaned(row.id, row.route, Channel(row.merchant, row.channel))
+
     def _step(self, connection: Connection, command: str, step: Step) -> StepResult:
+        more = []
+        if command == "retry":
+            self.refuse_orphaned(connection, step.matching.ids)
+            more = self.in_configured_queues()
         leaves_unknown = command == "retry" and step.unknown == "leave"
         reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves_unknown]
-        found, after = self._matching(connection, step, reasons)
+        found, after = self._matching(connection, step, reasons, more)
         changed = 0
         if found and command == "retry":
             sends = step.unknown == "send"
@@ -138,9 +175,12 @@ class Commands:
         return StepResult(changed=changed, after=after, action=action)
 
     def _matching(
-        self, connection: Connection, step: Step, reasons: Collection[Reason]
+        self, connection: Connection, step: Step, reasons: Collection[Reason], more: Iterable[ColumnElement[bool]]
     ) -> tuple[list[LaneDelivery], int | None]:
-        """Return the next deliveries that match, and where the next step begins."""
+        """Return the next deliveries that match, and where the next step begins.
+
+        `more` holds further conditions.
+        """
         d, is_waiting, end = deliveries.c, step.matching.state == State.WAITING.value, None
         state = State.WAITING if is_waiting else State.DEAD
         chosen = select(d.id).where(d.state == state.value, d.id > step.after).order_by(d.id)
@@ -156,7 +196,7 @@ class Commands:
             chosen = chosen.where(d.id <= end)
             end = end if connection.execute(select(d.id).where(d.id > end).limit(1)).first() else None
         read = connection.execute(chosen.limit(MAX_READ_PER_STEP)).scalars().all()
-        matching = joined(d.id, d.lane_id).where(d.id.in_(read), *conditions).order_by(d.id).limit(step.most)
+        matching = joined(d.id, d.lane_id).where(d.id.in_(read), *conditions, *more).order_by(d.id).limit(step.most)
         found = [LaneDelivery(row.id, row.lane_id) for row in connection.execute(matching)]
         if len(found) == step.most:
             return found, found[-1].delivery_id

@@ -5,7 +5,7 @@ They read beside the writer and change nothing. They show no body, and nothing o
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -13,11 +13,13 @@ import msgspec
 from msgspec import Meta
 from sqlalchemy import ColumnElement, Connection, Select, case, func, select
 
+from adapter.identifiers import Channel
 from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.settlement import FOR_EVER, State
 from adapter.moments import to_text
 
 MAX_IDS = 10_000
+ORPHANED = "orphaned"  # a queue whose route, merchant or channel is no longer configured
 
 Id = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Moment = Annotated[int, Meta(ge=-(2**53), le=2**53)]
@@ -179,10 +181,12 @@ class Queries:
             "deliveries": self.deliveries(DeliveryFilter(notification_id=notification_id)),
         }
 
-    def queues(self, now: int) -> list[dict[str, Any]]:
+    def queues(self, now: int, configured: Collection[tuple[str, Channel]]) -> list[dict[str, Any]]:
         """Return every queue with its state and its numbers of waiting and running deliveries.
 
-        `now` is the ledger's clock.
+        Args:
+            now: The ledger's clock.
+            configured: The route and the channel of each configured queue. Any other queue is orphaned.
         """
         waiting = {row.queue_id: row.number for row in self._by_queue(State.WAITING)}
         held = select(lanes.c.queue_id).where(lanes.c.holder.is_not(None))
@@ -194,7 +198,7 @@ class Queries:
                 "route": row.route,
                 "merchant": row.merchant,
                 "channel": row.channel,
-                "state": "running" if row.paused_until is None else "paused" if row.paused_until > now else "probing",
+                "state": _queue_state(row, now, configured),
                 "paused_by": row.paused_by,
                 "reason": row.pause_reason,
                 "paused_until": _until(row.paused_until),
@@ -284,6 +288,12 @@ class Queries:
         notification_id = select(deliveries.c.notification_id).where(deliveries.c.id == delivery_id).scalar_subquery()
         received = select(notifications.c.received_at).where(notifications.c.id == notification_id)
         return int(self.connection.execute(received).scalar_one())
+
+
+def _queue_state(queue: Any, now: int, configured: Collection[tuple[str, Channel]]) -> str:
+    if (queue.route, Channel(queue.merchant, queue.channel)) not in configured:
+        return ORPHANED
+    return "running" if queue.paused_until is None else "paused" if queue.paused_until > now else "probing"
 
 
 def _text(milliseconds: int | None) -> str | None:

@@ -69,7 +69,9 @@ class CommandTooLarge(Exception):
 class OperationsEndpoints:
     """The endpoints of the operations application.
 
-    `wake` is called after each command, because a command may create work for the dispatcher.
+    Args:
+        configured: The ids of the configured queues; None if every queue is configured.
+        wake: Called after each command, because a command may create work for the dispatcher.
     """
 
     def __init__(
@@ -79,12 +81,13 @@ class OperationsEndpoints:
         store: Store,
         *,
         reconcile: Reconcile,
+        configured: Collection[int] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._health = health
         self._metrics = metrics
         self._store = store
-        self._commands = Commands(store)
+        self._commands = Commands(store, configured)
         self._reconcile = reconcile
         self._wake = wake
 

@@ -10,17 +10,10 @@ from adapter.ledger.maintenance import Retention
 from adapter.ledger.settlement import PausePolicy
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
-from adapter.routing.routes import Routes
 
 
-def queue_keys(config: Config, routes: Routes) -> list[QueueKey]:
-    """Return a queue for every notification route and every channel that it is for."""
-    return [
-        QueueKey(route.name, channel)
-        for route in routes.all
-        if route.callback.kind == "notification"
-        for channel in config.channels_of(route.name)
-    ]
+def queue_keys(config: Config) -> list[QueueKey]:
+    return [QueueKey(*each) for each in config.queue_keys]
 
 
 def pause_policy(config: Config) -> PausePolicy:

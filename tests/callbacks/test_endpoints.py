@@ -248,7 +248,7 @@ class House:
         self._handlers = Runner(make_norce=make_norce, clock=lambda: to_datetime(self.store.clock()))
         self._reader = make_norce()
         lanes = Lanes(self.store, Lease(self.store, version="0"), policy=POLICY)
-        queues = await lanes.open_queues(queue_keys(self.config, self.routes))
+        queues = await lanes.open_queues(queue_keys(self.config))
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
             senders=Senders(self.config.senders),

@@ -40,12 +40,21 @@ pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 BY = ("--why", "the shop is mended", "--who", "anna")
 TOKEN = "canary-operations-token"
+MERCHANTS = """\
+  fjallboden: {tokens: ["${env:TOKEN}"], channels: {"1": {}}}
+  annan: {tokens: ["${env:TOKEN}"], channels: {"1": {}}}
+"""
+ROUTES = """\
+  export: {callback: order-status, handler: log, merchants: [fjallboden, annan]}
+  history: {callback: order-status, handler: log, merchants: [fjallboden], refetch: false}
+"""
 NASTY = "order-[/red]:smile:\x1b[2J\u202e"
 
 
 def make(folder: Path, *, url: str | None = None) -> Path:
     """Write a configuration. Nothing listens on its socket unless the test starts a service."""
-    text = CONFIG
+    text = CONFIG.replace("senders:", f"{MERCHANTS}senders:").replace("seen: {", "seen: {merchants: [norce, other], ")
+    text += ROUTES
     if url is not None:  # by reference, because an address with a password must be one
         (folder / "store.url").write_text(url)
         text = text.replace("sqlite:///@FOLDER@/ledger.db", "${file:store.url}")
@@ -138,6 +147,43 @@ def test_no_match_is_3(config: Path, arguments: list[str]) -> None:
 
     assert result.exit_code == NOTHING_MATCHED
     assert states(config) == ["dead", "dead", "dead", "waiting"]
+
+
+def test_the_queues_of_a_route_that_is_gone_are_orphaned_and_their_deliveries_can_only_be_discarded(
+    config: Path,
+) -> None:
+    config.write_text(config.read_text().replace(ROUTES, ROUTES.splitlines()[1]))
+
+    with closing(Serving(config, hold=True)):
+        listed = json.loads(command("queues", "list", "--output", "json", config=config).stdout)
+        preview = command("deliveries", "retry", "--all", "--dry-run", *BY, config=config)
+        of_all = command("deliveries", "retry", "--route", "export", *BY, config=config)
+        by_id = command("deliveries", "retry", "1", *BY, config=config)
+        before = states(config)
+        discarded = command("deliveries", "discard", "--route", "export", *BY, config=config)
+
+    assert {row["state"] for row in listed if row["route"] == "export"} == {"orphaned"}
+    assert {row["state"] for row in listed if row["route"] != "export"} == {"held"}
+    for refused in (preview, of_all, by_id):
+        assert (refused.exit_code, refused.stdout) == (FAILED, "")
+        assert "refused, because their queue is orphaned" in refused.stderr
+    assert before == ["dead", "dead", "dead", "waiting"]
+    assert (discarded.exit_code, discarded.stdout) == (OK, "3 discarded\n")
+
+
+def test_a_retry_leaves_out_orphaned_queues_and_says_so(config: Path) -> None:
+    execute(config, "UPDATE deliveries SET reason = 'exhausted' WHERE id = 3")
+    with opened(f"sqlite:///{config.parent}/ledger.db") as ledger:
+        ledger.owed(1, order_id="order-5", refetch=False)
+        ledger.settle(ledger.claim_one(ledger.history), Ends(Reject("no-such-shop")), refetch=False)
+    config.write_text(config.read_text().replace(ROUTES, ROUTES.splitlines()[1]))
+
+    with closing(Serving(config, hold=True)):
+        retried = command("deliveries", "retry", "--all", *BY, config=config)
+
+    assert (retried.exit_code, retried.stdout) == (OK, "1 retried\n")
+    assert "3 left out, because their queue is orphaned" in retried.stderr
+    assert states(config) == ["dead", "dead", "dead", "waiting", "waiting"]
 
 
 @pytest.mark.parametrize("arguments", [["pause", "nothing"], ["resume", "export", "--channel", "9"]], ids=" ".join)

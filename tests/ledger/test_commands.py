@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, event
 
 from adapter.ledger import commands as room
-from adapter.ledger.commands import Commands, NoSuchCommand, QueueChange, Step, StepResult
+from adapter.ledger.commands import Commands, NoSuchCommand, QueueChange, QueueOrphaned, Step, StepResult
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import Author, DeliveryFilter, Queries
@@ -61,6 +61,22 @@ def run(ledger: Ledger, name: str, *ids: int, **more: Any) -> StepResult:
     of_step = {each: more.pop(each) for each in ("by", "most", "after", "action", "unknown") if each in more}
     step = Step(matching=DeliveryFilter(**{"ids": ids, **more}), **{"by": BY, **of_step})
     return ledger.do(getattr(Commands(ledger.store), name)(step))
+
+
+def test_ids_in_an_orphaned_queue_are_refused_with_that_word_and_others_are_left_alone(ledger: Ledger) -> None:
+    dead(ledger, "order-1")
+    dead(ledger, "order-2", refetch=False)
+    commands = Commands(ledger.store, {ledger.history, ledger.other})
+
+    def step(*ids: int) -> Step:
+        return Step(matching=DeliveryFilter(ids=ids), by=BY)
+
+    with pytest.raises(QueueOrphaned, match=r"delivery 1: its queue, export of fjallboden/1, is orphaned\."):
+        ledger.do(commands.retry(step(2, 1)))
+    assert [row[1] for row in stands(ledger)] == ["dead", "dead"]
+    assert ledger.do(commands.retry(step())).changed == 1
+    assert [row[1] for row in stands(ledger)] == ["dead", "waiting"]
+    assert ledger.do(commands.discard(step(1))).changed == 1
 
 
 def pause(ledger: Ledger, name: str = "pause", **given: Any) -> int:
@@ -611,7 +627,8 @@ def test_a_discarded_letter_is_not_retried_by_a_repeat(ledger: Ledger) -> None:
 def queue_state(ledger: Ledger) -> list[tuple[Any, ...]]:
     keys = ("route", "merchant", "state", "paused_by", "reason")
     return [
-        tuple(each[key] for key in keys) for each in query(ledger, lambda queries: queries.queues(ledger.clock.now))
+        tuple(each[key] for key in keys)
+        for each in query(ledger, lambda queries: queries.queues(ledger.clock.now, ledger.queues))
     ]
 
 

@@ -13,6 +13,8 @@ from tests.ledger.test_verdict_log import SHADOW
 from tests.ledgers import (
     DAY,
     DELIVERED,
+    EXPORT,
+    HISTORY,
     HOUR,
     NOON,
     REJECTED,
@@ -75,7 +77,7 @@ def test_queues_show_waiting_and_running_deliveries(ledger: Ledger) -> None:
     ledger.settle(ledger.claim(most=1)[0], waiting(NOON + HOUR))
     ledger.claim(most=1)
 
-    rows = query(ledger, lambda queries: queries.queues(ledger.clock.now))
+    rows = query(ledger, lambda queries: queries.queues(ledger.clock.now, ledger.queues))
 
     shown = {(row["route"], row["merchant"]): (row["state"], row["waiting"], row["running"]) for row in rows}
     assert shown == {
@@ -89,11 +91,24 @@ def test_a_queue_whose_pause_is_over_is_probing(ledger: Ledger) -> None:
     ledger.rows(f"UPDATE queues SET paused_until = {NOON + HOUR}, paused_by = 'failures' WHERE id = {ledger.export}")
 
     def state(now: int) -> tuple[str, str | None]:
-        (row,) = [each for each in query(ledger, lambda queries: queries.queues(now)) if each["id"] == ledger.export]
+        rows = query(ledger, lambda queries: queries.queues(now, ledger.queues))
+        (row,) = [each for each in rows if each["id"] == ledger.export]
         return row["state"], row["paused_until"]
 
     assert state(NOON) == ("paused", "2026-02-03T13:00:00.000Z")
     assert state(NOON + HOUR) == ("probing", "2026-02-03T13:00:00.000Z")
+
+
+def test_a_queue_that_is_not_configured_is_orphaned_even_while_it_is_paused(ledger: Ledger) -> None:
+    ledger.rows(f"UPDATE queues SET paused_until = {NOON + HOUR}, paused_by = 'failures' WHERE id = {ledger.export}")
+
+    rows = query(ledger, lambda queries: queries.queues(NOON, [HISTORY]))
+
+    assert {(row["route"], row["merchant"]): row["state"] for row in rows} == {
+        ("export", "annan"): "orphaned",
+        ("export", "fjallboden"): "orphaned",
+        ("history", "fjallboden"): "running",
+    }
 
 
 def test_the_overview_adds_up_the_queues_of_a_route_and_takes_the_oldest(ledger: Ledger) -> None:
@@ -215,7 +230,7 @@ QUERIES: dict[str, Callable[[Queries], Any]] = {
     "what a retry would mean": lambda queries: queries.count(DeliveryFilter(state="dead", reason="rejected")),
     "what it would mean of an order": lambda queries: queries.count(DeliveryFilter(state="dead", order_id="dead-77")),
     "the metrics": lambda queries: queries.overview(NOON),
-    "queues": lambda queries: queries.queues(NOON),
+    "queues": lambda queries: queries.queues(NOON, [EXPORT]),
     "actions": lambda queries: queries.actions(),
     "verdicts": lambda queries: queries.verdicts(),
     "verdicts of a day": lambda queries: queries.verdicts(since=NOON - DAY),

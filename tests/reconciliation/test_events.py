@@ -100,7 +100,7 @@ class House:
     async def _open(self) -> None:
         self.store = Store.open(self.url)
         lanes = Lanes(self.store, Lease(self.store, version="0"), policy=POLICY)
-        queues = await lanes.open_queues(queue_keys(self.config, self.routes))
+        queues = await lanes.open_queues(queue_keys(self.config))
         self.intake = Intake(self.routes, Inbox(self.store), queue_ids=queues, metrics=self.metrics)
         self.endpoint = CallbackEndpoint(
             routes=self.routes,
