@@ -2,8 +2,9 @@
 
 If the file has mistakes, all of them are reported, with their lines.
 
-Only this package reads files and the environment. `yaml_source` reads the file as a tree with lines, `convert` converts
-it to the types in `model`, and `checks` compares keys with each other.
+Only this package reads files and the environment. `yaml_source` reads a file as a tree with lines, `included` adds
+the merchants of other files, `convert` converts the tree to the types in `model`, and `checks` compares keys with each
+other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ import msgspec
 
 from adapter.config.checks import check_together
 from adapter.config.convert import Converter
+from adapter.config.included import include_merchants
 from adapter.config.model import Config, ConfigFile
 from adapter.config.problems import ConfigProblem, ConfigurationInvalid, joined, parent
 from adapter.config.yaml_source import Document
@@ -25,7 +27,7 @@ __all__ = ["Config", "ConfigProblem", "ConfigurationInvalid", "load", "read_sett
 def load(path: Path, environ: Mapping[str, str]) -> Config:
     """Load the configuration at `path`.
 
-    References come from `environ` and from files, relative to the folder of `path`.
+    References come from `environ` and from files, relative to the folder of `path`, and so do the files of `include`.
 
     `routing.routes` checks conditions, handlers and settings later, through `Config.problem` and `read_settings`.
 
@@ -35,7 +37,7 @@ def load(path: Path, environ: Mapping[str, str]) -> Config:
     document = Document(path, environ)
     problems, source = document.problems, document.source
     tree = document.read()
-    if not isinstance(tree, dict):
+    if not isinstance(tree, dict) or not include_merchants(document, tree):
         raise ConfigurationInvalid(problems)
     converter = Converter(lambda at, message: problems.append(source.problem(at, message)))
     read = converter.convert(ConfigFile, tree, "")

@@ -25,10 +25,18 @@ _ADDRESS = {"type": "string", "format": "uri"}
 
 
 def file_schema(handlers: Mapping[str, type[Settings]]) -> dict[str, Any]:
-    """Return the schema of `config.yaml`; a route's settings are those of its handler."""
+    """Return the schema of `config.yaml` and of the files that it includes.
+
+    A route's settings are those of its handler.
+    """
     _, parts = msgspec.json.schema_components([ConfigFile], schema_hook=_custom, ref_template="#/$defs/{name}")
     parts = {name: _rewrite(part, references=True) for name, part in parts.items()}
     file = parts.pop("ConfigFile")
+    required = set(file.pop("required")) - {"merchants"}
+    file["anyOf"] = [
+        *({"required": sorted(required | {where})} for where in ("merchants", "include")),
+        {"required": ["merchants"], "maxProperties": 1},  # an included file
+    ]
     parts["RouteConfig"]["allOf"] = [
         {
             "if": {"properties": {"handler": {"const": name}}, "required": ["handler"]},

@@ -63,6 +63,15 @@ Pointer: TypeAlias = Annotated[
 ]
 SLUG = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(?!\n)$"
 SLUG_IN_WORDS = "a part of a host name (a-z, 0-9 and hyphens within), at most 63 characters"
+INCLUDE = r"^(?!/|(.*/)?\.\.(/|$))[^\x00-\x1f]+(?!\n)$"
+IncludePattern: TypeAlias = Annotated[
+    str,
+    doc(
+        pattern=INCLUDE,
+        max_length=1024,
+        allowed="a path or a pattern below the folder of this file, such as merchants/*.yaml",
+    ),
+]
 HostName: TypeAlias = Annotated[
     str, doc(pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*(?!\n)$", max_length=253, allowed="a host name without a port")
 ]
@@ -462,7 +471,14 @@ class ConfigFile(_Section, frozen=True, kw_only=True):
     dispatcher: DispatcherConfig = DispatcherConfig()
     queues: QueuesConfig = QueuesConfig()
     circuit_breaker: CircuitBreakerConfig = CircuitBreakerConfig()
-    merchants: Annotated[Mapping[NorceName, MerchantConfig], doc("Merchants, by their ids at Norce.", min_length=1)]
+    include: Annotated[
+        IncludePattern | None,
+        doc("Files with further merchants, relative to this file; each has the key merchants and no other."),
+    ] = None
+    merchants: Annotated[
+        Mapping[NorceName, MerchantConfig],
+        doc("Merchants, by their ids at Norce; here or in included files.", min_length=1),
+    ]
     senders: SendersConfig = SendersConfig()
     callbacks: Annotated[
         Mapping[Name, CallbackConfig], doc("Callbacks that Norce makes, by name; each is one URL and one registration.")

@@ -8,8 +8,19 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 HOW_TO_REFER = "${env:NAME} or ${file:PATH}"
+
+
+class Place(NamedTuple):
+    """A line of a file."""
+
+    file: str
+    line: int | None  # from 1; None without a line, such as for a missing file
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +33,16 @@ class ConfigProblem:
     message: str
 
     def __str__(self) -> str:
-        place = self.file if self.line is None else f"{self.file}:{self.line}"
+        place = Place(self.file, self.line)
         return f"{place}: {self.path}: {self.message}" if self.path else f"{place}: {self.message}"
 
 
 class ConfigurationInvalid(Exception):
-    """The configuration has problems: all of them, in the order of the file."""
+    """The configuration has problems: all of them, file by file and in the order of each."""
 
     def __init__(self, problems: Iterable[ConfigProblem]) -> None:
-        self.problems = tuple(sorted(dict.fromkeys(problems), key=lambda problem: problem.line or 0))
+        found = dict.fromkeys(problems)
+        self.problems = tuple(sorted(found, key=lambda problem: (problem.file, problem.line or 0)))
         super().__init__("\n".join(map(str, self.problems)))
 
 
@@ -51,20 +63,38 @@ class Reference(str):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The file of a `Config`: with the line of each value."""
+    """The file of a `Config`, with the line of each value.
+
+    A merchant may be in an included file.
+    """
 
     file: str
     lines: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # by the path of a merchant: the included file
 
     def __repr__(self) -> str:
         return f"<{self.file}>"
 
-    def problem(self, path: str, message: str) -> ConfigProblem:
-        """Return a problem at the line of `path`, or of the nearest parent that has a line."""
+    def add(self, included: "Source", path: str) -> None:
+        """Add the lines of the value at `path` in an included file."""
+        self.files[path] = included.file
+        below = (f"{path}.", f"{path}[")
+        self.lines.update({at: line for at, line in included.lines.items() if at == path or at.startswith(below)})
+
+    def place(self, path: str) -> Place:
+        """Return the place of the value at `path`, or of the nearest parent that has a line."""
         nearest = path
         while nearest and nearest not in self.lines:
             nearest = parent(nearest)
-        return ConfigProblem(file=self.file, line=self.lines.get(nearest), path=path, message=message)
+        merchant = nearest
+        while merchant and merchant not in self.files:
+            merchant = parent(merchant)
+        return Place(self.files.get(merchant, self.file), self.lines.get(nearest))
+
+    def problem(self, path: str, message: str) -> ConfigProblem:
+        """Return a problem at the place of `path`."""
+        file, line = self.place(path)
+        return ConfigProblem(file=file, line=line, path=path, message=message)
 
 
 def under(path: str, step: str | int) -> str:

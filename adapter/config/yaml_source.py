@@ -34,14 +34,25 @@ class _Unreadable(Exception):
 
 
 class Document:
-    """A YAML file; `source` has the lines, `problems` the mistakes so far."""
+    """A YAML file; `source` has the lines, `problems` the mistakes so far.
 
-    def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
+    Args:
+        path: The file.
+        environ: The variables for `${env:NAME}`.
+        folder: The folder at which `${file:PATH}` begins; without it, that of the file.
+    """
+
+    def __init__(self, path: Path, environ: Mapping[str, str], folder: Path | None = None) -> None:
         self.source = Source(file=str(path))
         self.problems: list[ConfigProblem] = []
-        self._path = path
+        self.path = path
         self._environ = environ
+        self._folder = folder or path.parent
         self._values = 0
+
+    def included(self, path: Path) -> "Document":
+        """Return another file whose references mean the same as here."""
+        return Document(path, self._environ, self._folder)
 
     def report(self, path: str, message: str, line: int | None = None) -> None:
         """Add a problem, at `line` or else at the line of `path`."""
@@ -51,7 +62,7 @@ class Document:
     def read(self) -> Any:
         """Return the tree of the file, or `NOTHING` if it has none."""
         try:
-            root = _composed(_read_text(self._path, LARGEST_FILE_BYTES))
+            root = _composed(_read_text(self.path, LARGEST_FILE_BYTES))
             if not isinstance(root, MappingNode):
                 raise _Unreadable("must be a mapping: adapter, merchants, senders, callbacks, routes and so on")
             self.source.lines[""] = _line(root)
@@ -131,7 +142,7 @@ class Document:
 
     def _resolved(self, kind: str, name: str) -> str:
         if kind == "file":
-            text = _read_text(self._path.parent / name, LARGEST_SECRET_BYTES).removesuffix("\n").removesuffix("\r")
+            text = _read_text(self._folder / name, LARGEST_SECRET_BYTES).removesuffix("\n").removesuffix("\r")
         elif name in self._environ:
             text = self._environ[name]
         else:

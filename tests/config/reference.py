@@ -47,6 +47,7 @@ EXAMPLE = {
     "adapter": {"id": "jetshop_adapter", "public_url": "https://adapter.example"},
     "operations": {"token": Off("${env:NORCE_ADAPTER_OPERATIONS_TOKEN}")},
     "norce": {"base_url": Off("http://localhost:8090/checkout")},
+    "include": Off("merchants/*.yaml"),
     "merchants": {
         "norce": {
             "slug": "customer-slug",

@@ -1070,7 +1070,12 @@ def test_the_generated_files_are_up_to_date(name: str) -> None:
 
 
 def test_the_reference_is_valid_with_every_comment_uncommented(file: Path) -> None:
+    other = file.parent / "merchants" / "other.yaml"
+    other.parent.mkdir()
+    other.write_text('merchants: {other: {tokens: ["${env:NORCE_TOKEN}"], channels: {"1": {}}}}')
+
     config = read(file, everything_commented_in(REFERENCE.read_text()))
 
+    assert set(config.merchants) == {"norce", "other"}
     assert config.senders.header_secrets
     assert config.norce.base_url == "http://localhost:8090/checkout"
