@@ -33,6 +33,7 @@ from adapter.config import Config
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
+from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import StoredDocuments, Watermarks
 from adapter.ledger.lanes import Lanes
@@ -122,8 +123,9 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
         # The operations listeners open first and close last, so that operators can watch a shutdown.
+        commands = Commands(store, set(queues.values()), refetching=refetching)
         operations = OperationsEndpoints(
-            health, metrics, store, wake=dispatcher.wake, reconcile=reconciler.run, configured=set(queues.values())
+            health, metrics, store, commands=commands, wake=dispatcher.wake, reconcile=reconciler.run
         )
         operations_address = await serve_operations(stack, config, operations, on_limit)
         for name, work in (

@@ -323,18 +323,19 @@ class Context(Generic[S]):
     http: "httpx.AsyncClient"  # reaches only the hosts in the settings, and ends before the deadline
     orders: Orders
     clock: Callable[[], datetime]  # aware, in UTC
-    identity: str  # of the event; the same for repeats
+    identity: str  # of the event, the same for repeats; each resend has its own
     route: str
     deadline: datetime  # by `clock`; a delivery is cancelled then, a verdict is no longer waited for
     attempt: int = 1  # counts from 1
     first_attempt_at: datetime
     previous: Previous | None = None  # to find out that nothing has changed since
+    is_resend: bool = False  # a person wants it delivered again, so do not skip it because nothing has changed
 
     def key(self, name: str = "") -> str:
         """Return an idempotency key of 64 hexadecimal characters.
 
-        It is the same for every attempt at this notification on this route, also after a restart. Each `name` has a key
-        of its own, for handlers that send several requests.
+        It is the same for every attempt at this notification on this route, also after a restart, and another for each
+        resend. Each `name` has a key of its own, for handlers that send several requests.
         """
         return sha256(f"{self.identity}\n{self.route}\n{name}".encode()).hexdigest()
 
@@ -531,9 +532,14 @@ class NotificationHandler(_Handler[S]):
 
     `other_clients = True` declares that the handler has effects through other clients than `context.http` and
     `context.orders`. The service does not see these, so every attempt that ends without an outcome is unknown.
+
+    `lookup_by_key = True` declares that `lookup` finds the effect of this delivery only, such as by its idempotency
+    key, and never mistakes that of an earlier delivery of the order for it. Otherwise a resend is never looked up:
+    without a known outcome it waits for a person, unless the handler is `repeatable`.
     """
 
     repeatable: ClassVar[bool] = False
+    lookup_by_key: ClassVar[bool] = False
     not_done: ClassVar[Collection[int]] = frozenset()
     other_clients: ClassVar[bool] = False
 

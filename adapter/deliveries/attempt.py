@@ -20,7 +20,7 @@ from adapter.conditions import Result as Held
 from adapter.deliveries.outcomes import is_bug, outcome_of
 from adapter.identifiers import Channel
 from adapter.ledger.claims import Claim
-from adapter.ledger.settlement import Broken, Ending, Interrupted, Result, is_past_last_lookup
+from adapter.ledger.settlement import Broken, Ending, Handling, Interrupted, Result, is_past_last_lookup
 from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.orders import NotAnOrder, Order, read_order
@@ -38,6 +38,11 @@ class Queue:
 
     route: Route
     channel: Channel
+
+    def handling(self, claim: Claim) -> Handling:
+        """Return the ways in which the handler can resolve doubt about this delivery."""
+        handling = self.route.handling
+        return handling if claim.again_of is None else handling.of_resend()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +75,12 @@ class Attempts:
 
         Raises only `asyncio.CancelledError`, if it is cancelled itself.
         """
-        route = queue.route
-        looks_up = claim.in_doubt and route.handling.looks_up
+        route, handling = queue.route, queue.handling(claim)
+        looks_up = claim.in_doubt and handling.looks_up
         kind = "lookup" if looks_up else "deliver"
         if self.stopping:  # claimed while the service stops
             return AttemptResult(result=Ending.RELEASED, kind=kind)
-        can_continue = looks_up or route.handling.repeatable
+        can_continue = looks_up or handling.repeatable
         if claim.in_doubt and (not can_continue or is_past_last_lookup(claim.attempt, route.schedule)):
             message = "an attempt ended without a known outcome, and cannot be looked up"
             if can_continue:
@@ -103,11 +108,12 @@ class Attempts:
             settings=route.settings[queue.channel],
             channel=queue.channel,
             order_id=claim.order_id,
-            identity=claim.identity.hex(),
+            identity=_identity_of(claim),
             deadline=now + route.timeout,
             first_attempt_at=to_datetime(claim.first_attempt_at),
             attempt=claim.attempt,
             previous=claim.previous,
+            is_resend=claim.again_of is not None,
             traffic=traffic,
         )
         handle = partial(self._handle, handler, route, claim, claim.body, current, looks_up, traffic)
@@ -203,6 +209,15 @@ class Attempts:
         log.error("handler_failed", **facts)
         kind = Unknown if _may_have_sent(traffic, route.handler) else Broken
         return kind("handler-failed", f"the handler returned {type(value).__name__}, which is no outcome")
+
+
+def _identity_of(claim: Claim) -> str:
+    """Return the identity of the event, and for a resend one of its own.
+
+    The idempotency keys are made from it.
+    """
+    identity = claim.identity.hex()
+    return identity if claim.again_of is None else f"{identity}/{claim.delivery_id}"
 
 
 def _may_have_sent(traffic: Traffic, handler: Any) -> bool:

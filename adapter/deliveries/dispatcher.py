@@ -235,7 +235,7 @@ class Dispatcher:
             claim=claim,
             result=ended.result,
             kind=ended.kind,
-            handling=queue.route.handling,
+            handling=queue.handling(claim),
             schedule=queue.route.schedule,
             jitter=self._random(),
             refetch=queue.route.refetch,

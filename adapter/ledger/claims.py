@@ -68,6 +68,7 @@ class Claim:
     received_at: int
     body: bytes | None  # None once pruned
     previous: Previous | None
+    again_of: int | None = None  # of a resend: the delivery that is delivered again
 
     @property
     def fence(self) -> tuple[int, int]:
@@ -153,6 +154,7 @@ def claim_of(lane: Any, delivery: Any, limit: QueueLimits, *, holder: int, now: 
         received_at=delivery.received_at,
         body=delivery.body,
         previous=_previous_of(lane.previous),
+        again_of=delivery.again_of,
     )
 
 

@@ -1,11 +1,11 @@
-"""Commands of people that change the ledger: retry, discard, pause and resume.
+"""Commands of people that change the ledger: retry, resend, discard, pause and resume.
 
 Each is stored with the person and the reason. A command over many deliveries runs in steps. Each step is a short
 transaction, so that it does not delay other writers. An interrupted command can be started again: deliveries that
-are changed already no longer match.
+are changed already no longer match. A resend is resumed by its action instead: what it has sent again still matches.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ from adapter.identifiers import Channel
 from adapter.ledger.claims import queue_columns, queue_state
 from adapter.ledger.dead_letters import LaneDelivery, after_doubt, lock_lanes, retry_dead_letters
 from adapter.ledger.queries import ORPHANED, Author, DeliveryFilter, Id, Text, joined
+from adapter.ledger.resends import LeftOut, ResendFilter, add_resends
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
@@ -41,7 +42,7 @@ class QueueOrphaned(ValueError):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A step of a retry or discard, over the deliveries that match.
+    """A step of a retry, resend or discard, over the deliveries that match.
 
     `unknown` decides about dead letters whose effect is unknown: `leave` them out; `look-up` the effect first, if the
     handler can; or `send` them, because a person has looked and found no effect. A delivery that became unknown after
@@ -62,12 +63,13 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             raise ValueError("`state` must be `dead` or `waiting`")
 
 
-class StepResult(msgspec.Struct, frozen=True, kw_only=True):
+class StepResult(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The result of a step."""
 
     changed: int
     after: int | None  # where the next step begins; None after the last one
     action: int
+    left_out: Mapping[LeftOut, Sequence[int]] = {}  # of a resend: the ids of deliveries, by the cause
 
 
 class QueueChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -84,12 +86,16 @@ class Commands:
 
     Args:
         configured: The ids of the configured queues; None if every queue is configured. Any other queue is orphaned:
-            nothing is retried in it.
+            nothing is retried or resent in it.
+        refetching: The routes that read the order again.
     """
 
-    def __init__(self, store: Store, configured: Collection[int] | None = None) -> None:
+    def __init__(
+        self, store: Store, configured: Collection[int] | None = None, *, refetching: Collection[str] = ()
+    ) -> None:
         self._store = store
         self._configured = configured
+        self._refetching = refetching
         self._clock = store.clock
 
     async def run(self, name: str, body: bytes) -> Any:
@@ -103,7 +109,7 @@ class Commands:
             NoSuchCommand: There is no command of this name.
             ValueError: The body does not fit the command.
         """
-        types = {"retry": Step, "discard": Step, "pause": QueueChange, "resume": QueueChange}
+        types = {"retry": Step, "resend": Step, "discard": Step, "pause": QueueChange, "resume": QueueChange}
         if name not in types:
             raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(types)}.")
         arguments = msgspec.json.decode(body, type=types[name])
@@ -121,6 +127,21 @@ class Commands:
         if step.matching.state == State.WAITING.value:
             raise ValueError("only dead letters can be retried")
         return await self._store.run(self._step, "retry", step)
+
+    async def resend(self, step: Step) -> StepResult:
+        """Deliver again what has ended, each as a new delivery.
+
+        A dead letter is ended as discarded. The first step only records the command: it sends nothing, and returns the
+        action that the next steps need. They use the conditions that are recorded there, and each can be repeated.
+
+        Deliveries of orphaned queues are left out.
+
+        Raises:
+            ValueError: The conditions do not fit a resend, or there is no such action.
+            QueueOrphaned: The step names the id of a delivery in an orphaned queue.
+        """
+        ResendFilter.of(step.matching, step.unknown, self._refetching)
+        return await self._store.run(self._resend, step)
 
     async def discard(self, step: Step) -> StepResult:
         """Mark dead letters or waiting deliveries as done, and let their lanes go on.
@@ -201,6 +222,29 @@ class Commands:
         if len(found) == step.most:
             return found, found[-1].delivery_id
         return found, read[-1] if len(read) == MAX_READ_PER_STEP else end
+
+    def _resend(self, connection: Connection, step: Step) -> StepResult:
+        if step.action is None:
+            self.refuse_orphaned(connection, step.matching.ids)
+            given = step.matching.given() | ({} if step.unknown == "leave" else {"unknown": step.unknown})
+            action = record_action(connection, "resend", step.by, given, 0, self._clock())
+            return StepResult(changed=0, after=step.after, action=action)
+        row = connection.execute(select(actions).where(actions.c.id == step.action)).one_or_none()
+        if row is None or row.command != "resend":
+            raise ValueError(f"no resend has the number {step.action}; `norce-adapter store actions` lists them")
+        given = msgspec.json.decode(row.matching)
+        unknown = given.pop("unknown", "leave")
+        matching = msgspec.convert(given, DeliveryFilter)
+        made = {"command": row.id, "ended_until": row.at, "further": self.in_configured_queues()}
+        selection = ResendFilter.of(matching, unknown, self._refetching, **made)
+        found, after = selection.find(connection, after=step.after, most=step.most)
+        sent, left_out = add_resends(connection, selection, found, self._clock()) if found else ([], {})
+        if sent:
+            self._discard(connection, sent, State.DEAD.value)
+            changed = actions.c.changed + len(sent)
+            connection.execute(update(actions).where(actions.c.id == row.id).values(changed=changed))
+            self._store.database.notify(connection)
+        return StepResult(changed=len(sent), after=after, action=row.id, left_out=left_out)
 
     def _discard(self, connection: Connection, found: Collection[LaneDelivery], state: str) -> int:
         d = deliveries.c

@@ -12,6 +12,9 @@ either claimed or superseded.
 
 A route in shadow mode gets deliveries that are done from the beginning. They supersede nothing and leave their lane as
 it is, so what the route owed before stays owed.
+
+A resend is a person's decision about an earlier event, so it says nothing about later ones: it neither supersedes nor
+is superseded, and does not count as a delivery that waits already or that read the order last.
 """
 
 import asyncio
@@ -41,7 +44,7 @@ UNREAD_EVERY_MS = 10_000  # between two deliveries of a lane that no order cause
 _of_lane = deliveries.alias("of_lane")
 _newest_delivery = (
     select(_of_lane.c.id)
-    .where(_of_lane.c.lane_id == lanes.c.id)
+    .where(_of_lane.c.lane_id == lanes.c.id, _of_lane.c.again_of.is_(None))
     .order_by(_of_lane.c.id.desc())
     .limit(1)
     .scalar_subquery()
@@ -138,6 +141,7 @@ class Inbox:
         self._supersede = text(
             f"UPDATE deliveries {hint} SET state = 'done', reason = 'superseded', ended_at = :now FROM lanes"  # noqa: S608 - our own names
             f" WHERE deliveries.lane_id {in_lanes} AND deliveries.state = 'waiting'"
+            " AND deliveries.again_of IS NULL"
             " AND lanes.id = deliveries.lane_id AND deliveries.id <> coalesce(lanes.current_delivery_id, 0)"
         ).bindparams(bindparam("lane_ids", type_=Numbers()))
 

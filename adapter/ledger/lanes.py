@@ -108,7 +108,13 @@ COUNT_ATTEMPTS = (
     )
 )
 CLAIMED_DELIVERIES = (
-    select(deliveries.c.id.label("delivery_id"), deliveries.c.attempts, deliveries.c.first_attempt_at, notifications)
+    select(
+        deliveries.c.id.label("delivery_id"),
+        deliveries.c.attempts,
+        deliveries.c.first_attempt_at,
+        deliveries.c.again_of,
+        notifications,
+    )
     .join_from(deliveries, notifications, deliveries.c.notification_id == notifications.c.id)
     .where(any_of(deliveries.c.id))
 )

@@ -34,8 +34,8 @@ metadata = MetaData(
 Key = BigInteger().with_variant(Integer(), "sqlite")
 
 
-def _partial_index(name: str, *columns: str, where: str) -> Index:
-    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
+    return Index(name, *columns, unique=unique, sqlite_where=text(where), postgresql_where=text(where))
 
 
 processes = Table(
@@ -129,10 +129,14 @@ deliveries = Table(
     Column("first_attempt_at", BigInteger),
     Column("ended_at", BigInteger),
     Column("retried_at", BigInteger),
+    Column("again_of", Key, ForeignKey("deliveries.id"), doc="of a resend: the delivery that is delivered again"),
+    Column("command", Key, ForeignKey("actions.id"), doc="of a person, which made this delivery"),
     Index("ix_deliveries_notification_id", "notification_id"),
     Index("ix_deliveries_lane_id", "lane_id", "id"),
     _partial_index("ix_deliveries_waiting", "lane_id", "position", "id", where="state = 'waiting'"),
     _partial_index("ix_deliveries_dead", "id", "lane_id", where="state = 'dead'"),
+    # A command that is interrupted and resumed sends nothing twice.
+    _partial_index("uq_deliveries_again_of", "again_of", "command", where="again_of IS NOT NULL", unique=True),
 )
 
 attempts = Table(

@@ -104,11 +104,22 @@ class Handling:
 
     looks_up: bool
     repeatable: bool
+    looks_up_resends: bool = False
 
     @classmethod
     def of(cls, handler: type[NotificationHandler]) -> "Handling":  # type: ignore[type-arg]
         """Read them from a handler class."""
-        return cls(looks_up=can_look_up(handler), repeatable=handler.repeatable)
+        looks_up = can_look_up(handler)
+        return cls(
+            looks_up=looks_up, repeatable=handler.repeatable, looks_up_resends=looks_up and handler.lookup_by_key
+        )
+
+    def of_resend(self) -> "Handling":
+        """Return the ways for a resend.
+
+        Its lookup must not find the effect of an earlier delivery.
+        """
+        return replace(self, looks_up=self.looks_up_resends)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

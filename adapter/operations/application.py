@@ -80,14 +80,14 @@ class OperationsEndpoints:
         metrics: Metrics,
         store: Store,
         *,
+        commands: Commands,
         reconcile: Reconcile,
-        configured: Collection[int] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._health = health
         self._metrics = metrics
         self._store = store
-        self._commands = Commands(store, configured)
+        self._commands = commands
         self._reconcile = reconcile
         self._wake = wake
 

@@ -334,6 +334,7 @@ class Runner:
         first_attempt_at: datetime,
         attempt: int = 1,
         previous: Previous | None = None,
+        is_resend: bool = False,
         traffic: Traffic | None = None,
     ) -> Context[Any]:
         """Build the context of a call on a loop. With None, the handler only computes.
@@ -359,6 +360,7 @@ class Runner:
             attempt=attempt,
             first_attempt_at=first_attempt_at,
             previous=previous,
+            is_resend=is_resend,
         )
 
     def start(self, on: LoopName, handle: Handle[T], context: Context[Any]) -> Run[T]:

@@ -647,6 +647,7 @@ def export(
     of: Order | None = None,
     with_settings: JetshopSettings | None = None,
     previous: Previous | None = None,
+    is_resend: bool = False,
     first_attempt_at: datetime = NOW,
     time_left: timedelta = timedelta(seconds=30),
 ) -> Done | Skip | Outcome | None:
@@ -661,11 +662,12 @@ def export(
             http=outgoing.client(chosen, NOW + time_left, lambda: NOW, Traffic()),
             orders=NoOrders(),
             clock=lambda: NOW,
-            identity="the-event",
+            identity="the-event/2" if is_resend else "the-event",
             route="export-payment",
             deadline=NOW + time_left,
             first_attempt_at=first_attempt_at,
             previous=previous,
+            is_resend=is_resend,
         )
         notification = Notification(
             id=1,
@@ -726,6 +728,46 @@ def test_an_export_of_another_document_replaces_the_first():
     assert outcome.facts["result"] == "updated"
     assert outcome.facts["payload"] != first.facts["payload"]
     assert len({entry.idempotency_key for entry in shop.journal}) == 2
+
+
+def test_a_resend_of_the_same_document_is_sent_with_another_key():
+    shop = JetshopStandIn()
+    first = export(shop)
+    assert isinstance(first, Done)
+    previous = Previous(reference=first.reference, facts=first.facts, at=NOW)
+
+    outcomes = [export(shop, previous=previous, is_resend=True) for _ in range(2)]
+
+    assert [isinstance(each, Done) and each.facts["result"] for each in outcomes] == ["unchanged", "unchanged"]
+    original, *again = [entry.idempotency_key for entry in shop.journal]
+    assert again[0] == again[1] != original
+
+
+def test_a_resend_updates_the_order_with_a_corrected_method_code():
+    shop = JetshopStandIn()
+    wrong = settings(method_map={"*": {"code": "wrong"}})
+    first = export(shop, with_settings=wrong)
+    assert isinstance(first, Done)
+    assert {payment["method"]["code"] for payment in shop.documents["100245"]["payments"]} == {"wrong"}
+
+    outcome = export(shop, previous=Previous(reference=first.reference, facts=first.facts, at=NOW), is_resend=True)
+
+    assert isinstance(outcome, Done)
+    assert outcome.facts["result"] == "updated"
+    assert shop.documents["100245"] == DOCUMENT
+    assert shop.order_number("100245") == outcome.reference == first.reference
+
+
+@pytest.mark.parametrize(("fault", "finds"), [(DROPPED_AFTER, True), (DROPPED_BEFORE, False)])
+def test_a_lookup_tells_a_resend_from_the_first_export(fault: Fault, finds: bool):
+    shop = JetshopStandIn()
+    export(shop, with_settings=settings(method_map={"*": {"code": "wrong"}}))
+    shop.script("100245", fault)
+
+    outcomes = [export(shop, is_resend=True), export(shop, "lookup", is_resend=True)]
+
+    assert isinstance(outcomes[0], Unknown)
+    assert isinstance(outcomes[1], Done) == finds
 
 
 def test_a_repeated_attempt_has_the_same_idempotency_key_and_no_second_effect():

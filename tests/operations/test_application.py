@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adapter.identifiers import Channel
 from adapter.ledger.claims import QueueKey
+from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox, ReceivedNotification, Wanted
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -39,7 +40,10 @@ class Site:
         self.app = self.application()
 
     def application(self, reconcile: Any = None) -> Any:
-        return OperationsEndpoints(self.health, self.metrics, self.store, reconcile=reconcile).for_socket()
+        commands = Commands(self.store)
+        return OperationsEndpoints(
+            self.health, self.metrics, self.store, commands=commands, reconcile=reconcile
+        ).for_socket()
 
     async def get(self, path: str, method: str = "GET") -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://operations") as http:

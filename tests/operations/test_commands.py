@@ -14,6 +14,7 @@ from anyio.from_thread import start_blocking_portal
 
 from adapter import logs
 from adapter.callbacks.server import http_server, listen
+from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
@@ -60,7 +61,12 @@ class Port:
         token = None if self._token is None else Secret(self._token)
         self.pages: list[LogProgress] = []
         endpoints = OperationsEndpoints(
-            Health(started=True), Metrics("0"), self.store, reconcile=self._reconcile, wake=self._wake
+            Health(started=True),
+            Metrics("0"),
+            self.store,
+            commands=Commands(self.store),
+            reconcile=self._reconcile,
+            wake=self._wake,
         )
         listening, self.socket = listen("127.0.0.1", 0), self._folder / "operations.sock"
         self.port = listening.getsockname()[1]
@@ -203,7 +209,7 @@ def test_an_unknown_command_is_404_and_lists_the_commands(port: Port) -> None:
     status, answer, _ = port.post("/commands/erase")
 
     assert (status, answer["code"]) == (404, "command-not-found")
-    assert "retry, discard, pause, resume" in answer["message"]
+    assert "retry, resend, discard, pause, resume" in answer["message"]
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "HEAD"])

@@ -2,10 +2,12 @@
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
+from adapter.ledger.commands import Commands
 from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.operations.application import OperationsEndpoints
@@ -69,7 +71,8 @@ def test_a_probe_without_a_host_is_answered() -> None:
 def endpoints(tmp_path: Path) -> OperationsEndpoints:
     store = Store.open(f"sqlite:///{tmp_path}/ledger.db")
     try:
-        return OperationsEndpoints(Health(started=True), Metrics("1"), store, reconcile=None)  # type: ignore[arg-type]
+        parts: Any = {"commands": Commands(store), "reconcile": None}
+        return OperationsEndpoints(Health(started=True), Metrics("1"), store, **parts)
     finally:
         store.close()
 

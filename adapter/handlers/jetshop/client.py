@@ -39,13 +39,20 @@ class JetshopExport(NotificationHandler[JetshopSettings]):
     """The handler `jetshop`.
 
     It is not `repeatable`. Our contract allows a repeated PUT, but a destination may not keep to it, so a PUT without
-    an answer is looked up.
+    an answer is looked up. The lookup compares whole documents, so it finds the effect of a resend, too: if an earlier
+    delivery sent the same document, nothing is left to update.
     """
 
+    lookup_by_key = True
+
     async def deliver(self, notification: Notification, context: Context[JetshopSettings]) -> Done | Skip:
-        """Send the payment information, unless it equals the last document of this order."""
+        """Send the payment information, unless it equals the last document of this order.
+
+        A resend is sent in any case: a person wants the shop to have it.
+        """
         export = _Export(notification, context.settings)
-        if context.previous is not None and context.previous.facts.get("payload") == export.hash:
+        previous = None if context.is_resend else context.previous
+        if previous is not None and previous.facts.get("payload") == export.hash:
             return Skip("nothing-changed")
         answer = await context.http.put(
             export.url,

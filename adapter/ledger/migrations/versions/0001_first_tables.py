@@ -32,8 +32,9 @@ def reference(name: str, table: str, *, nullable: bool = False) -> sa.Column[Any
     return sa.Column(name, KEY, sa.ForeignKey(f"{table}.id"), nullable=nullable)
 
 
-def partial_index(name: str, table: str, columns: list[str], where: str) -> None:
-    op.create_index(name, table, columns, sqlite_where=sa.text(where), postgresql_where=sa.text(where))
+def partial_index(name: str, table: str, columns: list[str], where: str, *, unique: bool = False) -> None:
+    condition = sa.text(where)
+    op.create_index(name, table, columns, unique=unique, sqlite_where=condition, postgresql_where=condition)
 
 
 def upgrade() -> None:
@@ -81,6 +82,7 @@ def upgrade() -> None:
     )
     partial_index("ix_lanes_due", "lanes", ["queue_id", "next_at"], "holder IS NULL AND next_at IS NOT NULL")
     partial_index("ix_lanes_held", "lanes", ["holder"], "holder IS NOT NULL")
+    op.create_table("actions", key(), *numbers("at"), *texts("command", "who", "why", "matching"), counter("changed"))
     op.create_table(
         "deliveries",
         key(),
@@ -91,11 +93,15 @@ def upgrade() -> None:
         *texts("reason", nullable=True),
         counter("attempts"),
         *numbers("first_attempt_at", "ended_at", "retried_at", nullable=True),
+        reference("again_of", "deliveries", nullable=True),
+        reference("command", "actions", nullable=True),
     )
     op.create_index("ix_deliveries_notification_id", "deliveries", ["notification_id"])
     op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id", "id"])
     partial_index("ix_deliveries_waiting", "deliveries", ["lane_id", "position", "id"], "state = 'waiting'")
     partial_index("ix_deliveries_dead", "deliveries", ["id", "lane_id"], "state = 'dead'")
+    resends = ("uq_deliveries_again_of", "deliveries", ["again_of", "command"], "again_of IS NOT NULL")
+    partial_index(*resends, unique=True)
     op.create_table(
         "attempts",
         key(),
@@ -115,7 +121,6 @@ def upgrade() -> None:
         sa.Column("channel", sa.Text, primary_key=True),
         sa.Column("content", sa.LargeBinary, nullable=False),
     )
-    op.create_table("actions", key(), *numbers("at"), *texts("command", "who", "why", "matching"), counter("changed"))
     op.create_table(
         "verdicts",
         key(),
