@@ -12,7 +12,7 @@ callback of one order.
 """
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
@@ -29,7 +29,7 @@ from adapter.config.model import (
 )
 from adapter.identifiers import Channel
 from adapter.norce.api import V0
-from adapter.norce.client import Norce, NorceRejected
+from adapter.norce.client import Norce, NorceError, NorceRefused, NorceRejected, OrderNotFound
 
 # By kind: the member of an order, the operations that add and remove one, and the path parameter of its id.
 PLACES = {
@@ -82,6 +82,34 @@ class Registered:
     kept: tuple[str, ...] = ()
 
 
+class CallbacksRejected(NorceRejected):
+    """Norce rejects some of our callbacks on an order. The message names each with Norce's answer.
+
+    All others are handled: `done` names them. `rejected` has the error of each, by its name.
+    """
+
+    def __init__(self, rejected: Mapping[str, NorceError], done: Registered) -> None:
+        self.rejected = rejected
+        self.done = done
+        super().__init__("; ".join(f"{name}: {error}" for name, error in rejected.items()))
+        first = next(iter(rejected.values()))
+        self.code, self.host, self.status = first.code, first.host, first.status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The difference between an order's callbacks of ours and the configuration."""
+
+    missing: tuple[Registration, ...] = ()
+    stale: tuple[Stored, ...] = ()
+    kept: tuple[str, ...] = ()
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing is left to do."""
+        return not self.missing and not self.stale
+
+
 class Registrar:
     """Registers the configured callbacks on orders.
 
@@ -94,63 +122,96 @@ class Registrar:
         self._norce = norce
         self._locks = WeakValueDictionary[tuple[str, str], asyncio.Lock]()  # by merchant and order id
 
-    async def register(self, channel: Channel, order_id: str) -> Registered:
-        """Add missing callbacks, and remove stale and doubled ones.
-
-        A callback that is signed with a key that is no longer valid is stale. If Norce rejects one, the others are
-        added all the same, nothing is removed, and the error is raised.
-        """
-        async with self._lock(channel, order_id):
-            wanted = list(registrations(self._config, self._senders, channel, order_id))
-            stored = await self._stored(channel, order_id)
-            kept: dict[str, tuple[str, Any]] = {}  # the key of each that stays, by its callback
-            for each in wanted:
-                meeting = (one.key for one in stored if one.kind == each.kind and each.is_met_by(one.entry))
-                if (key := next(meeting, None)) is not None:
-                    kept[each.callback] = key
-            missing = [each for each in wanted if each.callback not in kept]
-            rejected: NorceRejected | None = None
-            for each in missing:
-                try:
-                    await self._norce.call(channel, each.operation, body=each.body, path={"order_id": order_id})
-                except NorceRejected as error:  # for example a scope that Norce does not watch
-                    rejected = rejected or error
-            if rejected is not None:
-                raise rejected
-            stale = [each for each in stored if each.key not in kept.values()]
-            await self._remove(channel, order_id, stale)
-        return Registered(
-            added=tuple(sorted(each.callback for each in missing)),
-            removed=self._names(stale),
+    def compare(
+        self, channel: Channel, order_id: str, order: Mapping[str, Any], *, removes: bool = False
+    ) -> Comparison:
+        """Compare the callbacks on an order with the configuration, or with none if `removes` is set."""
+        stored = stored_on(order, self._config.adapter.id)
+        if removes:
+            return Comparison(stale=tuple(stored))
+        wanted = list(registrations(self._config, self._senders, channel, order_id))
+        kept: dict[str, tuple[str, Any]] = {}  # the key of each that stays, by its callback
+        for each in wanted:
+            meeting = (one.key for one in stored if one.kind == each.kind and each.is_met_by(one.entry))
+            if (key := next(meeting, None)) is not None:
+                kept[each.callback] = key
+        return Comparison(
+            missing=tuple(each for each in wanted if each.callback not in kept),
+            stale=tuple(each for each in stored if each.key not in kept.values()),
             kept=tuple(sorted(kept)),
         )
 
+    def names(self, found: Comparison) -> Registered:
+        """Return the names of the callbacks in a comparison."""
+        return Registered(
+            added=tuple(sorted(each.callback for each in found.missing)),
+            removed=tuple(sorted(self._name(each.entry) for each in found.stale)),
+            kept=found.kept,
+        )
+
+    async def register(self, channel: Channel, order_id: str) -> Registered:
+        """Add missing callbacks, and remove stale and doubled ones.
+
+        A callback that is signed with a key that is no longer valid is stale.
+
+        Raises:
+            CallbacksRejected: Norce rejects some callbacks. If it rejects one to add, nothing was removed.
+            NorceError: Norce does not answer, or has no such order.
+        """
+        return await self._apply(channel, order_id, removes=False)
+
     async def deregister(self, channel: Channel, order_id: str) -> Registered:
-        """Remove all our callbacks, configured or not."""
+        """Remove all our callbacks, configured or not. Raises as `register` does."""
+        return await self._apply(channel, order_id, removes=True)
+
+    async def _apply(self, channel: Channel, order_id: str, *, removes: bool) -> Registered:
         async with self._lock(channel, order_id):
-            stored = await self._stored(channel, order_id)
-            await self._remove(channel, order_id, stored)
-        return Registered(removed=self._names(stored))
+            order = await self._norce.order(channel, order_id)
+            found = self.compare(channel, order_id, order.data, removes=removes)
+            rejected = await self._add(channel, order_id, found.missing)
+            stale = () if rejected else found.stale
+            left = await self._remove(channel, order_id, stale)
+        removed = tuple(each for each in stale if each.key not in left)
+        added = tuple(each for each in found.missing if each.callback not in rejected)
+        done = self.names(Comparison(missing=added, stale=removed, kept=found.kept))
+        rejected |= {self._name(each.entry): left[each.key] for each in stale if each.key in left}
+        if rejected:
+            raise CallbacksRejected(rejected, done)
+        return done
+
+    async def _add(self, channel: Channel, order_id: str, missing: Sequence[Registration]) -> dict[str, NorceError]:
+        """Add callbacks, and return the errors of those that Norce rejects by their names."""
+        rejected: dict[str, NorceError] = {}
+        for each in missing:
+            try:
+                await self._norce.call(channel, each.operation, body=each.body, path={"order_id": order_id})
+            except OrderNotFound:  # deleted meanwhile
+                raise
+            # For example a scope that Norce does not watch. Norce has just taken the token, so a 403 is about this one.
+            except (NorceRejected, NorceRefused) as error:
+                rejected[each.callback] = error
+        return rejected
 
     def _lock(self, channel: Channel, order_id: str) -> asyncio.Lock:
         return self._locks.setdefault((channel.merchant, order_id), asyncio.Lock())
 
-    async def _stored(self, channel: Channel, order_id: str) -> list[Stored]:
-        order = await self._norce.order(channel, order_id)
-        return stored_on(order.data, self._config.adapter.id)
-
-    async def _remove(self, channel: Channel, order_id: str, stale: list[Stored]) -> None:
+    async def _remove(
+        self, channel: Channel, order_id: str, stale: Sequence[Stored]
+    ) -> dict[tuple[str, Any], NorceError]:
+        """Remove callbacks, and return the errors of those that Norce leaves by their keys."""
+        rejected: dict[tuple[str, Any], NorceError] = {}
         for each in stale:
             _, _, operation, parameter = PLACES[each.kind]
             path = {"order_id": order_id, parameter: str(each.entry["id"])}
             try:
                 await self._norce.call(channel, operation, path=path)
-            except NorceRejected:  # 400 or 404: perhaps it has been removed meanwhile
-                if each.key in [left.key for left in await self._stored(channel, order_id)]:
-                    raise
-
-    def _names(self, callbacks: list[Stored]) -> tuple[str, ...]:
-        return tuple(sorted(self._name(each.entry) for each in callbacks))
+            except (NorceRejected, NorceRefused) as error:
+                rejected[each.key] = error
+        if rejected:  # 400 or 404: perhaps they have been removed meanwhile
+            order = await self._norce.order(channel, order_id)
+            left = [each.key for each in stored_on(order.data, self._config.adapter.id)]
+            rejected = {key: error for key, error in rejected.items() if key in left}
+        return rejected
 
     def _name(self, entry: Mapping[str, Any]) -> str:
         name = callback_name(entry)

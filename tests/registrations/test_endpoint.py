@@ -11,9 +11,9 @@ from starlette.routing import Router
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
 from adapter.identifiers import Channel
-from adapter.norce.client import NorceUnavailable, OrderNotFound
+from adapter.norce.client import NorceRefused, NorceRejected, NorceUnavailable, OrderNotFound
 from adapter.registrations.endpoint import MAX_AT_ONCE, MAX_IN_TOTAL, Registrations, routes
-from adapter.registrations.on_orders import Registered
+from adapter.registrations.on_orders import CallbacksRejected, Registered
 from tests.registrations.stage import CHANNEL, TREE, configured
 from tests.simulators import TOKEN
 
@@ -128,6 +128,7 @@ def test_a_signed_callback_url_does_not_authorize_a_registration(tmp_path: Path)
     [
         (OrderNotFound("canary"), 404, "order-not-found"),
         (NorceUnavailable("canary"), 503, "norce-unavailable"),
+        (NorceRefused("check the tokens"), 502, "norce-refused"),
     ],
     ids=str,
 )
@@ -137,6 +138,15 @@ def test_an_error_of_norce_is_answered_with_its_code(tmp_path: Path, error: Exce
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert ("retry-after" in answer.headers) == (status == 503)
     assert "canary" not in answer.text
+
+
+def test_the_answer_names_the_callback_that_norce_rejects(tmp_path: Path) -> None:
+    rejected = CallbacksRejected({"order-rules": NorceRejected("Norce answered 400", "order-validation")}, Registered())
+
+    answer = send(FakeRegistrar(rejected), configured(tmp_path))
+
+    assert answer.status_code == 502
+    assert answer.json() == {"code": "norce-rejected", "message": "order-rules: Norce answered 400"}
 
 
 def statuses(config: Config, merchants: list[str]) -> list[int]:

@@ -9,9 +9,9 @@ import pytest
 
 from adapter.callbacks.senders import Senders
 from adapter.config import Config
-from adapter.norce.client import NorceRejected, OrderNotFound
+from adapter.norce.client import OrderNotFound
 from adapter.registrations.on_channels import static_notifications
-from adapter.registrations.on_orders import Registered, Registrar, registrations
+from adapter.registrations.on_orders import CallbacksRejected, Registered, Registrar, registrations
 from tests.registrations.stage import CHANNEL, OURS, TREE, Valid, configured, opened
 from tests.simulators import Shop, shop
 
@@ -25,11 +25,16 @@ class Far(Valid):
 
 
 class Picky(Valid):
-    """Rejects validations."""
+    """Rejects a method for a kind of callback; the body of its answer is no secret of anybody's."""
+
+    def __init__(self, simulator: Any, method: str = "POST", kind: str = "validations", status: int = 400) -> None:
+        super().__init__(simulator)
+        self._rejected = method, f"/{kind}", status
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path.endswith("/validations"):
-            return httpx.Response(400, json={"code": "order-validation", "message": "not here"})
+        method, kind, status = self._rejected
+        if request.method == method and kind in request.url.path:
+            return httpx.Response(status, json={"code": "order-validation", "message": "not here"})
         return await super().handle_async_request(request)
 
 
@@ -152,10 +157,57 @@ def test_a_rejected_callback_does_not_prevent_the_others(tmp_path: Path) -> None
         order_id = norce.create()
         registrar = Registrar(configured(tmp_path, callbacks=callbacks), client)
 
-        with pytest.raises(NorceRejected, match="order-validation"):
+        with pytest.raises(
+            CallbacksRejected, match=r"^order-rules: Norce answered 400 .*, order-validation$"
+        ) as raised:
             norce.loop.run(registrar.register(CHANNEL, order_id))
 
+        assert raised.value.done == Registered(added=("cart-changed", "order-status"))
         assert [len(each) for each in ours_on(norce, order_id).values()] == [0, 1, 1]
+
+
+def test_every_rejected_callback_is_named(tmp_path: Path) -> None:
+    """v1 declares 403 for a callback that Norce does not take; the token is good, since it has read the order."""
+    callbacks = TREE["callbacks"] | {"age": {"kind": "validation"}}
+    with shop() as norce, opened(norce, transport=Picky(norce.simulator, status=403)) as client:
+        registrar = Registrar(configured(tmp_path, callbacks=callbacks), client)
+
+        with pytest.raises(CallbacksRejected) as raised:
+            norce.loop.run(registrar.register(CHANNEL, norce.create()))
+
+    assert set(raised.value.rejected) == {"order-rules", "age"}
+    assert raised.value.status == 403
+    assert str(raised.value).count("Norce answered 403") == 2
+
+
+def test_nothing_is_removed_while_norce_rejects_what_takes_its_place(tmp_path: Path) -> None:
+    callbacks = TREE["callbacks"] | {"order-status": {"kind": "notification", "scope": "/cart"}}
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, configured(tmp_path), order_id)
+        with opened(norce, transport=Picky(norce.simulator, kind="notifications")) as client:
+            registrar = Registrar(configured(tmp_path, callbacks=callbacks), client)
+
+            with pytest.raises(CallbacksRejected, match="order-status: ") as raised:
+                norce.loop.run(registrar.register(CHANNEL, order_id))
+
+        assert raised.value.done == Registered(kept=("cart-changed", "order-rules"))
+        assert [each["scope"] for each in ours_on(norce, order_id)["notifications"]] == ["/state/currentStatus"]
+
+
+def test_a_callback_that_norce_does_not_remove_is_named_and_the_others_are_removed(tmp_path: Path) -> None:
+    config = configured(tmp_path)
+    with shop() as norce:
+        order_id = norce.create()
+        registered(norce, config, order_id)
+        with (
+            opened(norce, transport=Picky(norce.simulator, "DELETE", "hooks")) as client,
+            pytest.raises(CallbacksRejected, match=r"^cart-changed: ") as raised,
+        ):
+            norce.loop.run(Registrar(config, client).deregister(CHANNEL, order_id))
+
+        assert raised.value.done == Registered(removed=("order-rules", "order-status"))
+        assert [len(each) for each in ours_on(norce, order_id).values()] == [0, 1, 0]
 
 
 def test_concurrent_registrations_add_each_callback_once(tmp_path: Path) -> None:
