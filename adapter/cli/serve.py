@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapter.cli.shared import (
+    CONFIGURATION,
     FAILED,
     STORE,
     config_option,
@@ -71,10 +72,19 @@ async def _serve(config: Config, routes: "Routes", *, hold: bool) -> None:
 
 
 @click.command()
+@click.option("--strict", is_flag=True, help="Fail on warnings, too.")
 @config_option
-def check(config_path: Path) -> None:
-    """Check the configuration, the handlers and their settings. Print every problem."""
-    _, routes = load_config_and_routes(config_path)
-    for warning in routes.warnings:
+def check(*, strict: bool, config_path: Path) -> None:
+    """Check the configuration, the handlers and their settings. Print every problem.
+
+    Conditions, watches and targets are compared with Norce's order: what can have no effect is a warning.
+    """
+    from adapter.routing.norce_check import norce_warnings
+
+    config, routes = load_config_and_routes(config_path)
+    warnings = [*routes.warnings, *norce_warnings(config, routes)]
+    for warning in sorted(warnings, key=lambda warning: warning.line or 0):
         click.echo(f"warning: {warning}", err=True)
+    if warnings and strict:
+        end(CONFIGURATION, f"{len(warnings)} warning{'' if len(warnings) == 1 else 's'}, with --strict")
     click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; no problems")

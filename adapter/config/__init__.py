@@ -21,7 +21,7 @@ from adapter.config.problems import ConfigProblem, ConfigurationInvalid, joined,
 from adapter.config.yaml_source import Document
 from adapter.plugin import Settings
 
-__all__ = ["Config", "ConfigProblem", "ConfigurationInvalid", "load", "read_settings"]
+__all__ = ["Config", "ConfigProblem", "ConfigurationInvalid", "load", "place_of_setting", "read_settings"]
 
 
 def load(path: Path, environ: Mapping[str, str]) -> Config:
@@ -68,15 +68,22 @@ def read_settings(
         paths: The paths that `tree` was merged from, weakest first.
     """
     problems: list[ConfigProblem] = []
-    lines = config.source.lines
 
     def report(at: str, message: str) -> None:
-        nearest, holders = at, [path for path in paths if joined(path, at) in lines]
-        while nearest and not holders:
-            nearest = parent(nearest)
-            holders = [path for path in paths if nearest and joined(path, nearest) in lines]
-        strongest = (holders or paths[:1])[-1]
-        problems.append(config.source.problem(joined(strongest, at), message))
+        problems.append(config.source.problem(place_of_setting(config, paths, at), message))
 
     settings = Converter(report).convert(type_, tree, "")
     return tuple(problems) if problems else cast("S", settings)
+
+
+def place_of_setting(config: Config, paths: Sequence[str], at: str) -> str:
+    """Return the whole path of a setting, at the strongest place that has it.
+
+    If none has it, the place is the weakest.
+    """
+    lines = config.source.lines
+    nearest, holders = at, [path for path in paths if joined(path, at) in lines]
+    while nearest and not holders:
+        nearest = parent(nearest)
+        holders = [path for path in paths if nearest and joined(path, nearest) in lines]
+    return joined((holders or paths[:1])[-1], at)

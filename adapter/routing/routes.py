@@ -11,12 +11,14 @@ from importlib.metadata import EntryPoint, entry_points
 from itertools import chain
 from typing import Any
 
-from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
+from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result, parse_scope
 from adapter.config import Config, ConfigProblem, ConfigurationInvalid, read_settings
 from adapter.config.model import CallbackConfig, HookCallbackConfig, NotificationCallbackConfig, RouteConfig, WhenConfig
 from adapter.identifiers import Channel
 from adapter.ledger.settlement import Handling
+from adapter.norce.api import V0
 from adapter.norce.client import MAX_ORDER_BYTES
+from adapter.norce.order_schema import InArray, NoSuchPart, part_at
 from adapter.orders import Order
 from adapter.outgoing import origins
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler, can_look_up
@@ -25,11 +27,6 @@ from adapter.routing.worst_cases import conditions_in, worst_case
 GROUP = "norce_adapter.handlers"
 PASSING_STATES = ("checkout", "processing", "accepted")
 STATUS_SCOPE = "/state/currentStatus"
-# The arrays of an order (checkout protocol, section 2). Norce supports no scope inside them (section 5.1).
-ARRAYS = (
-    "/payments", "/shippings", "/consents", "/validations", "/hooks", "/notifications",
-    "/cart/items", "/cart/discounts", "/state/transitions",
-)  # fmt: skip
 
 Handler = NotificationHandler[Any] | ValidationHandler[Any] | HookHandler[Any]
 KINDS: dict[str, type[Handler]] = {
@@ -199,8 +196,10 @@ class _Builder:
         order_bytes = self._config.server.max_body_bytes if callback.kind == "hook" else MAX_ORDER_BYTES
         for channel in self._config.channels:
             serving = [route for route in built.serving(callback.name, channel) if not route.shadow]
-            computing = [conditions_in(route.settings[channel]) for route in serving if route.computes]
-            longest = worst_case(chain(*(route.when for route in serving), *computing), order_bytes)
+            computing = [
+                own for route in serving if route.computes for _, own in conditions_in(route.settings[channel])
+            ]
+            longest = worst_case(chain(*(route.when for route in serving), computing), order_bytes)
             if longest > callback.deadline / 2:
                 names = ", ".join(route.name for route in serving if route.when or route.computes)
                 self._problem(
@@ -213,7 +212,10 @@ class _Builder:
 
     def _callback(self, name: str, each: CallbackConfig) -> Callback:
         if isinstance(each, NotificationCallbackConfig):
+            self._check_registrable(f"callbacks.{name}.scope", each.scope, V0)
             return Callback(name=name, kind=each.kind, condition=self._compiled(f"callbacks.{name}", each))
+        if isinstance(each, HookCallbackConfig):
+            self._check_registrable(f"callbacks.{name}.watch", each.watch, each.version)
         return Callback(
             name=name,
             kind=each.kind,
@@ -221,6 +223,14 @@ class _Builder:
             soft_limit=each.soft_limit or each.deadline / 2,
             target=each.target if isinstance(each, HookCallbackConfig) else None,
         )
+
+    def _check_registrable(self, path: str, pointer: str, version: str) -> None:
+        try:
+            part_at(parse_scope(pointer), version)
+        except InArray as error:
+            self._problem(path, f"{error}, and Norce refuses to register that; use the array itself")
+        except (ConditionInvalid, NoSuchPart):
+            return  # reported with the condition, or a warning of `check`
 
     def _route(self, name: str, each: RouteConfig, callback: Callback) -> Route | None:
         path = f"routes.{name}"
@@ -271,9 +281,6 @@ class _Builder:
         return {} if given is None else {path: self._compiled(path, given)}
 
     def _compiled(self, path: str, each: NotificationCallbackConfig | WhenConfig) -> CompiledCondition | None:
-        if any(each.scope.startswith(f"{array}/") for array in ARRAYS):
-            remedy = 'points into an array, which conditions do not enter; use the array and a schema with "contains"'
-            self._warnings.append(self._config.problem(f"{path}.scope", remedy))
         try:
             return Condition(each.scope, each.schema).compile()
         except ConditionInvalid as error:

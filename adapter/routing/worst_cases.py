@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from adapter.conditions import CompiledCondition
+from adapter.config.problems import under
 from adapter.plugin import Conditional
 
 
@@ -24,15 +25,15 @@ def worst_case(conditions: Iterable[CompiledCondition], order_bytes: int) -> tim
     return max(around, default=timedelta())
 
 
-def conditions_in(settings: Any) -> Iterator[CompiledCondition]:
-    """Yield the conditions anywhere in the settings of a handler."""
+def conditions_in(settings: Any, path: str = "") -> Iterator[tuple[str, CompiledCondition]]:
+    """Yield the conditions anywhere in the settings of a handler, with their paths."""
     if isinstance(settings, Conditional):
-        yield settings.compiled
+        yield path, settings.compiled
     if isinstance(settings, msgspec.Struct):
-        settings = [getattr(settings, name) for name in settings.__struct_fields__]
-    elif isinstance(settings, dict):
-        settings = settings.values()
-    elif not isinstance(settings, (list, tuple)):
+        settings = {field.encode_name: getattr(settings, field.name) for field in msgspec.structs.fields(settings)}
+    elif isinstance(settings, (list, tuple)):
+        settings = dict(enumerate(settings))
+    elif not isinstance(settings, dict):
         return
-    for each in settings:
-        yield from conditions_in(each)
+    for step, each in settings.items():
+        yield from conditions_in(each, under(path, step))

@@ -21,7 +21,7 @@ from adapter import config as configuration
 from adapter.app import running
 from adapter.routing import routes
 from adapter.routing.routes import build
-from tests import PATIENCE
+from tests import PATIENCE, ROOT
 from tests.databases import rows
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
@@ -205,7 +205,7 @@ def test_check_reports_no_problems(config: Path) -> None:
 
     assert result.exit_code == OK
     assert result.stdout == f"{config}: 2 callbacks, 1 routes; no problems\n"
-    assert result.stderr == ""
+    assert [line for line in result.stderr.splitlines() if "has no route" not in line] == []
 
 
 def test_check_accepts_the_file_as_an_option(config: Path) -> None:
@@ -252,6 +252,32 @@ def test_check_prints_warnings_and_succeeds(tmp_path: Path) -> None:
 
     assert result.exit_code == OK
     assert result.stderr.startswith(f"warning: {path}:11: callbacks.order-status.schema: ")
+
+
+def test_check_compares_the_configuration_with_norces_order(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    text = path.read_text().replace("/state/currentStatus}", "/state/currentStatus, schema: {const: complete}}")
+    path.write_text(text)
+
+    result, strict = run("check", config=path), run("check", "--strict", config=path)
+
+    assert result.exit_code == OK
+    assert [line.partition("; did")[0].rpartition(": ")[0] for line in result.stderr.splitlines()[:1]] == [
+        f"warning: {path}:11: callbacks.order-status.schema.const: the condition can never hold"
+    ]
+    assert "did you mean completed?" in result.stderr
+    assert "has no route" in result.stderr  # of order-rules
+    assert strict.exit_code == CONFIGURATION
+    assert strict.stdout == ""
+    assert strict.stderr.splitlines()[:-1] == result.stderr.splitlines()
+
+
+def test_check_with_strict_succeeds_without_warnings() -> None:
+    names = ("NORCE_TOKEN", "NORCE_ADAPTER_URL_KEY", "JETSHOP_PASSWORD")
+
+    result = run("check", "--strict", config=ROOT / "config.yaml", env=dict.fromkeys(names, "a-secret-of-16-bytes"))
+
+    assert (result.exit_code, result.stderr) == (OK, "")
 
 
 @pytest.mark.parametrize(

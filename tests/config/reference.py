@@ -107,6 +107,21 @@ EXAMPLE = {
                 ]
             },
         },
+        "many-pay-less": {
+            "callback": "cart-changed",
+            "handler": "patch",
+            "no_answer": "approve",
+            "settings": {
+                "changes": [
+                    {
+                        "scope": "/cart/items",
+                        "schema": {"contains": {"properties": {"quantity": {"minimum": 5}}}},
+                        "path": "/cart/attributes/priceList",
+                        "value": "volume",
+                    }
+                ]
+            },
+        },
     },
 }
 

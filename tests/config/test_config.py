@@ -1057,7 +1057,7 @@ def test_the_reference_is_a_valid_configuration() -> None:
     config = load(REFERENCE, ENVIRON)
 
     assert config.adapter.id == "jetshop_adapter"
-    assert set(config.routes) == {"export-payment", "swedish-orders-have-an-id"}
+    assert set(config.routes) == {"export-payment", "swedish-orders-have-an-id", "many-pay-less"}
 
 
 def test_the_reference_tells_editors_where_its_schema_is() -> None:

@@ -538,19 +538,6 @@ def test_other_conditions_are_no_warning(tmp_path: Path, members: dict[str, str]
     assert made(tmp_path, export(**members)).warnings == ()
 
 
-@pytest.mark.parametrize("scope", ["/payments/0/state", "/cart/items/0", "/shippings/state"])
-def test_a_scope_inside_an_array_is_a_warning(tmp_path: Path, scope: str) -> None:
-    [warning] = made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings
-
-    assert warning.path == "routes.export.when.scope"
-    assert "contains" in warning.message
-
-
-@pytest.mark.parametrize("scope", ["/payments", "/cart/items", "/paymentsOfOthers/0"])
-def test_a_scope_of_an_array_is_no_warning(tmp_path: Path, scope: str) -> None:
-    assert made(tmp_path, export(when=f"{{scope: {scope}}}")).warnings == ()
-
-
 # --- orders that a shopper can write ----------------------------------------------------------------------------------
 
 SIGNED = '{signed_urls: {keys: {k1: "${env:SECRET}"}}}'

@@ -4,25 +4,14 @@ The simulator stores an order once: in the words of v1, with the members of both
 underscore are its own.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
-from adapter.norce.api import V0, V1
+from adapter.norce.api import V1
+from adapter.norce.order_schema import HIDDEN
 
 Order = dict[str, Any]
 
 V1_NAMES = {"validations": {"url": "invoke"}, "hooks": {"subscribeTo": "scope"}}  # by the name in v0
-_HIDDEN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
-    V0: {"validations": ("reference", "description"), "hooks": ("reference", "description")},
-    V1: {
-        "payments": ("merchant", "channel", "upsell"),
-        "shippings": ("merchant", "channel"),
-        "notifications": ("delay",),
-        "items": ("logistics", "upsell"),
-        "discounts": ("reference", "description"),
-        "deliveryDetails": ("carrierProductId",),
-    },
-}
 
 
 def as_version(order: Order, version: str) -> Order:
@@ -38,7 +27,7 @@ def _as_version(value: Any, name: str, version: str) -> Any:
         return [_as_version(each, name, version) for each in value]
     if not isinstance(value, dict):
         return value
-    hidden = _HIDDEN[version].get(name, ())
+    hidden = HIDDEN[version].get(name, ())
     v0_names = {} if version == V1 else {v1: v0 for v0, v1 in V1_NAMES.get(name, {}).items()}
     return {
         v0_names.get(key, key): _as_version(part, key, version) if isinstance(part, (dict, list)) else part
