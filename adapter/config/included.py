@@ -43,12 +43,12 @@ def include_merchants(main: Document, tree: dict[str, Any]) -> bool:
         found = included.read()
         is_whole &= found is not NOTHING
         if found is not NOTHING and isinstance(merchants, dict):
-            _add(main, merchants, included, found)
+            _add_merchants(main, merchants, included, found)
         main.problems += included.problems
     return is_whole
 
 
-def _add(main: Document, merchants: dict[str, Any], included: Document, found: dict[str, Any]) -> None:
+def _add_merchants(main: Document, merchants: dict[str, Any], included: Document, found: dict[str, Any]) -> None:
     for key in found:
         if key != "merchants":
             included.report(under("", key), f"is not a key here; {ONLY}")

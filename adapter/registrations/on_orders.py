@@ -83,9 +83,9 @@ class Registered:
 
 
 class CallbacksRejected(NorceRejected):
-    """Norce rejects some of our callbacks on an order. The message names each with Norce's answer.
+    """Norce rejects some of our callbacks on an order.
 
-    All others are handled: `done` names them. `rejected` has the error of each, by its name.
+    The message names each with Norce's answer. All others are handled: `done` names them. `rejected` has the error of each, by its name.
     """
 
     def __init__(self, rejected: Mapping[str, NorceError], done: Registered) -> None:
@@ -106,7 +106,7 @@ class Comparison:
 
     @property
     def is_equal(self) -> bool:
-        """Whether nothing is left to do."""
+        """True if nothing is left to do."""
         return not self.missing and not self.stale
 
 
@@ -125,7 +125,10 @@ class Registrar:
     def compare(
         self, channel: Channel, order_id: str, order: Mapping[str, Any], *, removes: bool = False
     ) -> Comparison:
-        """Compare the callbacks on an order with the configuration, or with none if `removes` is set."""
+        """Compare the callbacks on an order with the configuration.
+
+        With `removes`, all of them are stale.
+        """
         stored = stored_on(order, self._config.adapter.id)
         if removes:
             return Comparison(stale=tuple(stored))
@@ -168,7 +171,7 @@ class Registrar:
         async with self._lock(channel, order_id):
             order = await self._norce.order(channel, order_id)
             found = self.compare(channel, order_id, order.data, removes=removes)
-            rejected = await self._add(channel, order_id, found.missing)
+            rejected = await self._add_callbacks(channel, order_id, found.missing)
             stale = () if rejected else found.stale
             left = await self._remove(channel, order_id, stale)
         removed = tuple(each for each in stale if each.key not in left)
@@ -179,7 +182,9 @@ class Registrar:
             raise CallbacksRejected(rejected, done)
         return done
 
-    async def _add(self, channel: Channel, order_id: str, missing: Sequence[Registration]) -> dict[str, NorceError]:
+    async def _add_callbacks(
+        self, channel: Channel, order_id: str, missing: Sequence[Registration]
+    ) -> dict[str, NorceError]:
         """Add callbacks, and return the errors of those that Norce rejects by their names."""
         rejected: dict[str, NorceError] = {}
         for each in missing:
