@@ -85,7 +85,8 @@ class Registered:
 class CallbacksRejected(NorceRejected):
     """Norce rejects some of our callbacks on an order.
 
-    The message names each with Norce's answer. All others are handled: `done` names them. `rejected` has the error of each, by its name.
+    The message names each with Norce's answer. `rejected` has the errors by name. All other callbacks are handled: `done`
+    names them.
     """
 
     def __init__(self, rejected: Mapping[str, NorceError], done: Registered) -> None:
