@@ -85,8 +85,8 @@ class Registered:
 class CallbacksRejected(NorceRejected):
     """Norce rejects some of our callbacks on an order.
 
-    The message names each with Norce's answer. `rejected` has the errors by name. All other callbacks are handled: `done`
-    names them.
+    The message names each with Norce's answer. `rejected` has the errors by name, and `done` the callbacks that were
+    handled all the same.
     """
 
     def __init__(self, rejected: Mapping[str, NorceError], done: Registered) -> None:
