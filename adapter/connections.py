@@ -12,6 +12,7 @@ Bodies are limited by `read_content`, for every reader. Time is limited by the c
 import asyncio
 import functools
 import ssl
+import weakref
 import zlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -39,7 +40,7 @@ def connections() -> httpx.AsyncHTTPTransport:
     """Return connections for one event loop, without proxies, environment and retries."""
     transport = httpx.AsyncHTTPTransport(verify=_ssl_context(), trust_env=False)
     # httpx has no argument for the network below its pool.
-    transport._pool = httpcore.AsyncConnectionPool(
+    transport._pool = _Pool(
         ssl_context=_ssl_context(),
         max_connections=_UNLIMITED.max_connections,
         max_keepalive_connections=_UNLIMITED.max_keepalive_connections,
@@ -114,6 +115,38 @@ def _decompressed(compressed: bytearray, max_bytes: int) -> bytes:
 
 def _too_large(max_bytes: int) -> ContentTooLarge:
     return ContentTooLarge(f"its body is larger than {max_bytes // 1024} KiB")
+
+
+class _Pool(httpcore.AsyncConnectionPool):
+    """A pool that closes the connections that no request owns.
+
+    In httpcore's pool, a cancelled request may leave its connection behind: open, and neither idle nor in use
+    (encode/httpcore#1093). Under load, such connections took all descriptors of the service within minutes.
+    """
+
+    async def handle_async_request(self, request: httpcore.Request) -> httpcore.Response:
+        response = await super().handle_async_request(request)
+        stream: Any = response.stream
+        # If it is cancelled while it closes the answer, the request stays in the pool as well.
+        weakref.finalize(stream, self._forget, stream._pool_request).atexit = False
+        return response
+
+    def _forget(self, request: Any) -> None:
+        if request in self._requests:
+            self._requests.remove(request)
+
+    def _assign_requests_to_connections(self) -> list[Any]:
+        closing = super()._assign_requests_to_connections()
+        owned = {id(request.connection) for request in self._requests}
+        for each in list(self._connections):
+            if id(each) not in owned and not (each.is_idle() or each.is_closed()):
+                self._connections.remove(each)
+                closing.append(each)
+        return closing
+
+    async def _close_connections(self, closing: list[Any]) -> None:
+        if closing:  # they have left the pool, so a cancellation must not interrupt this
+            await asyncio.shield(asyncio.create_task(super()._close_connections(closing)))
 
 
 class _Network(httpcore.AnyIOBackend):

@@ -1,6 +1,7 @@
 """`adapter.connections`: everything that an answer may be has a limit."""
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import os
@@ -27,6 +28,7 @@ from tests.scripted_server import Script, ScriptedServer, once, without_end
 
 OK = b"HTTP/1.1 200 OK\r\n"
 CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
+CLOSED = OK + b"connection: close\r\ncontent-length: 2\r\n\r\n{}"
 HINTS = b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n"
 BLANKS = b" " * 100_000  # h11 needs minutes for such a line
 
@@ -252,6 +254,47 @@ async def test_an_answer_may_end_with_its_connection(sent: bytes) -> None:
 
 
 # --- content --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answer", [b"", OK + b"content-length: 2\r\n", OK + b"content-length: 2\r\n\r\n{", CLOSED])
+@asynchronous
+async def test_a_cancelled_request_keeps_no_connection(answer: bytes) -> None:
+    """It is cancelled after every number of turns of the loop, once and twice."""
+    opened: set[asyncio.StreamWriter] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.add(writer)
+        with contextlib.suppress(ConnectionError):
+            while await reader.readline():
+                if (await reader.readuntil(b"\r\n\r\n")) and answer:
+                    writer.write(answer)
+                if answer == CLOSED:
+                    break
+        writer.close()
+        opened.discard(writer)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+    async with server, httpx.AsyncClient(transport=connections(), timeout=None) as client:
+        for turns in range(40):
+            for again in (None, 1, 2):
+                request = asyncio.create_task(client.get(url))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                request.cancel()
+                if again is not None:
+                    for _ in range(again):
+                        await asyncio.sleep(0)
+                    request.cancel()
+                await asyncio.wait([request])
+                if not request.cancelled():
+                    request.exception()
+                del request
+        pool: Any = client._transport
+        pool._pool._assign_requests_to_connections()
+        assert (pool._pool._requests, [each for each in pool._pool.connections if not each.is_idle()]) == ([], [])
+        while len(opened) > len(pool._pool.connections):
+            await asyncio.sleep(0.001)
 
 
 async def read(body: bytes, coding: str, max_bytes: int, size: int = 1000) -> list[bytes]:
