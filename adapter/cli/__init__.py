@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 COMMANDS = {
+    "init": "init.init",
     "serve": "serve.serve",
     "check": "serve.check",
     "demo": "demo.demo_command",

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
@@ -62,7 +62,9 @@ def write(folder: Path, senders: str = SIGNED, text: str = CONFIG) -> Path:
     return path
 
 
-def run(*arguments: Any, config: Path | None = None, env: dict[str, str] = ENVIRON, input: str | None = None) -> Result:
+def run(
+    *arguments: Any, config: Path | None = None, env: Mapping[str, str | None] = ENVIRON, input: str | None = None
+) -> Result:
     given = env | {"NORCE_ADAPTER_CONFIG": str(config or "/nowhere/config.yaml"), "COLUMNS": "200"}
     result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], input=input, env=given)
     if result.exception and not isinstance(result.exception, SystemExit):
