@@ -29,7 +29,7 @@ COMMANDS = {
     "reconcile": "reconcile.reconcile",
     "orders": "orders.orders_group",
     "notifications": "ledger.notifications_group",
-    "deliveries": "ledger.deliveries_group",
+    "deliveries": "deliveries.deliveries_group",
     "queues": "ledger.queues_group",
     "verdicts": "ledger.verdicts_group",
     "store": "ledger.store_group",

@@ -1,6 +1,6 @@
-"""Commands about the ledger: deliveries, notifications, queues, verdicts and the store.
+"""Commands about the ledger: notifications, queues, verdicts and the store.
 
-Commands that only read use the database. Commands that change deliveries or queues go through the running service.
+Commands that only read use the database. Commands that change queues go through the running service.
 `store migrate` needs the lock of a ledger that no service uses.
 """
 
@@ -31,24 +31,18 @@ from adapter.cli.shared import (
     options,
     order_option,
     output_option,
-    parse_moment,
     print_rows,
     printable,
-    progress_bar,
-    rate_option,
     read_options,
     route_option,
     service_options,
     since_option,
 )
-from adapter.config import Config
-from adapter.identifiers import Channel
 from adapter.ledger.clock import read_from_outside
-from adapter.ledger.commands import MAX_PER_STEP, QueueChange, Step
+from adapter.ledger.commands import QueueChange, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
 from adapter.ledger.queries import ORPHANED, DeliveryFilter, Queries
-from adapter.ledger.settlement import Reason, State
 
 DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
 VERDICT_COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
@@ -65,173 +59,15 @@ ID = click.IntRange(0, 2**63 - 1)
 Body = TypeVar("Body", DeliveryFilter, Step, QueueChange)
 
 
-filter_options = options(
-    click.option("--reason", type=click.Choice([each.value for each in Reason]), help="Only with this reason."),
-    order_option,
-    click.option("--code", type=TEXT, help="Only if the last attempt ended with this code."),
-    since_option("deliveries that ended"),
-    click.option(
-        "--until", callback=parse_moment, metavar="MOMENT", help="Only deliveries that ended before this moment."
-    ),
-    route_option,
-    channel_options,
-)
-change_options = options(
-    click.argument("ids", type=ID, nargs=-1),
-    click.option("--all", "everything", is_flag=True, help="All of them; needed if there is no other filter."),
-    filter_options,
-    author_options,
-    click.option("--dry-run", is_flag=True, help="Only count them."),
-    rate_option,
-    output_option,
-    service_options,
-)
 queue_options = options(
     click.argument("route", type=TEXT), channel_options, author_options, output_option, service_options
 )
 
 
 @contextlib.contextmanager
-def _queries(config_path: Path) -> Iterator[Queries]:
+def read_queries(config_path: Path) -> Iterator[Queries]:
     with open_ledger(load_config(config_path)) as connection:
         yield Queries(connection)
-
-
-# --- deliveries -----------------------------------------------------------------------------------------------------
-
-
-@click.group("deliveries")
-def deliveries_group() -> None:
-    """List, show, retry and discard deliveries."""
-
-
-@deliveries_group.command("list")
-@click.option("--state", type=click.Choice([each.value for each in State]), help="Only in this state.")
-@filter_options
-@list_options
-def deliveries_list(limit: int, output: str, config_path: Path, **filters: Any) -> None:
-    """List deliveries, newest first."""
-    matching = _parse(filters, DeliveryFilter)
-    with _queries(config_path) as queries:
-        rows = queries.deliveries(matching, limit=limit)
-    print_rows(rows, output, DELIVERY_COLUMNS)
-
-
-@deliveries_group.command("show")
-@click.argument("delivery_id", type=ID)
-@read_options
-def deliveries_show(delivery_id: int, output: str, config_path: Path) -> None:
-    """Show a delivery with its attempts."""
-    with _queries(config_path) as queries:
-        delivery = queries.delivery(delivery_id)
-    _print_record(delivery, "attempts", output, missing=f"there is no delivery {delivery_id}")
-
-
-@deliveries_group.command("retry")
-@change_options
-@click.option(
-    "--unknown",
-    type=click.Choice(["leave", "look-up", "send"]),
-    default="leave",
-    show_default=True,
-    help="For dead letters whose effect is unknown: leave them, have the handler look them up first, or send them "
-    "again, because you have looked at the destination.",
-)
-def deliveries_retry(**given: Any) -> None:
-    """Retry dead letters, chosen by IDS or by options, with their whole schedule."""
-    _change("retry", **given)
-
-
-@deliveries_group.command("discard")
-@change_options
-@click.option(
-    "--state",
-    type=click.Choice([State.DEAD.value, State.WAITING.value]),
-    default=State.DEAD.value,
-    show_default=True,
-    help="Discard dead letters, or deliveries that wait. One that is being attempted now stays.",
-)
-def deliveries_discard(**given: Any) -> None:
-    """Discard dead letters or waiting deliveries, chosen by IDS or by options."""
-    _change("discard", unknown="leave", **given)
-
-
-def _change(
-    command: str,
-    *,
-    ids: tuple[int, ...],
-    everything: bool,
-    who: str,
-    why: str,
-    dry_run: bool,
-    rate: int | None,
-    unknown: str,
-    output: str,
-    config_path: Path,
-    to: str | None,
-    token: str | None,
-    state: str = State.DEAD.value,
-    **filters: Any,
-) -> None:
-    from adapter.cli.service import run_in_steps, running_service
-
-    kind = "dead letter" if state == State.DEAD.value else "waiting delivery"
-    if not (ids or everything or any(value is not None for value in filters.values())):
-        end(USAGE, "choose the deliveries by ids, by options such as --route or --reason, or by --all")
-    size = min(MAX_PER_STEP, rate or MAX_PER_STEP)
-    author = {"who": who, "why": why}
-    step = _parse(
-        {"matching": {"ids": ids, "state": state, **filters}, "by": author, "most": size, "unknown": unknown}, Step
-    )
-    total = None
-    if to is None or dry_run:  # the ledger of a service on another host may be out of reach
-        rows = _count(config_path, step, is_retry=command == "retry", leave_unknown=unknown == "leave")
-        total = sum(row["count"] for row in rows)
-    if dry_run:
-        print_rows(rows, output, COUNT_COLUMNS)
-        return
-    changed = 0
-    if total != 0:
-        with running_service(config_path, to, token) as service, progress_bar() as progress:
-            task = progress.add_task(command, total=total)
-            for number in run_in_steps(lambda step: service.run(command, step), step, rate):
-                changed += number
-                progress.update(task, completed=changed)
-    done = {"retry": "retried", "discard": "discarded"}[command]
-    click.echo(json.dumps({done: changed}) if output == "json" else f"{changed} {done}")
-    if state == State.WAITING.value and changed < (total or 0):
-        click.echo(f"{(total or 0) - changed} left out: they are being attempted, or have ended meanwhile", err=True)
-    if not (changed or total):
-        end(NOTHING_MATCHED, f"no {kind} matches; `norce-adapter deliveries list --state {state}` lists them")
-
-
-def _count(config_path: Path, step: Step, *, is_retry: bool, leave_unknown: bool) -> list[dict[str, Any]]:
-    with _queries(config_path) as queries:
-        rows = queries.count(step.matching)
-    if is_retry:
-        rows = leave_out_orphaned(load_config(config_path), rows)
-    if is_retry and leave_unknown:
-        left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
-        rows = [row for row in rows if row["reason"] != Reason.UNKNOWN.value]
-        if left:
-            click.echo(f"{left} left out, because their effect is unknown; see --unknown", err=True)
-    return rows
-
-
-def leave_out_orphaned(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the counts of configured queues, and report the others.
-
-    If all queues are orphaned, end the command.
-    """
-    configured = config.queue_keys
-    kept = [row for row in rows if (row["route"], Channel(row["merchant"], row["channel"])) in configured]
-    left = sum(row["count"] for row in rows) - sum(row["count"] for row in kept)
-    if left:
-        words = f"because their queue is {ORPHANED}: its route, merchant or channel is no longer configured"
-        if not kept:
-            end(FAILED, f"{left} refused, {words}; `norce-adapter deliveries discard` ends them")
-        click.echo(f"{left} left out, {words}", err=True)
-    return kept
 
 
 # --- notifications --------------------------------------------------------------------------------------------------
@@ -249,7 +85,7 @@ def notifications_group() -> None:
 @list_options
 def notifications_list(limit: int, output: str, config_path: Path, **filters: str | None) -> None:
     """List notifications, newest first."""
-    with _queries(config_path) as queries:
+    with read_queries(config_path) as queries:
         rows = queries.notifications(limit=limit, **filters)
     print_rows(rows, output, NOTIFICATION_COLUMNS)
 
@@ -259,10 +95,10 @@ def notifications_list(limit: int, output: str, config_path: Path, **filters: st
 @read_options
 def notifications_show(notification_id: int, output: str, config_path: Path) -> None:
     """Show a notification with its deliveries, without its body."""
-    with _queries(config_path) as queries:
+    with read_queries(config_path) as queries:
         notification = queries.notification(notification_id)
     missing = f"there is no notification {notification_id}"
-    _print_record(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
+    print_record(notification, "deliveries", output, DELIVERY_COLUMNS, missing=missing)
 
 
 # --- queues ---------------------------------------------------------------------------------------------------------
@@ -323,7 +159,7 @@ def _pause_or_resume(
 ) -> None:
     from adapter.cli.service import running_service
 
-    change = _parse({"by": {"who": who, "why": why}, **filters}, QueueChange)
+    change = parse_options({"by": {"who": who, "why": why}, **filters}, QueueChange)
     with running_service(config_path, to, token) as service:
         changed = service.run(command, change)
     click.echo(json.dumps({f"{command}d": changed}) if output == "json" else f"{changed} {command}d")
@@ -350,7 +186,7 @@ def verdicts_group() -> None:
 @list_options
 def verdicts_list(output: str, config_path: Path, **filters: Any) -> None:
     """List these verdicts, newest first, with the result that was answered instead."""
-    with _queries(config_path) as queries:
+    with read_queries(config_path) as queries:
         rows = queries.verdicts(**filters)
     if output == "table":
         rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
@@ -362,7 +198,7 @@ def verdicts_list(output: str, config_path: Path, **filters: Any) -> None:
 @read_options
 def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
     """Count these verdicts by route, and how many differ from the answer."""
-    with _queries(config_path) as queries:
+    with read_queries(config_path) as queries:
         rows = queries.count_verdicts(since=since)
     print_rows(rows, output)
 
@@ -398,14 +234,14 @@ def store_stats(output: str, config_path: Path) -> None:
     with open_ledger(config) as connection:
         now = read_from_outside(database_at(config.store.url), connection)
         record = figures(connection) | {"processes": Queries(connection).processes(now)}
-    _print_record(record, "processes", output)
+    print_record(record, "processes", output)
 
 
 @store_group.command("actions")
 @list_options
 def store_actions(limit: int, output: str, config_path: Path) -> None:
     """List the changes that people made to queues and deliveries, newest first."""
-    with _queries(config_path) as queries:
+    with read_queries(config_path) as queries:
         rows = queries.actions(limit)
     print_rows(rows, output, ACTION_COLUMNS)
 
@@ -445,7 +281,7 @@ def store_backup(file: Path, config_path: Path) -> None:
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def _print_record(
+def print_record(
     record: dict[str, Any] | None, rows: str, output: str, columns: tuple[str, ...] | None = None, *, missing: str = ""
 ) -> None:
     """Print a record, and below it the rows in its member `rows`."""
@@ -462,7 +298,7 @@ def _print_record(
         print_rows(record[rows], "table", columns)
 
 
-def _parse(given: dict[str, Any], kind: type[Body]) -> Body:
+def parse_options(given: dict[str, Any], kind: type[Body]) -> Body:
     """Check options as the service does, so that a mistake in them is wrong usage."""
     try:
         return msgspec.convert(given, kind)

@@ -86,9 +86,9 @@ channel_options = options(
     click.option("--merchant", type=TEXT, help="Only of this merchant."),
     click.option("--channel", type=TEXT, help="Only of this channel."),
 )
+who_option = click.option("--who", type=TEXT, default=current_user, help="Your name; by default your user and host.")
 author_options = options(
-    click.option("--why", type=TEXT, required=True, help="Your reason. It is recorded."),
-    click.option("--who", type=TEXT, default=current_user, help="Your name; by default your user and host."),
+    click.option("--why", type=TEXT, required=True, help="Your reason. It is recorded."), who_option
 )
 rate_option = click.option(
     "--rate", type=click.IntRange(1, 100_000), help="Largest number per second; by default no limit."

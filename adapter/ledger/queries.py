@@ -133,7 +133,9 @@ class Queries:
         names = ("started_at", "ended_at", "kind", "outcome", "code", "message", "reference")
         of_delivery = select(*(attempts.c[name] for name in names)).where(attempts.c.delivery_id == delivery_id)
         rows = self.connection.execute(of_delivery.order_by(attempts.c.id))
-        return _plain(row) | {"attempts": [_plain(attempt) for attempt in rows]}
+        again = select(deliveries.c.id).where(deliveries.c.again_of == delivery_id).order_by(deliveries.c.id)
+        resent_as = list(self.connection.execute(again).scalars())
+        return _plain(row) | {"resent_as": resent_as, "attempts": [_plain(attempt) for attempt in rows]}
 
     def count(self, matching: DeliveryFilter) -> list[dict[str, Any]]:
         """Count the deliveries that match, by route, merchant, channel, state and reason."""
@@ -311,7 +313,7 @@ def _deliveries() -> Any:
     return joined(
         d.id, d.notification_id, lane.order_id, queues.c.route, queues.c.merchant, queues.c.channel, d.state, d.reason,
         d.attempts.label("tries"), (is_current & (lane.claim > lane.settled)).label("in_doubt"),
-        case((comes_next, lane.next_at)).label("next_at"), d.first_attempt_at, d.ended_at,
+        case((comes_next, lane.next_at)).label("next_at"), d.first_attempt_at, d.ended_at, d.again_of,
         attempts.c.code, attempts.c.message, attempts.c.reference,
     )  # fmt: skip
 

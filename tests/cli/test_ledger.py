@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from adapter.cli.service import run_in_steps
+from adapter.cli.service import RunningService, run_in_steps
 from adapter.cli.shared import printable
 from adapter.ledger.commands import Step
 from adapter.ledger.queries import Author, DeliveryFilter
@@ -272,9 +272,115 @@ def test_json_output_has_the_count(served: Path) -> None:
     assert (again.exit_code, json.loads(again.stdout)) == (NOTHING_MATCHED, {"retried": 0})
 
 
+# --- resend ---------------------------------------------------------------------------------------------------------
+
+HOW_TO_RESUME = "this is command 1; if it is interrupted, continue it with: norce-adapter deliveries resend --resume 1"
+LEFT_UNKNOWN = "1 left out, because their effect is unknown; look at the destination, and see --unknown: 3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "resent", "told"),
+    [
+        (["1"], [1], [HOW_TO_RESUME]),
+        (["2", "1", "3", "4"], [1, 2], [HOW_TO_RESUME, LEFT_UNKNOWN, "1 left out, because they wait already: 4"]),
+        (["--route", "export"], [1, 2], [HOW_TO_RESUME, LEFT_UNKNOWN]),
+        (["--all", "--rate", "100000"], [1, 2], [HOW_TO_RESUME, LEFT_UNKNOWN]),
+        (["--reason", "exhausted"], [2], [HOW_TO_RESUME]),
+        (["3", "--unknown", "send"], [3], [HOW_TO_RESUME]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_deliveries_are_sent_again(served: Path, arguments: list[str], resent: list[int], told: list[str]) -> None:
+    result = command("deliveries", "resend", *arguments, *BY, config=served)
+
+    assert (result.exit_code, result.stdout) == (OK, f"{len(resent)} resent\n"), result.output
+    assert result.stderr.splitlines() == told
+    assert execute(served, "SELECT again_of FROM deliveries WHERE command = 1 ORDER BY id") == [(n,) for n in resent]
+    assert [states(served)[number - 1] for number in resent] == ["done"] * len(resent)
+    assert execute(served, "SELECT command, who, why, changed FROM actions") == [
+        ("resend", "anna", "the shop is mended", len(resent))
+    ]
+
+
+def test_a_resend_is_previewed_with_what_it_leaves_out(config: Path) -> None:
+    result = command("deliveries", "resend", "--all", "--dry-run", "--output", "json", *BY, config=config)
+
+    assert result.exit_code == OK
+    counted = {row["reason"]: row["count"] for row in json.loads(result.stdout)}
+    assert counted == {"rejected": 1, "exhausted": 1}
+    assert result.stderr == f"{LEFT_UNKNOWN}\n"
+    assert states(config) == ["dead", "dead", "dead", "waiting"]
+    assert execute(config, "SELECT 1 FROM actions") == []
+
+
+def test_a_resend_in_json_names_its_command_and_what_it_left_out(served: Path) -> None:
+    result = command("deliveries", "resend", "1", "3", "--output", "json", *BY, config=served)
+
+    assert json.loads(result.stdout) == {"resent": 1, "action": 1, "left_out": {"unknown": [3]}}
+
+
+def test_a_resend_of_nothing_is_3_and_not_recorded(served: Path) -> None:
+    for chosen in (["4711"], ["3"], ["--order", "nobody"]):
+        assert command("deliveries", "resend", *chosen, *BY, config=served).exit_code == NOTHING_MATCHED
+
+    assert execute(served, "SELECT 1 FROM actions") == []
+
+
+def test_show_names_what_a_delivery_repeats_and_what_was_sent_again_from_it(served: Path) -> None:
+    for _ in range(2):
+        command("deliveries", "resend", "1", *BY, config=served)
+
+    first, again = (
+        json.loads(command("deliveries", "show", number, "--output", "json", config=served).stdout)
+        for number in ("1", "5")
+    )
+    assert (first["again_of"], first["resent_as"]) == (None, [5, 6])
+    assert (again["again_of"], again["resent_as"]) == (1, [])
+
+
+def test_a_resend_that_was_interrupted_is_resumed(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The service goes away after the first step that sends something."""
+    run_command, asked = RunningService.run, []
+
+    def interrupted(service: RunningService, name: str, body: Any) -> Any:
+        asked.append(body)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return run_command(service, name, body)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunningService, "run", interrupted)
+        patched.setattr("adapter.cli.deliveries.MAX_PER_STEP", 1)
+        broken = command("deliveries", "resend", "1", "2", *BY, config=served)
+    assert (broken.exit_code, broken.stdout) == (FAILED, "")
+    assert HOW_TO_RESUME in broken.stderr
+
+    resumed = command("deliveries", "resend", "--resume", "1", config=served)
+    once_more = command("deliveries", "resend", "--resume", "1", config=served)
+
+    assert [(each.exit_code, each.stdout) for each in (resumed, once_more)] == [(OK, "1 resent\n"), (OK, "0 resent\n")]
+    assert execute(served, "SELECT again_of FROM deliveries WHERE command = 1 ORDER BY id") == [(1,), (2,)]
+
+
+def test_only_a_resend_is_resumed(served: Path) -> None:
+    command("deliveries", "retry", "1", *BY, config=served)
+
+    result = command("deliveries", "resend", "--resume", "1", config=served)
+
+    assert result.exit_code == FAILED
+    assert "no resend has the number 1; `norce-adapter store actions` lists them" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["deliveries", "resend", *BY], "--all"),
+        (["deliveries", "resend", "1"], "--why"),
+        (["deliveries", "resend", "--all", "--why", " "], "must not be blank"),
+        (["deliveries", "resend", "1", "--resume", "1", *BY], "--resume"),
+        (["deliveries", "resend", "--all", "--unknown", "send", *BY], "needs the ids"),
+        (["deliveries", "resend", "1", "--unknown", "look-up", *BY], "leave"),
+        (["deliveries", "resend", "--reason", "skipped", *BY], "give ids for the others"),
         (["deliveries", "retry", *BY], "--all"),
         (["deliveries", "discard", *BY], "--all"),
         (["deliveries", "discard", "--state", "waiting", *BY], "--all"),
