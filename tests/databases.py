@@ -17,7 +17,7 @@ from adapter import ledger
 from adapter.ledger.store import Store, open_for_reading
 
 KINDS = ("sqlite", "postgresql")
-TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts"
+TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts, documents"
 
 
 @lru_cache(maxsize=8)

@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "demo.demo_command",
     "simulate": "simulate.simulate",
     "send": "send.send",
+    "why": "why.why",
     "explain": "explain.explain",
     "handlers": "handlers.handlers_group",
     "register": "orders.register",

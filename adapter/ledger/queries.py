@@ -14,7 +14,17 @@ from msgspec import Meta
 from sqlalchemy import ColumnElement, Connection, Select, case, func, select
 
 from adapter.identifiers import Channel
-from adapter.ledger.schema import actions, attempts, deliveries, lanes, notifications, processes, queues, verdicts
+from adapter.ledger.schema import (
+    actions,
+    attempts,
+    deliveries,
+    documents,
+    lanes,
+    notifications,
+    processes,
+    queues,
+    verdicts,
+)
 from adapter.ledger.settlement import FOR_EVER, State
 from adapter.moments import to_text
 
@@ -182,6 +192,35 @@ class Queries:
             "conflicts": list(conflicts),
             "deliveries": self.deliveries(DeliveryFilter(notification_id=notification_id)),
         }
+
+    def body(self, notification_id: int) -> bytes | None:
+        """Return the stored body of a notification, which is personal data, or None."""
+        return self.connection.execute(
+            select(notifications.c.body).where(notifications.c.id == notification_id)
+        ).scalar_one_or_none()
+
+    def lanes(self, order_id: str) -> list[dict[str, Any]]:
+        """Return the lanes of an order with their queues."""
+        lane = lanes.c
+        statement = (
+            select(
+                lane.id, queues.c.route, queues.c.merchant, queues.c.channel, lane.current_delivery_id,
+                lane.holder.is_not(None).label("is_held"), (lane.claim > lane.settled).label("in_doubt"),
+                lane.next_at,
+            )
+            .select_from(lanes.join(queues, lane.queue_id == queues.c.id))
+            # Naming every queue lets the database use the index on queue and order.
+            .where(lane.order_id == order_id, lane.queue_id.in_(select(queues.c.id)))
+            .order_by(lane.id)
+        )  # fmt: skip
+        return [_plain(row) for row in self.connection.execute(statement)]
+
+    def is_switched_off(self, *, merchant: str, channel: str) -> bool:
+        """Return whether Norce's configuration switches a channel off."""
+        d = documents.c
+        stored = select(d.content).where(d.merchant == merchant, d.channel == channel)
+        content = self.connection.execute(stored).scalar_one_or_none()
+        return content is not None and not json.loads(content).get("active", True)
 
     def queues(self, now: int, configured: Collection[tuple[str, Channel]]) -> list[dict[str, Any]]:
         """Return every queue with its state and its numbers of waiting and running deliveries.
