@@ -31,6 +31,7 @@ from adapter.callbacks.server import (
 )
 from adapter.config import Config
 from adapter.deliveries.attempt import Attempts, Queue
+from adapter.deliveries.backfill import Backfill
 from adapter.deliveries.dispatcher import Dispatcher
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.commands import Commands
@@ -125,7 +126,13 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         # The operations listeners open first and close last, so that operators can watch a shutdown.
         commands = Commands(store, set(queues.values()), refetching=refetching)
         operations = OperationsEndpoints(
-            health, metrics, store, commands=commands, wake=dispatcher.wake, reconcile=reconciler.run
+            health,
+            metrics,
+            store,
+            commands=commands,
+            wake=dispatcher.wake,
+            reconcile=reconciler.run,
+            backfill=Backfill(routes, norce, store, queue_ids=queues).step,
         )
         operations_address = await serve_operations(stack, config, operations, on_limit)
         for name, work in (

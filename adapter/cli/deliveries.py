@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from adapter.cli.backfill import backfill
 from adapter.cli.ledger import COUNT_COLUMNS, DELIVERY_COLUMNS, ID, parse_options, print_record, read_queries
 from adapter.cli.shared import (
     FAILED,
@@ -71,7 +72,10 @@ change_options = options(
 
 @click.group("deliveries")
 def deliveries_group() -> None:
-    """List, show, retry, resend and discard deliveries."""
+    """List, show, retry, resend, backfill and discard deliveries."""
+
+
+deliveries_group.add_command(backfill)
 
 
 @deliveries_group.command("list")

@@ -29,10 +29,10 @@ class RunningService:
         self._name = name
         self._remedy = remedy
 
-    def run(self, command: str, body: Any) -> Any:
-        """Run a command and return its answer."""
+    def run(self, command: str, body: Any, *, seconds: float = TIMEOUT_SECONDS) -> Any:
+        """Run a command and return its answer, which may take that many seconds."""
         with self._end_on_error("the change may have been made; `norce-adapter store actions` lists the changes"):
-            answer = self._http.post(f"/commands/{command}", content=msgspec.json.encode(body))
+            answer = self._http.post(f"/commands/{command}", content=msgspec.json.encode(body), timeout=seconds)
             return self._parse(answer)
 
     def run_line_by_line(self, command: str, body: Any) -> Iterator[dict[str, Any]]:

@@ -28,7 +28,7 @@ from msgspec.structs import replace
 from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
-from adapter.ledger.databases import IN_ARRAY, Numbers, any_of
+from adapter.ledger.databases import IN_ARRAY, Database, InsertRows, Numbers, any_of
 from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.settlement import Reason, State
@@ -113,6 +113,19 @@ Arrival = tuple[int, ReceivedNotification, tuple[Wanted, ...]]  # its id, and th
 Answer = Received | Undigested | list[LaneDelivery]
 
 
+def lane_upserter(database: Database) -> InsertRows:
+    """Return a function that locks lanes, new or not, and makes them due if they are idle.
+
+    It takes rows of queue, order and the time when they are due, sorted, and returns rows of queue, order and lane.
+    """
+    return database.inserter(
+        lanes,
+        ("queue_id", "order_id", "next_at"),
+        "ON CONFLICT (queue_id, order_id) DO UPDATE SET next_at = CASE WHEN lanes.current_delivery_id IS NULL"
+        " AND lanes.next_at IS NULL THEN excluded.next_at ELSE lanes.next_at END RETURNING queue_id, order_id, id",
+    )
+
+
 class Inbox:
     """The inbox of an open ledger."""
 
@@ -125,13 +138,7 @@ class Inbox:
         self._insert_notifications = database.inserter(
             notifications, columns, "ON CONFLICT (identity) DO NOTHING RETURNING id, identity"
         )
-        # This locks a lane, new or not, and makes it due if it is idle.
-        self._upsert_lanes = database.inserter(
-            lanes,
-            ("queue_id", "order_id", "next_at"),
-            "ON CONFLICT (queue_id, order_id) DO UPDATE SET next_at = CASE WHEN lanes.current_delivery_id IS NULL"
-            " AND lanes.next_at IS NULL THEN excluded.next_at ELSE lanes.next_at END RETURNING queue_id, order_id, id",
-        )
+        self._upsert_lanes = lane_upserter(database)
         self._insert_deliveries = database.inserter(
             deliveries, ("notification_id", "lane_id", "position", "state", "reason", "ended_at")
         )

@@ -131,7 +131,9 @@ class Maintenance:
         """Return the next old notifications with their times of receipt, and where to continue."""
         n, before = notifications.c, self._before(kept)
         following = select(n.id, n.received_at).where(n.id > after, *conditions).order_by(n.id)
-        rows = connection.execute(following.limit(NOTIFICATIONS_PER_STEP)).all()
+        # Locked, so that no backfill adds a delivery before the deletion. One that does it now keeps them from it.
+        locked = following.limit(NOTIFICATIONS_PER_STEP).with_for_update(key_share=True, skip_locked=True)
+        rows = connection.execute(locked).all()
         old = {row.id: row.received_at for row in takewhile(lambda row: row.received_at < before, rows)}
         return old, rows[-1].id if len(old) == NOTIFICATIONS_PER_STEP else 0
 

@@ -85,7 +85,7 @@ notifications = Table(
     Column("snapshot_at", BigInteger, nullable=False, doc="lastModified, or the time of receipt"),
     Column("received_at", BigInteger, nullable=False),
     Column("source", Text, nullable=False, doc="callback or reconciliation"),
-    Column("is_wanted", Boolean, nullable=False, server_default=true(), doc="by a route, when it was received"),
+    Column("is_wanted", Boolean, nullable=False, server_default=true(), doc="by a route, on receipt or in a backfill"),
     Column("digest", LargeBinary, doc="of the order, once it had to be compared"),
     Column("body", LargeBinary, doc="as received; null once pruned"),
     Index("uq_notifications_identity", "identity", unique=True),

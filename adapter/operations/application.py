@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import hmac
 import socket
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +33,8 @@ from adapter.callbacks.server import (
     url_of,
 )
 from adapter.config import Config
+from adapter.deliveries.backfill import BackfillResult
+from adapter.ledger.backfill import BackfillStep
 from adapter.ledger.commands import Commands, NoSuchCommand
 from adapter.ledger.queries import Overview, Queries
 from adapter.ledger.store import Store, StoreUnavailable
@@ -62,6 +64,9 @@ class ReconcileCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     dry_run: bool = False
 
 
+RunBackfill = Callable[[BackfillStep], Awaitable[BackfillResult]]
+
+
 class CommandTooLarge(Exception):
     """The body of a command has more than `LARGEST_COMMAND_BYTES`."""
 
@@ -82,6 +87,7 @@ class OperationsEndpoints:
         *,
         commands: Commands,
         reconcile: Reconcile,
+        backfill: RunBackfill,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
         self._health = health
@@ -89,6 +95,7 @@ class OperationsEndpoints:
         self._store = store
         self._commands = commands
         self._reconcile = reconcile
+        self._backfill = backfill
         self._wake = wake
 
     def for_socket(self) -> Starlette:
@@ -155,7 +162,10 @@ class OperationsEndpoints:
             if name == "reconcile":
                 lines = self._run_reconciliation(msgspec.json.decode(body, type=ReconcileCommand))
                 return StreamingResponse(lines, media_type="application/x-ndjson")
-            answer = await self._commands.run(name, body)
+            if name == "backfill":
+                answer = msgspec.to_builtins(await self._backfill(msgspec.json.decode(body, type=BackfillStep)))
+            else:
+                answer = await self._commands.run(name, body)
         except NoSuchCommand as error:
             return _refusal(404, "command-not-found", str(error))
         except CommandTooLarge:

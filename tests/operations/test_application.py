@@ -40,10 +40,9 @@ class Site:
         self.app = self.application()
 
     def application(self, reconcile: Any = None) -> Any:
-        commands = Commands(self.store)
-        return OperationsEndpoints(
-            self.health, self.metrics, self.store, commands=commands, reconcile=reconcile
-        ).for_socket()
+        parts: Any = {"commands": Commands(self.store), "backfill": None}
+        endpoints = OperationsEndpoints(self.health, self.metrics, self.store, reconcile=reconcile, **parts)
+        return endpoints.for_socket()
 
     async def get(self, path: str, method: str = "GET") -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://operations") as http:

@@ -14,6 +14,8 @@ from anyio.from_thread import start_blocking_portal
 
 from adapter import logs
 from adapter.callbacks.server import http_server, listen
+from adapter.deliveries.backfill import BackfillResult
+from adapter.ledger.backfill import BackfillStep
 from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox
 from adapter.ledger.lanes import Lanes
@@ -66,6 +68,7 @@ class Port:
             self.store,
             commands=Commands(self.store),
             reconcile=self._reconcile,
+            backfill=self._backfill,
             wake=self._wake,
         )
         listening, self.socket = listen("127.0.0.1", 0), self._folder / "operations.sock"
@@ -83,6 +86,11 @@ class Port:
             yield page
         if self.pages and self.pages[-1].error:
             raise NorceUnavailable(self.pages[-1].error)
+
+    async def _backfill(self, step: BackfillStep) -> BackfillResult:
+        if step.route != "export":
+            raise ValueError(f"there is no notification route {step.route}")
+        return BackfillResult(changed=3, read=5, after="17", action=1)
 
     def _wake(self) -> None:
         self.woken += 1
@@ -134,6 +142,24 @@ def test_the_answer_of_a_step_contains_nothing_of_an_order(port: Port) -> None:
 
     assert (status, answer) == (200, {"changed": 0, "after": None, "action": 1})
     assert "canary" not in port.log.getvalue()
+
+
+def test_a_step_of_a_backfill_is_run_answered_and_logged_and_wakes_the_dispatcher(port: Port) -> None:
+    status, answer, _ = port.post("/commands/backfill", {"route": "export", "by": BY})
+
+    assert (status, answer["changed"], answer["after"]) == (200, 3, "17")
+    assert port.woken == 1
+    assert [(line["command"], line["count"]) for line in port.lines()] == [("backfill", 3)]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [({"route": "no-such"}, "no-such"), ({}, "route"), ({"route": "export", "most": 501}, "most")]
+)
+def test_a_backfill_that_cannot_be_done_is_400(port: Port, given: dict[str, Any], words: str) -> None:
+    status, answer, _ = port.post("/commands/backfill", given | {"by": BY})
+
+    assert (status, port.woken) == (400, 0)
+    assert words in answer["message"]
 
 
 def test_commands_on_the_socket_need_no_token(tmp_path: Path) -> None:
