@@ -103,6 +103,9 @@ METHODS = {
 }
 # Shared, because building a response is a large part of answering.
 EMPTY = Response(status_code=200)
+RESULT_HEADER = "norce-adapter-result"  # of a notification, for people: Norce reads the status only
+UNREAD = "unread"  # beyond the limits of its order, and stored without its body
+STORED = {result: Response(headers={RESULT_HEADER: result}) for result in (*(each.value for each in Received), UNREAD)}
 NO_PATCHES = Response(b"[]", media_type="application/json")
 
 
@@ -234,7 +237,7 @@ class CallbackEndpoint:
             del order  # hundreds of objects, not needed while the disk writes
             received = await self.intake.store(notification)  # durable, atomic and stored once, before we answer
             facts = _facts(sender, notification.channel, received.value, len(notification.wanted))
-            return Responded(response=EMPTY, facts=facts)
+            return Responded(response=STORED[received.value], facts=facts)
 
         if len(raw.body) < self.large_hooks.least:
             return await self._respond_verdict(scope, raw, sender, callback)
@@ -290,7 +293,7 @@ class CallbackEndpoint:
             raise TooManyNotifications(limit.name)
         self.limits.acted(limit.name)
         await self._unread.get(routed)
-        return Responded(response=EMPTY, facts=_facts(sender, routed.channel, "unread", len(routed.wanted)))
+        return Responded(response=STORED[UNREAD], facts=_facts(sender, routed.channel, UNREAD, len(routed.wanted)))
 
     def read_head(self, scope: Scope) -> RawCallback:
         """Return a request as far as its head gives it, without a body."""

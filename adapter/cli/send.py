@@ -1,7 +1,9 @@
 """The command `send`: sends an order to a callback, as Norce does."""
 
 import json
+import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -11,12 +13,22 @@ import httpx
 from rich.console import Console
 from rich.progress import track
 
+from adapter.callbacks.endpoints import RESULT_HEADER
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import CALLBACK_PATH
-from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config
+from adapter.cli.shared import FAILED, USAGE, config_option, end, load_config, printable
 from adapter.config import Config
 from adapter.identifiers import Channel
 from adapter.orders import NotAnOrder, decode
+
+# What happened to a notification, for people.
+RESULTS = {
+    "new": "it is stored, and each route that wants it delivers it",
+    "repeat": "the ledger has this event already, so nothing is delivered; to deliver it again: {resend}",
+    "retried": "the ledger has this event already, and its dead letter is retried",
+    "conflict": "the ledger has this event with another order, so routes that read the order again do so",
+    "unread": "beyond the limits of its order, so routes that read the order again do so; its body is not stored",
+}
 
 
 @click.command()
@@ -40,7 +52,7 @@ def send(
     expect: int | None,
     config_path: Path,
 ) -> None:
-    """Send an order from FILE to a callback.
+    """Send an order from FILE to a callback, and print what happened.
 
     FILE is an order, an envelope or an event record of Norce's Notification API, as JSON. The URL is signed as it is
     when registered at Norce.
@@ -57,12 +69,18 @@ def send(
     to = address or f"http://127.0.0.1:{config.server.port}"
     url, headers = _authenticate(config, to, Channel(merchant, channel), order_id, callback)
     try:
-        statuses = _post(url, headers, body, repeat)
+        answers = _post(url, headers, body, repeat, config.callbacks[callback].kind)
     except httpx.HTTPError as error:
         end(FAILED, f"no answer from {to}: {type(error).__name__}")
-    for status, count in sorted(statuses.items()):
-        click.echo(f"{status}: {count}")
-    if expect is not None and set(statuses) != {expect}:
+    for status in sorted({status for status, _ in answers}):
+        click.echo(f"{status}: {sum(count for (each, _), count in answers.items() if each == status)}")
+    chosen = f"--order {shlex.quote(order_id)} --merchant {shlex.quote(merchant)} --channel {shlex.quote(channel)}"
+    resend = f"norce-adapter deliveries resend {chosen} --why …"
+    for (_, result), count in answers.items():
+        if result:
+            words = RESULTS[result].format(resend=resend) if result in RESULTS else ""
+            click.echo(printable(f"{result}: {count}" + (f" ({words})" if words else "")))
+    if expect is not None and {status for status, _ in answers} != {expect}:
         end(FAILED, f"expected {expect} each time")
 
 
@@ -106,13 +124,25 @@ def _authenticate(
     return end(USAGE, f"no secret {which} is for merchant {channel.merchant}")
 
 
-def _post(url: str, headers: dict[str, str], body: bytes, repeat: int) -> dict[int, int]:
-    statuses: dict[int, int] = {}
+def _result(kind: str, answer: httpx.Response) -> str:
+    """Return what an answer says for people: the patch of a hook, for example."""
+    if answer.status_code != 200:
+        return ""
+    if kind == "notification":
+        return str(answer.headers.get(RESULT_HEADER, ""))
+    if kind == "validation":
+        return "approved"
+    return f"patch {answer.text}" if answer.text != "[]" else "accepted without a patch"
+
+
+def _post(url: str, headers: dict[str, str], body: bytes, repeat: int, kind: str) -> Counter[tuple[int, str]]:
+    """Count the answers by their status and result."""
+    answers: Counter[tuple[int, str]] = Counter()
     times = range(repeat)
     with httpx.Client(trust_env=False, timeout=30) as http:
         for _ in track(times, "sending", console=Console(stderr=True)) if repeat > 1 and sys.stderr.isatty() else times:
             answer = http.post(url, headers=headers, content=body)
-            statuses[answer.status_code] = statuses.get(answer.status_code, 0) + 1
+            answers[answer.status_code, _result(kind, answer)] += 1
             if answer.status_code >= 400 and repeat == 1:
                 click.echo(answer.text, err=True)
-    return statuses
+    return answers

@@ -332,6 +332,24 @@ def test_serve_on_a_port_in_use_is_1_and_names_the_port(serving: Serving, tmp_pa
 # --- send -------------------------------------------------------------------------------------------------------------
 
 
+NEW = "new: 1 (it is stored, and each route that wants it delivers it)"
+HOOKS = """\
+  cart-changed: {kind: hook, watch: /cart, target: /attributes}
+  cart-kept: {kind: hook, watch: /cart, target: /attributes}
+routes:
+  marks:
+    callback: cart-changed
+    handler: patch
+    no_answer: reject
+    settings: {changes: [{scope: /id, path: /attributes, value: {seen: true}}]}
+  keeps:
+    callback: cart-kept
+    handler: patch
+    no_answer: reject
+    settings: {changes: [{scope: /nothing, path: /attributes, value: {seen: true}}]}
+"""
+
+
 def run_send(serving: Serving, config: Path, file: Path, *arguments: Any, callback: str = "order-status") -> Result:
     return run("send", file, "--callback", callback, "--to", serving.address, *arguments, config=config)
 
@@ -339,7 +357,28 @@ def run_send(serving: Serving, config: Path, file: Path, *arguments: Any, callba
 def test_send_posts_a_signed_order(serving: Serving, config: Path, order: Path) -> None:
     result = run_send(serving, config, order)
 
-    assert (result.exit_code, result.stdout) == (OK, "200: 1\n")
+    assert (result.exit_code, result.stdout) == (OK, f"200: 1\n{NEW}\n")
+
+
+def test_send_says_that_the_event_came_with_another_order(serving: Serving, config: Path, tmp_path: Path) -> None:
+    for total in (1, 2):
+        file = save(tmp_path, ORDER | {"id": "contradicted", "total": total})
+        result = run_send(serving, config, file)
+
+    assert result.stdout.splitlines()[1].startswith("conflict: 1 (the ledger has this event with another order")
+
+
+def test_send_prints_the_answer_of_a_validation_or_hook(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    path.write_text(path.read_text().replace("routes:\n", HOOKS))
+    with closing(Serving(path)) as service:
+        printed = [
+            run_send(service, path, save(tmp_path, ORDER), callback=name).stdout.splitlines()[1:]
+            for name in ("order-rules", "cart-changed", "cart-kept")
+        ]
+
+    patch = '[{"op":"add","path":"/attributes","value":{"seen":true}}]'
+    assert printed == [["approved: 1"], [f"patch {patch}: 1"], ["accepted without a patch: 1"]]
 
 
 def test_send_repeats_and_counts_the_answers(serving: Serving, config: Path, tmp_path: Path) -> None:
@@ -347,14 +386,21 @@ def test_send_repeats_and_counts_the_answers(serving: Serving, config: Path, tmp
 
     result = run_send(serving, config, file, "--repeat", 5, "--expect", 200)
 
-    assert (result.exit_code, result.stdout) == (OK, "200: 5\n")
+    assert result.exit_code == OK
+    assert result.stdout.splitlines() == [
+        "200: 5",
+        NEW,
+        "repeat: 4 (the ledger has this event already, so nothing is delivered; to deliver it again: norce-adapter"
+        " deliveries resend --order repeated --merchant norce --channel 1 --why …)",
+    ]
     assert len(execute(config, "SELECT id FROM notifications WHERE order_id = 'repeated'")) == 1
 
 
 def test_send_fails_if_an_answer_has_another_status_than_expected(serving: Serving, config: Path, order: Path) -> None:
     result = run_send(serving, config, order, "--expect", 400)
 
-    assert (result.exit_code, result.stdout) == (FAILED, "200: 1\n")
+    assert result.exit_code == FAILED
+    assert result.stdout.splitlines()[0] == "200: 1"
     assert "expected 400" in result.stderr
 
 
@@ -368,7 +414,7 @@ def test_send_prints_the_reason_of_a_refusal(serving: Serving, config: Path, tmp
 
 
 def test_send_calls_validations(serving: Serving, config: Path, order: Path) -> None:
-    assert run_send(serving, config, order, callback="order-rules").stdout == "200: 1\n"
+    assert run_send(serving, config, order, callback="order-rules").stdout == "200: 1\napproved: 1\n"
 
 
 @pytest.mark.parametrize("member", ["payload", "order"])
@@ -410,7 +456,7 @@ def test_send_replaces_id_merchant_and_channel_by_options(serving: Serving, conf
     sent = run_send(serving, config, file, *given)
 
     assert (without.exit_code, refused.exit_code) == (USAGE, USAGE)
-    assert (sent.exit_code, sent.stdout) == (OK, "200: 1\n")
+    assert (sent.exit_code, sent.stdout) == (OK, f"200: 1\n{NEW}\n")
     assert execute(config, "SELECT order_id FROM notifications WHERE merchant = 'other'") == [("an odd?id#å",)]
     assert "give --order, --merchant and --channel" in without.stderr
 
@@ -432,7 +478,7 @@ def test_send_authenticates_by_any_configured_method(tmp_path: Path, senders: st
             run_send(service, path, save(tmp_path, ORDER | {"id": order_id}), "--expect", 200) for order_id in order_ids
         ]
 
-    assert [(result.exit_code, result.stdout) for result in results] == [(OK, "200: 1\n")] * 3
+    assert [(result.exit_code, result.stdout) for result in results] == [(OK, f"200: 1\n{NEW}\n")] * 3
     assert not any("canary" in result.output for result in results)
     assert execute(path, "SELECT order_id FROM notifications ORDER BY id") == [(each,) for each in order_ids]
 
@@ -447,7 +493,7 @@ def test_send_chooses_a_secret_for_the_merchant(tmp_path: Path) -> None:
             for merchant in ("norce", "other")
         ]
 
-    assert results == ["200: 1\n", "200: 1\n"]
+    assert results == [f"200: 1\n{NEW}\n"] * 2
 
 
 def test_send_does_not_use_a_secret_in_the_url_for_a_validation(tmp_path: Path) -> None:
