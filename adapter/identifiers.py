@@ -1,6 +1,8 @@
-"""Identifiers: `Channel` is a merchant and its channel as one value."""
+"""Identifiers: channels of merchants, and references as the ledger keeps them."""
 
 from typing import NamedTuple
+
+LONGEST_REFERENCE = 200
 
 
 class Channel(NamedTuple):
@@ -8,3 +10,12 @@ class Channel(NamedTuple):
 
     merchant: str
     name: str
+
+
+def kept_reference(value: object) -> str | None:
+    """Return the first 200 characters of a reference, or None if they are not printable.
+
+    Every database and terminal takes the result, whatever a caller or a handler gave.
+    """
+    cut = value[:LONGEST_REFERENCE] if isinstance(value, str) else ""
+    return cut if cut and cut.isprintable() else None

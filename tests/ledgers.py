@@ -175,6 +175,7 @@ def receipt(
     identity: bytes | None = None,
     source: str = "callback",
     digest: bytes | None = None,
+    reference: str | None = None,
 ) -> ReceivedNotification:
     in_shadow = [Wanted(queue_id=queue, refetch=True, shadow=True) for queue in shadows]
     return ReceivedNotification(
@@ -186,6 +187,7 @@ def receipt(
         source=source,
         body=body if body is not None else body_of(order_id, snapshot or 0),
         digest=digest,
+        reference=reference,
         wanted=(*(Wanted(queue_id=queue, refetch=refetch) for queue, refetch in wanted), *in_shadow),
         wanted_in_conflict=(*(Wanted(queue_id=queue, refetch=True) for queue in refetching), *in_shadow),
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from adapter.callbacks.senders import RawCallback, Sender, Unauthenticated
 from adapter.conditions import MISSING
-from adapter.identifiers import Channel
+from adapter.identifiers import Channel, kept_reference
 from adapter.ledger.inbox import ReceivedNotification
 from adapter.offload import offload
 from adapter.orders import NotAnOrder, Order, canonical, decode, instant, order_digest, order_in
@@ -89,6 +89,7 @@ async def parse_notification(
         snapshot_at=None if modified is None else modified // 1000,
         source=sender.source,
         body=raw.body,
+        reference=kept_reference(order.get("reference")),
         digest=digest,
     )
     return notification, order

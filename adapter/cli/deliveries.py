@@ -11,7 +11,15 @@ from typing import Any
 import click
 
 from adapter.cli.backfill import backfill
-from adapter.cli.ledger import COUNT_COLUMNS, DELIVERY_COLUMNS, ID, parse_options, print_record, read_queries
+from adapter.cli.ledger import (
+    COUNT_COLUMNS,
+    DELIVERY_COLUMNS,
+    ID,
+    parse_options,
+    print_list,
+    print_record,
+    read_queries,
+)
 from adapter.cli.shared import (
     FAILED,
     NOTHING_MATCHED,
@@ -23,16 +31,15 @@ from adapter.cli.shared import (
     list_options,
     load_config,
     options,
-    order_option,
+    order_options,
     output_option,
-    parse_moment,
     print_rows,
     progress_bar,
     rate_option,
     read_options,
     route_option,
     service_options,
-    since_option,
+    time_options,
     who_option,
 )
 from adapter.config import Config
@@ -46,12 +53,9 @@ MAX_IDS_SHOWN = 20
 
 filter_options = options(
     click.option("--reason", type=click.Choice([each.value for each in Reason]), help="Only with this reason."),
-    order_option,
+    order_options,
     click.option("--code", type=TEXT, help="Only if the last attempt ended with this code."),
-    since_option("deliveries that ended"),
-    click.option(
-        "--until", callback=parse_moment, metavar="MOMENT", help="Only deliveries that ended before this moment."
-    ),
+    time_options("deliveries received"),
     route_option,
     channel_options,
 )
@@ -84,10 +88,10 @@ deliveries_group.add_command(backfill)
 @list_options
 def deliveries_list(limit: int, output: str, config_path: Path, **filters: Any) -> None:
     """List deliveries, newest first."""
-    matching = parse_options(filters, DeliveryFilter)
-    with read_queries(config_path) as queries:
+    matching, config = parse_options(filters, DeliveryFilter), load_config(config_path)
+    with read_queries(config) as queries:
         rows = queries.deliveries(matching, limit=limit)
-    print_rows(rows, output, DELIVERY_COLUMNS)
+    print_list(rows, output, DELIVERY_COLUMNS, config, "no delivery matches")
 
 
 @deliveries_group.command("show")
@@ -176,6 +180,8 @@ def deliveries_resend(
         end(USAGE, "choose the deliveries by ids, by options such as --route or --reason, or by --all; or use --resume")
     if why is None and resume is None:
         end(USAGE, "give your reason with --why; it is recorded")
+    if unknown == "send":  # what becomes unknown after the look at the destination is left out
+        filters["ended_before"] = filters["until"]
     given = {"matching": {"ids": ids, **filters}, "by": {"who": who, "why": why or "resumed"}, "unknown": unknown}
     step = parse_options(given | {"most": min(MAX_PER_STEP, rate or MAX_PER_STEP), "action": resume}, Step)
     try:
@@ -190,7 +196,7 @@ def deliveries_resend(
     if dry_run or total == 0:
         _report_left_out(left_out)
     if dry_run:
-        print_rows(rows, output, COUNT_COLUMNS)
+        print_rows(rows, output, COUNT_COLUMNS, nothing="no delivery can be sent again")
         return
     if total == 0:
         end(NOTHING_MATCHED, "no delivery can be sent again; `norce-adapter deliveries list` lists them")
@@ -261,6 +267,8 @@ def _change(
     kind = "dead letter" if state == State.DEAD.value else "waiting delivery"
     if not (ids or everything or any(value is not None for value in filters.values())):
         end(USAGE, "choose the deliveries by ids, by options such as --route or --reason, or by --all")
+    if unknown == "send":  # what becomes unknown after the look at the destination is left out
+        filters["ended_before"] = filters["until"]
     size = min(MAX_PER_STEP, rate or MAX_PER_STEP)
     author = {"who": who, "why": why}
     step = parse_options(
@@ -271,7 +279,7 @@ def _change(
         rows = _count(config_path, step, is_retry=command == "retry", leave_unknown=unknown == "leave")
         total = sum(row["count"] for row in rows)
     if dry_run:
-        print_rows(rows, output, COUNT_COLUMNS)
+        print_rows(rows, output, COUNT_COLUMNS, nothing=f"no {kind} matches")
         return
     changed = 0
     if total != 0:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from adapter.cli.shared import output_option, print_rows
+from adapter.cli.shared import list_output_option, print_rows
 from adapter.routing import routes
 
 
@@ -14,7 +14,7 @@ def handlers_group() -> None:
 
 
 @handlers_group.command("list")
-@output_option
+@list_output_option
 def handlers_list(output: str) -> None:
     """List the installed handlers with their package, kind and description."""
     rows = []
@@ -30,4 +30,4 @@ def handlers_list(output: str) -> None:
             row["kind"] = ", ".join(fitting) or "none"
             row["says"] = (handler.__doc__ or "").strip().partition("\n")[0]
         rows.append(row)
-    print_rows(rows, output)
+    print_rows(rows, output, nothing="no installed package has a handler")

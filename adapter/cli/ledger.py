@@ -29,25 +29,32 @@ from adapter.cli.shared import (
     load_config,
     open_ledger,
     options,
-    order_option,
+    order_options,
     output_option,
     print_rows,
     printable,
     read_options,
     route_option,
     service_options,
-    since_option,
+    time_options,
+    whole_list_options,
 )
+from adapter.config import Config
 from adapter.ledger.clock import read_from_outside
 from adapter.ledger.commands import QueueChange, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
-from adapter.ledger.queries import ORPHANED, DeliveryFilter, Queries
+from adapter.ledger.queries import ORPHANED, DeliveryFilter, Queries, Rows
 
-DELIVERY_COLUMNS = ("id", "order_id", "route", "state", "reason", "tries", "next_at", "code", "reference")
-VERDICT_COLUMNS = ("at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms")
+DELIVERY_COLUMNS = (
+    "id", "received_at", "merchant", "channel", "order_id", "route", "state", "reason", "tries", "next_at", "ended_at",
+    "code", "reference",
+)  # fmt: skip
+VERDICT_COLUMNS = (
+    "at", "kind", "merchant", "channel", "order_id", "route", "decided", "codes", "answered", "took_ms",
+)  # fmt: skip
 NOTIFICATION_COLUMNS = (
-    "id", "received_at", "order_id", "callback", "merchant", "channel", "source", "conflicts_with",
+    "id", "received_at", "merchant", "channel", "order_id", "reference", "callback", "source", "conflicts_with",
 )  # fmt: skip
 QUEUE_COLUMNS = (
     "route", "merchant", "channel", "state", "paused_by", "reason", "paused_until", "waiting", "running",
@@ -65,8 +72,8 @@ queue_options = options(
 
 
 @contextlib.contextmanager
-def read_queries(config_path: Path) -> Iterator[Queries]:
-    with open_ledger(load_config(config_path)) as connection:
+def read_queries(config: Path | Config) -> Iterator[Queries]:
+    with open_ledger(config if isinstance(config, Config) else load_config(config)) as connection:
         yield Queries(connection)
 
 
@@ -79,15 +86,17 @@ def notifications_group() -> None:
 
 
 @notifications_group.command("list")
-@order_option
+@order_options
 @click.option("--callback", type=TEXT, help="Only of this callback.")
+@time_options("notifications received")
 @channel_options
 @list_options
-def notifications_list(limit: int, output: str, config_path: Path, **filters: str | None) -> None:
+def notifications_list(output: str, config_path: Path, **filters: Any) -> None:
     """List notifications, newest first."""
-    with read_queries(config_path) as queries:
-        rows = queries.notifications(limit=limit, **filters)
-    print_rows(rows, output, NOTIFICATION_COLUMNS)
+    config = load_config(config_path)
+    with read_queries(config) as queries:
+        rows = queries.notifications(**filters)
+    print_list(rows, output, NOTIFICATION_COLUMNS, config, "no notification matches")
 
 
 @notifications_group.command("show")
@@ -113,7 +122,7 @@ def queues_group() -> None:
 
 
 @queues_group.command("list")
-@read_options
+@whole_list_options
 def queues_list(output: str, config_path: Path) -> None:
     """List the queues with their state, their pause and their waiting deliveries.
 
@@ -129,7 +138,8 @@ def queues_list(output: str, config_path: Path) -> None:
     rows = [row | {"state": "shadow"} if row["route"] in shadows and row["state"] != ORPHANED else row for row in rows]
     if is_held(config):
         rows = [row | {"state": "held"} if row["state"] == "running" else row for row in rows]
-    print_rows(rows, output, QUEUE_COLUMNS)
+    nothing = "there is no queue yet: `serve` makes one for each notification route, merchant and channel"
+    print_rows(rows, output, QUEUE_COLUMNS, nothing=nothing, channels=config.channels)
 
 
 @queues_group.command("pause")
@@ -172,35 +182,39 @@ def _pause_or_resume(
 
 @click.group("verdicts")
 def verdicts_group() -> None:
-    """List and count verdicts without effect.
-
-    They were late, or belong to a shadow route.
-    """
+    """List recorded verdicts, and count those without effect."""
 
 
 @verdicts_group.command("list")
-@click.option("--kind", type=click.Choice(["late", "shadow"]), help="Only of this kind.")
+@click.option(
+    "--kind",
+    type=click.Choice(["answer", "late", "shadow"]),
+    help="Only refusals and patches that were answered, late verdicts, or those of shadow routes.",
+)
 @route_option
-@order_option
-@since_option("verdicts")
+@order_options
+@time_options("verdicts reached")
+@channel_options
 @list_options
 def verdicts_list(output: str, config_path: Path, **filters: Any) -> None:
-    """List these verdicts, newest first, with the result that was answered instead."""
-    with read_queries(config_path) as queries:
-        rows = queries.verdicts(**filters)
+    """List refusals, patches, late verdicts and those of shadow routes, newest first."""
+    config = load_config(config_path)
+    with read_queries(config) as queries:
+        found = queries.verdicts(**filters)
+    rows = found
     if output == "table":
-        rows = [row | {"codes": " ".join(row["codes"])} for row in rows]
-    print_rows(rows, output, VERDICT_COLUMNS)
+        rows = Rows((row | {"codes": " ".join(row["codes"])} for row in found), found.matching)
+    print_list(rows, output, VERDICT_COLUMNS, config, "no recorded verdict matches; plain approvals are not recorded")
 
 
 @verdicts_group.command("stats")
-@since_option("verdicts")
-@read_options
-def verdicts_stats(since: int | None, output: str, config_path: Path) -> None:
-    """Count these verdicts by route, and how many differ from the answer."""
+@time_options("verdicts reached")
+@whole_list_options
+def verdicts_stats(since: int | None, until: int | None, output: str, config_path: Path) -> None:
+    """Count late and shadow verdicts by route, and how many differ from the answer."""
     with read_queries(config_path) as queries:
-        rows = queries.count_verdicts(since=since)
-    print_rows(rows, output)
+        rows = queries.count_verdicts(since=since, until=until)
+    print_rows(rows, output, nothing="no route had a late or shadow verdict")
 
 
 # --- the store ------------------------------------------------------------------------------------------------------
@@ -243,7 +257,7 @@ def store_actions(limit: int, output: str, config_path: Path) -> None:
     """List the changes that people made to queues and deliveries, newest first."""
     with read_queries(config_path) as queries:
         rows = queries.actions(limit)
-    print_rows(rows, output, ACTION_COLUMNS)
+    print_rows(rows, output, ACTION_COLUMNS, nothing="nobody has changed anything yet", matching=rows.matching)
 
 
 @store_group.command("migrate")
@@ -279,6 +293,10 @@ def store_backup(file: Path, config_path: Path) -> None:
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
+
+
+def print_list(rows: Rows, output: str, columns: tuple[str, ...], config: Config, nothing: str) -> None:
+    print_rows(rows, output, columns, nothing=nothing, matching=rows.matching, channels=config.channels)
 
 
 def print_record(

@@ -19,7 +19,7 @@ from adapter.cli.shared import (
     USAGE,
     config_option,
     end,
-    limit_option,
+    list_options,
     load_config,
     options,
     output_option,
@@ -57,8 +57,7 @@ def orders_group() -> None:
 @click.option("--cart-reference", type=TEXT, help="Only orders of this cart.")
 @click.option("--search", type=TEXT, help="Only orders that contain this text (norce.version v0).")
 @click.option("--status", type=TEXT, multiple=True, help="Only orders with this status; may be repeated.")
-@limit_option
-@read_options
+@list_options
 def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List the orders of a channel, newest first, without data about customers."""
     config = load_config(config_path)
@@ -69,19 +68,23 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
         end(USAGE, "--search needs v0 of the Order API; see norce.version")
     query = {"order_by": "created", "order_by_direction": "desc", **filters}
 
-    async def read(norce: Norce) -> list[dict[str, Any]]:
+    async def read(norce: Norce) -> tuple[list[dict[str, Any]], int | None]:
         rows: list[dict[str, Any]] = []
+        in_all = None
         with progress_bar() as progress:
             task = progress.add_task("reading", total=None)
             async for page in norce.order_pages(channel, limit=min(limit, PAGE_SIZE), **query):
                 rows += (row for row in map(_row, page.items) if not statuses or row["status"] in statuses)
+                in_all = None if statuses else page.total
                 total = None if page.total is None else min(page.total, limit)
                 progress.update(task, completed=page.offset + page.count, total=total)
                 if len(rows) >= limit:
                     break
-        return rows[:limit]
+        return rows[:limit], in_all
 
-    print_rows(call_norce(config, read), output, COLUMNS)
+    rows, in_all = call_norce(config, read)
+    matching = f"{in_all:,}".replace(",", " ") if in_all is not None and in_all > len(rows) else None
+    print_rows(rows, output, COLUMNS, nothing="no order of this channel matches", matching=matching)
 
 
 @orders_group.command("show")

@@ -1,13 +1,16 @@
 """Options, exit codes, output and access to the ledger that several commands share."""
 
 import contextlib
+import csv
 import getpass
+import io
 import json
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +18,8 @@ import click
 
 from adapter import config as configuration
 from adapter.config import Config, ConfigurationInvalid
+from adapter.config.convert import duration_of
+from adapter.identifiers import Channel
 from adapter.moments import to_milliseconds
 from adapter.orders import instant
 
@@ -27,7 +32,8 @@ if TYPE_CHECKING:
     from adapter.routing.routes import Routes
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
-WIDTH_OF_A_PIPE = 1000  # columns; nothing is cut off
+SENTENCES = frozenset({"codes", "matching", "message", "reason", "says", "value", "why"})  # columns that may be folded
+LEAST_WIDTH = 24  # of a folded column
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -93,13 +99,28 @@ author_options = options(
 rate_option = click.option(
     "--rate", type=click.IntRange(1, 100_000), help="Largest number per second; by default no limit."
 )
+list_output_option = click.option(
+    "--output",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="A table for people, or JSON or CSV with all columns for programs.",
+)
 route_option = click.option("--route", type=TEXT, help="Only of this route.")
-order_option = click.option("--order", "order_id", type=TEXT, help="Only of this order.")
+order_options = options(
+    click.option(
+        "--order", "order_id", type=TEXT, help="Only of this order; six characters or more may be the beginning of ids."
+    ),
+    click.option(
+        "--reference", type=TEXT, help="Only of orders with this reference: their own, or a destination's number."
+    ),
+)
 limit_option = click.option(
     "--limit", default=100, show_default=True, type=click.IntRange(1, 100_000), help="The largest number of rows."
 )
 read_options = options(output_option, config_option)
-list_options = options(limit_option, read_options)
+whole_list_options = options(list_output_option, config_option)
+list_options = options(limit_option, whole_list_options)
 service_options = options(
     click.option(
         "--to", metavar="URL", help="The operations port of a service on another host, such as http://10.0.0.5:8081."
@@ -115,19 +136,41 @@ service_options = options(
 
 
 def since_option(what: str) -> Decorator:
+    forms = "such as 1h (ago), 02:10, a date or a moment; UTC by default"
     return click.option(
-        "--since", callback=parse_moment, metavar="MOMENT", help=f"Only {what} at this moment or later; UTC by default."
+        "--since", callback=parse_moment, metavar="TIME", help=f"Only {what} at this time or later, {forms}."
     )
+
+
+def time_options(what: str) -> Decorator:
+    until = click.option("--until", callback=parse_moment, metavar="TIME", help=f"Only {what} before this time.")
+    return options(since_option(what), until)
 
 
 def parse_moment(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
     """Convert the text of an option to milliseconds."""
     if value is None:
         return None
-    moment = instant(value)
+    moment = moment_in(value, datetime.now(UTC))
     if moment is None:
-        raise click.BadParameter("must be a date or a moment, such as 2026-02-03 or 2026-02-03T12:00:00Z")
+        raise click.BadParameter("must be such as 1h (ago), 02:10, 2026-02-03 or 2026-02-03T12:00:00Z")
     return to_milliseconds(moment)
+
+
+def moment_in(text: str, now: datetime) -> datetime | None:
+    """Return the moment that a text names, or None. A text without a zone is in UTC.
+
+    Args:
+        text: A duration before now (`1h`), a time within the last day (`02:10`), a date or a moment.
+        now: The present moment, in UTC.
+    """
+    if ":" in text and (moment := instant(f"{now.date()}T{text}")) is not None:
+        while moment > now:
+            moment -= timedelta(days=1)
+        return moment
+    with contextlib.suppress(ValueError, OverflowError):
+        return now - duration_of(text)
+    return instant(text)
 
 
 def load_config_and_routes(path: Path) -> tuple[Config, "Routes"]:
@@ -186,21 +229,84 @@ def open_ledger(config: Config) -> Iterator["Connection"]:
         end(STORE, f"cannot read {database.location}: {in_one_line(error.orig)}{remedy}")
 
 
-def print_rows(rows: list[dict[str, Any]], output: str, columns: tuple[str, ...] | None = None) -> None:
+def print_rows(
+    rows: Sequence[dict[str, Any]],
+    output: str,
+    columns: Sequence[str] | None = None,
+    *,
+    nothing: str = "nothing matches",
+    matching: str | None = None,
+    channels: Collection[Channel] | None = None,
+) -> None:
+    """Print rows. Without rows, say so and end the command.
+
+    Args:
+        rows: The rows, with equal keys.
+        output: The form: table, json or csv.
+        columns: The columns of the table; without them, all.
+        nothing: The sentence if there are no rows.
+        matching: The number of rows that match, in words, if it is larger.
+        channels: The configured channels; the table has their merchants and names only if there are several.
+    """
     if output == "json":
         click.echo(as_json(rows))
+    elif rows and output == "csv":
+        click.echo(_as_csv(rows), nl=False)
     elif rows:
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
         names = columns or tuple(rows[0])
-        table = Table(*names, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*(Text("" if row[name] is None else printable(row[name])) for name in names))
-        Console(width=None if sys.stdout.isatty() else WIDTH_OF_A_PIPE, highlight=False).print(table)
+        if channels is not None:
+            merchants = {*(each.merchant for each in channels), *(row["merchant"] for row in rows)}
+            channel_names = {*(each.name for each in channels), *(row["channel"] for row in rows)}
+            single = [name for name, of in (("merchant", merchants), ("channel", channel_names)) if len(of) < 2]
+            names = [name for name in names if name not in single]
+        _print_table([[_cell(row[name]) for name in names] for row in rows], names)
     if not rows:
-        sys.exit(NOTHING_MATCHED)
+        end(NOTHING_MATCHED, nothing)
+    if matching is not None:
+        click.echo(f"{len(rows):,} of {matching}; --limit changes the number".replace(",", " "), err=True)
+
+
+def _print_table(rows: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+    """Print a table, or a paragraph for each row on a terminal that is too narrow.
+
+    Nothing is cut off.
+    """
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    widths = [max(map(cell_len, column)) for column in zip(names, *rows, strict=True)]
+    least = [min(width, LEAST_WIDTH) if name in SENTENCES else width for name, width in zip(names, widths, strict=True)]
+    is_terminal, between = sys.stdout.isatty(), 2 * len(names)
+    console = Console(highlight=False) if is_terminal else Console(width=sum(widths) + between, highlight=False)
+    if is_terminal and sum(least) + between > console.width:
+        longest = max(map(len, names))
+        paragraphs = (
+            [f"{name:{longest}}  {value}" for name, value in zip(names, row, strict=True) if value] for row in rows
+        )
+        click.echo("\n\n".join("\n".join(lines) for lines in paragraphs))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=name not in SENTENCES, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0])
+    writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool | list | dict):
+        value = json.dumps(value, ensure_ascii=False)
+    return "" if value is None else printable(value)
 
 
 def as_json(value: Any, *, indent: int | None = None) -> str:

@@ -227,13 +227,14 @@ def _custom(type_: Any, value: Any) -> Any:
 
 
 def _duration_within(type_: Any, value: Any) -> timedelta:
-    duration, within = _duration(value), _extra(type_, "within")
-    if within and not _duration(within[0]) <= duration <= _duration(within[1]):
+    duration, within = duration_of(value), _extra(type_, "within")
+    if within and not duration_of(within[0]) <= duration <= duration_of(within[1]):
         raise ValueError("out of bounds")
     return duration
 
 
-def _duration(value: Any) -> timedelta:
+def duration_of(value: Any) -> timedelta:
+    """Return the duration that a text such as `5m` names. Raises `ValueError`."""
     match = _DURATION.fullmatch(value) if isinstance(value, str) else None
     if match is None:
         raise ValueError("not a duration")

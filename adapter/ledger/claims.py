@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from adapter.identifiers import Channel
+from adapter.identifiers import Channel, kept_reference
 from adapter.ledger.settlement import (
     Attempt,
     Handling,
@@ -202,6 +202,7 @@ def delivery_change(record: AttemptRecord, settlement: Settlement, now: int) -> 
         "reason": settlement.reason and settlement.reason.value,
         "ended_at": None if settlement.reason is None else now,
         "uncounted": 0 if settlement.counts else 1,
+        "reference": kept_reference(record.result.reference) if isinstance(record.result, Done) else None,
     }
 
 

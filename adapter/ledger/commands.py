@@ -16,7 +16,7 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 from adapter.identifiers import Channel
 from adapter.ledger.claims import queue_columns, queue_state
 from adapter.ledger.dead_letters import LaneDelivery, after_doubt, lock_lanes, retry_dead_letters
-from adapter.ledger.queries import ORPHANED, Author, DeliveryFilter, Id, Text, joined
+from adapter.ledger.queries import ORPHANED, Author, DeliveryFilter, Id, Text, check_one_order, joined
 from adapter.ledger.resends import LeftOut, ResendFilter, add_resends
 from adapter.ledger.schema import actions, deliveries, lanes, queues
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
@@ -46,7 +46,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     `unknown` decides about dead letters whose effect is unknown: `leave` them out; `look-up` the effect first, if the
     handler can; or `send` them, because a person has looked and found no effect. A delivery that became unknown after
-    that look must not be sent, so `send` needs ids or `until`.
+    that look must not be sent, so `send` needs ids or `ended_before`.
     """
 
     matching: DeliveryFilter
@@ -57,8 +57,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     unknown: Literal["leave", "look-up", "send"] = "leave"
 
     def __post_init__(self) -> None:
-        if self.unknown == "send" and not self.matching.ids and self.matching.until is None:
-            raise ValueError("`send` needs the ids of the deliveries that you have looked up, or `until`")
+        if self.unknown == "send" and not self.matching.ids and self.matching.ended_before is None:
+            raise ValueError(
+                "`send` needs the ids of the deliveries that you have looked up, or `ended_before` (--until)"
+            )
         if self.matching.state not in (None, State.DEAD.value, State.WAITING.value):
             raise ValueError("`state` must be `dead` or `waiting`")
 
@@ -178,6 +180,8 @@ class Commands:
         if command == "retry":
             self.refuse_orphaned(connection, step.matching.ids)
             more = self.in_configured_queues()
+        if step.after == 0:
+            check_one_order(connection, step.matching)
         leaves_unknown = command == "retry" and step.unknown == "leave"
         reasons = [reason for reason in Reason if reason is not Reason.UNKNOWN or not leaves_unknown]
         found, after = self._matching(connection, step, reasons, more)
@@ -225,6 +229,7 @@ class Commands:
 
     def _resend(self, connection: Connection, step: Step) -> StepResult:
         if step.action is None:
+            check_one_order(connection, step.matching)
             self.refuse_orphaned(connection, step.matching.ids)
             given = step.matching.given() | ({} if step.unknown == "leave" else {"unknown": step.unknown})
             action = record_action(connection, "resend", step.by, given, 0, self._clock())

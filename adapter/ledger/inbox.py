@@ -94,6 +94,7 @@ class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
     snapshot_at: int | None  # its `lastModified` in milliseconds, if it has one
     source: str  # callback or reconciliation
     body: bytes | None  # None if it was left unread, beyond the limits of its order
+    reference: str | None = None  # the order's own, as `kept_reference` returns it
     digest: bytes | None = None  # of its order, once it was needed
     wanted: tuple[Wanted, ...] = ()
     wanted_in_conflict: tuple[Wanted, ...] = ()  # routes of the callback that read the order again, without conditions
@@ -439,6 +440,7 @@ def _row(
         *notification.channel,
         notification.callback,
         notification.order_id,
+        notification.reference,
         _snapshot_at(notification, now),
         now,
         notification.source,

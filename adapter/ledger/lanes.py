@@ -147,8 +147,9 @@ class Lanes:
         ended = {"delivery": delivery.id, "state": delivery.state, "reason": delivery.reason}
         self._settle_deliveries = database.updater(
             deliveries,
-            ended | {"ended_at": delivery.ended_at, "uncounted": delivery.attempts},
-            "state = {state}, reason = {reason}, ended_at = {ended_at}, attempts = deliveries.attempts - {uncounted}",
+            ended | {"ended_at": delivery.ended_at, "uncounted": delivery.attempts, "reference": delivery.reference},
+            "state = {state}, reason = {reason}, ended_at = {ended_at}, attempts = deliveries.attempts - {uncounted},"
+            " reference = {reference}",
         )
         self._insert_attempts = database.inserter(
             attempts, [column.name for column in attempts.c if column.name != "id"]

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from sqlalchemy import ColumnElement, Connection, delete, func, literal_column, select, text, update
+from sqlalchemy import Connection, delete, func, select, text, update
 
 from adapter.ledger.dead_letters import lock_lanes
+from adapter.ledger.queries import IS_UNWANTED
 from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
 from adapter.ledger.settlement import State
 from adapter.ledger.store import Store, StoreUnavailable
@@ -31,9 +32,6 @@ BETWEEN_ROUNDS = timedelta(hours=1)
 BETWEEN_STEPS = timedelta(milliseconds=200)
 NOTIFICATIONS_PER_STEP = 200
 VERDICTS_PER_STEP = 1000
-IS_UNWANTED: ColumnElement[bool] = literal_column(
-    "NOT notifications.is_wanted"
-)  # as in the condition of the partial index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

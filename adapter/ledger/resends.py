@@ -143,8 +143,7 @@ class ResendFilter(NamedTuple):
 
     def read(self, connection: Connection, ids: Collection[int]) -> list[Selected]:
         """Return those of these deliveries that still match."""
-        d, n, q = deliveries.c, notifications.c, queues.c
-        has_body = select(n.id).where(n.id == d.notification_id, n.body.is_not(None)).exists()
+        d, q, has_body = deliveries.c, queues.c, notifications.c.body.is_not(None)
         columns = (d.id, d.lane_id, d.notification_id, d.position, d.state, d.reason, q.route, q.merchant, q.channel)
         statement = joined(*columns, has_body.label("has_body")).where(d.id.in_(ids), *self.conditions())
         return [Selected(*row) for row in connection.execute(statement.order_by(d.id))]

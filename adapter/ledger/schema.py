@@ -32,6 +32,8 @@ metadata = MetaData(
 
 # SQLite makes a column the row id only if its type is INTEGER; PostgreSQL needs BIGINT for 64 bits.
 Key = BigInteger().with_variant(Integer(), "sqlite")
+# Ordered by bytes on both databases, so that an index finds texts by their beginning.
+Bytewise = Text().with_variant(Text(collation="C"), "postgresql")
 
 
 def _partial_index(name: str, *columns: str, where: str, unique: bool = False) -> Index:
@@ -81,7 +83,8 @@ notifications = Table(
     Column("merchant", Text, nullable=False),
     Column("channel", Text, nullable=False),
     Column("callback", Text, nullable=False),
-    Column("order_id", Text, nullable=False),
+    Column("order_id", Bytewise, nullable=False),
+    Column("reference", Text, doc="the order's own, as received; it lives as long as the row"),
     Column("snapshot_at", BigInteger, nullable=False, doc="lastModified, or the time of receipt"),
     Column("received_at", BigInteger, nullable=False),
     Column("source", Text, nullable=False, doc="callback or reconciliation"),
@@ -93,6 +96,9 @@ notifications = Table(
     _partial_index("ix_notifications_bodies", "id", where="body IS NOT NULL"),
     _partial_index("ix_notifications_unwanted_bodies", "id", where="body IS NOT NULL AND NOT is_wanted"),
     _partial_index("ix_notifications_conflicts_with", "conflicts_with", where="conflicts_with IS NOT NULL"),
+    # Those that a route wanted are found through the lanes of their order.
+    _partial_index("ix_notifications_unwanted_order_id", "order_id", where="NOT is_wanted"),
+    _partial_index("ix_notifications_reference", "reference", where="reference IS NOT NULL"),
 )
 
 lanes = Table(
@@ -100,8 +106,7 @@ lanes = Table(
     metadata,
     Column("id", Key, primary_key=True),
     Column("queue_id", Key, ForeignKey("queues.id"), nullable=False),
-    # Ordered by bytes on both databases: lanes are locked in this order everywhere.
-    Column("order_id", Text().with_variant(Text(collation="C"), "postgresql"), nullable=False),
+    Column("order_id", Bytewise, nullable=False),  # lanes are locked in this order everywhere
     Column("holder", Key, doc="null: free"),
     Column("claim", BigInteger, nullable=False, server_default=text("0"), doc="the fencing token: counts up for ever"),
     Column("settled", BigInteger, nullable=False, server_default=text("0"), doc="the last claim with a known outcome"),
@@ -131,12 +136,14 @@ deliveries = Table(
     Column("retried_at", BigInteger),
     Column("again_of", Key, ForeignKey("deliveries.id"), doc="of a resend: the delivery that is delivered again"),
     Column("command", Key, ForeignKey("actions.id"), doc="of a person, which made this delivery"),
+    Column("reference", Text, doc="the name of the effect at the destination, from its Done"),
     Index("ix_deliveries_notification_id", "notification_id"),
     Index("ix_deliveries_lane_id", "lane_id", "id"),
     _partial_index("ix_deliveries_waiting", "lane_id", "position", "id", where="state = 'waiting'"),
     _partial_index("ix_deliveries_dead", "id", "lane_id", where="state = 'dead'"),
     # A command that is interrupted and resumed sends nothing twice.
     _partial_index("uq_deliveries_again_of", "again_of", "command", where="again_of IS NOT NULL", unique=True),
+    _partial_index("ix_deliveries_reference", "reference", where="reference IS NOT NULL"),
 )
 
 attempts = Table(
@@ -186,14 +193,19 @@ verdicts = Table(
     metadata,
     Column("id", Key, primary_key=True),
     Column("at", BigInteger, nullable=False, index=True, doc="the time of the verdict"),
-    Column("kind", Text, nullable=False, doc="late or shadow"),
+    Column("kind", Text, nullable=False, doc="answer, late or shadow"),
     Column("callback", Text, nullable=False),
     Column("route", Text, nullable=False),
     Column("merchant", Text, nullable=False),
     Column("channel", Text, nullable=False),
-    Column("order_id", Text, nullable=False, index=True),
+    Column("order_id", Bytewise, nullable=False, index=True),
     Column("decided", Text, nullable=False, doc="approve, reject, accept, patch, refuse or failed"),
-    Column("codes", Text, nullable=False, doc="of its problems or its refusal, or the pointers it patches, as JSON"),
-    Column("answered", Text, doc="the answer in its place: approve or reject; null for a shadow"),
+    Column(
+        "codes",
+        Text,
+        nullable=False,
+        doc="of its problems or its refusal, the pointers it patches, or the reason why it failed; as JSON",
+    ),
+    Column("answered", Text, doc="the answer in its place: approve, reject or busy; null if there was none"),
     Column("took_ms", BigInteger, nullable=False),
 )

@@ -138,14 +138,14 @@ class Facts:
 
 
 def find_in_ledger(queries: Queries, asked: str) -> list[Reading]:
-    """Return the orders that the ledger knows by this id, not yet read from Norce."""
-    rows = (
-        *queries.deliveries(DeliveryFilter(order_id=asked), limit=MAX_DELIVERIES),
-        *queries.notifications(order_id=asked),
-        *queries.verdicts(order_id=asked),
-    )
-    found = {(Channel(row["merchant"], row["channel"]), row["order_id"]) for row in rows}
-    return [Reading(channel=channel, order_id=order_id) for channel, order_id in sorted(found)][:MAX_ORDERS]
+    """Return the orders that the ledger knows by this id or reference.
+
+    They are not yet read from Norce.
+    """
+    return [
+        Reading(channel=Channel(found["merchant"], found["channel"]), order_id=found["order_id"])
+        for found in queries.orders(asked)[:MAX_ORDERS]
+    ]
 
 
 async def read_orders(

@@ -39,10 +39,22 @@ def test_verdicts_are_listed(config: Path) -> None:
 
     assert result.exit_code == OK
     head, newest, _, oldest = result.stdout.splitlines()
-    assert head.split() == ["at", "kind", "route", "order_id", "decided", "codes", "answered", "took_ms"]
+    assert head.split() == [
+        "at", "kind", "merchant", "channel", "order_id", "route", "decided", "codes", "answered", "took_ms",
+    ]  # fmt: skip
     assert newest.split()[:2] == ["2026-02-03T12:00:00.002Z", "late"]
     assert "\x1b" not in newest
-    assert oldest.split()[3:] == ["order-1", "reject", "national-id-missing", "no-name", "approve", "2300"]
+    assert oldest.split()[2:] == [
+        "fjallboden",
+        "1",
+        "order-1",
+        LATE.route,
+        "reject",
+        "national-id-missing",
+        "no-name",
+        "approve",
+        "2300",
+    ]
 
 
 def test_verdicts_are_filtered(config: Path) -> None:

@@ -176,11 +176,15 @@ FILTERS: dict[str, tuple[dict[str, Any], list[int]]] = {
     "channel": ({"channel": "1"}, [1, 2, 3, 4, 5]),
     "no such channel": ({"channel": "2"}, []),
     "order": ({"order_id": "order-2"}, [2, 3]),
+    "beginning of an order id": ({"order_id": "order_5"}, [5]),
+    "reference": ({"reference": "100-2"}, [2, 3]),
+    "no such reference": ({"reference": "\0"}, []),
     "reason": ({"reason": "exhausted"}, [2, 4]),
     "code": ({"code": "busy"}, [2]),
     "since": ({"since": NOON + HOUR}, [4, 5]),
     "until": ({"until": NOON + HOUR}, [1, 2, 3]),
     "since and until": ({"since": NOON + 1, "until": NOON + 2 * HOUR}, [4]),
+    "before an end": ({"ended_before": NOON + 2 * HOUR + 1}, [1, 2, 3, 4]),
     "notification": ({"notification_id": 1}, [1]),
     "all at once": ({"route": "export", "order_id": "order-2", "reason": "exhausted", "code": "busy"}, [2]),
     "ids and a filter": ({"ids": (1, 2), "reason": "rejected"}, [1]),
@@ -199,8 +203,10 @@ def test_a_command_changes_what_matches_and_a_dry_run_counts_the_same(
     ledger.clock.now += HOUR
     dead(ledger, "order-4", ends=EXHAUSTED)
     ledger.clock.now += HOUR
-    ledger.receive(receipt("order-5", wanted=[(ledger.other, True)]))
+    ledger.receive(receipt("order_5!", wanted=[(ledger.other, True)]))
+    ledger.clock.now += 1
     ledger.settle(ledger.claim_one(ledger.other), REJECTED)
+    ledger.rows("UPDATE notifications SET reference = '100-2' WHERE id = 2")
     before = stands(ledger)
 
     number = counted(ledger, **matching)
@@ -329,17 +335,30 @@ def test_send_ends_the_doubt_and_says_so_in_the_audit(ledger: Ledger) -> None:
     assert written(ledger)[0][3] == {"ids": [1], "unknown": "send"}
 
 
-def test_send_needs_ids_or_until(ledger: Ledger) -> None:
+def test_a_change_needs_more_of_an_id_if_several_orders_begin_so(ledger: Ledger) -> None:
+    dead(ledger, "order-1", "order-22", "order-23")
+
+    for name in ("retry", "discard"):
+        with pytest.raises(ValueError, match="several orders begin so"):
+            run(ledger, name, order_id="order-2")
+
+    assert {state for _, state, _ in stands(ledger)} == {"dead"}
+    assert retry(ledger, order_id="order-1").changed == 1
+    assert retry(ledger, order_id="order-22").changed == 1
+
+
+def test_send_needs_ids_or_the_time_of_the_look(ledger: Ledger) -> None:
     """A command that is started again must not send deliveries whose outcome became unknown in its first run."""
-    with pytest.raises(ValueError, match="needs the ids"):
-        retry(ledger, route="export", unknown="send")
+    for given in ({}, {"until": NOON + HOUR}):
+        with pytest.raises(ValueError, match="needs the ids"):
+            retry(ledger, route="export", unknown="send", **given)
 
     dead(ledger, "order-1", ends=UNKNOWN)
     looked_at = ledger.clock.now = NOON + HOUR
-    assert retry(ledger, route="export", until=looked_at, unknown="send").changed == 1
+    assert retry(ledger, route="export", ended_before=looked_at, unknown="send").changed == 1
     ledger.clock.now += HOUR
     ledger.settle(ledger.claim_one(), UNKNOWN)
-    assert retry(ledger, route="export", until=looked_at, unknown="send").changed == 0
+    assert retry(ledger, route="export", ended_before=looked_at, unknown="send").changed == 0
 
 
 @pytest.mark.parametrize("unknown", ["look-up", "send"])
@@ -886,7 +905,7 @@ def test_commands_beside_intake_claims_and_settlements_lose_nothing(postgres: Se
 
         def operator() -> None:
             for _ in range(15):
-                run(nodes[0], "retry", route="export", unknown="send", until=NOON + 1, most=5)
+                run(nodes[0], "retry", route="export", unknown="send", ended_before=NOON + 1, most=5)
                 run(nodes[0], "discard", reason="unknown", most=3)
                 pause(nodes[0])
                 pause(nodes[0], "resume")

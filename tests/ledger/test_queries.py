@@ -5,7 +5,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
+from msgspec.structs import replace as replaced
 
+from adapter.ledger import queries as queries_module
 from adapter.ledger.queries import DeliveryFilter, Queries
 from tests.databases import KINDS, Server
 from tests.ledger import test_verdict_log as judged
@@ -17,8 +19,10 @@ from tests.ledgers import (
     HISTORY,
     HOUR,
     NOON,
+    OTHER,
     REJECTED,
     Ledger,
+    delivered,
     make_many,
     make_verdicts,
     opened,
@@ -29,6 +33,9 @@ from tests.plans import BIG, assert_no_scan, seen
 
 T = TypeVar("T")
 MANY = 100_000
+
+
+LATE = replace(judged.LATE, route="limits")
 
 
 def query(ledger: Ledger, look: Callable[[Queries], T]) -> T:
@@ -54,6 +61,141 @@ def test_notifications_are_filtered_and_listed_newest_first(ledger: Ledger) -> N
     assert ids(order_id="nobody's") == []
     assert ids(callback="order-status", merchant="fjallboden", channel="1") == [3, 2, 1]
     assert ids(merchant="annan") == ids(channel="2") == ids(callback="cart") == []
+
+
+BEGINNINGS: dict[str, list[str]] = {
+    "o_yClT": ["o_yClT-a", "o_yClT-b"],
+    "o_yClT-a": ["o_yClT-a"],
+    "o_yCl": [],  # too short
+    "oXyClT": ["oXyClT-a"],
+    "100%-a": ["100%-ab"],
+    "100%-": [],
+    "%%%%%%": [],
+    "______": [],
+    "abcdef": ["abcdef"],  # the whole id of one order, and the beginning of another
+    "abcdefg": ["abcdefg"],
+    "ABCDEF": [],
+    "short": ["short"],
+    "åäöåäö": ["åäöåäö☃"],
+}
+
+
+@pytest.mark.parametrize("wanted", [True, False], ids=["wanted", "unwanted"])
+def test_the_beginning_of_an_id_stands_for_all_orders_whose_ids_begin_so(ledger: Ledger, wanted: bool) -> None:
+    orders = ["o_yClT-a", "oXyClT-a", "100%-ab", "abcdefg", "abcdef", "o_yClT-b", "short", "åäöåäö☃"]
+    verdict_log = judged.Writing(ledger)
+    for order in orders:
+        ledger.receive(receipt(order, wanted=[(ledger.export, True)] if wanted else []))
+        verdict_log.record(replace(LATE, order_id=order))
+    verdict_log.flush()
+
+    for name, expected in BEGINNINGS.items():
+        found = (
+            query(ledger, lambda queries, name=name: queries.notifications(order_id=name)),  # type: ignore[misc]
+            query(ledger, lambda queries, name=name: queries.verdicts(order_id=name)),  # type: ignore[misc]
+            query(ledger, lambda queries, name=name: queries.orders(name)),  # type: ignore[misc]
+            query(ledger, lambda queries, name=name: queries.deliveries(DeliveryFilter(order_id=name))),  # type: ignore[misc]
+        )
+        ids = [sorted(row["order_id"] for row in rows) for rows in found]
+        assert ids == [expected] * 3 + [expected if wanted else []], name
+
+
+def test_an_order_is_found_by_its_own_reference_and_by_that_of_a_destination(ledger: Ledger) -> None:
+    ledger.receive(receipt("order-1", 1, wanted=[(ledger.export, True)]))
+    ledger.receive(receipt("order-1", 2, reference="100-1"))
+    ledger.receive(receipt("order-2", 1, wanted=[(ledger.export, True)], reference="100-2"))
+    ledger.settle(ledger.claim(most=1)[0], delivered("GC-7"))
+    ledger.settle(ledger.claim(most=1)[0], REJECTED)
+    ledger.receive(receipt("order-2", 2, wanted=[(ledger.export, True)]))
+    ledger.settle(ledger.claim(most=1)[0], delivered("GC-8" + "x" * 1000))
+    verdict_log = judged.Writing(ledger)
+    verdict_log.record(LATE)
+    verdict_log.flush()
+
+    def found(reference: str) -> tuple[list[Any], ...]:
+        return query(
+            ledger,
+            lambda queries: (
+                [row["id"] for row in queries.deliveries(DeliveryFilter(reference=reference))],
+                [row["id"] for row in queries.notifications(reference=reference)],
+                [row["order_id"] for row in queries.verdicts(reference=reference)],
+                [row["order_id"] for row in queries.orders(reference)],
+            ),
+        )
+
+    assert found("100-1") == found("GC-7") == ([1], [2, 1], ["order-1"], ["order-1"])
+    assert found("100-2") == found("GC-8" + "x" * 900) == ([3, 2], [4, 3], [], ["order-2"])
+    assert found("GC-8") == found("100_1") == found("%") == ([], [], [], [])
+    shown = query(ledger, lambda queries: queries.deliveries())
+    references = [(row["order_reference"], (row["reference"] or "")[:4]) for row in shown]
+    assert references == [(None, "GC-8"), ("100-2", ""), (None, "GC-7")]
+
+
+@pytest.mark.parametrize("reference", ["nul\0", "half \ud800", "", "tab\t"], ids=ascii)
+def test_a_reference_that_cannot_be_searched_is_not_kept(ledger: Ledger, reference: str) -> None:
+    ledger.owed(1)
+    ledger.settle(ledger.claim_one(), delivered(reference), has_text=False)
+
+    assert ledger.rows("SELECT state, reference FROM deliveries") == [("done", None)]
+
+
+def test_orders_of_several_merchants_with_one_reference_are_told_apart(ledger: Ledger) -> None:
+    ledger.receive(receipt("order-1", wanted=[(ledger.export, True)], reference="7"))
+    other = replaced(receipt("order-2", wanted=[(ledger.other, True)], reference="7"), channel=OTHER.channel)
+    ledger.receive(other)
+
+    found = query(ledger, lambda queries: (queries.orders("7"), queries.orders("7", merchant="annan")))
+
+    annan = {"merchant": "annan", "channel": "1", "order_id": "order-2"}
+    assert found == ([annan, {"merchant": "fjallboden", "channel": "1", "order_id": "order-1"}], [annan])
+
+
+def test_since_and_until_are_the_time_of_receipt(ledger: Ledger) -> None:
+    for number in range(6):
+        ledger.clock.now = NOON + number * HOUR
+        ledger.receive(receipt(f"order-{number}", wanted=[(ledger.export, True)]))
+    ledger.clock.now = NOON + DAY
+    ledger.settle(ledger.claim(most=1)[0])
+
+    def ids(since: int | None, until: int | None) -> list[int]:
+        deliveries = query(ledger, lambda queries: queries.deliveries(DeliveryFilter(since=since, until=until)))
+        notifications = query(ledger, lambda queries: queries.notifications(since=since, until=until))
+        counted = query(ledger, lambda queries: queries.count(DeliveryFilter(since=since, until=until)))
+        found = [row["id"] for row in deliveries]
+        assert [row["id"] for row in notifications] == found
+        assert sum(row["count"] for row in counted) == len(found)
+        return found
+
+    assert ids(NOON + HOUR, NOON + 3 * HOUR) == [3, 2]
+    assert ids(None, NOON + 1) == [1]
+    assert ids(NOON + 4 * HOUR + 1, None) == [6]
+    assert ids(NOON + 5 * HOUR + 1, None) == ids(None, NOON) == []
+    assert len(ids(0, NOON + DAY)) == 6
+
+
+def test_nodes_whose_clocks_differ_a_little_hide_nothing_from_a_list(ledger: Ledger) -> None:
+    for number, seconds in enumerate((10, 40, 0, 30, 20)):
+        ledger.clock.now = NOON + seconds * 1000
+        ledger.receive(receipt(f"order-{number}"))
+
+    found = query(ledger, lambda queries: queries.notifications(since=NOON + 20_000, until=NOON + 41_000))
+
+    assert sorted(row["order_id"] for row in found) == ["order-1", "order-3", "order-4"]
+
+
+def test_a_list_says_how_many_match_if_it_is_not_all(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        ledger.owed(1, order_id=f"order-{number}")
+
+    def matching(limit: int, **given: Any) -> str | None:
+        return query(ledger, lambda queries: queries.deliveries(DeliveryFilter(**given), limit=limit)).matching
+
+    assert (matching(6), matching(5), matching(4), matching(1, order_id="order-1")) == (None, None, "5", None)
+    monkeypatch.setattr(queries_module, "MOST_COUNTED", 3)
+    assert matching(1) == "5"
+    for number in range(5, 12):
+        ledger.owed(1, order_id=f"order-{number}")
+    assert matching(1) == "more than 10"
 
 
 def test_a_notification_is_shown_with_its_deliveries_and_conflicts_and_never_its_body(ledger: Ledger) -> None:
@@ -128,9 +270,6 @@ def test_processes_are_shown_as_alive_or_not(ledger: Ledger) -> None:
     (later,) = query(ledger, lambda queries: queries.processes(NOON + HOUR))
 
     assert (process["alive"], later["alive"], process["version"]) == (True, False, "test")
-
-
-LATE = replace(judged.LATE, route="limits")
 
 
 def test_verdicts_are_filtered_and_listed_newest_first(ledger: Ledger) -> None:
@@ -212,6 +351,11 @@ def crowded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         make_many(ledger, 200 if server else MANY, "waiting")
         make_many(ledger, 200, "dead")
         make_verdicts(ledger, MANY)
+        ledger.rows(f"UPDATE notifications SET received_at = {NOON} - 1000 * ({MANY} - id) WHERE id < {MANY}")
+        ledger.rows("UPDATE notifications SET reference = 'own-' || id WHERE id % 2 = 0")
+        ledger.rows("UPDATE deliveries SET reference = 'theirs-' || id WHERE state = 'done'")
+        ledger.rows(f"UPDATE notifications SET is_wanted = {'0' if server is None else 'false'} WHERE id % 3 = 0")
+        ledger.rows("ANALYZE")
         yield ledger
     if server:
         server.drop(url)
@@ -222,6 +366,16 @@ QUERIES: dict[str, Callable[[Queries], Any]] = {
     "dead letters": lambda queries: queries.deliveries(DeliveryFilter(state="dead")),
     "dead letters of a reason": lambda queries: queries.deliveries(DeliveryFilter(state="dead", reason="rejected")),
     "deliveries of an order": lambda queries: queries.deliveries(DeliveryFilter(order_id="waiting-77")),
+    "deliveries whose order ids begin so": lambda queries: queries.deliveries(DeliveryFilter(order_id="done-7777")),
+    "deliveries of a reference": lambda queries: queries.deliveries(DeliveryFilter(reference="theirs-77")),
+    "deliveries since a moment": lambda queries: queries.deliveries(DeliveryFilter(since=NOON - HOUR)),
+    "deliveries until a moment": lambda queries: queries.deliveries(DeliveryFilter(until=NOON - DAY)),
+    "notifications since a moment": lambda queries: queries.notifications(since=NOON - HOUR),
+    "notifications of a reference": lambda queries: queries.notifications(reference="own-78"),
+    "notifications whose order ids begin so": lambda queries: queries.notifications(order_id="done-7777"),
+    "orders by a name": lambda queries: queries.orders("done-7777"),
+    "verdicts whose order ids begin so": lambda queries: queries.verdicts(order_id="order-7777"),
+    "verdicts of a reference": lambda queries: queries.verdicts(reference="own-78"),
     "deliveries of a notification": lambda queries: queries.deliveries(DeliveryFilter(notification_id=77)),
     "deliveries by id": lambda queries: queries.deliveries(DeliveryFilter(ids=(7, 77))),
     "a delivery": lambda queries: queries.delivery(77),

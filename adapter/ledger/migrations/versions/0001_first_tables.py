@@ -53,7 +53,9 @@ def upgrade() -> None:
         key(),
         sa.Column("identity", sa.LargeBinary, nullable=False),
         reference("conflicts_with", "notifications", nullable=True),
-        *texts("merchant", "channel", "callback", "order_id"),
+        *texts("merchant", "channel", "callback"),
+        sa.Column("order_id", BYTEWISE, nullable=False),
+        *texts("reference", nullable=True),
         *numbers("snapshot_at", "received_at"),
         *texts("source"),
         sa.Column("is_wanted", sa.Boolean, nullable=False, server_default=sa.true()),
@@ -67,6 +69,8 @@ def upgrade() -> None:
     partial_index("ix_notifications_bodies", "notifications", ["id"], "body IS NOT NULL")
     partial_index("ix_notifications_unwanted_bodies", "notifications", ["id"], "body IS NOT NULL AND NOT is_wanted")
     partial_index("ix_notifications_conflicts_with", "notifications", ["conflicts_with"], "conflicts_with IS NOT NULL")
+    partial_index("ix_notifications_unwanted_order_id", "notifications", ["order_id"], "NOT is_wanted")
+    partial_index("ix_notifications_reference", "notifications", ["reference"], "reference IS NOT NULL")
     op.create_table(
         "lanes",
         key(),
@@ -95,6 +99,7 @@ def upgrade() -> None:
         *numbers("first_attempt_at", "ended_at", "retried_at", nullable=True),
         reference("again_of", "deliveries", nullable=True),
         reference("command", "actions", nullable=True),
+        *texts("reference", nullable=True),
     )
     op.create_index("ix_deliveries_notification_id", "deliveries", ["notification_id"])
     op.create_index("ix_deliveries_lane_id", "deliveries", ["lane_id", "id"])
@@ -102,6 +107,7 @@ def upgrade() -> None:
     partial_index("ix_deliveries_dead", "deliveries", ["id", "lane_id"], "state = 'dead'")
     resends = ("uq_deliveries_again_of", "deliveries", ["again_of", "command"], "again_of IS NOT NULL")
     partial_index(*resends, unique=True)
+    partial_index("ix_deliveries_reference", "deliveries", ["reference"], "reference IS NOT NULL")
     op.create_table(
         "attempts",
         key(),
@@ -125,7 +131,9 @@ def upgrade() -> None:
         "verdicts",
         key(),
         *numbers("at"),
-        *texts("kind", "callback", "route", "merchant", "channel", "order_id", "decided", "codes"),
+        *texts("kind", "callback", "route", "merchant", "channel"),
+        sa.Column("order_id", BYTEWISE, nullable=False),
+        *texts("decided", "codes"),
         *texts("answered", nullable=True),
         *numbers("took_ms"),
     )
