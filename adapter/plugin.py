@@ -520,6 +520,17 @@ class _Handler(ABC, Generic[S]):
                 if isinstance(argument, type) and issubclass(argument, Settings):
                     cls.settings_type = argument
 
+    async def check_credentials(self, context: Context[S]) -> None:
+        """Ask the destination whether it accepts our credentials, by a request that has no effect.
+
+        `norce-adapter check --online` calls it without an order, once for each different settings. Leave it out if the
+        destination cannot be asked.
+
+        Raises:
+            Outcome: The destination refuses, or does not answer. `context.http` raises these itself.
+        """
+        raise NotImplementedError
+
 
 class NotificationHandler(_Handler[S]):
     """Base class for handlers that act on notifications.
@@ -609,6 +620,11 @@ class HookHandler(_Handler[S]):
         Raises:
             Refuse: The change must not be stored.
         """
+
+
+def can_check_credentials(handler: type[_Handler[Any]]) -> bool:
+    """Return True if the handler has a `check_credentials` of its own."""
+    return handler.check_credentials is not _Handler.check_credentials
 
 
 def can_look_up(handler: type[NotificationHandler[Any]]) -> bool:

@@ -73,11 +73,15 @@ async def _serve(config: Config, routes: "Routes", *, hold: bool) -> None:
 
 @click.command()
 @click.option("--strict", is_flag=True, help="Fail on warnings, too.")
+@click.option("--online", is_flag=True, help="Try the database, Norce, destinations and the public address, too.")
 @config_option
-def check(*, strict: bool, config_path: Path) -> None:
+def check(*, strict: bool, online: bool, config_path: Path) -> None:
     """Check the configuration, the handlers and their settings. Print every problem.
 
     Conditions, watches and targets are compared with Norce's order: what can have no effect is a warning.
+
+    With --online: try the database, each token at Norce, each destination whose handler can check its credentials, and
+    the public address, which needs a running service. Nothing is changed anywhere.
     """
     from adapter.routing.norce_check import norce_warnings
 
@@ -88,3 +92,20 @@ def check(*, strict: bool, config_path: Path) -> None:
     if warnings and strict:
         end(CONFIGURATION, f"{len(warnings)} warning{'' if len(warnings) == 1 else 's'}, with --strict")
     click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; no problems")
+    if online:
+        _try_everything(config, routes)
+
+
+def _try_everything(config: Config, routes: "Routes") -> None:
+    """Print a line for everything that was tried, and end the command if something failed."""
+    import asyncio
+
+    from adapter import logs
+    from adapter.cli.online import try_everything
+
+    logs.configure(level="error")
+    trials = asyncio.run(try_everything(config, routes))
+    for trial in trials:
+        click.echo(f"ok      {trial.name}" if trial.problem is None else f"failed  {trial.name}: {trial.problem}")
+    if any(trial.problem for trial in trials):
+        sys.exit(FAILED)

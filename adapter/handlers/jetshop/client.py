@@ -31,6 +31,7 @@ from adapter.plugin import (
 )
 
 MAX_PLACES = 10
+NO_ORDER = "norce-adapter-check"  # a key that no shop gives to an order
 REJECTED = {400: "jetshop-bad-request", 409: "order-conflict", 422: "jetshop-validation"}
 _CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,7}")
 
@@ -77,6 +78,14 @@ class JetshopExport(NotificationHandler[JetshopSettings]):
             # Such an answer does not show whether the export is stored, so the doubt remains.
             raise Retry("jetshop-broken-answer", f"{export.answered(answer)}, against the contract")
         return None
+
+    async def check_credentials(self, context: Context[JetshopSettings]) -> None:
+        """Read the payment information of an order that the shop cannot have."""
+        settings = context.settings
+        url = f"{settings.base_url}{payment_path(NO_ORDER, settings)}"
+        answer = await context.http.get(url, headers=_headers(settings))
+        if answer.status_code != 404:
+            answer.raise_for_status()
 
 
 class _Export:
