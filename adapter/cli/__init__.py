@@ -26,7 +26,7 @@ COMMANDS = {
     "why": "why.why",
     "explain": "explain.explain",
     "handlers": "handlers.handlers_group",
-    "register": "orders.register",
+    "register": "register.register",
     "reconcile": "reconcile.reconcile",
     "orders": "orders.orders_group",
     "notifications": "ledger.notifications_group",

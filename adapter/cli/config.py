@@ -7,11 +7,31 @@ from typing import Any
 import click
 
 from adapter.cli.orders import call_norce
-from adapter.cli.shared import FAILED, TEXT, USAGE, as_json, config_option, end, load_config, printable
+from adapter.cli.register import (
+    NOT_RECORDED,
+    channels_of_merchant,
+    former_merchant_options,
+    reason_options,
+    with_former_merchant,
+)
+from adapter.cli.service import record_change
+from adapter.cli.shared import (
+    FAILED,
+    NOTHING_MATCHED,
+    TEXT,
+    USAGE,
+    as_json,
+    config_option,
+    end,
+    load_config,
+    output_option,
+    printable,
+)
+from adapter.config import Config
 from adapter.config.json_schema import file_schema
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceError
-from adapter.registrations.on_channels import STATIC, channel_documents
+from adapter.registrations.on_channels import STATIC, channel_documents, documents_without_us
 from adapter.routing.routes import settings_types
 
 SCHEMA_FILE = "config.schema.json"
@@ -46,14 +66,28 @@ def config_schema(*, write: bool, config_path: Path) -> None:
 @click.option("--merchant", type=TEXT, help="Only this merchant's channels.")
 @click.option("--channel", type=TEXT, help="Only this channel.")
 @click.option("--write", is_flag=True, help="Write the documents to Norce instead of printing them.")
+@click.option("--remove", is_flag=True, help="Remove our document and our entries from the channels of --merchant.")
+@former_merchant_options
+@click.option("--dry-run", is_flag=True, help="With --remove: only list the documents that would change.")
+@reason_options
+@output_option
 @config_option
-def config_norce(merchant: str | None, channel: str | None, *, write: bool, config_path: Path) -> None:
+def config_norce(
+    merchant: str | None, channel: str | None, *, write: bool, remove: bool, config_path: Path, **given: Any
+) -> None:
     """Print the documents at Norce that register our callbacks on every new order.
 
     Other content of the documents is kept. With --write, the service must be running, because Norce reads our schema
     from it.
     """
     config = load_config(config_path)
+    if write and remove:
+        end(USAGE, "choose --write or --remove")
+    slug, token_file = given.pop("slug"), given.pop("norce_token_file")
+    config = with_former_merchant(config, merchant, slug, token_file, removes=remove)
+    if remove:
+        _remove_documents(config, merchant, channel, **given)
+        return
     channels = [each for each in config.channels if merchant in (None, each.merchant) and channel in (None, each.name)]
     if not channels:
         end(USAGE, "no such merchant and channel is configured")
@@ -80,6 +114,53 @@ def config_norce(merchant: str | None, channel: str | None, *, write: bool, conf
 
     if failed := call_norce(config, work):
         end(min(code for code, _ in failed), "\n".join(printable(each) for _, each in failed))
+
+
+def _remove_documents(
+    config: Config, merchant: str | None, channel: str | None, *, dry_run: bool, why: str | None, who: str, output: str
+) -> None:
+    if merchant is None:
+        end(USAGE, "--remove needs --merchant")
+    if not dry_run and not (why or "").strip():
+        end(USAGE, "--why is needed; --dry-run lists the documents that would change")
+    rows: list[dict[str, str]] = []
+    failed: list[str] = []
+
+    async def work(norce: Norce) -> None:
+        for each in await channels_of_merchant(config, norce, merchant, channel):
+            place = f"{each.merchant}, channel {each.name}"
+            try:
+                changes, is_last = await documents_without_us(config, norce, each)
+                for name, document in changes.items():
+                    if document is None and is_last:
+                        failed.append(f"{place}: {name} stays, because Norce removes a channel with its last document")
+                        continue
+                    if not dry_run:
+                        operation = "remove_configuration" if document is None else "put_configuration"
+                        await norce.call(each, operation, body=document, path={"name": name})
+                    done = "removed" if document is None else "changed"
+                    rows.append({"merchant": each.merchant, "channel": each.name, "document": name, "change": done})
+            except NorceError as error:  # continue with the other channels
+                failed.append(f"{place}: {error}")
+
+    try:
+        call_norce(config, work)
+    finally:
+        if rows and not dry_run:
+            where = {"merchant": merchant} | ({} if channel is None else {"channel": channel})
+            change = {"command": "remove-documents", "by": {"who": who, "why": why}, "given": where}
+            if record_change(config, change | {"changed": len(rows)}) is None:
+                click.echo(NOT_RECORDED, err=True)
+    if rows or failed:
+        click.echo(
+            as_json(rows) if output == "json" else f"{len(rows)} documents {'would change' if dry_run else 'changed'}"
+        )
+    for row in rows if output != "json" else ():
+        click.echo(printable(f"{row['merchant']}, channel {row['channel']}: {row['document']} is {row['change']}"))
+    if failed:
+        end(FAILED, "\n".join(map(printable, failed)))
+    if not rows:
+        end(NOTHING_MATCHED, f"no document of {printable(merchant)} at Norce names this adapter")
 
 
 def _without_secrets(name: str, document: dict[str, Any], adapter_id: str) -> dict[str, Any]:

@@ -1,16 +1,14 @@
-"""Commands about orders at Norce: list, show, delete, and register our callbacks.
+"""Commands about orders at Norce: list, show and delete.
 
 They call Norce with the tokens in the configuration. They need no running service and no ledger.
 """
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
-import msgspec
 
 from adapter.cli.shared import (
     FAILED,
@@ -22,7 +20,6 @@ from adapter.cli.shared import (
     list_options,
     load_config,
     options,
-    output_option,
     print_rows,
     printable,
     progress_bar,
@@ -33,7 +30,7 @@ from adapter.identifiers import Channel
 from adapter.metrics import Metrics
 from adapter.norce.api import V0
 from adapter.norce.client import Norce, NorceError, OrderNotFound
-from adapter.registrations.on_orders import PLACES, Registrar
+from adapter.registrations.on_orders import PLACES
 from adapter.routing.from_config import norce_client
 
 COLUMNS = ("id", "reference", "status", "created", "total", "currency")
@@ -61,7 +58,7 @@ def orders_group() -> None:
 def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> None:
     """List the orders of a channel, newest first, without data about customers."""
     config = load_config(config_path)
-    channel = _channel(config, given.pop("merchant"), given.pop("channel"))
+    channel = only_channel(config, given.pop("merchant"), given.pop("channel"))
     statuses = {each.lower() for each in given.pop("status")}
     filters = {name: value for name, value in given.items() if value is not None}
     if "search" in filters and config.norce.version != V0:
@@ -94,7 +91,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
 def orders_show(order_id: str, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
     """Show an order with its callbacks. JSON shows all of it, including the customer."""
     config = load_config(config_path)
-    of_channel = _channel(config, merchant, channel)
+    of_channel = only_channel(config, merchant, channel)
     answer = call_norce(config, lambda norce: norce.order(of_channel, order_id))
     if output == "json":
         click.echo(answer.raw)
@@ -117,7 +114,7 @@ def orders_show(order_id: str, merchant: str | None, channel: str | None, output
 def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, yes: bool, config_path: Path) -> None:
     """Delete an order at Norce. It cannot be undone."""
     config = load_config(config_path)
-    of_channel = _channel(config, merchant, channel)
+    of_channel = only_channel(config, merchant, channel)
     if not yes:
         click.confirm(
             f"Delete order {printable(order_id)} of {of_channel.merchant}, channel {of_channel.name}?",
@@ -128,44 +125,14 @@ def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, y
     click.echo("deleted")
 
 
-@click.command("register")
-@click.argument("order_id", metavar="ORDER", type=TEXT)
-@channel_options
-@click.option("--remove", is_flag=True, help="Remove all callbacks of this adapter instead.")
-@output_option
-@config_option
-def register(
-    order_id: str, merchant: str | None, channel: str | None, *, remove: bool, output: str, config_path: Path
-) -> None:
-    """Register the callbacks on an order.
-
-    Missing callbacks are added, and stale ones of this adapter are removed.
-    """
-    config = load_config(config_path)
-    of_channel = _channel(config, merchant, channel)
-
-    def work(norce: Norce) -> Coroutine[Any, Any, Any]:
-        registrar = Registrar(config, norce)
-        return (registrar.deregister if remove else registrar.register)(of_channel, order_id)
-
-    try:
-        done = msgspec.to_builtins(call_norce(config, work))
-    except LookupError as error:
-        end(USAGE, str(error))
-    if output == "json":
-        click.echo(json.dumps(done))
-        return
-    for what, names in done.items():
-        click.echo(f"{what:8} {printable(', '.join(names)) or '-'}")
-
-
 def _row(order: dict[str, Any]) -> dict[str, Any]:
     state, total = (each if isinstance(each := order.get(name), dict) else {} for name in ("state", "total"))
     shown = {name: order.get(name) for name in ("id", "reference", "created", "currency")}
     return shown | {"status": str(state.get("currentStatus", "")).lower(), "total": total.get("includingVat")}
 
 
-def _channel(config: Config, merchant: str | None, channel: str | None) -> Channel:
+def only_channel(config: Config, merchant: str | None, channel: str | None) -> Channel:
+    """Return the channel that is named, or the only one. An error ends the command."""
     merchant = merchant or _only(config.merchants, "--merchant")
     if merchant not in config.merchants:
         end(USAGE, f"no merchant {printable(merchant)} is configured, only {', '.join(config.merchants)}")

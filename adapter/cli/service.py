@@ -130,6 +130,22 @@ def is_held(config: Config) -> bool:
         return False
 
 
+def record_change(config: Config, change: dict[str, Any]) -> int | None:
+    """Record a change at Norce in the ledger of the service on this host.
+
+    Returns:
+        The id of the record, or None if no service runs here: such a change must be possible without one.
+    """
+    if config.operations.socket is None:
+        return None
+    try:
+        with _over_socket(config.operations.socket) as http:
+            answer = http.post("/commands/record", content=msgspec.json.encode(change))
+            return int(answer.json()["action"]) if answer.status_code == 200 else None
+    except (OSError, httpx.HTTPError, ValueError):
+        return None
+
+
 def _over_socket(path: str) -> httpx.Client:
     """Return a client for the socket. Raises `OSError` if no service listens there."""
     # httpx leaves its socket open if it cannot connect, so this connection finds the error first.

@@ -83,6 +83,16 @@ class QueueChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     channel: Text | None = None
 
 
+class ChangeAtNorce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A change of many orders or documents at Norce, to be recorded."""
+
+    command: Literal["register", "deregister", "remove-documents"]
+    by: Author
+    given: Mapping[Text, Text]
+    changed: Annotated[int, Meta(ge=0)] = 0
+    action: Id | None = None  # the record of its beginning
+
+
 class Commands:
     """The commands on an open ledger. All methods raise `StoreUnavailable`.
 
@@ -111,7 +121,11 @@ class Commands:
             NoSuchCommand: There is no command of this name.
             ValueError: The body does not fit the command.
         """
-        types = {"retry": Step, "resend": Step, "discard": Step, "pause": QueueChange, "resume": QueueChange}
+        types: dict[str, type[msgspec.Struct]] = {
+            **dict.fromkeys(("retry", "resend", "discard"), Step),
+            **dict.fromkeys(("pause", "resume"), QueueChange),
+            "record": ChangeAtNorce,
+        }
         if name not in types:
             raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(types)}.")
         arguments = msgspec.json.decode(body, type=types[name])
@@ -151,6 +165,16 @@ class Commands:
         A delivery that is being attempted stays: its handler cannot be undone.
         """
         return await self._store.run(self._step, "discard", step)
+
+    async def record(self, change: ChangeAtNorce) -> StepResult:
+        """Record a change that a command makes at Norce."""
+
+        def write(connection: Connection) -> int:
+            return record_action(
+                connection, change.command, change.by, change.given, change.changed, self._clock(), change.action
+            )
+
+        return StepResult(changed=change.changed, after=None, action=await self._store.run(write))
 
     async def pause(self, change: QueueChange) -> int:
         """Pause queues until a person resumes them. Returns their number."""

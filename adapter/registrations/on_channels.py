@@ -34,10 +34,7 @@ async def channel_documents(config: Config, norce: Norce, channel: Channel) -> d
     ours = await _read_document(norce, channel, adapter_id)
     static = await _read_document(norce, channel, STATIC)
     order = _mapping(static.get("order"))
-    listed = order.get("notifications") or []
-    if not isinstance(listed, list):
-        raise NorceUnavailable(f"order.notifications of {STATIC} is not a list; the document was left as it is")
-    others = [each for each in listed if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)]
+    others = _of_others(order.get("notifications") or [], adapter_id)
     return {
         adapter_id: {
             "active": True,
@@ -55,6 +52,75 @@ async def channel_documents(config: Config, norce: Norce, channel: Channel) -> d
             "order": {**order, "notifications": [*others, *static_notifications(config, channel.merchant)]},
         },
     }
+
+
+async def documents_without_us(
+    config: Config, norce: Norce, channel: Channel
+) -> tuple[dict[str, dict[str, Any] | None], bool]:
+    """Return the documents to change so that no new order is registered with us, by name.
+
+    Returns:
+        The new content of `static_notifications` without our entries if there are any, then None for our own document,
+        which has to be removed, if there is one. And whether our own is the last document of the channel: Norce removes
+        the channel with it.
+
+    Raises:
+        NorceError: If a document cannot be read or is not understood.
+    """
+    adapter_id = config.adapter.id
+    try:
+        content = await norce.call(channel, "list_configurations")
+    except NotFound:
+        return {}, False
+    try:
+        listed = decode(content, list[dict[str, Any]])
+    except NotAnOrder as error:
+        raise NorceUnavailable("the list of documents is not as documented") from error
+    changes: dict[str, dict[str, Any] | None] = {}
+    by_name = {each.get("id"): each for each in listed}
+    order = _mapping(_mapping(by_name.get(STATIC)).get("order"))
+    entries = order.get("notifications") or []
+    others = _of_others(entries, adapter_id)
+    if len(others) < len(entries):
+        changes[STATIC] = {**by_name[STATIC], "order": {**order, "notifications": others}}
+    if adapter_id in by_name:
+        changes[adapter_id] = None
+    return changes, set(by_name) == {adapter_id}
+
+
+def _of_others(entries: Any, adapter_id: str) -> list[Any]:
+    if not isinstance(entries, list):
+        raise NorceUnavailable(f"order.notifications of {STATIC} is not a list; the document was left as it is")
+    return [each for each in entries if not (isinstance(each, Mapping) and each.get("adapterId") == adapter_id)]
+
+
+async def is_switched_off(config: Config, norce: Norce, channel: Channel) -> bool:
+    """Return whether our document in Norce's configuration switches the channel off.
+
+    With `norce.refresh: 0s` the documents have no effect, as in the service.
+
+    Raises:
+        NorceError: If the document cannot be read or is not understood.
+    """
+    if not config.norce.refresh:
+        return False
+    return (await _read_document(norce, channel, config.adapter.id)).get("active") is False
+
+
+async def channels_at_norce(norce: Norce, merchant: str) -> list[Channel]:
+    """Return the channels of a merchant that have a document in Norce's configuration.
+
+    Raises:
+        NorceError: If they cannot be read.
+    """
+    try:
+        content = await norce.call(Channel(merchant, ""), "list_channels")
+    except NotFound:
+        return []
+    try:
+        return [Channel(merchant, name) for name in decode(content, list[str])]
+    except NotAnOrder as error:
+        raise NorceUnavailable("the list of channels is not as documented") from error
 
 
 def static_notifications(config: Config, merchant: str) -> list[dict[str, Any]]:
