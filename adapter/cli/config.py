@@ -78,7 +78,7 @@ def config_norce(
     """Print the documents at Norce that register our callbacks on every new order.
 
     Other content of the documents is kept. With --write, the service must be running, because Norce reads our schema
-    from it.
+    from it. With --remove, our part is taken out again.
     """
     config = load_config(config_path)
     if write and remove:

@@ -214,13 +214,12 @@ class Norce:
         return await _page(await self.call(Channel(merchant, ""), "list_events", query=query), offset, Event)
 
     async def order_pages(
-        self, channel: Channel, *, limit: int = 50, **filters: str
+        self, channel: Channel, offset: int = 0, /, *, limit: int = 50, **filters: str
     ) -> AsyncIterator[Page[dict[str, Any]]]:
-        """Yield the orders of a channel page by page.
+        """Yield the orders of a channel page by page, from `offset` on.
 
         The list ends when `totalSize` is reached or a page is empty. Raises `NorceError`.
         """
-        offset = 0
         for _ in range(MAX_PAGES):
             query = {**filters, "offset": str(offset), "limit": str(limit)}
             page = await _page(await self.call(channel, "list_orders", query=query), offset, dict[str, Any])

@@ -17,7 +17,7 @@ from adapter.registrations.on_orders import PLACES, CallbacksRejected, Registere
 
 AT_ONCE = 16
 PAGE_SIZE = 100
-TRIES = 3  # of an order for which Norce asks us to wait (429 or 503 with Retry-After)
+TRIES = 3  # of a request for which Norce asks us to wait (429 or 503 with Retry-After)
 LONGEST_WAIT = timedelta(minutes=1)
 # In these states an order never changes again, except for its payments (checkout protocol, section 3). Every other one,
 # also one that is not documented, is open.
@@ -76,14 +76,26 @@ class OrderBatch:
             progress: Takes the number of orders that were read, and that of all if Norce says so.
 
         Raises:
-            NorceError: The list cannot be read.
+            NorceError: The list, or an order in it, cannot be read. All that could be read were yielded.
         """
         query = {"order_by": "created", "order_by_direction": "asc"}
-        async for page in self._norce.order_pages(self._channel, limit=PAGE_SIZE, **query):
-            for order in page.items:
-                if isinstance(order_id := order.get("id"), str) and (is_open(order) or not only_open):
-                    yield Candidate(order_id, order)
-            progress(page.offset + page.count, page.total)
+        offset, unreadable, number = 0, 0, 1
+        while True:
+            try:
+                async for page in self._norce.order_pages(self._channel, offset, limit=PAGE_SIZE, **query):
+                    for order in page.items:
+                        if isinstance(order_id := order.get("id"), str) and (is_open(order) or not only_open):
+                            yield Candidate(order_id, order)
+                    unreadable += page.count - len(page.items)
+                    offset, number = page.offset + page.count, 1
+                    progress(offset, page.total)
+                break
+            except NorceError as error:
+                if not await self._may_try_again(error, number):
+                    raise
+                number += 1
+        if unreadable:
+            raise NorceUnavailable(f"{unreadable} orders of Norce's list cannot be read")
 
     async def handle(self, candidates: AsyncIterator[Candidate]) -> AsyncIterator[HandledOrder]:
         """Register or remove callbacks on the orders, and yield each when it is handled.
@@ -142,13 +154,23 @@ class OrderBatch:
             except NorceError as error:
                 done = error.done if isinstance(error, CallbacksRejected) else done
                 failure = error
-                after = error.after if isinstance(error, NorceUnavailable) else None
-                if after is None or number == TRIES or self._stop.is_set():
+                if not await self._may_try_again(error, number):
                     break
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(min(after, LONGEST_WAIT).total_seconds()):
-                        await self._stop.wait()
         return HandledOrder(channel=self._channel, order_id=order_id, done=done, error=failure)
+
+    async def _may_try_again(self, error: NorceError, number: int) -> bool:
+        """Wait as long as Norce asks for.
+
+        Returns:
+            False if it asks for no time, or has asked too often.
+        """
+        after = error.after if isinstance(error, NorceUnavailable) else None
+        if after is None or number >= TRIES or self._stop.is_set():
+            return False
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(after, LONGEST_WAIT).total_seconds()):
+                await self._stop.wait()
+        return True
 
     async def _act(self, order_id: str) -> Registered:
         if self._dry_run:

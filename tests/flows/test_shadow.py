@@ -59,3 +59,34 @@ def test_what_waits_when_a_route_becomes_a_shadow_is_sent_when_it_is_in_force_ag
     assert [each["reason"] for each in site.deliveries("owed")] == ["shadow", "delivered"]
     assert site.shop.methods("owed") == ["PUT"]
     assert site.shop.methods("other") == []
+
+
+def test_a_shop_goes_live_without_sending_and_a_backfill_then_sends_every_order_once(site: Site) -> None:
+    site.config["operations"]["socket"] = "operations.sock"
+    set_mode(site, "shadow")
+    service = site.start()
+    for name in ("first", "second", "third"):
+        assert site.notify(service, make_order(name)) == 200
+    assert site.notify(service, make_order("second", lastModified="2026-02-03T10:00:00Z")) == 200
+    assert site.notify(service, make_order("open", state={"currentStatus": "accepted"})) == 200
+    too_early = site.run_command("deliveries", "backfill", "export-payment", "--why", "live")
+    assert too_early.returncode != 0
+    assert "shadow" in too_early.stderr
+    assert service.stop() == 0
+    assert site.shop.received == []
+
+    set_mode(site, "enforce")
+    service = site.start()
+    assert site.notify(service, make_order("third", lastModified="2026-02-03T11:00:00Z")) == 200
+    wait_until(lambda: site.deliveries("third")[0]["reason"] == "delivered")
+    for _ in range(2):
+        site.run_command("deliveries", "backfill", "export-payment", "--why", "live")
+    wait_until(lambda: not site.deliveries(state="waiting"))
+
+    reasons = {name: [each["reason"] for each in site.deliveries(name)] for name in ("first", "second", "third")}
+    assert reasons == {
+        "first": ["delivered", "shadow"],
+        "second": ["delivered", "shadow", "shadow"],
+        "third": ["delivered", "shadow"],
+    }
+    assert [site.shop.methods(name) for name in ("first", "second", "third", "open")] == [["PUT"]] * 3 + [[]]

@@ -287,6 +287,30 @@ def test_orders_before_an_unreadable_page_are_handled(tmp_path: Path) -> None:
     assert len(handled.changed()) == 100
 
 
+def test_a_page_is_read_again_after_the_time_that_norce_asks_for(tmp_path: Path) -> None:
+    norce = ManyOrdersAtNorce(*some(150))
+
+    def ask_for_time() -> None:
+        if norce.requests[-1] == ("GET", "") and norce.requests.count(("GET", "")) == 2:
+            norce.first[""] = [later(0)]
+
+    norce.on_request = ask_for_time
+    handled = handle(configured(tmp_path), norce)
+
+    assert handled.error is None
+    assert len(handled.all) == len(handled.changed()) == 150
+
+
+def test_an_order_that_cannot_be_read_in_the_list_is_a_failure(tmp_path: Path) -> None:
+    norce = ManyOrdersAtNorce(*some(2))
+    norce.pages = lambda all_, offset, limit: ["no order", *all_][offset:][:limit]
+
+    handled = handle(configured(tmp_path), norce)
+
+    assert str(handled.error) == "1 orders of Norce's list cannot be read"
+    assert handled.changed() >= {"o1"}
+
+
 def test_an_order_that_moves_to_the_next_page_is_handled_once(tmp_path: Path) -> None:
     norce = ManyOrdersAtNorce(*some(150))
     norce.pages = lambda all_, offset, limit: all_[max(offset - 10, 0) :][:limit]
