@@ -86,6 +86,8 @@ OPEN, CLOSED = Standing.OPEN, Standing.CLOSED
 _AGAIN = "norce-adapter why {asked}"
 _REGISTER = "norce-adapter register {order} {of_channel}"
 _RETRY = 'norce-adapter deliveries retry {delivery} --why "…"'
+_RESEND = 'norce-adapter deliveries resend {delivery} --why "…"'
+_BACKFILL = 'norce-adapter deliveries backfill {route_name} {of_channel} --why "…" --dry-run'
 _BRING = "norce-adapter reconcile"
 
 ORDER_CASES: tuple[Case[Facts], ...] = (
@@ -135,13 +137,14 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         Standing.EXPORTED,
         lambda o: o.state_is("done") and o.route.delivered is not None,
         says="It was sent by {route}, and has been in the receiving system since {delivered_at}{number}.",
+        remedies=('norce-adapter deliveries resend {delivered} --why "…"',),
     ),
     Case(
         "skipped",
         CLOSED,
         lambda o: o.state_is("done", "skipped"),
         says="{route} found nothing to send for it ({code}, {ended_at}).",
-        remedies=("norce-adapter deliveries show {delivery}",),
+        remedies=("norce-adapter deliveries show {delivery}", _RESEND),
     ),
     Case(
         "moved-on",
@@ -155,14 +158,14 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         CLOSED,
         lambda o: o.state_is("done", "discarded"),
         says="{route} does not send it, because one of us decided so ({ended_at}).",
-        remedies=("norce-adapter store actions",),
+        remedies=("norce-adapter store actions", _RESEND),
     ),
     Case(
         "shadow",
         CLOSED,
         lambda o: o.state_is("done", "shadow"),
         says="{route} is on trial: it would have sent the order ({ended_at}), and has sent nothing.",
-        remedies=("norce-adapter check",),
+        remedies=(_BACKFILL,),
     ),
     Case(
         "superseded",
@@ -369,6 +372,14 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         remedies=(_AGAIN,),
     ),
     Case(
+        "refused",
+        OPEN,
+        lambda o: o.may_come and o.facts.refusal is not None,
+        says="The purchase is not finished: our check {check} refused it with {codes} ({refused_at}). {route} sends "
+        "the order when it is {wanted}.",
+        remedies=("norce-adapter verdicts list --order {order}",),
+    ),
+    Case(
         "state-not-reached",
         OPEN,
         lambda o: o.may_come,
@@ -381,7 +392,7 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         lambda o: bool(o.route.arrivals),
         says="Norce told us about the order ({received}), but {route} was not to send it then. As it is set up today, "
         "{route} would; a person has to start that.",
-        remedies=("norce-adapter explain {notification}",),
+        remedies=(_BACKFILL,),
     ),
     Case(
         "not-arrived",

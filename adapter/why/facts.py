@@ -133,6 +133,12 @@ class Facts:
     verdicts: Sequence[Mapping[str, Any]] = ()
     routes: Sequence[RouteFacts] = ()
 
+    @property
+    def refusal(self) -> Mapping[str, Any] | None:
+        """The newest verdict that refused the purchase or a change of the order."""
+        refusals = (each for each in self.verdicts if each["decided"] in ("reject", "refuse"))
+        return next((each for each in refusals if each["kind"] == "answer"), None)
+
 
 # --- the orders -------------------------------------------------------------------------------------------------------
 
@@ -255,9 +261,14 @@ def facts_of(
     channel, order_id, order = reading.channel, reading.order_id, reading.order
     of_channel = {"merchant": channel.merchant, "channel": channel.name}
     of_order = DeliveryFilter(order_id=order_id, merchant=channel.merchant, channel=channel.name)
-    rows = queries.deliveries(of_order, limit=MAX_DELIVERIES)
+
+    def of_this(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Leave out other orders: to the ledger, an id that it does not have is the beginning of one."""
+        return [each for each in rows if each["order_id"] == order_id and each.items() >= of_channel.items()]
+
+    rows = of_this(queries.deliveries(of_order, limit=MAX_DELIVERIES))
     deliveries = [queries.delivery(row["id"]) or row for row in rows]
-    notifications = queries.notifications(order_id=order_id, merchant=channel.merchant, channel=channel.name)
+    notifications = of_this(queries.notifications(order_id=order_id, merchant=channel.merchant, channel=channel.name))
     tree = _kept_order(queries, notifications) if order is None else order
     reference, cart_reference = references_of(tree or {})
     on_order = _callbacks_on(config, routes, reading)
@@ -292,7 +303,7 @@ def facts_of(
         now=to_text(now),
         channel=channel,
         order_id=order_id,
-        reference=reference,
+        reference=reference or next((each["reference"] for each in notifications), None),
         cart_reference=cart_reference,
         at_norce=AtNorce.FOUND if order else AtNorce.UNREADABLE if reading.problem else AtNorce.MISSING,
         problem=reading.problem,
@@ -304,7 +315,7 @@ def facts_of(
         is_held=is_held,
         is_served=any(each["alive"] for each in queries.processes(now)),
         notifications=notifications,
-        verdicts=[each for each in queries.verdicts(order_id=order_id) if each.items() >= of_channel.items()],
+        verdicts=of_this(queries.verdicts(order_id=order_id)),
         routes=gathered,
     )
 

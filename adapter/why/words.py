@@ -108,6 +108,12 @@ def _words(facts: Facts, route: RouteFacts | None) -> dict[str, Any]:
         "received": moment_in_words(facts.notifications[-1]["received_at"]) if facts.notifications else None,
         "notification": facts.notifications[0]["id"] if facts.notifications else None,
     }
+    if facts.refusal is not None:
+        words |= {
+            "check": f"“{facts.refusal['route']}”",
+            "codes": ", ".join(f"“{each}”" for each in facts.refusal["codes"]) or "no code",
+            "refused_at": moment_in_words(facts.refusal["at"]),
+        }
     if route is not None:
         words |= _words_of_route(facts, route)
     return {name: value for name, value in words.items() if value is not None}
@@ -135,7 +141,7 @@ def _words_of_route(facts: Facts, route: RouteFacts) -> dict[str, Any]:
     if delivered is not None:
         number = f", with the number {delivered['reference']}" if delivered["reference"] else ""
         since = moment_in_words(delivered["ended_at"])
-        words |= {"delivered_at": since, "number": number}
+        words |= {"delivered": delivered["id"], "delivered_at": since, "number": number}
         words["earlier"] = f" An earlier version of it has been there since {since}{number}."
     if current is not None:
         attempts = current.get("attempts") or ()
@@ -219,7 +225,8 @@ def _route_lines(decision: Decision) -> Iterator[str]:
     if route.pause is not None:
         yield f"  paused by {route.pause['who']} at {moment_in_words(route.pause['at'])}"
     for each in reversed(route.deliveries):
-        yield f"  delivery {each['id']} for notification {each['notification_id']}: {_delivery_in_words(each)}"
+        again = f", again for delivery {each['again_of']}" if each["again_of"] else ""
+        yield f"  delivery {each['id']} for notification {each['notification_id']}{again}: {_delivery_in_words(each)}"
         for attempt in each.get("attempts", ()):
             yield f"    {_attempt_in_words(attempt)}"
 

@@ -43,6 +43,7 @@ def deliveries(draw: st.DrawFn) -> list[dict[str, object]]:
                 "ended_at": None if state == "waiting" else EARLIER,
                 "code": draw(st.none() | st.just("destination-busy")),
                 "reference": draw(st.none() | st.just("4711")),
+                "again_of": draw(st.none() | st.just(1)),
                 "attempts": [],
             }
         )
@@ -114,6 +115,17 @@ def facts(draw: st.DrawFn) -> Facts:
         is_held=draw(st.booleans()),
         is_served=draw(st.booleans()),
         notifications=[{"id": 1, "callback": "c", "received_at": EARLIER, "source": "callback"}]
+        if draw(st.booleans())
+        else [],
+        verdicts=[
+            {
+                "at": EARLIER,
+                "kind": draw(st.sampled_from(["answer", "late", "shadow"])),
+                "route": "rules",
+                "decided": draw(st.sampled_from(["reject", "refuse", "patch", "approve"])),
+                "codes": draw(st.sampled_from([[], ["too-much"]])),
+            }
+        ]
         if draw(st.booleans())
         else [],
         routes=draw(st.lists(routes(), max_size=3)) if is_known else [],

@@ -190,6 +190,14 @@ def state_not_reached(site: Site) -> None:
     site.order(**CHECKOUT)
 
 
+def refused(site: Site) -> None:
+    site.order(**CHECKOUT)
+    site.ledger.rows(
+        "INSERT INTO verdicts (at, kind, callback, route, merchant, channel, order_id, decided, codes, took_ms) VALUES "
+        f"({NOON}, 'answer', 'order-rules', 'limits', 'fjallboden', '1', 'order-1', 'reject', '[\"too-much\"]', 1)"
+    )
+
+
 def unread(site: Site) -> None:
     site.receive(site.order(), wanted=False)
     site.ledger.rows("UPDATE notifications SET body = NULL")
@@ -381,6 +389,11 @@ ANSWERS: dict[Callable[[Site], None], tuple[str, str]] = {
         "Order order-1 (reference 100245) is in the state checkout at Norce. The purchase is not finished, and "
         "“export” sends the order when it is completed.",
     ),
+    refused: (
+        "refused",
+        "Order order-1 (reference 100245) is in the state checkout at Norce. The purchase is not finished: our check "
+        "“limits” refused it with “too-much” (2026-02-03 12:00 UTC). “export” sends the order when it is completed.",
+    ),
     unread: (
         "unread",
         "Order order-1 cannot be read from Norce now (Norce does not answer), so this is as far as we know. We "
@@ -454,6 +467,22 @@ def test_an_order_is_found_by_its_reference_and_by_its_cart(site: Site) -> None:
     found = [site.ask_one(asked)["facts"]["order_id"] for asked in ("order-1", "100245", "cart-7", "CART-8")]
 
     assert found == ["order-1", "order-1", "order-1", "order-2"]
+
+
+def test_an_order_that_the_ledger_does_not_have_is_not_taken_for_one_whose_id_begins_so(site: Site) -> None:
+    site.receive(site.order("order-12"))
+    site.order("order-1", reference="100246", registered=False, **CHECKOUT)
+
+    answer = site.ask_one("100246")
+
+    assert (answer["facts"]["order_id"], answer["case"]) == ("order-1", "never-registered")
+    assert answer["facts"]["notifications"] == []
+
+
+def test_an_order_is_found_by_the_beginning_of_its_id_and_by_the_number_of_the_destination(site: Site) -> None:
+    done(site)
+
+    assert [site.ask_one(asked)["facts"]["order_id"] for asked in ("order-", "4711")] == ["order-1", "order-1"]
 
 
 def test_each_order_of_a_reference_is_answered(site: Site) -> None:
