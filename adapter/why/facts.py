@@ -263,7 +263,7 @@ def facts_of(
     of_order = DeliveryFilter(order_id=order_id, merchant=channel.merchant, channel=channel.name)
 
     def of_this(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Leave out other orders: to the ledger, an id that it does not have is the beginning of one."""
+        """Leave out other orders. The ledger takes an unknown id as the beginning of others."""
         return [each for each in rows if each["order_id"] == order_id and each.items() >= of_channel.items()]
 
     rows = of_this(queries.deliveries(of_order, limit=MAX_DELIVERIES))
