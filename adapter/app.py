@@ -15,17 +15,15 @@ from importlib.metadata import version
 import structlog
 
 from adapter import logs
-from adapter.callbacks.connections import MOST_UNIDENTIFIED, Connections
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.limits import LimitReport, Load
 from adapter.callbacks.senders import Senders
 from adapter.callbacks.server import (
-    MOST_BODY_BYTES,
     PublicApp,
     http_server,
     listen,
-    most_connections,
+    public_connections,
     short_thread_slices,
     url_of,
 )
@@ -161,10 +159,9 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             http_server(
                 app,
                 public,
-                connections=Connections(
-                    most=most_connections(most_attempts(config, len(queues))),
-                    most_unidentified=MOST_UNIDENTIFIED,
-                    most_body_bytes=max(MOST_BODY_BYTES, 2 * config.server.max_body_bytes),
+                connections=public_connections(
+                    most_attempts(config, len(queues)),
+                    max_body_bytes=config.server.max_body_bytes,
                     trusted_proxies=config.server.trusted_proxies,
                     on_limit=on_limit,
                 ),

@@ -49,6 +49,11 @@ class Connections:
     moments.
 
     Args:
+        most: Connections in total.
+        most_unidentified: Unidentified connections of an address.
+        most_body_bytes: Bytes of unfinished bodies.
+        highest_descriptor: Beyond it, a new connection counts as one beyond `most`: the service itself, such as its
+            reads at a slow Norce, needs more descriptors than `most` leaves.
         on_limit: Called with the name of a limit each time that it acts.
         trusted_proxies: Networks whose `X-Forwarded-For` counts. Their connections have no limit by address until a
             head has named one.
@@ -60,12 +65,14 @@ class Connections:
         most: int = sys.maxsize,
         most_unidentified: int = sys.maxsize,
         most_body_bytes: int = sys.maxsize,
+        highest_descriptor: int = sys.maxsize,
         trusted_proxies: Iterable[str] = (),
         on_limit: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.most = most
         self.most_unidentified = most_unidentified
         self.most_body_bytes = most_body_bytes
+        self.highest_descriptor = highest_descriptor
         self.on_limit = on_limit
         self._trusted = [ip_network(each) for each in trusted_proxies]
         self._open: set[Connection] = set()
@@ -79,14 +86,16 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
-    def opened(self, connection: Connection, peer: str | None) -> bool:
+    def opened(self, connection: Connection, peer: str | None, descriptor: int = 0) -> bool:
         """Add a new connection, and return whether it comes from a trusted proxy.
 
         Args:
+            connection: The connection.
             peer: The address at the other end; None for a Unix socket.
+            descriptor: Of its socket.
         """
         is_proxied = self._trusted and peer is not None and self._is_trusted(peer)
-        if len(self._open) >= self.most:
+        if len(self._open) >= self.most or descriptor > self.highest_descriptor:
             self.on_limit("connections")
             group: Iterable[Connection] = (
                 self._unidentified if len(self._unidentified) >= len(self._idle) else self._idle

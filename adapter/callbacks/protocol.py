@@ -118,7 +118,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(_HeadBuffer(transport, self._finish))  # type: ignore[arg-type]
         transport.set_write_buffer_limits(0)  # `pause_writing` is called as soon as anything stays unsent
         self.deadline = time.monotonic() + LONGEST_HEAD_SECONDS
-        self._is_proxied = self._connections.opened(self, self.client[0] if self.client else None)
+        peer = self.client[0] if self.client else None
+        self._is_proxied = self._connections.opened(self, peer, transport.get_extra_info("socket").fileno())
 
     def data_received(self, data: bytes) -> None:
         if len(data) <= PIECE_BYTES:

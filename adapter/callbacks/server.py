@@ -10,7 +10,7 @@ import gc
 import resource
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 
 import uvicorn
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapter.callbacks.connections import Connections
+from adapter.callbacks.connections import MOST_UNIDENTIFIED, Connections
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.limits import MOST_AT_ONCE, Load
 from adapter.callbacks.protocol import LONGEST_REQUEST_SECONDS, UNLIMITED_PATH, GuardedProtocol
@@ -45,6 +45,7 @@ DESCRIPTORS_OF_AN_ATTEMPT = 4  # connections to Norce and to the destination, in
 # Listeners, connections that are accepted before others are closed, operations, the ledger, the log.
 OTHER_DESCRIPTORS = 2 * CONNECTIONS_A_TURN + 2 * (OPERATIONS_CONNECTIONS_A_TURN + MOST_OPERATIONS_CONNECTIONS) + 100
 ENOUGH_DESCRIPTORS = 65_536
+SPARE_DESCRIPTORS = 2 * CONNECTIONS_A_TURN + 50  # accepted before others are closed, and a few of the service's own
 
 SWITCH_SECONDS = 0.0005
 COLLECT_AFTER = 20_000  # more objects made than freed
@@ -83,12 +84,22 @@ def own_descriptors(attempts: int) -> int:
     return OTHER_DESCRIPTORS + DESCRIPTORS_OF_AN_ATTEMPT * attempts
 
 
-def most_connections(attempts: int) -> int:
-    """Return how many connections the public port may have beside the service's own need."""
+def public_connections(
+    attempts: int, *, max_body_bytes: int, trusted_proxies: Iterable[str], on_limit: Callable[[str], None]
+) -> Connections:
+    """Return the table of the public port, which leaves the service the descriptors that it needs."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
-        return MOST_CONNECTIONS
-    return max(1, min(MOST_CONNECTIONS, limit - own_descriptors(attempts)))
+        limit = sys.maxsize
+    return Connections(
+        most=max(1, min(MOST_CONNECTIONS, limit - own_descriptors(attempts))),
+        most_unidentified=MOST_UNIDENTIFIED,
+        most_body_bytes=max(MOST_BODY_BYTES, 2 * max_body_bytes),
+        # At the limit, the loop would close every connection that waits to be accepted.
+        highest_descriptor=limit - SPARE_DESCRIPTORS,
+        trusted_proxies=trusted_proxies,
+        on_limit=on_limit,
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -11,13 +11,13 @@ from adapter.callbacks.connections import Connections, network_of
 class Open:
     """A connection that remembers whether it was closed."""
 
-    def __init__(self, table: Connections, peer: str | None = "192.0.2.1") -> None:
+    def __init__(self, table: Connections, peer: str | None = "192.0.2.1", descriptor: int = 0) -> None:
         self.deadline = self.write_deadline = inf
         self.dropped = False
         self.refused_body = False
         self.table = table
         self.expired_at: float | None = None
-        self.is_proxied = table.opened(self, peer)
+        self.is_proxied = table.opened(self, peer, descriptor)
 
     def refuse_body(self) -> None:
         self.refused_body = True
@@ -149,6 +149,21 @@ def test_beyond_the_total_a_busy_connection_of_a_known_caller_is_never_closed(ta
 
     assert dropped(known) == []
     assert new.dropped
+
+
+def test_beyond_the_highest_descriptor_a_connection_counts_as_one_beyond_the_total(limits: list[str]) -> None:
+    """The service holds descriptors of other kinds. Without any, every connection that waits would be closed."""
+    table = Connections(highest_descriptor=100, on_limit=limits.append)
+    stranger = Open(table, descriptor=99)
+    known = Open(table, descriptor=100).identify()
+    table.idle(known)
+
+    new = [Open(table, descriptor=101), Open(table, descriptor=102)]
+    in_time = Open(table, descriptor=100)
+
+    assert stranger.dropped
+    assert (known.dropped, dropped(new), in_time.dropped) == (False, [0], False)
+    assert limits == ["connections"] * 2
 
 
 def test_a_connection_of_a_stranger_is_never_idle(table: Connections) -> None:
