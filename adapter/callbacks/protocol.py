@@ -119,7 +119,9 @@ class GuardedProtocol(HttpToolsProtocol):
         transport.set_write_buffer_limits(0)  # `pause_writing` is called as soon as anything stays unsent
         self.deadline = time.monotonic() + LONGEST_HEAD_SECONDS
         peer = self.client[0] if self.client else None
-        self._is_proxied = self._connections.opened(self, peer, transport.get_extra_info("socket").fileno())
+        connected = transport.get_extra_info("socket")  # None without one, as in memory
+        descriptor = 0 if connected is None else connected.fileno()
+        self._is_proxied = self._connections.opened(self, peer, descriptor)
 
     def data_received(self, data: bytes) -> None:
         if len(data) <= PIECE_BYTES:
