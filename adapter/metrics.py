@@ -51,7 +51,7 @@ class Metrics:
             "Verdicts that were late or in shadow mode, and whether they would have changed the answer.",
             ["callback", "route", "kind", "verdict", "result"],
         )
-        self.verdicts_dropped = counter("verdicts_dropped_total", "Unused verdicts that could not be recorded.")
+        self.verdicts_dropped = counter("verdicts_dropped_total", "Verdicts that could not be recorded.")
 
         self.delivery_attempts = counter("delivery_attempts_total", "Attempts by outcome.", ["route", "outcome"])
         self.delivery_attempt_duration = slow(

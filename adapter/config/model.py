@@ -173,7 +173,8 @@ class RetentionConfig(_Section, frozen=True, kw_only=True):
         doc("Time to remember a notification, so that a repeat does nothing.", within=("1d", "3650d")),
     ] = timedelta(days=400)
     verdicts: Annotated[
-        timedelta, doc("Time to keep verdicts that were late or of a shadow.", within=("1h", "3650d"))
+        timedelta,
+        doc("Time to keep recorded verdicts; of more than two million, the oldest go.", within=("1h", "3650d")),
     ] = timedelta(days=30)
 
 

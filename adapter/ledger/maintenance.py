@@ -32,6 +32,7 @@ BETWEEN_ROUNDS = timedelta(hours=1)
 BETWEEN_STEPS = timedelta(milliseconds=200)
 NOTIFICATIONS_PER_STEP = 200
 VERDICTS_PER_STEP = 1000
+MOST_VERDICTS = 2_000_000  # a flood of refusals takes the place of older verdicts, not of the disk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,8 +96,12 @@ class Maintenance:
 
     def _verdicts(self, connection: Connection) -> int:
         v = verdicts.c
-        old = select(v.id).where(v.at < self._before(self._retention.verdicts)).order_by(v.at).limit(VERDICTS_PER_STEP)
-        ids = connection.execute(old).scalars().all()
+        old = select(v.id).where(v.at < self._before(self._retention.verdicts)).order_by(v.at)
+        newest = select(func.max(v.id)).scalar_subquery()
+        too_many = select(v.id).where(v.id <= newest - MOST_VERDICTS).order_by(v.id)
+        ids: set[int] = set()
+        for statement in (old, too_many):
+            ids.update(connection.execute(statement.limit(VERDICTS_PER_STEP - len(ids))).scalars())
         return connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount
 
     def _bodies(self, connection: Connection, after: int, kept: timedelta, *conditions: Any) -> tuple[int, int]:

@@ -1,18 +1,18 @@
-"""The verdict log: verdicts that did not count.
+"""The verdict log: refusals and patches that were answered, and verdicts without effect.
 
-A verdict does not count if it was late or if its route is a shadow. Verdicts are written in the background and never
-delay an answer. Unlike a notification, a verdict may be lost: the log gathers them in memory and writes them in groups,
-and drops and counts them if the ledger is unavailable for long. A connection that breaks at a commit may leave a group
-in the log twice.
+A verdict has no effect if it was late or if its route is a shadow. Plain approvals are not recorded. Verdicts are
+written in the background and never delay an answer. Unlike a notification, a verdict may be lost: the log gathers them
+in memory and writes them in groups, and drops and counts them if the ledger is unavailable for long. A connection that
+breaks at a commit may leave a group in the log twice.
 """
 
 import asyncio
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from datetime import timedelta
 
+import msgspec
 import structlog
 from sqlalchemy import Connection
 
@@ -31,18 +31,17 @@ MAX_CODE_LENGTH = 200
 COLUMNS = [column.name for column in verdicts.c if column.name != "id"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoggedVerdict:
+class LoggedVerdict(msgspec.Struct, frozen=True, kw_only=True):
     """The verdict of one route on one callback, without values from the order."""
 
-    kind: str  # late or shadow
+    kind: str  # answer (it is part of the answer), late or shadow
     callback: str
     route: str
     channel: Channel
     order_id: str
     decided: str  # approve, reject, accept, patch, refuse or failed
-    codes: tuple[str, ...]  # of its problems or its refusal, or the pointers that it patches
-    answered: str | None  # the answer in its place: approve or reject; None for a shadow
+    codes: tuple[str, ...]  # of its problems or refusal, the pointers that it patches, or the reason why it failed
+    answered: str | None  # in its place: approve or reject (its `no_answer`), or busy (503); None if it counted
     took_ms: int
 
 
@@ -118,6 +117,16 @@ class VerdictLog:
 def _row(at: int, verdict: LoggedVerdict) -> tuple[int | str | None, ...]:
     # Codes are texts of a handler. Escaped as JSON and cut, they fit into any database.
     codes = json.dumps([code[:MAX_CODE_LENGTH] for code in verdict.codes[:MAX_CODES]])
-    merchant, channel = verdict.channel
-    facts = asdict(verdict) | {"at": at, "merchant": merchant, "channel": channel, "codes": codes}
-    return tuple(facts[name] for name in COLUMNS)
+    # The columns of the table after its key, in their order.
+    return (
+        at,
+        verdict.kind,
+        verdict.callback,
+        verdict.route,
+        *verdict.channel,
+        verdict.order_id,
+        verdict.decided,
+        codes,
+        verdict.answered,
+        verdict.took_ms,
+    )

@@ -41,6 +41,11 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         return tuple(problem.code for problem in self.problems)
 
     @property
+    def stops(self) -> bool:
+        """True if it refuses the order or the change."""
+        return self.decided in ("reject", "refuse")
+
+    @property
     def label(self) -> str:
         """The decision as logs and metrics name it."""
         return self.decided if self.missing is None else "no_answer"
@@ -55,6 +60,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     verdicts: Sequence[Verdict]
     refusal: Refuse | None = None
     patches: Sequence[Patch] = ()
+    changed_by: Sequence[str] = ()  # the routes whose patches change the order
     document: bytes = b"[]"
 
     @property
@@ -123,15 +129,17 @@ def combine(callback: Callback, order: Order | None, verdicts: Sequence[Verdict]
     A route whose patches cannot be used gets its `no_answer`.
     """
     patches: list[Patch] = []
+    changed_by: list[str] = []
     if order is not None and any(verdict.patches for verdict in verdicts):
-        patches, refused = merge(order.data, [verdict.patches for verdict in verdicts], callback.target)
+        patches, errors, added = merge(order.data, [verdict.patches for verdict in verdicts], callback.target)
+        changed_by = [verdict.route.name for verdict, has_added in zip(verdicts, added, strict=True) if has_added]
         verdicts = [
             verdict
             if invalid is None
             else no_answer(
                 verdict.route, invalid.reason, error=invalid, started_at=verdict.started_at, ended_at=verdict.ended_at
             )
-            for verdict, invalid in zip(verdicts, refused, strict=True)
+            for verdict, invalid in zip(verdicts, errors, strict=True)
         ]
         if not patches:  # the order is as the patches want it
             verdicts = [
@@ -140,7 +148,13 @@ def combine(callback: Callback, order: Order | None, verdicts: Sequence[Verdict]
             ]
     refusal = next((verdict.refusal for verdict in verdicts if verdict.refusal is not None), None)
     document = encode(patches) if patches else b"[]"
-    return Answer(verdicts=verdicts, refusal=refusal, patches=patches, document=document)
+    return Answer(
+        verdicts=verdicts,
+        refusal=refusal,
+        patches=patches,
+        changed_by=() if refusal is not None else changed_by,
+        document=document,
+    )
 
 
 def _is_text(value: object) -> bool:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from decimal import Decimal
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 from jsonpatch import AddOperation, JsonPatchException, RemoveOperation, ReplaceOperation
@@ -36,6 +36,17 @@ _REMEDIES = {
 }
 
 
+class Merged(NamedTuple):
+    """The patches to send, to be applied in their order, and what became of each list.
+
+    A list is left out for an error. Of any other list, `added` says whether a patch to send comes from it.
+    """
+
+    patches: list[Patch]
+    errors: list["PatchInvalid | None"]
+    added: list[bool]
+
+
 class PatchInvalid(Exception):
     """The patches of a route cannot be used, so its whole list is left out.
 
@@ -49,9 +60,7 @@ class PatchInvalid(Exception):
         self.path = path
 
 
-def merge(
-    order: Any, asked: Sequence[Sequence[Patch]], target: str | None
-) -> tuple[list[Patch], list[PatchInvalid | None]]:
+def merge(order: Any, asked: Sequence[Sequence[Patch]], target: str | None) -> Merged:
     """Merge the patches of several routes.
 
     Left out is what the order already has: a value that is equal (as JSON: 1 is 1.0, and not true), and the removal of
@@ -60,31 +69,31 @@ def merge(
     Args:
         asked: One list of patches for each route.
         target: The pointer that all patches must be inside; with None no patch is allowed.
-
-    Returns:
-        The patches to send, to be applied in their order, and for each list of `asked` the error for which it was left
-        out, or None.
     """
     if not any(asked):
-        return [], [None] * len(asked)
+        return Merged([], [None] * len(asked), [False] * len(asked))
     inside = None if target is None else tuple(JsonPointer(target).parts)
     tree, answer = _Tree(order), list[Patch]()
     accepted: list[_Changes] = []
-    refused: list[PatchInvalid | None] = []
+    errors: list[PatchInvalid | None] = []
+    added: list[bool] = []
     for patches in asked:
         try:
             changes = _Changes(order, patches, inside)
             for earlier in accepted:
                 changes.check_agrees(earlier)
         except PatchInvalid as error:
-            refused.append(error)
+            errors.append(error)
+            added.append(False)
             continue
-        refused.append(None)
+        errors.append(None)
         accepted.append(changes)
-        for patch in changes.unmet(tree.value):
+        unmet = changes.unmet(tree.value)
+        added.append(bool(unmet))
+        for patch in unmet:
             answer.append(patch)
             tree.apply(patch)
-    return answer, refused
+    return Merged(answer, errors, added)
 
 
 def encode(patches: Sequence[Patch]) -> bytes:

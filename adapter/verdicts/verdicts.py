@@ -123,7 +123,9 @@ class Verdicts:
     Args:
         clock: The ledger's clock, in milliseconds.
         lag: Returns the seconds by which the running event loop has been late, in all (see `LoopLag`).
-        record: Takes late verdicts and those of routes in shadow mode.
+        record: Takes refusals and patches that are answered, late verdicts, and those of routes in shadow mode. Equal
+            hooks that share an evaluation are recorded once: they announce one change, and a caller that repeats a hook
+            must not fill the log.
     """
 
     def __init__(
@@ -192,12 +194,13 @@ class Verdicts:
 
     async def _evaluate(self, request: VerdictRequest) -> Answer:
         order, lag_before = request.order, self._lag()
+        late: list[tuple[Route, Run[Any]]] = []  # runs that go on after the answer
         try:
             if order is None:
                 if not self._serving(request):
                     return Answer(verdicts=())
                 order = await self._read_order(request)
-            verdicts = await self._ask_routes(request, order)
+            verdicts = await self._ask_routes(request, order, late)
             if len(order.raw) > SMALL_BYTES and any(verdict.patches for verdict in verdicts):
                 answer = await asyncio.to_thread(combine, request.callback, order, verdicts)
             else:
@@ -217,7 +220,11 @@ class Verdicts:
             ]
             answer = combine(request.callback, None, missing)
         is_too_late = any(verdict.missing in TOO_LATE for verdict in answer.verdicts)
-        if is_too_late and self._lag() - lag_before > MOST_LAG * request.callback.deadline.total_seconds():
+        is_busy = is_too_late and self._lag() - lag_before > MOST_LAG * request.callback.deadline.total_seconds()
+        for route, run in late:
+            assert order is not None
+            self._let_finish(run, partial(self._record_late, request, order, route, run, is_busy=is_busy))
+        if is_busy:
             raise OrderBusy(LATE_LOOP)
         asyncio.get_running_loop().call_soon(self._report, request, answer, order)
         return answer
@@ -229,7 +236,10 @@ class Verdicts:
         except (TimeoutError, NorceBusy) as error:
             raise OrderBusy(ORDER_READS) from error
 
-    async def _ask_routes(self, request: VerdictRequest, order: Order) -> list[Verdict]:
+    async def _ask_routes(
+        self, request: VerdictRequest, order: Order, late: list[tuple[Route, Run[Any]]]
+    ) -> list[Verdict]:
+        """Return the verdicts of the routes, and add the runs that go on to `late`."""
         verdicts: dict[str, Verdict | None] = {}  # in the order of the configuration
         runs: list[tuple[Route, Run[Any]]] = []
         computing: list[Route] = []
@@ -260,7 +270,9 @@ class Verdicts:
             await self._waiting_for(asyncio.wait([run.ended for _, run in runs], timeout=left))
             holding = self._runner.current_answer()
             for route, run in runs:
-                verdicts[route.name] = self._in_time(request, order, route, run, holding)
+                verdicts[route.name] = _in_time(route, run, holding)
+                if not run.ended.done():
+                    late.append((route, run))
         return [verdict for verdict in verdicts.values() if verdict is not None]
 
     def _serving(self, request: VerdictRequest) -> list[Route]:
@@ -296,16 +308,6 @@ class Verdicts:
         finally:
             self.waiting -= 1
 
-    def _in_time(
-        self, request: VerdictRequest, order: Order, route: Route, run: Run[Any], holding: Run[Any] | None
-    ) -> Verdict:
-        if run.ended.done():
-            return _verdict_of_run(route, run)
-        self._let_finish(run, lambda: self._record_late(request, order, _verdict_of_run(route, run)))
-        is_to_blame = holding is not None and holding.name == route.name
-        reason = "blocks" if is_to_blame else "late" if run.begun else "held-up"
-        return no_answer(route, reason, started_at=run.started_at)
-
     def _let_finish(self, run: Run[Any], then: Callable[[], None]) -> None:
         """Let a run go on after its answer, and call `then` at its end.
 
@@ -334,6 +336,8 @@ class Verdicts:
         for verdict in answer.verdicts:
             self._count(request, verdict)
             self._log(request, verdict)
+            if verdict.stops or verdict.route.name in answer.changed_by:
+                self._record_verdict(request, verdict, "answer", instead=None if verdict.missing is None else "reject")
         if order is not None:
             shadows = [route for route in self._serving(request) if route.shadow]
             for route in shadows:
@@ -409,38 +413,54 @@ class Verdicts:
         differs = not answer.stops and (after.stops or len(after.patches) > len(answer.patches))
         self._record_unheard(request, after.verdicts[-1], "shadow", differs=differs)
 
-    def _record_late(self, request: VerdictRequest, order: Order, verdict: Verdict) -> None:
-        (verdict,) = combine(request.callback, order, [verdict]).verdicts
-        stops = verdict.decided in ("reject", "refuse")
-        differs = verdict.decided == "patch" or stops != (verdict.route.no_answer == "reject")
-        self._record_unheard(request, verdict, "late", differs=differs)
+    def _record_late(
+        self, request: VerdictRequest, order: Order, route: Route, run: Run[Any], *, is_busy: bool
+    ) -> None:
+        (verdict,) = combine(request.callback, order, [_verdict_of_run(route, run)]).verdicts
+        # A call that was answered 503 will come again: neither `no_answer` nor this verdict decides it.
+        differs = not is_busy and (verdict.decided == "patch" or verdict.stops != (route.no_answer == "reject"))
+        self._record_unheard(request, verdict, "late", differs=differs, instead="busy" if is_busy else route.no_answer)
 
-    def _record_unheard(self, request: VerdictRequest, verdict: Verdict, kind: str, *, differs: bool) -> None:
+    def _record_unheard(
+        self, request: VerdictRequest, verdict: Verdict, kind: str, *, differs: bool, instead: str | None = None
+    ) -> None:
         """Count, log and record a verdict that is no part of the answer.
 
         Args:
             kind: `late` or `shadow`.
             differs: The answer would have been another with it.
+            instead: The answer in its place.
         """
-        route, is_late = verdict.route, kind == "late"
+        route = verdict.route
         decided = verdict.decided if verdict.missing is None else "failed"
         result = "differs" if differs and verdict.missing is None else "same"
         self._metrics.verdicts_unused.labels(request.callback.name, route.name, kind, decided, result).inc()
         self._log(request, verdict, kind=kind)
-        since = request.received_at if is_late else verdict.started_at
+        self._record_verdict(request, verdict, kind, instead=instead)
+
+    def _record_verdict(self, request: VerdictRequest, verdict: Verdict, kind: str, *, instead: str | None) -> None:
+        since = request.received_at if kind == "late" else verdict.started_at
         self._record(
             LoggedVerdict(
                 kind=kind,
                 callback=request.callback.name,
-                route=route.name,
+                route=verdict.route.name,
                 channel=request.channel,
                 order_id=request.order_id,
-                decided=decided,
-                codes=() if verdict.missing else verdict.codes,
-                answered=route.no_answer if is_late else None,
+                decided=verdict.decided if verdict.missing is None else "failed",
+                codes=verdict.codes if verdict.missing is None else (verdict.missing,),
+                answered=instead,
                 took_ms=round((verdict.ended_at - since) * 1000),
             )
         )
+
+
+def _in_time(route: Route, run: Run[Any], holding: Run[Any] | None) -> Verdict:
+    if run.ended.done():
+        return _verdict_of_run(route, run)
+    is_to_blame = holding is not None and holding.name == route.name
+    reason = "blocks" if is_to_blame else "late" if run.begun else "held-up"
+    return no_answer(route, reason, started_at=run.started_at)
 
 
 def _verdict_of_run(route: Route, run: Run[Any]) -> Verdict:

@@ -74,6 +74,32 @@ def order_in(body: Any) -> dict[str, Any]:
     return asyncio.run(parse_notification(request(body), ANYBODY, STATUS, CHANNELS, NOW_MS))[1]
 
 
+REFERENCES: dict[str, tuple[Any, str | None]] = {
+    "a number": ("100245", "100245"),
+    "other letters": ("Beställning 7 ☃", "Beställning 7 ☃"),
+    "too long": ("x" * 300, "x" * 200),
+    "empty": ("", None),
+    "null": (None, None),
+    "no text": (100245, None),
+    "a list": (["100245"], None),
+    "NUL": ("1\0", None),
+    "half of a pair": ("1\ud800", "1\ufffd"),
+    "a new line": ("1\n2", None),
+}
+
+
+@pytest.mark.parametrize(("given_", "kept"), REFERENCES.values(), ids=REFERENCES)
+def test_the_reference_of_the_order_is_kept_if_it_can_be_searched(given_: Any, kept: str | None) -> None:
+    assert parsed(changed(reference=given_)).reference == kept
+    assert (
+        parsed({"notification": {"reference": "of the callback"}, "order": changed(reference=given_)}).reference == kept
+    )
+
+
+def test_an_order_without_a_reference_has_none() -> None:
+    assert parsed().reference is None
+
+
 def refusal(kind: type[CallbackInvalid], body: Any = ORDER, **changes: Any) -> str:
     with pytest.raises(kind) as raised:
         parsed(body, **changes)

@@ -1,11 +1,11 @@
 """The commands `verdicts`."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from tests.cli.test_cli import NOTHING_MATCHED, OK, STORE, USAGE, execute
 from tests.cli.test_ledger import NASTY, command, make

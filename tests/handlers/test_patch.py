@@ -60,7 +60,7 @@ def test_changes_are_requested_in_order() -> None:
 def test_a_changed_order_is_not_changed_again() -> None:
     changed = order(priceList="business")
 
-    answer, refused = merge(changed, [asked(changed, MEMBERS, NO_NOTE)], "/cart")
+    answer, refused, _ = merge(changed, [asked(changed, MEMBERS, NO_NOTE)], "/cart")
 
     assert (answer, refused) == ([], [None])
 

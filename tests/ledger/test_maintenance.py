@@ -4,11 +4,11 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from sqlalchemy import Connection, event
 
@@ -297,7 +297,7 @@ def test_a_repeat_does_not_keep_an_old_row_alive_nor_does_a_younger_notification
 def judge(ledger: Ledger, *orders: str) -> None:
     verdict_log = VerdictLog(ledger.store, dropped=lambda number: pytest.fail(f"{number} dropped"))
     for order in orders:
-        verdict_log.record(replace(LATE, order_id=order))
+        verdict_log.record(msgspec.structs.replace(LATE, order_id=order))
     ledger.do(verdict_log.flush())
 
 
@@ -324,6 +324,19 @@ def test_of_many_verdicts_a_step_takes_a_few_and_scans_no_table(ledger: Ledger) 
     assert ledger.rows("SELECT count(*) FROM verdicts") == [(50_000 - room.VERDICTS_PER_STEP - 1,)]
     for statement, parameters in statements:
         assert_no_scan(ledger, statement, parameters, ("verdicts",))
+
+
+def test_a_flood_of_refusals_takes_the_place_of_the_oldest_verdicts(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(room, "MOST_VERDICTS", 300)
+    judge(ledger, *(["before"] * 50), *(["flood"] * (room.VERDICTS_PER_STEP + 300)))
+
+    maintenance = Maintenance(ledger.store, KEPT)
+    first, rest = ledger.do(maintenance.step()), prune(ledger, maintenance)
+
+    assert (first.verdicts, first.more, rest.verdicts) == (room.VERDICTS_PER_STEP, True, 50)
+    assert ledger.rows("SELECT order_id, count(*) FROM verdicts GROUP BY order_id") == [("flood", 300)]
 
 
 # --- in small steps -------------------------------------------------------------------------------------------------

@@ -1,11 +1,10 @@
 """Queries on both databases: lists, details and the overview, without a scan of a large table."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
-from msgspec.structs import replace as replaced
+from msgspec.structs import replace
 
 from adapter.ledger import queries as queries_module
 from adapter.ledger.queries import DeliveryFilter, Queries
@@ -141,7 +140,7 @@ def test_a_reference_that_cannot_be_searched_is_not_kept(ledger: Ledger, referen
 
 def test_orders_of_several_merchants_with_one_reference_are_told_apart(ledger: Ledger) -> None:
     ledger.receive(receipt("order-1", wanted=[(ledger.export, True)], reference="7"))
-    other = replaced(receipt("order-2", wanted=[(ledger.other, True)], reference="7"), channel=OTHER.channel)
+    other = replace(receipt("order-2", wanted=[(ledger.other, True)], reference="7"), channel=OTHER.channel)
     ledger.receive(other)
 
     found = query(ledger, lambda queries: (queries.orders("7"), queries.orders("7", merchant="annan")))

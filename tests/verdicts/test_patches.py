@@ -35,14 +35,14 @@ def nested(depth: int) -> Any:
 
 def merged(*asked: list[Patch], order: Any = ORDER, target: str | None = "/cart") -> list[Patch]:
     """The answer, where nothing may be left out."""
-    answer, refused = merge(order, asked, target)
+    answer, refused, _ = merge(order, asked, target)
     assert refused == [None] * len(asked)
     return answer
 
 
 def refusal(*asked: list[Patch], target: str | None = "/cart") -> tuple[str, str]:
     """Why the last list was left out, which leaves the answer as it is without it."""
-    answer, (*others, last) = merge(ORDER, asked, target)
+    answer, (*others, last), _ = merge(ORDER, asked, target)
     assert others == [None] * len(others)
     assert answer == merged(*asked[:-1], target=target)
     assert isinstance(last, PatchInvalid)
@@ -133,8 +133,8 @@ def test_without_patches_nothing_is_sent():
         def __getattribute__(self, name: str) -> Any:
             raise AssertionError(name)
 
-    assert merge(Untouchable(), [[], []], "/cart") == ([], [None, None])
-    assert merge(Untouchable(), [], None) == ([], [])
+    assert merge(Untouchable(), [[], []], "/cart") == ([], [None, None], [False, False])
+    assert merge(Untouchable(), [], None) == ([], [], [])
 
 
 # --- what is left out -----------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def test_a_patch_of_two_lists_is_sent_once(one, other):
 
 
 def test_a_list_that_was_left_out_contradicts_no_other():
-    answer, (first, second, third) = merge(
+    answer, (first, second, third), _ = merge(
         ORDER, [[add("/cart/a", 1), add("/customer/a", 1)], [add("/cart/a", 2)], [add("/cart/a", 3)]], "/cart"
     )
 
@@ -273,7 +273,7 @@ def test_a_list_that_was_left_out_contradicts_no_other():
 
 
 def test_the_message_names_the_place_and_the_remedy_and_no_value():
-    answer, (error,) = merge(ORDER, [[replace("/cart/note", "canary-19811218")]], "/cart")
+    answer, (error,), _ = merge(ORDER, [[replace("/cart/note", "canary-19811218")]], "/cart")
 
     assert answer == []
     assert str(error) == (
@@ -379,7 +379,7 @@ def test_one_list_is_applied_as_the_other_implementation_applies_it(data, order)
     patches = data.draw(patch_lists(order))
     expected = by_the_oracle(order, patches)
 
-    answer, (refused,) = merge(order, [patches], "")
+    answer, (refused,), _ = merge(order, [patches], "")
 
     event(f"{len(answer)} answered of {len(patches)}, {refused and refused.reason}")
     if expected is None:
@@ -395,7 +395,7 @@ def test_the_answer_applies_inside_its_target_and_the_order_is_not_touched(data,
     asked = data.draw(st.lists(patch_lists(order), max_size=3))
     before = copy.deepcopy((order, asked))
 
-    answer, refused = merge(order, asked, target)
+    answer, refused, _ = merge(order, asked, target)
 
     assert repr((order, asked)) == repr(before)
     assert len(refused) == len(asked)
@@ -417,7 +417,7 @@ def test_the_answer_applies_inside_its_target_and_the_order_is_not_touched(data,
 def test_the_result_agrees_with_every_list_that_is_not_left_out(data, order):
     """Applying a list twice gives the same result if no item of an array moves."""
     asked = data.draw(st.lists(patch_lists(order, "add replace", most=2), max_size=3))
-    answer, refused = merge(order, asked, "")
+    answer, refused, _ = merge(order, asked, "")
     after = by_the_oracle(order, answer)
 
     for patches, reason in zip(asked, refused, strict=True):
@@ -432,7 +432,7 @@ def test_answers_to_the_own_patches_end(data, order):
     assume(all(sets_values(order, patches) for patches in asked))
 
     for rounds in range(len(asked) + 2):
-        answer, _ = merge(order, asked, "")
+        answer, *_ = merge(order, asked, "")
         if not answer:
             event(f"{rounds} rounds")
             return
@@ -477,7 +477,7 @@ def test_many_patches_copy_each_changed_part_once() -> None:
     order = counted_lines()
     asked = [replace(f"/cart/{number}/quantity", 2) for number in range(500)]
 
-    answer, refused = merge(order, [asked], "/cart")
+    answer, refused, _ = merge(order, [asked], "/cart")
 
     assert (len(answer), refused) == (500, [None])
     assert Counted.copies == 2 * 501  # for the list of patches, and for the answer

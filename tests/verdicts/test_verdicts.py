@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import io
 import json
 import queue
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import httpx
+import msgspec
 import pytest
 import structlog
 from structlog.testing import capture_logs
@@ -192,12 +192,18 @@ class Asking:
     """Verdicts with their routes, and a memory of what was recorded and counted."""
 
     def __init__(
-        self, verdicts: Verdicts, routes: Routes, metrics: Metrics, logged: "asyncio.Queue[LoggedVerdict]"
+        self,
+        verdicts: Verdicts,
+        routes: Routes,
+        metrics: Metrics,
+        logged: "asyncio.Queue[LoggedVerdict]",
+        answered: list[LoggedVerdict],
     ) -> None:
         self.verdicts = verdicts
         self.routes = routes
         self.metrics = metrics
-        self.logged = logged
+        self.logged = logged  # late verdicts and those of shadows
+        self.answered = answered
 
     async def validate(self, order_id: str = "o1", channel: str = "1") -> Answer:
         return await self._answer("order-rules", order_id, channel)
@@ -252,6 +258,7 @@ async def asking(
     runner = Runner(make_norce=make_norce, clock=lambda: datetime.now(UTC))
     client, metrics = make_norce(), Metrics("0")
     logged: asyncio.Queue[LoggedVerdict] = asyncio.Queue()
+    answered: list[LoggedVerdict] = []
     verdicts = Verdicts(
         made,
         runner=runner,
@@ -260,10 +267,10 @@ async def asking(
         clock=lambda: time.time_ns() // 1_000_000,
         circuit_breaker=breaker or CircuitBreaker(orders=0, open_for=timedelta(0)),
         lag=lag,
-        record=logged.put_nowait,
+        record=lambda each: answered.append(each) if each.kind == "answer" else logged.put_nowait(each),
     )
     try:
-        yield Asking(verdicts, made, metrics, logged)
+        yield Asking(verdicts, made, metrics, logged, answered)
     finally:
         for handler in (Block, Stubborn):
             handler.released.set()
@@ -540,8 +547,30 @@ def test_a_call_whose_verdict_is_missing_after_the_loop_was_late_is_refused(
             with pytest.raises(OrderBusy) as refused:
                 await at.validate()
             assert refused.value.limit == "late-loop"
+            await asyncio.sleep(0)
+            assert at.answered == []
 
     asyncio.run(ask())
+
+
+@pytest.mark.parametrize("no_answer", ["approve", "reject"])
+@pytest.mark.parametrize("code", ["approves", "no-stock"])
+def test_a_late_verdict_on_a_call_that_was_refused_with_503_is_not_compared_with_no_answer(
+    tmp_path: Path, code: str, no_answer: str
+) -> None:
+    async def ask() -> tuple[Asking, LoggedVerdict]:
+        lag, routes = late_loop(by=0.6), route("one", "held", no_answer=no_answer, more=f", settings: {{code: {code}}}")
+        async with asking(tmp_path, routes, {"held": Held}, deadline=DEADLINE, lag=lag) as at:
+            with pytest.raises(OrderBusy):
+                await at.validate()
+            Held.let_go.set()
+            return at, await at.recorded()
+
+    at, logged = asyncio.run(ask())
+
+    assert (logged.kind, logged.answered, at.answered) == ("late", "busy", [])
+    labels = {"callback": "order-rules", "route": "one", "kind": "late", "verdict": logged.decided, "result": "same"}
+    assert at.counted("verdicts_unused_total", **labels) == 1
 
 
 @pytest.mark.parametrize(
@@ -1090,7 +1119,7 @@ def nothing_is_let_go() -> Iterator[None]:
 LATE: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "approves": (", settings: {code: approves}", "approve", (), "differs"),
     "rejects": (", settings: {code: no-stock}", "reject", ("no-stock",), "same"),
-    "breaks": (", settings: {code: breaks}", "failed", (), "same"),
+    "breaks": (", settings: {code: breaks}", "failed", ("failed",), "same"),
 }
 
 
@@ -1108,7 +1137,7 @@ def test_a_late_verdict_is_recorded_with_the_no_answer_that_was_used(
 
     at, logged = asyncio.run(ask())
 
-    assert dataclasses.replace(logged, took_ms=0) == LoggedVerdict(
+    assert msgspec.structs.replace(logged, took_ms=0) == LoggedVerdict(
         kind="late", callback="order-rules", route="one", channel=Channel("norce", "1"), order_id="o1", decided=says,
         codes=codes_, answered="reject", took_ms=0,
     )  # fmt: skip
@@ -1120,7 +1149,7 @@ def test_a_late_verdict_is_recorded_with_the_no_answer_that_was_used(
 LATE_HOOKS: dict[str, tuple[dict[str, str], str, tuple[str, ...], str]] = {
     "patches": ({}, "patch", ("/cart/attributes/priceList",), "differs"),
     "patches what is there": ({"value": "ordinarie"}, "accept", (), "same"),
-    "patches beside the target": ({"path": "/customer/type"}, "failed", (), "same"),
+    "patches beside the target": ({"path": "/customer/type"}, "failed", ("outside-target",), "same"),
     "refuses": ({"op": "refuse"}, "refuse", ("a-code",), "differs"),
 }
 
@@ -1495,6 +1524,74 @@ def test_an_equal_hook_is_evaluated_again_if_the_first_one_is_cancelled(tmp_path
             return await asyncio.gather(*calls[1:])
 
     assert refusals(asyncio.run(ask())) == ["call-2"] * 3
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+RECORDED: dict[str, tuple[str, list[tuple[str, str, tuple[str, ...], str | None]]]] = {
+    "a plain approval": (route("one", "approve"), []),
+    "a problem beside an approval": (
+        route("one", "approve") + route("two", "deny"), [("two", "reject", ("a-code",), None)],
+    ),
+    "two problems": (
+        route("one", "deny") + route("two", "deny"),
+        [("one", "reject", ("a-code",), None), ("two", "reject", ("a-code",), None)],
+    ),
+    "a no_answer that rejects": (route("one", "broken"), [("one", "failed", ("failed",), "reject")]),
+    "a no_answer that approves": (route("one", "broken", no_answer="approve"), []),
+    "an accepted change": (hook("one", "accept"), []),
+    "a patch": (hook("one", "patch"), [("one", "patch", ("/cart/attributes/priceList",), None)]),
+    "a patch that the order has already": (hook("one", "patch", more=wishing(value="ordinarie")), []),
+    "a patch beside one that the order has already": (
+        hook("one", "patch", more=wishing(value="ordinarie")) + hook("two", "patch", more=wishing(path="/cart/note")),
+        [("two", "patch", ("/cart/note",), None)],
+    ),
+    "a patch that an earlier route made": (
+        hook("one", "patch") + hook("two", "patch"), [("one", "patch", ("/cart/attributes/priceList",), None)],
+    ),
+    "a patch that a refusal makes void": (
+        hook("one", "patch") + hook("two", "refuse"), [("two", "refuse", ("a-code",), None)],
+    ),
+    "a patch that cannot be used": (hook("one", "patch", more=wishing(path="/customer/type")), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("routes", "expected"), RECORDED.values(), ids=RECORDED)
+def test_refusals_and_patches_are_recorded_and_plain_approvals_are_not(
+    tmp_path: Path, routes: str, expected: list[tuple[str, str, tuple[str, ...], str | None]]
+) -> None:
+    class Broken(Deny):
+        async def validate(self, order: Order, context: Context[Code]) -> list[Problem]:
+            raise ValueError("canary")
+
+    async def ask() -> Asking:
+        handlers = HOOKS | {"deny": Deny, "approve": Approve, "broken": Broken}
+        async with asking(tmp_path, routes, handlers) as at:
+            await (at.validate() if "order-rules" in routes else at.change())
+            await asyncio.sleep(0)  # nothing is recorded before the answer is on its way
+            return at
+
+    at = asyncio.run(ask())
+
+    assert [(each.route, each.decided, each.codes, each.answered) for each in at.answered] == expected
+    assert {(each.kind, each.order_id, each.channel) for each in at.answered} <= {
+        ("answer", "o1", Channel("norce", "1"))
+    }
+    assert "canary" not in str(at.answered)
+    assert "medlem" not in str(at.answered)
+
+
+def test_equal_hooks_that_share_an_evaluation_are_recorded_once(tmp_path: Path) -> None:
+    async def ask() -> list[LoggedVerdict]:
+        async with counting(tmp_path) as at:
+            calls = [asyncio.create_task(at.change()) for _ in range(4)]
+            await call_begun()
+            Counts.let_go.set()
+            await asyncio.gather(*calls)
+            await asyncio.sleep(0)
+            return at.answered
+
+    assert [(each.decided, each.codes) for each in asyncio.run(ask())] == [("refuse", ("call-1",))]
 
 
 # --- in the shadow ----------------------------------------------------------------------------------------------------
