@@ -87,7 +87,7 @@ def check(*, strict: bool, online: bool, config_path: Path) -> None:
 
     config, routes = load_config_and_routes(config_path)
     warnings = [*routes.warnings, *norce_warnings(config, routes)]
-    for warning in sorted(warnings, key=lambda warning: warning.line or 0):
+    for warning in sorted(warnings, key=lambda warning: (warning.file, warning.line or 0)):
         click.echo(f"warning: {warning}", err=True)
     if warnings and strict:
         end(CONFIGURATION, f"{len(warnings)} warning{'' if len(warnings) == 1 else 's'}, with --strict")

@@ -130,6 +130,27 @@ def test_a_condition_in_the_settings_is_compared_at_the_strongest_place_that_has
     ]
 
 
+def test_a_condition_in_an_included_file_is_named_with_that_file(tmp_path: Path) -> None:
+    (tmp_path / "merchants").mkdir()
+    rule = "{scope: /customer/billing/mail, schema: {type: string}, code: a, message: a}"
+    settings = f"{{routes: {{r: {{settings: {{rules: [{rule}]}}}}}}}}"
+    text = 'merchants:\n  norce:\n    tokens: ["${env:SECRET}"]\n    channels: {"1": ' + settings + "}\n"
+    (tmp_path / "merchants" / "norce.yaml").write_text(text)
+    head = HEAD.replace("@VERSION@", "v0")
+    included = head.replace(head.splitlines()[2], "include: merchants/*.yaml")
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"{included}callbacks: {{it: {{kind: validation}}}}\n"
+        f"routes: {{r: {{callback: it, handler: rules, no_answer: approve, settings: "
+        f"{{rules: [{rule.replace('/mail', '/email')}]}}}}}}\n"
+    )
+    config = configuration.load(path, {"SECRET": SECRET})
+
+    [warning] = norce_warnings(config, build(config))
+
+    assert (Path(warning.file).name, warning.line) == ("norce.yaml", 4)
+
+
 @pytest.mark.parametrize("member", ["watch: /payments/0/state", "watch: /payments/state"])
 @pytest.mark.parametrize("version", ["v0", "v1"])
 def test_a_watch_through_an_array_is_an_error(tmp_path: Path, member: str, version: str) -> None:
