@@ -349,6 +349,14 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         remedies=("norce-adapter explain {notification}",),
     ),
     Case(
+        "callback-gone",
+        OPEN,
+        lambda o: o.route.decision == "matched" and not o.route.arrivals and bool(o.facts.strays),
+        says="Norce told us about the order ({stray_at}), but under the name {stray}, which is not in use any more, so "
+        "{route} did not send it.",
+        remedies=(_REGISTER, _BRING),
+    ),
+    Case(
         "never-registered",
         OPEN,
         lambda o: o.would_be_told and o.route.on_order is OnOrder.MISSING,

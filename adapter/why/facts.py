@@ -130,6 +130,7 @@ class Facts:
     is_held: bool = False  # by `serve --hold`
     is_served: bool = True  # a service uses the ledger
     notifications: Sequence[Mapping[str, Any]] = ()  # newest first
+    strays: Sequence[Mapping[str, Any]] = ()  # those of callbacks that are not configured
     verdicts: Sequence[Mapping[str, Any]] = ()
     routes: Sequence[RouteFacts] = ()
 
@@ -315,6 +316,7 @@ def facts_of(
         is_held=is_held,
         is_served=any(each["alive"] for each in queries.processes(now)),
         notifications=notifications,
+        strays=[each for each in notifications if each["callback"] not in routes.callbacks],
         verdicts=of_this(queries.verdicts(order_id=order_id)),
         routes=gathered,
     )

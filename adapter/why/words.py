@@ -108,6 +108,11 @@ def _words(facts: Facts, route: RouteFacts | None) -> dict[str, Any]:
         "received": moment_in_words(facts.notifications[-1]["received_at"]) if facts.notifications else None,
         "notification": facts.notifications[0]["id"] if facts.notifications else None,
     }
+    if facts.strays:
+        words |= {
+            "stray": f"“{facts.strays[0]['callback']}”",
+            "stray_at": moment_in_words(facts.strays[0]["received_at"]),
+        }
     if facts.refusal is not None:
         words |= {
             "check": f"“{facts.refusal['route']}”",

@@ -177,6 +177,12 @@ def not_wanted(site: Site) -> None:
     site.receive(site.order(country="NO"), wanted=False)
 
 
+def callback_gone(site: Site) -> None:
+    site.receive(site.order(), wanted=False)
+    site.config["callbacks"]["purchases"] = site.config["callbacks"].pop("order-status")
+    site.config["routes"]["export"]["callback"] = "purchases"
+
+
 def never_registered(site: Site) -> None:
     site.order(registered=False, **CHECKOUT)
 
@@ -372,6 +378,12 @@ ANSWERS: dict[Callable[[Site], None], tuple[str, str]] = {
     not_wanted: (
         "not-wanted",
         COMPLETED + "“export” does not send orders like this one: its country is not as it has to be.",
+    ),
+    callback_gone: (
+        "callback-gone",
+        COMPLETED
+        + "Norce told us about the order (2026-02-03 12:00 UTC), but under the name “order-status”, which is not "
+        "in use any more, so “export” did not send it.",
     ),
     never_registered: (
         "never-registered",
