@@ -87,7 +87,7 @@ def own_descriptors(attempts: int) -> int:
 def public_connections(
     attempts: int, *, max_body_bytes: int, trusted_proxies: Iterable[str], on_limit: Callable[[str], None]
 ) -> Connections:
-    """Return the table of the public port, which leaves the service the descriptors that it needs."""
+    """Return the connections of the public port, with descriptors left for the service."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         limit = sys.maxsize
