@@ -7,7 +7,7 @@ callbacks, running deliveries finish or are cancelled, the plugins' loops, the o
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from adapter.config import Config
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.backfill import Backfill
 from adapter.deliveries.dispatcher import Dispatcher
+from adapter.ledger.binding import bind
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox
@@ -38,7 +39,9 @@ from adapter.ledger.key_values import StoredDocuments, Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.maintenance import Maintenance
+from adapter.ledger.names import Names
 from adapter.ledger.store import Store
+from adapter.ledger.uses import Uses
 from adapter.ledger.verdict_log import VerdictLog
 from adapter.metrics import Metrics
 from adapter.moments import to_datetime
@@ -49,7 +52,8 @@ from adapter.reconciliation.events import Reconciliation
 from adapter.registrations.endpoint import Registrations
 from adapter.registrations.endpoint import routes as routes_beside_callbacks
 from adapter.registrations.on_orders import Registrar
-from adapter.routing.from_config import norce_client, pause_policy, queue_keys, retention
+from adapter.routing.from_config import ledger_binding, norce_client, pause_policy, queue_keys, retention
+from adapter.routing.gone_names import log_warnings
 from adapter.routing.norce_settings import NorceSettings, published_schema
 from adapter.routing.routes import Routes
 from adapter.routing.runner import Runner
@@ -59,7 +63,6 @@ from adapter.verdicts.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
 
-LONGEST_FIRST_REFRESH = timedelta(seconds=5)
 PLUGINS_STOP_WITHIN = timedelta(seconds=1)
 VERSION = version("norce-adapter")
 
@@ -77,6 +80,8 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
     """Run the service. With `hold`, it receives callbacks and commands but delivers nothing.
 
     Raises:
+        BoundToAnother: the ledger belongs to another Norce.
+        KindChanged: a callback has another kind than in an earlier configuration.
         StoreInUse: another process uses the ledger.
         StoreUnavailable: the ledger cannot be opened.
         PortInUse: a port or the Unix socket is not available.
@@ -86,6 +91,10 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         logs.count_dropped(metrics.log_lines_dropped.inc)
         store = Store.open(config.store.url)
         stack.callback(store.close)
+        await bind(store, ledger_binding(config))
+        names, uses = Names(store), Uses(store)
+        await names.add({each.name: each.kind for each in routes.callbacks.values()}, config.channels)
+        stack.push_async_callback(uses.flush)
         health.checks["store"] = lambda: not store.failing
         if any(callback.kind != "notification" for callback in routes.callbacks.values()):
             # Shoppers need no ledger, and all nodes share a database: without it no node would be left.
@@ -108,14 +117,14 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         attempts = Attempts(runner=runner, norce=norce, clock=store.clock)
         dispatcher = builder.dispatcher(queues, lanes, lease, attempts, hold=hold)
         norce_settings = builder.norce_settings(norce, dispatcher)
-        await _read_norce_settings(config, norce_settings)
+        await norce_settings.read_first()
         dispatcher.switched_off = norce_settings.switched_off
         intake = Intake(routes, Inbox(store), queue_ids=queues, metrics=metrics, wake=dispatcher.wake)
         lag = LoopLag()
         verdicts = builder.verdicts(runner, norce, verdict_log, lag)
         on_limit = LimitReport(metrics).acted
         load = Load(waiting=lambda: verdicts.waiting, on_limit=on_limit)
-        endpoint = builder.callback_endpoint(intake, verdicts, norce_settings, load)
+        endpoint = builder.callback_endpoint(intake, verdicts, norce_settings, load, names, uses)
         registrations = Registrations(config, Registrar(config, norce), norce_settings.switched_off)
         reconciler = reconciliation(config, norce, intake, store, metrics)
 
@@ -138,12 +147,14 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             ("runner", runner.watch()),
             ("loop_lag", lag.watch()),
             ("verdict_log", verdict_log.run()),
+            ("names", names.keep_up_to_date()),
+            ("uses", uses.run()),
             ("retention", Maintenance(store, retention(config)).run()),
             ("configuration", norce_settings.poll(config.norce.refresh)),
             ("reconciliation", reconciler.run_regularly(config.reconciliation.every)),
         ):
             await stack.enter_async_context(background_task(name, work, health))
-        stack.callback(store.database.listen(_from_any_thread(dispatcher.wake)))
+        stack.callback(store.listen(dispatcher.wake))
         dispatching = asyncio.create_task(dispatcher.run())
         health.checks["dispatcher"] = lambda: not dispatching.done()
         public_listener = contextlib.AsyncExitStack()
@@ -170,6 +181,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
                 receive_timeout=config.server.receive_timeout,
             )
         )
+        await log_warnings(config, store)
         health.started = True
         service = Service(public_address=url_of(public), operations_address=operations_address)
         log.info("serving", address=service.public_address, operations_address=service.operations_address,
@@ -264,7 +276,7 @@ class _PartsBuilder:
         )
 
     def callback_endpoint(
-        self, intake: Intake, verdicts: Verdicts, norce_settings: NorceSettings, load: Load
+        self, intake: Intake, verdicts: Verdicts, norce_settings: NorceSettings, load: Load, names: Names, uses: Uses
     ) -> CallbackEndpoint:
         return CallbackEndpoint(
             routes=self.routes,
@@ -277,29 +289,7 @@ class _PartsBuilder:
             max_body_bytes=self.config.server.max_body_bytes,
             load=load,
             clock=self.store.clock,
+            names=names,
+            uses=uses,
             switched_off=norce_settings.switched_off,
         )
-
-
-async def _read_norce_settings(config: Config, norce_settings: NorceSettings) -> None:
-    """Apply the settings in Norce's configuration before the first callback is answered.
-
-    Until Norce answers, its last stored settings apply. The time limit is short, because meanwhile no lease is renewed
-    and no signal is handled.
-    """
-    if config.norce.refresh:
-        await norce_settings.restore()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(config.norce.timeout, LONGEST_FIRST_REFRESH).total_seconds()):
-                await norce_settings.refresh()
-
-
-def _from_any_thread(function: Callable[[], None]) -> Callable[[], None]:
-    """Return a function by which any thread can call `function` on this event loop."""
-    loop = asyncio.get_running_loop()
-
-    def call() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(function)
-
-    return call

@@ -21,6 +21,10 @@ class Metrics:
         counter, gauge, fast, slow = self._counter, self._gauge, self._fast, self._slow
 
         self.callbacks = counter("callbacks_total", "Callbacks answered.", ["callback", "kind", "status"])
+        self.calls_to_gone_names = counter(
+            "calls_to_gone_names_total", "Calls to a callback, merchant or channel that is not configured.",
+            ["callback", "merchant", "channel", "result"],
+        )  # fmt: skip
         self.limits_reached = counter("limits_reached_total", "Times that a limit acted.", ["limit"])
         self.callback_duration = fast("callback_duration_seconds", "Time from request to response.", ["kind"])
         self.callback_deadline = gauge("callback_deadline_seconds", "The deadline for an answer.", ["callback"])

@@ -17,7 +17,9 @@ from adapter import ledger
 from adapter.ledger.store import Store, open_for_reading
 
 KINDS = ("sqlite", "postgresql")
-TABLES = "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts, documents"
+TABLES = (
+    "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts, documents, bindings, names, uses"
+)
 
 
 @lru_cache(maxsize=8)

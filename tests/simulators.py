@@ -6,7 +6,7 @@
 import asyncio
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -201,13 +201,17 @@ class Served:
 
     def ask(self, name: str, body: Any = None, **path: str) -> Any:
         """Call an operation, wait for its callbacks, and return the answer."""
+        return self.run(self.caller.ask(name, body, **path))  # type: ignore[arg-type]
 
-        async def call() -> Any:
-            answer = await self.caller.ask(name, body, **path)  # type: ignore[arg-type]
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run work of the caller, wait for the callbacks, and return the result."""
+
+        async def run_to_the_end() -> T:
+            result = await work
             await self.simulator.wait_until_idle()
-            return answer
+            return result
 
-        return self._portal.start_task_soon(call).result(PATIENCE)
+        return self._portal.start_task_soon(run_to_the_end).result(PATIENCE)
 
     def close(self) -> None:
         self._stack.close()

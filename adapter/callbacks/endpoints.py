@@ -6,7 +6,7 @@ some requests before they come here (see `protocol`).
 
 import asyncio
 import time
-from collections.abc import Callable, Container, Hashable
+from collections.abc import Callable, Collection, Container, Hashable
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapter.callbacks import parsing
 from adapter.callbacks.connections import discard_body, note_identified, note_refusal
+from adapter.callbacks.gone import CallbackUnknown, GoneNames
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.limits import ByteLimit, CallLimit, LargeBodies, LimitReport, Load, Overloaded
 from adapter.callbacks.parsing import (
@@ -26,7 +27,6 @@ from adapter.callbacks.parsing import (
     ConfigurationNotFound,
     NotJson,
     Unresolved,
-    check_order_id,
     parse_hook,
     parse_notification,
     parse_unread,
@@ -35,7 +35,9 @@ from adapter.callbacks.parsing import (
 from adapter.callbacks.senders import RawCallback, Sender, Senders, Unauthenticated
 from adapter.identifiers import Channel
 from adapter.ledger.inbox import Received, ReceivedNotification
+from adapter.ledger.names import Names
 from adapter.ledger.store import StoreUnavailable
+from adapter.ledger.uses import Uses
 from adapter.metrics import Metrics
 from adapter.offload import SMALL_BYTES, offload
 from adapter.routing.routes import Callback, Routes
@@ -49,10 +51,6 @@ RETRY_AFTER_SECONDS = 5
 # Keys in the scope of a request that `protocol` and this module share.
 RECEIVED_AT = "norce_adapter.received_at"  # monotonic: when the first byte of the request came
 ON_HANG_UP = "norce_adapter.on_hang_up"  # a function to call if the caller closes the connection before the answer
-
-
-class CallbackUnknown(Exception):
-    """No callback of this name is configured."""
 
 
 class MethodNotAllowed(Exception):
@@ -130,7 +128,7 @@ class CallbackEndpoint:
         *,
         routes: Routes,
         senders: Senders,
-        channels: Container[Channel],
+        channels: Collection[Channel],
         intake: Intake,
         verdicts: Verdicts,
         metrics: Metrics,
@@ -138,6 +136,8 @@ class CallbackEndpoint:
         max_body_bytes: int,
         load: Load,
         clock: Callable[[], int],
+        names: Names,
+        uses: Uses,
         switched_off: Container[Channel] = (),
     ) -> None:
         self.routes = routes
@@ -150,6 +150,10 @@ class CallbackEndpoint:
         self.max_body_bytes = max_body_bytes
         self.load = load
         self.clock = clock
+        self.gone = GoneNames(
+            names, uses, routes=routes, channels=channels, intake=intake, metrics=metrics, clock=clock
+        )
+        self.uses = uses
         self.switched_off = switched_off
         self.limits = LimitReport(metrics)
         # A shopper's browser sees the signed addresses of its order. A secret in a URL fits every order.
@@ -172,7 +176,7 @@ class CallbackEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         received_at = scope.setdefault(RECEIVED_AT, time.monotonic())
         name, order_id = scope["path_params"]["callback"], scope["path_params"]["order_id"]
-        callback = self.routes.callbacks.get(name)
+        callback = self.routes.callbacks.get(name) or self.gone.callback(name)
         is_flood = False
         try:
             responded = await self._respond(scope, receive, callback)
@@ -222,16 +226,35 @@ class CallbackEndpoint:
             discard_body(scope)  # whatever its size
         else:
             raw = msgspec.structs.replace(raw, body=await self._read_body(scope, receive))
-        if callback is None:
-            check_order_id(raw.order_id)
-            raise CallbackUnknown
-        if raw.method not in METHODS[callback.kind]:
-            raise MethodNotAllowed(", ".join(METHODS[callback.kind]))
+        methods = METHODS["validation" if callback is None else callback.kind]
+        if raw.method not in methods:
+            raise MethodNotAllowed(", ".join(methods))
+        if (callback is None or callback.kind == "notification") and not self.bytes_of_order.take(
+            (sender.channel or sender.key, raw.order_id), len(raw.body)
+        ):
+            return await self._respond_beyond_limit(raw, sender, callback, self.bytes_of_order)
+        if callback is None or callback.name not in self.routes.callbacks:
+            return await self._respond_gone(raw, sender, callback)
+        try:
+            return await self._respond_configured(scope, raw, sender, callback)
+        except ConfigurationNotFound:
+            return await self._respond_gone(raw, sender, callback)
 
+    async def _respond_gone(self, raw: RawCallback, sender: Sender, callback: Callback | None) -> Responded:
+        """Accept a call to a name that is not configured, so that no purchase is refused.
+
+        Raises what `GoneNames.accept` raises.
+        """
+        accepted = await self.gone.accept(raw, sender, callback)
+        response = NO_PATCHES if accepted.may_be_hook else EMPTY
+        return Responded(response=response, facts=_facts(sender, accepted.channel, accepted.result, 0))
+
+    async def _respond_configured(
+        self, scope: Scope, raw: RawCallback, sender: Sender, callback: Callback
+    ) -> Responded:
         if callback.kind == "notification":
-            if not self.bytes_of_order.take((sender.channel or sender.key, raw.order_id), len(raw.body)):
-                return await self._respond_beyond_limit(raw, sender, callback, self.bytes_of_order)
             notification, order = await parse_notification(raw, sender, callback, self.channels, self.clock())
+            self.uses.record(callback.name, notification.channel, sender.url_key)
             # Evaluates each route's condition, and never raises.
             notification = await offload(len(raw.body), self.intake.routed, notification, order)
             del order  # hundreds of objects, not needed while the disk writes
@@ -257,6 +280,7 @@ class CallbackEndpoint:
             request = await asyncio.to_thread(parse, raw, sender, callback, self.channels)
         else:
             request = parse(raw, sender, callback, self.channels)
+        self.uses.record(callback.name, request.channel, sender.url_key)
         if request.channel in self.switched_off:
             response = NO_PATCHES if callback.kind == "hook" else EMPTY
             return Responded(response=response, facts=_facts(sender, request.channel, "switched-off", 0))
@@ -282,6 +306,8 @@ class CallbackEndpoint:
             raise OrderBusy(limit.name)
         if raw.method not in METHODS[callback.kind]:
             raise MethodNotAllowed(", ".join(METHODS[callback.kind]))
+        if callback.name not in self.routes.callbacks:
+            raise CallbackUnknown
         if limit is self.calls_by_url_secret:  # each call may name another order
             raise TooManyNotifications(limit.name)
         try:

@@ -49,6 +49,10 @@ class Unresolved(CallbackInvalid):
     """The order id holds braces: a placeholder that the caller did not replace."""
 
 
+def channel_not_found() -> ConfigurationNotFound:
+    return ConfigurationNotFound("merchant-or-channel", "This merchant and channel are not configured here.")
+
+
 def check_order_id(order_id: str) -> None:
     """Check that an order id can be part of a URL at Norce.
 
@@ -167,10 +171,10 @@ def _channel_of(raw: RawCallback, sender: Sender, channels: Container[Channel], 
     merchant = _agreed("merchant", signed[0], raw.headers.get("x-merchant"), order.get("merchant"))
     name = _agreed("channel", signed[1], raw.headers.get("x-channel"), order.get("channel"))
     channel = Channel(merchant, name)
-    if channel not in channels:
-        raise ConfigurationNotFound("merchant-or-channel", "This merchant and channel are not configured here.")
     if not sender.may_speak_for(merchant):
         raise Unauthenticated("the secret is not valid for this merchant")
+    if channel not in channels:
+        raise channel_not_found()
     return channel
 
 

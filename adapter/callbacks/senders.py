@@ -58,6 +58,11 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True):
     merchants: frozenset[str] | None = None  # whose callbacks a secret is valid for; None for all
     source: str = "callback"  # of its notifications: callback or reconciliation
 
+    @property
+    def url_key(self) -> str:
+        """The URL key that verified the call, or an empty text."""
+        return self.key if self.scheme == "signed_url" else ""
+
     def may_speak_for(self, merchant: str) -> bool:
         return self.merchants is None or merchant in self.merchants
 

@@ -4,6 +4,7 @@ Commands that only read use the database. Commands that change queues go through
 `store migrate` needs the lock of a ledger that no service uses.
 """
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ from adapter.ledger.clock import read_from_outside
 from adapter.ledger.commands import QueueChange, Step
 from adapter.ledger.databases import database_at
 from adapter.ledger.maintenance import back_up, faults, figures
-from adapter.ledger.queries import ORPHANED, DeliveryFilter, Queries, Rows
+from adapter.ledger.queries import ORPHANED, Author, DeliveryFilter, Queries, Rows
+from adapter.ledger.settlement import State
 
 DELIVERY_COLUMNS = (
     "id", "received_at", "merchant", "channel", "order_id", "route", "state", "reason", "tries", "next_at", "ended_at",
@@ -63,7 +65,7 @@ ACTION_COLUMNS = ("id", "at", "command", "who", "why", "matching", "changed")
 COUNT_COLUMNS = ("route", "merchant", "channel", "state", "reason", "count")
 
 ID = click.IntRange(0, 2**63 - 1)
-Body = TypeVar("Body", DeliveryFilter, Step, QueueChange)
+Body = TypeVar("Body", DeliveryFilter, Step, QueueChange, Author)
 
 
 queue_options = options(
@@ -274,6 +276,51 @@ def store_migrate(config_path: Path) -> None:
     except (StoreInUse, StoreUnavailable) as error:
         end(STORE, in_one_line(error))
     click.echo(f"{database_at(config.store.url).location} is up to date")
+
+
+@store_group.command("adopt")
+@author_options
+@click.option("--dry-run", is_flag=True, help="Only show the change, and how many deliveries wait.")
+@output_option
+@config_option
+def store_adopt(who: str, why: str, *, dry_run: bool, output: str, config_path: Path) -> None:
+    """Let the database belong to the Norce and the adapter id of this configuration.
+
+    A database is bound to those of its first start. No service may be running.
+    """
+    from adapter import logs
+    from adapter.ledger.binding import adopt, binding
+    from adapter.ledger.store import Store, StoreInUse, StoreUnavailable
+    from adapter.routing.from_config import ledger_binding
+
+    logs.configure(level="warning")
+    config = load_config(config_path)
+    given = ledger_binding(config)
+    with open_ledger(config) as connection:
+        former = binding(connection)
+        waiting = sum(row["count"] for row in Queries(connection).count(DeliveryFilter(state=State.WAITING.value)))
+    if former == given:
+        end(NOTHING_MATCHED, f"{database_at(config.store.url).location} belongs to {given} already")
+    if not dry_run:
+        author = parse_options({"who": who, "why": why}, Author)
+
+        async def change() -> None:
+            store = Store.open(config.store.url)
+            try:
+                await adopt(store, given, author)
+            finally:
+                store.close()
+
+        try:
+            asyncio.run(change())
+        except (StoreInUse, StoreUnavailable) as error:
+            end(STORE, in_one_line(error))
+    if output == "json":
+        shown = {"from": None if former is None else former._asdict(), "to": given._asdict()}
+        click.echo(as_json(shown | {"waiting": waiting, "changed": not dry_run}))
+        return
+    before = "no Norce yet" if former is None else str(former)
+    click.echo(f"{'would change' if dry_run else 'changed'} from {before} to {given}; {waiting} deliveries wait")
 
 
 @store_group.command("backup")

@@ -4,8 +4,9 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -15,13 +16,14 @@ from adapter.cli.shared import (
     STORE,
     config_option,
     end,
+    end_with_problems,
     in_one_line,
     load_config,
     load_config_and_routes,
     load_routes,
     stop_signal,
 )
-from adapter.config import Config
+from adapter.config import Config, ConfigurationInvalid
 
 if TYPE_CHECKING:
     from adapter.routing.routes import Routes
@@ -40,6 +42,8 @@ def serve(*, hold: bool, config_path: Path) -> None:
     from adapter import logs
     from adapter.app import most_attempts
     from adapter.callbacks.server import DescriptorsTooFew, PortInUse, ensure_descriptors
+    from adapter.ledger.binding import BoundToAnother
+    from adapter.ledger.names import KindChanged
     from adapter.ledger.store import StoreInUse, StoreUnavailable
     from adapter.routing.from_config import queue_keys
 
@@ -50,8 +54,10 @@ def serve(*, hold: bool, config_path: Path) -> None:
         try:
             ensure_descriptors(most_attempts(config, len(queue_keys(config))))
             uvloop.run(_serve(config, routes, hold=hold))
-        except (StoreInUse, StoreUnavailable) as error:
+        except (BoundToAnother, StoreInUse, StoreUnavailable) as error:
             end(STORE, in_one_line(error))
+        except KindChanged as error:
+            _end_with_changed_kinds(config, error.known)
         except (PortInUse, DescriptorsTooFew) as error:
             end(FAILED, str(error))
         except Exception:  # noqa: BLE001 - Python would write it to standard error, which may block
@@ -78,7 +84,8 @@ async def _serve(config: Config, routes: "Routes", *, hold: bool) -> None:
 def check(*, strict: bool, online: bool, config_path: Path) -> None:
     """Check the configuration, the handlers and their settings. Print every problem.
 
-    Conditions, watches and targets are compared with Norce's order: what can have no effect is a warning.
+    Conditions, watches and targets are compared with Norce's order: what can have no effect is a warning. If there is a
+    ledger, names that are gone and still used, and orphaned queues, are warnings as well; --strict allows those.
 
     With --online: try the database, each token at Norce, each destination whose handler can check its credentials, and
     the public address, which needs a running service. Nothing is changed anywhere.
@@ -89,6 +96,8 @@ def check(*, strict: bool, online: bool, config_path: Path) -> None:
     warnings = [*routes.warnings, *norce_warnings(config, routes)]
     for warning in sorted(warnings, key=lambda warning: (warning.file, warning.line or 0)):
         click.echo(f"warning: {warning}", err=True)
+    for words in _warnings_of_ledger(config):
+        click.echo(f"warning: {words}", err=True)
     if warnings and strict:
         end(CONFIGURATION, f"{len(warnings)} warning{'' if len(warnings) == 1 else 's'}, with --strict")
     click.echo(f"{config_path}: {len(routes.callbacks)} callbacks, {len(routes.all)} routes; no problems")
@@ -109,3 +118,42 @@ def _try_everything(config: Config, routes: "Routes") -> None:
         click.echo(f"ok      {trial.name}" if trial.problem is None else f"failed  {trial.name}: {trial.problem}")
     if any(trial.problem for trial in trials):
         sys.exit(FAILED)
+
+
+def _warnings_of_ledger(config: Config) -> list[str]:
+    """Compare the configuration with its ledger, if there is one.
+
+    If they do not fit together, end the command.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    from adapter.ledger.binding import BoundToAnother, binding
+    from adapter.ledger.clock import read_from_outside
+    from adapter.ledger.databases import StoreMissing, StoreUnavailable, database_at
+    from adapter.ledger.names import known_names
+    from adapter.routing.from_config import ledger_binding
+    from adapter.routing.gone_names import warnings_of
+
+    database, given = database_at(config.store.url), ledger_binding(config)
+    try:
+        database.check_exists()
+        with database.engine(read_only=True).connect() as connection:
+            bound, known = binding(connection), known_names(connection)
+            found = warnings_of(config, connection, read_from_outside(database, connection))
+    except StoreMissing:
+        return []
+    except (StoreUnavailable, DBAPIError) as error:
+        cause = in_one_line(getattr(error, "orig", None) or error)
+        return [f"cannot read {database.location}, so it was not compared with the configuration: {cause}"]
+    if bound is not None and bound != given:
+        end(STORE, str(BoundToAnother(database.location, bound, given)))
+    if changed := known.other_kinds({name: each.kind for name, each in config.callbacks.items()}):
+        _end_with_changed_kinds(config, changed)
+    return [str(each) for each in found]
+
+
+def _end_with_changed_kinds(config: Config, known: Mapping[str, str]) -> NoReturn:
+    """End with a problem for each callback that the ledger knows as another kind."""
+    words = "the ledger knows this name as a {}, and open orders may carry it; give the callback another name"
+    problems = [config.problem(f"callbacks.{name}.kind", words.format(kind)) for name, kind in known.items()]
+    end_with_problems(ConfigurationInvalid(problems))

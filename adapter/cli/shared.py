@@ -186,10 +186,10 @@ def load_routes(config: Config) -> "Routes":
     try:
         return routes.build(config)
     except ConfigurationInvalid as error:
-        _end_with_problems(error)
+        end_with_problems(error)
 
 
-def _end_with_problems(error: ConfigurationInvalid) -> NoReturn:
+def end_with_problems(error: ConfigurationInvalid) -> NoReturn:
     count = len(error.problems)
     summary = f"{count} problem{'' if count == 1 else 's'} in the configuration; nothing was started"
     end(CONFIGURATION, "\n".join([*map(str, error.problems), summary]))
@@ -206,7 +206,7 @@ def load_config(path: Path) -> Config:
     try:
         return configuration.load(path, os.environ)
     except ConfigurationInvalid as error:
-        _end_with_problems(error)
+        end_with_problems(error)
 
 
 @contextlib.contextmanager

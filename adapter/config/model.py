@@ -176,6 +176,10 @@ class RetentionConfig(_Section, frozen=True, kw_only=True):
         timedelta,
         doc("Time to keep recorded verdicts; of more than two million, the oldest go.", within=("1h", "3650d")),
     ] = timedelta(days=30)
+    uses: Annotated[
+        timedelta,
+        doc("Time to remember how often each callback, channel and URL key was used.", within=("7d", "3650d")),
+    ] = timedelta(days=90)
 
 
 class StoreConfig(_Section, frozen=True, kw_only=True):

@@ -21,9 +21,10 @@ from sqlalchemy import Connection, delete, func, select, text, update
 
 from adapter.ledger.dead_letters import lock_lanes
 from adapter.ledger.queries import IS_UNWANTED
-from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, verdicts
+from adapter.ledger.schema import attempts, deliveries, lanes, notifications, processes, queues, uses, verdicts
 from adapter.ledger.settlement import State
 from adapter.ledger.store import Store, StoreUnavailable
+from adapter.ledger.uses import DAY_MS
 from adapter.moments import in_milliseconds
 
 log = structlog.get_logger(__name__)
@@ -44,6 +45,7 @@ class Retention:
     unwanted: timedelta  # bodies of notifications that no route wanted
     rows: timedelta  # notifications with their deliveries
     verdicts: timedelta
+    uses: timedelta  # counts of calls, by day
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +91,7 @@ class Maintenance:
         )
         rows, self._rows_after = await self._store.run(self._rows, self._rows_after)
         old_verdicts = await self._store.run(self._verdicts)
+        await self._store.run(self._uses)
         more = self._bodies_after or self._unwanted_after or self._rows_after or old_verdicts == VERDICTS_PER_STEP
         return Pruned(bodies=bodies + unwanted, notifications=rows, verdicts=old_verdicts, more=bool(more))
 
@@ -103,6 +106,9 @@ class Maintenance:
         for statement in (old, too_many):
             ids.update(connection.execute(statement.limit(VERDICTS_PER_STEP - len(ids))).scalars())
         return connection.execute(delete(verdicts).where(v.id.in_(ids))).rowcount
+
+    def _uses(self, connection: Connection) -> None:
+        connection.execute(delete(uses).where(uses.c.day < self._before(self._retention.uses) // DAY_MS))
 
     def _bodies(self, connection: Connection, after: int, kept: timedelta, *conditions: Any) -> tuple[int, int]:
         n, d = notifications.c, deliveries.c

@@ -296,13 +296,15 @@ class Queries:
         return content is not None and not json.loads(content).get("active", True)
 
     def queues(self, now: int, configured: Collection[tuple[str, Channel]]) -> list[dict[str, Any]]:
-        """Return every queue with its state and its numbers of waiting and running deliveries.
+        """Return every queue with its state and the numbers of its deliveries.
 
         Args:
             now: The ledger's clock.
             configured: The route and the channel of each configured queue. Any other queue is orphaned.
         """
-        waiting = {row.queue_id: row.number for row in self._by_queue(State.WAITING)}
+        waiting, dead = (
+            {row.queue_id: row.number for row in self._by_queue(state)} for state in (State.WAITING, State.DEAD)
+        )
         held = select(lanes.c.queue_id).where(lanes.c.holder.is_not(None))
         running = Counter(self.connection.execute(held).scalars())
         order = (queues.c.route, queues.c.merchant, queues.c.channel)
@@ -319,6 +321,7 @@ class Queries:
                 "failures_in_row": len(json.loads(row.failed_lanes or "[]")),
                 "waiting": waiting.get(row.id, 0),
                 "running": running[row.id],
+                "dead": dead.get(row.id, 0),
             }
             for row in self.connection.execute(select(queues).order_by(*order))
         ]

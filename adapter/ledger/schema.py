@@ -188,6 +188,34 @@ actions = Table(
     Column("changed", Integer, nullable=False, server_default=text("0")),
 )
 
+bindings = Table(
+    "bindings",
+    metadata,
+    Column("id", Key, primary_key=True, doc="always 1"),
+    Column("norce", Text, nullable=False, doc="the environment or the address of the Norce whose orders these are"),
+    Column("adapter_id", Text, nullable=False),
+)
+
+names = Table(
+    "names",
+    metadata,
+    Column("merchant", Text, primary_key=True, doc="of a channel; empty for a callback"),
+    Column("name", Text, primary_key=True),
+    Column("kind", Text, nullable=False, doc="channel; of a callback: notification, validation or hook"),
+)
+
+uses = Table(
+    "uses",
+    metadata,
+    Column("day", BigInteger, primary_key=True, doc="days since 1970"),
+    Column("callback", Text, primary_key=True),
+    Column("merchant", Text, primary_key=True),
+    Column("channel", Text, primary_key=True),
+    Column("key", Text, primary_key=True, doc="the URL key that verified the calls; empty for secrets"),
+    Column("calls", BigInteger, nullable=False),
+    Column("last_at", BigInteger, nullable=False),
+)
+
 verdicts = Table(
     "verdicts",
     metadata,

@@ -145,6 +145,19 @@ class Store:
         """Return a connection that only reads and never waits for the writer."""
         return self._reader.connect()
 
+    def listen(self, on_work: Callable[[], None]) -> Callable[[], None]:
+        """Call `on_work` on the running event loop whenever a node notifies.
+
+        Returns a function that ends this.
+        """
+        loop = asyncio.get_running_loop()
+
+        def call() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(on_work)
+
+        return self.database.listen(call)
+
     def close(self) -> None:
         """Let the writer finish its work, and unlock the database."""
         self._batches.put(None)

@@ -5,15 +5,29 @@ from collections.abc import Mapping
 import httpx
 
 from adapter.config import Config
+from adapter.ledger.binding import Binding
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.maintenance import Retention
 from adapter.ledger.settlement import PausePolicy
 from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
 
+LOOPBACK = "localhost"
+
 
 def queue_keys(config: Config) -> list[QueueKey]:
     return [QueueKey(*each) for each in config.queue_keys]
+
+
+def ledger_binding(config: Config) -> Binding:
+    """Return the Norce that the ledger of this configuration belongs to.
+
+    All addresses of this host count as one Norce: a simulator takes another port at each start.
+    """
+    if (given := config.norce.base_url) is None:
+        return Binding(config.norce.environment, config.adapter.id)
+    url = httpx.URL(given)
+    return Binding(LOOPBACK if url.host in ("localhost", "127.0.0.1", "::1") else str(url), config.adapter.id)
 
 
 def pause_policy(config: Config) -> PausePolicy:
@@ -29,6 +43,7 @@ def retention(config: Config) -> Retention:
         unwanted=given.unwanted,
         rows=given.rows,
         verdicts=given.verdicts,
+        uses=given.uses,
     )
 
 

@@ -8,6 +8,7 @@ because every holder of the merchant's token can read and write it (checkout pro
 """
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -31,6 +32,7 @@ from adapter.routing.routes import Routes
 
 log = structlog.get_logger(__name__)
 
+LONGEST_FIRST_REFRESH = timedelta(seconds=5)
 READS_AT_ONCE = 4  # of one merchant
 MAX_DOCUMENT_BYTES = 128 * 1024  # hundreds of rules; a hostile document of this size takes seconds to check
 MAX_PLACES = 10  # reported for one document
@@ -72,6 +74,18 @@ class NorceSettings:
         self._unreadable: set[Channel] = set()
         self._has_stored: set[Channel] = set()
         self._unchecked: dict[Channel, bytes] = {}  # restored documents whose settings have no effect yet
+
+    async def read_first(self) -> None:
+        """Apply the settings in Norce's configuration before the first callback is answered.
+
+        Until Norce answers, its last stored settings apply. The time limit is short, because meanwhile no lease is
+        renewed and no signal is handled.
+        """
+        if self._config.norce.refresh:
+            await self.restore()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(self._config.norce.timeout, LONGEST_FIRST_REFRESH).total_seconds()):
+                    await self.refresh()
 
     async def restore(self) -> None:
         """Apply the switches of the stored documents.

@@ -106,3 +106,35 @@ def test_the_socket_of_a_killed_service_is_replaced(site: Site) -> None:
     assert left.returncode == 1
     assert f"no service answers at {site.folder / 'operations.sock'}" in left.stderr
     assert (done.returncode, done.stdout) == (0, "2 paused\n")
+
+
+def test_a_ledger_serves_one_norce_until_a_person_lets_it_change_over(site: Site) -> None:
+    loopback, why = site.config["norce"], ("--why", "the shop goes live")
+    assert site.start().stop() == 0
+    site.config["norce"] = {**loopback, "base_url": "http://localhost:1/another/port"}
+    assert site.start().stop() == 0
+    site.config["norce"] = {"environment": "stage", "refresh": "0s"}
+    site.config["reconciliation"] = {"every": "0s"}
+
+    refused = site.run_command("serve")
+    preview = site.run_command("store", "adopt", "--dry-run", *why)
+    still = site.run_command("check")
+    adopted = site.run_command("store", "adopt", "--output", "json", *why)
+    again = site.run_command("store", "adopt", *why)
+
+    words = (
+        f"{site.folder / 'ledger.db'} belongs to adapter jetshop_adapter at localhost, and the configuration names "
+        "adapter jetshop_adapter at stage: use another database (store.url), or run `norce-adapter store adopt` if "
+        "this one is to change over\n"
+    )
+    assert (refused.returncode, refused.stderr) == (5, words)
+    assert (still.returncode, still.stderr.splitlines(keepends=True)[-1]) == (5, words)
+    change = "from adapter jetshop_adapter at localhost to adapter jetshop_adapter at stage; 0 deliveries wait"
+    assert (preview.returncode, preview.stdout) == (0, f"would change {change}\n")
+    assert (adopted.returncode, json.loads(adopted.stdout)["changed"]) == (0, True)
+    assert again.returncode == 3
+    service = site.start()
+    assert (beside := site.run_command("store", "adopt", *why)).returncode == 3, beside.stderr
+    site.config["norce"] = loopback
+    assert (beside := site.run_command("store", "adopt", *why)).returncode == 5, beside.stderr
+    assert service.stop() == 0

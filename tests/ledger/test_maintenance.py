@@ -46,6 +46,7 @@ KEPT = Retention(
     unwanted=timedelta(days=1),
     rows=timedelta(days=400),
     verdicts=timedelta(days=30),
+    uses=timedelta(days=90),
 )
 BY = Author(who="anna", why="mended")
 

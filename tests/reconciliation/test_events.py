@@ -27,8 +27,10 @@ from adapter.ledger.inbox import Inbox
 from adapter.ledger.key_values import Watermarks
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
+from adapter.ledger.names import Names
 from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.store import Store
+from adapter.ledger.uses import Uses
 from adapter.metrics import Metrics
 from adapter.norce.client import Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
@@ -113,6 +115,8 @@ class House:
             max_body_bytes=1024 * 1024,
             load=Load(),
             clock=self.store.clock,
+            names=Names(self.store),
+            uses=Uses(self.store),
         )
         app = Router(routes=[Route(CALLBACK_PATH, self.endpoint)])
         self.simulator = Simulator(token=TOKEN, transport=httpx.ASGITransport(app), clock=TickingClock(), seed=7)

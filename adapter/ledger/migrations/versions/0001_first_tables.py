@@ -127,6 +127,18 @@ def upgrade() -> None:
         sa.Column("channel", sa.Text, primary_key=True),
         sa.Column("content", sa.LargeBinary, nullable=False),
     )
+    op.create_table("bindings", key(), *texts("norce", "adapter_id"))
+    op.create_table(
+        "names",
+        *(sa.Column(name, sa.Text, primary_key=True) for name in ("merchant", "name")),
+        *texts("kind"),
+    )
+    op.create_table(
+        "uses",
+        sa.Column("day", sa.BigInteger, primary_key=True),
+        *(sa.Column(name, sa.Text, primary_key=True) for name in ("callback", "merchant", "channel", "key")),
+        *numbers("calls", "last_at"),
+    )
     op.create_table(
         "verdicts",
         key(),
