@@ -6,6 +6,7 @@ order on one route) has `current`, the delivery that was attempted and is not fi
 | what happens | to a lane that is idle | due, or waiting | held | stopped by a dead letter |
 |---|---|---|---|---|
 | a newer event | due | as before, older ones superseded | the same | the same, and the event waits |
+| an event in shadow | as before | the same | the same | the same |
 | an older event | superseded (`history`: due) | superseded (`history`: in its place) | the same | same |
 | a claim | - | if due and its queue has room: held, attempts + 1 | - | - |
 | a known outcome | - | - | done or dead: due if more waits, else idle; retry: waiting | - |
@@ -300,6 +301,35 @@ class LedgerMachine(RuleBasedStateMachine):
         event.owed.append((line, owed))
 
     @rule(
+        target=events,
+        order=st.sampled_from("AAABC"),
+        snapshot=st.integers(0, 5),
+        value=st.integers(0, 1),
+        shadow=st.sampled_from(sorted(ROUTES)),
+        node=NODES,
+    )
+    def notified_in_shadow(self, order: str, snapshot: int, value: int, shadow: str, node: int) -> Any:
+        """Receive a new event while one of the routes is a shadow: nothing else in its lane changes."""
+        identity = f"{order}/{snapshot}/{value}/".encode()
+        if any(event.identity == identity for event in self.known):
+            return multiple()
+        event = Event(order, snapshot, identity, json.dumps({"id": order, "at": snapshot, "value": value}).encode())
+
+        received = self.loop.run(self.node(node).inbox.receive(self.receipt(event, event.body, shadow=shadow)))
+
+        assert received is Received.NEW
+        self.known.append(event)
+        for route in ROUTES:
+            line = self.lines.setdefault((order, route), Line(order, route))
+            if route != shadow:
+                self.model_owes(line, event)
+                continue
+            self.arrived += 1
+            line.owed.append(Owed(self.arrived, snapshot, identity, State.DONE, Reason.SHADOW))
+            event.owed.append((line, line.owed[-1]))
+        return event
+
+    @rule(
         event=events,
         in_envelope=st.booleans(),
         source=st.sampled_from(["callback"] * 3 + ["reconciliation"]),
@@ -583,7 +613,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def retried(self, unknown: Literal["leave", "look-up", "send"], node: int) -> None:
         meant = [(line, owed) for line, owed in self.dead() if unknown != "leave" or owed.reason is not Reason.UNKNOWN]
 
-        step = Step(matching=DeliveryFilter(until=self.clock.now + 1), by=BY, unknown=unknown)
+        step = Step(matching=DeliveryFilter(ended_before=self.clock.now + 1), by=BY, unknown=unknown)
         assert self.loop.run(self.node(node).commands.retry(step)).changed == len(meant)
 
         self.model_retries(meant, ends_doubt=unknown == "send")
@@ -619,7 +649,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 if ends_doubt:
                     line.settled = line.claims
 
-    def receipt(self, event: Event, body: bytes, source: str = "callback") -> ReceivedNotification:
+    def receipt(
+        self, event: Event, body: bytes, source: str = "callback", shadow: str | None = None
+    ) -> ReceivedNotification:
         return ReceivedNotification(
             identity=event.identity,
             channel=Channel("m", "1"),
@@ -628,7 +660,9 @@ class LedgerMachine(RuleBasedStateMachine):
             snapshot_at=event.snapshot,
             source=source,
             body=body,
-            wanted=tuple(Wanted(queue_id=self.queues[route], refetch=ROUTES[route]) for route in ROUTES),
+            wanted=tuple(
+                Wanted(queue_id=self.queues[route], refetch=ROUTES[route], shadow=route == shadow) for route in ROUTES
+            ),
             wanted_in_conflict=tuple(
                 Wanted(queue_id=self.queues[route], refetch=True) for route, refetch in ROUTES.items() if refetch
             ),
