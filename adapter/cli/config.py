@@ -1,4 +1,4 @@
-"""Commands about configuration: the schema of config.yaml, and our documents at Norce."""
+"""Commands about configuration: what is in force, its schema, and our documents at Norce."""
 
 import copy
 from pathlib import Path
@@ -21,25 +21,79 @@ from adapter.cli.shared import (
     TEXT,
     USAGE,
     as_json,
+    channel_options,
     config_option,
     end,
     load_config,
+    load_config_and_routes,
+    open_ledger,
     output_option,
+    print_rows,
     printable,
+    route_option,
+    whole_list_options,
 )
 from adapter.config import Config
 from adapter.config.json_schema import file_schema
 from adapter.identifiers import Channel
+from adapter.ledger.databases import StoreMissing, database_at
+from adapter.ledger.queries import Queries
 from adapter.norce.client import Norce, NorceError
 from adapter.registrations.on_channels import STATIC, channel_documents, documents_without_us
 from adapter.routing.routes import settings_types
+from adapter.routing.settings_in_force import settings_in_force
 
 SCHEMA_FILE = "config.schema.json"
+SHOW_COLUMNS = ("route", "merchant", "channel", "setting", "value", "from", "at")
 
 
 @click.group("config")
 def config_group() -> None:
-    """Print the schema, or write documents at Norce."""
+    """Show what is in force, print the schema, or write documents at Norce."""
+
+
+@config_group.command("show")
+@route_option
+@channel_options
+@whole_list_options
+def config_show(route: str | None, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
+    """Show the settings of routes that are in force, and the place of each.
+
+    They come from the route, the merchant, the channel, Norce's document as the service has read it last, or a default.
+    A secret is shown as its reference.
+    """
+    config, routes = load_config_and_routes(config_path)
+    documents = _documents_of(config)
+    rows: list[dict[str, Any]] = []
+    for each in routes.all:
+        for of in each.settings:
+            if route not in (None, each.name) or merchant not in (None, of.merchant) or channel not in (None, of.name):
+                continue
+            document = documents.get(of)
+            try:
+                found = settings_in_force(config, each, of, document)
+            except ValueError as error:
+                click.echo(printable(f"{of.merchant}, channel {of.name}: {error}; it is left out"), err=True)
+                found = settings_in_force(config, each, of, None)
+            names = {"route": each.name, "merchant": of.merchant, "channel": of.name}
+            rows += [names | dict(zip(SHOW_COLUMNS[3:], setting, strict=True)) for setting in found]
+    for of in documents:
+        if not documents[of].get("active", True):
+            click.echo(printable(f"{of.merchant}, channel {of.name}: switched off by the document at Norce"), err=True)
+    print_rows(
+        rows, output, SHOW_COLUMNS, nothing="no route is for this merchant and channel", channels=config.channels
+    )
+
+
+def _documents_of(config: Config) -> dict[Channel, dict[str, Any]]:
+    """Return Norce's documents as the service has read them last."""
+    try:
+        database_at(config.store.url).check_exists()
+    except StoreMissing:
+        click.echo("there is no ledger yet, so no document of Norce is shown", err=True)
+        return {}
+    with open_ledger(config) as connection:
+        return Queries(connection).documents()
 
 
 @config_group.command("schema")

@@ -295,6 +295,11 @@ class Queries:
         content = self.connection.execute(stored).scalar_one_or_none()
         return content is not None and not json.loads(content).get("active", True)
 
+    def documents(self) -> dict[Channel, dict[str, Any]]:
+        """Return the last valid configuration document of each channel."""
+        rows = self.connection.execute(select(documents.c.merchant, documents.c.channel, documents.c.content))
+        return {Channel(merchant, channel): json.loads(content) for merchant, channel, content in rows}
+
     def queues(self, now: int, configured: Collection[tuple[str, Channel]]) -> list[dict[str, Any]]:
         """Return every queue with its state and the numbers of its deliveries.
 
