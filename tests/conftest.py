@@ -16,6 +16,12 @@ from tests.databases import KINDS, Files, Server, postgres_server
 from tests.ledgers import HandClock, Ledger
 
 SLOW = ("attacks", "crash", "flows")
+# Also left out of `make quick`: commands, services in threads, searches and waits.
+NOT_QUICK = ("cli", "operations", "test_openapi.py", "test_demo.py", "test_verdicts.py", "test_attacks.py",
+             "test_events.py", "test_blocked.py", "test_runner.py", "test_endpoints.py", "test_inbox_and_lanes.py",
+             "test_store.py", "test_maintenance.py", "test_commands.py", "test_dispatcher.py", "test_attempt.py",
+             "test_resends.py", "test_queries.py", "test_last_event.py", "test_api.py", "test_client.py",
+             "test_norce_settings.py", "test_reasons.py", "test_backfill.py", "test_pauses.py")  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -42,10 +48,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def is_quick(item: pytest.Item) -> bool:
-    """Tell whether a test uses no PostgreSQL, starts no service and measures no time."""
+    """Tell whether a test uses no PostgreSQL, starts no service, waits for nothing and measures no time."""
     needs = {"postgres", "postgres_url", "site"} & set(getattr(item, "fixturenames", ()))
     store = getattr(item, "callspec", None) and "postgresql" in item.callspec.params.values()  # type: ignore[attr-defined]
-    return not (item.path.parent.name in SLOW or needs or store or item.get_closest_marker("speed"))
+    is_slow = {item.path.parent.name, item.path.name} & {*SLOW, *NOT_QUICK}
+    return not (is_slow or needs or store or item.get_closest_marker("speed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
