@@ -279,7 +279,8 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         says="It waits to be sent by {route}: the receiving system refuses our credentials. We try with one order "
         "again at {paused_until}, and send the others as soon as it is taken.{earlier}",
         remedies=(
-            "norce-adapter check",
+            "norce-adapter check --online",
+            "norce-adapter config show --route {route_name} {of_channel}",
             'norce-adapter queues resume {route_name} {of_channel} --why "…"',
         ),
     ),
