@@ -7,7 +7,7 @@ callbacks, running deliveries finish or are cancelled, the plugins' loops, the o
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Container, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -31,6 +31,7 @@ from adapter.config import Config
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.backfill import Backfill
 from adapter.deliveries.dispatcher import Dispatcher
+from adapter.identifiers import Channel
 from adapter.ledger.binding import bind
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.commands import Commands
@@ -49,6 +50,7 @@ from adapter.norce.client import Norce
 from adapter.operations.application import OperationsEndpoints, serve_operations
 from adapter.operations.health import Health, background_task
 from adapter.reconciliation.events import Reconciliation
+from adapter.reconciliation.orders import OrderReconciliation
 from adapter.registrations.endpoint import Registrations
 from adapter.registrations.endpoint import routes as routes_beside_callbacks
 from adapter.registrations.on_orders import Registrar
@@ -127,6 +129,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         endpoint = builder.callback_endpoint(intake, verdicts, norce_settings, load, names, uses)
         registrations = Registrations(config, Registrar(config, norce), norce_settings.switched_off)
         reconciler = reconciliation(config, norce, intake, store, metrics)
+        order_reconciler = order_reconciliation(config, norce, intake, store, metrics, norce_settings.switched_off)
 
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
@@ -139,6 +142,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             commands=commands,
             wake=dispatcher.wake,
             reconcile=reconciler.run,
+            reconcile_orders=order_reconciler.run,
             backfill=Backfill(routes, norce, store, queue_ids=queues).step,
         )
         operations_address = await serve_operations(stack, config, operations, on_limit)
@@ -152,6 +156,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
             ("retention", Maintenance(store, retention(config)).run()),
             ("configuration", norce_settings.poll(config.norce.refresh)),
             ("reconciliation", reconciler.run_regularly(config.reconciliation.every)),
+            ("order_reconciliation", order_reconciler.run_regularly(config.reconciliation.orders)),
         ):
             await stack.enter_async_context(background_task(name, work, health))
         stack.callback(store.listen(dispatcher.wake))
@@ -210,6 +215,25 @@ def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, m
         remembered=config.store.retention.rows,
         metrics=metrics,
         clock=store.clock,
+    )
+
+
+def order_reconciliation(
+    config: Config,
+    norce: Norce,
+    intake: Intake,
+    store: Store,
+    metrics: Metrics,
+    switched_off: Container[Channel] = (),
+) -> OrderReconciliation:
+    return OrderReconciliation(
+        norce,
+        intake,
+        store,
+        channels=config.channels,
+        switched_off=switched_off,
+        remembered=config.store.retention.rows,
+        metrics=metrics,
     )
 
 

@@ -31,9 +31,9 @@ ALLOWED = frozenset(
         "command", "count", "decided", "delivery_id", "duration_ms", "error_type", "events", "handler", "held", "host",
         "identity", "in_doubt", "inner_code", "kept", "key", "kind", "limit", "logger", "loop", "merchant", "method",
         "milliseconds", "missed", "next_at", "no_answer", "notification_id", "notifications", "operations_address",
-        "order_id", "others", "outcome", "path", "paths", "paused_by", "places", "queue_id", "reason", "removed",
-        "result", "revision", "route", "routes", "running", "scheme", "source", "state", "status", "status_code",
-        "verdicts", "version", "where",
+        "order_id", "order_ids", "others", "outcome", "path", "paths", "paused_by", "places", "queue_id", "reason",
+        "removed", "result", "revision", "route", "routes", "running", "scheme", "since", "source", "state", "status",
+        "status_code", "verdicts", "version", "where",
     }
 )  # fmt: skip
 

@@ -43,6 +43,11 @@ class Metrics:
         self.notifications_missed = counter(
             "notifications_missed_total", "Notifications found only in Norce's event log.", ["callback", "merchant"]
         )
+        self.orders_missing = counter(
+            "orders_missing_total",
+            "Orders found at Norce that a callback wants and that never came; each run counts what is still missing.",
+            ["merchant", "channel"],
+        )
         self.conditions_evaluated = counter("conditions_evaluated_total", "Conditions by result.", ["origin", "result"])
 
         self.verdict_duration = fast(
@@ -77,6 +82,9 @@ class Metrics:
             "norce_requests_total", "Requests to Norce, by number of the token.", ["merchant", "token", "status"]
         )
         self.reconciliations = counter("reconciliations_total", "Readings of an event log.", ["merchant", "result"])
+        self.order_reconciliations = counter(
+            "order_reconciliations_total", "Comparisons of a channel's orders.", ["merchant", "result"]
+        )
         self.configuration_documents = counter(
             "configuration_documents_total", "Documents of Norce's configuration that were new or unreadable.",
             ["merchant", "channel", "result"],

@@ -56,7 +56,7 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True):
     key: str  # the name of the key or secret
     channel: Channel | None = None  # of a signature, which covers it
     merchants: frozenset[str] | None = None  # whose callbacks a secret is valid for; None for all
-    source: str = "callback"  # of its notifications: callback or reconciliation
+    source: str = "callback"  # of its notifications: callback, reconciliation or orders
 
     @property
     def url_key(self) -> str:
@@ -67,9 +67,12 @@ class Sender(msgspec.Struct, frozen=True, kw_only=True):
         return self.merchants is None or merchant in self.merchants
 
 
-def reconciled(channel: Channel) -> Sender:
-    """Return the sender of notifications that reconciliation reads from Norce."""
-    return Sender(scheme="reconciliation", key="", channel=channel, source="reconciliation")
+def reconciled(channel: Channel, source: str = "reconciliation") -> Sender:
+    """Return the sender of notifications that reconciliation reads from Norce.
+
+    `source` is reconciliation, for the event log, or orders.
+    """
+    return Sender(scheme="reconciliation", key="", channel=channel, source=source)
 
 
 def sign(keyed: hmac.HMAC, channel: Channel, order_id: str, callback: str) -> str:

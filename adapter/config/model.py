@@ -216,7 +216,7 @@ class NorceConfig(_Section, frozen=True, kw_only=True):
 
 
 class ReconciliationConfig(_Section, frozen=True, kw_only=True):
-    """The search in Norce's event log for notifications that never arrived."""
+    """The search in Norce's event log and orders for notifications that never arrived."""
 
     every: Annotated[
         timedelta, doc("Time between two searches, by one of the nodes; 0s: never.", within=("0s", "7d"))
@@ -225,6 +225,13 @@ class ReconciliationConfig(_Section, frozen=True, kw_only=True):
         timedelta,
         doc("Part of the log that a search reads again, for events that Norce wrote late.", within=("0s", "30d")),
     ] = timedelta(hours=1)
+    orders: Annotated[
+        timedelta,
+        doc(
+            "Time between two comparisons of Norce's orders of the last 48 hours, by one of the nodes; 0s: never.",
+            within=("0s", "7d"),
+        ),
+    ] = timedelta(days=1)
 
 
 class DispatcherConfig(_Section, frozen=True, kw_only=True):

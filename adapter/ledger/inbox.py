@@ -92,7 +92,7 @@ class ReceivedNotification(msgspec.Struct, frozen=True, kw_only=True):
     callback: str
     order_id: str
     snapshot_at: int | None  # its `lastModified` in milliseconds, if it has one
-    source: str  # callback or reconciliation
+    source: str  # callback, reconciliation or orders
     body: bytes | None  # None if it was left unread, beyond the limits of its order
     reference: str | None = None  # the order's own, as `kept_reference` returns it
     digest: bytes | None = None  # of its order, once it was needed
@@ -291,7 +291,7 @@ class Inbox:
         if returned and self._add_after(connection, notification, identity, returned, now, arrivals):
             return Received.NEW
         own = {same, *(each.notification_id for each in newest.values() if _is_of(identity, each))}
-        dead = [] if notification.source == "reconciliation" else self._dead_letters(connection, own, now)
+        dead = self._dead_letters(connection, own, now) if notification.source == "callback" else []
         return dead or Received.REPEAT
 
     def _receive_unread(

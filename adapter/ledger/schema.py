@@ -87,7 +87,7 @@ notifications = Table(
     Column("reference", Text, doc="the order's own, as received; it lives as long as the row"),
     Column("snapshot_at", BigInteger, nullable=False, doc="lastModified, or the time of receipt"),
     Column("received_at", BigInteger, nullable=False),
-    Column("source", Text, nullable=False, doc="callback or reconciliation"),
+    Column("source", Text, nullable=False, doc="callback, reconciliation or orders"),
     Column("is_wanted", Boolean, nullable=False, server_default=true(), doc="by a route, on receipt or in a backfill"),
     Column("digest", LargeBinary, doc="of the order, once it had to be compared"),
     Column("body", LargeBinary, doc="as received; null once pruned"),

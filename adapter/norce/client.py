@@ -13,6 +13,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from types import MappingProxyType
 from typing import Any, Generic, Self, TypeVar
@@ -25,7 +26,7 @@ from adapter.connections import ContentTooLarge, ContentUnreadable, connections,
 from adapter.identifiers import Channel
 from adapter.norce.api import ADAPTER_ID, AUTHORIZATION, BY_NAME, CHANNEL, MERCHANT, V0, Operation
 from adapter.offload import offload
-from adapter.orders import NotAnOrder, Order, decode, order_in, read_order
+from adapter.orders import NotAnOrder, Order, decode, instant, order_in, read_order
 from adapter.outgoing import NOT_SENT, Sending, Traffic, retry_after
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
 
@@ -140,6 +141,15 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
             msgspec.structs.force_setattr(self, "created_at", self.created_at.replace(tzinfo=UTC))
 
 
+class ListedOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """An order of a list."""
+
+    id: str
+    created_at: datetime
+    changed_at: datetime | None
+    raw: bytes
+
+
 class _Pagination(msgspec.Struct, rename="camel"):
     total_size: int | None = None  # `size` has another meaning in each version and is not used
 
@@ -211,7 +221,14 @@ class Norce:
         Raises `NorceError`.
         """
         query = {"adapter_id": self._adapter_id, "offset": str(offset), "limit": str(limit), **filters}
-        return await _page(await self.call(Channel(merchant, ""), "list_events", query=query), offset, Event)
+        return await _page(
+            await self.call(Channel(merchant, ""), "list_events", query=query), offset, partial(_decoded, kind=Event)
+        )
+
+    async def orders(self, channel: Channel, *, offset: int = 0, limit: int = 50, **filters: str) -> Page[ListedOrder]:
+        """Return a page of the orders of a channel. Raises `NorceError`."""
+        query = {**filters, "offset": str(offset), "limit": str(limit)}
+        return await _page(await self.call(channel, "list_orders", query=query), offset, _listed_order)
 
     async def order_pages(
         self, channel: Channel, offset: int = 0, /, *, limit: int = 50, **filters: str
@@ -222,7 +239,9 @@ class Norce:
         """
         for _ in range(MAX_PAGES):
             query = {**filters, "offset": str(offset), "limit": str(limit)}
-            page = await _page(await self.call(channel, "list_orders", query=query), offset, dict[str, Any])
+            page = await _page(
+                await self.call(channel, "list_orders", query=query), offset, partial(_decoded, kind=dict[str, Any])
+            )
             if page.count:
                 yield page
             offset += page.count
@@ -585,19 +604,33 @@ def _json_or_none(content: bytes | None) -> Any:
     return None
 
 
-async def _page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
+async def _page(content: bytes, offset: int, read: Callable[[bytes], T]) -> Page[T]:
     """Decode a page in a thread: a large one takes longer than other tasks can wait."""
-    return await asyncio.to_thread(_decoded_page, content, offset, kind)
+    return await asyncio.to_thread(_decoded_page, content, offset, read)
 
 
-def _decoded_page(content: bytes, offset: int, kind: type[T]) -> Page[T]:
-    read = _decoded(content, _Listed)
+def _decoded_page(content: bytes, offset: int, read: Callable[[bytes], T]) -> Page[T]:
+    listed = _decoded(content, _Listed)
     items = []
-    for each in map(bytes, read.data):
+    for each in map(bytes, listed.data):
         with contextlib.suppress(NorceUnavailable):  # an item in another form must not hide the others
             if len(each) <= MAX_ORDER_BYTES:  # as for an order by itself; a larger one would hold the interpreter
-                items.append(_decoded(each, kind))
-    return Page(offset=offset, items=items, count=len(read.data), total=read.pagination.total_size)
+                items.append(read(each))
+    return Page(offset=offset, items=items, count=len(listed.data), total=listed.pagination.total_size)
+
+
+def _listed_order(item: bytes) -> ListedOrder:
+    head = _decoded(item, _Head)
+    created_at = instant(head.created)
+    if created_at is None:
+        raise NorceUnavailable("an order of the list does not say when it was created")
+    return ListedOrder(id=head.id, created_at=created_at, changed_at=instant(head.last_modified), raw=item)
+
+
+class _Head(msgspec.Struct, rename="camel"):
+    id: str
+    created: Any = None
+    last_modified: Any = None
 
 
 class _Listed(msgspec.Struct):

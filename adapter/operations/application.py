@@ -11,7 +11,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -36,7 +36,7 @@ from adapter.config import Config
 from adapter.deliveries.backfill import BackfillResult
 from adapter.ledger.backfill import BackfillStep
 from adapter.ledger.commands import Commands, NoSuchCommand
-from adapter.ledger.queries import Overview, Queries
+from adapter.ledger.queries import Author, Overview, Queries
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
 from adapter.norce.client import NorceError
@@ -45,6 +45,9 @@ from adapter.operations.host_check import HostCheck
 from adapter.operations.unix_socket import listening_at
 from adapter.plugin import Secret
 from adapter.reconciliation.events import LogProgress
+from adapter.reconciliation.orders import OrdersProgress
+
+P = TypeVar("P")
 
 log = structlog.get_logger(__name__)
 
@@ -57,11 +60,24 @@ class Reconcile(Protocol):
     def __call__(self, *, since: datetime | None, dry_run: bool) -> AsyncIterator[LogProgress]: ...
 
 
+class ReconcileOrders(Protocol):
+    """The type of `OrderReconciliation.run`, which yields the progress after each page."""
+
+    def __call__(self, *, since: datetime | None, by: Author | None) -> AsyncIterator[OrdersProgress]: ...
+
+
 class ReconcileCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The body of the command `reconcile`."""
 
     since: datetime | None = None
     dry_run: bool = False
+
+
+class ReconcileOrdersCommand(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of the command `reconcile-orders`. `by` brings the missing orders."""
+
+    since: datetime | None = None
+    by: Author | None = None
 
 
 RunBackfill = Callable[[BackfillStep], Awaitable[BackfillResult]]
@@ -87,6 +103,7 @@ class OperationsEndpoints:
         *,
         commands: Commands,
         reconcile: Reconcile,
+        reconcile_orders: ReconcileOrders,
         backfill: RunBackfill,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
@@ -95,6 +112,7 @@ class OperationsEndpoints:
         self._store = store
         self._commands = commands
         self._reconcile = reconcile
+        self._reconcile_orders = reconcile_orders
         self._backfill = backfill
         self._wake = wake
 
@@ -162,6 +180,9 @@ class OperationsEndpoints:
             if name == "reconcile":
                 lines = self._run_reconciliation(msgspec.json.decode(body, type=ReconcileCommand))
                 return StreamingResponse(lines, media_type="application/x-ndjson")
+            if name == "reconcile-orders":
+                lines = self._run_order_reconciliation(msgspec.json.decode(body, type=ReconcileOrdersCommand))
+                return StreamingResponse(lines, media_type="application/x-ndjson")
             if name == "backfill":
                 answer = msgspec.to_builtins(await self._backfill(msgspec.json.decode(body, type=BackfillStep)))
             else:
@@ -181,18 +202,31 @@ class OperationsEndpoints:
         return JSONResponse(answer)
 
     async def _run_reconciliation(self, command: ReconcileCommand) -> AsyncIterator[bytes]:
-        """Yield a line of JSON per page. If the run ends early, the last line has the error."""
         missed: dict[str, int] = {}
+        async for line in self._lines(self._reconcile(since=command.since, dry_run=command.dry_run)):
+            if isinstance(line, LogProgress):
+                missed[line.merchant] = 0 if command.dry_run else line.missed
+            yield msgspec.json.encode(line) + b"\n"
+        log.info("command_done", command="reconcile", count=sum(missed.values()))
+
+    async def _run_order_reconciliation(self, command: ReconcileOrdersCommand) -> AsyncIterator[bytes]:
+        brought: dict[tuple[str, str], int] = {}
+        async for line in self._lines(self._reconcile_orders(since=command.since, by=command.by)):
+            if isinstance(line, OrdersProgress):
+                brought[line.merchant, line.channel] = line.brought
+            yield msgspec.json.encode(line) + b"\n"
+        log.info("command_done", command="reconcile-orders", count=sum(brought.values()))
+
+    async def _lines(self, pages: AsyncIterator[P]) -> AsyncIterator[P | dict[str, str]]:
+        """Yield the progress after each page. If the run ends early, the last line has the error."""
         try:
-            async for found in self._reconcile(since=command.since, dry_run=command.dry_run):
-                missed[found.merchant] = found.missed
-                yield msgspec.json.encode(found) + b"\n"
-                if self._health.stopping:  # a shutdown does not wait for a long log
-                    yield b'{"error":"the service stops; run the command again to continue"}\n'
+            async for found in pages:
+                yield found
+                if self._health.stopping:  # a shutdown does not wait for a long list
+                    yield {"error": "the service stops; run the command again to continue"}
                     return
         except (NorceError, StoreUnavailable) as error:
-            yield msgspec.json.encode({"error": str(error)}) + b"\n"
-        log.info("command_done", command="reconcile", count=0 if command.dry_run else sum(missed.values()))
+            yield {"error": str(error)}
 
 
 def _refuse_without_token(request: Request, token: Secret | None) -> Response | None:

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -28,11 +29,11 @@ from adapter.ledger.inbox import Received, ReceivedNotification
 from adapter.ledger.key_values import Watermarks
 from adapter.ledger.store import StoreUnavailable
 from adapter.metrics import Metrics
-from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
+from adapter.moments import in_milliseconds, to_datetime, to_milliseconds, to_text
 from adapter.norce.client import Event, Norce, NorceError
 from adapter.offload import offload
 from adapter.orders import NotAnOrder, decode
-from adapter.reconciliation.event_log import EventLog
+from adapter.reconciliation.listing import Listing
 from adapter.routing.routes import Callback
 
 log = structlog.get_logger(__name__)
@@ -95,10 +96,18 @@ class Reconciliation:
         self._has_begun = False
 
     async def run_regularly(self, every: timedelta) -> None:
-        """Run when due, until cancelled. The ledger decides which node has the turn."""
+        """Run at the start and whenever due, until cancelled.
+
+        The ledger decides which node has the turn.
+        """
+        is_start = True
         while every:
             try:
-                await self.run_if_due(every)
+                if is_start:
+                    await self.run_at_start(every)
+                    is_start = False
+                else:
+                    await self.run_if_due(every)
             except StoreUnavailable:  # logged by the store
                 pass
             except Exception as error:  # a bug must not end all later runs
@@ -112,16 +121,38 @@ class Reconciliation:
         The first call, due or not, sets the start of a merchant's log to now: events from before this ledger may be in
         another ledger. A person can include them with `since`. Raises `StoreUnavailable`.
         """
+        await self._begin()
+        if await self._watermarks.has_turn(TURN, in_milliseconds(every)):
+            await self._run_in_turn()
+
+    async def run_at_start(self, every: timedelta) -> None:
+        """Run although it is not due, and log the gap since the last run.
+
+        A node that starts within a minute of another run, such as that of another node, leaves the log alone: younger
+        events are left for the next run. Raises `StoreUnavailable`.
+        """
+        await self._begin()
+        last = await self._watermarks.value(TURN)
+        if not await self._watermarks.has_turn(TURN, min(in_milliseconds(every), in_milliseconds(MIN_AGE))):
+            return
+        found = await self._run_in_turn()
+        if last is not None:
+            missed = sum(each.missed for each in found.values())
+            log.info("reconciled_at_start", since=to_text(last), missed=missed)
+
+    async def _begin(self) -> None:
         if not self._has_begun:
             for merchant in self._merchants:
-                if await self._watermarks.value(f"{START} {merchant}") is None:
-                    await self._watermarks.put(f"{START} {merchant}", self._clock())
+                await start_of(merchant, self._watermarks, self._clock())
             self._has_begun = True
-        if not await self._watermarks.has_turn(TURN, in_milliseconds(every)):
-            return
+
+    async def _run_in_turn(self) -> dict[str, LogProgress]:
+        found: dict[str, LogProgress] = {}
         with contextlib.suppress(NorceError):  # logged already
-            async for _ in self.run(min_age=MIN_AGE):
+            async for progress in self.run(min_age=MIN_AGE):
+                found[progress.merchant] = progress
                 await self._watermarks.put(TURN, self._clock())  # extend the turn
+        return found
 
     async def run(
         self, *, since: datetime | None = None, dry_run: bool = False, min_age: timedelta = timedelta(0)
@@ -171,7 +202,8 @@ class Reconciliation:
         else:
             begins = max(to_datetime(start or 0), oldest)
         newest = watermark or 0
-        async for page in EventLog(self._norce, merchant, overlap=self._overlap).newest_pages(begins):
+        read = partial(self._norce.events, merchant)
+        async for page in Listing[Event](read, overlap=self._overlap).newest_pages(begins):
             events = [event for event in page.items if event.created_at >= begins]
             old = [event for event in events if not min_age or event.created_at < now - min_age]
             await self._store_missing(old, progress, dry_run=dry_run)
@@ -274,6 +306,14 @@ class Reconciliation:
             if callback is not None and callback.kind == "notification":
                 return callback
         return None
+
+
+async def start_of(merchant: str, watermarks: Watermarks, now: int) -> int:
+    """Return the time of the first start with this merchant. It is now if there was none."""
+    start = await watermarks.value(f"{START} {merchant}")
+    if start is None:
+        await watermarks.put(f"{START} {merchant}", now)
+    return now if start is None else start
 
 
 class _Registered(msgspec.Struct):

@@ -281,3 +281,57 @@ def test_an_unreadable_event_log_is_reported_with_the_counts(norce: Norce, confi
     assert result.exit_code == FAILED
     assert "Norce answered 500" in result.stderr
     assert result.stdout.splitlines()[1].split() == ["norce", "0", "0", "0", "0"]
+
+
+def unregistered(norce: Norce) -> str:
+    """Create an order an hour ago of which our callbacks hear nothing."""
+    norce.simulator.set_switches(clock_skew_seconds=-3600.0)
+    order = norce.order()
+    norce.ask("put_state", {"currentStatus": "processing"}, order_id=order)
+    return order
+
+
+def test_orders_that_never_came_are_listed_and_brought_with_a_reason(norce: Norce, config: Path) -> None:
+    order = unregistered(norce)
+    with closing(Serving(config, ENVIRON)):
+        listed = command("reconcile", "--orders", config=config)
+        for_programs = command("reconcile", "--orders", "--output", "json", config=config)
+        preview = command("reconcile", "--orders", "--bring", "--dry-run", "--why", "x", config=config)
+        before = stored(config)
+        brought = command(
+            "reconcile", "--orders", "--bring", "--why", "not registered", "--output", "json", config=config
+        )
+
+        assert listed.exit_code == preview.exit_code == OK
+        assert f"missing: {order} (norce, channel 1)" in listed.stdout
+        assert "--bring" in listed.stderr
+        first = json.loads(for_programs.stdout)[0]
+        assert (first["orders"], first["missing"], first["brought"], first["ids"]) == (1, 1, 0, [order])
+        assert before == []
+        assert json.loads(brought.stdout)[0]["brought"] == 1
+        assert stored(config) == [(order, "orders")]
+        assert execute(config, "SELECT command, why, changed FROM actions") == [
+            ("reconcile-orders", "not registered", 1)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--bring", "--why", "x"], "--orders"), (["--orders", "--bring"], "--why"),
+     (["--orders", "--bring", "--why", " "], "--why"), (["--orders", "--since", "then"], "--since")],
+    ids=str,
+)  # fmt: skip
+def test_bringing_orders_needs_a_reason(config: Path, arguments: list[str], words: str) -> None:
+    result = command("reconcile", *arguments, config=config)
+
+    assert (result.exit_code, result.stdout) == (USAGE, "")
+    assert words in result.stderr
+
+
+def test_orders_that_cannot_be_listed_are_reported_with_the_counts(norce: Norce, config: Path) -> None:
+    with closing(Serving(config, ENVIRON)):
+        norce.simulator.set_switches(server_errors=1.0)
+        result = command("reconcile", "--orders", config=config)
+
+    assert result.exit_code == FAILED
+    assert "Norce answered 500" in result.stderr

@@ -40,7 +40,7 @@ class Site:
         self.app = self.application()
 
     def application(self, reconcile: Any = None) -> Any:
-        parts: Any = {"commands": Commands(self.store), "backfill": None}
+        parts: Any = {"commands": Commands(self.store), "backfill": None, "reconcile_orders": None}
         endpoints = OperationsEndpoints(self.health, self.metrics, self.store, reconcile=reconcile, **parts)
         return endpoints.for_socket()
 

@@ -29,6 +29,7 @@ from adapter.operations.health import Health
 from adapter.operations.unix_socket import listening_at
 from adapter.plugin import Secret
 from adapter.reconciliation.events import LogProgress
+from adapter.reconciliation.orders import OrdersProgress
 from tests import PATIENCE
 from tests.ledgers import EXPORT, POLICY, receipt
 
@@ -68,6 +69,7 @@ class Port:
             self.store,
             commands=Commands(self.store),
             reconcile=self._reconcile,
+            reconcile_orders=self._reconcile_orders,
             backfill=self._backfill,
             wake=self._wake,
         )
@@ -86,6 +88,11 @@ class Port:
             yield page
         if self.pages and self.pages[-1].error:
             raise NorceUnavailable(self.pages[-1].error)
+
+    async def _reconcile_orders(self, **given: Any) -> AsyncIterator[OrdersProgress]:
+        self.asked = given
+        yield OrdersProgress(merchant="norce", channel="1", missing=2, ids=["order-1", "order-2"])
+        yield OrdersProgress(merchant="norce", channel="1", missing=2, brought=2 if given["by"] else 0)
 
     async def _backfill(self, step: BackfillStep) -> BackfillResult:
         if step.route != "export":
@@ -192,6 +199,16 @@ def test_reconciliation_is_logged_when_it_ends_with_its_count(
     assert [(line["event"], line["command"], line["count"]) for line in port.lines()] == [
         ("command_done", "reconcile", count)
     ]
+
+
+@pytest.mark.parametrize(("by", "brought"), [({}, 0), ({"by": BY}, 2)], ids=["compare", "bring"])
+def test_a_comparison_of_orders_is_logged_when_it_ends(port: Port, by: dict[str, Any], brought: int) -> None:
+    status, answer, _ = port.post("/commands/reconcile-orders", {"since": "2026-02-03T12:00:00Z", **by})
+
+    lines = [json.loads(line) for line in answer.splitlines()]
+    assert (status, lines[0]["ids"], lines[1]["brought"]) == (200, ["order-1", "order-2"], brought)
+    assert port.asked["since"].isoformat() == "2026-02-03T12:00:00+00:00"
+    assert [(line["command"], line["count"]) for line in port.lines()] == [("reconcile-orders", brought)]
 
 
 WRONG = {

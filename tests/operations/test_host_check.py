@@ -71,7 +71,7 @@ def test_a_probe_without_a_host_is_answered() -> None:
 def endpoints(tmp_path: Path) -> OperationsEndpoints:
     store = Store.open(f"sqlite:///{tmp_path}/ledger.db")
     try:
-        parts: Any = {"commands": Commands(store), "reconcile": None, "backfill": None}
+        parts: Any = {"commands": Commands(store), "reconcile": None, "backfill": None, "reconcile_orders": None}
         return OperationsEndpoints(Health(started=True), Metrics("1"), store, **parts)
     finally:
         store.close()

@@ -32,10 +32,11 @@ from adapter.ledger.schema import deliveries, lanes, notifications
 from adapter.ledger.store import Store
 from adapter.ledger.uses import Uses
 from adapter.metrics import Metrics
+from adapter.moments import to_text
 from adapter.norce.client import Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
-from adapter.reconciliation.event_log import PAGE_SIZE
 from adapter.reconciliation.events import MAX_CLOCK_DIFFERENCE, LogProgress
+from adapter.reconciliation.listing import PAGE_SIZE
 from adapter.registrations.on_orders import Registrar
 from adapter.routing.from_config import norce_client, queue_keys
 from adapter.routing.routes import build
@@ -290,6 +291,31 @@ def test_one_of_several_nodes_has_the_turn(house: House) -> None:
     house.loop.run(house.watermarks.put("reconciliation", 0))
     house.in_turn()
     assert house.line.asked > asked
+
+
+def test_a_start_reads_the_log_although_it_is_not_due_and_names_the_gap(house: House) -> None:
+    house.loop.run(house.watermarks.put("reconciled since norce", 0))
+    house.simulator.set_switches(notifications_lost=1.0, clock_skew_seconds=-120)
+    house.orders(2)
+    an_hour_ago = house.store.clock() - 3_600_000
+    house.loop.run(house.watermarks.put("reconciliation", an_hour_ago))
+
+    with capture_logs() as logs:
+        house.loop.run(house.healing.run_at_start(timedelta(days=7)))
+
+    assert len(house.stored()) == 2
+    (line,) = [each for each in logs if each["event"] == "reconciled_at_start"]
+    assert (line["since"], line["missed"]) == (to_text(an_hour_ago), 2)
+
+
+def test_a_start_shortly_after_a_run_reads_nothing(house: House) -> None:
+    """Another node has just read the log, and what is younger is left for the next run."""
+    house.in_turn()
+    asked = house.line.asked
+
+    house.loop.run(house.healing.run_at_start(timedelta(minutes=10)))
+
+    assert house.line.asked == asked
 
 
 def test_young_events_are_left_for_the_next_run(house: House) -> None:

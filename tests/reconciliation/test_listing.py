@@ -1,4 +1,4 @@
-"""The reader of Norce's event log: it finds every event, for each order of the log and each page size."""
+"""The reader of Norce's lists: it finds every entry, for each order of the list and each page size."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.norce.client import Event, NorceTooLarge, NorceUnavailable, Page
-from adapter.reconciliation.event_log import MAX_PAGES, PAGE_SIZE, EventLog
+from adapter.reconciliation.listing import MAX_PAGES, PAGE_SIZE, Listing
 
 NOON = datetime(2026, 2, 3, 12, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
@@ -41,7 +41,7 @@ class FakeNorce:
         self.window, self.between = window, between
         self.requests = 0
 
-    async def events(self, merchant: str, *, offset: int = 0, limit: int = 100) -> Page[Event]:
+    async def events(self, *, offset: int, limit: int) -> Page[Event]:
         self.requests += 1
         if limit > self.too_large:
             raise NorceTooLarge("too large")
@@ -54,7 +54,7 @@ class FakeNorce:
 
 def read(norce: Any, begins: datetime) -> set[datetime]:
     async def work() -> set[datetime]:
-        pages = EventLog(norce, "norce", overlap=OVERLAP).newest_pages(begins)
+        pages = Listing[Event](norce.events, overlap=OVERLAP).newest_pages(begins)
         return {each.created_at async for page in pages for each in page.items}
 
     return asyncio.run(work())
@@ -187,13 +187,13 @@ def test_a_log_that_gives_fewer_events_than_it_counts_is_an_error(*, newest_firs
     """Search engines count all events and give only the first so many."""
     log: Log = sorted(every_minute(5 * PAGE_SIZE), reverse=newest_first)
 
-    with pytest.raises(NorceUnavailable, match="more events than it gives"):
+    with pytest.raises(NorceUnavailable, match="more entries than it gives"):
         read(FakeNorce(log, window=150), NOON)
 
 
 def test_a_log_without_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_PAGES * PAGE_SIZE == 10_000_000  # a busy merchant has a few hundred thousand orders a day
-    monkeypatch.setattr("adapter.reconciliation.event_log.MAX_PAGES", 2)
+    monkeypatch.setattr("adapter.reconciliation.listing.MAX_PAGES", 2)
     norce = FakeNorce([*every_minute(5 * PAGE_SIZE)], total=False)
 
     with pytest.raises(NorceUnavailable, match="no end"):
