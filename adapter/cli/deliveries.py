@@ -45,7 +45,7 @@ from adapter.cli.shared import (
 from adapter.config import Config
 from adapter.identifiers import Channel
 from adapter.ledger.commands import MAX_PER_STEP, Step
-from adapter.ledger.queries import ORPHANED, DeliveryFilter
+from adapter.ledger.queries import ORPHANED, DeliveryFilter, Queries, check_one_order
 from adapter.ledger.resends import LEFT_OUT, LeftOut, ResendFilter, preview
 from adapter.ledger.settlement import Reason, State
 
@@ -228,8 +228,16 @@ def _preview(config_path: Path, selection: ResendFilter) -> tuple[list[dict[str,
     config = load_config(config_path)
     refetching = [name for name, route in config.routes.items() if route.refetch]
     with read_queries(config_path) as queries:
+        _check_one_order(queries, selection.matching)
         rows, left_out = preview(queries.connection, selection._replace(refetching=refetching))
     return leave_out_orphaned(config, rows), left_out
+
+
+def _check_one_order(queries: Queries, matching: DeliveryFilter) -> None:
+    try:
+        check_one_order(queries.connection, matching)
+    except ValueError as error:
+        end(USAGE, str(error))
 
 
 def _report_left_out(left_out: Mapping[LeftOut, Sequence[int]]) -> None:
@@ -298,6 +306,7 @@ def _change(
 
 def _count(config_path: Path, step: Step, *, is_retry: bool, leave_unknown: bool) -> list[dict[str, Any]]:
     with read_queries(config_path) as queries:
+        _check_one_order(queries, step.matching)
         rows = queries.count(step.matching)
     if is_retry:
         rows = leave_out_orphaned(load_config(config_path), rows)

@@ -200,10 +200,11 @@ def test_orders_are_found_by_the_beginning_of_their_id_and_by_a_reference(config
 
 
 def test_a_change_refuses_the_beginning_of_several_ids(config: Path) -> None:
-    counted = command("deliveries", "discard", "--state", "waiting", "--order", "o_yClT", "--dry-run", "--why", "x",
+    result = command("deliveries", "discard", "--state", "waiting", "--order", "o_yClT", "--dry-run", "--why", "x",
                       config=config)  # fmt: skip
 
-    assert counted.exit_code == OK  # it shows what the beginning would mean
+    assert result.exit_code == USAGE
+    assert "several orders begin so" in result.stderr
 
 
 def test_the_verdicts_of_an_order_say_who_refused_it_and_which_hook_changed_it(config: Path) -> None:
