@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from datetime import timedelta
 from typing import Any
 
@@ -16,6 +17,7 @@ from adapter.deliveries import backfill as backfill_module
 from adapter.deliveries.backfill import Backfill, BackfillResult
 from adapter.identifiers import Channel
 from adapter.ledger.backfill import BackfillLedger, BackfillStep
+from adapter.ledger.known_orders import known_orders
 from adapter.ledger.maintenance import Maintenance, Retention, faults
 from adapter.ledger.queries import Author
 from adapter.norce.client import Account, Norce
@@ -23,7 +25,8 @@ from adapter.plugin import Context, Done, NoSettings, Notification, Notification
 from adapter.routing.routes import Callback, Route, Routes
 from tests.databases import database_of, rows
 from tests.deliveries.harness import route
-from tests.ledgers import DELIVERED, EXPORT, HISTORY, HOUR, OTHER, REJECTED, Ends, Ledger, opened, receipt
+from tests.ledgers import DELIVERED, EXPORT, HISTORY, HOUR, OTHER, REJECTED, Ends, Ledger, make_many, opened, receipt
+from tests.plans import assert_no_scan, seen
 
 BY = Author(who="anna@shop", why="the route is new")
 IS_COMPLETED = Condition("/state/currentStatus", {"const": "completed"}).compile()
@@ -54,7 +57,7 @@ class House:
     async def answer(self, request: httpx.Request) -> httpx.Response:
         order_id = request.url.path.rpartition("/")[2]
         self.asked.append(order_id)
-        status = self.at_norce[order_id]
+        status = self.at_norce.get(order_id, httpx.Response(404, json={"code": "order-not-found"}))
         if isinstance(status, httpx.Response):
             return status
         return httpx.Response(200, json={"id": order_id, "state": {"currentStatus": status}})
@@ -334,6 +337,23 @@ def test_a_conflict_counts_only_on_a_route_that_reads_the_order_again(house: Hou
     assert house.step("export").changed == 1
 
 
+def test_no_statement_reads_a_whole_table(house: House) -> None:
+    make_many(house.ledger, 3000)
+    house.receive("a", "completed")
+    store = house.ledger.store
+
+    def run() -> None:
+        house.step(most=10)
+        house.step("history", most=10)
+        known_orders(store, FJALLBODEN, ["a", "done-1"])
+
+    for engine in (store.engine, store._reader):
+        for statement, parameters in seen(engine, run):
+            assert_no_scan(house.ledger, statement, parameters, ("deliveries", "lanes", "attempts"))
+            if "ORDER BY" not in statement:  # these end after the rows of a step
+                assert_no_scan(house.ledger, statement, parameters)
+
+
 # --- preview and refusals -------------------------------------------------------------------------------------------
 
 
@@ -450,8 +470,7 @@ def test_a_body_that_is_pruned_meanwhile_counts_only_if_the_route_needs_it(
 
 
 def _retention(**changed: timedelta) -> Retention:
-    given = dict.fromkeys(("bodies", "bodies_of_dead_letters", "unwanted", "rows", "verdicts"), KEPT)
-    return Retention(**given | changed)
+    return Retention(**dict.fromkeys((field.name for field in fields(Retention)), KEPT) | changed)
 
 
 def test_the_body_of_a_backfilled_notification_is_kept_like_that_of_a_wanted_one(house: House) -> None:

@@ -1094,6 +1094,19 @@ def test_lone_surrogates_in_a_page_are_replaced(parts: list[str]) -> None:
     assert [each["description"] for each in page.items] == [expected, "\ufffd"]
 
 
+def test_an_order_of_a_list_has_its_bytes_and_times_and_one_without_a_time_is_left_out() -> None:
+    first = {"id": "a", "created": "2026-02-03T12:00:00", "lastModified": None}
+    orders = [first, {"id": "b"}, {"id": 7, "created": "2026-02-03"}, "text"]
+    answer = httpx.Response(200, json={"data": orders, "pagination": {"totalSize": 9}})
+
+    page = ask(FakeNorce(answer), lambda norce: norce.orders(CHANNEL, offset=5, limit=4))
+
+    (order,) = page.items
+    assert (page.offset, page.count, page.total, order.id, order.changed_at) == (5, 4, 9, "a", None)
+    assert order.created_at.isoformat() == "2026-02-03T12:00:00+00:00"
+    assert json.loads(order.raw) == first
+
+
 @pytest.mark.parametrize("body", [{}, {"data": 7}, {"data": [], "pagination": {"totalSize": "x"}}, []])
 def test_an_undocumented_page_is_an_error(body: Any) -> None:
     with pytest.raises(NorceUnavailable):
