@@ -26,7 +26,7 @@ from adapter.identifiers import Channel
 from adapter.ledger.commands import record_action
 from adapter.ledger.inbox import Received
 from adapter.ledger.key_values import Watermarks
-from adapter.ledger.known_orders import known_orders
+from adapter.ledger.known_orders import KnownOrders, known_orders
 from adapter.ledger.queries import Author
 from adapter.ledger.store import Store, StoreUnavailable
 from adapter.metrics import Metrics
@@ -229,16 +229,10 @@ class OrderReconciliation:
         if not wanted:
             return []
         known = await asyncio.to_thread(known_orders, self._store, channel, list(wanted))
-
-        def is_known(order_id: str, callback: str, routes: Iterable[str]) -> bool:
-            # Delivered by every route, from a callback of another name: it is not to be delivered again.
-            of_routes = [(order_id, route) in known.routes for route in routes]
-            return (order_id, callback) in known.callbacks or bool(of_routes and all(of_routes))
-
         return [
             order_id
             for order_id, callbacks in wanted.items()
-            if not all(is_known(order_id, callback, routes) for callback, routes in callbacks.items())
+            if not all(_is_known(known, order_id, callback, routes) for callback, routes in callbacks.items())
         ]
 
     def _examined(self, channel: Channel, order_id: str, raw: bytes) -> dict[str, list[str]] | None:
@@ -276,8 +270,8 @@ class OrderReconciliation:
             return False
         known = await asyncio.to_thread(known_orders, self._store, channel, [order_id])
         stored = False
-        for name in callbacks:
-            if (order_id, name) not in known.callbacks:
+        for name, routes in callbacks.items():
+            if not _is_known(known, order_id, name, routes):
                 stored |= await self._store_order(channel, order_id, self._intake.routes.callbacks[name], order.raw)
         return stored
 
@@ -300,6 +294,15 @@ class OrderReconciliation:
             return False
         notification = await offload(len(body), self._intake.routed, *parsed)
         return await self._intake.store(notification) in (Received.NEW, Received.CONFLICT)
+
+
+def _is_known(known: KnownOrders, order_id: str, callback: str, routes: Iterable[str]) -> bool:
+    """Return whether an order has come for a callback, or was delivered by all routes.
+
+    The deliveries may be of a callback with another name. They are not to be repeated.
+    """
+    of_routes = [(order_id, route) in known.routes for route in routes]
+    return (order_id, callback) in known.callbacks or bool(of_routes and all(of_routes))
 
 
 def _may_have_changed(callback: Callback, order: dict[str, Any]) -> bool:
