@@ -136,9 +136,9 @@ class Facts:
 
     @property
     def refusal(self) -> Mapping[str, Any] | None:
-        """The newest verdict that refused the purchase or a change of the order."""
-        refusals = (each for each in self.verdicts if each["decided"] in ("reject", "refuse"))
-        return next((each for each in refusals if each["kind"] == "answer"), None)
+        """The newest verdict, or `no_answer`, that refused the purchase or a change of the order."""
+        answered = (each for each in self.verdicts if each["kind"] == "answer")
+        return next((each for each in answered if each["decided"] != "patch"), None)
 
 
 # --- the orders -------------------------------------------------------------------------------------------------------

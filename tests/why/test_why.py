@@ -204,6 +204,11 @@ def refused(site: Site) -> None:
     )
 
 
+def refused_without_an_answer(site: Site) -> None:
+    refused(site)
+    site.ledger.rows("UPDATE verdicts SET decided = 'failed', codes = '[\"late\"]', answered = 'reject'")
+
+
 def unread(site: Site) -> None:
     site.receive(site.order(), wanted=False)
     site.ledger.rows("UPDATE notifications SET body = NULL")
@@ -405,6 +410,11 @@ ANSWERS: dict[Callable[[Site], None], tuple[str, str]] = {
         "refused",
         "Order order-1 (reference 100245) is in the state checkout at Norce. The purchase is not finished: our check "
         "“limits” refused it with “too-much” (2026-02-03 12:00 UTC). “export” sends the order when it is completed.",
+    ),
+    refused_without_an_answer: (
+        "refused",
+        "Order order-1 (reference 100245) is in the state checkout at Norce. The purchase is not finished: our check "
+        "“limits” refused it with “late” (2026-02-03 12:00 UTC). “export” sends the order when it is completed.",
     ),
     unread: (
         "unread",
