@@ -7,7 +7,7 @@ callbacks, running deliveries finish or are cancelled, the plugins' loops, the o
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Container, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -31,12 +31,11 @@ from adapter.config import Config
 from adapter.deliveries.attempt import Attempts, Queue
 from adapter.deliveries.backfill import Backfill
 from adapter.deliveries.dispatcher import Dispatcher
-from adapter.identifiers import Channel
 from adapter.ledger.binding import bind
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox
-from adapter.ledger.key_values import StoredDocuments, Watermarks
+from adapter.ledger.key_values import StoredDocuments
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.maintenance import Maintenance
@@ -49,8 +48,7 @@ from adapter.moments import to_datetime
 from adapter.norce.client import Norce
 from adapter.operations.application import OperationsEndpoints, serve_operations
 from adapter.operations.health import Health, background_task
-from adapter.reconciliation.events import Reconciliation
-from adapter.reconciliation.orders import OrderReconciliation
+from adapter.reconciliation.from_config import order_reconciliation, reconciliation
 from adapter.registrations.endpoint import Registrations
 from adapter.registrations.endpoint import routes as routes_beside_callbacks
 from adapter.registrations.on_orders import Registrar
@@ -202,39 +200,6 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
 def most_attempts(config: Config, queues: int) -> int:
     """Return how many deliveries may run at once: all slots, and one for each further queue."""
     return config.dispatcher.slots + max(queues - 1, 0)
-
-
-def reconciliation(config: Config, norce: Norce, intake: Intake, store: Store, metrics: Metrics) -> Reconciliation:
-    return Reconciliation(
-        norce,
-        intake,
-        Watermarks(store),
-        channels=config.channels,
-        adapter_id=config.adapter.id,
-        overlap=config.reconciliation.overlap,
-        remembered=config.store.retention.rows,
-        metrics=metrics,
-        clock=store.clock,
-    )
-
-
-def order_reconciliation(
-    config: Config,
-    norce: Norce,
-    intake: Intake,
-    store: Store,
-    metrics: Metrics,
-    switched_off: Container[Channel] = (),
-) -> OrderReconciliation:
-    return OrderReconciliation(
-        norce,
-        intake,
-        store,
-        channels=config.channels,
-        switched_off=switched_off,
-        remembered=config.store.retention.rows,
-        metrics=metrics,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ from starlette.routing import Route, Router
 from structlog.testing import capture_logs
 
 from adapter import config as configuration
-from adapter.app import reconciliation
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.limits import Load
@@ -36,6 +35,7 @@ from adapter.moments import to_text
 from adapter.norce.client import Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
 from adapter.reconciliation.events import MAX_CLOCK_DIFFERENCE, LogProgress
+from adapter.reconciliation.from_config import reconciliation
 from adapter.reconciliation.listing import PAGE_SIZE
 from adapter.registrations.on_orders import Registrar
 from adapter.routing.from_config import norce_client, queue_keys

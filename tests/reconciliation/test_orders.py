@@ -11,11 +11,11 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.app import order_reconciliation
 from adapter.identifiers import Channel
 from adapter.ledger.queries import Author
 from adapter.norce.client import NorceError
 from adapter.reconciliation import orders as orders_module
+from adapter.reconciliation.from_config import order_reconciliation
 from adapter.reconciliation.orders import OrdersProgress
 from adapter.registrations.on_orders import Registrar
 from tests.databases import rows
