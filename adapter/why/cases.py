@@ -88,7 +88,7 @@ _REGISTER = "norce-adapter register {order} {of_channel}"
 _RETRY = 'norce-adapter deliveries retry {delivery} --why "…"'
 _RESEND = 'norce-adapter deliveries resend {delivery} --why "…"'
 _BACKFILL = 'norce-adapter deliveries backfill {route_name} {of_channel} --why "…" --dry-run'
-_BRING = "norce-adapter reconcile"
+_BRING = 'norce-adapter reconcile --orders --since {created_at} --bring --why "…"'
 
 ORDER_CASES: tuple[Case[Facts], ...] = (
     Case(
@@ -409,7 +409,7 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         lambda _: True,
         says="It is ready to be sent by {route}, but Norce's message about it has not reached us. We look for missing "
         "messages regularly, and can do so at once.",
-        remedies=(_BRING,),
+        remedies=("norce-adapter reconcile", _BRING),
     ),
 )
 

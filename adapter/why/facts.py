@@ -123,7 +123,8 @@ class Facts:
     at_norce: AtNorce = AtNorce.UNREADABLE
     problem: NorceProblem | None = None
     status: str | None = None
-    changed_at: str | None = None  # by Norce's clock
+    created_at: str | None = None  # by Norce's clock
+    changed_at: str | None = None
     callbacks: Mapping[str, OnOrder] = field(default_factory=dict)  # ours, by name
     is_channel_configured: bool = True
     is_switched_off: bool = False  # in Norce's configuration
@@ -298,7 +299,6 @@ def facts_of(
     ]
     state = (tree or {}).get("state")
     status = str(state.get("currentStatus")).lower() if isinstance(state, dict) else ""
-    changed_at = instant((order or {}).get("lastModified"))
     return Facts(
         asked=asked,
         now=to_text(now),
@@ -309,7 +309,8 @@ def facts_of(
         at_norce=AtNorce.FOUND if order else AtNorce.UNREADABLE if reading.problem else AtNorce.MISSING,
         problem=reading.problem,
         status=status if status in STATUSES else None,
-        changed_at=None if changed_at is None else to_text(to_milliseconds(changed_at)),
+        created_at=_moment_of(order, "created"),
+        changed_at=_moment_of(order, "lastModified"),
         callbacks=on_order,
         is_channel_configured=channel in config.channels,
         is_switched_off=queries.is_switched_off(**of_channel),
@@ -320,6 +321,11 @@ def facts_of(
         verdicts=of_this(queries.verdicts(order_id=order_id)),
         routes=gathered,
     )
+
+
+def _moment_of(order: Mapping[str, Any] | None, name: str) -> str | None:
+    moment = instant((order or {}).get(name))
+    return None if moment is None else to_text(to_milliseconds(moment))
 
 
 def facts_without_order(asked: str, problem: NorceProblem | None, now: int) -> Facts:

@@ -104,6 +104,7 @@ def _words(facts: Facts, route: RouteFacts | None) -> dict[str, Any]:
         "merchant": channel and channel.merchant,
         "channel": channel and channel.name,
         "status": facts.status or "unknown",
+        "created_at": facts.created_at,
         "problem": facts.problem and facts.problem.words,
         "received": moment_in_words(facts.notifications[-1]["received_at"]) if facts.notifications else None,
         "notification": facts.notifications[0]["id"] if facts.notifications else None,

@@ -643,9 +643,10 @@ def test_the_facts_name_states_places_and_moments_and_no_value_of_the_order(site
 def test_the_commands_fit_the_order_and_can_be_pasted(site: Site) -> None:
     site.receive(site.order("order 1; true", registered=False, **CHECKOUT), wanted=False)
 
-    (register, *_) = site.ask_one("order 1; true")["commands"]
+    register, bring = site.ask_one("order 1; true")["commands"]
 
     assert register == "norce-adapter register 'order 1; true' --merchant fjallboden --channel 1"
+    assert bring == 'norce-adapter reconcile --orders --since 2026-02-03T08:12:41.318Z --bring --why "…"'
 
 
 def test_without_a_ledger_the_command_says_so(site: Site) -> None:
