@@ -204,6 +204,9 @@ def deliveries_resend(
     with running_service(config_path, to, token) as service, progress_bar() as progress:
         task, changed, action = progress.add_task("resend", total=total), 0, resume
 
+        if action is not None:
+            _say_how_to_resume(action, to)
+
         def run(step: Step) -> Any:
             nonlocal action
             answer = service.run("resend", step)

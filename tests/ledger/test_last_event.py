@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from adapter.ledger.claims import Claim
+from adapter.ledger.commands import Commands, Step
 from adapter.ledger.inbox import ReceivedNotification
+from adapter.ledger.queries import Author, DeliveryFilter
 from tests.databases import clear
 from tests.ledgers import (
     DELIVERED,
@@ -56,6 +58,7 @@ steps = st.one_of(
     st.tuples(st.just("began"), st.none()),
     st.tuples(st.just("ended"), endings),
     st.tuples(st.just("waited"), st.sampled_from([1, HOUR])),
+    st.tuples(st.just("resent"), st.booleans()),
 )
 
 
@@ -138,12 +141,21 @@ class World:
     def waited(self, time: int) -> None:
         self.ledger.clock.now += time
 
+    def resent(self, newest: bool) -> None:
+        """Deliver the newest, or some that have ended, again."""
+        commands = Commands(self.ledger.store, refetching=["export"])
+        some = "SELECT id FROM deliveries WHERE again_of IS NULL ORDER BY id LIMIT 3"
+        ids = () if newest else tuple(row[0] for row in self.ledger.rows(some))
+        by = Author(who="a person", why="to see")
+        first = self.ledger.do(commands.resend(Step(matching=DeliveryFilter(ids=ids), by=by)))
+        self.ledger.do(commands.resend(Step(matching=DeliveryFilter(), by=by, action=first.action)))
+
     def finish(self) -> None:
         """Let everything arrive and every attempt succeed."""
         while self.on_their_way:
             self.arrived(0)
         self.ended(lambda _: DELIVERED)
-        for _ in range(10):
+        for _ in range(10 + len(self.ledger.rows("SELECT id FROM deliveries WHERE state = 'waiting'"))):
             self.waited(2 * HOUR)
             self.began(None)
             self.ended(lambda _: DELIVERED)

@@ -17,6 +17,7 @@ order on one route) has `current`, the delivery that was attempted and is not fi
 | a late settlement | nothing | nothing | nothing, unless it is of this claim | nothing |
 | a retry of a letter | due | in its place | not while it is attempted | due, in doubt as before |
 | a discard of a letter | - | as before | not while it is attempted | due if more waits, else idle; no doubt |
+| a resend | due | waits, in its place, never superseded | the same | the same; of the letter: as a discard |
 
 Its queue (one route) runs, is paused until a moment, or tries one lane as a probe. `settlement` decides about
 deliveries and queues; its functions are pure and have tests of their own.
@@ -121,6 +122,9 @@ class Owed:
     reason: Reason | None = None
     attempts: int = 0
     retried_at: int = -HOUR * 1000
+    again_of: int | None = None  # the id of a delivery
+    command: int | None = None
+    of_event: "list[tuple[Line, Owed]]" = field(default_factory=list)  # the deliveries of its notification
 
 
 @dataclass(eq=False)
@@ -141,6 +145,10 @@ class Line:
     @property
     def refetch(self) -> bool:
         return ROUTES[self.route]
+
+    @property
+    def newest(self) -> Owed:
+        return [owed for owed in self.owed if owed.again_of is None][-1]
 
     def waiting(self) -> list[Owed]:
         return sorted(
@@ -181,6 +189,16 @@ class Event:
 
 
 @dataclass(eq=False)
+class Resend:
+    """A command that may have been interrupted, and when it was given. Without ids, it is for all lanes."""
+
+    action: int
+    at: int
+    ids: tuple[int, ...]
+    sends_unknown: bool
+
+
+@dataclass(eq=False)
 class Held:
     line: Line
     owed: Owed
@@ -195,7 +213,8 @@ class Node:
         database.lock()
         self.store = Store(database, clock=clock)
         self.lease = Lease(self.store, version="test")
-        self.inbox, self.commands = Inbox(self.store), Commands(self.store)
+        refetching = [route for route, refetch in ROUTES.items() if refetch]
+        self.inbox, self.commands = Inbox(self.store), Commands(self.store, refetching=refetching)
         self.lanes = Lanes(self.store, self.lease, policy=POLICY)
 
 
@@ -215,6 +234,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.known: list[Event] = []
         self.conflicts = 0
         self.arrived = 0
+        self.resends: list[Resend] = []
         self.queue_states = dict.fromkeys(ROUTES, RUNNING)
         self.handling = HANDLING["looks up"]
         self.leases: dict[int, int] = {}  # processes, and until when their lease lasts
@@ -295,10 +315,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.arrived += 1
         owed = Owed(self.arrived, event.snapshot, event.identity)
         for older in line.waiting() if line.refetch else ():
-            if older is not line.current:
+            if older is not line.current and older.again_of is None:
                 older.state, older.reason = State.DONE, Reason.SUPERSEDED
         line.owed.append(owed)
         event.owed.append((line, owed))
+        owed.of_event = event.owed
 
     @rule(
         target=events,
@@ -370,8 +391,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def returned(self, event: Event, now: Event, body: bytes, source: str, node: int) -> bool:
         """Receive a repeat if it may be a return: another body of the event came last, and its delivery began."""
-        lines = [line for line, _ in event.owed if line.refetch]
-        newest = [(line, line.owed[-1]) for line in lines]
+        lines = [line for line, owed in event.owed if line.refetch and owed.again_of is None]
+        newest = [(line, line.newest) for line in lines]
         began = [
             line
             for line, owed in newest
@@ -392,12 +413,14 @@ class LedgerMachine(RuleBasedStateMachine):
         again = Event(event.order_id, event.snapshot, identity, body)
         for line in began:
             self.model_owes(line, again)
-        assert now.is_of(line.owed[-1])
+        assert now.is_of(line.newest)
         now.returns += again.owed
+        for _, owed in again.owed:
+            owed.of_event = now.returns
         return True
 
     def retryable(self, event: Event) -> list[tuple[Line, Owed]]:
-        last = [(line, owed) for line, owed in event.returns if line.owed[-1] is owed]
+        last = [(line, owed) for line, owed in event.returns if line.newest.identity == owed.identity]
         return [
             (line, owed)
             for line, owed in [*event.owed, *last]
@@ -633,6 +656,82 @@ class LedgerMachine(RuleBasedStateMachine):
                 line.free_at = line.after_doubt(self.now)
                 line.current, line.settled = None, line.claims
 
+    @precondition(lambda self: self.lines)
+    @rule(
+        by_ids=st.lists(st.integers(0, 50), max_size=3),
+        unknown=st.sampled_from(["leave", "send"]),
+        steps=st.integers(0, 2),
+        node=NODES,
+    )
+    def resent(self, by_ids: list[int], unknown: Literal["leave", "send"], steps: int, node: int) -> None:
+        """Deliver again, and be interrupted after some steps of one delivery each."""
+        ids = tuple(dict.fromkeys(by_ids))
+        matching = DeliveryFilter(ids=ids, ended_before=None if ids else self.now + 1)
+        step = Step(matching=matching, by=BY, unknown=unknown, most=1)
+
+        result = self.loop.run(self.node(node).commands.resend(step))
+
+        assert (result.changed, result.after) == (0, 0)
+        given = Resend(result.action, self.now, ids, unknown == "send")
+        self.resends.append(given)
+        for _ in range(steps):
+            if result.after is not None:
+                step = Step(matching=DeliveryFilter(), by=BY, most=1, after=result.after, action=given.action)
+                expected = [each for each in self.to_resend(given) if each[0] > step.after][:1]
+                result = self.loop.run(self.node(node).commands.resend(step))
+                assert result.changed == self.model_resends(given, expected)
+
+    @precondition(lambda self: self.resends)
+    @rule(which=st.integers(0, 9), node=NODES)
+    def resumed(self, which: int, node: int) -> None:
+        """Resume a command that was interrupted, or that had ended. Once more changes nothing."""
+        given = self.resends[which % len(self.resends)]
+        step = Step(matching=DeliveryFilter(), by=BY, action=given.action)
+        expected = self.to_resend(given)
+        commands = self.node(node).commands
+
+        assert self.loop.run(commands.resend(step)).changed == self.model_resends(given, expected)
+        assert self.loop.run(commands.resend(step)).changed == 0
+
+    def to_resend(self, given: Resend) -> list[tuple[int, Line, Owed]]:
+        """Return the deliveries that a command selects now, with their ids."""
+        asked = EVERYTHING.replace("SELECT", "SELECT d.id AS delivery_id,", 1)
+        with self.looking.begin():
+            rows = {key_of(row): row for row in self.looking.execute(text(asked))}
+        selected = []
+        for line in self.lines.values():
+            ended: list[tuple[int, Line, Owed]] = []
+            for owed in line.owed:
+                row = rows[owed.identity, line.route, owed.again_of, owed.command]
+                if given.ids:
+                    made = any(each.again_of == row.delivery_id for each in line.owed if each.command == given.action)
+                    if row.delivery_id in given.ids and not made:
+                        selected.append((row.delivery_id, line, owed))
+                elif (owed.state is State.DEAD or owed.reason is Reason.DELIVERED) and row.ended_at <= given.at:
+                    ended.append((row.delivery_id, line, owed))
+            if ended and all(owed.command != given.action for owed in line.owed):
+                selected.append(max(ended, key=lambda each: (0 if line.refetch else each[2].snapshot, each[2].number)))
+        return sorted(selected, key=lambda each: each[0])
+
+    def model_resends(self, given: Resend, selected: list[tuple[int, Line, Owed]]) -> int:
+        sent = 0
+        for delivery_id, line, owed in selected:
+            is_left = owed.reason is Reason.UNKNOWN and not given.sends_unknown
+            if owed.state is State.WAITING or line.still_tries(owed) or is_left:
+                continue
+            sent += 1
+            self.arrived += 1
+            again = Owed(self.arrived, owed.snapshot, owed.identity, again_of=delivery_id, command=given.action)
+            again.of_event = owed.of_event
+            line.owed.append(again)
+            owed.of_event.append((line, again))
+            if owed.state is State.DEAD:
+                owed.state, owed.reason = State.DONE, Reason.DISCARDED
+                if line.current is owed:
+                    line.free_at = line.after_doubt(self.now)
+                    line.current, line.settled = None, line.claims
+        return sent
+
     def dead(self) -> list[tuple[Line, Owed]]:
         return [
             (line, owed)
@@ -685,10 +784,14 @@ class LedgerMachine(RuleBasedStateMachine):
             wrong = [each for each in faults(self.looking) if "unknown process" not in each]
         assert wrong == []
         assert stored == len(self.known) + self.conflicts
-        owed_of = {(owed.identity, line.route): (line, owed) for line in self.lines.values() for owed in line.owed}
-        assert sorted((bytes(row.identity), row.route) for row in rows) == sorted(owed_of)
+        owed_of = {
+            (owed.identity, line.route, owed.again_of, owed.command): (line, owed)
+            for line in self.lines.values()
+            for owed in line.owed
+        }
+        assert Counter(map(key_of, rows)) == Counter(owed_of.keys())
         for row in rows:
-            line, owed = owed_of[bytes(row.identity), row.route]
+            line, owed = owed_of[key_of(row)]
             assert (State(row.state), row.reason and Reason(row.reason)) == (owed.state, owed.reason)
             assert (row.reason is None) == (row.ended_at is None) == (row.state == "waiting")
             assert row.attempts == owed.attempts
@@ -711,16 +814,22 @@ class LedgerMachine(RuleBasedStateMachine):
     def a_route_that_refetches_has_at_most_one_more_trigger_than_it_tries(self) -> None:
         for line in self.lines.values():
             if line.refetch:
-                fresh = [owed for owed in line.waiting() if owed is not line.current and owed.retried_at < 0]
+                waiting = [owed for owed in line.waiting() if owed.again_of is None]
+                fresh = [owed for owed in waiting if owed is not line.current and owed.retried_at < 0]
                 assert len(fresh) <= 1
 
 
 EVERYTHING = """
-SELECT n.identity, q.route, d.state, d.reason, d.ended_at, d.attempts, l.claim, l.settled, l.holder, l.next_at,
-       coalesce(l.current_delivery_id = d.id, false) AS is_current
+SELECT n.identity, q.route, d.again_of, d.command, d.state, d.reason, d.ended_at, d.attempts, l.claim, l.settled,
+       l.holder, l.next_at,       coalesce(l.current_delivery_id = d.id, false) AS is_current
 FROM deliveries d JOIN notifications n ON n.id = d.notification_id JOIN lanes l ON l.id = d.lane_id
 JOIN queues q ON q.id = l.queue_id
 """
+
+
+def key_of(row: Any) -> tuple[bytes, str, int | None, int | None]:
+    """Return what identifies a delivery in the model."""
+    return bytes(row.identity), row.route, row.again_of, row.command
 
 
 def kept_of(state: QueueState) -> dict[str, Any]:
