@@ -26,7 +26,7 @@ NOT_QUICK = ("cli", "operations", "test_openapi.py", "test_demo.py", "test_verdi
 
 def pytest_configure(config: pytest.Config) -> None:
     """Let an example of a property take as long as a loaded machine needs for it. `EXAMPLES` sets their number."""
-    examples = 10 if config.getoption("quick") else int(os.environ.get("EXAMPLES", "50"))
+    examples = 10 if config.getoption("quick") else int(os.environ.get("EXAMPLES", "25"))
     settings.register_profile(
         "suite", deadline=None, max_examples=examples, suppress_health_check=[HealthCheck.too_slow]
     )

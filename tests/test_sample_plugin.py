@@ -105,10 +105,12 @@ def test_settings_of_a_plugin_are_checked_at_their_lines(site: Site) -> None:
 
 
 def test_correct_settings_pass(site: Site) -> None:
+    del site.config["callbacks"]["order-rules"]  # it has no route
+
     checked = site.run_command("check")
 
     assert (checked.returncode, checked.stderr) == (0, "")
-    assert checked.stdout.endswith("2 callbacks, 1 routes; no problems\n")
+    assert checked.stdout.endswith("1 callbacks, 1 routes; no problems\n")
 
 
 def test_the_export_of_a_plugin_arrives(site: Site, external_services: ExternalServices) -> None:

@@ -405,12 +405,12 @@ def test_send_fails_if_an_answer_has_another_status_than_expected(serving: Servi
 
 
 def test_send_prints_the_reason_of_a_refusal(serving: Serving, config: Path, tmp_path: Path) -> None:
-    file = save(tmp_path, ORDER | {"merchant": "nobody"})
+    file = save(tmp_path, ORDER | {"id": "x" * 300})
 
-    result = run_send(serving, config, file, "--expect", 404)
+    result = run_send(serving, config, file, "--expect", 400)
 
-    assert (result.exit_code, result.stdout) == (OK, "404: 1\n")
-    assert "configuration-not-found" in result.stderr
+    assert (result.exit_code, result.stdout) == (OK, "400: 1\n")
+    assert "order-bad-request" in result.stderr
 
 
 def test_send_calls_validations(serving: Serving, config: Path, order: Path) -> None:

@@ -19,7 +19,7 @@ from tests.crash.warehouse import install
 from tests.databases import KINDS, rows
 from tests.flows.site import Flow, RunFlow, Site, make_order, wait_until
 
-STORED = int(os.environ.get("BACKFILL", "360"))
+STORED = int(os.environ.get("BACKFILL", "150"))
 ORDERS = STORED // 3
 KILLS = 3
 BACKFILL = ("deliveries", "backfill", "ship", "--why", "the route is new", "--output", "json")
