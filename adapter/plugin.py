@@ -529,7 +529,6 @@ class _Handler(ABC, Generic[S]):
         Raises:
             Outcome: The destination refuses, or does not answer. `context.http` raises these itself.
         """
-        raise NotImplementedError
 
 
 class NotificationHandler(_Handler[S]):

@@ -21,7 +21,7 @@ from adapter.config import Config
 from adapter.identifiers import Channel
 from adapter.orders import NotAnOrder, decode
 
-# What happened to a notification, for people.
+# The results of a notification, in words for people.
 RESULTS = {
     "new": "it is stored, and each route that wants it delivers it",
     "repeat": "the ledger has this event already, so nothing is delivered; to deliver it again: {resend}",

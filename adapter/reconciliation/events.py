@@ -12,7 +12,7 @@ Facts: checkout protocol, sections 8.3 and 8.4.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
@@ -60,6 +60,32 @@ class LogProgress(msgspec.Struct, kw_only=True):
     error: str | None = None  # the reason why the log was not read to its end
 
 
+async def run_when_due(
+    run: Callable[[timedelta], Awaitable[Any]],
+    every: timedelta,
+    *,
+    first: Callable[[timedelta], Awaitable[Any]] | None = None,
+) -> None:
+    """Call `run` again and again until cancelled; it decides whether it is due.
+
+    Args:
+        run: Gets `every`.
+        every: The interval of the runs; 0 is never.
+        first: Called in place of `run` until it has succeeded once.
+    """
+    due = first or run
+    while every:
+        try:
+            await due(every)
+            due = run
+        except StoreUnavailable:  # logged by the store
+            pass
+        except Exception as error:  # a bug must not end all later runs
+            log.error("reconciliation_broke", exc_info=error)
+        await asyncio.sleep(min(every.total_seconds(), CHECK_EVERY_SECONDS))
+    await asyncio.Event().wait()
+
+
 class Reconciliation:
     """Reads the event log of every merchant and stores what is missing.
 
@@ -100,20 +126,7 @@ class Reconciliation:
 
         The ledger decides which node has the turn.
         """
-        is_start = True
-        while every:
-            try:
-                if is_start:
-                    await self.run_at_start(every)
-                    is_start = False
-                else:
-                    await self.run_if_due(every)
-            except StoreUnavailable:  # logged by the store
-                pass
-            except Exception as error:  # a bug must not end all later runs
-                log.error("reconciliation_broke", exc_info=error)
-            await asyncio.sleep(min(every.total_seconds(), CHECK_EVERY_SECONDS))
-        await asyncio.Event().wait()
+        await run_when_due(self.run_if_due, every, first=self.run_at_start)
 
     async def run_if_due(self, every: timedelta) -> None:
         """Run once if the last run began at least `every` ago and no other node is running.

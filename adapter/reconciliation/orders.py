@@ -28,13 +28,13 @@ from adapter.ledger.inbox import Received
 from adapter.ledger.key_values import Watermarks
 from adapter.ledger.known_orders import KnownOrders, known_orders
 from adapter.ledger.queries import Author
-from adapter.ledger.store import Store, StoreUnavailable
+from adapter.ledger.store import Store
 from adapter.metrics import Metrics
 from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
 from adapter.norce.client import ListedOrder, Norce, NorceError, OrderNotFound, parse_order
 from adapter.offload import offload
 from adapter.orders import instant
-from adapter.reconciliation.events import CHECK_EVERY_SECONDS, MAX_CLOCK_DIFFERENCE, start_of
+from adapter.reconciliation.events import MAX_CLOCK_DIFFERENCE, run_when_due, start_of
 from adapter.reconciliation.listing import Listing
 from adapter.routing.routes import Callback
 
@@ -104,15 +104,7 @@ class OrderReconciliation:
         The first run waits for the reconciliation with the event log, which stores what came during an outage.
         """
         await asyncio.sleep(AFTER_START_SECONDS)
-        while every:
-            try:
-                await self.run_if_due(every)
-            except StoreUnavailable:  # logged by the store
-                pass
-            except Exception as error:  # a bug must not end all later runs
-                log.error("reconciliation_broke", exc_info=error)
-            await asyncio.sleep(min(every.total_seconds(), CHECK_EVERY_SECONDS))
-        await asyncio.Event().wait()
+        await run_when_due(self.run_if_due, every)
 
     async def run_if_due(self, every: timedelta) -> None:
         """Compare the orders of the last 48 hours, if a run is due.

@@ -175,7 +175,7 @@ def test_a_pattern_without_a_file_is_a_problem_at_its_line_and_the_only_one(
 
 
 def test_a_file_that_cannot_be_read_is_a_problem_and_the_only_one(folder: Path) -> None:
-    """What names its merchants elsewhere would be wrong as well, for no fault of its own."""
+    """Each part that refers to merchants of that file would be reported as well, although it is correct."""
     (folder / "merchants" / "a.yaml").mkdir()
     (folder / "merchants" / "b.yaml").symlink_to(folder / "gone")
     main = ALONE.replace("handler: log", "handler: log, merchants: [a]")

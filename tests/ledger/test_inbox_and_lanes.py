@@ -291,7 +291,7 @@ def test_a_shadow_is_no_previous_delivery_and_keeps_the_last_one(ledger: Ledger)
 
 
 def test_an_event_that_a_shadow_has_recorded_is_not_sent_by_a_repeat(ledger: Ledger) -> None:
-    """The same event again has no effect; a person sends it."""
+    """A repeat has no effect. A person sends the order with a backfill."""
     ledger.receive(receipt(shadows=[ledger.export]))
 
     assert ledger.receive(receipt(wanted=[(ledger.export, True)])) is Received.REPEAT
