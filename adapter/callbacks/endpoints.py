@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from adapter.callbacks import parsing
-from adapter.callbacks.connections import discard_body, note_identified, note_refusal
+from adapter.callbacks.connection_table import discard_body, note_identified, note_refusal
 from adapter.callbacks.gone import CallbackUnknown, GoneNames
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.limits import ByteLimit, CallLimit, LargeBodies, LimitReport, Load, Overloaded

@@ -2,8 +2,8 @@
 
 uvicorn limits neither the size nor the duration of a request (measured: it takes a head of 5 MB and trailers of 21 MB,
 and one that sends a byte a second keeps its connection for ever). Here a connection has one deadline, moved as its
-request proceeds, and `Connections` closes it when that has passed. The size of a body is limited in `endpoints`, which
-knows what to answer.
+request proceeds, and `ConnectionTable` closes it when that has passed. The size of a body is limited in `endpoints`,
+which knows what to answer.
 
 uvicorn also drops the body of a request that offers an upgrade (`Upgrade: h2c`, which Java's client sends by default),
 and the answer to a caller that has closed its side of the connection. Here such requests are answered like all others.
@@ -20,7 +20,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from adapter.callbacks.connections import CONNECTION, Connections
+from adapter.callbacks.connection_table import CONNECTION, ConnectionTable
 from adapter.callbacks.endpoints import ON_HANG_UP, RECEIVED_AT
 from adapter.callbacks.limits import Load
 
@@ -86,13 +86,13 @@ class GuardedProtocol(HttpToolsProtocol):
     def __init__(
         self,
         *arguments: Any,
-        connections: Connections | None = None,
+        connections: ConnectionTable | None = None,
         load: Load | None = None,
         receive_seconds: float = LONGEST_REQUEST_SECONDS,
         **named: Any,
     ) -> None:
         super().__init__(*arguments, **named)
-        self._connections = Connections() if connections is None else connections
+        self._connections = ConnectionTable() if connections is None else connections
         self._load = load
         self._receive_seconds = receive_seconds
         self.deadline = inf  # of what the caller has to do next
@@ -269,7 +269,7 @@ class GuardedProtocol(HttpToolsProtocol):
         elif self._reads is Part.NOTHING:
             self._wait_for_request()
 
-    # --- from the server, and from `Connections` ----------------------------------------------------------------------
+    # --- from the server, and from `ConnectionTable` ------------------------------------------------------------------
 
     def shutdown(self) -> None:
         self._keeps_alive = False

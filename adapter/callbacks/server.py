@@ -1,6 +1,6 @@
 """The HTTP server of all ports: uvicorn, with our protocol and table of connections.
 
-`protocol` has the limits of a connection, `connections` those of all together, and `limits` those of requests.
+`protocol` has the limits of a connection, `connection_table` those of all together, and `limits` those of requests.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from adapter.callbacks.connections import MOST_UNIDENTIFIED, Connections
+from adapter.callbacks.connection_table import MOST_UNIDENTIFIED, ConnectionTable
 from adapter.callbacks.endpoints import CallbackEndpoint
 from adapter.callbacks.limits import MOST_AT_ONCE, Load
 from adapter.callbacks.protocol import LONGEST_REQUEST_SECONDS, UNLIMITED_PATH, GuardedProtocol
@@ -86,12 +86,12 @@ def own_descriptors(attempts: int) -> int:
 
 def public_connections(
     attempts: int, *, max_body_bytes: int, trusted_proxies: Iterable[str], on_limit: Callable[[str], None]
-) -> Connections:
+) -> ConnectionTable:
     """Return the connections of the public port, with descriptors left for the service."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if limit == resource.RLIM_INFINITY:
         limit = sys.maxsize
-    return Connections(
+    return ConnectionTable(
         most=max(1, min(MOST_CONNECTIONS, limit - own_descriptors(attempts))),
         most_unidentified=MOST_UNIDENTIFIED,
         most_body_bytes=max(MOST_BODY_BYTES, 2 * max_body_bytes),
@@ -173,7 +173,7 @@ async def http_server(
     app: ASGIApp,
     listening: socket.socket,
     *,
-    connections: Connections | None = None,
+    connections: ConnectionTable | None = None,
     load: Load | None = None,
     keep_alive: timedelta = timedelta(seconds=75),
     receive_timeout: timedelta = timedelta(seconds=LONGEST_REQUEST_SECONDS),
@@ -188,7 +188,7 @@ async def http_server(
         receive_timeout: The time for a whole request, from its first byte.
         connections_a_turn: How many connections are accepted in one turn of the loop.
     """
-    connections = Connections() if connections is None else connections
+    connections = ConnectionTable() if connections is None else connections
     config = uvicorn.Config(
         app,
         lifespan="off",

@@ -23,7 +23,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from adapter.callbacks.connections import Connections, note_identified
+from adapter.callbacks.connection_table import ConnectionTable, note_identified
 from adapter.callbacks.server import (
     MOST_OPERATIONS_CONNECTIONS,
     OPERATIONS_CONNECTIONS_A_TURN,
@@ -260,7 +260,7 @@ async def serve_operations(
     """Serve operations on the port and the Unix socket. Return the address of the port."""
 
     async def serve(app: ASGIApp, listening: socket.socket) -> None:
-        connections = Connections(most=MOST_OPERATIONS_CONNECTIONS, on_limit=on_limit)
+        connections = ConnectionTable(most=MOST_OPERATIONS_CONNECTIONS, on_limit=on_limit)
         server = http_server(app, listening, connections=connections, connections_a_turn=OPERATIONS_CONNECTIONS_A_TURN)
         await stack.enter_async_context(server)
 

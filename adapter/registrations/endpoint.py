@@ -19,7 +19,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapter.callbacks.connections import discard_body, note_identified
+from adapter.callbacks.connection_table import discard_body, note_identified
 from adapter.callbacks.limits import MOST_WAITING
 from adapter.callbacks.parsing import CallbackInvalid, check_order_id
 from adapter.callbacks.senders import RawCallback, Senders, Unauthenticated

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from adapter.callbacks.connections import CONNECTION, Connections, note_identified
+from adapter.callbacks.connection_table import CONNECTION, ConnectionTable, note_identified
 from adapter.callbacks.endpoints import ON_HANG_UP, RECEIVED_AT
 from adapter.callbacks.limits import MOST_AT_ONCE, Load
 from adapter.callbacks.protocol import (
@@ -92,7 +92,7 @@ class Guarded:
         asyncio.set_event_loop(self.loop)
         self.limits: list[str] = []
         self.load = Load(on_limit=self.limits.append)
-        self.connections = Connections(on_limit=self.limits.append)
+        self.connections = ConnectionTable(on_limit=self.limits.append)
         self.config = Config(app, lifespan="off", log_config=None, ws="none", timeout_keep_alive=3000)
         self.config.load()
         self.began_at = time.monotonic()

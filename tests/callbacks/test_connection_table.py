@@ -5,13 +5,13 @@ from math import inf
 
 import pytest
 
-from adapter.callbacks.connections import Connections, network_of
+from adapter.callbacks.connection_table import ConnectionTable, network_of
 
 
 class Open:
     """A connection that remembers whether it was closed."""
 
-    def __init__(self, table: Connections, peer: str | None = "192.0.2.1", descriptor: int = 0) -> None:
+    def __init__(self, table: ConnectionTable, peer: str | None = "192.0.2.1", descriptor: int = 0) -> None:
         self.deadline = self.write_deadline = inf
         self.dropped = False
         self.refused_body = False
@@ -45,8 +45,8 @@ def limits() -> list[str]:
 
 
 @pytest.fixture
-def table(limits: list[str]) -> Connections:
-    return Connections(
+def table(limits: list[str]) -> ConnectionTable:
+    return ConnectionTable(
         most=20, most_unidentified=3, trusted_proxies=["10.0.0.0/8", "2001:db8:1::/48"], on_limit=limits.append
     )
 
@@ -59,7 +59,7 @@ def dropped(connections: list[Open]) -> list[int]:
 
 
 def test_beyond_its_limit_the_oldest_unidentified_connection_of_an_address_is_closed(
-    table: Connections, limits: list[str]
+    table: ConnectionTable, limits: list[str]
 ) -> None:
     other = Open(table, "192.0.2.2")
     opened = [Open(table) for _ in range(5)]
@@ -69,7 +69,7 @@ def test_beyond_its_limit_the_oldest_unidentified_connection_of_an_address_is_cl
     assert limits == ["unidentified-connections"] * 2
 
 
-def test_an_identified_connection_does_not_count_for_its_address(table: Connections, limits: list[str]) -> None:
+def test_an_identified_connection_does_not_count_for_its_address(table: ConnectionTable, limits: list[str]) -> None:
     opened = [Open(table).identify() for _ in range(15)]
     opened += [Open(table) for _ in range(3)]
 
@@ -77,7 +77,7 @@ def test_an_identified_connection_does_not_count_for_its_address(table: Connecti
     assert limits == []
 
 
-def test_a_connection_that_is_closed_makes_room_for_its_address(table: Connections) -> None:
+def test_a_connection_that_is_closed_makes_room_for_its_address(table: ConnectionTable) -> None:
     opened = [Open(table) for _ in range(3)]
     opened[1].drop()
 
@@ -86,7 +86,7 @@ def test_a_connection_that_is_closed_makes_room_for_its_address(table: Connectio
     assert dropped(opened) == [1]
 
 
-def test_connections_of_a_unix_socket_have_no_address(table: Connections, limits: list[str]) -> None:
+def test_connections_of_a_unix_socket_have_no_address(table: ConnectionTable, limits: list[str]) -> None:
     opened = [Open(table, None) for _ in range(20)]
 
     assert dropped(opened) == []
@@ -112,7 +112,7 @@ def test_addresses_of_one_network_count_together(one: str, other: str, are_one: 
 # --- all connections --------------------------------------------------------------------------------------------------
 
 
-def test_beyond_the_total_strangers_make_room_for_each_other(table: Connections, limits: list[str]) -> None:
+def test_beyond_the_total_strangers_make_room_for_each_other(table: ConnectionTable, limits: list[str]) -> None:
     """A flood from many addresses does not cost known callers their idle connections."""
     known = [Open(table).identify() for _ in range(9)]
     for each in known:
@@ -126,7 +126,7 @@ def test_beyond_the_total_strangers_make_room_for_each_other(table: Connections,
     assert len(table) == 20
 
 
-def test_beyond_the_total_idle_connections_make_room_for_new_ones(table: Connections) -> None:
+def test_beyond_the_total_idle_connections_make_room_for_new_ones(table: ConnectionTable) -> None:
     """A caller that keeps more connections than it uses does not shut out others. The longest idle goes first."""
     known = [Open(table).identify() for _ in range(20)]
     for each in reversed(known):
@@ -139,7 +139,7 @@ def test_beyond_the_total_idle_connections_make_room_for_new_ones(table: Connect
     assert dropped(new) == []
 
 
-def test_beyond_the_total_a_busy_connection_of_a_known_caller_is_never_closed(table: Connections) -> None:
+def test_beyond_the_total_a_busy_connection_of_a_known_caller_is_never_closed(table: ConnectionTable) -> None:
     known = [Open(table).identify() for _ in range(20)]
     for each in known:
         table.idle(each)
@@ -153,7 +153,7 @@ def test_beyond_the_total_a_busy_connection_of_a_known_caller_is_never_closed(ta
 
 def test_beyond_the_highest_descriptor_a_connection_counts_as_one_beyond_the_total(limits: list[str]) -> None:
     """The service holds descriptors of other kinds. Without any, every connection that waits would be closed."""
-    table = Connections(highest_descriptor=100, on_limit=limits.append)
+    table = ConnectionTable(highest_descriptor=100, on_limit=limits.append)
     stranger = Open(table, descriptor=99)
     known = Open(table, descriptor=100).identify()
     table.idle(known)
@@ -166,7 +166,7 @@ def test_beyond_the_highest_descriptor_a_connection_counts_as_one_beyond_the_tot
     assert limits == ["connections"] * 2
 
 
-def test_a_connection_of_a_stranger_is_never_idle(table: Connections) -> None:
+def test_a_connection_of_a_stranger_is_never_idle(table: ConnectionTable) -> None:
     """Otherwise it would leave the limit of its address by asking for anything."""
     opened = [Open(table) for _ in range(4)]
     for each in opened[1:]:
@@ -177,7 +177,7 @@ def test_a_connection_of_a_stranger_is_never_idle(table: Connections) -> None:
     assert dropped(opened) == [0, 1]
 
 
-def test_nothing_is_left_of_connections_that_are_closed(table: Connections) -> None:
+def test_nothing_is_left_of_connections_that_are_closed(table: ConnectionTable) -> None:
     for number in range(200):
         each = Open(table, f"198.51.100.{number}")
         if number % 2:
@@ -193,14 +193,14 @@ def test_nothing_is_left_of_connections_that_are_closed(table: Connections) -> N
 # --- behind a proxy ---------------------------------------------------------------------------------------------------
 
 
-def test_a_trusted_proxy_has_no_limit_of_its_own(table: Connections) -> None:
+def test_a_trusted_proxy_has_no_limit_of_its_own(table: ConnectionTable) -> None:
     opened = [Open(table, "10.1.2.3") for _ in range(20)]
 
     assert dropped(opened) == []
     assert all(each.is_proxied for each in opened)
 
 
-def test_behind_a_trusted_proxy_the_forwarded_address_counts(table: Connections) -> None:
+def test_behind_a_trusted_proxy_the_forwarded_address_counts(table: ConnectionTable) -> None:
     opened = [Open(table, "10.1.2.3") for _ in range(8)]
     for each, last in zip(opened, itertools.cycle([1, 2])):
         each.forwarded(f"203.0.113.9, 198.51.100.{last}")
@@ -208,7 +208,7 @@ def test_behind_a_trusted_proxy_the_forwarded_address_counts(table: Connections)
     assert dropped(opened) == [0, 1]
 
 
-def test_a_later_address_replaces_the_one_before(table: Connections) -> None:
+def test_a_later_address_replaces_the_one_before(table: ConnectionTable) -> None:
     opened = [Open(table, "10.1.2.3") for _ in range(4)]
     for each in opened[:3]:
         each.forwarded("198.51.100.1")
@@ -231,7 +231,7 @@ def test_a_later_address_replaces_the_one_before(table: Connections) -> None:
         ["::ffff:198.51.100.1, ::ffff:10.0.0.1"],
     ],
 )
-def test_the_rightmost_address_that_is_no_trusted_proxy_counts(table: Connections, fields: list[str]) -> None:
+def test_the_rightmost_address_that_is_no_trusted_proxy_counts(table: ConnectionTable, fields: list[str]) -> None:
     for _ in range(3):
         Open(table, "198.51.100.1")
     one = Open(table, "10.1.2.3")
@@ -246,7 +246,7 @@ def test_the_rightmost_address_that_is_no_trusted_proxy_counts(table: Connection
     [[], [""], ["nonsense"], ["198.51.100.1, nonsense"], ["198.51.100.1, "], ["10.9.9.9"], ["\xff\xfe"],
      ["198.51.100.1, 1.2.3.4.5"], ["198.51.100.1, unknown, 10.9.9.9"]],
 )  # fmt: skip
-def test_a_malformed_address_is_ignored(table: Connections, fields: list[str]) -> None:
+def test_a_malformed_address_is_ignored(table: ConnectionTable, fields: list[str]) -> None:
     opened = [Open(table, "10.1.2.3") for _ in range(4)]
     for each in opened:
         each.forwarded(*fields)
@@ -254,13 +254,13 @@ def test_a_malformed_address_is_ignored(table: Connections, fields: list[str]) -
     assert dropped(opened) == []
 
 
-def test_an_address_that_is_forwarded_by_anybody_else_does_not_count(table: Connections) -> None:
+def test_an_address_that_is_forwarded_by_anybody_else_does_not_count(table: ConnectionTable) -> None:
     opened = [Open(table, peer) for peer in ("192.0.2.1", "11.0.0.1", "2001:db8:2::1")]
 
     assert not any(each.is_proxied for each in opened)
 
 
-def test_an_identified_connection_of_a_proxy_has_no_address(table: Connections) -> None:
+def test_an_identified_connection_of_a_proxy_has_no_address(table: ConnectionTable) -> None:
     opened = [Open(table, "10.1.2.3").identify() for _ in range(4)]
     for each in opened:
         each.forwarded("198.51.100.1")
@@ -272,7 +272,7 @@ def test_an_identified_connection_of_a_proxy_has_no_address(table: Connections) 
 
 
 def test_beyond_their_total_the_body_that_began_first_is_refused(limits: list[str]) -> None:
-    table = Connections(most_body_bytes=100, on_limit=limits.append)
+    table = ConnectionTable(most_body_bytes=100, on_limit=limits.append)
     opened = [Open(table) for _ in range(4)]
     for each in opened[:3]:
         table.hold_body(each, 10)
@@ -287,7 +287,7 @@ def test_beyond_their_total_the_body_that_began_first_is_refused(limits: list[st
 
 
 def test_a_body_that_is_complete_or_lost_makes_room(limits: list[str]) -> None:
-    table = Connections(most_body_bytes=100, on_limit=limits.append)
+    table = ConnectionTable(most_body_bytes=100, on_limit=limits.append)
     for number in range(20):
         each = Open(table)
         table.hold_body(each, 60)
@@ -303,7 +303,7 @@ def test_a_body_that_is_complete_or_lost_makes_room(limits: list[str]) -> None:
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
-def test_overdue_connections_are_ended_and_no_others(table: Connections) -> None:
+def test_overdue_connections_are_ended_and_no_others(table: ConnectionTable) -> None:
     reading, writing, both, neither = (Open(table, None) for _ in range(4))
     reading.deadline = both.deadline = 5.0
     writing.write_deadline = both.write_deadline = 5.0

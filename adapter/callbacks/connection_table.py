@@ -1,4 +1,4 @@
-"""The open connections of one port, with the limits on their number and on their time.
+"""The table of a port's open connections, with limits on their number and time.
 
 A connection is unidentified until its first request has an identified sender. A port that never identifies a sender
 treats all its connections alike.
@@ -20,7 +20,7 @@ CONNECTION = "norce_adapter.connection"  # the key of the connection in the scop
 
 
 class Connection(Protocol):
-    """A connection, as the table sees it."""
+    """A connection in the table."""
 
     deadline: float  # of the caller, by the monotonic clock
     write_deadline: float  # until the caller has taken what was written
@@ -33,7 +33,7 @@ class Connection(Protocol):
         """Close the connection at once."""
 
 
-class Connections:
+class ConnectionTable:
     """The open connections of one port.
 
     An address may have `most_unidentified` connections that are unidentified. Beyond that its oldest one is closed,
@@ -217,7 +217,7 @@ def network_of(address: str) -> str:
 
 
 def note_identified(scope: MutableMapping[str, Any]) -> None:
-    """Note that the sender of a request is known. See `Connections.identified`."""
+    """Note that the sender of a request is known. See `ConnectionTable.identified`."""
     if (connection := scope.get(CONNECTION)) is not None:
         connection.note_identified()
 
