@@ -9,7 +9,7 @@ import gc
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import cache
@@ -92,7 +92,18 @@ class Discount(_Part, frozen=True, kw_only=True):
     attributes: dict[str, Any] = {}
 
 
-class Item(_Part, frozen=True, kw_only=True):
+class Logistics(_Part, frozen=True, kw_only=True):
+    """The weight (g) and the size (mm) of one unit. Only v0 of Norce's API has them."""
+
+    weight: int | None = None
+    height: int | None = None
+    width: int | None = None
+    length: int | None = None
+    tags: tuple[str, ...] = ()
+    shipping_date: str | None = None
+
+
+class Item(_Part, frozen=True, kw_only=True, dict=True):
     """A line of the cart.
 
     `price` is for one unit before discounts, `total` for all units after them. `vat_rate` is a fraction: `0.25` is
@@ -114,11 +125,20 @@ class Item(_Part, frozen=True, kw_only=True):
     original_total: Price = Price()
     vat_rate: Decimal | None = None
     discounts: tuple[Discount, ...] = ()
+    logistics: Logistics = Logistics()
     upsell: bool | None = None
     attributes: dict[str, Any] = {}
 
     def __post_init__(self) -> None:
         _refuse_non_finite(vatRate=self.vat_rate)
+
+    def __deepcopy__(self, _memo: Any) -> "Item":
+        return self  # msgspec would leave out `data`
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The line as a plain tree with its unknown members, as in `Order.data`. Do not change it."""
+        return self.__dict__.get("data", {})  # type: ignore[no-any-return]
 
 
 class Cart(_Part, frozen=True, kw_only=True):
@@ -267,7 +287,7 @@ class Order:
         if name == "data":
             decoded = {"data": order_in(decode(self.raw))}
         elif name in Order.__annotations__:
-            decoded = _members(self.raw)
+            decoded = _members(self.raw, self.data)
         else:
             raise AttributeError(f"an order has no member {name!r}")
         self.__dict__.update(decoded)
@@ -434,9 +454,10 @@ def order_digest(order: dict[str, Any]) -> bytes:
     return sha256(canonical(order)).digest()[:16]
 
 
-def _members(raw: bytes) -> dict[str, Any]:
+def _members(raw: bytes, data: dict[str, Any]) -> dict[str, Any]:
     """Return the typed members of the order in these bytes, with `set_aside`."""
     exact = _without_nulls(order_in(_decoded(_EXACT, raw)))
+    plain_items = dict(_plain_items(exact.get("cart"), data.get("cart")))
     set_aside: list[str] = []
     while True:
         try:
@@ -451,7 +472,25 @@ def _members(raw: bytes) -> dict[str, Any]:
                 set_aside.append("$")
                 break
             set_aside.append(path)
+    if members.cart.items:
+        _add_data(members.cart.items, exact["cart"], plain_items)
     return {**msgspec.structs.asdict(members), "set_aside": tuple(set_aside)}
+
+
+def _plain_items(exact: Any, plain: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the identity of each exact item of a cart or a bundle, and its plain tree."""
+    items = exact.get("items") if isinstance(exact, dict) else None
+    if isinstance(items, list):
+        for item, its_plain in zip(items, (each for each in plain["items"] if each is not None), strict=True):
+            if isinstance(item, dict):
+                yield id(item), its_plain
+                yield from _plain_items(item, its_plain)
+
+
+def _add_data(items: tuple[Item, ...], exact: Any, plain_items: dict[int, dict[str, Any]]) -> None:
+    for item, its_exact in zip(items, exact.get("items", ()), strict=True):
+        item.__dict__["data"] = plain_items[id(its_exact)]
+        _add_data(item.items, its_exact, plain_items)
 
 
 def _remove(tree: Any, path: str) -> bool:

@@ -138,7 +138,25 @@ def test_unknown_members_are_in_the_data() -> None:
 
     assert order.data["loyalty"] == {"level": 3}
     assert order.data["cart"]["items"][0]["logistics"] == {"weight": 5}
+    assert order.cart.items[0].logistics.weight == 5
     assert order.set_aside == ()
+
+
+def test_an_item_has_its_own_data_whatever_is_set_aside() -> None:
+    lines = [
+        None,
+        {"sku": "A", "colour": "red", "price": None},
+        "no item",
+        {"sku": "B", "quantity": "many", "items": [{"sku": "C", "size": 0.1}, 7, {"sku": "D", "items": {}}]},
+    ]
+    order = order_of(cart={"items": lines})
+
+    first, bundle = order.cart.items
+    assert first.data is order.data["cart"]["items"][1]
+    assert first.data == {"sku": "A", "colour": "red", "price": None}
+    assert [each.data for each in bundle.items] == [{"sku": "C", "size": 0.1}, {"sku": "D", "items": {}}]
+    assert copy.deepcopy(order).cart.items[0].data == first.data
+    assert order_of(cart={"items": "none"}).cart.items == ()
 
 
 def test_new_values_of_enumerations_are_kept() -> None:

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+import adapter.plugin
 from adapter.orders import Order, read_order
 from adapter.plugin import (
     MAX_CODE_LENGTH,
@@ -43,9 +44,21 @@ from adapter.plugin import (
     ValidationHandler,
     can_look_up,
 )
+from tests import ROOT
 
 NOON = datetime(2026, 2, 3, 12, 0, tzinfo=UTC)
 CANARY = "canary-19811218"
+
+
+# --- the public names -----------------------------------------------------------------------------------------------
+
+
+def test_the_changelog_lists_every_public_name() -> None:
+    """A name that is added or removed is a change that plugin authors read about."""
+    ((listed,),) = [re.findall(r"- `adapter\.plugin` exports ([^.]+)\.", (ROOT / "CHANGELOG.md").read_text("utf-8"))]
+
+    assert re.findall(r"`(\w+)`", listed) == adapter.plugin.__all__
+    assert all(hasattr(adapter.plugin, name) for name in adapter.plugin.__all__)
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,162 @@
+"""The types of handlers' settings."""
+
+import re
+from typing import Annotated, Any
+
+import msgspec
+
+from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
+from adapter.orders import Order
+
+# An address that needs no parser. Importing httpx takes a quarter of the time of a command that lists.
+_PLAIN_ADDRESS = re.compile(
+    r"(https://[a-z][a-z0-9.-]*|http://(localhost|127\.0\.0\.1))(:[1-9][0-9]{0,3})?(/[A-Za-z0-9/._-]*)?"
+)
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base class for a handler's settings, with one annotated field for each setting.
+
+    Describe each field with `Annotated[str, msgspec.Meta(description="…")]`. A handler may reach only the hosts in its
+    fields of type `Url`. A field of type `Secret` accepts only a reference (`${env:NAME}` or `${file:PATH}`). To check
+    settings that depend on each other, raise `ValueError` in `__post_init__`: its message is shown with the place in
+    the configuration file.
+    """
+
+
+class NoSettings(Settings, frozen=True, kw_only=True):
+    """The settings of a handler that declares none."""
+
+
+class Undecided(Exception):
+    """A condition could not be evaluated on this order, so that it neither holds nor does not.
+
+    `scope` is the condition's pointer and `code` the reason; `norce-adapter explain` shows more. Raised by a validation
+    or a hook, it counts as no answer.
+    """
+
+    def __init__(self, scope: str, code: str) -> None:
+        super().__init__(scope, code)
+        self.scope = scope
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"the condition at {self.scope} could not be evaluated: {self.code}"
+
+
+class Conditional(Settings, frozen=True, kw_only=True, dict=True):
+    """Base class for settings that depend on a condition on the order.
+
+    The condition is checked and compiled when the settings are read. A `__post_init__` of a subclass must call
+    `super().__post_init__()`.
+    """
+
+    scope: Annotated[str, msgspec.Meta(description="JSON Pointer to the part of the order that decides.")]
+    schema: Annotated[
+        dict[str, Any] | bool,
+        msgspec.Meta(description="JSON Schema (2020-12) that this part must meet. Default: it only has to be there."),
+    ] = True
+
+    def __post_init__(self) -> None:
+        try:
+            self.__dict__["compiled"] = Condition(scope=self.scope, schema=self.schema).compile()
+        except ConditionInvalid as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def compiled(self) -> CompiledCondition:
+        """The compiled condition, for an evaluation with its reason."""
+        return self.__dict__["compiled"]  # type: ignore[no-any-return]
+
+    def holds(self, order: Order) -> bool:
+        """Return True if the condition holds on this order.
+
+        Raises:
+            Undecided: The condition could not be evaluated.
+        """
+        evaluation = self.compiled.evaluate(order.data)
+        if evaluation.result is Result.ERROR:
+            raise Undecided(self.scope, str(evaluation.code))
+        return evaluation.result is Result.MATCHED
+
+
+class Pace:
+    """The pace of evaluating many conditions on one order, for a handler that `computes`.
+
+    Before each of them, `await asyncio.sleep(0)` if the pace is exceeded. Small orders do not reach it.
+    """
+
+    BYTES = 512 * 1024  # a condition takes at most 50 ms for a MiB
+
+    def __init__(self, order: Order) -> None:
+        self._each = len(order.raw)
+        self._evaluated = 0
+
+    def is_exceeded(self) -> bool:
+        """Count one evaluation; return True if another task of the loop should run before it."""
+        self._evaluated += self._each
+        if self._evaluated <= self.BYTES or self._evaluated == self._each:
+            return False
+        self._evaluated = self._each
+        return True
+
+
+class Url(str):
+    """An address that a handler may call: `https://…`, or `http://…` on this machine.
+
+    A trailing slash is removed. Creating one raises `ValueError` for any other address, and for one with credentials, a
+    query or a fragment.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, text: str) -> "Url":
+        if _PLAIN_ADDRESS.fullmatch(text):
+            return super().__new__(cls, text.rstrip("/"))
+        import httpx
+
+        try:
+            parts = httpx.URL(text)
+        except (httpx.InvalidURL, ValueError) as error:
+            raise ValueError("is not an address") from error
+        if any(character.isspace() for character in text) or not 0 < (1 if parts.port is None else parts.port) < 65536:
+            raise ValueError("is not an address")
+        loopback = parts.host in ("localhost", "127.0.0.1", "::1")
+        if not parts.host or not (parts.scheme == "https" or (parts.scheme == "http" and loopback)):
+            raise ValueError("must be an https:// address; only localhost, 127.0.0.1 and [::1] may have http://")
+        authority = text.partition("://")[2].partition("/")[0]
+        if "@" in authority or "?" in text or "#" in text:
+            raise ValueError("must be an address without user, password, query and fragment")
+        return super().__new__(cls, text.rstrip("/"))
+
+    @property
+    def origin(self) -> tuple[str, str, int]:
+        """Scheme, host and port: `("https", "shop.example", 443)`. The host is ASCII (`xn--…`)."""
+        import httpx
+
+        parts = httpx.URL(self)
+        return parts.scheme, parts.raw_host.decode("ascii"), parts.port or {"https": 443, "http": 80}[parts.scheme]
+
+
+class Secret:
+    """A secret that `repr`, `str` and encoders do not show. Call `reveal()` where it is used."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        """Return the secret value."""
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Secret) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
