@@ -15,7 +15,7 @@ so that a handler that contains only the success path is already correct:
 
 A write is every request but GET, HEAD and OPTIONS, unless it is marked with `extensions={"write": False}`. Gateways
 send 408, 502, 503 and 504 also after the destination has acted, so a handler declares in `not_done` those that never
-follow an effect.
+follow an effect, or for one request in `extensions={"not_done": {503}}`.
 
 An `httpx.AsyncClient` belongs to one event loop, so each loop has an `Outgoing` of its own.
 """
@@ -111,6 +111,11 @@ def is_write(request: httpx.Request) -> bool:
     return bool(request.extensions.get("write", request.method not in READING_METHODS))
 
 
+def not_done(request: httpx.Request) -> Collection[int]:
+    """Return the statuses that only this request declares as never following an effect."""
+    return request.extensions.get("not_done", ())  # type: ignore[no-any-return]
+
+
 class DestinationResponse(httpx.Response):
     """A response whose `raise_for_status` and `json` raise outcomes."""
 
@@ -139,7 +144,8 @@ class DestinationResponse(httpx.Response):
         if status < 500 and status != 408:
             return Reject("destination-refused", answered)
         code = "destination-busy" if status in (408, 503) else "destination-error"
-        is_doubt = is_write(self.request) and status not in self.traffic.not_done
+        declared = {*self.traffic.not_done, *not_done(self.request)}
+        is_doubt = is_write(self.request) and status not in declared
         return (Unknown if is_doubt else Retry)(code, answered, after=after)
 
     def json(self, **options: Any) -> Any:
@@ -232,9 +238,9 @@ class Sending:
             self._traffic.writes -= 1
             self._traffic.unanswered -= 1
 
-    def answer(self, status: int) -> None:
+    def answer(self, status: int, not_done: Collection[int] = ()) -> None:
         """Note the status of the answer. Only then is it known whether a write had an effect."""
-        if self.is_out and ((status < 500 and status != 408) or status in self._traffic.not_done):
+        if self.is_out and ((status < 500 and status != 408) or status in {*self._traffic.not_done, *not_done}):
             self._traffic.unanswered -= 1
             self._traffic.succeeded |= 200 <= status < 400  # a 303 leads to what was made (RFC 9110, 15.4.4)
 
@@ -297,7 +303,7 @@ class _Guarded(httpx.AsyncBaseTransport):
             raise
         except httpx.TransportError as error:
             raise _no_answer(self._traffic, request, type(error).__name__) from error
-        sending.answer(response.status_code)
+        sending.answer(response.status_code, not_done(request))
         return _answer(response, request, self._traffic, ends_at)
 
     async def _trace(self, request: httpx.Request, sending: Sending, event: str, facts: Mapping[str, Any]) -> None:

@@ -137,6 +137,15 @@ def test_a_status_that_never_follows_an_effect_is_a_retry(status: int) -> None:
     assert type(outcome(answering(599), "POST", traffic=declared)) is Unknown
 
 
+def test_a_status_that_never_follows_an_effect_is_declared_for_one_request() -> None:
+    traffic, declared = Traffic(), {"not_done": {503}}
+
+    assert type(outcome(answering(503), "POST", traffic=traffic, extensions=declared)) is Retry
+    assert traffic.unanswered == 0
+    assert type(outcome(answering(503), "POST", traffic=traffic)) is Unknown
+    assert traffic.unanswered == 1
+
+
 @pytest.mark.parametrize("status", [408, 500, 502, 503])
 def test_a_request_that_is_marked_as_no_write_is_retried(status: int) -> None:
     """Such as a request for a token."""
