@@ -47,6 +47,7 @@ from adapter.verdicts.verdicts import LATE_LOOP, ORDER_READS, OrderBusy, OrderMi
 
 log = structlog.get_logger(__name__)
 
+MIB = 1024 * 1024
 RETRY_AFTER_SECONDS = 5
 # Keys in the scope of a request that `protocol` and this module share.
 RECEIVED_AT = "norce_adapter.received_at"  # monotonic: when the first byte of the request came
@@ -160,10 +161,12 @@ class CallbackEndpoint:
         self.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=600)
         self.calls_by_url_secret = CallLimit("url-secret-calls", at_once=250, a_minute=6000)
         # A hundred times what the events of a usual order have. They stay in the ledger for weeks.
-        self.bytes_of_order = ByteLimit("order-bytes", a_day=20 * 1024 * 1024)
+        self.bytes_of_order = ByteLimit("order-bytes", most=20 * MIB, seconds=24 * 60 * 60)
+        # Rules on a body of 1 MiB take as long as those on a hundred usual ones.
+        self.hook_bytes_of_order = ByteLimit("hook-bytes", most=32 * MIB, seconds=10 * 60)
         # Two of the largest of an order, because Norce may call a hook twice.
         self.large_hooks = LargeBodies(
-            "large-hooks", least=64 * 1024, of_key=2 * max_body_bytes, in_all=8 * max_body_bytes
+            "large-hooks", least=MIB // 16, of_key=2 * max_body_bytes, in_all=8 * max_body_bytes
         )
         # So that a flood over a few connections leaves the processor to the others.
         self.delay_beyond_limits = 1.0  # seconds
@@ -229,10 +232,11 @@ class CallbackEndpoint:
         methods = METHODS["validation" if callback is None else callback.kind]
         if raw.method not in methods:
             raise MethodNotAllowed(", ".join(methods))
-        if (callback is None or callback.kind == "notification") and not self.bytes_of_order.take(
-            (sender.channel or sender.key, raw.order_id), len(raw.body)
-        ):
-            return await self._respond_beyond_limit(raw, sender, callback, self.bytes_of_order)
+        is_hook = callback is not None and callback.kind == "hook"
+        limit = self.hook_bytes_of_order if is_hook else self.bytes_of_order
+        if raw.body and not limit.take((sender.channel or sender.key, raw.order_id), len(raw.body)):
+            await asyncio.sleep(self.delay_beyond_limits if is_hook else 0)
+            return await self._respond_beyond_limit(raw, sender, callback, limit)
         if callback is None or callback.name not in self.routes.callbacks:
             return await self._respond_gone(raw, sender, callback)
         try:

@@ -17,7 +17,6 @@ MOST_AT_ONCE = 500  # requests of known callers: as many accepts as one core doe
 MOST_WAITING = 2000  # each holds an order
 WARN_EVERY_SECONDS = 60
 SECONDS_OF_A_WINDOW = 60
-SECONDS_OF_A_DAY = 86_400
 
 
 class Overloaded(Exception):
@@ -153,15 +152,16 @@ class LimitReport:
 
 
 class ByteLimit:
-    """A limit on the bytes that the bodies of each key may have in a day.
+    """A limit on the bytes that the bodies of each key may have in a period.
 
-    Bytes are forgotten evenly, the whole limit within a day. So a key takes memory only for as long as its bytes count:
-    most orders for some minutes.
+    Bytes are forgotten evenly, the whole limit within the period. So a key takes memory only for as long as its bytes
+    count: most orders for some minutes.
     """
 
-    def __init__(self, name: str, *, a_day: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, name: str, *, most: int, seconds: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = name
-        self._limit = a_day
+        self._limit = most
+        self._seconds = seconds
         self._clock = clock
         self._counted: dict[Hashable, tuple[float, float]] = {}  # bytes, and when they were counted
         self._forgets_at = clock() + SECONDS_OF_A_WINDOW
@@ -180,7 +180,7 @@ class ByteLimit:
 
     def _left(self, counted: tuple[float, float], now: float) -> float:
         size, at = counted
-        return max(size - (now - at) * self._limit / SECONDS_OF_A_DAY, 0)
+        return max(size - (now - at) * self._limit / self._seconds, 0)
 
     def __len__(self) -> int:
         """Return the number of keys that take memory."""

@@ -1508,7 +1508,7 @@ def small(house: House) -> Iterator[House]:
     """Room for the bodies of three notifications of an order."""
     before = house.endpoint.bytes_of_order
     size = len(encoded(new_order(note=0)))
-    house.endpoint.bytes_of_order = ByteLimit("order-bytes", a_day=size * 3, clock=Minute())
+    house.endpoint.bytes_of_order = ByteLimit("order-bytes", most=size * 3, seconds=60, clock=Minute())
     yield house
     house.endpoint.bytes_of_order = before
 
@@ -1618,6 +1618,33 @@ def test_an_order_has_few_large_hooks_at_once_and_others_have_room(limited: Hous
     assert is_a_refusal(refused, 503, "order-busy")
     assert [answer.json["code"] for answer in answered] == ["slow"] * 4
     assert limited.endpoint.large_hooks._bytes == {}
+
+
+def test_the_bytes_of_the_hooks_of_an_order_are_limited_and_others_have_room(limited: House) -> None:
+    limited.endpoint.calls_of_order = CallLimit("order-calls", at_once=32, a_minute=600, clock=Minute())
+    orders = [new_order(id="many", number=number, text="x" * 2000) for number in range(3)]
+    limit = limited.endpoint.hook_bytes_of_order
+    limited.endpoint.hook_bytes_of_order = ByteLimit(
+        "hook-bytes", most=3 * len(encoded(orders[0])) - 1, seconds=600, clock=Minute()
+    )
+    try:
+        answers = [ask_signed(limited, "many", "cart-changed", order) for order in orders]
+        other = ask_signed(limited, "another", "cart-changed", new_order(id="another"))
+    finally:
+        limited.endpoint.hook_bytes_of_order = limit
+
+    assert [answer.status for answer in answers] == [400, 400, 503]
+    assert is_a_refusal(answers[2], 503, "order-busy")
+    assert other.json["code"] == "slow"
+    assert limited.counted("limits_reached_total", limit="hook-bytes") > 0
+
+
+def test_an_order_may_send_32_mib_of_hooks_in_ten_minutes(limited: House) -> None:
+    limit = limited.endpoint.hook_bytes_of_order
+
+    taken = [limit.take("at its limit", MIB) for _ in range(33)]
+
+    assert taken == [True] * 32 + [False]
 
 
 def test_a_refusal_beyond_the_limit_is_below_the_usual_level_of_the_log(limited: House, order: dict[str, Any]) -> None:

@@ -280,7 +280,7 @@ def test_the_limits_of_an_order_hold_for_every_name(house: Renamed) -> None:
             house.call(callback, order)
             assert house.call(callback, order | {"note": 1}).status == beyond
         endpoint.calls_of_order = before[0]
-        endpoint.bytes_of_order = ByteLimit("order-bytes", a_day=1, clock=Clock())
+        endpoint.bytes_of_order = ByteLimit("order-bytes", most=1, seconds=60, clock=Clock())
         order = new_order()
         assert [house.call("never-known", order | {"note": number}).status for number in range(2)] == [200, 503]
         assert len(house.stored(order["id"])) == 1

@@ -8,7 +8,6 @@ from structlog.testing import capture_logs
 from adapter.callbacks.limits import (
     MOST_AT_ONCE,
     MOST_WAITING,
-    SECONDS_OF_A_DAY,
     WARN_EVERY_SECONDS,
     ByteLimit,
     CallLimit,
@@ -181,11 +180,13 @@ def test_a_request_counts_while_it_runs() -> None:
     assert refused == ["requests"]
 
 
-# --- bytes of a day -------------------------------------------------------------------------------------------------
+# --- bytes -----------------------------------------------------------------------------------------------------------
+
+SECONDS_OF_A_DAY = 86_400
 
 
 def test_the_bytes_of_a_key_are_limited_and_come_back_over_a_day(clock: Seconds) -> None:
-    limit = ByteLimit("order-bytes", a_day=SECONDS_OF_A_DAY * 10, clock=clock)
+    limit = ByteLimit("order-bytes", most=SECONDS_OF_A_DAY * 10, seconds=SECONDS_OF_A_DAY, clock=clock)
 
     assert [limit.take("a", SECONDS_OF_A_DAY * 4) for _ in range(3)] == [True, True, False]
     assert limit.take("b", SECONDS_OF_A_DAY * 4)
@@ -196,19 +197,19 @@ def test_the_bytes_of_a_key_are_limited_and_come_back_over_a_day(clock: Seconds)
 
 
 def test_a_refused_body_does_not_count(clock: Seconds) -> None:
-    limit = ByteLimit("order-bytes", a_day=100, clock=clock)
+    limit = ByteLimit("order-bytes", most=100, seconds=SECONDS_OF_A_DAY, clock=clock)
 
     assert [limit.take("a", size) for size in (60, 60, 60, 40)] == [True, False, False, True]
 
 
 def test_a_first_body_may_be_larger_than_the_limit(clock: Seconds) -> None:
-    limit = ByteLimit("order-bytes", a_day=100, clock=clock)
+    limit = ByteLimit("order-bytes", most=100, seconds=SECONDS_OF_A_DAY, clock=clock)
 
     assert [limit.take("a", size) for size in (1000, 1)] == [True, False]
 
 
 def test_a_key_takes_memory_until_its_bytes_are_forgotten(clock: Seconds) -> None:
-    limit = ByteLimit("order-bytes", a_day=SECONDS_OF_A_DAY, clock=clock)
+    limit = ByteLimit("order-bytes", most=SECONDS_OF_A_DAY, seconds=SECONDS_OF_A_DAY, clock=clock)
     for number in range(100):
         limit.take(number, 120)
     assert len(limit) == 100
