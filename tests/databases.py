@@ -4,21 +4,27 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import psycopg
 from sqlalchemy import Engine
 
-from adapter import ledger
-from adapter.ledger.store import Store, open_for_reading
+from adapter.ledger.store import Store, known_revisions, open_for_reading
+from tests import PATIENCE
 
 KINDS = ("sqlite", "postgresql")
 TABLES = (
     "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts, documents, bindings, names, uses"
+)
+AS_NEW = (
+    "DELETE FROM watermarks WHERE name NOT LIKE 'clock%'",
+    "UPDATE watermarks SET value = 0",
+    f"UPDATE alembic_version SET version_num = '{known_revisions()[0]}'",
 )
 
 
@@ -74,17 +80,22 @@ class Server:
                 connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
                 return
             connection.execute(f"ALTER DATABASE {name} RESET ALL")
-            connection.execute(
-                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s", [name]
-            )
+            self._end_connections(connection, name)
         clear(url)
         self._unused.append(url)
 
     def disconnect(self, url: str) -> None:
         """End all connections to this database."""
-        ended = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = %s"
         with self.connect("postgres") as connection:
-            connection.execute(ended, [database_of(url)])
+            self._end_connections(connection, database_of(url))
+
+    def _end_connections(self, connection: "psycopg.Connection[Any]", name: str) -> None:
+        # pg_terminate_backend could wait itself, but looks only every 100 ms.
+        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        ends = time.monotonic() + PATIENCE
+        while connection.execute(end, [name]).fetchall():
+            assert time.monotonic() < ends, f"connections to {name} do not end"
+            time.sleep(0.001)
 
     def stop(self, *, fast: bool = False) -> None:
         """Stop the server as a crash of its machine would, or (`fast`) as a shutdown that does not wait for clients."""
@@ -127,18 +138,10 @@ def clear(url: str) -> None:
     if url.startswith("sqlite"):
         for table in reversed(TABLES.split(", ")):  # rows that refer to others first
             rows(url, f"DELETE FROM {table}")
+        for statement in AS_NEW:
+            rows(url, statement)
     else:
-        rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY")
-    rows(url, "UPDATE watermarks SET value = 0")
-    rows(url, "DELETE FROM watermarks WHERE name NOT LIKE 'clock%'")
-    rows(url, f"UPDATE alembic_version SET version_num = '{head()}'")
-
-
-@cache
-def head() -> str:
-    """Return the newest revision."""
-    versions = Path(ledger.__file__).parent / "migrations" / "versions"
-    return max(path.name for path in versions.glob("[0-9]*.py")).partition("_")[0]
+        rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY; {'; '.join(AS_NEW)}")
 
 
 def database_of(url: str) -> str:

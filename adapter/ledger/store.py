@@ -11,14 +11,18 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import structlog
 from sqlalchemy import Connection, Engine
 
 from adapter.ledger.clock import Clock
 from adapter.ledger.databases import Database, StoreInUse, StoreMissing, StoreUnavailable, database_at
+
+if TYPE_CHECKING:
+    from alembic.config import Config
 
 __all__ = ["Store", "StoreBusy", "StoreInUse", "StoreMissing", "StoreUnavailable", "open_for_reading"]
 
@@ -276,22 +280,36 @@ def migrate(database: Database, connection: Connection) -> None:
     own leaves the tables as they are and works with them.
     """
     from alembic import command
-    from alembic.config import Config
     from alembic.migration import MigrationContext
-    from alembic.script import ScriptDirectory
 
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.set_main_option("path_separator", "os")
+    config = alembic_config()
+    known = known_revisions()
     config.attributes["connection"] = connection
     with connection.begin():
         database.lock_for_migration(connection)
         revision = MigrationContext.configure(connection).get_current_revision()
-        known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
         if revision is not None and revision not in known:
             log.warning("store_is_newer", revision=revision)
-            return
-        command.upgrade(config, "head")
+        elif revision != known[0]:
+            command.upgrade(config, "head")
+
+
+@cache
+def known_revisions() -> list[str]:
+    """Return the revisions of the tables that this version knows, the newest first."""
+    from alembic.script import ScriptDirectory
+
+    return [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
+
+
+def alembic_config() -> "Config":
+    """Return the settings for Alembic."""
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("path_separator", "os")
+    return config
 
 
 def _by_work(batch: Sequence[_Piece]) -> dict[Work, list[_Piece]]:

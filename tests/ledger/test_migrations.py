@@ -11,8 +11,8 @@ from sqlalchemy import Connection, inspect
 
 from adapter.ledger.inbox import Received
 from adapter.ledger.schema import metadata
-from adapter.ledger.store import Store
-from tests.databases import Server, head, rows
+from adapter.ledger.store import Store, known_revisions
+from tests.databases import Server, rows
 from tests.ledgers import HandClock, Ledger, receipt
 
 
@@ -65,7 +65,7 @@ def test_opening_a_migrated_database_again_keeps_its_rows(empty_url: str, loop: 
     Store.open(empty_url).close()
 
     assert rows(empty_url, "SELECT count(*) FROM notifications") == [(1,)]
-    assert rows(empty_url, "SELECT version_num FROM alembic_version") == [(head(),)]
+    assert rows(empty_url, "SELECT version_num FROM alembic_version") == [(known_revisions()[0],)]
 
 
 def test_a_running_node_works_on_while_a_newer_one_migrates(empty_postgres_url: str, loop: asyncio.Runner) -> None:
@@ -105,5 +105,5 @@ def test_nodes_that_start_at_once_on_an_empty_database_all_succeed(empty_postgre
     for store in stores:
         store.close()
 
-    assert rows(empty_postgres_url, "SELECT version_num FROM alembic_version") == [(head(),)]
+    assert rows(empty_postgres_url, "SELECT version_num FROM alembic_version") == [(known_revisions()[0],)]
     assert max(moments) - min(moments) < 1000
