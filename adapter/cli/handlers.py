@@ -1,5 +1,6 @@
 """The command `handlers list`."""
 
+from importlib.metadata import entry_points
 from typing import Any
 
 import click
@@ -18,8 +19,8 @@ def handlers_group() -> None:
 def handlers_list(output: str) -> None:
     """List the installed handlers with their package, kind and description."""
     rows = []
-    for name, point in sorted(routes.installed().items()):
-        row: dict[str, Any] = {"name": name, "from": point.dist.name if point.dist else None, "kind": None}
+    for point in sorted(entry_points(group=routes.GROUP), key=lambda each: each.name):
+        row: dict[str, Any] = {"name": point.name, "from": point.dist.name if point.dist else None, "kind": None}
         try:
             handler = point.load()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way

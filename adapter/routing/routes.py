@@ -4,7 +4,8 @@ Handlers are imported, conditions compiled and settings read for every merchant 
 can be wrong with them is found before a port opens.
 """
 
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import EntryPoint, entry_points
@@ -20,8 +21,8 @@ from adapter.norce.api import V0
 from adapter.norce.client import MAX_ORDER_BYTES
 from adapter.norce.order_schema import InArray, NoSuchPart, part_at
 from adapter.orders import Order
-from adapter.outgoing import origins
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler, can_look_up
+from adapter.routing.handler_class import methods_that_block, misspelt_names
 from adapter.routing.worst_cases import conditions_in, worst_case
 
 GROUP = "norce_adapter.handlers"
@@ -146,6 +147,17 @@ def installed(points: Iterable[EntryPoint] | None = None) -> dict[str, EntryPoin
     return {point.name: point for point in (entry_points(group=GROUP) if points is None else points)}
 
 
+def shared_names(points: Iterable[EntryPoint] | None = None) -> dict[str, list[str]]:
+    """Return the handler names that several packages provide, with the names of the packages."""
+    providers: defaultdict[str, list[EntryPoint]] = defaultdict(list)
+    for point in entry_points(group=GROUP) if points is None else points:
+        providers[point.name].append(point)
+    several = {name: its for name, its in providers.items() if len(its) > 1}
+    return {
+        name: sorted({each.dist.name if each.dist else each.value for each in its}) for name, its in several.items()
+    }
+
+
 def settings_types(points: Iterable[EntryPoint] | None = None) -> tuple[dict[str, type[Settings]], list[str]]:
     """Import all installed handlers.
 
@@ -162,19 +174,22 @@ def settings_types(points: Iterable[EntryPoint] | None = None) -> tuple[dict[str
     return types, broken
 
 
-def build(config: Config, points: Iterable[EntryPoint] | None = None) -> Routes:
+def build(config: Config, points: Collection[EntryPoint] | None = None) -> Routes:
     """Build the routes of a configuration. `points` replaces the installed handlers in tests.
 
     Raises:
         ConfigurationInvalid: All problems of conditions, handlers and settings at once.
     """
-    return _Builder(config, installed(points)).routes()
+    return _Builder(config, installed(points), shared_names(points)).routes()
 
 
 class _Builder:
-    def __init__(self, config: Config, handlers: Mapping[str, EntryPoint]) -> None:
+    def __init__(
+        self, config: Config, handlers: Mapping[str, EntryPoint], shared_names: Mapping[str, Sequence[str]]
+    ) -> None:
         self._config = config
         self._handlers = handlers
+        self._shared_names = shared_names
         self._problems: list[ConfigProblem] = []
         self._warnings: list[ConfigProblem] = []
 
@@ -256,7 +271,7 @@ class _Builder:
             else:
                 settings[channel] = read
         if isinstance(handler, NotificationHandler):
-            self._warn_of_doubt(f"{path}.handler", handler, settings.values())
+            self._warn_of_doubt(f"{path}.handler", handler)
         return Route(
             name=name,
             callback=callback,
@@ -292,6 +307,9 @@ class _Builder:
         if name not in self._handlers:
             self._problem(path, f"no installed handler has this name; installed: {', '.join(sorted(self._handlers))}")
             return None
+        if len(packages := self._shared_names.get(name, ())) > 1:
+            self._problem(path, f"several packages provide a handler of this name: {', '.join(packages)}; keep one")
+            return None
         try:
             class_ = self._handlers[name].load()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - an import may fail in any way; it is reported, not raised
@@ -301,11 +319,20 @@ class _Builder:
         if not (isinstance(class_, type) and issubclass(class_, kind)):
             self._problem(path, f"is no {kind.__name__}, but callback {callback.name} is a {callback.kind}")
             return None
+        misspelt = [f"{given} looks like {meant}" for given, meant in misspelt_names(class_, KINDS.values()).items()]
+        blocking = methods_that_block(class_, KINDS.values())
+        for method in blocking:
+            self._problem(path, f"its method {method} is no coroutine; define it with async def")
+        if blocking:
+            return None
         try:
             handler: Handler = class_()
         except (Exception, SystemExit) as error:  # noqa: BLE001 - as above
-            self._problem(path, f"the handler cannot be created: {type(error).__name__}: {error}")
+            reason = "; ".join([f"{type(error).__name__}: {error}", *misspelt])
+            self._problem(path, f"the handler cannot be created: {reason}")
             return None
+        for words in misspelt:
+            self._warnings.append(self._config.problem(path, f"its {words}, which it lacks; its author can rename it"))
         return handler
 
     def _warn_of_passing_state(self, path: str, condition: CompiledCondition | None) -> None:
@@ -326,12 +353,11 @@ class _Builder:
             )
             self._warnings.append(self._config.problem(path, remedy))
 
-    def _warn_of_doubt(self, path: str, handler: NotificationHandler[Any], settings: Iterable[Settings]) -> None:
-        is_prepared = can_look_up(type(handler)) or handler.repeatable or handler.not_done
-        if not is_prepared and (handler.other_clients or any(map(origins, settings))):
+    def _warn_of_doubt(self, path: str, handler: NotificationHandler[Any]) -> None:
+        if not (can_look_up(type(handler)) or handler.repeatable):
             remedy = (
-                "the handler has no lookup and declares neither repeatable nor not_done, so after each 503 or broken "
-                "connection its order waits for a person; its author can add one of them"
+                "the handler has no lookup and does not declare repeatable, so after each broken connection or killed "
+                "process its order waits for a person; its author can add one of them"
             )
             self._warnings.append(self._config.problem(path, remedy))
 

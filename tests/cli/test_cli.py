@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 from adapter import cli
 from adapter import config as configuration
 from adapter.app import running
+from adapter.cli import handlers
 from adapter.routing import routes
 from adapter.routing.routes import build
 from tests import PATIENCE, ROOT
@@ -631,6 +632,7 @@ def test_a_broken_handler_is_listed_as_broken(
     monkeypatch: pytest.MonkeyPatch, loaded: Any, kind: str | None, says: str | None
 ) -> None:
     class Point:
+        name = "broken"
         dist = None
 
         def load(self) -> Any:
@@ -638,8 +640,8 @@ def test_a_broken_handler_is_listed_as_broken(
                 raise loaded
             return loaded
 
-    others = routes.installed()
-    monkeypatch.setattr(routes, "installed", lambda: {"broken": Point(), **others})
+    others = entry_points(group=routes.GROUP)
+    monkeypatch.setattr(handlers, "entry_points", lambda group: [Point(), *others])
 
     result = run("handlers", "list", "--output", "json")
 

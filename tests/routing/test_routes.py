@@ -2,6 +2,7 @@
 
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import msgspec
@@ -59,7 +60,14 @@ class Shop(Settings, frozen=True, kw_only=True):
             raise ValueError("this shop is closed")
 
 
+class Forgetful(NotificationHandler[Shop]):
+    async def deliver(self, notification: Notification, context: Context[Shop]) -> Done:
+        return Done()
+
+
 class Export(NotificationHandler[Shop]):
+    repeatable = True
+
     async def deliver(self, notification: Notification, context: Context[Shop]) -> Done:
         return Done()
 
@@ -96,8 +104,9 @@ class Exploding(Export):
 
 
 class Point:
-    def __init__(self, name: str, class_: Any) -> None:
+    def __init__(self, name: str, class_: Any, package: str = "a-package") -> None:
         self.name = name
+        self.dist = SimpleNamespace(name=package)
         self._class = class_
 
     def load(self) -> Any:
@@ -108,6 +117,7 @@ class Point:
 
 HANDLERS: dict[str, Any] = {
     "export": Export,
+    "forgetful": Forgetful,
     "repeatable": Repeatable,
     "check": Check,
     "change": Change,
@@ -178,7 +188,7 @@ def test_settings_are_merged_for_every_channel(tmp_path: Path) -> None:
 def test_a_route_knows_how_its_handler_ends_a_doubt(tmp_path: Path) -> None:
     routes = made(
         tmp_path,
-        CALLBACKS + "routes: {export: {callback: order-status, handler: export},"
+        CALLBACKS + "routes: {export: {callback: order-status, handler: forgetful},"
         " again: {callback: order-status, handler: repeatable}}\n",
     )
 
@@ -576,38 +586,104 @@ def test_an_order_that_a_shopper_cannot_write_is_no_warning(
 # --- handlers that cannot end a doubt ---------------------------------------------------------------------------------
 
 
-class Asking(Export):
+class Asking(Forgetful):
     async def lookup(self, notification: Notification, context: Context[Shop]) -> Done | None:
         return None
 
 
-class NotDone(Export):
+class NotDone(Forgetful):
     not_done = frozenset({503})
 
 
-class RepeatableExport(Export):
-    repeatable = True
-
-
-class WithOtherClients(Export):
+class WithOtherClients(Forgetful):
     other_clients = True
 
 
 @pytest.mark.parametrize(
-    ("handler", "settings", "warns"),
-    [
-        (Export, "{url: https://shop.example}", True),
-        (Export, "{}", False),
-        (WithOtherClients, "{}", True),
-        (Asking, "{url: https://shop.example}", False),
-        (NotDone, "{url: https://shop.example}", False),
-        (RepeatableExport, "{url: https://shop.example}", False),
-    ],
-    ids=["sends", "has no address", "has other clients", "can look up", "knows a status", "is repeatable"],
+    ("handler", "warns"),
+    [(Forgetful, True), (WithOtherClients, True), (NotDone, True), (Asking, False), (Export, False)],
+    ids=["sends", "has other clients", "knows a status", "can look up", "is repeatable"],
 )
 def test_a_handler_that_cannot_end_a_doubt_is_a_warning(
-    tmp_path: Path, handler: type[Export], settings: str, warns: bool
+    tmp_path: Path, handler: type[NotificationHandler[Any]], warns: bool
 ) -> None:
-    routes = made(tmp_path, export(handler="it", settings=settings), {"it": handler})
+    routes = made(tmp_path, export(handler="it"), {"it": handler})
 
     assert [warning.path for warning in routes.warnings] == ["routes.export.handler"] * warns
+
+
+# --- mistakes in a handler class --------------------------------------------------------------------------------------
+
+
+class Blocking(Export):
+    def deliver(self, notification: Notification, context: Context[Shop]) -> Done:  # type: ignore[override]
+        return Done()
+
+    def lookup(self, notification: Notification, context: Context[Shop]) -> Done | None:  # type: ignore[override]
+        return None
+
+
+class Misspelt(Forgetful):
+    repeatabel = True
+
+    async def look_up(self, notification: Notification, context: Context[Shop]) -> Done | None:
+        return None
+
+
+class WithoutDeliver(NotificationHandler[Shop]):
+    repeatable = True
+
+    async def delivers(self, notification: Notification, context: Context[Shop]) -> Done:
+        return Done()
+
+
+def test_each_method_that_is_no_coroutine_is_a_problem(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationInvalid) as raised:
+        made(tmp_path, export(handler="it"), {"it": Blocking})
+
+    assert [(each.path, each.message) for each in raised.value.problems] == [
+        ("routes.export.handler", f"its method {name} is no coroutine; define it with async def")
+        for name in ("deliver", "lookup")
+    ]
+
+
+def test_names_that_look_misspelt_are_warnings(tmp_path: Path) -> None:
+    *misspelt, _no_lookup = made(tmp_path, export(handler="it"), {"it": Misspelt}).warnings
+
+    assert [(each.path, each.message) for each in misspelt] == [
+        ("routes.export.handler", f"its {name}, which it lacks; its author can rename it")
+        for name in ("look_up looks like lookup", "repeatabel looks like repeatable")
+    ]
+
+
+def test_a_missing_method_is_a_problem_that_names_the_misspelt_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationInvalid) as raised:
+        made(tmp_path, export(handler="it"), {"it": WithoutDeliver})
+
+    [problem] = raised.value.problems
+    assert problem.message.endswith("; delivers looks like deliver")
+
+
+def built_from(folder: Path, *points: Point) -> Routes:
+    path = folder / "config.yaml"
+    path.write_text(HEAD + export())
+    return build(configuration.load(path, {"SECRET": SECRET}), points)  # type: ignore[arg-type]
+
+
+def test_a_name_that_two_packages_provide_is_a_problem_that_names_both(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationInvalid) as raised:
+        built_from(tmp_path, Point("export", Export, "erp-b"), Point("export", Forgetful, "erp-a"))
+
+    [problem] = raised.value.problems
+    assert problem.path == "routes.export.handler"
+    assert problem.message == "several packages provide a handler of this name: erp-a, erp-b; keep one"
+
+
+def test_a_shared_name_that_no_route_uses_is_no_problem(tmp_path: Path) -> None:
+    others = [Point("other", Export, "erp-a"), Point("other", Export, "erp-b")]
+
+    assert len(built_from(tmp_path, Point("export", Export), *others).all) == 1
+
+
+def test_a_package_that_is_found_twice_shares_no_name(tmp_path: Path) -> None:
+    assert len(built_from(tmp_path, Point("export", Export), Point("export", Export)).all) == 1
