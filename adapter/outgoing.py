@@ -17,14 +17,29 @@ A write is every request but GET, HEAD and OPTIONS, unless it is marked with `ex
 send 408, 502, 503 and 504 also after the destination has acted, so a handler declares in `not_done` those that never
 follow an effect, or for one request in `extensions={"not_done": {503}}`.
 
+Otherwise it is an `httpx.AsyncClient`, with these differences:
+
+- It calls only the schemes, hosts and ports of the `Url` fields in the handler's settings. There are no redirects, no
+  proxies and nothing from the environment.
+- There is no time limit of 5 s. Each request ends before the handler's deadline, and connects within 5 s; `timeout=`
+  can shorten this, and means the same as in httpx.
+- `raise_for_status()` and `json()` raise outcomes, and so do failed requests, in place of the errors of httpx.
+- `json=` also takes `Decimal`, which is written as a number with all its digits.
+- No compression is requested. An answer that is gzip is decompressed, any other coding is no answer.
+- The body of an answer has at most the `max_answer_bytes` of the route (1 MiB). A larger one is no answer after a 2xx,
+  and cut off after any other status. Heads, trailers and chunk lines are limited, too, and HTTP/2 is not spoken.
+- The client belongs to one call of the handler, and need not be closed. Its connections are shared and outlive it.
+
 An `httpx.AsyncClient` belongs to one event loop, so each loop has an `Outgoing` of its own.
 """
 
 import asyncio
 import functools
+import json
 import re
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -200,20 +215,64 @@ class Outgoing:
         self._transport = transport or connections()
 
     def client(
-        self, settings: Settings, deadline: datetime, clock: Callable[[], datetime], traffic: Traffic
+        self,
+        settings: Settings,
+        deadline: datetime,
+        clock: Callable[[], datetime],
+        traffic: Traffic,
+        *,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> httpx.AsyncClient:
         """Create a client for one call of a handler.
 
         It reaches the hosts in `settings`, ends before `deadline` by `clock`, follows no redirects, and counts what it
         sends in `traffic`. It owns nothing, so it need not be closed.
         """
-        guarded = _Guarded(self._transport, origins(settings), deadline, clock, traffic)
+        guarded = _Guarded(self._transport, origins(settings), deadline, clock, traffic, max_answer_bytes)
         headers = {"accept-encoding": "identity"}  # compression saves nothing here
-        return httpx.AsyncClient(transport=guarded, headers=headers, follow_redirects=False, trust_env=False)
+        return _Client(transport=guarded, headers=headers, timeout=None, follow_redirects=False, trust_env=False)
 
     async def aclose(self) -> None:
         """Close all connections."""
         await self._transport.aclose()
+
+
+class _Client(httpx.AsyncClient):
+    """A client whose `json=` takes decimals."""
+
+    def build_request(self, *arguments: Any, **named: Any) -> httpx.Request:
+        if (value := named.get("json")) is None or any(named.get(other) for other in ("content", "data", "files")):
+            return super().build_request(*arguments, **named)
+        request = super().build_request(*arguments, **named | {"json": None, "content": _json(value)})
+        request.headers.setdefault("content-type", "application/json")
+        return request
+
+
+def _json(value: Any) -> bytes:
+    """Encode JSON as httpx does, and a `Decimal` as a number with all its digits."""
+    decimals = []
+
+    def zero(each: Any) -> int:
+        if not isinstance(each, Decimal):
+            raise TypeError(f"a {type(each).__name__} is not JSON")
+        if not each.is_finite():
+            raise ValueError("a Decimal that is not finite is not JSON")
+        decimals.append(each)
+        return 0
+
+    text = json.dumps(value, default=zero, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _EXACT_JSON.encode(value) if decimals else text.encode()
+
+
+def _of_subclass(value: Any) -> Any:
+    kinds: tuple[type[Any], ...] = (str, int, float, dict, list)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)
+    raise TypeError(f"a {type(value).__name__} is not JSON")
+
+
+_EXACT_JSON = msgspec.json.Encoder(decimal_format="number", enc_hook=_of_subclass)
 
 
 class Sending:
@@ -262,12 +321,14 @@ class _Guarded(httpx.AsyncBaseTransport):
         deadline: datetime,
         clock: Callable[[], datetime],
         traffic: Traffic,
+        max_answer_bytes: int,
     ) -> None:
         self._transport = transport
         self._allowed = allowed
         self._deadline = deadline
         self._clock = clock
         self._traffic = traffic
+        self._max_answer_bytes = max_answer_bytes
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         url = request.url
@@ -279,8 +340,11 @@ class _Guarded(httpx.AsyncBaseTransport):
         if left <= 0:
             raise _no_time_left()
         connect = min(left, CONNECT_TIMEOUT.total_seconds())
-        # These replace the client's own timeouts: only the deadline counts.
-        request.extensions["timeout"] = {"connect": connect, "pool": connect, "read": left, "write": left}
+        longest = {"connect": connect, "pool": connect, "read": left, "write": left}
+        own = request.extensions.get("timeout", {})
+        request.extensions["timeout"] = {
+            step: most if own.get(step) is None else min(own[step], most) for step, most in longest.items()
+        }
         sending = Sending(self._traffic, write=is_write(request))
         request.extensions["trace"] = functools.partial(self._trace, request, sending)
         ends_at = asyncio.get_running_loop().time() + left
@@ -304,7 +368,7 @@ class _Guarded(httpx.AsyncBaseTransport):
         except httpx.TransportError as error:
             raise _no_answer(self._traffic, request, type(error).__name__) from error
         sending.answer(response.status_code, not_done(request))
-        return _answer(response, request, self._traffic, ends_at)
+        return _answer(response, request, self._traffic, ends_at, self._max_answer_bytes)
 
     async def _trace(self, request: httpx.Request, sending: Sending, event: str, facts: Mapping[str, Any]) -> None:
         """Stop a request whose deadline has passed, right before httpcore writes it.
@@ -321,12 +385,14 @@ class _Guarded(httpx.AsyncBaseTransport):
         await sending.trace(event, facts)
 
 
-def _answer(response: httpx.Response, request: httpx.Request, traffic: Traffic, ends_at: float) -> DestinationResponse:
+def _answer(
+    response: httpx.Response, request: httpx.Request, traffic: Traffic, ends_at: float, max_bytes: int
+) -> DestinationResponse:
     headers = response.headers.copy()
     headers.pop("content-encoding", None)  # the body is decoded here, where its size is limited
     if content_codings(response.headers):
         headers.pop("content-length", None)
-    body = _Body(response, ends_at, lambda reason: _no_answer(traffic, request, reason))
+    body = _Body(response, max_bytes, ends_at, lambda reason: _no_answer(traffic, request, reason))
     answer = DestinationResponse(response.status_code, headers=headers, stream=body, extensions=response.extensions)
     answer.traffic = traffic
     return answer
@@ -341,11 +407,12 @@ class _Body(httpx.AsyncByteStream):
     def __init__(
         self,
         response: httpx.Response,
+        max_bytes: int,
         ends_at: float,
         no_answer: Callable[[str], Retry | Unknown],
     ) -> None:
         self._response = response
-        self._pieces = read_content(response, MAX_ANSWER_BYTES)
+        self._pieces = read_content(response, max_bytes)
         self._ends_at = ends_at
         self._no_answer = no_answer
 

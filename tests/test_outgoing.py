@@ -4,8 +4,9 @@ import asyncio
 import gzip
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from email.utils import format_datetime
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from adapter.orders import Order, read_order
 from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, Traffic, origins, retry_after
-from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
+from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Settings, Unknown, Url
 from tests.asynchronous import asynchronous
 from tests.scripted_server import Script, ScriptedServer, without_end
 
@@ -386,6 +387,18 @@ def test_an_answer_of_a_mebibyte_is_read() -> None:
     assert len(answer.content) == MAX_ANSWER_BYTES
 
 
+@pytest.mark.parametrize(("size", "read"), [(2048, True), (2049, False)])
+def test_a_route_sets_the_largest_answer(size: int, read: bool) -> None:
+    async def handler() -> None:
+        outgoing = Outgoing(answering(200, stream=Chunks(count=1, size=size)))
+        deadline = NOON + timedelta(seconds=30)
+        http = outgoing.client(ShopSettings(), deadline, lambda: NOON, Traffic(), max_answer_bytes=2048)
+        with nullcontext() if read else pytest.raises(Retry, match="larger than 2 KiB"):
+            assert len((await http.get(SHOP)).content) == size
+
+    asyncio.run(handler())
+
+
 def test_a_deep_order_does_not_replace_the_outcome() -> None:
     traffic = Traffic()
     data: dict[str, Any] = {"id": "o"}
@@ -617,6 +630,47 @@ def test_a_request_ends_before_the_deadline(left: timedelta, read: float, connec
     assert timeout == pytest.approx({"connect": connect, "pool": connect, "read": read, "write": read})
 
 
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({}, (5, 29.9, 29.9, 5)),
+        ({"timeout": None}, (5, 29.9, 29.9, 5)),
+        ({"timeout": 2}, (2, 2, 2, 2)),
+        ({"timeout": 9}, (5, 9, 9, 5)),
+        ({"timeout": httpx.Timeout(3, read=60, connect=None)}, (5, 29.9, 3, 3)),
+    ],
+    ids=["the default", "none", "shorter", "longer than a connection may take", "for each step"],
+)
+def test_a_shorter_timeout_of_a_request_counts(given: dict[str, Any], steps: tuple[float, ...]) -> None:
+    destination = answering()
+
+    request(destination, **given)
+
+    timeout = destination.requests[0].extensions["timeout"]
+    assert timeout == pytest.approx(dict(zip(("connect", "read", "write", "pool"), steps, strict=True)))
+
+
+@pytest.mark.parametrize(("method", "expected"), [("GET", Retry), ("PUT", Unknown)])
+@asynchronous
+async def test_an_answer_that_comes_later_than_the_timeout_is_no_answer(method: str, expected: type[Outcome]) -> None:
+    silent = asyncio.Event()
+
+    async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await silent.wait()
+        writer.close()
+
+    server = await asyncio.start_server(never, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    outgoing = Outgoing()
+    http = outgoing.client(ShopSettings(base_url=Url(url)), NOON + timedelta(days=1), lambda: NOON, Traffic())
+    with pytest.raises(expected, match="ReadTimeout"):
+        await http.request(method, url, timeout=httpx.Timeout(None, read=0.01))
+    await outgoing.aclose()
+    silent.set()
+    server.close()
+    await server.wait_closed()
+
+
 @pytest.mark.parametrize("left", [timedelta(milliseconds=100), timedelta(0), timedelta(seconds=-5)], ids=str)
 def test_nothing_is_sent_after_the_deadline(left: timedelta) -> None:
     destination = answering()
@@ -743,3 +797,70 @@ def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
     assert (type(raised), raised.code, traffic.close()) == (outcome, code, arrived != b"")
     assert b"an order" not in b"".join(read)
     assert b"".join(read).startswith(arrived)
+
+
+# --- JSON that is sent ----------------------------------------------------------------------------------------------
+
+
+class Name(str):
+    """A text of another type, as a `Url` is."""
+
+
+JSON_SENT = {
+    "money": (
+        {"total": Decimal("1234.50"), "sum": [Decimal("0.1"), Decimal("-0.00")]},
+        b'{"total":1234.50,"sum":[0.1,-0.00]}',
+    ),
+    "more digits than a float has": (Decimal("12345678901234567890.123456789"), b"12345678901234567890.123456789"),
+    "an exponent": ([Decimal("1E+2")], b"[1E+2]"),
+    "other types beside it": (
+        {"url": Url(SHOP), "name": Name("\u00e5"), "pair": (1, None), 3: True, "amount": Decimal(1)},
+        '{"url":"https://shop.example","name":"\u00e5","pair":[1,null],"3":true,"amount":1}'.encode(),
+    ),
+    "no decimal": (
+        {"name": "\u00e5", "price": 0.1, "many": 1e16},
+        '{"name":"\u00e5","price":0.1,"many":1e+16}'.encode(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("value", "written"), JSON_SENT.values(), ids=JSON_SENT)
+def test_json_is_written_exactly(value: Any, written: bytes) -> None:
+    destination = answering()
+
+    request(destination, "POST", json=value)
+
+    sent = destination.requests[0]
+    assert sent.content == written
+    assert (sent.headers["content-type"], sent.headers["content-length"]) == ("application/json", str(len(written)))
+
+
+def test_the_content_type_of_a_handler_is_kept() -> None:
+    destination = answering()
+
+    request(destination, "POST", json={"total": Decimal(1)}, headers={"content-type": "application/hal+json"})
+    request(destination, "POST", json=None)
+
+    assert [each.headers.get("content-type") for each in destination.requests] == ["application/hal+json", None]
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [
+        (Decimal("NaN"), ValueError),
+        ([Decimal("Infinity")], ValueError),
+        ([Decimal(1), float("nan")], ValueError),
+        ([Decimal(1), b"bytes"], TypeError),
+        ([Decimal(1), Secret("canary")], TypeError),
+        ([Decimal(1), read_order(b'{"id": "canary"}')], TypeError),
+    ],
+    ids=["no number", "infinite", "a float that is no number", "bytes", "a secret", "an order"],
+)
+def test_nothing_is_sent_that_is_not_json(value: Any, error: type[Exception]) -> None:
+    destination = answering()
+
+    with pytest.raises(error) as raised:
+        request(destination, "POST", json=value)
+
+    assert destination.requests == []
+    assert "canary" not in str(raised.value)

@@ -463,6 +463,9 @@ class RouteConfig(_Section, frozen=True, kw_only=True):
         Concurrency,
         doc("Notifications: deliveries that run at the same time on all nodes, per merchant and channel."),
     ] = 8
+    max_answer_bytes: Annotated[
+        int, doc("Largest body in bytes of an answer to the handler; a larger one is no answer.", ge=1024, le=64 * MIB)
+    ] = MIB
     settings: Annotated[Mapping[str, Any], doc("Settings of the handler, for all merchants and channels.")] = {}
 
 

@@ -115,6 +115,7 @@ class Attempts:
             previous=claim.previous,
             is_resend=claim.again_of is not None,
             traffic=traffic,
+            max_answer_bytes=route.max_answer_bytes,
         )
         handle = partial(self._handle, handler, route, claim, claim.body, current, looks_up, traffic)
         run = self._runner.start("deliveries", handle, context)

@@ -21,6 +21,7 @@ from adapter.norce.api import V0
 from adapter.norce.client import MAX_ORDER_BYTES
 from adapter.norce.order_schema import InArray, NoSuchPart, part_at
 from adapter.orders import Order
+from adapter.outgoing import MAX_ANSWER_BYTES
 from adapter.plugin import Context, HookHandler, NotificationHandler, Settings, ValidationHandler, can_look_up
 from adapter.routing.handler_class import methods_that_block, misspelt_names
 from adapter.routing.worst_cases import conditions_in, worst_case
@@ -65,6 +66,7 @@ class Route:
     timeout: timedelta
     schedule: Sequence[timedelta]
     concurrency: int
+    max_answer_bytes: int = MAX_ANSWER_BYTES  # of an answer to the handler
 
     @property
     def method(self) -> Callable[[Order, Context[Any]], Coroutine[Any, Any, Any]]:
@@ -285,6 +287,7 @@ class _Builder:
             timeout=each.timeout,
             schedule=each.retry.schedule,
             concurrency=each.concurrency,
+            max_answer_bytes=each.max_answer_bytes,
         )
 
     def _conditions(

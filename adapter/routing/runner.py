@@ -23,7 +23,7 @@ import structlog
 
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce
-from adapter.outgoing import Outgoing, Traffic
+from adapter.outgoing import MAX_ANSWER_BYTES, Outgoing, Traffic
 from adapter.plugin import Context, Misconfigured, Orders, Previous, Settings
 
 log = structlog.get_logger(__name__)
@@ -336,6 +336,7 @@ class Runner:
         previous: Previous | None = None,
         is_resend: bool = False,
         traffic: Traffic | None = None,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> Context[Any]:
         """Build the context of a call on a loop. With None, the handler only computes.
 
@@ -346,7 +347,9 @@ class Runner:
         orders: Orders = _NO_ORDERS
         if on is not None:
             traffic = traffic or Traffic()
-            http = self._loops[on].outgoing.client(settings, deadline, self._clock, traffic)
+            http = self._loops[on].outgoing.client(
+                settings, deadline, self._clock, traffic, max_answer_bytes=max_answer_bytes
+            )
             orders = self._loops[on].norce.for_handlers(channel, traffic)
         return Context(
             settings=settings,

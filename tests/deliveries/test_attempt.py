@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from decimal import Decimal
 from functools import partial
 from typing import Any, cast
 
@@ -394,8 +393,8 @@ async def get_refused_in_a_group(http: Http) -> None:
         group.create_task(get(http, status=0))
 
 
-async def post_a_decimal(http: Http) -> None:
-    await http.post(INVOICES, json={"total": Decimal("12.10")})
+async def post_bytes(http: Http) -> None:
+    await http.post(INVOICES, json={"total": b"12.10"})
 
 
 async def get_a_token(http: Http) -> None:
@@ -435,7 +434,7 @@ BEFORE_A_WRITE: dict[str, tuple[Callable[[Http], Awaitable[Any]], type, str]] = 
     "a result that is none": (nothing, Broken, "handler-failed"),
     "a refused GET in a group": (get_refused_in_a_group, Retry, "destination-busy"),
     "a time limit around a GET": (get_within_a_time_limit, Retry, "timed-out"),
-    "a Decimal as JSON": (post_a_decimal, Broken, "handler-failed"),
+    "bytes as JSON": (post_bytes, Broken, "handler-failed"),
     "a page in place of JSON": (get_html, Retry, "destination-no-answer"),
     "a token that is not given": (get_a_token, Retry, "destination-error"),
     "a cancellation": (cancel_itself, Retry, "deadline-passed"),
