@@ -42,7 +42,7 @@ from adapter.norce.client import (
 from adapter.orders import Order
 from adapter.outgoing import Traffic
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Unknown
-from tests import virtual_time
+from adapter.testing import virtual_time
 from tests.asynchronous import asynchronous
 from tests.scripted_server import Script, ScriptedServer, without_end
 

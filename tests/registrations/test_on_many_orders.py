@@ -17,8 +17,8 @@ from adapter.norce.client import Account, Norce, NorceError
 from adapter.plugin import Secret
 from adapter.registrations.on_many_orders import AT_ONCE, TRIES, Candidate, HandledOrder, OrderBatch, given
 from adapter.registrations.on_orders import Registered, Registrar
+from adapter.testing.virtual_time import run
 from tests.registrations.stage import CHANNEL, OURS, configured
-from tests.virtual_time import run
 
 Answer = httpx.Response | Exception
 NOT_FOUND = httpx.Response(404, json={"code": "order-not-found", "message": "no"})

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adapter.testing import virtual_time
 from adapter.verdicts.shared_runs import SharedRuns
-from tests import virtual_time
 
 AT_ONCE = 4
 SECOND = timedelta(seconds=1)
