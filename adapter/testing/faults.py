@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 
 import httpx
 
-from adapter.outgoing import is_write
+from adapter.outgoing import is_write, not_done
 
 NORCE_HOST = "norce.test"
 RETRY_AFTER = timedelta(seconds=120)
@@ -134,7 +134,7 @@ class Network(httpx.AsyncBaseTransport):
             self._late.append(late := asyncio.create_task(self._act(request, after=self._timeout / 2)))
             await asyncio.sleep(2 * self._timeout)
             return await late
-        if fault.acts and fault.status not in self._not_done:
+        if fault.acts and fault.status not in {*self._not_done, *not_done(request)}:
             await self._act(request)
         if fault is NetworkFault.KILLED_AFTER:
             if self.killed is not None and not self.killed.done():
