@@ -77,7 +77,7 @@ class Route:
     @property
     def computes(self) -> bool:
         """True if the handler only computes, so that it may be called in place."""
-        assert not isinstance(self.handler, NotificationHandler)
+        assert isinstance(self.handler, ValidationHandler | HookHandler)
         return self.handler.computes
 
     @property

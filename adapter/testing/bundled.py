@@ -1,5 +1,10 @@
 """The conformance suites of the bundled handlers."""
 
+from collections.abc import Callable
+
+import httpx
+
+from adapter.handlers.http import HttpHandler
 from adapter.handlers.jetshop import JetshopExport
 from adapter.handlers.log import LogHandler
 from adapter.handlers.patch import PatchHandler
@@ -20,6 +25,39 @@ class JetshopConformance(HandlerConformance[JetshopExport]):
         "unmapped": "passthrough",
     }
     system = JetshopStandIn
+
+
+_HTTP = {
+    "url": "https://receiver.example",
+    "path": "/orders/{order_id}",
+    "auth": {"type": "signature", "secrets": ["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"]},
+}
+
+
+def _receiver() -> Callable[[httpx.Request], httpx.Response]:
+    """Return a system that stores requests at their addresses, and shows what is there."""
+    stored: set[str] = set()
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        if request.method != "GET":
+            stored.add(request.url.path)
+        return httpx.Response(200 if request.url.path in stored else 404)
+
+    return respond
+
+
+class HttpConformance(HandlerConformance[HttpHandler]):
+    """The suite of the handler `http`, for notifications."""
+
+    settings = _HTTP | {"lookup_path": "/orders/{order_id}"}
+    system = _receiver
+
+
+class QuestionConformance(ValidationConformance[HttpHandler]):
+    """The suite of the handler `http`, for validations."""
+
+    settings = _HTTP
+    system = _receiver
 
 
 class LogConformance(HandlerConformance[LogHandler]):

@@ -6,8 +6,10 @@ Each key gets its description and its default from its declaration. Only the exa
 import json
 import re
 import textwrap
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import timedelta
+from importlib.metadata import EntryPoint
 from inspect import cleandoc
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -19,10 +21,17 @@ from msgspec.structs import FieldInfo
 from adapter.config.convert import class_of, is_struct, list_of, unwrap
 from adapter.config.json_schema import file_schema, spelled
 from adapter.config.model import ONLY_FOR_ANSWERS, ConfigFile, RouteConfig
-from adapter.routing.routes import settings_types
+from adapter.routing.routes import GROUP, settings_types
 from tests import ROOT
 
-BUNDLED = ("jetshop", "log", "patch", "rules")
+# From the source: the metadata of an installed package may be older.
+BUNDLED = [
+    EntryPoint(name, value, GROUP)
+    for name, value in tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["entry-points"][
+        GROUP
+    ].items()
+]
+BUNDLED_TYPES = settings_types(BUNDLED)[0]
 WIDTH = 120
 HEADER = """\
 # yaml-language-server: $schema=./config.schema.json
@@ -128,8 +137,7 @@ EXAMPLE = {
 
 def generated() -> dict[str, str]:
     """Return the generated files, by name."""
-    types, _ = settings_types()
-    schema = file_schema({name: types[name] for name in BUNDLED})
+    schema = file_schema(BUNDLED_TYPES)
     return {
         "config.yaml": HEADER + "".join(f"{each}\n" for line in _sections() for each in _wrapped(line)),
         "config.schema.json": json.dumps(schema, indent=2, ensure_ascii=False) + "\n",

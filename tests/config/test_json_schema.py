@@ -25,10 +25,9 @@ from adapter.config.yaml_source import Document
 from adapter.plugin import Secret, Settings, Url
 from adapter.routing.routes import settings_types
 from tests import ROOT
-from tests.config.reference import BUNDLED
+from tests.config.reference import BUNDLED_TYPES
 from tests.config.test_config import everything_commented_in
 
-BUNDLED_TYPES = {name: type_ for name, type_ in settings_types()[0].items() if name in BUNDLED}
 FILE = file_schema(BUNDLED_TYPES)
 
 

@@ -1,12 +1,22 @@
 """The bundled handlers pass the conformance suites that the authors of plugins get."""
 
 from adapter.testing.bundled import (
+    HttpConformance,
     JetshopConformance,
     LogConformance,
     PatchConformance,
+    QuestionConformance,
     RefusalConformance,
     RulesConformance,
 )
+
+
+class TestHttp(HttpConformance):
+    pass
+
+
+class TestQuestion(QuestionConformance):
+    pass
 
 
 class TestJetshop(JetshopConformance):
