@@ -15,6 +15,7 @@ import ssl
 import weakref
 import zlib
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpcore
@@ -97,7 +98,13 @@ async def read_content(response: httpx.Response, max_bytes: int) -> AsyncIterato
         if count % CHUNKS_IN_A_ROW == 0:
             await asyncio.sleep(0)
     if compressed:
-        yield await asyncio.to_thread(_decompressed, compressed, max_bytes)
+        # Not in the loop's own threads, which plugins may keep busy.
+        yield await asyncio.wrap_future(_thread().submit(_decompressed, compressed, max_bytes))
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="decompression")
 
 
 def _decompressed(compressed: bytearray, max_bytes: int) -> bytes:

@@ -34,6 +34,7 @@ An `httpx.AsyncClient` belongs to one event loop, so each loop has an `Outgoing`
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import re
@@ -74,6 +75,7 @@ class Traffic:
         self.writes = 0  # went out, or may have
         self.unanswered = 0  # of these, without an answer, or with one that leaves their effect open
         self.succeeded = False  # a write was answered 2xx or 3xx
+        self.threads: set[asyncio.Future[Any]] = set()  # of `context.thread`, until they end
         self._closed = False
 
     def close(self) -> bool:
@@ -91,6 +93,13 @@ class Traffic:
         self.writes += 1  # counted before `_closed` is read; `close` sets `_closed`, then reads `writes`
         if self._closed:
             raise Retry("attempt-ended", "the attempt ended before the request was sent")
+
+    async def wait_for_threads(self) -> None:
+        """Return when all threads have ended, even if this is cancelled meanwhile."""
+        self.unanswered += len(self.threads)  # the handler has not seen what they did
+        while self.threads:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait(self.threads)
 
     def describe(self, request: httpx.Request) -> str:
         """Return the method and the path of a request, with `…` in place of values."""

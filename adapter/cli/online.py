@@ -146,6 +146,7 @@ async def _try_destination(
         identity="check",
         deadline=now + limit,
         first_attempt_at=now,
+        concurrency=route.concurrency,
         max_answer_bytes=route.max_answer_bytes,
     )
     run = runner.start("deliveries", route.handler.check_credentials, context)

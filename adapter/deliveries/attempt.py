@@ -115,6 +115,7 @@ class Attempts:
             previous=claim.previous,
             is_resend=claim.again_of is not None,
             traffic=traffic,
+            concurrency=route.concurrency,
             max_answer_bytes=route.max_answer_bytes,
         )
         handle = partial(self._handle, handler, route, claim, claim.body, current, looks_up, traffic)
@@ -166,13 +167,16 @@ class Attempts:
             raw=body,
             received_at=to_datetime(claim.received_at),
         )
-        if looks_up:
-            found = await handler.lookup(notification, context)
-            return Ending.NOT_THERE if found is None else found
-        held = wants(route, order.data)
-        if held is not Held.MATCHED:
-            return Ending.MOVED_ON if held is Held.NOT_MATCHED else Ending.CONDITION
-        return await handler.deliver(notification, context)
+        try:
+            if looks_up:
+                found = await handler.lookup(notification, context)
+                return Ending.NOT_THERE if found is None else found
+            held = wants(route, order.data)
+            if held is not Held.MATCHED:
+                return Ending.MOVED_ON if held is Held.NOT_MATCHED else Ending.CONDITION
+            return await handler.deliver(notification, context)
+        finally:
+            await traffic.wait_for_threads()  # whatever they do belongs to this attempt, so they hold the lane
 
     async def _result(self, run: Run[Any], route: Route, claim: Claim, traffic: Traffic, *, looks_up: bool) -> Result:
         """Wait until the handler has really ended. Its lane must stay claimed until then."""

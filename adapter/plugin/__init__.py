@@ -19,13 +19,14 @@ logged with its traceback. It is `Unknown` if a write went out in this attempt; 
 letter `broken`.
 """
 
+import asyncio
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, ParamSpec, Protocol, TypeVar, get_args
 
 import structlog
 
@@ -119,6 +120,8 @@ def _kebab(code: object) -> str:
 
 
 S = TypeVar("S", bound=Settings)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 # --- arguments of a handler -----------------------------------------------------------------------------------------
@@ -189,6 +192,12 @@ class Previous:
     at: datetime
 
 
+class InThread(Protocol):
+    """Runs a blocking function in a thread, as `Context.thread` does."""
+
+    async def __call__(self, function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context(Generic[S]):
     """The surroundings of one call of a handler.
@@ -208,6 +217,7 @@ class Context(Generic[S]):
     first_attempt_at: datetime
     previous: Previous | None = None  # to find out that nothing has changed since
     is_resend: bool = False  # a person wants it delivered again, so do not skip it because nothing has changed
+    in_thread: InThread = asyncio.to_thread  # for `thread`
 
     def key(self, name: str = "") -> str:
         """Return an idempotency key of 64 hexadecimal characters.
@@ -216,6 +226,19 @@ class Context(Generic[S]):
         resend. Each `name` has a key of its own, for handlers that send several requests.
         """
         return sha256(f"{self.identity}\n{self.route}\n{name}".encode()).hexdigest()
+
+    async def thread(self, function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
+        """Call a function that blocks (a SOAP, SFTP or ODBC client) in a thread.
+
+        A route has as many threads of its own as its `concurrency`; further calls wait. The function counts as a write:
+        an attempt that ends without an outcome of the handler, or before the function, is `Unknown`. Nothing can
+        interrupt the function. This call is cancelled at the deadline, but the lane of the delivery is held until the
+        thread has ended. So give the client a time limit of its own that ends earlier.
+
+        Raises:
+            Retry: The deadline came before the function was called.
+        """
+        return await self.in_thread(function, *arguments, **named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,12 +11,15 @@ a deadline is abandoned and replaced. Its runs then end with `LoopAbandoned`, ev
 
 import asyncio
 import contextlib
+import contextvars
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Generic, Literal, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, ParamSpec, TypeVar
 
 import httpx
 import structlog
@@ -24,7 +27,7 @@ import structlog
 from adapter.identifiers import Channel
 from adapter.norce.client import Norce
 from adapter.outgoing import MAX_ANSWER_BYTES, Outgoing, Traffic
-from adapter.plugin import Context, Misconfigured, Orders, Previous, Settings
+from adapter.plugin import Context, InThread, Misconfigured, Orders, Previous, Retry, Settings
 
 log = structlog.get_logger(__name__)
 
@@ -32,6 +35,9 @@ CLOSING_TIME = timedelta(milliseconds=500)  # for tasks that do not end although
 ABANDONED_CLOSING_TIME = timedelta(seconds=5)
 ANSWERS_PATIENCE = timedelta(seconds=2)  # while the answers' loop is blocked, every answer on it is late
 
+RESOLVER_THREADS = 16
+
+P = ParamSpec("P")
 T = TypeVar("T")
 Handle = Callable[[Context[Any]], Coroutine[Any, Any, T]]  # one call of a handler, given its context
 LoopName = Literal["answers", "deliveries", "shadows"]
@@ -182,12 +188,79 @@ class _Steps(Coroutine[Any, Any, T]):
         return self._coroutine.__await__()
 
 
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that resolves names in threads of its own.
+
+    A plugin may keep all threads of `asyncio.to_thread` busy, and then no other plugin could resolve a name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._resolver = ThreadPoolExecutor(RESOLVER_THREADS, thread_name_prefix="names")
+
+    async def getaddrinfo(self, host: Any, port: Any, **hints: int) -> Any:
+        return await self.run_in_executor(self._resolver, partial(socket.getaddrinfo, host, port, **hints))
+
+    def close(self) -> None:
+        self._resolver.shutdown(wait=False)
+        super().close()
+
+
+class RouteThreads:
+    """The threads of one route on one loop: at most so many at a time.
+
+    They do not keep the process alive, unlike those of an executor of the standard library.
+    """
+
+    def __init__(self, route: str, most: int) -> None:
+        self._name = f"route-{route}"
+        self._free = asyncio.Semaphore(most)
+
+    async def run(self, traffic: Traffic, is_late: Callable[[], bool], call: Callable[[], T]) -> T:
+        """Call a function in a thread, as a write that is unanswered until its result is seen."""
+        await self._free.acquire()
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[T] = loop.create_future()
+
+        def end(error: BaseException | None, result: Any) -> None:
+            traffic.threads.discard(ended)
+            self._free.release()
+            if error is None:
+                ended.set_result(result)
+            else:
+                ended.set_exception(error)
+                ended.exception()  # marks it as retrieved: its caller may have been cancelled
+
+        def work() -> None:
+            error, result = None, None
+            try:
+                result = call()
+            except BaseException as raised:  # noqa: BLE001 - it is raised to the caller
+                error = RuntimeError("StopIteration in a thread") if isinstance(raised, StopIteration) else raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(end, error, result)
+
+        try:
+            if is_late():
+                raise Retry("no-time-left", "the deadline came before the thread was started")
+            traffic.begin_write()
+        except Retry:
+            self._free.release()
+            raise
+        traffic.threads.add(ended)
+        threading.Thread(target=contextvars.copy_context().run, args=(work,), name=self._name, daemon=True).start()
+        await asyncio.wait((ended,))  # does not cancel it, if it is cancelled
+        traffic.unanswered -= 1
+        return ended.result()
+
+
 class PluginLoop:
     """An event loop in a daemon thread, which does not keep the process alive."""
 
     def __init__(self, name: str, make_norce: Callable[[], Norce], make_outgoing: Callable[[], Outgoing]) -> None:
         self.name = name
-        self.loop = asyncio.new_event_loop()
+        self.loop = _Loop()
+        self.threads: dict[str, RouteThreads] = {}  # by route
         self.norce = make_norce()
         self.outgoing = make_outgoing()
         self._runs: set[Run[Any]] = set()
@@ -336,6 +409,7 @@ class Runner:
         previous: Previous | None = None,
         is_resend: bool = False,
         traffic: Traffic | None = None,
+        concurrency: int = 8,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> Context[Any]:
         """Build the context of a call on a loop. With None, the handler only computes.
@@ -345,12 +419,15 @@ class Runner:
         """
         http: httpx.AsyncClient = self._no_network
         orders: Orders = _NO_ORDERS
+        in_thread: InThread = _no_thread
         if on is not None:
             traffic = traffic or Traffic()
             http = self._loops[on].outgoing.client(
                 settings, deadline, self._clock, traffic, max_answer_bytes=max_answer_bytes
             )
             orders = self._loops[on].norce.for_handlers(channel, traffic)
+            threads = self._loops[on].threads.setdefault(route, RouteThreads(route, concurrency))
+            in_thread = _in_thread(threads, traffic, lambda: self._clock() >= deadline)
         return Context(
             settings=settings,
             log=structlog.get_logger("plugin", route=route, order_id=order_id, attempt=attempt),
@@ -364,6 +441,7 @@ class Runner:
             first_attempt_at=first_attempt_at,
             previous=previous,
             is_resend=is_resend,
+            in_thread=in_thread,
         )
 
     def start(self, on: LoopName, handle: Handle[T], context: Context[Any]) -> Run[T]:
@@ -440,6 +518,17 @@ def _outcome(ended_with: BaseException) -> Any:
 
 
 _COMPUTES_ONLY = "a handler that declares that it only computes may not call other systems"
+
+
+def _in_thread(threads: RouteThreads, traffic: Traffic, is_late: Callable[[], bool]) -> InThread:
+    async def in_thread(function: Callable[P, T], /, *arguments: P.args, **named: P.kwargs) -> T:
+        return await threads.run(traffic, is_late, partial(function, *arguments, **named))
+
+    return in_thread
+
+
+async def _no_thread(_function: Callable[..., Any], /, *_: Any, **__: Any) -> NoReturn:
+    raise Misconfigured("computes-only", _COMPUTES_ONLY)
 
 
 class _NoNetwork(httpx.AsyncBaseTransport):

@@ -299,6 +299,7 @@ class Verdicts:
             identity=request.order_id,
             deadline=now + timedelta(seconds=seconds),
             first_attempt_at=now,
+            concurrency=route.concurrency,
             max_answer_bytes=route.max_answer_bytes,
         )
 
