@@ -1,0 +1,1 @@
+"""Handlers for an ERP: an export in two steps, a stock check, and the freight."""
