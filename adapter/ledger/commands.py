@@ -15,16 +15,15 @@ from sqlalchemy import ColumnElement, Connection, insert, select, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.claims import queue_columns, queue_state
-from adapter.ledger.dead_letters import LaneDelivery, after_doubt, lock_lanes, retry_dead_letters
+from adapter.ledger.dead_letters import after_doubt, lock_lanes, retry_dead_letters
 from adapter.ledger.queries import ORPHANED, Author, DeliveryFilter, Id, Text, check_one_order, joined
 from adapter.ledger.resends import LeftOut, ResendFilter, add_resends
 from adapter.ledger.schema import actions, deliveries, lanes, queues
+from adapter.ledger.selection import LaneDelivery, next_deliveries
 from adapter.ledger.settlement import FOR_EVER, RUNNING, PausedBy, Reason, State
 from adapter.ledger.store import Store
 
 MAX_PER_STEP = 500
-MAX_READ_PER_STEP = 2_000  # dead letters, however few of them match
-MAX_IDS_PER_STEP = 20_000  # between which waiting deliveries are looked for: no index is in the order of their ids
 
 
 class NoSuchCommand(Exception):
@@ -230,26 +229,15 @@ class Commands:
 
         `more` holds further conditions.
         """
-        d, is_waiting, end = deliveries.c, step.matching.state == State.WAITING.value, None
-        state = State.WAITING if is_waiting else State.DEAD
-        chosen = select(d.id).where(d.state == state.value, d.id > step.after).order_by(d.id)
-        conditions = (
-            step.matching.conditions()
-            if is_waiting
-            else [d.reason.in_([reason.value for reason in reasons]), *step.matching.conditions()]
-        )
-        if step.matching.ids:
-            chosen = chosen.where(d.id.in_(step.matching.ids))
-        elif is_waiting:
-            end = step.after + MAX_IDS_PER_STEP
-            chosen = chosen.where(d.id <= end)
-            end = end if connection.execute(select(d.id).where(d.id > end).limit(1)).first() else None
-        read = connection.execute(chosen.limit(MAX_READ_PER_STEP)).scalars().all()
-        matching = joined(d.id, d.lane_id).where(d.id.in_(read), *conditions, *more).order_by(d.id).limit(step.most)
-        found = [LaneDelivery(row.id, row.lane_id) for row in connection.execute(matching)]
-        if len(found) == step.most:
-            return found, found[-1].delivery_id
-        return found, read[-1] if len(read) == MAX_READ_PER_STEP else end
+        d, ids, is_waiting = deliveries.c, step.matching.ids, step.matching.state == State.WAITING.value
+        chosen = [d.state == (State.WAITING if is_waiting else State.DEAD).value]
+        matching = [*step.matching.conditions(), *more]
+        if ids:
+            chosen.append(d.id.in_(ids))
+        if not is_waiting:
+            matching.append(d.reason.in_([reason.value for reason in reasons]))
+        in_ranges = is_waiting and not ids
+        return next_deliveries(connection, chosen, matching, after=step.after, most=step.most, in_ranges=in_ranges)
 
     def _resend(self, connection: Connection, step: Step) -> StepResult:
         if step.action is None:

@@ -1,4 +1,4 @@
-"""Dead letters: retrying them, and passing those that no longer need to stop their lanes.
+"""Dead letters: their retry by a person, and the release of lanes that they stop.
 
 A retried letter waits again, with its whole schedule, in its old place. The lane's doubt stays, unless a person has
 looked at the destination and found no effect there. The retries of a schedule, before a delivery is dead, are computed
@@ -6,12 +6,13 @@ in `settlement`.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, bindparam, case, literal_column, select, update
 
 from adapter.ledger.databases import any_of
 from adapter.ledger.schema import deliveries, lanes
+from adapter.ledger.selection import LaneDelivery
 from adapter.ledger.settlement import Reason, State
 
 LOCK_LANES = select(lanes).where(any_of(lanes.c.id)).order_by(lanes.c.queue_id, lanes.c.order_id).with_for_update()
@@ -31,13 +32,6 @@ PASS_LETTERS = (
 )
 
 
-class LaneDelivery(NamedTuple):
-    """A delivery and its lane."""
-
-    delivery_id: int
-    lane_id: int
-
-
 def retry_dead_letters(
     connection: Connection,
     letters: Collection[LaneDelivery],
@@ -46,9 +40,9 @@ def retry_dead_letters(
     reasons: Collection[Reason],
     ends_doubt: bool = False,
 ) -> int:
-    """Make deliveries wait again that are dead for one of these reasons.
+    """Make dead letters with one of these reasons wait again, and return their number.
 
-    Returns their number. A lane becomes due if a letter had stopped it or if it was idle; any other lane goes on as
+    A lane becomes due if a letter had stopped it or if it was idle; any other lane goes on as
     before. A letter stays dead while its blocked handler still holds the lane.
     """
     d = deliveries.c
@@ -75,9 +69,9 @@ def retry_dead_letters(
 
 
 def pass_dead_letters(connection: Connection, queue_ids: Collection[int], now: int) -> None:
-    """Let the lanes of these queues go on that a dead letter with a known outcome has stopped.
+    """Release the lanes of these queues that a dead letter with a known outcome has stopped.
 
-    Their routes read the order again, so a dead letter of before must not hold the later deliveries.
+    Their routes read the order again, so an earlier dead letter must not hold the later deliveries.
     """
     stopped = connection.execute(STOPPED_LANES, {"ids": list(queue_ids)}).scalars().all()
     if stopped:

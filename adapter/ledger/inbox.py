@@ -29,8 +29,9 @@ from sqlalchemy import Connection, bindparam, func, select, text, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.databases import IN_ARRAY, Database, InsertRows, Numbers, any_of
-from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
+from adapter.ledger.dead_letters import retry_dead_letters
 from adapter.ledger.schema import deliveries, lanes, notifications
+from adapter.ledger.selection import LaneDelivery
 from adapter.ledger.settlement import Reason, State
 from adapter.ledger.store import Store
 from adapter.offload import offload

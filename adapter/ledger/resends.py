@@ -14,14 +14,13 @@ from typing import Any, Literal, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, insert, or_, select, tuple_, update
 
-from adapter.ledger.dead_letters import LaneDelivery, lock_lanes
+from adapter.ledger.dead_letters import lock_lanes
 from adapter.ledger.queries import DeliveryFilter, joined
 from adapter.ledger.schema import deliveries, lanes, notifications, queues
+from adapter.ledger.selection import MAX_READ_PER_STEP, LaneDelivery, next_deliveries
 from adapter.ledger.settlement import Reason, State
 
 DEAD_REASONS = (Reason.REJECTED, Reason.EXHAUSTED, Reason.UNKNOWN, Reason.CONDITION, Reason.BROKEN)
-MAX_READ = 2_000  # deliveries that a step reads, however few of them match
-MAX_IDS = 20_000  # that a step passes over: no index has the deliveries that are delivered or dead
 
 LeftOut = Literal["waiting", "attempted", "unknown", "without-body"]
 
@@ -122,24 +121,12 @@ class ResendFilter(NamedTuple):
 
     def find(self, connection: Connection, *, after: int, most: int) -> tuple[list[LaneDelivery], int | None]:
         """Return the next deliveries that match, in the order of their ids, and where to continue."""
-        d, end = deliveries.c, None
-        chosen = select(d.id).where(d.id > after).order_by(d.id)
-        if self.matching.ids:
-            chosen = chosen.where(d.id.in_(self.matching.ids))
-        else:
-            chosen = chosen.where(*self._can_be_sent_again(d))
-            if self.matching.order_id is not None:
-                chosen = chosen.where(*DeliveryFilter(order_id=self.matching.order_id).conditions())
-            else:
-                end = after + MAX_IDS
-                chosen = chosen.where(d.id <= end)
-                end = end if connection.execute(select(d.id).where(d.id > end).limit(1)).first() else None
-        read = connection.execute(chosen.limit(MAX_READ)).scalars().all()
-        matching = joined(d.id, d.lane_id).where(d.id.in_(read), *self.conditions()).order_by(d.id).limit(most)
-        found = [LaneDelivery(*row) for row in connection.execute(matching)] if read else []
-        if len(found) == most:
-            return found, found[-1].delivery_id
-        return found, read[-1] if len(read) == MAX_READ else end
+        d, ids, order_id = deliveries.c, self.matching.ids, self.matching.order_id
+        chosen = [d.id.in_(ids)] if ids else self._can_be_sent_again(d)
+        if not ids and order_id is not None:
+            chosen += DeliveryFilter(order_id=order_id).conditions()
+        in_ranges = not ids and order_id is None
+        return next_deliveries(connection, chosen, self.conditions(), after=after, most=most, in_ranges=in_ranges)
 
     def read(self, connection: Connection, ids: Collection[int]) -> list[Selected]:
         """Return those of these deliveries that still match."""
@@ -159,7 +146,7 @@ def preview(connection: Connection, selection: ResendFilter) -> tuple[list[dict[
     left_out: dict[LeftOut, list[int]] = {}
     after: int | None = 0
     while after is not None:
-        found, after = selection.find(connection, after=after, most=MAX_READ)
+        found, after = selection.find(connection, after=after, most=MAX_READ_PER_STEP)
         for each in selection.read(connection, [delivery.delivery_id for delivery in found]):
             if (why := selection.reason_to_leave_out(each)) is None:
                 counts[each.route, each.merchant, each.channel, each.state, each.reason] += 1

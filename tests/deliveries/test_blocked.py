@@ -9,7 +9,8 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from adapter.ledger.dead_letters import LaneDelivery, retry_dead_letters
+from adapter.ledger.dead_letters import retry_dead_letters
+from adapter.ledger.selection import LaneDelivery
 from adapter.ledger.settlement import Reason
 from adapter.plugin import Context, Done, NoSettings, Notification, Retry
 from adapter.routing.routes import Route

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from sqlalchemy import Connection, event
 
-from adapter.ledger import commands as room
+from adapter.ledger import selection
 from adapter.ledger.commands import Commands, NoSuchCommand, QueueChange, QueueOrphaned, Step, StepResult
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.maintenance import faults
@@ -268,7 +268,7 @@ def test_a_step_is_not_added_to_the_action_of_another_person(ledger: Ledger) -> 
 def test_a_step_reads_a_limited_number_of_letters_and_returns_where_the_next_begins(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(room, "MAX_READ_PER_STEP", 2)
+    monkeypatch.setattr(selection, "MAX_READ_PER_STEP", 2)
     dead(ledger, "order-1", "order-2", "order-3", "order-4", "order-5")
 
     steps = [retry(ledger, order_id="order-5")]
@@ -608,7 +608,7 @@ def test_waiting_and_dead_deliveries_are_discarded_apart(ledger: Ledger) -> None
 
 
 def test_waiting_deliveries_are_found_in_steps(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "MAX_IDS_PER_STEP", 3)
+    monkeypatch.setattr(selection, "MAX_IDS_PER_STEP", 3)
     for number in range(8):
         ledger.owed(1, order_id=f"order-{number}")
     ledger.settle(ledger.claim(most=1)[0])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace as replace_member
 
-from adapter.ledger import resends
+from adapter.ledger import resends, selection
 from adapter.ledger.commands import Commands, QueueOrphaned, Step, StepResult
 from adapter.ledger.inbox import Received
 from adapter.ledger.maintenance import faults
@@ -231,8 +231,8 @@ def test_a_resend_ends_whatever_its_steps_and_however_much_it_makes(
     ledger: Ledger, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new deliveries are delivered while the command still runs, and match its filter."""
-    monkeypatch.setattr(resends, "MAX_IDS", 3)
-    monkeypatch.setattr(resends, "MAX_READ", 2)
+    monkeypatch.setattr(selection, "MAX_IDS_PER_STEP", 3)
+    monkeypatch.setattr(selection, "MAX_READ_PER_STEP", 2)
     for number in range(7):
         deliver(ledger, 1, order_id=f"order-{number}")
     step = Step(matching=DeliveryFilter(route="export"), by=BY, most=most)
