@@ -22,7 +22,7 @@ from typing import NamedTuple
 import structlog
 
 from adapter.callbacks.intake import Intake
-from adapter.callbacks.limits import WARN_EVERY_SECONDS
+from adapter.callbacks.limits import WarningCounter
 from adapter.callbacks.parsing import (
     BadRequest,
     channel_not_found,
@@ -81,7 +81,6 @@ class GoneNames:
 
     Args:
         clock: The ledger's clock, in milliseconds.
-        seconds: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -94,7 +93,6 @@ class GoneNames:
         intake: Intake,
         metrics: Metrics,
         clock: Callable[[], int],
-        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         self._names = names
         self._uses = uses
@@ -103,9 +101,7 @@ class GoneNames:
         self._intake = intake
         self._metrics = metrics
         self._clock = clock
-        self._seconds = seconds
-        self._warned_at: dict[tuple[str, ...], float] = {}
-        self._unreported: dict[tuple[str, ...], int] = {}
+        self._warnings = WarningCounter(time.monotonic)
 
     def callback(self, name: str) -> Callback | None:
         """Return a callback that was configured once, or None."""
@@ -172,17 +168,11 @@ class GoneNames:
             self._uses.record(callback, channel, sender.url_key)
         self._metrics.calls_to_gone_names.labels(*labels, result).inc()
         shown, *shown_channel = (callback, *channel) if is_signed and channel is not None else labels
-        key = (*labels, result)
-        count = self._unreported.get(key, 0) + 1
-        now = self._seconds()
-        if now - self._warned_at.get(key, float("-inf")) >= WARN_EVERY_SECONDS:
-            self._warned_at[key] = now
-            merchant, name = shown_channel
+        merchant, name = shown_channel
+        if (count := self._warnings.count((*labels, result))) is not None:
             log.warning("gone_name_called", callback=shown, merchant=merchant, channel=name, result=result,
                         count=count)  # fmt: skip
-            count = 0
-        self._unreported[key] = count
-        return Channel(*shown_channel)
+        return Channel(merchant, name)
 
 
 def _channel_of_call(raw: RawCallback, sender: Sender, callback: Callback | None) -> Channel:

@@ -130,25 +130,37 @@ class LargeBodies:
             self._bytes[key] = left
 
 
+class WarningCounter:
+    """A counter of events that allows one warning a minute for each key."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._warned_at: dict[Hashable, float] = {}
+        self._unreported: dict[Hashable, int] = {}
+
+    def count(self, key: Hashable) -> int | None:
+        """Count an event. Return the events since the last warning if a new one is due, else None."""
+        count = self._unreported.pop(key, 0) + 1
+        now = self._clock()
+        if now - self._warned_at.get(key, float("-inf")) < WARN_EVERY_SECONDS:
+            self._unreported[key] = count
+            return None
+        self._warned_at[key] = now
+        return count
+
+
 class LimitReport:
     """The report that a limit acted: a count, and at most one warning a minute for each limit."""
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
-        self._clock = clock
-        self._warned_at: dict[str, float] = {}
-        self._unreported: dict[str, int] = {}
+        self._warnings = WarningCounter(clock)
 
     def acted(self, limit: str) -> None:
         """Report that a limit has acted once. Names have few values: they are labels of a metric."""
         self._metrics.limits_reached.labels(limit).inc()
-        count = self._unreported.get(limit, 0) + 1
-        now = self._clock()
-        if now - self._warned_at.get(limit, float("-inf")) >= WARN_EVERY_SECONDS:
-            self._warned_at[limit] = now
+        if (count := self._warnings.count(limit)) is not None:
             log.warning("limit_reached", limit=limit, count=count)
-            count = 0
-        self._unreported[limit] = count
 
 
 class ByteLimit:

@@ -47,7 +47,7 @@ from adapter.plugin import Secret
 from adapter.reconciliation.events import LogProgress
 from adapter.reconciliation.orders import OrdersProgress
 
-P = TypeVar("P")
+P = TypeVar("P", LogProgress, OrdersProgress)
 
 log = structlog.get_logger(__name__)
 
@@ -178,11 +178,13 @@ class OperationsEndpoints:
         try:
             body = await _read_body(request)
             if name == "reconcile":
-                lines = self._run_reconciliation(msgspec.json.decode(body, type=ReconcileCommand))
-                return StreamingResponse(lines, media_type="application/x-ndjson")
+                events = msgspec.json.decode(body, type=ReconcileCommand)
+                found = self._reconcile(since=events.since, dry_run=events.dry_run)
+                return self._stream(name, found, lambda each: 0 if events.dry_run else each.missed)
             if name == "reconcile-orders":
-                lines = self._run_order_reconciliation(msgspec.json.decode(body, type=ReconcileOrdersCommand))
-                return StreamingResponse(lines, media_type="application/x-ndjson")
+                orders = msgspec.json.decode(body, type=ReconcileOrdersCommand)
+                compared = self._reconcile_orders(since=orders.since, by=orders.by)
+                return self._stream(name, compared, lambda each: each.brought)
             if name == "backfill":
                 answer = msgspec.to_builtins(await self._backfill(msgspec.json.decode(body, type=BackfillStep)))
             else:
@@ -201,32 +203,30 @@ class OperationsEndpoints:
         self._wake()
         return JSONResponse(answer)
 
-    async def _run_reconciliation(self, command: ReconcileCommand) -> AsyncIterator[bytes]:
-        missed: dict[str, int] = {}
-        async for line in self._lines(self._reconcile(since=command.since, dry_run=command.dry_run)):
-            if isinstance(line, LogProgress):
-                missed[line.merchant] = 0 if command.dry_run else line.missed
-            yield msgspec.json.encode(line) + b"\n"
-        log.info("command_done", command="reconcile", count=sum(missed.values()))
+    def _stream(self, command: str, pages: AsyncIterator[P], changed: Callable[[P], int]) -> Response:
+        """Answer with a line for the progress after each page.
 
-    async def _run_order_reconciliation(self, command: ReconcileOrdersCommand) -> AsyncIterator[bytes]:
-        brought: dict[tuple[str, str], int] = {}
-        async for line in self._lines(self._reconcile_orders(since=command.since, by=command.by)):
-            if isinstance(line, OrdersProgress):
-                brought[line.merchant, line.channel] = line.brought
-            yield msgspec.json.encode(line) + b"\n"
-        log.info("command_done", command="reconcile-orders", count=sum(brought.values()))
+        If the run ends early, the last line has the error.
+        """
 
-    async def _lines(self, pages: AsyncIterator[P]) -> AsyncIterator[P | dict[str, str]]:
-        """Yield the progress after each page. If the run ends early, the last line has the error."""
-        try:
-            async for found in pages:
-                yield found
-                if self._health.stopping:  # a shutdown does not wait for a long list
-                    yield {"error": "the service stops; run the command again to continue"}
-                    return
-        except (NorceError, StoreUnavailable) as error:
-            yield {"error": str(error)}
+        async def lines() -> AsyncIterator[bytes]:
+            changes: dict[tuple[str, str], int] = {}
+            try:
+                async for found in pages:
+                    changes[found.merchant, getattr(found, "channel", "")] = changed(found)
+                    yield msgspec.json.encode(found) + b"\n"
+                    if self._health.stopping:  # a shutdown does not wait for a long list
+                        yield _error_line("the service stops; run the command again to continue")
+                        break
+            except (NorceError, StoreUnavailable) as error:
+                yield _error_line(str(error))
+            log.info("command_done", command=command, count=sum(changes.values()))
+
+        return StreamingResponse(lines(), media_type="application/x-ndjson")
+
+
+def _error_line(message: str) -> bytes:
+    return msgspec.json.encode({"error": message}) + b"\n"
 
 
 def _refuse_without_token(request: Request, token: Secret | None) -> Response | None:

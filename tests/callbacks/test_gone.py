@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.callbacks.limits import ByteLimit, CallLimit
+from adapter.callbacks.limits import ByteLimit, CallLimit, WarningCounter
 from adapter.identifiers import Channel
 from adapter.ledger.names import Names
 from adapter.ledger.uses import recent_uses
@@ -44,7 +44,7 @@ class Renamed(House):
     def __init__(self, folder: Path, store_url: str = "") -> None:
         super().__init__(folder, store_url)
         self.seconds = Clock()
-        self.endpoint.gone._seconds = self.seconds
+        self.endpoint.gone._warnings = WarningCounter(self.seconds)
         earlier = Names(self.store)
         self.runner.run(earlier.add(GONE, [GONE_CHANNEL, GONE_MERCHANT]))
         self.names.known = earlier.known
