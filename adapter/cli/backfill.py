@@ -52,7 +52,7 @@ def backfill(
     """Deliver orders on ROUTE that came before the route wanted them.
 
     The stored notifications are evaluated against the configuration of the running service. Each order that the route
-    wants and has no delivery of gets one, for the newest notification that the route wants.
+    wants gets a delivery for its newest notification that the route wants, unless it has a delivery.
     """
     from adapter.cli.service import TIMEOUT_OF_A_LINE_SECONDS, run_in_steps, running_service
 

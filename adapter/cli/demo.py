@@ -14,7 +14,13 @@ from adapter.sandbox.demo import DemoFailed, demo, walk
 
 @click.command("demo")
 @click.option("--exit", "then_exit", is_flag=True, help="Exit after the walk.")
-@click.option("--output", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Text for people, or JSON for programs.",
+)
 def demo_command(then_exit: bool, output: str) -> None:
     """Walk a purchase through the service.
 

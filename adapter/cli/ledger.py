@@ -224,7 +224,7 @@ def verdicts_stats(since: int | None, until: int | None, output: str, config_pat
 
 @click.group("store")
 def store_group() -> None:
-    """Check, measure, migrate and back up the database."""
+    """Check, measure, migrate, adopt and back up the database, and list what people changed."""
 
 
 @store_group.command("check")
@@ -256,7 +256,7 @@ def store_stats(output: str, config_path: Path) -> None:
 @store_group.command("actions")
 @list_options
 def store_actions(limit: int, output: str, config_path: Path) -> None:
-    """List the changes that people made to queues and deliveries, newest first."""
+    """List the changes that people made in the ledger and at Norce, newest first."""
     with read_queries(config_path) as queries:
         rows = queries.actions(limit)
     print_rows(rows, output, ACTION_COLUMNS, nothing="nobody has changed anything yet", matching=rows.matching)
@@ -284,9 +284,9 @@ def store_migrate(config_path: Path) -> None:
 @output_option
 @config_option
 def store_adopt(who: str, why: str, *, dry_run: bool, output: str, config_path: Path) -> None:
-    """Let the database belong to the Norce and the adapter id of this configuration.
+    """Bind the database to the Norce and the adapter id of this configuration.
 
-    A database is bound to those of its first start. No service may be running.
+    At its first start a database is bound to those that are configured then. No service may be running.
     """
     from adapter import logs
     from adapter.ledger.binding import adopt, binding

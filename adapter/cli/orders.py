@@ -37,7 +37,7 @@ COLUMNS = ("id", "reference", "status", "created", "total", "currency")
 PAGE_SIZE = 100
 Answer = TypeVar("Answer")
 
-channel_options = options(
+one_channel_options = options(
     click.option("--merchant", type=TEXT, help="The merchant; may be left out if only one is configured."),
     click.option("--channel", type=TEXT, help="The channel; may be left out if the merchant has only one."),
 )
@@ -49,7 +49,7 @@ def orders_group() -> None:
 
 
 @orders_group.command("list")
-@channel_options
+@one_channel_options
 @click.option("--reference", type=TEXT, help="Only orders with this reference.")
 @click.option("--cart-reference", type=TEXT, help="Only orders of this cart.")
 @click.option("--search", type=TEXT, help="Only orders that contain this text (norce.version v0).")
@@ -86,7 +86,7 @@ def orders_list(limit: int, output: str, config_path: Path, **given: Any) -> Non
 
 @orders_group.command("show")
 @click.argument("order_id", metavar="ORDER", type=TEXT)
-@channel_options
+@one_channel_options
 @read_options
 def orders_show(order_id: str, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
     """Show an order with its callbacks. JSON shows all of it, including the customer."""
@@ -108,7 +108,7 @@ def orders_show(order_id: str, merchant: str | None, channel: str | None, output
 
 @orders_group.command("delete")
 @click.argument("order_id", metavar="ORDER", type=TEXT)
-@channel_options
+@one_channel_options
 @click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 @config_option
 def orders_delete(order_id: str, merchant: str | None, channel: str | None, *, yes: bool, config_path: Path) -> None:

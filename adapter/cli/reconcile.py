@@ -33,7 +33,7 @@ ORDER_COLUMNS = ("merchant", "channel", "orders", "missing", "brought", "young",
     callback=parse_moment,
     metavar="TIME",
     help="Read back to this time, even if that was read before; UTC by default. With --orders: only orders created "
-    "then or later; by default those of 48 hours.",
+    "then or later; by default in the last 48 hours.",
 )
 @click.option("--dry-run", is_flag=True, help="Only count what is missing.")
 @click.option("--orders", is_flag=True, help="Compare Norce's orders with the ledger, instead of its event log.")
@@ -57,8 +57,8 @@ def reconcile(
 
     They are read from Norce's event log. Without --since, reading starts where it ended the last time.
 
-    An order without our registration leaves no event. --orders lists the orders that a callback wants and of which the
-    ledger has no notification. Only --bring receives them.
+    An order without our registration leaves no event. --orders lists the orders that fulfil a callback's condition and
+    of which the ledger has no notification. Only --bring receives them.
     """
     if bring and not orders:
         end(USAGE, "--bring needs --orders")

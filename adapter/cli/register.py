@@ -18,7 +18,7 @@ import click
 import msgspec
 
 from adapter.callbacks.parsing import CallbackInvalid, check_order_id
-from adapter.cli.orders import call_norce, channel_options, only_channel
+from adapter.cli.orders import call_norce, only_channel
 from adapter.cli.service import record_change
 from adapter.cli.shared import (
     FAILED,
@@ -26,7 +26,6 @@ from adapter.cli.shared import (
     TEXT,
     USAGE,
     config_option,
-    current_user,
     end,
     load_config,
     options,
@@ -34,6 +33,7 @@ from adapter.cli.shared import (
     printable,
     progress_bar,
     stop_signal,
+    who_option,
 )
 from adapter.config import Config
 from adapter.config.model import SLUG, SLUG_IN_WORDS, MerchantConfig
@@ -49,8 +49,10 @@ MOST_SHOWN = 100
 NOT_RECORDED = "the reason is not recorded in the ledger, because no service runs on this host"
 
 reason_options = options(
-    click.option("--why", type=TEXT, help="Your reason, needed for a change of more than one order. It is recorded."),
-    click.option("--who", type=TEXT, default=current_user, help="Your name; by default your user and host."),
+    click.option(
+        "--why", type=TEXT, help="Your reason, which is recorded; needed to change several orders or documents."
+    ),
+    who_option,
 )
 former_merchant_options = options(
     click.option(
@@ -66,13 +68,14 @@ former_merchant_options = options(
 
 @click.command("register")
 @click.argument("order_id", metavar="[ORDER]", type=TEXT, required=False)
-@channel_options
-@click.option("--all-open", is_flag=True, help="All orders that may still change, of all channels that are chosen.")
+@click.option("--merchant", type=TEXT, help="The merchant. Without it: the only one, or with --all-open all of them.")
+@click.option("--channel", type=TEXT, help="The channel. Without it: the only one, or with --all-open all of them.")
+@click.option("--all-open", is_flag=True, help="All orders that may still change, in the chosen channels.")
 @click.option(
     "--file",
     "listing",
     type=click.Path(path_type=Path, allow_dash=True),
-    help="The orders in a file, one a line; - reads them.",
+    help="The orders in a file, one id a line; - is standard input.",
 )
 @click.option(
     "--remove",
@@ -102,8 +105,8 @@ def register(
 ) -> None:
     """Register the callbacks on an order, or on many.
 
-    Missing callbacks are added, and stale ones of this adapter are removed. Of many orders, 16 are handled at the same
-    time, and those that are done are skipped: run the command again after an interruption.
+    Missing callbacks are added, and stale ones of this adapter are removed. After an interruption, run the command
+    again: it skips the orders that are done.
     """
     config = with_former_merchant(load_config(config_path), merchant, slug, norce_token_file, removes=remove)
     chosen = sum((order_id is not None, all_open, listing is not None))

@@ -31,7 +31,13 @@ MAX_DELIVERIES = 2_000_000  # that a scenario reads; a burst has at most half as
 
 
 @click.command()
-@click.option("--port", default=8090, show_default=True, type=click.IntRange(0, 65535), help="0 is any free port.")
+@click.option(
+    "--port",
+    default=8090,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="The port to listen on; 0 takes any free one.",
+)
 @click.option("--token", envvar="NORCE_TOKEN", show_envvar=True, help="The token to accept; by default a new one.")
 @click.option("--switch", "pairs", multiple=True, metavar="NAME=VALUE", help="Set a switch; may be repeated.")
 @click.option("--scenario", metavar="NAME", type=click.Choice(list(SCENARIOS)), help=f"One of {', '.join(SCENARIOS)}.")

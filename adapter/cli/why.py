@@ -13,19 +13,14 @@ from adapter.cli.shared import (
     NOTHING_MATCHED,
     TEXT,
     as_json,
+    channel_options,
     load_config_and_routes,
     open_ledger,
-    options,
     printable,
     read_options,
 )
 from adapter.identifiers import Channel
 from adapter.why.words import Answered, explain_order
-
-channel_options = options(
-    click.option("--merchant", type=TEXT, help="Only orders of this merchant."),
-    click.option("--channel", type=TEXT, help="Only orders of this channel."),
-)
 
 
 @click.command()

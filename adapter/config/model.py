@@ -442,7 +442,7 @@ class RouteConfig(_Section, frozen=True, kw_only=True):
         WhenConfig | tuple[WhenConfig, ...] | None,
         doc("A condition on the order for the route, or a list of conditions that must all hold."),
     ] = None
-    handler: Annotated[Name, doc("Name of an installed handler, as `norce-adapter handlers` lists it.")]
+    handler: Annotated[Name, doc("Name of an installed handler, as `norce-adapter handlers list` shows it.")]
     refetch: Annotated[bool, doc("Notifications: read the order from Norce again before the handler runs.")] = True
     no_answer: Annotated[
         Literal["approve", "reject"] | None,

@@ -1,10 +1,10 @@
 """Backfill: deliveries of a route for the orders of stored notifications.
 
-A route that was added today may be for last week's orders. The conditions of today decide which of the stored orders it
-wants. An order whose body is no longer stored is read from Norce.
+A new route may be for orders that are stored already. The configured conditions decide which of them it wants. An order
+whose body is no longer stored is read from Norce.
 
-Facts about an interrupted backfill: each step is one transaction, and an order that has a delivery is passed over, so
-the command can be started again.
+Each step is one transaction, and an order that has a delivery is passed over, so an interrupted command can be started
+again.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from adapter.conditions import Result as Held
+from adapter.conditions import Result
 from adapter.identifiers import Channel
 from adapter.ledger.backfill import BackfillLedger, BackfillStep, Following, StoredNotification
 from adapter.ledger.claims import QueueKey
@@ -53,7 +53,7 @@ class BackfillResult(msgspec.Struct, frozen=True, kw_only=True):
     action: int | None  # None in a dry run
     found: list[FoundOrder] = []  # in a dry run; an order may be found in several steps
     unread: list[UnreadOrder] = []
-    paused: list[Channel] = []  # whose deliveries wait because the queue is paused; after the last step
+    paused: list[Channel] = []  # of paused queues, whose deliveries wait; given by the last step
 
 
 class Backfill:
@@ -163,8 +163,8 @@ class Backfill:
             order = await self._norce.order(notification.channel, notification.order_id)
         except NorceError as error:
             return f"its body is not stored, and Norce did not give it: {error}"
-        held = await offload(len(order.raw), wants, route, order.data)
-        if held is Held.NOT_MATCHED:
+        result = await offload(len(order.raw), wants, route, order.data)
+        if result is Result.NOT_MATCHED:
             return False
         return True if route.refetch else "its body is not stored, and the route does not read the order again"
 
@@ -172,7 +172,7 @@ class Backfill:
 def _wants(route: Route, body: bytes) -> bool | str:
     # An error of a condition counts, as on receipt: the attempt meets it again and makes a dead letter.
     try:
-        return wants(route, order_in(decode(body))) is not Held.NOT_MATCHED
+        return wants(route, order_in(decode(body))) is not Result.NOT_MATCHED
     except NotAnOrder:
         return "its stored body holds no order"
 

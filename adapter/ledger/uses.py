@@ -1,8 +1,9 @@
 """The memory of calls: how often each callback, channel and URL key was used on each day.
 
-Whoever wants to remove a name can see whether open orders still carry it. Calls are counted in memory and written in
-groups in the background, so that no request waits. If the ledger is unavailable, the counts wait. A process that is
-killed loses those of its last seconds, and a connection that breaks at a commit may leave a group counted twice.
+Before a person removes a name, the counts show whether open orders still carry it. Calls are counted in memory and
+written in groups in the background, so that no request waits. If the ledger is unavailable, the counts wait. A process
+that is killed loses those of its last seconds, and a connection that breaks at a commit may leave a group counted
+twice.
 """
 
 import asyncio

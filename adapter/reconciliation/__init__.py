@@ -1,1 +1,1 @@
-"""The second source of notifications: Norce's event log, compared with the ledger."""
+"""The comparison of Norce's event log and orders with the ledger, to find what never came."""

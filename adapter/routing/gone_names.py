@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GoneName:
-    """A name that is not configured, and its calls in the last days."""
+    """A name that is not configured, and its calls in the last `RECENT_DAYS`."""
 
     title: str  # for people
     verb: str
@@ -60,7 +60,7 @@ class OrphanedQueue:
         )
 
 
-ANSWERED = "its validations and hooks are accepted unasked, its notifications are answered 404"
+ANSWERED = "its validations and hooks are answered 200 without asking a route, its notifications 404"
 REFUSED = "its calls are answered 401"
 
 

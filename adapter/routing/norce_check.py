@@ -1,8 +1,7 @@
-"""The check of a configuration against Norce's order: what can have no effect.
+"""The check of a configuration against Norce's order. It warns about what has no effect.
 
-Conditions, watches and targets are compared with the order schema of their version.
-
-They prevent no start, because Norce may know more than its published schema. `norce-adapter check` prints them.
+Conditions, watches and targets are compared with the order schema of their version. Warnings prevent no start, because
+Norce may know more than its published schema. `norce-adapter check` prints them.
 """
 
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ USE_CONTAINS = 'which conditions do not enter; use the array and a schema with "
 
 
 def norce_warnings(config: Config, routes: Routes) -> list[ConfigProblem]:
-    """Compare a configuration with Norce's order; return what can have no effect."""
+    """Return warnings about conditions, watches and targets that can have no effect."""
     return list(dict.fromkeys(_NorceCheck(config, routes).warnings()))
 
 

@@ -1,6 +1,4 @@
-"""Comparison of a schema with a part of Norce's order.
-
-It finds values and members that no order has.
+"""Comparison of a schema with a part of Norce's order. It finds what no order has.
 
 A finding that says `never` is certain: no order that fits Norce's schema meets the condition. The comparison follows
 the keywords that every value has to meet. Below the others (`not`, `if`, and one branch of an `anyOf`) it reports
@@ -37,14 +35,14 @@ def compare(schema: Any, part: OrderPart) -> list[Finding]:
 def have_common_value(condition: CompiledCondition, others: list[CompiledCondition], part: OrderPart) -> bool:
     """Return False if no value of the part meets a condition together with the others.
 
-    Others on the same part count, and of others on parts around it what they say about this part. True if the values
-    that meet the condition are too many to try.
+    Conditions on the same part count, and so does what conditions on parts around it say about it. Returns True if the
+    condition does not limit the part to values that can be tried one by one.
     """
     values = [value for value in _candidates(condition.schema, part) or () if _accepts(condition.schema, value)]
     if not values:
         return True
     for other in others:
-        for schema in _about(other, condition.tokens):
+        for schema in _schemas_for(other, condition.tokens):
             values = [value for value in values if _accepts(schema, value)]
     return bool(values)
 
@@ -81,7 +79,7 @@ class _Comparison:
     def _parts(self, schema: dict[str, Any], part: OrderPart, at: Where, depth: int) -> Iterator[Finding]:
         depth += 1
         if isinstance(reference := schema.get("$ref"), str):
-            target = _local(self._root, reference)
+            target = _resolved(self._root, reference)
             yield from self.findings(target, part, (*at, "$ref"), depth)
         for index, branch in enumerate(schema.get("allOf", ())):
             yield from self.findings(branch, part, (*at, "allOf", index), depth)
@@ -155,7 +153,7 @@ def _in_words(values: tuple[Any, ...]) -> str:
     return f"{', '.join(texts[:-1])} or {texts[-1]}"
 
 
-def _local(root: Any, reference: str) -> Any:
+def _resolved(root: Any, reference: str) -> Any:
     """Return the schema at a reference within the document, or True."""
     if not reference.startswith("#") or not isinstance(root, dict) or "$id" in root:
         return True
@@ -187,16 +185,16 @@ def _accepts(schema: Any, value: Any, *, unsure: bool = True) -> bool:
         return True
 
 
-def _about(condition: CompiledCondition, tokens: tuple[str, ...]) -> Iterator[Any]:
+def _schemas_for(condition: CompiledCondition, tokens: tuple[str, ...]) -> Iterator[Any]:
     """Yield the schemas that a condition has for the value at a pointer."""
     size = len(condition.tokens)
     if tokens[:size] == condition.tokens:
-        yield from _below(condition.schema, tokens[size:])
+        yield from _schemas_at(tokens[size:], condition.schema)
 
 
-def _below(schema: Any, tokens: tuple[str, ...]) -> Iterator[Any]:
+def _schemas_at(tokens: tuple[str, ...], schema: Any) -> Iterator[Any]:
     if not tokens:
         yield schema
     elif isinstance(schema, dict):
-        yield from (found for branch in schema.get("allOf", ()) for found in _below(branch, tokens))
-        yield from _below(schema.get("properties", {}).get(tokens[0], True), tokens[1:])
+        yield from (found for branch in schema.get("allOf", ()) for found in _schemas_at(tokens, branch))
+        yield from _schemas_at(tokens[1:], schema.get("properties", {}).get(tokens[0], True))

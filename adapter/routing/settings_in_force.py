@@ -64,9 +64,9 @@ def settings_in_force(
             origin = "norce"
         elif is_given:
             layers = [
-                (layer, joined(weakest_first, at))
-                for layer, weakest_first in zip(LAYERS, paths, strict=True)
-                if joined(weakest_first, at) in config.source.lines
+                (layer, joined(path_of_layer, at))
+                for layer, path_of_layer in zip(LAYERS, paths, strict=True)
+                if joined(path_of_layer, at) in config.source.lines
             ]
             origin, strongest = layers[-1]
             place = _place(config, strongest)

@@ -383,11 +383,11 @@ class Verdicts:
             facts |= {name: value for name in ("code", "host", "status") if (value := getattr(told, name, None))}
         is_bug = error is not None and not all(isinstance(each, NO_BUGS) for each in leaves(error))
         if verdict.missing == "failed" and error is not None and is_bug:
-            log.error("verdict", **facts, exc_info=error if self._has_news(route, error) else None)
+            log.error("verdict", **facts, exc_info=error if self._needs_traceback(route, error) else None)
         else:
             log.warning("verdict", **facts)
 
-    def _has_news(self, route: Route, error: BaseException) -> bool:
+    def _needs_traceback(self, route: Route, error: BaseException) -> bool:
         """Return True at most once an hour for a kind of error of a route.
 
         A traceback for each shopper would fill the log.

@@ -1,8 +1,8 @@
 """The cases: every reason for which an order is, or is not, at its destination.
 
-The first case of a table that holds is the one. `ORDER_CASES` are about orders that no route has to do with,
+The first case of a table that holds gives the answer. `ORDER_CASES` are about an order without any route,
 `ROUTE_CASES` about an order on one route. `says` is for the merchant; `remedies` are for the person who operates the
-service. Both are filled in by `words`.
+service. `words` fills in both.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ class OnRoute:
         return waits and (current or {}).get("next_at") is not None and (current or {})["next_at"] > self.facts.now
 
     @property
-    def would_be_told(self) -> bool:
+    def needs_message(self) -> bool:
         """Return whether a message from Norce is still to come, or missing."""
         return not self.route.arrivals or self.may_come
 
@@ -327,7 +327,7 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
         "gone-at-norce",
         Standing.UNRELATED,
         lambda o: o.facts.at_norce is AtNorce.MISSING,
-        says="{route} was never told to send it.",
+        says="Norce never told us about it, so {route} has sent nothing.",
     ),
     Case(
         "undecidable",
@@ -352,15 +352,15 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
     Case(
         "callback-gone",
         OPEN,
-        lambda o: o.route.decision == "matched" and not o.route.arrivals and bool(o.facts.strays),
-        says="Norce told us about the order ({stray_at}), but under the name {stray}, which is not in use any more, so "
+        lambda o: o.route.decision == "matched" and not o.route.arrivals and bool(o.facts.under_gone_names),
+        says="Norce told us about the order ({gone_at}), but under the name {gone}, which is not in use any more, so "
         "{route} did not send it.",
         remedies=(_REGISTER, _BRING),
     ),
     Case(
         "never-registered",
         OPEN,
-        lambda o: o.would_be_told and o.route.on_order is OnOrder.MISSING,
+        lambda o: o.needs_message and o.route.on_order is OnOrder.MISSING,
         says="The order was created without the request to tell us about it ({callback}), so Norce does not tell us "
         "when it is {wanted}. It is not sent by itself.",
         remedies=(_REGISTER, _BRING),
@@ -368,7 +368,7 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
     Case(
         "registered-otherwise",
         OPEN,
-        lambda o: o.would_be_told and o.route.on_order is OnOrder.OUTDATED,
+        lambda o: o.needs_message and o.route.on_order is OnOrder.OUTDATED,
         says="The order has an outdated request to tell us about it ({callback}), so we may not hear from Norce when "
         "it is {wanted}.",
         remedies=(_REGISTER, _BRING),
@@ -376,7 +376,7 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
     Case(
         "unread",
         OPEN,
-        lambda o: o.route.decision is None or (o.would_be_told and o.route.on_order is OnOrder.UNREAD),
+        lambda o: o.route.decision is None or (o.needs_message and o.route.on_order is OnOrder.UNREAD),
         says="We cannot tell whether {route} has to send it, because we keep no copy of the order.",
         remedies=(_AGAIN,),
     ),
@@ -416,7 +416,7 @@ ROUTE_CASES: tuple[Case[OnRoute], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The case of an order on a route, or of an order that no route has to do with."""
+    """The case of an order on a route, or of an order without any route."""
 
     case: Case[Any]
     route: RouteFacts | None = None

@@ -1,4 +1,4 @@
-"""The facts about an order: from the ledger, from Norce and from today's configuration.
+"""The facts about an order: from the ledger, from Norce and from the configuration.
 
 `find_in_ledger` and `read_orders` find the orders, and `facts_of` gathers the facts about one of them. Facts have
 names, places, states and moments. Of the order's values they have only its id, its references and its status.
@@ -44,7 +44,7 @@ class OnOrder(Enum):
     """The states of one of our callbacks on an order."""
 
     REGISTERED = "registered"
-    OUTDATED = "outdated"  # with another address or condition than today's
+    OUTDATED = "outdated"  # with another address or condition than configured
     MISSING = "missing"
     UNREAD = "unread"  # Norce could not be read
 
@@ -77,7 +77,7 @@ class RouteFacts:
     is_shadow: bool = False
     on_order: OnOrder = OnOrder.UNREAD
     arrivals: Sequence[Mapping[str, Any]] = ()  # notifications of its callback
-    decision: str | None = None  # of today's conditions: matched, not_matched or error; None without an order
+    decision: str | None = None  # of the configured conditions: matched, not_matched or error; None without an order
     conditions: Sequence[Mapping[str, Any]] = ()  # explained, that of the callback first
     wanted_statuses: Sequence[str] = ()  # as far as the conditions name them
     deliveries: Sequence[Mapping[str, Any]] = ()  # with their attempts
@@ -116,7 +116,7 @@ class Facts:
 
     asked: str
     now: str  # by the ledger's clock
-    channel: Channel | None = None  # None if nobody knows the order
+    channel: Channel | None = None  # None if neither the ledger nor Norce has the order
     order_id: str | None = None
     reference: str | None = None
     cart_reference: str | None = None
@@ -131,7 +131,7 @@ class Facts:
     is_held: bool = False  # by `serve --hold`
     is_served: bool = True  # a service uses the ledger
     notifications: Sequence[Mapping[str, Any]] = ()  # newest first
-    strays: Sequence[Mapping[str, Any]] = ()  # those of callbacks that are not configured
+    under_gone_names: Sequence[Mapping[str, Any]] = ()  # notifications of callbacks that are not configured
     verdicts: Sequence[Mapping[str, Any]] = ()
     routes: Sequence[RouteFacts] = ()
 
@@ -173,14 +173,15 @@ async def read_orders(
     search = _NorceSearch(norce)
     if all(each.order_id != asked for each in known):
         channels = list(channels)
-        by_id = await search.together(search.read(channel, asked) for channel in channels)
+        by_id = await asyncio.gather(*(search.read(channel, asked) for channel in channels))
         if found := [each for each in by_id if each.order is not None]:
             return found, search.problem
-        listed = await search.together(search.ids(channel, asked) for channel in channels)
+        listed = await asyncio.gather(*(search.ids(channel, asked) for channel in channels))
         keys = {(channel, each) for channel, ids in zip(channels, listed, strict=True) for each in ids}
         keys |= {(each.channel, each.order_id) for each in known}
         known = [Reading(channel=channel, order_id=order_id) for channel, order_id in sorted(keys)][:MAX_ORDERS]
-    return await search.together(search.read(each.channel, each.order_id) for each in known), search.problem
+    readings = await asyncio.gather(*(search.read(each.channel, each.order_id) for each in known))
+    return readings, search.problem
 
 
 class _NorceSearch:
@@ -190,9 +191,6 @@ class _NorceSearch:
         self.problem: NorceProblem | None = None
         self._norce = norce
         self._turns = asyncio.Semaphore(REQUESTS_AT_ONCE)
-
-    async def together(self, tasks: Iterable[Any]) -> list[Any]:
-        return list(await asyncio.gather(*tasks))
 
     async def read(self, channel: Channel, order_id: str) -> Reading:
         async with self._turns:
@@ -218,7 +216,7 @@ class _NorceSearch:
                 try:
                     async for page in self._norce.order_pages(channel, limit=MAX_ORDERS, **filters):
                         # Compared here as well: a version without the filter lists all orders.
-                        ids |= {str(each.get("id")) for each in page.items if _has(each, reference)}
+                        ids |= {str(each.get("id")) for each in page.items if _has_reference(each, reference)}
                         break
                 except NorceError as error:
                     self._noted(error)
@@ -231,7 +229,7 @@ class _NorceSearch:
         return problem
 
 
-def _has(order: Mapping[str, Any], reference: str) -> bool:
+def _has_reference(order: Mapping[str, Any], reference: str) -> bool:
     return reference.casefold() in [each.casefold() for each in references_of(order) if each is not None]
 
 
@@ -255,7 +253,7 @@ def facts_of(
         reading: The order as Norce has it.
         asked: The id or reference that was asked for.
         queries: Queries on the ledger.
-        config: Today's configuration.
+        config: The configuration.
         routes: Its routes.
         now: The ledger's clock.
         is_held: True if the service was started with `serve --hold`.
@@ -317,7 +315,7 @@ def facts_of(
         is_held=is_held,
         is_served=any(each["alive"] for each in queries.processes(now)),
         notifications=notifications,
-        strays=[each for each in notifications if each["callback"] not in routes.callbacks],
+        under_gone_names=[each for each in notifications if each["callback"] not in routes.callbacks],
         verdicts=of_this(queries.verdicts(order_id=order_id)),
         routes=gathered,
     )

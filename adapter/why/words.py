@@ -109,10 +109,10 @@ def _words(facts: Facts, route: RouteFacts | None) -> dict[str, Any]:
         "received": moment_in_words(facts.notifications[-1]["received_at"]) if facts.notifications else None,
         "notification": facts.notifications[0]["id"] if facts.notifications else None,
     }
-    if facts.strays:
+    if facts.under_gone_names:
         words |= {
-            "stray": f"“{facts.strays[0]['callback']}”",
-            "stray_at": moment_in_words(facts.strays[0]["received_at"]),
+            "gone": f"“{facts.under_gone_names[0]['callback']}”",
+            "gone_at": moment_in_words(facts.under_gone_names[0]["received_at"]),
         }
     if facts.refusal is not None:
         words |= {

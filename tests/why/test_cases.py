@@ -117,7 +117,7 @@ def facts(draw: st.DrawFn) -> Facts:
         notifications=[{"id": 1, "callback": "c", "received_at": EARLIER, "source": "callback"}]
         if draw(st.booleans())
         else [],
-        strays=[{"callback": "gone", "received_at": EARLIER}] if draw(st.booleans()) else [],
+        under_gone_names=[{"callback": "gone", "received_at": EARLIER}] if draw(st.booleans()) else [],
         verdicts=[
             {
                 "at": EARLIER,
@@ -164,7 +164,7 @@ def test_the_last_case_of_a_table_is_no_refuge(facts: Facts) -> None:
 
         if names == ["not-arrived"]:
             assert not route.deliveries
-            assert not [*route.arrivals, *facts.strays]
+            assert not [*route.arrivals, *facts.under_gone_names]
             assert (route.decision, route.on_order) == ("matched", OnOrder.REGISTERED)
 
 

@@ -367,7 +367,8 @@ ANSWERS: dict[Callable[[Site], None], tuple[str, str]] = {
     ),
     gone_at_norce: (
         "gone-at-norce",
-        "Order order-1 (reference 100245) is not at Norce any more. “export” was never told to send it.",
+        "Order order-1 (reference 100245) is not at Norce any more. Norce never told us about it, so “export” has sent "
+        "nothing.",
     ),
     undecidable: (
         "undecidable",
