@@ -1,7 +1,8 @@
 """The log, by structlog: one JSON line per event, or readable colours on a terminal.
 
 Only allowed fields leave the process; every other field is shown as `[redacted]`. Of an exception its types and places
-are written, never its message and never a local variable, because both may contain an order.
+are written, never its message and never a local variable, because both may contain an order. Handlers get a
+`HandlerLog`, which lets fewer texts through, and the fields that a handler declares.
 """
 
 import atexit
@@ -10,13 +11,14 @@ import functools
 import io
 import logging
 import os
+import re
 import select
 import sys
 import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, TextIO
@@ -43,6 +45,9 @@ MAX_LINES = 10_000  # that wait to be written; further ones are dropped
 MAX_LINES_AT_ONCE = 1_000
 MAX_PRINTED_BYTES = 10_000  # of one line
 
+REDACTED = "[redacted]"
+NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")  # of an event, and of a code
+LONGEST_NAME = 64
 LONGEST_TEXT = 200
 MOST_FRAMES = 20
 MOST_CAUSES = 5
@@ -126,6 +131,49 @@ def described(error: BaseException) -> list[dict[str, Any]]:
         )
         following = following.__cause__ or (None if following.__suppress_context__ else following.__context__)
     return chain
+
+
+class HandlerLog:
+    """The log of one call of a handler (`adapter.plugin.Log`).
+
+    The bound fields are on each line, and the handler cannot replace them. A text is replaced unless it looks like the
+    name of an event, or its field is declared (`log_fields`). A replaced event is `plugin_logged`, with its place.
+    """
+
+    def __init__(self, declared: Collection[str] = (), **bound: Any) -> None:
+        self._logger = structlog.get_logger("plugin")
+        self._declared = declared
+        self._bound = bound
+
+    def debug(self, event: str, /, **fields: Any) -> None:
+        self._write(self._logger.debug, event, fields)
+
+    def info(self, event: str, /, **fields: Any) -> None:
+        self._write(self._logger.info, event, fields)
+
+    def warning(self, event: str, /, **fields: Any) -> None:
+        self._write(self._logger.warning, event, fields)
+
+    def error(self, event: str, /, **fields: Any) -> None:
+        self._write(self._logger.error, event, fields)
+
+    def _write(self, write: Callable[..., Any], event: str, fields: dict[str, Any]) -> None:
+        shown = {
+            name: value
+            if name in self._declared or name == "exc_info" or type(value) in PLAIN or _is_name(value)
+            else REDACTED
+            for name, value in fields.items()
+            if name != "event"
+        }
+        if not _is_name(event):
+            caller = sys._getframe(2)
+            event, shown["where"] = "plugin_logged", f"{caller.f_globals.get('__name__')}:{caller.f_lineno}"
+        declared = {"log_fields": self._declared} if self._declared else {}
+        write(event, **{**shown, **self._bound, **declared})
+
+
+def _is_name(text: Any) -> bool:
+    return isinstance(text, str) and len(text) <= LONGEST_NAME and NAME.fullmatch(text) is not None
 
 
 class _LibraryHandler(logging.Handler):
@@ -280,11 +328,12 @@ def _log_thread_failure(arguments: threading.ExceptHookArgs) -> None:
 def _keep_allowed(_logger: Any, level: str, fields: MutableMapping[str, Any]) -> Mapping[str, Any]:
     info = fields.pop("exc_info", None)
     fields.pop("exception", None)  # only this function sets it, because it is not checked any further
+    declared = fields.pop("log_fields", ())  # by a handler
     shown = {  # inline, because a function call for each of a dozen fields would cost as much as the line
         name: value
         if name in ALLOWED
         and ((kind := type(value)) in PLAIN or (kind is str and len(value) <= LONGEST_TEXT and value.isascii()))
-        else _shown(name, value)
+        else _shown(name, value, declared)
         for name, value in fields.items()
     }
     shown["level"] = level
@@ -298,15 +347,15 @@ def _keep_allowed(_logger: Any, level: str, fields: MutableMapping[str, Any]) ->
     return shown
 
 
-def _shown(name: str, value: Any) -> Any:
-    if name not in ALLOWED:
-        return "[redacted]"
+def _shown(name: str, value: Any, declared: Collection[str]) -> Any:
+    if name not in ALLOWED and name not in declared:
+        return REDACTED
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
         text = str(value).encode(errors="replace").decode()  # an exact `str`, with valid Unicode
         return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…"
-    return "[redacted]"  # a repr may contain an order
+    return REDACTED  # a repr may contain an order
 
 
 @functools.lru_cache(maxsize=1)

@@ -46,12 +46,16 @@ from typing import Any
 
 import httpx
 import msgspec
+import structlog
 
 from adapter.connections import ContentUnreadable, connections, content_codings, read_content
 from adapter.orders import Order
 from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
 
+log = structlog.get_logger(__name__)
+
 MAX_ANSWER_BYTES = 1024 * 1024
+LONGEST_EXPLANATION = 200
 CONNECT_TIMEOUT = timedelta(seconds=5)
 ENDS_BEFORE_DEADLINE = timedelta(milliseconds=100)
 READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -67,10 +71,14 @@ class Traffic:
 
     Args:
         not_done: Statuses that never follow an effect (`NotificationHandler.not_done`).
+        explain: Returns the reason that a refusal gives (`NotificationHandler.explain`).
     """
 
-    def __init__(self, not_done: Collection[int] = ()) -> None:
+    def __init__(
+        self, not_done: Collection[int] = (), explain: Callable[[httpx.Response], str | None] = lambda _answer: None
+    ) -> None:
         self.not_done = not_done
+        self._explain = explain
         self.order: Order | None = None  # whose values no message may show
         self.writes = 0  # went out, or may have
         self.unanswered = 0  # of these, without an answer, or with one that leaves their effect open
@@ -100,6 +108,17 @@ class Traffic:
         while self.threads:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait(self.threads)
+
+    def explanation(self, answer: httpx.Response) -> str | None:
+        """Return the start of what the handler takes from the body of a refusal, in one line."""
+        try:
+            text = self._explain(answer)
+        except Exception as error:  # it must not replace the outcome
+            log.warning("explain_failed", exc_info=error)
+            return None
+        if not isinstance(text, str):
+            return None
+        return "".join(each if each.isprintable() else " " for each in text[:LONGEST_EXPLANATION]).strip() or None
 
     def describe(self, request: httpx.Request) -> str:
         """Return the method and the path of a request, with `…` in place of values."""
@@ -155,6 +174,7 @@ class DestinationResponse(httpx.Response):
             return self
         outcome = self._outcome()
         outcome.host, outcome.status = self.request.url.host, self.status_code
+        outcome.explanation = self.traffic.explanation(self)
         raise outcome
 
     def _outcome(self) -> Outcome:

@@ -101,6 +101,71 @@ def test_a_caller_cannot_pass_its_own_exception_field(lines: Lines, value: Any) 
     assert CANARY not in json.dumps(lines())
 
 
+# --- the log of a handler -------------------------------------------------------------------------------------------
+
+
+def test_a_handler_writes_names_and_numbers_beside_the_bound_fields(lines: Lines) -> None:
+    logs.HandlerLog(route="export", order_id="O 1").info("order_sent", code="new-order", count=2, status=None)
+
+    (line,) = lines()
+    assert (line["event"], line["code"], line["count"], line["status"]) == ("order_sent", "new-order", 2, None)
+    assert (line["route"], line["order_id"]) == ("export", "O 1")
+
+
+@pytest.mark.parametrize("name", ["route", "order_id", "attempt"])
+def test_a_handler_cannot_replace_what_is_bound(lines: Lines, name: str) -> None:
+    bound: dict[str, Any] = {"route": "export", "order_id": "order-1", "attempt": 1}
+
+    logs.HandlerLog({name}, **bound).error("shouted", **{name: CANARY}, event=CANARY, level=CANARY, timestamp=CANARY)
+
+    (line,) = lines()
+    assert {key: line[key] for key in bound} == bound
+    assert (line["event"], line["level"]) == ("shouted", "error")
+    assert CANARY not in json.dumps(line)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Anna Svensson", "anna@shop.example", CANARY, "Anna", "a" * 65, "", "a__b", "name\n", Secret(CANARY), {"id": 1}],
+)
+def test_a_text_of_a_handler_that_is_no_name_is_replaced(lines: Lines, text: Any) -> None:
+    logs.HandlerLog(attempt=1).warning("order_sent", code=text, email="a-name")
+    logs.HandlerLog(attempt=1).warning(text)
+
+    field, event = lines()
+    assert (field["code"], field["email"]) == ("[redacted]", "[redacted]")
+    assert event["event"] == "plugin_logged"
+    assert event["where"].startswith(f"{__name__}:")
+
+
+def test_the_fields_that_a_handler_declares_leave_the_process(lines: Lines) -> None:
+    log = logs.HandlerLog({"invoice", "lines"}, attempt=1)
+
+    log.info("order_sent", invoice="INV 7/2026", lines=3, other="INV 7/2026")
+    log.info("order_sent", invoice={"id": CANARY}, lines="x" * 300)
+    structlog.get_logger().info("order_sent", invoice="INV 7/2026")
+
+    first, second, ours = lines()
+    assert (first["invoice"], first["lines"], first["other"]) == ("INV 7/2026", 3, "[redacted]")
+    assert (second["invoice"], second["lines"]) == ("[redacted]", "x" * 200 + "…")
+    assert ours["invoice"] == "[redacted]"
+    assert "log_fields" not in first
+
+
+def test_a_handler_can_log_where_an_exception_was_raised(lines: Lines) -> None:
+    try:
+        raise KeyError(CANARY)
+    except KeyError as error:
+        logs.HandlerLog(attempt=1).error("lookup_failed", exc_info=error)
+
+    (line,) = lines()
+    assert line["exception"][0]["type"] == "builtins.KeyError"
+    assert CANARY not in json.dumps(line)
+
+
+# --- odd values -----------------------------------------------------------------------------------------------------
+
+
 def test_a_long_text_is_cut(lines: Lines) -> None:
     log().info("oops", code="x" * 10_000)
 

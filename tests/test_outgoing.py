@@ -799,6 +799,37 @@ def test_a_process_that_was_suspended_past_the_deadline_sends_nothing(
     assert b"".join(read).startswith(arrived)
 
 
+# --- what a refusal says --------------------------------------------------------------------------------------------
+
+
+def reason_of(answer: httpx.Response) -> str | None:
+    return answer.json()["reason"]  # type: ignore[no-any-return]
+
+
+EXPLAINED: dict[str, tuple[dict[str, Any], str | None]] = {
+    "a reason": ({"json": {"reason": "unknown article"}}, "unknown article"),
+    "a long reason": ({"json": {"reason": "x" * 300}}, "x" * 200),
+    "several lines": ({"json": {"reason": "no\n\x00stock "}}, "no  stock"),
+    "no reason": ({"json": {"reason": None}}, None),
+    "an empty reason": ({"json": {"reason": " "}}, None),
+    "another type": ({"json": {"reason": ["canary"]}}, None),
+    "another body": ({"content": b"<html>canary"}, None),
+    "no body": ({}, None),
+}
+
+
+@pytest.mark.parametrize(("answer", "explained"), EXPLAINED.values(), ids=EXPLAINED)
+@pytest.mark.parametrize(("status", "expected"), [(422, Reject), (401, Misconfigured), (500, Unknown)])
+def test_an_outcome_has_the_explanation_of_the_handler(
+    answer: dict[str, Any], explained: str | None, status: int, expected: type[Outcome]
+) -> None:
+    raised = outcome(answering(status, **answer), "POST", traffic=Traffic(explain=reason_of))
+
+    assert (type(raised), raised.explanation) == (expected, explained)
+    assert raised.message == f"POST /orders/… was answered {status}"
+    assert outcome(answering(status, **answer), "POST").explanation is None
+
+
 # --- JSON that is sent ----------------------------------------------------------------------------------------------
 
 

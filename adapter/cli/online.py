@@ -148,6 +148,7 @@ async def _try_destination(
         first_attempt_at=now,
         concurrency=route.concurrency,
         max_answer_bytes=route.max_answer_bytes,
+        log_fields=route.handler.log_fields,
     )
     run = runner.start("deliveries", route.handler.check_credentials, context)
     try:

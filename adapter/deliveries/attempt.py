@@ -101,7 +101,7 @@ class Attempts:
             return AttemptResult(result=Ending.RELEASED, kind=kind)
         handler = route.handler
         assert isinstance(handler, NotificationHandler)
-        traffic = Traffic(handler.not_done)
+        traffic = Traffic(handler.not_done, handler.explain)
         context = self._runner.context(
             "deliveries",
             route=route.name,
@@ -117,6 +117,7 @@ class Attempts:
             traffic=traffic,
             concurrency=route.concurrency,
             max_answer_bytes=route.max_answer_bytes,
+            log_fields=route.handler.log_fields,
         )
         handle = partial(self._handle, handler, route, claim, claim.body, current, looks_up, traffic)
         run = self._runner.start("deliveries", handle, context)

@@ -38,7 +38,7 @@ def _of_leaf(error: BaseException, *, sent: bool, succeeded: bool, unanswered: b
         isinstance(error, Retry | Misconfigured | Reject) and unanswered
     ):
         unknown = Unknown(error.code, error.message, after=error.after if isinstance(error, Retry) else None)
-        unknown.host, unknown.status = error.host, error.status
+        unknown.host, unknown.status, unknown.explanation = error.host, error.status, error.explanation
         return unknown
     if isinstance(error, TimeoutError):
         return (Unknown if sent else Retry)("timed-out", "a time limit of the handler's own passed")

@@ -20,9 +20,6 @@ class LogHandler(NotificationHandler[NoSettings]):
         status = (notification.order.state.current_status or "").lower()
         context.log.info(
             "order_seen",
-            order_id=notification.order.id,
-            merchant=notification.merchant,
-            channel=notification.channel,
             callback=notification.callback,
             status=status if status in STATES else "other",
         )

@@ -160,7 +160,12 @@ def claim_of(lane: Any, delivery: Any, limit: QueueLimits, *, holder: int, now: 
 
 def attempt_row(record: AttemptRecord, now: int) -> tuple[Any, ...]:
     """Return the columns of an attempt after its key, in their order."""
-    message = record.result.message if record.has_text and isinstance(record.result, Outcome) else None
+    message = None
+    if record.has_text and isinstance(record.result, Outcome):
+        message = record.result.message
+        # It is deleted with the body.
+        if record.result.explanation and record.claim.body is not None:
+            message += f": {record.result.explanation}"
     return (
         record.claim.delivery_id,
         record.claim.number,

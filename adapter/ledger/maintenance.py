@@ -118,6 +118,9 @@ class Maintenance:
         needed = (d.state == State.WAITING.value) | (d.state == State.DEAD.value) & d.notification_id.in_(younger)
         pruned = old.keys() - _having(connection, old, needed)
         count = connection.execute(update(notifications).where(n.id.in_(pruned)).values(body=None)).rowcount
+        delivered = select(d.id).where(d.notification_id.in_(pruned))
+        said = attempts.c.delivery_id.in_(delivered) & attempts.c.message.is_not(None)
+        connection.execute(update(attempts).where(said).values(message=None))
         return count, following
 
     def _rows(self, connection: Connection, after: int) -> tuple[int, int]:

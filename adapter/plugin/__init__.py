@@ -172,15 +172,18 @@ class Orders(Protocol):
 
 
 class Log(Protocol):
-    """A structlog logger with order, route and attempt bound.
+    """A structured log with merchant, channel, route, order and attempt on each line.
 
-    Only allow-listed fields leave the process. Events are stable names, such as `order_seen`.
+    These fields cannot be replaced. Events are stable names, such as `order_seen`; another text is replaced by
+    `plugin_logged`. Of the other fields, only an allow-list and the `log_fields` of the handler leave the process:
+    numbers, and texts of at most 200 characters. A text in a field that the handler does not declare must look like a
+    name, such as `nothing-changed`.
     """
 
-    def debug(self, event: str, **fields: Any) -> Any: ...
-    def info(self, event: str, **fields: Any) -> Any: ...
-    def warning(self, event: str, **fields: Any) -> Any: ...
-    def error(self, event: str, **fields: Any) -> Any: ...
+    def debug(self, event: str, /, **fields: Any) -> Any: ...
+    def info(self, event: str, /, **fields: Any) -> Any: ...
+    def warning(self, event: str, /, **fields: Any) -> Any: ...
+    def error(self, event: str, /, **fields: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -290,6 +293,7 @@ class Outcome(Exception):
 
     host: str | None = None  # of the request, if `context.http` raised it
     status: int | None = None  # of the answer, if there was one
+    explanation: str | None = None  # of the answer, by the handler's `explain`
 
     def __init__(self, code: str, message: str = "") -> None:
         super().__init__(code, message)
@@ -413,6 +417,7 @@ class Refuse(Exception):
 
 class _Handler(ABC, Generic[S]):
     settings_type: ClassVar[type[Settings]] = NoSettings
+    log_fields: ClassVar[Collection[str]] = frozenset()
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -447,6 +452,9 @@ class NotificationHandler(_Handler[S]):
     `lookup_by_key = True` declares that `lookup` finds the effect of this delivery only, such as by its idempotency
     key, and never mistakes that of an earlier delivery of the order for it. Otherwise a resend is never looked up:
     without a known outcome it waits for a person, unless the handler is `repeatable`.
+
+    `log_fields = {"invoice"}` declares fields of `context.log` whose texts may be logged. They must not hold personal
+    data.
     """
 
     repeatable: ClassVar[bool] = False
@@ -479,12 +487,22 @@ class NotificationHandler(_Handler[S]):
         """
         raise Unknown("no-lookup", "this handler cannot look up the effect of a request")
 
+    def explain(self, answer: "httpx.Response") -> str | None:
+        """Return the reason that the destination gives in an answer that is not 2xx, or None.
+
+        `raise_for_status()` calls it, and the first 200 characters are added to the message of the attempt. They are
+        deleted with the body of the notification, and are not logged. Take a code or a sentence, not the whole answer.
+        """
+        return None
+
 
 class ValidationHandler(_Handler[S]):
     """Base class for handlers that decide whether a purchase may proceed.
 
     `computes = True` declares that the handler only computes. It then runs on the service's own event loop and must
     not await anything but `asyncio.sleep(0)`, which lets other orders be answered (see `Pace`).
+
+    `log_fields` declares fields of `context.log`, as for a `NotificationHandler`.
     """
 
     computes: ClassVar[bool] = False
@@ -501,7 +519,8 @@ class ValidationHandler(_Handler[S]):
 class HookHandler(_Handler[S]):
     """Base class for handlers that answer a change before it is stored.
 
-    `computes = True` declares that the handler only computes, as for a `ValidationHandler`.
+    `computes = True` declares that the handler only computes, and `log_fields` fields of `context.log`, as for a
+    `ValidationHandler`.
     """
 
     computes: ClassVar[bool] = False

@@ -15,7 +15,7 @@ import contextvars
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from collections.abc import Callable, Collection, Coroutine, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from functools import partial
@@ -25,6 +25,7 @@ import httpx
 import structlog
 
 from adapter.identifiers import Channel
+from adapter.logs import HandlerLog
 from adapter.norce.client import Norce
 from adapter.outgoing import MAX_ANSWER_BYTES, Outgoing, Traffic
 from adapter.plugin import Context, InThread, Misconfigured, Orders, Previous, Retry, Settings
@@ -411,6 +412,7 @@ class Runner:
         traffic: Traffic | None = None,
         concurrency: int = 8,
         max_answer_bytes: int = MAX_ANSWER_BYTES,
+        log_fields: Collection[str] = (),
     ) -> Context[Any]:
         """Build the context of a call on a loop. With None, the handler only computes.
 
@@ -430,7 +432,14 @@ class Runner:
             in_thread = _in_thread(threads, traffic, lambda: self._clock() >= deadline)
         return Context(
             settings=settings,
-            log=structlog.get_logger("plugin", route=route, order_id=order_id, attempt=attempt),
+            log=HandlerLog(
+                log_fields,
+                merchant=channel.merchant,
+                channel=channel.name,
+                route=route,
+                order_id=order_id,
+                attempt=attempt,
+            ),
             http=http,
             orders=orders,
             clock=self._clock,

@@ -301,6 +301,7 @@ class Verdicts:
             first_attempt_at=now,
             concurrency=route.concurrency,
             max_answer_bytes=route.max_answer_bytes,
+            log_fields=route.handler.log_fields,
         )
 
     async def _waiting_for(self, awaitable: Awaitable[T]) -> T:

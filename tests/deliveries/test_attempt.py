@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from adapter.deliveries.attempt import AttemptResult, Attempts, Queue
 from adapter.identifiers import Channel
@@ -617,3 +618,40 @@ async def test_a_message_names_the_request_without_a_value_of_the_order() -> Non
 
     assert isinstance(result, Reject)
     assert result.message == "PUT /customers/…/cart was answered 422"
+
+
+@asynchronous
+async def test_a_doubt_keeps_the_explanation_of_the_refusal() -> None:
+    class Explains(Sends):
+        def explain(self, answer: httpx.Response) -> str | None:
+            return f"status {answer.status_code}"
+
+    async def work(http: Http) -> None:
+        with suppress(Outcome):
+            (await http.post(INVOICES, params={"status": 503})).raise_for_status()
+        (await http.put(INVOICES, params={"status": 422})).raise_for_status()
+
+    async with trying(shop=Takes()) as trial:
+        result = (await trial.run(CLAIM, queue(Explains(work)))).result
+
+    assert isinstance(result, Unknown)
+    assert (result.status, result.explanation) == (422, "status 422")
+
+
+@asynchronous
+async def test_the_log_of_a_handler_has_its_fields_and_what_the_service_knows() -> None:
+    class Logs(NotificationHandler[ShopSettings]):
+        log_fields = frozenset({"invoice"})
+
+        async def deliver(self, notification: Notification, context: Context[ShopSettings]) -> Done | Skip:
+            context.log.info("order_sent", invoice="INV 7", order_id="another", name="Anna Svensson")
+            return Done()
+
+    with capture_logs() as lines:
+        async with trying() as trial:
+            await trial.run(CLAIM, queue(Logs()))
+
+    (line,) = lines
+    assert (line["invoice"], line["name"], line["log_fields"]) == ("INV 7", "[redacted]", {"invoice"})
+    assert (line["merchant"], line["channel"], line["route"], line["attempt"]) == ("fjallboden", "1", "export", 1)
+    assert line["order_id"] == "order-1"

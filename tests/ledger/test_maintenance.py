@@ -19,6 +19,7 @@ from adapter.ledger.maintenance import Maintenance, Pruned, Retention, back_up, 
 from adapter.ledger.queries import Author, DeliveryFilter
 from adapter.ledger.store import Store, StoreUnavailable, open_for_reading
 from adapter.ledger.verdict_log import VerdictLog
+from adapter.plugin import Reject, Retry
 from tests.databases import Server, rows, waits_for_a_lock
 from tests.ledger.test_verdict_log import LATE
 from tests.ledgers import (
@@ -28,6 +29,7 @@ from tests.ledgers import (
     NOON,
     REJECTED,
     UNKNOWN,
+    Ends,
     HandClock,
     Ledger,
     body_of,
@@ -104,6 +106,33 @@ def one_of_each(ledger: Ledger) -> None:
 
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_words_of_a_destination_live_as_long_as_the_body(ledger: Ledger) -> None:
+    refusal = Reject("destination-refused", "POST /orders was answered 422")
+    refusal.explanation = "anna@shop.example is unknown"
+    for order in ("done", "dead", "bodiless"):
+        ledger.owed(1, order_id=order)
+    ledger.rows("UPDATE notifications SET body = NULL WHERE order_id = 'bodiless'")
+    claims = {claim.order_id: claim for claim in ledger.claim()}
+    ledger.settle(claims["done"], Ends(Retry("destination-busy", "POST /orders was answered 503"), due=NOON))
+    (again,) = ledger.claim()
+    ledger.settle(again)
+    for order in ("dead", "bodiless"):
+        ledger.settle(claims[order], Ends(refusal, "rejected"))
+
+    def messages() -> list[str | None]:
+        return [row[0] for row in ledger.rows("SELECT message FROM attempts ORDER BY id")]
+
+    of_busy, of_done, of_dead, of_bodiless = messages()
+    assert of_busy == "POST /orders was answered 503"
+    assert of_done is None
+    assert of_dead == "POST /orders was answered 422: anna@shop.example is unknown"
+    assert of_bodiless == "POST /orders was answered 422"
+    after(ledger, 31)
+    assert messages() == [None, None, of_dead, of_bodiless]
+    after(ledger, 91)
+    assert messages() == [None, None, None, of_bodiless]
 
 
 def test_bodies_are_deleted_after_a_month_if_all_is_done_and_otherwise_after_three(ledger: Ledger) -> None:
