@@ -23,7 +23,7 @@ from adapter.orders import Order, read_order
 from adapter.outgoing import Outgoing
 from adapter.plugin import Context, Notification, Previous, Secret, Settings
 from adapter.routing.routes import Handler
-from adapter.routing.runner import LoopName, PluginLoop, Run, Runner
+from adapter.routing.runner import LoopName, PluginLoop, RouteThreads, Run, Runner
 from adapter.sandbox.norce import Simulator
 from adapter.testing.faults import NORCE_HOST, FakeSystem, Network, order_at_work
 
@@ -207,6 +207,7 @@ class InPlaceRunner(Runner):
 
 class _InPlaceLoop(PluginLoop):
     def __init__(self, norce: Norce, outgoing: Outgoing) -> None:
+        self.threads: dict[str, RouteThreads] = {}
         self.norce = norce
         self.outgoing = outgoing
         self._runs: set[Run[Any]] = set()
