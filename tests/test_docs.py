@@ -9,6 +9,7 @@ import click
 import pytest
 from ruamel.yaml import YAML
 
+from adapter import orders
 from adapter.cli import main
 from tests import ROOT
 
@@ -62,7 +63,7 @@ def test_commands_exist_with_these_options(text: str) -> None:
         elif words[:1] == ["norce-adapter"]:
             parse(main, words[1:])
         else:
-            assert words[:1] in ([], ["export"]), f"nothing here knows {words[0]}"
+            assert words[:1] in ([], ["export"], ["cd"], ["pip"], ["pytest"]), f"nothing here knows {words[0]}"
 
 
 def parse(command: click.Command, words: list[str]) -> None:
@@ -72,6 +73,24 @@ def parse(command: click.Command, words: list[str]) -> None:
         name, sub, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         assert sub is not None, name
         parse(sub, rest)
+
+
+def test_the_reference_of_the_order_names_every_member() -> None:
+    text = (ROOT / "docs" / "plugins.md").read_text("utf-8")
+    table = text.partition("\n## The order\n")[2].partition("\n## ")[0]
+    named = {
+        part: re.findall(r"`(\w+)`", members) for part, members in re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M)
+    }
+    parts = [
+        each for each in vars(orders).values() if isinstance(each, type) and issubclass(each, orders.Price.__base__)
+    ]
+    members = {each.__name__: list(each.__annotations__) for each in parts if not each.__name__.startswith("_")}
+
+    assert {part: set(each) for part, each in named.items()} == {
+        **{part: set(each) for part, each in members.items()},
+        "Order": set(orders.Order.__annotations__),
+        "Item": {*members["Item"], "data"},
+    }
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
