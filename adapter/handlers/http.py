@@ -39,9 +39,22 @@ ABSENT = object()
 LONGEST_REFERENCE = 200
 NOT_DONE = frozenset({"retry", "reject", "misconfigured"})  # nothing has happened
 _TEXT = re.compile(r"[\x21-\x7e]+")
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
-_PATH = re.compile(r"(/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*/?")
+_PLACEHOLDER = re.compile(r"\{(order_id|key)\}")
+_PATH = r"(/(?!\.{1,2}(/|$))([A-Za-z0-9._~-]|\{(order_id|key)\})+)*(?!\n)$"
 
+Pointer: TypeAlias = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^(/([^/~]|~[01])*)*(?!\n)$", extra={"allowed": "a JSON Pointer such as /total/includingVat"}
+    ),
+]
+LookupPath: TypeAlias = Annotated[
+    str,
+    msgspec.Meta(
+        pattern=r"^(?=.*\{(order_id|key)\})" + _PATH,
+        extra={"allowed": "a plain path with {order_id} or {key}, such as /orders/{order_id}"},
+    ),
+]
 Meaning: TypeAlias = Literal["done", "retry", "reject", "misconfigured", "unknown"]
 RAISED: dict[str, type[Outcome]] = {
     "retry": Retry,
@@ -108,7 +121,11 @@ class HttpSettings(Settings, frozen=True, kw_only=True):
     url: Annotated[Url, msgspec.Meta(description="The destination. The handler reaches only this host.")]
     path: Annotated[
         str,
-        msgspec.Meta(description="Path below `url`. `{order_id}` and `{key}` (the idempotency key) are filled in."),
+        msgspec.Meta(
+            pattern="^" + _PATH,
+            description="Path below `url`. `{order_id}` and `{key}` (the idempotency key) are filled in.",
+            extra={"allowed": "a plain path such as /orders/{order_id}, with no placeholder but {order_id} and {key}"},
+        ),
     ] = ""
     method: Annotated[Literal["POST", "PUT"], msgspec.Meta(description="Method of the request.")] = "POST"
     auth: Annotated[
@@ -116,28 +133,28 @@ class HttpSettings(Settings, frozen=True, kw_only=True):
         msgspec.Meta(description="How we identify ourselves; `type` is `bearer` or `signature` (Standard Webhooks)."),
     ]
     members: Annotated[
-        dict[str, str],
+        dict[str, Pointer],
         msgspec.Meta(
             description="The body, as names with JSON Pointers into the order (`total: /total/includingVat`); what the "
             "order lacks is left out. Without it, the body is the whole order."
         ),
     ] = msgspec.field(default_factory=dict)
     statuses: Annotated[
-        dict[int, Meaning],
+        dict[Annotated[int, msgspec.Meta(ge=300, le=599)], Meaning],
         msgspec.Meta(
             description="Notifications: the meaning of a status other than 2xx. `done`: the order is there; `unknown`: "
             "it is looked up; `retry`, `reject` and `misconfigured`: the destination never sends it after it has acted."
         ),
     ] = msgspec.field(default_factory=dict)
     reference: Annotated[
-        str | None,
+        Pointer | None,
         msgspec.Meta(
             description="Notifications: JSON Pointer into the answer, to the destination's number for the order. It is "
             "stored and shown to operators."
         ),
     ] = None
     lookup_path: Annotated[
-        str | None,
+        LookupPath | None,
         msgspec.Meta(
             description="Notifications: path below `url` for a GET after an unknown outcome. 2xx: the order is there; "
             "404: it is not. With `{key}` it finds every delivery, with `{order_id}` only the first one of an order."
@@ -150,28 +167,6 @@ class HttpSettings(Settings, frozen=True, kw_only=True):
             "order in doubt that cannot be looked up is then sent again; otherwise it waits for a person."
         ),
     ] = False
-
-    def __post_init__(self) -> None:
-        _check_path("path", self.path)
-        if self.lookup_path is not None and not _check_path("lookup_path", self.lookup_path):
-            raise ValueError("lookup_path needs {order_id} or {key}: without it all orders have the same address")
-        for name, pointer in [*self.members.items(), ("reference", self.reference or "")]:
-            try:
-                JsonPointer(pointer)
-            except JsonPointerException as error:
-                raise ValueError(f"{name} must be a JSON Pointer such as /total/includingVat") from error
-        if wrong := [status for status in self.statuses if not 300 <= status <= 599]:
-            raise ValueError(f"statuses gives a meaning to 300 to 599, not to {wrong[0]}")
-
-
-def _check_path(name: str, path: str) -> bool:
-    """Return whether a path has a placeholder. Raises `ValueError` if it is not plain."""
-    if unknown := set(_PLACEHOLDER.findall(path)) - {"order_id", "key"}:
-        raise ValueError(f"{name} takes {{order_id}} and {{key}}, not {{{min(unknown)}}}")
-    plain = _PLACEHOLDER.sub("x", path)
-    if not _PATH.fullmatch(plain) or {".", ".."} & set(plain.split("/")):
-        raise ValueError(f"{name} must be a plain path that starts with /, without a query")
-    return plain != path
 
 
 class HttpHandler(NotificationHandler[HttpSettings], ValidationHandler[HttpSettings]):
