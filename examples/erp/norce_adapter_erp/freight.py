@@ -10,7 +10,10 @@ CENT = Decimal("0.01")
 
 
 class Freight(HookHandler[FreightSettings]):
-    """Sets the price of every shipping by the total of the cart. The hook watches /cart, its target is /shippings."""
+    """Sets the freight by the total of the cart.
+
+    The hook watches /cart, and its target is /shippings.
+    """
 
     computes = True
 
