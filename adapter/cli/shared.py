@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from adapter.routing.routes import Routes
 
 FAILED, USAGE, NOTHING_MATCHED, CONFIGURATION, STORE = 1, 2, 3, 4, 5
-SENTENCES = frozenset({"codes", "matching", "message", "reason", "says", "value", "why"})  # columns that may be folded
+SENTENCES = frozenset(
+    {"codes", "conformance", "matching", "message", "reason", "says", "value", "why"}
+)  # columns that may be folded
 LEAST_WIDTH = 24  # of a folded column
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

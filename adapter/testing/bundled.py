@@ -76,6 +76,9 @@ class RefusalConformance(HookConformance[Rules]):
     settings = _RULES
 
 
+RULES = (RulesConformance, RefusalConformance)
+
+
 class PatchConformance(HookConformance[PatchHandler]):
     """The suite of the handler `patch`."""
 

@@ -1,17 +1,21 @@
 """A guard against connections beside a handler's context, and against blocking calls.
 
-It is an audit hook of Python. Such a hook cannot be removed, but this one does nothing outside of `watched`.
+Connections are seen by an audit hook of Python. Such a hook cannot be removed, but this one does nothing outside of
+`watched`.
 """
 
 import functools
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 CONNECTS = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "subprocess.Popen"})
+_sleep = time.sleep
 
 
 class Forbidden(OSError):
@@ -28,14 +32,21 @@ class Watch:
     connections: list[str] = field(default_factory=list)
     blocking: list[str] = field(default_factory=list)
 
-    def see(self, event: str) -> None:
-        """Note a call of the present thread. Raises `Forbidden` in its place."""
-        is_own = (thread := threading.get_ident()) == self.thread
-        if event == "time.sleep" and is_own:
-            self.blocking.append("time.sleep blocks the thread of all handlers: await asyncio.sleep")
+    def sleep(self, seconds: float) -> None:
+        """Stand in for `time.sleep`."""
+        if threading.get_ident() == self.thread:
+            self.blocking.append("time.sleep blocks the thread of all handlers; await asyncio.sleep")
             raise Forbidden(self.blocking[-1])
-        if event in CONNECTS and not self.other_clients and (is_own or thread not in self.strangers):
-            self.connections.append(f"{event} outside of context.http: declare other_clients = True")
+        _sleep(seconds)
+
+    def connect(self, event: str, arguments: Any) -> None:
+        """Note an audit event of the present thread. Raises `Forbidden` in its place."""
+        is_own = (thread := threading.get_ident()) == self.thread
+        if is_own and (event == "socket.getaddrinfo" or (event == "socket.connect" and arguments[0].gettimeout() != 0)):
+            self.blocking.append(f"{event} blocks the thread of all handlers; use context.http or context.thread")
+            raise Forbidden(self.blocking[-1])
+        if not self.other_clients and (is_own or thread not in self.strangers):
+            self.connections.append(f"{event} outside of context.http; declare other_clients = True")
             raise Forbidden(self.connections[-1])
 
 
@@ -46,18 +57,19 @@ _watches: list[Watch] = []
 def watched(*, other_clients: bool) -> Iterator[Watch]:
     """Watch the handlers of this thread. With `other_clients`, their connections are allowed."""
     _install()
-    _watches.append(Watch(other_clients=other_clients))
+    watch = Watch(other_clients=other_clients)
+    _watches.append(watch)
     try:
-        yield _watches[-1]
+        with mock.patch.object(time, "sleep", watch.sleep):
+            yield watch
     finally:
         _watches.pop()
 
 
 @functools.cache
 def _install() -> None:
-    sys.addaudithook(_audit)
+    sys.addaudithook(lambda event, arguments: _watches[-1].connect(event, arguments) if _is_watched(event) else None)
 
 
-def _audit(event: str, _arguments: Any) -> None:
-    if _watches and (event == "time.sleep" or event in CONNECTS):
-        _watches[-1].see(event)
+def _is_watched(event: str) -> bool:
+    return bool(_watches) and event in CONNECTS
