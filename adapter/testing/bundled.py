@@ -76,10 +76,11 @@ class RefusalConformance(HookConformance[Rules]):
     settings = _RULES
 
 
-RULES = (RulesConformance, RefusalConformance)
-
-
 class PatchConformance(HookConformance[PatchHandler]):
     """The suite of the handler `patch`."""
 
     settings = {"changes": [{"scope": "/country", "path": "/cart/attributes/priceList", "value": "business"}]}
+
+
+HTTP = (HttpConformance, QuestionConformance)
+RULES = (RulesConformance, RefusalConformance)

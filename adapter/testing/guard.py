@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+from adapter.testing.virtual_time import is_of_route
+
 CONNECTS = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "subprocess.Popen"})
 _sleep = time.sleep
 
@@ -45,7 +47,8 @@ class Watch:
         if is_own and (event == "socket.getaddrinfo" or (event == "socket.connect" and arguments[0].gettimeout() != 0)):
             self.blocking.append(f"{event} blocks the thread of all handlers; use context.http or context.thread")
             raise Forbidden(self.blocking[-1])
-        if not self.other_clients and (is_own or thread not in self.strangers):
+        is_declared = self.other_clients or is_of_route(threading.current_thread())
+        if not is_declared and (is_own or thread not in self.strangers):
             self.connections.append(f"{event} outside of context.http; declare other_clients = True")
             raise Forbidden(self.connections[-1])
 

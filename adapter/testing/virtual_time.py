@@ -6,6 +6,7 @@ passes as usual.
 
 import asyncio
 import selectors
+import threading
 import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -18,7 +19,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now
-        self.threads_at_work = 0
+        self.threads_at_work = 0  # of executors
+        self._strangers = {*threading.enumerate()}
         super().__init__(_Selector(self))
 
     def time(self) -> float:
@@ -30,8 +32,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(self._end_thread)
         return future
 
+    @property
+    def needs_real_time(self) -> bool:
+        """True while a thread of an executor or of `context.thread` works."""
+        of_routes = (each for each in threading.enumerate() if is_of_route(each) and each not in self._strangers)
+        return self.threads_at_work > 0 or any(of_routes)
+
     def _end_thread(self, _future: object) -> None:
         self.threads_at_work -= 1
+
+
+def is_of_route(thread: threading.Thread) -> bool:
+    """Return whether `context.thread` started a thread."""
+    return thread.name.startswith("route-")
 
 
 class _Selector(selectors.DefaultSelector):
@@ -43,7 +56,7 @@ class _Selector(selectors.DefaultSelector):
         ready = super().select(0)
         if ready or timeout == 0:
             return ready
-        if self._loop.threads_at_work or len(self.get_map()) > 1:  # one socket is the loop's own
+        if self._loop.needs_real_time or len(self.get_map()) > 1:  # one socket is the loop's own
             began = time.monotonic()
             ready = super().select(timeout)
             self._loop.now += time.monotonic() - began

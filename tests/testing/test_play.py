@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -160,6 +161,20 @@ def test_a_blocking_client_in_a_thread_takes_real_time() -> None:
             return Done(await asyncio.to_thread(lambda: "from a thread"))
 
     assert play(InAThread).outcome == Done("from a thread")
+
+
+def test_a_thread_of_the_route_is_waited_for_past_the_deadline_and_may_connect() -> None:
+    class Blocks(NotificationHandler[NoSettings]):
+        async def deliver(self, notification: Notification, context: Context[NoSettings]) -> Done | Skip:
+            return Done(await context.thread(connect))
+
+    def connect() -> str:
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+            return "connected"
+
+    played = play(Blocks)
+
+    assert (played.outcome, played.connections, played.blocking) == (Done("connected"), [], [])
 
 
 def test_the_fake_system_may_be_an_application() -> None:
