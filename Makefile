@@ -12,6 +12,9 @@ SUITE := $(VENV)/json-schema-test-suite
 # The tests of a file stay together, because they share services.
 PARALLEL := --numprocesses auto --dist loadfile --no-loadscope-reorder
 
+# Keep bytecode where the environment says otherwise: hundreds of processes would compile the service again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help run test quick one fix lint types types-of-tests tests bench crash attack docs wheel lock clean
 
 help:  ## list the targets
