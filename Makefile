@@ -73,10 +73,10 @@ types:
 types-of-tests:
 	$(BIN)/mypy --cache-dir .mypy_cache/tests --config-file tests/mypy.ini
 
-# The tests of speed need the machine for themselves.
+# The tests of speed need the machine for themselves. They are in these two folders (a check in tests/conftest.py).
 tests: $(SUITE)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not speed"
-	$(BIN)/python -m pytest -m speed
+	$(BIN)/python -m pytest -m speed tests/attacks tests/flows
 
 bench: $(VENV)/installed-bench  ## measure the claims as ratios within one run: ONLY="accept dispatch" for some
 	$(BIN)/python benchmarks/run.py $(ONLY)

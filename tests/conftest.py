@@ -41,6 +41,11 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the files that take long, so that no worker is left alone with them at the end."""
     items.sort(key=lambda item: item.path.parent.name not in SLOW)
+    elsewhere = [
+        item.nodeid for item in items if item.get_closest_marker("speed") and item.path.parent.name not in SLOW
+    ]
+    if elsewhere:
+        raise pytest.UsageError(f"tests of speed belong into tests/attacks or tests/flows: {elsewhere}")
     if config.getoption("quick"):
         slow = [item for item in items if not is_quick(item)]
         config.hook.pytest_deselected(items=slow)

@@ -1,6 +1,9 @@
 """A plugin in a package of its own: built, installed, and found by its entry points."""
 
 import json
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from tests import ROOT
 from tests.flows.site import (
     ExternalServices,
     Site,
     free_port,
-    install_sample_plugin,
     make_order,
     wait_until,
 )
@@ -41,7 +44,13 @@ class Erp:
 
 @pytest.fixture(scope="module")
 def sample_plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install_sample_plugin(tmp_path_factory.mktemp("sample-plugin"))
+    """Build the sample plugin and install it in a folder. PYTHONPATH makes its entry points visible."""
+    folder = tmp_path_factory.mktemp("sample-plugin")
+    source, target = folder / "source", folder / "installed"
+    shutil.copytree(ROOT / "tests" / "sample_plugin", source, ignore=shutil.ignore_patterns("__pycache__"))
+    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, source], check=True)
+    return target
 
 
 @pytest.fixture(scope="module")

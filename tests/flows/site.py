@@ -15,8 +15,8 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
+import tomllib
 from base64 import urlsafe_b64encode
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,7 +33,6 @@ from adapter.sandbox.norce import Simulator
 from tests import ORDERS, PATIENCE, ROOT
 from tests.databases import reading_engine
 from tests.flows import service_process
-from tests.flows.service_process import COMMAND
 from tests.simulators import in_thread
 
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
@@ -47,9 +46,11 @@ T = TypeVar("T")
 def wait_until(condition: Callable[[], T], *, what: str = "") -> T:
     """Return the value of `condition` once it is true. Fail after `PATIENCE` seconds and name `what` is missing."""
     ends = time.monotonic() + PATIENCE
+    pause = 0.01
     while not (value := condition()):
         assert time.monotonic() < ends, f"not within {PATIENCE:g} s: {what or condition}; last: {value!r}"
-        time.sleep(0.02)
+        time.sleep(pause)
+        pause = min(pause * 1.5, 0.1)  # a condition reads a log or a ledger, and eight flows may wait
     return value
 
 
@@ -343,15 +344,8 @@ class Site:
 
     def run_command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run a command of `norce-adapter` to its end."""
-        return subprocess.run(
-            [COMMAND, *arguments],
-            env=self.environ | {"NORCE_ADAPTER_CONFIG": str(self.write_config())},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE,
-            check=False,
-        )
+        environ = self.environ | {"NORCE_ADAPTER_CONFIG": str(self.write_config())}
+        return service_process.run_command(arguments, environ, self.folder)
 
     # --- calls from Norce ---
 
@@ -403,13 +397,15 @@ RunFlow = Callable[[Flow], Site]
 RunFlowOn = Callable[[Flow, str], Site]  # on a kind of store
 
 
-# --- a package from elsewhere -----------------------------------------------------------------------------------------
-
-
 def install_sample_plugin(folder: Path) -> Path:
-    """Build the sample plugin and install it in a folder. PYTHONPATH makes its entry points visible."""
-    source, target = folder / "source", folder / "installed"
-    shutil.copytree(ROOT / "tests" / "sample_plugin", source, ignore=shutil.ignore_patterns("__pycache__"))
-    options = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", target, source], check=True)
-    return target
+    """Make the sample plugin in a folder for the path of a service, as pip installs it (see `test_sample_plugin`)."""
+    source = ROOT / "tests" / "sample_plugin"
+    folder.mkdir(exist_ok=True)
+    shutil.copy(source / "norce_adapter_sample.py", folder)
+    project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
+    metadata = folder / "norce_adapter_sample-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 1\n")
+    handlers = [f"{name} = {handler}" for name, handler in project["entry-points"]["norce_adapter.handlers"].items()]
+    (metadata / "entry_points.txt").write_text("\n".join(["[norce_adapter.handlers]", *handlers]))
+    return folder

@@ -21,7 +21,7 @@ NEVER_ACTS = Fault(delay_seconds=60, drop=True)
 
 # --- many kills ------------------------------------------------------------------------------------------------
 
-KILLS = 8
+KILLS = 5
 SEED = 20260203
 FAULTS = {3: ACTS_AND_THEN_IS_SILENT, 7: DROPPED_AFTER, 11: DROPPED_BEFORE, 13: Fault(acts=True, delay_seconds=0.2)}
 

@@ -1,4 +1,4 @@
-"""Scenarios of the sandbox, played against the running service on both stores.
+"""Scenarios of the sandbox, played against the running service: all on SQLite, and some on PostgreSQL.
 
 `play` checks the promises of a scenario about Norce and the ledger. The tests check what arrived at the shop. All
 scenarios of a store share one service; each has its own Norce at the same address.
@@ -22,7 +22,7 @@ from tests.databases import KINDS, Server
 from tests.flows.site import NORCE_TOKEN, ExternalServices, Service, Site, free_port
 
 CONFIGURED = ROOT / "docs" / "scenarios.yaml"
-ORDERS = 40  # of the burst
+ORDERS = 20  # of the burst
 # Numbers of orders and deliveries of each scenario by final state.
 ENDS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "declined-after-acceptance": ({"declined": 1}, {}),
@@ -89,7 +89,11 @@ def scenario_site(
             server.drop(store_url)
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize(
+    ("scenario_site", "name"),
+    [("sqlite", name) for name in SCENARIOS] + [("postgresql", name) for name in ENDS],
+    indirect=["scenario_site"],
+)
 def test_a_scenario_keeps_its_promises_and_every_completed_order_is_exported_once(
     scenario_site: ScenarioSite, name: str
 ) -> None:
