@@ -35,7 +35,7 @@ from adapter.ledger.binding import bind
 from adapter.ledger.claims import QueueKey
 from adapter.ledger.commands import Commands
 from adapter.ledger.inbox import Inbox
-from adapter.ledger.key_values import StoredDocuments
+from adapter.ledger.key_values import StoredDocuments, StoredTokens
 from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.maintenance import Maintenance
@@ -215,6 +215,7 @@ class _PartsBuilder:
         return Runner(
             make_norce=lambda: norce_client(self.config, self.metrics),
             clock=lambda: to_datetime(self.store.clock()),
+            tokens=StoredTokens(self.store),
             replaced=lambda loop, route: self.metrics.plugin_loops_replaced.labels(loop, route).inc(),
         )
 

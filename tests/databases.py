@@ -19,7 +19,8 @@ from tests import PATIENCE
 
 KINDS = ("sqlite", "postgresql")
 TABLES = (
-    "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts, documents, bindings, names, uses"
+    "processes, queues, notifications, lanes, deliveries, attempts, actions, verdicts, documents, bindings, names, "
+    "uses, tokens"
 )
 AS_NEW = (
     "DELETE FROM watermarks WHERE name NOT LIKE 'clock%'",

@@ -176,6 +176,16 @@ documents = Table(
     Column("content", LargeBinary, nullable=False, doc="the last valid configuration document from Norce, as JSON"),
 )
 
+tokens = Table(
+    "tokens",
+    metadata,
+    Column("merchant", Text, primary_key=True),
+    Column("name", Text, primary_key=True, doc="a digest of the login's settings, without its client secret"),
+    Column("content", LargeBinary, doc="the access and refresh token, in clear"),
+    Column("version", BigInteger, nullable=False, doc="counts the tokens that were stored"),
+    Column("locked_until", BigInteger, nullable=False, doc="a node replaces the token until then; 0: none does"),
+)
+
 actions = Table(
     "actions",
     metadata,

@@ -48,7 +48,7 @@ from adapter.orders import (
     Shipping,
     Transition,
 )
-from adapter.plugin.settings import Conditional, NoSettings, Pace, Secret, Settings, Undecided, Url
+from adapter.plugin.settings import Conditional, NoSettings, OAuth2, Pace, Secret, Settings, Undecided, Url
 
 if TYPE_CHECKING:
     import httpx
@@ -76,6 +76,7 @@ __all__ = [
     "NoSettings",
     "Notification",
     "NotificationHandler",
+    "OAuth2",
     "Order",
     "OrderState",
     "Orders",
@@ -221,6 +222,7 @@ class Context(Generic[S]):
     previous: Previous | None = None  # to find out that nothing has changed since
     is_resend: bool = False  # a person wants it delivered again, so do not skip it because nothing has changed
     in_thread: InThread = asyncio.to_thread  # for `thread`
+    auth_by: "Callable[[OAuth2], httpx.Auth] | None" = None  # for `auth`
 
     def key(self, name: str = "") -> str:
         """Return an idempotency key of 64 hexadecimal characters.
@@ -242,6 +244,20 @@ class Context(Generic[S]):
             Retry: The deadline came before the function was called.
         """
         return await self.in_thread(function, *arguments, **named)
+
+    def auth(self, oauth2: OAuth2) -> "httpx.Auth":
+        """Return the authentication for a request of `context.http`: its argument `auth`.
+
+        All nodes share the access token of a merchant. One of them replaces it shortly before it ends. A request that
+        is answered 401 is sent once more with a new token, so its content is held in memory.
+
+        Raises (when a request is sent):
+            Retry: The token endpoint does not answer.
+            Misconfigured: It refuses, or this context has no tokens (a handler that `computes`).
+        """
+        if self.auth_by is None:
+            raise Misconfigured("no-tokens", "tokens of OAuth2 are not available here")
+        return self.auth_by(oauth2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

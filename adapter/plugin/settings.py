@@ -1,7 +1,7 @@
 """The types of handlers' settings."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -160,3 +160,23 @@ class Secret:
         return "***"
 
     __str__ = __repr__
+
+
+class OAuth2(Settings, frozen=True, kw_only=True):
+    """A login by OAuth 2.0, for `Context.auth`: client credentials, or a refresh token."""
+
+    token_url: Annotated[Url, msgspec.Meta(description="Address that issues the tokens.")]
+    client_id: Annotated[str, msgspec.Meta(min_length=1, description="Id of the client.")]
+    client_secret: Annotated[Secret, msgspec.Meta(description="Secret of the client, by reference.")]
+    client_auth: Annotated[
+        Literal["basic", "body"],
+        msgspec.Meta(description="How the client identifies itself: by HTTP Basic, or in the body."),
+    ] = "basic"
+    refresh_token: Annotated[
+        Secret | None,
+        msgspec.Meta(description="The first refresh token, by reference; the ledger keeps the later ones."),
+    ] = None
+    scope: Annotated[str | None, msgspec.Meta(description="Rights to ask for, separated by spaces.")] = None
+    parameters: Annotated[
+        dict[str, str], msgspec.Meta(description="Further members of the request, such as `audience`. Not for secrets.")
+    ] = msgspec.field(default_factory=dict)

@@ -27,8 +27,9 @@ import structlog
 from adapter.identifiers import Channel
 from adapter.logs import HandlerLog
 from adapter.norce.client import Norce
+from adapter.oauth2 import AccessTokens, TokenStore
 from adapter.outgoing import MAX_ANSWER_BYTES, Outgoing, Traffic
-from adapter.plugin import Context, InThread, Misconfigured, Orders, Previous, Retry, Settings
+from adapter.plugin import Context, InThread, Misconfigured, OAuth2, Orders, Previous, Retry, Settings
 
 log = structlog.get_logger(__name__)
 
@@ -350,6 +351,7 @@ class Runner:
         make_norce: Creates a client for Norce, for one loop.
         make_outgoing: Creates the connections of `context.http`, for one loop.
         clock: Returns the time that the deadlines refer to.
+        tokens: The tokens of OAuth2 that all nodes share.
         patience: How long a handler may block its loop past its deadline; for answers at most `ANSWERS_PATIENCE`.
         replaced: Called with the name of a loop that was replaced and the route that blocked it.
     """
@@ -360,6 +362,7 @@ class Runner:
         make_norce: Callable[[], Norce],
         make_outgoing: Callable[[], Outgoing] = Outgoing,
         clock: Callable[[], datetime],
+        tokens: TokenStore | None = None,
         patience: timedelta = timedelta(seconds=10),
         replaced: Callable[[str, str], None] = lambda _loop, _route: None,
     ) -> None:
@@ -368,6 +371,7 @@ class Runner:
         self._replaced = replaced
         self._make_norce = make_norce
         self._make_outgoing = make_outgoing
+        self._tokens = AccessTokens(tokens, make_outgoing, clock)
         self._loops: dict[LoopName, PluginLoop] = {}
         self.open("answers")
         self.open("deliveries")
@@ -422,12 +426,14 @@ class Runner:
         http: httpx.AsyncClient = self._no_network
         orders: Orders = _NO_ORDERS
         in_thread: InThread = _no_thread
+        auth_by: Callable[[OAuth2], httpx.Auth] | None = None
         if on is not None:
             traffic = traffic or Traffic()
             http = self._loops[on].outgoing.client(
                 settings, deadline, self._clock, traffic, max_answer_bytes=max_answer_bytes
             )
             orders = self._loops[on].norce.for_handlers(channel, traffic)
+            auth_by = partial(self._tokens.auth, channel.merchant, settings)
             threads = self._loops[on].threads.setdefault(route, RouteThreads(route, concurrency))
             in_thread = _in_thread(threads, traffic, lambda: self._clock() >= deadline)
         return Context(
@@ -451,6 +457,7 @@ class Runner:
             previous=previous,
             is_resend=is_resend,
             in_thread=in_thread,
+            auth_by=auth_by,
         )
 
     def start(self, on: LoopName, handle: Handle[T], context: Context[Any]) -> Run[T]:
@@ -486,6 +493,7 @@ class Runner:
     async def stop(self, within: timedelta) -> None:
         """Stop all loops. A thread that a handler blocks is left behind and ends with the process."""
         await asyncio.gather(*(loop.stop(within) for loop in self._loops.values()))
+        await self._tokens.aclose()
 
 
 def leaves(error: BaseException) -> Iterator[BaseException]:

@@ -27,6 +27,7 @@ from adapter.plugin import (
     Misconfigured,
     Notification,
     NotificationHandler,
+    OAuth2,
     Outcome,
     Reject,
     Retry,
@@ -655,3 +656,25 @@ async def test_the_log_of_a_handler_has_its_fields_and_what_the_service_knows() 
     assert (line["invoice"], line["name"], line["log_fields"]) == ("INV 7", "[redacted]", {"invoice"})
     assert (line["merchant"], line["channel"], line["route"], line["attempt"]) == ("fjallboden", "1", "export", 1)
     assert line["order_id"] == "order-1"
+
+
+@asynchronous
+async def test_a_handler_sends_with_a_token_and_one_that_computes_has_none() -> None:
+    login = OAuth2(token_url=Url("https://shop.example/token"), client_id="a", client_secret=Secret("b"))
+    heads: list[str | None] = []
+
+    def shop(request: httpx.Request) -> httpx.Response:
+        heads.append(request.headers.get("authorization"))
+        return httpx.Response(200, json={"access_token": "first"})
+
+    class LogsIn(NotificationHandler[ShopSettings]):
+        async def deliver(self, notification: Notification, context: Context[ShopSettings]) -> Done | Skip:
+            await context.http.post(INVOICES, auth=context.auth(login))
+            with pytest.raises(Misconfigured, match="no-tokens"):
+                replace(context, auth_by=None).auth(login)
+            return Done()
+
+    async with trying(shop=shop) as trial:
+        assert (await trial.run(CLAIM, queue(LogsIn()))).result == Done()
+
+    assert heads == ["Basic YTpi", "Bearer first"]

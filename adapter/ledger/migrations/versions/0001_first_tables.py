@@ -127,6 +127,12 @@ def upgrade() -> None:
         sa.Column("channel", sa.Text, primary_key=True),
         sa.Column("content", sa.LargeBinary, nullable=False),
     )
+    op.create_table(
+        "tokens",
+        *(sa.Column(name, sa.Text, primary_key=True) for name in ("merchant", "name")),
+        sa.Column("content", sa.LargeBinary),
+        *numbers("version", "locked_until"),
+    )
     op.create_table("bindings", key(), *texts("norce", "adapter_id"))
     op.create_table(
         "names",
