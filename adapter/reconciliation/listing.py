@@ -8,6 +8,7 @@ Facts: checkout protocol, sections 4 and 8.4.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from itertools import accumulate
 from typing import Generic, Protocol, TypeVar
@@ -20,7 +21,10 @@ MIN_THIRD = 3  # entries in a third of a page, to tell the order of the list fro
 
 
 class Dated(Protocol):
-    """An event or an order, with its time."""
+    """An event or an order, with its id and its time."""
+
+    @property
+    def id(self) -> str: ...
 
     @property
     def created_at(self) -> datetime: ...
@@ -47,12 +51,27 @@ class Listing(Generic[E]):
         The reading direction makes changes of the list harmless. When old entries fall out at the front of an
         oldest-first list, the rest moves towards what is read next. When new entries come in at the front of a
         newest-first list, some are seen twice.
+
+        In a short list, in which the first and the last page overlap, entries that come in between the two requests can
+        make either page look like the newest. Such a list is read in both directions.
         """
         first = last = await self._read_page(0, self._size)
         if first.total is not None and first.total > first.count > 0:
             last = await self._page_until(first.total)
-        backwards = _newest(last) > _newest(first)
-        page = last if backwards else first
+        if last is first or last.offset >= first.count:
+            backwards = _newest(last) > _newest(first)
+            async for page in self._pages(last if backwards else first, begins, backwards=backwards):
+                yield page
+            return
+        seen: set[str] = set()
+        async for page in self._pages(first, begins, backwards=False):
+            seen.update(entry.id for entry in page.items)
+            yield page
+        async for page in self._pages(last, begins, backwards=True):
+            items = [entry for entry in page.items if entry.id not in seen]
+            yield replace(page, items=items, count=len(items))  # unreadable entries are counted already
+
+    async def _pages(self, page: Page[E], begins: datetime, *, backwards: bool) -> AsyncIterator[Page[E]]:
         for _ in range(MAX_PAGES):
             if not page.count:
                 if page.total is not None and page.offset < page.total:

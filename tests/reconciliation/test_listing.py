@@ -21,7 +21,9 @@ Log = list[datetime | None]  # the times of its events; None for an unreadable o
 
 
 def event(at: datetime) -> Event:
-    return Event(id="e", created_at=at, merchant="norce", channel="1", order_id="o", payload=msgspec.Raw(b"{}"))
+    return Event(
+        id=at.isoformat(), created_at=at, merchant="norce", channel="1", order_id="o", payload=msgspec.Raw(b"{}")
+    )
 
 
 class FakeNorce:
@@ -99,15 +101,15 @@ def test_every_event_since_the_beginning_is_read(
     seed=st.integers(0, 1000),
 )
 def test_a_log_that_changes_while_it_is_read_leaves_no_gap(order: str, cap: int, gone: int, seed: int) -> None:
-    """Old events fall out, new ones come in."""
+    """Events from before the beginning fall out, new ones come in."""
     chance = random.Random(seed)
     log: Log = [*every_minute(500)]
-    new = NOON + timedelta(days=1)
+    new, since = NOON + timedelta(days=1), NOON + 450 * MINUTE
 
     def change(log: Log) -> None:
         if norce.requests > 20:
             return
-        oldest = chance.randint(0, gone) if len(log) > 200 else 0
+        oldest = min(chance.randint(0, gone), sum(at is not None and at < since for at in log))
         if order == "oldest":
             log[:] = [*log[oldest:], new]
         else:
@@ -116,11 +118,28 @@ def test_a_log_that_changes_while_it_is_read_leaves_no_gap(order: str, cap: int,
     if order == "newest":
         log.reverse()
     norce = FakeNorce(log, cap=cap, between=change)
-    since = NOON + 450 * MINUTE
 
     found = read(norce, since)
 
     assert {NOON + number * MINUTE for number in range(450, 500)} <= found
+
+
+@pytest.mark.parametrize("order", ["newest", "oldest"])
+def test_a_short_log_that_changes_between_the_first_requests_leaves_no_gap(order: str) -> None:
+    """Its first and last page overlap, so either may have the newest event."""
+    events = every_minute(PAGE_SIZE + 1)
+    log: Log = events[::-1] if order == "newest" else [*events]
+
+    def change(log: Log) -> None:
+        if norce.requests < 3:
+            new = [NOON + timedelta(days=1, minutes=norce.requests), NOON + timedelta(days=2, minutes=norce.requests)]
+            log[:] = [*new[::-1], *log] if order == "newest" else [*log[2:], *new]
+
+    norce = FakeNorce(log, between=change)
+
+    found = read(norce, NOON)
+
+    assert set(events if order == "newest" else events[2:]) <= found
 
 
 @pytest.mark.parametrize("newest_first", [True, False])
