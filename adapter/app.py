@@ -113,6 +113,7 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         await lease.enter()
         lanes = Lanes(store, lease, policy=pause_policy(config))
         refetching = {route.name for route in routes.all if route.refetch}
+        in_shadow = {route.name for route in routes.all if route.shadow}
         queues = await lanes.open_queues(queue_keys(config), refetching=refetching)
         attempts = Attempts(runner=runner, norce=norce, clock=store.clock)
         dispatcher = builder.dispatcher(queues, lanes, lease, attempts, hold=hold)
@@ -132,7 +133,8 @@ async def running(config: Config, routes: Routes, *, hold: bool = False) -> Asyn
         public = listen(config.server.host, config.server.port)
         stack.callback(public.close)
         # The operations listeners open first and close last, so that operators can watch a shutdown.
-        commands = Commands(store, set(queues.values()), refetching=refetching)
+        shadows = {queue_id for key, queue_id in queues.items() if key.route in in_shadow}
+        commands = Commands(store, set(queues.values()), shadows=shadows, refetching=refetching)
         operations = OperationsEndpoints(
             health,
             metrics,

@@ -68,7 +68,7 @@ def test_commands_exist_with_these_options(text: str) -> None:
 
 def parse(command: click.Command, words: list[str]) -> None:
     """Has click parse the words as it would, and run nothing."""
-    context = command.make_context(command.name or "", list(words), resilient_parsing=False)
+    context = command.make_context(command.name or "", list(words), **main.context_settings)
     if isinstance(command, click.Group):
         name, sub, rest = command.resolve_command(context, [*context._protected_args, *context.args])
         assert sub is not None, name

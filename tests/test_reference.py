@@ -45,7 +45,9 @@ def _commands(command: click.Command, name: str) -> Iterator[tuple[str, click.Co
 
 
 def _section(name: str, command: click.Command, shared: list[str]) -> str:
-    usage = command.collect_usage_pieces(click.Context(command, info_name=name))
+    # With the settings of `main`, because click keeps the help option of the first context that asks for it.
+    context = click.Context(command, info_name=name, **main.context_settings)
+    usage = command.collect_usage_pieces(context)
     title = " ".join([name, *(piece for piece in usage if piece != "[OPTIONS]")])
     lines = [f"## {title}", "", " ".join((command.help or "").replace("\b", "").split()), ""]
     own = [_row(option) for option in _options(command) if _row(option) not in shared]

@@ -41,7 +41,7 @@ from adapter.ledger.queries import Queries
 from adapter.norce.client import Norce, NorceError
 from adapter.registrations.on_channels import STATIC, channel_documents, documents_without_us
 from adapter.routing.routes import settings_types
-from adapter.routing.settings_in_force import settings_in_force
+from adapter.routing.settings_in_force import other_settings, settings_in_force
 
 SCHEMA_FILE = "config.schema.json"
 SHOW_COLUMNS = ("route", "merchant", "channel", "setting", "value", "from", "at")
@@ -57,14 +57,18 @@ def config_group() -> None:
 @channel_options
 @whole_list_options
 def config_show(route: str | None, merchant: str | None, channel: str | None, output: str, config_path: Path) -> None:
-    """Show the settings of routes that are in force, and the place of each.
+    """Show the settings that are in force, and the place of each.
 
-    They come from the route, the merchant, the channel, Norce's document as the service has read it last, or a default.
-    A secret is shown as its reference.
+    The settings of a route come from the route, the merchant, the channel, Norce's document as the service has read it
+    last, or a default. Without options, all other settings are shown as well. A secret is shown as its reference, or
+    as ***.
     """
     config, routes = load_config_and_routes(config_path)
     documents = _documents_of(config)
     rows: list[dict[str, Any]] = []
+    if route is merchant is channel is None:
+        of_no_route = dict.fromkeys(SHOW_COLUMNS[:3])
+        rows += [of_no_route | dict(zip(SHOW_COLUMNS[3:], each, strict=True)) for each in other_settings(config)]
     for each in routes.all:
         for of in each.settings:
             if route not in (None, each.name) or merchant not in (None, of.merchant) or channel not in (None, of.name):
@@ -131,12 +135,14 @@ def config_norce(
 ) -> None:
     """Print the documents at Norce that register our callbacks on every new order.
 
-    Other content of the documents is kept. With --write, the service must be running, because Norce reads our schema
-    from it. With --remove, our part is taken out again.
+    Other content of the documents is kept. With --write and --why, they are written; the service must be running,
+    because Norce reads our schema from it. With --remove, our part is taken out again.
     """
     config = load_config(config_path)
     if write and remove:
         end(USAGE, "choose --write or --remove")
+    if write and not (given["why"] or "").strip():
+        end(USAGE, "--why is needed; without --write, the documents are printed")
     slug, token_file = given.pop("slug"), given.pop("norce_token_file")
     config = with_former_merchant(config, merchant, slug, token_file, removes=remove)
     if remove:
@@ -145,6 +151,8 @@ def config_norce(
     channels = [each for each in config.channels if merchant in (None, each.merchant) and channel in (None, each.name)]
     if not channels:
         end(USAGE, "no such merchant and channel is configured")
+
+    written: list[str] = []
 
     async def work(norce: Norce) -> list[tuple[int, str]]:
         failed = []
@@ -162,12 +170,28 @@ def config_norce(
         for name, document in documents.items():
             if write:
                 await norce.call(channel, "put_configuration", body=document, path={"name": name})
+                written.append(name)
                 click.echo(printable(f"{channel.merchant}, channel {channel.name}: {name} is written"))
             else:
                 click.echo(as_json(_without_secrets(name, document, config.adapter.id), indent=2))
 
-    if failed := call_norce(config, work):
+    try:
+        failed = call_norce(config, work)
+    finally:
+        if written:
+            _record(config, "write-documents", merchant, channel, len(written), given)
+    if failed:
         end(min(code for code, _ in failed), "\n".join(printable(each) for _, each in failed))
+
+
+def _record(
+    config: Config, command: str, merchant: str | None, channel: str | None, changed: int, author: dict[str, Any]
+) -> None:
+    """Record a change of documents at Norce, with the reason and the person in `author`."""
+    where = {name: value for name, value in (("merchant", merchant), ("channel", channel)) if value is not None}
+    by = {"who": author["who"], "why": author["why"]}
+    if record_change(config, {"command": command, "by": by, "given": where, "changed": changed}) is None:
+        click.echo(NOT_RECORDED, err=True)
 
 
 def _remove_documents(
@@ -201,10 +225,7 @@ def _remove_documents(
         call_norce(config, work)
     finally:
         if rows and not dry_run:
-            where = {"merchant": merchant} | ({} if channel is None else {"channel": channel})
-            change = {"command": "remove-documents", "by": {"who": who, "why": why}, "given": where}
-            if record_change(config, change | {"changed": len(rows)}) is None:
-                click.echo(NOT_RECORDED, err=True)
+            _record(config, "remove-documents", merchant, channel, len(rows), {"who": who, "why": why})
     if rows or failed:
         click.echo(
             as_json(rows) if output == "json" else f"{len(rows)} documents {'would change' if dry_run else 'changed'}"

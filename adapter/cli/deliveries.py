@@ -50,6 +50,11 @@ from adapter.ledger.resends import LEFT_OUT, LeftOut, ResendFilter, preview
 from adapter.ledger.settlement import Reason, State
 
 MAX_IDS_SHOWN = 20
+IS_ORPHANED = (
+    f"because their queue is {ORPHANED}: its route, merchant or channel is no longer configured; "
+    "`norce-adapter deliveries discard` ends them"
+)
+IS_SHADOW = "because their route is in shadow mode, which sends nothing; remove mode: shadow first"
 
 filter_options = options(
     click.option("--reason", type=click.Choice([each.value for each in Reason]), help="Only with this reason."),
@@ -233,7 +238,7 @@ def _preview(config_path: Path, selection: ResendFilter) -> tuple[list[dict[str,
     with read_queries(config_path) as queries:
         _check_one_order(queries, selection.matching)
         rows, left_out = preview(queries.connection, selection._replace(refetching=refetching))
-    return leave_out_orphaned(config, rows), left_out
+    return leave_out_unsendable(config, rows), left_out
 
 
 def _check_one_order(queries: Queries, matching: DeliveryFilter) -> None:
@@ -312,7 +317,7 @@ def _count(config_path: Path, step: Step, *, is_retry: bool, leave_unknown: bool
         _check_one_order(queries, step.matching)
         rows = queries.count(step.matching)
     if is_retry:
-        rows = leave_out_orphaned(load_config(config_path), rows)
+        rows = leave_out_unsendable(load_config(config_path), rows)
     if is_retry and leave_unknown:
         left = sum(row["count"] for row in rows if row["reason"] == Reason.UNKNOWN.value)
         rows = [row for row in rows if row["reason"] != Reason.UNKNOWN.value]
@@ -321,17 +326,26 @@ def _count(config_path: Path, step: Step, *, is_retry: bool, leave_unknown: bool
     return rows
 
 
-def leave_out_orphaned(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the counts of configured queues, and report the others.
+def leave_out_unsendable(config: Config, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the counts of configured queues that send, and report the others.
 
-    If all queues are orphaned, end the command.
+    If there are only others, end the command.
     """
-    configured = config.queue_keys
-    kept = [row for row in rows if (row["route"], Channel(row["merchant"], row["channel"])) in configured]
-    left = sum(row["count"] for row in rows) - sum(row["count"] for row in kept)
-    if left:
-        words = f"because their queue is {ORPHANED}: its route, merchant or channel is no longer configured"
-        if not kept:
-            end(FAILED, f"{left} refused, {words}; `norce-adapter deliveries discard` ends them")
-        click.echo(f"{left} left out, {words}", err=True)
+    configured = set(config.queue_keys)
+
+    def is_orphaned(row: dict[str, Any]) -> bool:
+        return (row["route"], Channel(row["merchant"], row["channel"])) not in configured
+
+    def is_shadow(row: dict[str, Any]) -> bool:
+        return not is_orphaned(row) and config.routes[row["route"]].mode == "shadow"
+
+    kept = [row for row in rows if not is_orphaned(row) and not is_shadow(row)]
+    reports = []
+    for leaves_out, cause in ((is_orphaned, IS_ORPHANED), (is_shadow, IS_SHADOW)):
+        if left := sum(row["count"] for row in rows if leaves_out(row)):
+            reports.append(f"{left} {'left out' if kept else 'refused'}, {cause}")
+    if reports and not kept:
+        end(FAILED, "\n".join(reports))
+    for report in reports:
+        click.echo(report, err=True)
     return kept

@@ -12,8 +12,8 @@ from adapter.cli.shared import (
     TEXT,
     USAGE,
     end,
+    list_output_option,
     options,
-    output_option,
     parse_moment,
     print_rows,
     printable,
@@ -39,7 +39,7 @@ ORDER_COLUMNS = ("merchant", "channel", "orders", "missing", "brought", "young",
 @click.option("--orders", is_flag=True, help="Compare Norce's orders with the ledger, instead of its event log.")
 @click.option("--bring", is_flag=True, help="With --orders: receive the missing orders as Norce has them now.")
 @click.option("--why", type=TEXT, help="With --bring: your reason. It is recorded.")
-@options(who_option, output_option, service_options)
+@options(who_option, list_output_option, service_options)
 def reconcile(
     since: int | None,
     *,
@@ -84,8 +84,11 @@ def reconcile(
         "reconcile-orders", asked, ORDER_COLUMNS[:2], ORDER_COLUMNS,
         lambda line: f"{line['orders']} orders, {line['missing']} missing", output, config_path, to, token,
     )  # fmt: skip
+    found = [row | {"ids": ids[row["merchant"], row["channel"]]} for row in rows]
     if output == "json":
-        click.echo(json.dumps([row | {"ids": ids[row["merchant"], row["channel"]]} for row in rows]))
+        click.echo(json.dumps(found))
+    elif found and output == "csv":
+        print_rows(found, output)
     elif rows:
         print_rows(rows, output, ORDER_COLUMNS)
         for (merchant, channel), missing in ids.items():

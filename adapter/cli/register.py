@@ -75,7 +75,7 @@ former_merchant_options = options(
     "--file",
     "listing",
     type=click.Path(path_type=Path, allow_dash=True),
-    help="The orders in a file, one id a line; - is standard input.",
+    help="The orders in a file, one a line: its id, or merchant, channel and id; - is standard input.",
 )
 @click.option(
     "--remove",
@@ -117,8 +117,10 @@ def register(
         return
     if not dry_run and not (why or "").strip():
         end(USAGE, "--why is needed, because more than one order may change; --dry-run counts them")
-    order_ids = None if listing is None else _order_ids(listing)
-    which = "all-open" if all_open else "all" if order_ids is None else f"{len(order_ids)} of a file"
+    orders = None if listing is None else _orders_in(listing)
+    which = "all-open" if all_open else "all"
+    if orders is not None:
+        which = f"{sum(map(len, orders.values()))} of a file"
     places = {name: value for name, value in (("merchant", merchant), ("channel", channel)) if value is not None}
     change: dict[str, Any] = {
         "command": "deregister" if remove else "register",
@@ -129,7 +131,7 @@ def register(
     if action is None and not dry_run:
         click.echo(NOT_RECORDED, err=True)
     report = _Report(dry_run=dry_run)
-    work = _Work(config, merchant, channel, order_ids, only_open=all_open, removes=remove, report=report, output=output)
+    work = _Work(config, merchant, channel, orders, only_open=all_open, removes=remove, report=report, output=output)
     try:
         call_norce(config, work.run)
     except LookupError as error:
@@ -255,7 +257,7 @@ class _Work:
         config: Config,
         merchant: str | None,
         channel: str | None,
-        order_ids: list[str] | None,
+        orders: dict[Channel | None, list[str]] | None,
         *,
         only_open: bool,
         removes: bool,
@@ -265,7 +267,7 @@ class _Work:
         self._config = config
         self._merchant = merchant
         self._channel = channel
-        self._order_ids = order_ids
+        self._orders = orders
         self._only_open = only_open
         self._removes = removes
         self._report = report
@@ -275,7 +277,7 @@ class _Work:
         """Handle the orders channel by channel. The errors of one channel stop no other."""
         registrar, report = Registrar(self._config, norce), self._report
         with stop_signal() as stop, progress_bar(hidden=self._output == "json") as progress:
-            for channel in await self._channels(norce):
+            for channel, order_ids in await self._chosen(norce):
                 if stop.is_set():
                     break
                 if not self._removes and await _is_off(self._config, norce, channel):
@@ -289,8 +291,8 @@ class _Work:
 
                 orders = (
                     batch.listed(only_open=self._only_open, progress=show)
-                    if self._order_ids is None
-                    else given(self._order_ids, show)
+                    if order_ids is None
+                    else given(order_ids, show)
                 )
                 try:
                     async for handled in batch.handle(orders):
@@ -299,9 +301,18 @@ class _Work:
                     report.fail(channel, None, error)
             report.interrupted = stop.is_set()
 
+    async def _chosen(self, norce: Norce) -> list[tuple[Channel, list[str] | None]]:
+        """Return the channels with their orders of the file; without a file, all orders are meant."""
+        if self._orders is None:
+            return [(channel, None) for channel in await self._channels(norce)]
+        chosen: dict[Channel, list[str]] = {}
+        for named, order_ids in self._orders.items():
+            merchant, name = named or (self._merchant, self._channel)
+            channel = _channel(self._config, merchant, name, remove=self._removes)
+            chosen[channel] = list(dict.fromkeys([*chosen.get(channel, ()), *order_ids]))
+        return list(chosen.items())
+
     async def _channels(self, norce: Norce) -> list[Channel]:
-        if self._order_ids is not None:
-            return [_channel(self._config, self._merchant, self._channel, remove=self._removes)]
         merchant, name = self._merchant, self._channel
         if merchant is None or not self._removes:
             found = [
@@ -373,23 +384,28 @@ def _off(channel: Channel) -> str:
     return f"{channel.merchant}, channel {channel.name}: Norce's configuration has this adapter switched off"
 
 
-def _order_ids(listing: Path) -> list[str]:
-    """Return the order ids in a file, one a line. Empty lines and comments (#) are skipped."""
-    found: dict[str, None] = {}
+def _orders_in(listing: Path) -> dict[Channel | None, list[str]]:
+    """Return the ids of the orders in a file, by their channel.
+
+    The channel is None if a line has only the id. Empty lines and comments (#) are skipped.
+    """
+    found: dict[Channel | None, dict[str, None]] = {}
     wrong = []
     try:
         text = sys.stdin.read() if str(listing) == "-" else listing.read_text("utf-8", "replace")
     except OSError as error:
         end(USAGE, f"{listing} cannot be read: {error.strerror}")
     for number, line in enumerate(text.splitlines(), 1):
-        order_id = line.strip()
+        order_id, channel = line.strip(), None
         if not order_id or order_id.startswith("#"):
             continue
+        if len(words := order_id.split()) == 3:
+            channel, order_id = Channel(words[0], words[1]), words[2]
         try:
             check_order_id(order_id)
         except CallbackInvalid as error:
             wrong.append(f"{listing}:{number}: {error}")
-        found[order_id] = None
+        found.setdefault(channel, {})[order_id] = None
     if wrong:
         end(USAGE, "\n".join(map(printable, wrong[:MOST_SHOWN])))
-    return list(found)
+    return {channel: list(order_ids) for channel, order_ids in found.items()}

@@ -36,6 +36,7 @@ SENTENCES = frozenset(
     {"codes", "conformance", "matching", "message", "reason", "says", "value", "why"}
 )  # columns that may be folded
 LEAST_WIDTH = 24  # of a folded column
+FORMULAS = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last four are full-width
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -257,8 +258,8 @@ def print_rows(
     elif rows:
         names = columns or tuple(rows[0])
         if channels is not None:
-            merchants = {*(each.merchant for each in channels), *(row["merchant"] for row in rows)}
-            channel_names = {*(each.name for each in channels), *(row["channel"] for row in rows)}
+            merchants = {*(each.merchant for each in channels), *(row["merchant"] for row in rows)} - {None}
+            channel_names = {*(each.name for each in channels), *(row["channel"] for row in rows)} - {None}
             single = [name for name, of in (("merchant", merchants), ("channel", channel_names)) if len(of) < 2]
             names = [name for name in names if name not in single]
         _print_table([[_cell(row[name]) for name in names] for row in rows], names)
@@ -301,8 +302,14 @@ def _as_csv(rows: Sequence[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(rows[0])
-    writer.writerows([_cell(value) for value in row.values()] for row in rows)
+    writer.writerows([_as_text(value) for value in row.values()] for row in rows)
     return text.getvalue()
+
+
+def _as_text(value: Any) -> str:
+    """Return a cell of CSV. A text that looks like a formula gets an apostrophe."""
+    cell = _cell(value)
+    return f"'{cell}" if isinstance(value, str) and cell.startswith(FORMULAS) else cell
 
 
 def _cell(value: Any) -> str:

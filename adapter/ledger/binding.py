@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, select, text, update
 
+from adapter.ledger.clock import LATEST, OFFSET
 from adapter.ledger.commands import record_action
 from adapter.ledger.queries import Author
-from adapter.ledger.schema import bindings, documents
+from adapter.ledger.schema import bindings, documents, watermarks
 from adapter.ledger.store import Store, StoreInUse
 
 # A second node that starts at the same moment waits here for the first.
@@ -65,7 +66,8 @@ async def bind(store: Store, given: Binding) -> None:
 async def adopt(store: Store, given: Binding, by: Author) -> Binding | None:
     """Bind a ledger to another Norce, and record who did it. Return the former binding.
 
-    The configuration documents of the former Norce are deleted.
+    The configuration documents of the former Norce and the progress of reconciliation in its lists are deleted: both
+    begin again, as at a first start.
 
     Raises:
         StoreInUse: Another process uses the database.
@@ -80,6 +82,7 @@ async def adopt(store: Store, given: Binding, by: Author) -> Binding | None:
             connection.execute(BIND, given._asdict())
             connection.execute(update(bindings).values(given._asdict()))
             connection.execute(delete(documents))
+            connection.execute(delete(watermarks).where(watermarks.c.name.not_in((LATEST, OFFSET))))
             changed = {"from": None if former is None else str(former), "to": str(given)}
             record_action(connection, "adopt", by, changed, 1, store.clock())
         return former

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
-from sqlalchemy import ColumnElement, Connection, insert, select, update
+from sqlalchemy import ColumnElement, Connection, and_, insert, select, update
 
 from adapter.identifiers import Channel
 from adapter.ledger.claims import queue_columns, queue_state
@@ -29,6 +29,10 @@ MAX_PER_STEP = 500
 class NoSuchCommand(Exception):
     """There is no command of this name."""
 
+    def __init__(self, names: Iterable[str]) -> None:
+        super().__init__("no command of this name")
+        self.names = list(names)
+
 
 class QueueOrphaned(ValueError):
     """A delivery is in a queue whose route, merchant or channel is no longer configured."""
@@ -37,6 +41,15 @@ class QueueOrphaned(ValueError):
         super().__init__(
             f"delivery {delivery_id}: its queue, {route} of {channel.merchant}/{channel.name}, is {ORPHANED}. "
             "Discard it, or configure the route, merchant and channel again"
+        )
+
+
+class QueueInShadow(ValueError):
+    """A delivery is on a route in shadow mode, which sends nothing."""
+
+    def __init__(self, delivery_id: int, route: str) -> None:
+        super().__init__(
+            f"delivery {delivery_id}: its route {route} is in shadow mode, so it would wait; remove mode: shadow first"
         )
 
 
@@ -85,7 +98,7 @@ class QueueChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 class ChangeAtNorce(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A change of many orders or documents at Norce, to be recorded."""
 
-    command: Literal["register", "deregister", "remove-documents"]
+    command: Literal["register", "deregister", "write-documents", "remove-documents"]
     by: Author
     given: Mapping[Text, Text]
     changed: Annotated[int, Meta(ge=0)] = 0
@@ -98,14 +111,21 @@ class Commands:
     Args:
         configured: The ids of the configured queues; None if every queue is configured. Any other queue is orphaned:
             nothing is retried or resent in it.
+        shadows: The ids of the queues whose routes are in shadow mode. Nothing is retried or resent in them either.
         refetching: The routes that read the order again.
     """
 
     def __init__(
-        self, store: Store, configured: Collection[int] | None = None, *, refetching: Collection[str] = ()
+        self,
+        store: Store,
+        configured: Collection[int] | None = None,
+        *,
+        shadows: Collection[int] = (),
+        refetching: Collection[str] = (),
     ) -> None:
         self._store = store
         self._configured = configured
+        self._shadows = shadows
         self._refetching = refetching
         self._clock = store.clock
 
@@ -126,18 +146,19 @@ class Commands:
             "record": ChangeAtNorce,
         }
         if name not in types:
-            raise NoSuchCommand(f"There is no command {name}; there are: {', '.join(types)}.")
+            raise NoSuchCommand(types)
         arguments = msgspec.json.decode(body, type=types[name])
         return msgspec.to_builtins(await getattr(self, name)(arguments))
 
     async def retry(self, step: Step) -> StepResult:
         """Make dead letters wait again, with their whole schedule.
 
-        Deliveries of orphaned queues are left out.
+        Deliveries of orphaned queues and of routes in shadow mode are left out.
 
         Raises:
             ValueError: The step asks for waiting deliveries.
             QueueOrphaned: The step names the id of a delivery in an orphaned queue.
+            QueueInShadow: The step names the id of a delivery on a route in shadow mode.
         """
         if step.matching.state == State.WAITING.value:
             raise ValueError("only dead letters can be retried")
@@ -149,11 +170,12 @@ class Commands:
         A dead letter is ended as discarded. The first step only records the command: it sends nothing, and returns the
         action that the next steps need. They use the conditions that are recorded there, and each can be repeated.
 
-        Deliveries of orphaned queues are left out.
+        Deliveries of orphaned queues and of routes in shadow mode are left out.
 
         Raises:
             ValueError: The conditions do not fit a resend, or there is no such action.
             QueueOrphaned: The step names the id of a delivery in an orphaned queue.
+            QueueInShadow: The step names the id of a delivery on a route in shadow mode.
         """
         ResendFilter.of(step.matching, step.unknown, self._refetching)
         return await self._store.run(self._resend, step)
@@ -183,26 +205,35 @@ class Commands:
         """Let paused queues run again at once, whatever paused them. Returns their number."""
         return await self._store.run(self._change_queues, "resume", change)
 
-    def in_configured_queues(self) -> list[ColumnElement[bool]]:
-        """Return the conditions under which a delivery of `joined` is in no orphaned queue."""
-        return [] if self._configured is None else [queues.c.id.in_(self._configured)]
+    def can_be_sent(self) -> list[ColumnElement[bool]]:
+        """Return conditions for `joined`: the queue is configured and not in shadow mode."""
+        conditions: list[ColumnElement[bool]] = []
+        if self._shadows:
+            conditions.append(queues.c.id.not_in(self._shadows))
+        if self._configured is not None:
+            conditions.append(queues.c.id.in_(self._configured))
+        return conditions
 
     # --- in the writer's thread, inside its transaction ---
 
-    def refuse_orphaned(self, connection: Connection, ids: Collection[int]) -> None:
-        """Raise `QueueOrphaned` if one of these deliveries is in an orphaned queue."""
-        if self._configured is None or not ids:
+    def refuse_unsendable(self, connection: Connection, ids: Collection[int]) -> None:
+        """Raise `QueueOrphaned` or `QueueInShadow` if one of these deliveries would only wait."""
+        conditions = self.can_be_sent()
+        if not conditions or not ids:
             return
-        columns = (deliveries.c.id, queues.c.route, queues.c.merchant, queues.c.channel)
-        orphaned = joined(*columns).where(deliveries.c.id.in_(ids), queues.c.id.not_in(self._configured))
-        if (row := connection.execute(orphaned.order_by(deliveries.c.id).limit(1)).first()) is not None:
+        columns = (deliveries.c.id, queues.c.id.label("queue_id"), queues.c.route, queues.c.merchant, queues.c.channel)
+        unsendable = joined(*columns).where(deliveries.c.id.in_(ids), ~and_(*conditions))
+        row = connection.execute(unsendable.order_by(deliveries.c.id).limit(1)).first()
+        if row is not None and row.queue_id in self._shadows:
+            raise QueueInShadow(row.id, row.route)
+        if row is not None:
             raise QueueOrphaned(row.id, row.route, Channel(row.merchant, row.channel))
 
     def _step(self, connection: Connection, command: str, step: Step) -> StepResult:
         more = []
         if command == "retry":
-            self.refuse_orphaned(connection, step.matching.ids)
-            more = self.in_configured_queues()
+            self.refuse_unsendable(connection, step.matching.ids)
+            more = self.can_be_sent()
         if step.after == 0:
             check_one_order(connection, step.matching)
         leaves_unknown = command == "retry" and step.unknown == "leave"
@@ -242,7 +273,7 @@ class Commands:
     def _resend(self, connection: Connection, step: Step) -> StepResult:
         if step.action is None:
             check_one_order(connection, step.matching)
-            self.refuse_orphaned(connection, step.matching.ids)
+            self.refuse_unsendable(connection, step.matching.ids)
             given = step.matching.given() | ({} if step.unknown == "leave" else {"unknown": step.unknown})
             action = record_action(connection, "resend", step.by, given, 0, self._clock())
             return StepResult(changed=0, after=step.after, action=action)
@@ -252,7 +283,7 @@ class Commands:
         given = msgspec.json.decode(row.matching)
         unknown = given.pop("unknown", "leave")
         matching = msgspec.convert(given, DeliveryFilter)
-        made = {"command": row.id, "ended_until": row.at, "further": self.in_configured_queues()}
+        made = {"command": row.id, "ended_until": row.at, "further": self.can_be_sent()}
         selection = ResendFilter.of(matching, unknown, self._refetching, **made)
         found, after = selection.find(connection, after=step.after, most=step.most)
         sent, left_out = add_resends(connection, selection, found, self._clock()) if found else ([], {})

@@ -117,9 +117,10 @@ class Handling:
     def of_resend(self) -> "Handling":
         """Return the ways for a resend.
 
-        Its lookup must not find the effect of an earlier delivery.
+        Its lookup must not find the effect of an earlier delivery. Without such a lookup, a person decides, because a
+        person has asked for it.
         """
-        return replace(self, looks_up=self.looks_up_resends)
+        return replace(self, looks_up=self.looks_up_resends, repeatable=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

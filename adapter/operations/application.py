@@ -190,7 +190,8 @@ class OperationsEndpoints:
             else:
                 answer = await self._commands.run(name, body)
         except NoSuchCommand as error:
-            return _refusal(404, "command-not-found", str(error))
+            names = sorted((*error.names, "backfill", "reconcile", "reconcile-orders"))
+            return _refusal(404, "command-not-found", f"There is no command {name}; there are: {', '.join(names)}.")
         except CommandTooLarge:
             return _refusal(413, "too-large", f"A command has at most {LARGEST_COMMAND_BYTES} bytes.")
         except ValueError as error:

@@ -467,7 +467,7 @@ class NotificationHandler(_Handler[S]):
 
     `lookup_by_key = True` declares that `lookup` finds the effect of this delivery only, such as by its idempotency
     key, and never mistakes that of an earlier delivery of the order for it. Otherwise a resend is never looked up:
-    without a known outcome it waits for a person, unless the handler is `repeatable`.
+    without a known outcome it waits for a person.
 
     `log_fields = {"invoice"}` declares fields of `context.log` whose texts may be logged. They must not hold personal
     data.

@@ -1,4 +1,4 @@
-"""The settings of routes that are in force for a channel, each with its place."""
+"""The settings that are in force, each with its place."""
 
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -8,7 +8,7 @@ import msgspec
 
 from adapter.config import Config, read_settings
 from adapter.config.json_schema import spelled
-from adapter.config.model import ONLY_FOR_ANSWERS, ONLY_FOR_NOTIFICATIONS, merged
+from adapter.config.model import ONLY_FOR_ANSWERS, ONLY_FOR_NOTIFICATIONS, ConfigFile, merged
 from adapter.config.problems import Reference, joined, under
 from adapter.identifiers import Channel
 from adapter.plugin import Secret
@@ -20,11 +20,11 @@ BINDINGS = ("merchants", "channels", "settings")  # members of a route that are 
 
 
 class SettingInForce(NamedTuple):
-    """A setting of a route for one channel, without secrets."""
+    """A setting, without secrets."""
 
-    setting: str  # its path in the route
+    setting: str  # its path, in the route if it is a route's
     value: Any
-    origin: str  # route, merchant, channel, norce or default
+    origin: str  # route, merchant, channel, norce or default; file for a setting of no route
     place: str | None  # the file and line
 
 
@@ -74,6 +74,16 @@ def settings_in_force(
     return found
 
 
+def other_settings(config: Config) -> Iterator[SettingInForce]:
+    """Yield the settings that belong to no route, section by section."""
+    for section in ConfigFile.__struct_fields__:
+        if section != "routes":
+            for path, value in _settings_below(getattr(config, section), section):
+                is_given = path in config.source.lines
+                place = _place(config, path) if is_given else None
+                yield SettingInForce(path, without_secrets(value), "file" if is_given else "default", place)
+
+
 def without_secrets(value: Any) -> Any:
     """Return a value as JSON takes it. Text that came by reference is shown as its reference."""
     if isinstance(value, Reference):
@@ -108,6 +118,22 @@ def _leaves(value: Any, tree: Any, path: str) -> Iterator[tuple[str, Any, bool]]
             yield from _leaves(inner, member, under(path, name))
     else:
         yield path, value if tree is ABSENT else tree, tree is not ABSENT
+
+
+def _settings_below(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yield the path and value of each setting in a section, without the settings of routes."""
+    if isinstance(value, msgspec.Struct):
+        of_class = value.__struct_config__
+        if of_class.tag is not None:
+            yield under(path, str(of_class.tag_field)), of_class.tag
+        for each in msgspec.structs.fields(value):
+            if each.encode_name != "routes":
+                yield from _settings_below(getattr(value, each.name), under(path, each.encode_name))
+    elif isinstance(value, Mapping) and value and all(isinstance(each, msgspec.Struct) for each in value.values()):
+        for name, member in value.items():
+            yield from _settings_below(member, under(path, name))
+    else:
+        yield path, value
 
 
 def _has(tree: Any, path: str) -> bool:

@@ -97,6 +97,20 @@ def test_each_setting_is_shown_with_the_layer_and_line_that_it_comes_from(config
     assert ("rules other/1", "handler") not in found
 
 
+def test_all_other_settings_are_shown_with_their_lines(config: Path) -> None:
+    found = {setting: shown for (of, setting), shown in settings(config).items() if of == "None None/None"}
+
+    assert found["adapter.id"] == ("an_adapter", "file", line_of("an_adapter"))
+    assert found["callbacks.order-status.kind"] == ("notification", "file", line_of("order-status: {"))
+    assert found["callbacks.order-rules.deadline"] == ("2s", "default", None)
+    assert found["reconciliation.orders"] == ("1d", "default", None)
+    assert found["store.retention.unwanted"] == ("1d", "default", None)
+    assert found["queues.pause_after"][1:] == ("default", None)
+    assert found["merchants.other.tokens"] == (["***"], "file", line_of("other: {tokens"))
+    assert found["senders.signed_urls.keys"][0] == {"k1": "***"}
+    assert not [setting for setting in found if "routes" in setting]
+
+
 def test_a_secret_is_shown_as_its_reference_in_every_form(config: Path) -> None:
     assert settings(config)["export norce/1", "settings.auth.password"] == (
         "${env:PASSWORD}",

@@ -171,6 +171,18 @@ def test_the_queues_of_a_route_that_is_gone_are_orphaned_and_their_deliveries_ca
     assert (discarded.exit_code, discarded.stdout) == (OK, "3 discarded\n")
 
 
+@pytest.mark.parametrize("name", ["retry", "resend"])
+def test_a_retry_or_resend_to_a_route_in_shadow_mode_is_refused_with_the_remedy(config: Path, name: str) -> None:
+    shadow = ROUTES.splitlines()[0].replace("handler:", "mode: shadow, handler:")
+    config.write_text(config.read_text().replace(ROUTES.splitlines()[0], shadow))
+
+    refused = command("deliveries", name, "--route", "export", *BY, config=config)
+
+    assert (refused.exit_code, refused.stdout) == (FAILED, "")
+    assert "refused, because their route is in shadow mode" in refused.stderr
+    assert "remove mode: shadow first" in refused.stderr
+
+
 def test_a_retry_leaves_out_orphaned_queues_and_says_so(config: Path) -> None:
     execute(config, "UPDATE deliveries SET reason = 'exhausted' WHERE id = 3")
     with opened(f"sqlite:///{config.parent}/ledger.db") as ledger:

@@ -111,6 +111,16 @@ def test_csv_has_all_columns_and_survives_every_text(capsys: pytest.CaptureFixtu
     assert first == second == ["7", 'a "b", c', '["x", "y"]', "", "true", "\\x1b[2J\\n"]
 
 
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\uff1d1"])
+def test_a_text_in_csv_is_no_formula(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    """A reference comes from the shop, and a person opens the list in a spreadsheet."""
+    print_rows([{"text": text, "listed": [text], "number": -1}], "csv")
+
+    _, (first, *others) = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert first == f"'{text}"
+    assert others == [f'["{text}"]', "-1"]
+
+
 CHANNELS: dict[str, tuple[list[Channel], dict[str, Any], set[str]]] = {
     "one channel": ([Channel("norce", "1")], {}, set()),
     "two channels": ([Channel("norce", "1"), Channel("norce", "2")], {}, {"channel"}),

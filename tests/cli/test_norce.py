@@ -209,9 +209,14 @@ def test_documents_are_written(norce: Norce, tmp_path: Path, config: Path) -> No
     with closing(Serving(config, ENVIRON)) as service:
         # Norce reads our schema from where we are.
         config.write_text(config.read_text().replace("http://127.0.0.1:1", service.address))
-        result = command("config", "norce", "--write", config=config)
+        without_a_reason = command("config", "norce", "--write", config=config)
+        before = dict(norce.simulator.records.documents)
+        result = command("config", "norce", "--write", "--why", "a new shop", config=config)
 
+    assert (without_a_reason.exit_code, before) == (USAGE, {})
+    assert "--why" in without_a_reason.stderr
     assert (result.exit_code, len(result.stdout.splitlines())) == (OK, 2), result.output
+    assert execute(config, "SELECT command, why, changed FROM actions") == [("write-documents", "a new shop", 2)]
     ours = norce.simulator.records.documents["norce", "1", "an_adapter"]
     assert ours["callbacks"]["secret"] == "canary%26static"
 
@@ -219,7 +224,7 @@ def test_documents_are_written(norce: Norce, tmp_path: Path, config: Path) -> No
 def test_orders_of_a_written_channel_notify_without_registration(norce: Norce, config: Path) -> None:
     with closing(Serving(config, ENVIRON)) as service:
         config.write_text(config.read_text().replace("http://127.0.0.1:1", service.address))
-        command("config", "norce", "--write", config=config)
+        command("config", "norce", "--write", "--why", "a new shop", config=config)
         order = norce.order()
         norce.ask("put_state", {"currentStatus": "processing"}, order_id=order)
 
@@ -296,6 +301,7 @@ def test_orders_that_never_came_are_listed_and_brought_with_a_reason(norce: Norc
     with closing(Serving(config, ENVIRON)):
         listed = command("reconcile", "--orders", config=config)
         for_programs = command("reconcile", "--orders", "--output", "json", config=config)
+        as_csv = command("reconcile", "--orders", "--output", "csv", config=config)
         preview = command("reconcile", "--orders", "--bring", "--dry-run", "--why", "x", config=config)
         before = stored(config)
         brought = command(
@@ -307,6 +313,10 @@ def test_orders_that_never_came_are_listed_and_brought_with_a_reason(norce: Norc
         assert "--bring" in listed.stderr
         first = json.loads(for_programs.stdout)[0]
         assert (first["orders"], first["missing"], first["brought"], first["ids"]) == (1, 1, 0, [order])
+        assert as_csv.stdout.splitlines() == [
+            "merchant,channel,orders,missing,brought,young,others,ids",
+            f'norce,1,1,1,0,0,0,"[""{order}""]"',
+        ]
         assert before == []
         assert json.loads(brought.stdout)[0]["brought"] == 1
         assert stored(config) == [(order, "orders")]

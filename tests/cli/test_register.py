@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adapter.identifiers import Channel
 from tests.cli.test_cli import FAILED, NOTHING_MATCHED, OK, USAGE, Serving, execute, write
 from tests.cli.test_norce import CONFIG, ENVIRON, SENDERS, Norce, command
 
@@ -108,6 +109,18 @@ def test_the_orders_of_a_file_are_registered_and_an_unknown_one_is_named(
     ]
     again = many("--file", "-", *WHY, config=config, input=f"{first}\n{second}\n")
     assert (again.exit_code, again.counts["unchanged"]) == (OK, 2)
+
+
+def test_the_orders_of_a_file_may_be_of_several_channels(norce: Norce, config: Path) -> None:
+    config.write_text(config.read_text().replace('channels: {"1": {}}', 'channels: {"1": {}, "2": {}}', 1))
+    first, second = norce.order(), norce.run(norce.caller.create({"currency": "SEK"}, channel=Channel("norce", "2")))
+    lines = f"norce 1 {first}\nnorce 2 {second}\nnorce 9 {first}\n"
+
+    unknown = many("--file", "-", *WHY, config=config, input=lines)
+    result = many("--file", "-", *WHY, config=config, input=lines.replace("norce 9", "norce 1"))
+
+    assert (unknown.exit_code, result.exit_code) == (USAGE, OK), unknown.output + result.output
+    assert (result.counts["orders"], result.counts["changed"]) == (2, 2)
 
 
 def test_a_channel_that_norce_has_switched_off_is_not_registered_and_still_removed(norce: Norce, config: Path) -> None:

@@ -70,7 +70,7 @@ async def test_a_resend_has_one_key_for_its_attempts_and_shares_it_with_no_other
 DOUBTS: dict[str, tuple[type[Plain], tuple[str, str | None], list[str]]] = {
     "a lookup of the order would find the earlier delivery": (LooksUp, ("dead", "unknown"), []),
     "a lookup by the key": (LooksUpByKey, ("done", "delivered"), ["lookup"]),
-    "repeatable": (Repeatable, ("done", "delivered"), ["deliver"]),
+    "repeatable": (Repeatable, ("dead", "unknown"), []),
     "repeatable, and a lookup by the key": (RepeatableByKey, ("done", "delivered"), ["lookup"]),
     "neither": (Plain, ("dead", "unknown"), []),
     "a key without a lookup": (KeyWithoutLookup, ("dead", "unknown"), []),

@@ -37,14 +37,17 @@ def test_another_norce_is_refused_with_both_and_the_remedy(ledger: Ledger, given
     assert bound(ledger) == [STAGE]
 
 
-def test_a_person_changes_the_binding_and_the_documents_of_the_former_norce_go(ledger: Ledger) -> None:
+def test_a_person_changes_the_binding_and_what_was_read_from_the_former_norce_goes(ledger: Ledger) -> None:
     ledger.do(bind(ledger.store, STAGE))
     ledger.rows("INSERT INTO documents (merchant, channel, content) VALUES ('fjallboden', '1', '')")
+    ledger.rows("INSERT INTO watermarks (name, value) VALUES ('reconciled fjallboden', 1), ('reconciliation', 2)")
 
     former = ledger.do(adopt(ledger.store, PRODUCTION, BY))
 
     assert (former, bound(ledger)) == (STAGE, [PRODUCTION])
     assert ledger.rows("SELECT count(*) FROM documents") == [(0,)]
+    kept = ledger.rows("SELECT name FROM watermarks ORDER BY name")
+    assert kept == [("clock_latest",), ("clock_offset",)]  # without them, leases could end early
     assert ledger.rows("SELECT command, who, why, matching FROM actions") == [
         ("adopt", *(BY.who, BY.why), '{"from":"adapter an_adapter at stage","to":"adapter an_adapter at production"}')
     ]

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace as replace_member
 
 from adapter.ledger import resends, selection
-from adapter.ledger.commands import Commands, QueueOrphaned, Step, StepResult
+from adapter.ledger.commands import Commands, QueueInShadow, QueueOrphaned, Step, StepResult
 from adapter.ledger.inbox import Received
 from adapter.ledger.maintenance import faults
 from adapter.ledger.queries import Author, DeliveryFilter
@@ -436,7 +436,7 @@ def test_a_resend_waits_behind_the_delivery_that_is_attempted(ledger: Ledger) ->
     [
         (Handling(looks_up=True, repeatable=False), ("dead", "unknown")),
         (Handling(looks_up=True, repeatable=False, looks_up_resends=True), ("waiting", None)),
-        (Handling(looks_up=True, repeatable=True), ("waiting", None)),
+        (Handling(looks_up=True, repeatable=True), ("dead", "unknown")),
     ],
     ids=["looks up the order", "looks up the key", "repeatable"],
 )
@@ -472,6 +472,19 @@ def test_a_queue_that_is_no_longer_configured_takes_no_resend(ledger: Ledger) ->
     commands = Commands(ledger.store, {ledger.history}, refetching=ROUTES)
 
     with pytest.raises(QueueOrphaned, match=r"delivery 1: .* is orphaned\."):
+        ledger.do(commands.resend(Step(matching=DeliveryFilter(ids=(1, 2)), by=BY)))
+
+    first = ledger.do(commands.resend(Step(matching=DeliveryFilter(), by=BY)))
+    assert ledger.do(commands.resend(Step(matching=DeliveryFilter(), by=BY, action=first.action))).changed == 1
+    assert [row[3] for row in table(ledger) if row[3]] == [2]
+
+
+def test_a_route_in_shadow_mode_takes_no_resend(ledger: Ledger) -> None:
+    deliver(ledger, 1)
+    deliver(ledger, 1, refetch=False, order_id="order-2")
+    commands = Commands(ledger.store, shadows={ledger.export}, refetching=ROUTES)
+
+    with pytest.raises(QueueInShadow, match=r"delivery 1: its route export is in shadow mode"):
         ledger.do(commands.resend(Step(matching=DeliveryFilter(ids=(1, 2)), by=BY)))
 
     first = ledger.do(commands.resend(Step(matching=DeliveryFilter(), by=BY)))
