@@ -43,10 +43,10 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
     config, built = load_config_and_routes(config_path)
     if what.isascii() and what.isdecimal():
         kept = _notification(config, ID(what))
-        order, channel = _order_in(kept.body, what), Channel(kept.merchant, kept.channel)
+        order, channel = order_in_file(kept.body, what), Channel(kept.merchant, kept.channel)
         callback = callback or kept.callback
     else:
-        order = _order_in(_bytes_of(what), what)
+        order = order_in_file(bytes_of(what), what)
         channel = Channel(str(order.get("merchant")), str(order.get("channel")))
     if callback is None:
         end(USAGE, "a file needs --callback: the name of a configured callback")
@@ -62,14 +62,16 @@ def explain(what: str, callback: str | None, output: str, config_path: Path) -> 
             click.echo(printable(line))
 
 
-def _bytes_of(name: str) -> bytes:
+def bytes_of(name: str) -> bytes:
+    """Return the content of a file, or of standard input for `-`, or end the command."""
     try:
         return sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as error:
         end(USAGE, f"{name} cannot be read: {error.strerror}")
 
 
-def _order_in(raw: bytes, what: str) -> dict[str, Any]:
+def order_in_file(raw: bytes, what: str) -> dict[str, Any]:
+    """Return the order in an order, an envelope or an event record, or end the command."""
     try:
         tree = decode(raw)
         if isinstance(tree, dict) and isinstance(tree.get("payload"), dict):  # an event record of the Notification API

@@ -13,6 +13,7 @@ from adapter.metrics import Metrics
 from adapter.norce.client import Account, Norce, base_url
 
 LOOPBACK = "localhost"
+LOOPBACK_HOSTS = frozenset({LOOPBACK, "127.0.0.1", "::1"})
 
 
 def queue_keys(config: Config) -> list[QueueKey]:
@@ -27,7 +28,13 @@ def ledger_binding(config: Config) -> Binding:
     if (given := config.norce.base_url) is None:
         return Binding(config.norce.environment, config.adapter.id)
     url = httpx.URL(given)
-    return Binding(LOOPBACK if url.host in ("localhost", "127.0.0.1", "::1") else str(url), config.adapter.id)
+    return Binding(LOOPBACK if url.host in LOOPBACK_HOSTS else str(url), config.adapter.id)
+
+
+def sandbox_port(config: Config) -> int | None:
+    """Return the port of the configured Norce if it is on this machine, as a sandbox is."""
+    _, host, port = config.norce.base_url.origin if config.norce.base_url else ("", "", 0)
+    return port if host in LOOPBACK_HOSTS else None
 
 
 def pause_policy(config: Config) -> PausePolicy:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.cli.test_cli import CONFIGURATION, FAILED, OK, Serving, run
 
 pytestmark = pytest.mark.usefixtures("logging_as_before")
 
+ORDERS = ROOT / "adapter" / "sandbox" / "demo" / "orders"
 ENVIRON = {"NORCE_TOKEN": "a-token", "NORCE_ADAPTER_URL_KEY": "a-key-of-at-least-thirty-two-bytes"}
 
 
@@ -35,11 +37,14 @@ def test_a_purchase_in_the_sandbox_is_delivered_with_it(tmp_path: Path, monkeypa
     path.write_text(path.read_text().replace(":8090/", f":{port}/") + ports)
 
     with closing(Serving(path, ENVIRON)) as service:
-        options = ["--scenario", "happy-purchase", "--port", port, "--adapter", service.address]
+        options = ["--scenario", "happy-purchase", "--adapter", service.address]
         result = run("simulate", *options, config=path, env=ENVIRON)
+        own = run("simulate", *options, "--order", ORDERS / "order-completed.json", config=path, env=ENVIRON)
 
     assert result.exit_code == OK, result.output
+    assert "this Norce has port" not in result.stderr
     assert json.loads(result.stdout)["deliveries"] == {"delivered": 1}
+    assert json.loads(own.stdout)["deliveries"] == {"delivered": 1}
 
 
 def test_it_prints_the_variables_that_are_missing(tmp_path: Path) -> None:

@@ -69,6 +69,13 @@ def test_a_wrong_option_ends_it_with_one_line(words: list[str], status: int, say
     [
         (["--scenario", "happy-purchase", "--orders", "3"], "--orders is for the scenario burst"),
         (["--orders", "3"], "need a --scenario"),
+        (["--order", "order.json"], "need a --scenario"),
+        (
+            ["--scenario", "voucher", "--order", "order.json"],
+            "voucher needs an order of its own; --order is for happy-",
+        ),
+        (["--scenario", "happy-purchase", "--order", "/no/such/file"], "/no/such/file cannot be read"),
+        (["--scenario", "happy-purchase", "--order", __file__], "holds no order"),
         (["--scenario", "sad-purchase"], "'sad-purchase' is not one of"),
     ],
 )
@@ -79,3 +86,16 @@ def test_options_that_contradict_each_other_are_refused(options: list[str], mess
 
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_a_scenario_says_first_that_its_port_is_not_that_of_the_configuration() -> None:
+    environ = {"NORCE_TOKEN": "a token", "NORCE_ADAPTER_URL_KEY": "a-key-of-at-least-thirty-two-bytes"}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options = ["--scenario", "happy-purchase", "--port", port]
+        result = run("simulate", *options, config=ROOT / "docs" / "scenarios.yaml", env=environ)
+
+    assert result.exit_code == 1
+    first, second = result.stderr.splitlines()
+    assert first == f"warning: this Norce has port {port}, but norce.base_url leads to http://127.0.0.1:8090/checkout"
+    assert "cannot listen" in second
