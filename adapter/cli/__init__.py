@@ -25,6 +25,7 @@ COMMANDS = {
     "send": "send.send",
     "why": "why.why",
     "explain": "explain.explain",
+    "try": "try_.try_command",
     "handlers": "handlers.handlers_group",
     "register": "register.register",
     "reconcile": "reconcile.reconcile",

@@ -44,7 +44,7 @@ order_file_option = click.option(
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
-    help="The port to listen on; by default that of norce.base_url in a scenario, otherwise 8090; 0 takes any free one.",
+    help="The port to listen on; by default that of norce.base_url in a scenario, otherwise 8090; 0: any free one.",
 )
 @click.option("--token", envvar="NORCE_TOKEN", show_envvar=True, help="The token to accept; by default a new one.")
 @click.option("--switch", "pairs", multiple=True, metavar="NAME=VALUE", help="Set a switch; may be repeated.")
