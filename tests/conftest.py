@@ -38,6 +38,11 @@ def pytest_xdist_auto_num_workers() -> int:
     return min((os.cpu_count() or 1) + 2, 4)
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Import nothing that `make quick` leaves out: importing takes as long as running the rest."""
+    return True if config.getoption("quick") and collection_path.name in {*SLOW, *NOT_QUICK} else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with the files that take long, so that no worker is left alone with them at the end."""
     items.sort(key=lambda item: item.path.parent.name not in SLOW)
@@ -56,8 +61,7 @@ def is_quick(item: pytest.Item) -> bool:
     """Tell whether a test uses no PostgreSQL, starts no service, waits for nothing and measures no time."""
     needs = {"postgres", "postgres_url", "site"} & set(getattr(item, "fixturenames", ()))
     store = getattr(item, "callspec", None) and "postgresql" in item.callspec.params.values()  # type: ignore[attr-defined]
-    is_slow = {item.path.parent.name, item.path.name} & {*SLOW, *NOT_QUICK}
-    return not (is_slow or needs or store or item.get_closest_marker("speed"))
+    return not (needs or store or item.get_closest_marker("speed"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
