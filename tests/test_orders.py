@@ -617,6 +617,10 @@ DECODE_THEMSELVES = {
     "ledger/claims.py",
     "cli/service.py",
     "operations/application.py",
+    "cli/masks.py",
+    "oauth2.py",
+    "testing/builders.py",
+    "testing/play.py",
 }
 
 

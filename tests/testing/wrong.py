@@ -153,8 +153,10 @@ class KeepsTheEmail(Export):
 
 
 class LogsTheEmail(Export):
+    log_fields = frozenset({"buyer"})
+
     async def deliver(self, notification: Notification, context: Ctx) -> Done | Skip:
-        context.log.info("order_seen", path=notification.order.customer.billing.email)
+        context.log.info("order_seen", buyer=notification.order.customer.billing.email)
         return await super().deliver(notification, context)
 
 
@@ -311,8 +313,10 @@ class SleepsInACheck(StockCheck):
 
 
 class LogsThePhone(StockCheck):
+    log_fields = frozenset({"buyer"})
+
     async def validate(self, order: Order, context: Ctx) -> list[Problem]:
-        context.log.info("order_seen", path=order.customer.billing.phone)
+        context.log.info("order_seen", buyer=order.customer.billing.phone)
         return []
 
 
