@@ -131,7 +131,7 @@ def context(
         settings=settings_of(handler, settings),
         channel=channel,
         order_id=of.id,
-        identity="test",
+        identity="test, again" if is_resend else "test",
         deadline=clock() + timeout,
         first_attempt_at=first_attempt_at or clock(),
         attempt=attempt,

@@ -1,10 +1,10 @@
 """The export to Jetshop: the mapping, the requests to the stand-in, and the stand-in itself."""
 
 import asyncio
-import copy
 import json
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -14,7 +14,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jsonpointer import JsonPointer
 
 from adapter.handlers.jetshop import JetshopExport
 from adapter.handlers.jetshop.contract import contract, schema, violations
@@ -23,10 +22,8 @@ from adapter.handlers.jetshop.settings import JetshopSettings
 from adapter.orders import Order, read_order
 from adapter.outgoing import Outgoing, Traffic
 from adapter.plugin import (
-    Context,
     Done,
     Misconfigured,
-    Notification,
     Outcome,
     Previous,
     Reject,
@@ -44,12 +41,12 @@ from adapter.sandbox.jetshop_stand_in import (
     Fault,
     JetshopStandIn,
 )
+from adapter.testing import ABSENT, context, notification, order
 from tests import ORDERS
 from tests.simulators import in_thread
 
 COMPLETED = json.loads((ORDERS / "order-completed.json").read_text())
 NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
-ABSENT = object()
 CANARY = "CANARY"
 
 SETTINGS = {
@@ -66,18 +63,6 @@ SETTINGS = {
 def settings(**changes: Any) -> JetshopSettings:
     tree = {name: value for name, value in (SETTINGS | changes).items() if value is not ABSENT}
     return msgspec.convert(tree, JetshopSettings, dec_hook=lambda type_, value: type_(value))
-
-
-def order(changes: Mapping[str, Any] | None = None, base: Any = COMPLETED) -> Order:
-    """Return the completed order with other values at these pointers."""
-    tree = copy.deepcopy(base)
-    for pointer, value in (changes or {}).items():
-        parent, name = JsonPointer(pointer).to_last(tree)
-        if value is ABSENT:
-            del parent[name]
-        else:
-            parent[name] = value
-    return read_order(json.dumps(tree).encode())
 
 
 def refusal(changes: Mapping[str, Any], **changed_settings: Any) -> Reject:
@@ -615,29 +600,7 @@ def test_defaults():
     )
 
 
-def test_every_setting_is_described():
-    pending: list[Any] = [JetshopSettings]
-    while pending:
-        struct = pending.pop()
-        for field in msgspec.json.schema_components([struct], ref_template="{name}")[1].values():
-            for name, declared in field.get("properties", {}).items():
-                assert declared.get("description") or name == "type", name
-                assert name != "transport"
-
-
 # --- the export -----------------------------------------------------------------------------------------------------
-
-
-class QuietLog:
-    def debug(self, event: str, **fields: Any) -> None: ...
-    def info(self, event: str, **fields: Any) -> None: ...
-    def warning(self, event: str, **fields: Any) -> None: ...
-    def error(self, event: str, **fields: Any) -> None: ...
-
-
-class NoOrders:
-    async def read(self, order_id: str) -> Order:
-        raise AssertionError("the export reads no order")
 
 
 def export(
@@ -646,41 +609,17 @@ def export(
     *,
     of: Order | None = None,
     with_settings: JetshopSettings | None = None,
-    previous: Previous | None = None,
-    is_resend: bool = False,
-    first_attempt_at: datetime = NOW,
-    time_left: timedelta = timedelta(seconds=30),
+    **given: Any,
 ) -> Done | Skip | Outcome | None:
     """Call the handler once and return its outcome. Without a shop the request goes over TCP."""
-    chosen, the_order = with_settings or settings(), of or order()
+    chosen, about = with_settings or settings(), notification(of)
+    made = context(JetshopExport, chosen, shop, of=about.order, **given)
 
     async def call() -> Done | Skip | Outcome | None:
-        outgoing = Outgoing(None if shop is None else httpx.ASGITransport(app=shop))
-        context = Context(
-            settings=chosen,
-            log=QuietLog(),
-            http=outgoing.client(chosen, NOW + time_left, lambda: NOW, Traffic()),
-            orders=NoOrders(),
-            clock=lambda: NOW,
-            identity="the-event/2" if is_resend else "the-event",
-            route="export-payment",
-            deadline=NOW + time_left,
-            first_attempt_at=first_attempt_at,
-            previous=previous,
-            is_resend=is_resend,
-        )
-        notification = Notification(
-            id=1,
-            merchant="fjallboden",
-            channel="se-b2c",
-            callback="order-status",
-            order=the_order,
-            received=the_order,
-            raw=the_order.raw,
-            received_at=NOW,
-        )
+        outgoing = Outgoing()
+        over_tcp = outgoing.client(chosen, made.deadline, made.clock, Traffic())
         try:
-            return await getattr(JetshopExport(), method)(notification, context)
+            return await getattr(JetshopExport(), method)(about, replace(made, http=over_tcp) if shop is None else made)
         except Outcome as outcome:
             return outcome
         finally:
@@ -915,18 +854,6 @@ def test_each_kind_of_credentials_is_sent(auth, header, value):
 # --- in doubt -------------------------------------------------------------------------------------------------------
 
 
-def test_lookup_finds_an_export_whose_answer_was_lost():
-    shop = JetshopStandIn()
-    shop.script("100245", DROPPED_AFTER)
-
-    outcomes = [export(shop), export(shop, "lookup")]
-
-    assert isinstance(outcomes[0], Unknown)
-    assert isinstance(outcomes[1], Done)
-    assert outcomes[1].facts["result"] == "found"
-    assert shop.exports("100245") == 1
-
-
 def test_an_export_that_was_found_counts_as_exported():
     shop = JetshopStandIn()
     shop.script("100245", DROPPED_AFTER)
@@ -937,18 +864,6 @@ def test_an_export_that_was_found_counts_as_exported():
     assert export(shop, previous=Previous(reference=found.reference, facts=found.facts, at=NOW)) == Skip(
         "nothing-changed"
     )
-
-
-def test_an_export_that_did_not_arrive_is_sent_again():
-    shop = JetshopStandIn()
-    shop.script("100245", DROPPED_BEFORE)
-
-    outcomes = [export(shop), export(shop, "lookup"), export(shop)]
-
-    assert isinstance(outcomes[0], Unknown)
-    assert outcomes[1] is None
-    assert isinstance(outcomes[2], Done)
-    assert shop.exports("100245") == 1
 
 
 def test_another_document_in_the_shop_does_not_count_as_ours():
@@ -992,7 +907,7 @@ def test_broken_connections_and_late_answers_over_tcp_are_unknown_until_looked_u
 
         broken = [export(None, with_settings=there) for _ in range(2)]
         found = export(None, "lookup", with_settings=there)
-        slow = export(None, of=late, with_settings=there, time_left=timedelta(seconds=2))
+        slow = export(None, of=late, with_settings=there, timeout=timedelta(seconds=2))
         found_late = export(None, "lookup", of=late, with_settings=there)
 
     assert [(type(outcome), outcome.code) for outcome in (*broken, slow)] == [(Unknown, "destination-no-answer")] * 3

@@ -1,7 +1,6 @@
 """The handler `patch`: changes from the configuration, each with a condition."""
 
 import asyncio
-from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -9,10 +8,10 @@ import pytest
 
 from adapter.handlers.patch import PatchHandler, PatchSettings
 from adapter.orders import read_order
-from adapter.plugin import Context, Patch, Undecided
+from adapter.plugin import Patch, Undecided
+from adapter.testing import context
 from adapter.verdicts.patches import merge
 
-NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
 MEMBERS = {
     "scope": "/customer/billing/type",
     "schema": {"const": "organization"},
@@ -27,18 +26,9 @@ def settings(*changes: dict[str, Any]) -> PatchSettings:
 
 
 def asked(order: dict[str, Any], *changes: dict[str, Any]) -> list[Patch]:
-    context = Context(
-        settings=settings(*changes),
-        log=None,  # type: ignore[arg-type]  # it only computes and sends nothing
-        http=None,  # type: ignore[arg-type]
-        orders=None,  # type: ignore[arg-type]
-        clock=lambda: NOW,
-        identity="order-1",
-        route="price-list",
-        deadline=NOW,
-        first_attempt_at=NOW,
+    return asyncio.run(
+        PatchHandler().change(read_order(msgspec.json.encode(order)), context(PatchHandler, {"changes": changes}))
     )
-    return asyncio.run(PatchHandler().change(read_order(msgspec.json.encode(order)), context))
 
 
 def order(type_: str = "organization", **attributes: Any) -> dict[str, Any]:

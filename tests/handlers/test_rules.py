@@ -3,33 +3,29 @@
 import asyncio
 import json
 from collections.abc import Coroutine
-from datetime import UTC, datetime
+from dataclasses import replace
 from typing import Any
 
 import msgspec
 import pytest
 
 from adapter.handlers.log import LogHandler
-from adapter.handlers.patch import PatchHandler, PatchSettings
+from adapter.handlers.patch import PatchHandler
 from adapter.handlers.rules import Rules, RulesSettings
 from adapter.orders import Order, read_order
 from adapter.plugin import (
-    Context,
     Done,
     HookHandler,
-    NoSettings,
-    Notification,
     Patch,
     Problem,
     Refuse,
-    Settings,
     Undecided,
     ValidationHandler,
 )
+from adapter.testing import context, notification
 from tests import ORDERS
 
 COMPLETED = (ORDERS / "order-completed.json").read_bytes()
-NOW = datetime(2026, 2, 3, 8, 16, 40, tzinfo=UTC)
 PERSON = {
     "scope": "/customer/billing/nationalIdentificationNumber",
     "schema": {"type": "string"},
@@ -54,26 +50,12 @@ class Lines:
     debug = warning = error = info
 
 
-def context(settings: Settings, log: Lines | None = None) -> Context[Any]:
-    return Context(
-        settings=settings,
-        log=log or Lines(),
-        http=None,  # type: ignore[arg-type]  # neither handler reaches anybody
-        orders=None,  # type: ignore[arg-type]
-        clock=lambda: NOW,
-        identity="the-event",
-        route="a-route",
-        deadline=NOW,
-        first_attempt_at=NOW,
-    )
-
-
 def validate(order: Order, *given: dict[str, Any]) -> list[Problem]:
-    return asyncio.run(Rules().validate(order, context(rules(*given))))
+    return asyncio.run(Rules().validate(order, context(Rules, rules(*given))))
 
 
 def change(order: Order, *given: dict[str, Any]) -> list[Patch]:
-    return asyncio.run(Rules().change(order, context(rules(*given))))
+    return asyncio.run(Rules().change(order, context(Rules, rules(*given))))
 
 
 def test_rules_that_hold_report_no_problem():
@@ -227,7 +209,7 @@ def order_of(size: int) -> Order:
 )
 def test_rules_pause_between_each_other_on_a_large_order(size: int, number: int, expected: int):
     """At most 512 KiB are evaluated between two pauses, or one rule."""
-    settings = context(rules(*[SWEDISH] * number))
+    settings = context(Rules, rules(*[SWEDISH] * number))
 
     assert len(order_of(size).raw) == size
     assert pauses(Rules().validate(order_of(size), settings)) == expected
@@ -236,7 +218,7 @@ def test_rules_pause_between_each_other_on_a_large_order(size: int, number: int,
 
 def test_changes_pause_between_each_other_on_a_large_order():
     change = {"scope": "/country", "path": "/country", "value": "SE"}
-    settings = context(msgspec.convert({"changes": [change] * 30}, PatchSettings))
+    settings = context(PatchHandler, {"changes": [change] * 30})
 
     assert pauses(PatchHandler().change(order_of(2**20), settings)) == 29
     assert pauses(PatchHandler().change(order_of(5_000), settings)) == 0
@@ -262,17 +244,8 @@ def test_conditions_are_compiled_once():
 
 def seen(order: Order) -> tuple[Done, list[tuple[str, dict[str, Any]]]]:
     log = Lines()
-    notification = Notification(
-        id=1,
-        merchant="fjallboden",
-        channel="se-b2c",
-        callback="order-status",
-        order=order,
-        received=order,
-        raw=order.raw,
-        received_at=NOW,
-    )
-    return asyncio.run(LogHandler().deliver(notification, context(NoSettings(), log))), log.lines
+    made = replace(context(LogHandler), log=log)
+    return asyncio.run(LogHandler().deliver(notification(order), made)), log.lines
 
 
 def test_log_writes_one_line_without_the_order():
@@ -283,6 +256,10 @@ def test_log_writes_one_line_without_the_order():
 
 
 def test_log_writes_only_states_that_norce_has():
-    _, lines = seen(read_order(b'{"id": "o", "state": {"currentStatus": "19 Main Street"}}'))
+    _, lines = seen(
+        read_order(
+            b'{"id": "o", "merchant": "fjallboden", "channel": "1", "state": {"currentStatus": "19 Main Street"}}'
+        )
+    )
 
     assert lines[0][1]["status"] == "other"
