@@ -440,11 +440,6 @@ def canonical(tree: Any) -> bytes:
         raise NotAnOrder("nested too deeply") from error
 
 
-def canonical_items(items: list[Any]) -> list[bytes]:
-    """Return the canonical encoding of each item. Raises `NotAnOrder` as `canonical` does."""
-    return list(map(bytes, _ITEMS.decode(canonical(items))))
-
-
 def order_digest(order: dict[str, Any]) -> bytes:
     """Return 16 bytes that are equal for equal orders, whatever their spelling.
 
@@ -546,7 +541,6 @@ def _integral(text: str) -> float | int:
 
 
 _MOST_INTEGRAL = 1e40
-_ITEMS: msgspec.json.Decoder[list[msgspec.Raw]] = msgspec.json.Decoder(list[msgspec.Raw])
 _INTEGRAL: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_integral)
 # With a hook, because msgspec's own floats take 12 us each near the limits of a double: 2 s for a MiB of 1e308.
 _PLAIN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(float_hook=_double)

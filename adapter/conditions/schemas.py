@@ -44,6 +44,8 @@ _REMEDIES = {
     "expansion": f"a schema has at most {MAX_NODES} nodes after following its $ref",
     "too_slow": "this schema could take more than 50 ms for a large order; use fewer keywords below items, contains, "
     "additionalProperties and the like, name the members with properties, or use a smaller scope",
+    "unique_items": "uniqueItems compares only texts, numbers, true, false and null, because whole objects and arrays "
+    "take too long; write the type of the items beside it, such as items: {type: string}",
     "ref_remote": "a $ref must point into this schema, because nothing is fetched; copy the other document into $defs",
     "ref_unresolvable": "this $ref has no target; it must point to a part of this schema, such as #/$defs/name",
     "recursive_ref": "this $ref returns to itself on the same value; a recursive schema must go into the value, "
@@ -129,7 +131,7 @@ _GOES_ON = frozenset(("contains", "not", "anyOf", "oneOf", "if", *UNEVALUATED))
 _CALL_NODES, _FAILURE_NODES = 32, 25  # for each value; more if it may fail and the evaluation goes on
 _EQUALITY_NODES, _OTHER_NODES = 25, 4
 _STEP_NODES, _ODD_STEP_NODES = 30, 120  # `multipleOf`, if every integer is a multiple, and otherwise
-_UNIQUE_SCALARS_RATE, _UNIQUE_RATE = 2.5, 4.4  # for each byte of an array
+_UNIQUE_RATE = 2.5  # for each byte of an array
 _PATTERN_RATE = 0.5  # for each byte of a text
 
 
@@ -186,7 +188,10 @@ class _Check:
             raise ConditionInvalid("dynamic_ref", f"{where}/$dynamicRef")
         for pattern, place in _patterns(schema):
             _check_pattern(pattern, where + place)
-        self._has_unique_items |= schema.get("uniqueItems") is True
+        if schema.get("uniqueItems") is True:
+            self._has_unique_items = True
+            if not has_scalars(schema):
+                raise ConditionInvalid("unique_items", f"{where}/uniqueItems")
         if "$ref" in schema:
             self._look_up(schema["$ref"], resolver, f"{where}/$ref")
         for _, place, subschema in _subschemas(schema):
@@ -308,8 +313,7 @@ def _own_nodes(schema: Any) -> int:
 def _nodes_per_byte_of_parts(schema: dict[str, Any]) -> float:
     """Return the nodes for keywords whose time depends on the length of an array or of names."""
     patterns = len(schema.get("patternProperties", ()))
-    unique = _UNIQUE_SCALARS_RATE if has_scalars(schema) else _UNIQUE_RATE
-    return unique * (schema.get("uniqueItems") is True) + _PATTERN_RATE * patterns
+    return _UNIQUE_RATE * (schema.get("uniqueItems") is True) + _PATTERN_RATE * patterns
 
 
 def _bytes_of_part(keyword: str, place: str, each: int) -> int:

@@ -13,6 +13,7 @@ from adapter.conditions import Condition, FailingKeyword, Result
 from tests.conditions.test_attacks import run
 from tests.conditions.test_conditions import CANARY, ORDINARY_SCHEMAS, PLAIN, QUIET, is_accepted
 
+NUMBER = {"type": "number"}
 ACCEPTED = ORDINARY_SCHEMAS.filter(is_accepted)
 
 
@@ -65,7 +66,8 @@ def fails(keyword: str | None, schema: str, where: str) -> FailingKeyword:
         ({"anyOf": [{"multipleOf": 0.01}, {"type": "null"}], "maximum": 5}, 19.99, fails("maximum", "/maximum", "")),
         ({"multipleOf": 0.01}, 19.995, fails("multipleOf", "/multipleOf", "")),
         ({"pattern": r"^\p{Lu}$"}, "x", fails("pattern", "/pattern", "")),
-        ({"uniqueItems": True}, [1, 1.0], fails("uniqueItems", "/uniqueItems", "")),
+        ({"uniqueItems": True, "items": NUMBER}, [1, 1.0], fails("uniqueItems", "/uniqueItems", "")),
+        ({"uniqueItems": True, "items": NUMBER}, [1, [], []], fails("type", "/items/type", "/1")),
         (
             {"allOf": [{"properties": {"a": True}}], "unevaluatedProperties": False},
             {"a": 1, "b": 1},
@@ -116,7 +118,7 @@ def test_there_is_no_reason_without_a_failing_schema() -> None:
     trees: list[Any] = [{}, {"value": {}}, {"value": []}, {"value": {"a": 1}}]
 
     assert [condition.reason(tree) for tree in trees] == [None] * 4
-    assert reason({"uniqueItems": True}, [2**70]) is None
+    assert reason({"uniqueItems": True, "items": NUMBER}, [2**70]) is None
 
 
 def resolved(schema: Any, place: str) -> Any:

@@ -69,7 +69,7 @@ def test_the_worst_case_grows_with_the_schema_and_with_the_order() -> None:
         {"items": {"type": "string"}},
         {"items": {"type": "string", "minLength": 1}},
         LINE,
-        {"uniqueItems": True},
+        {"uniqueItems": True, "items": {"type": "string"}},
     ]
 
     cases = [worst_case(compiled("/a", schema=schema), MIB) for schema in schemas]
@@ -124,8 +124,8 @@ def test_the_largest_body_counts_for_hooks_and_the_largest_order_at_norce_for_va
 
 
 def test_conditions_of_routes_count_and_shadows_do_not(tmp_path: Path) -> None:
-    when = ", when: {scope: /cart/items, schema: {uniqueItems: true}}"
-    routes = "".join(rules(f"r{number}", 1, "/payments", more=when) for number in range(25))
+    when = ", when: {scope: /cart/items, schema: {uniqueItems: true, items: {type: string}}}"
+    routes = "".join(rules(f"r{number}", 1, "/payments", more=when) for number in range(35))
 
     assert "cart-changed" in refusal(tmp_path, routes)
     assert made(tmp_path, routes.replace("no_answer: reject", "no_answer: approve, mode: shadow"))
