@@ -37,12 +37,13 @@ _CODINGS = frozenset({*_GZIP, "deflate", "compress", "x-compress", "br", "zstd"}
 _UNLIMITED = httpx.Limits(max_connections=None, max_keepalive_connections=64)
 
 
-def connections() -> httpx.AsyncHTTPTransport:
+def connections(ssl_context: ssl.SSLContext | None = None) -> httpx.AsyncHTTPTransport:
     """Return connections for one event loop, without proxies, environment and retries."""
-    transport = httpx.AsyncHTTPTransport(verify=_ssl_context(), trust_env=False)
+    ssl_context = ssl_context or _ssl_context()
+    transport = httpx.AsyncHTTPTransport(verify=ssl_context, trust_env=False)
     # httpx has no argument for the network below its pool.
     transport._pool = _Pool(
-        ssl_context=_ssl_context(),
+        ssl_context=ssl_context,
         max_connections=_UNLIMITED.max_connections,
         max_keepalive_connections=_UNLIMITED.max_keepalive_connections,
         keepalive_expiry=_UNLIMITED.keepalive_expiry,

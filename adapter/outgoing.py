@@ -20,7 +20,7 @@ follow an effect, or for one request in `extensions={"not_done": {503}}`.
 Otherwise it is an `httpx.AsyncClient`, with these differences:
 
 - It calls only the schemes, hosts and ports of the `Url` fields in the handler's settings. There are no redirects, no
-  proxies and nothing from the environment.
+  proxies and nothing from the environment. `verify=` and `cert=` are settings: `PrivateCa` and `ClientCertificate`.
 - There is no time limit of 5 s. Each request ends before the handler's deadline, and connects within 5 s; `timeout=`
   can shorten this, and means the same as in httpx.
 - `raise_for_status()` and `json()` raise outcomes, and so do failed requests, in place of the errors of httpx.
@@ -38,11 +38,12 @@ import contextlib
 import functools
 import json
 import re
+import ssl
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import msgspec
@@ -50,7 +51,7 @@ import structlog
 
 from adapter.connections import ContentUnreadable, connections, content_codings, read_content
 from adapter.orders import Order
-from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Settings, Unknown, Url
+from adapter.plugin import ClientCertificate, Misconfigured, Outcome, PrivateCa, Reject, Retry, Settings, Unknown, Url
 
 log = structlog.get_logger(__name__)
 
@@ -62,6 +63,7 @@ READING_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
 Origin = tuple[str, str, int]
+T = TypeVar("T")
 
 
 class Traffic:
@@ -220,21 +222,32 @@ def retry_after(value: str | None, now: datetime | None = None) -> timedelta | N
 
 def origins(settings: Settings) -> frozenset[Origin]:
     """Return the origin of every `Url` in the settings, at any depth."""
-    return frozenset(url.origin for url in _urls(settings))
+    return frozenset(url.origin for url in _found(Url, settings))
 
 
-def _urls(value: Any) -> Iterator[Url]:
-    if isinstance(value, Url):
+def _found(kind: type[T], value: Any) -> Iterator[T]:
+    """Yield every value of a kind inside a setting, at any depth."""
+    if isinstance(value, kind):
         yield value
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
-            yield from _urls(getattr(value, name))
+            yield from _found(kind, getattr(value, name))
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _urls(item)
+            yield from _found(kind, item)
     elif isinstance(value, list | tuple | set | frozenset):
         for item in value:
-            yield from _urls(item)
+            yield from _found(kind, item)
+
+
+@functools.cache
+def _ssl_context(authorities: tuple[PrivateCa, ...], certificates: tuple[ClientCertificate, ...]) -> ssl.SSLContext:
+    context = httpx.create_ssl_context(trust_env=False)
+    for authority in authorities:
+        context.load_verify_locations(cadata=authority)
+    for certificate in certificates:
+        certificate.load(context)
+    return context
 
 
 class Outgoing:
@@ -242,6 +255,8 @@ class Outgoing:
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self._transport = transport or connections()
+        self._is_real = transport is None
+        self._of_settings: dict[Any, httpx.AsyncBaseTransport] = {}  # with authorities and certificates of their own
 
     def client(
         self,
@@ -257,13 +272,22 @@ class Outgoing:
         It reaches the hosts in `settings`, ends before `deadline` by `clock`, follows no redirects, and counts what it
         sends in `traffic`. It owns nothing, so it need not be closed.
         """
-        guarded = _Guarded(self._transport, origins(settings), deadline, clock, traffic, max_answer_bytes)
+        guarded = _Guarded(self._connections(settings), origins(settings), deadline, clock, traffic, max_answer_bytes)
         headers = {"accept-encoding": "identity"}  # compression saves nothing here
         return _Client(transport=guarded, headers=headers, timeout=None, follow_redirects=False, trust_env=False)
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._transport.aclose()
+        for each in (self._transport, *self._of_settings.values()):
+            await each.aclose()
+
+    def _connections(self, settings: Settings) -> httpx.AsyncBaseTransport:
+        own = tuple(_found(PrivateCa, settings)), tuple(_found(ClientCertificate, settings))
+        if not any(own) or not self._is_real:
+            return self._transport
+        if own not in self._of_settings:
+            self._of_settings[own] = connections(_ssl_context(*own))
+        return self._of_settings[own]
 
 
 class _Client(httpx.AsyncClient):

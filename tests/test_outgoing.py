@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import ssl
 import zlib
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import nullcontext, suppress
@@ -16,9 +17,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapter.config.json_schema import changeable
 from adapter.orders import Order, read_order
 from adapter.outgoing import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, Outgoing, Traffic, origins, retry_after
-from adapter.plugin import Misconfigured, Outcome, Reject, Retry, Secret, Settings, Unknown, Url
+from adapter.plugin import (
+    ClientCertificate,
+    Misconfigured,
+    Outcome,
+    PrivateCa,
+    Reject,
+    Retry,
+    Secret,
+    Settings,
+    Unknown,
+    Url,
+)
+from tests import ROOT
 from tests.asynchronous import asynchronous
 from tests.scripted_server import Script, ScriptedServer, without_end
 
@@ -608,6 +622,81 @@ def test_the_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyP
     request(destination)
 
     assert len(destination.requests) == 1
+
+
+# --- private networks -------------------------------------------------------------------------------------------------
+
+
+class ErpSettings(Settings, frozen=True, kw_only=True):
+    base_url: Url
+    ca: PrivateCa | None = None
+    certificate: ClientCertificate | None = None
+
+
+TLS = ROOT / "tests" / "tls"
+CA = PrivateCa((TLS / "ca.pem").read_text("ascii"))
+OURS = ClientCertificate(
+    certificate=(TLS / "client.pem").read_text("ascii"), key=Secret((TLS / "client.key").read_text("ascii"))
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "asks", "answered"),
+    [
+        ({}, False, "ConnectError"),
+        ({"ca": CA}, False, "200, no certificate"),
+        ({"ca": CA}, True, "ReadError"),
+        ({"ca": CA, "certificate": OURS}, True, "200, test client"),
+    ],
+    ids=["public authorities only", "a private authority", "no certificate", "a client certificate"],
+)
+@asynchronous
+async def test_a_handler_has_its_own_authorities_and_certificate(
+    given: dict[str, Any], asks: bool, answered: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            await reader.readuntil(b"\r\n\r\n")
+            subject = (writer.get_extra_info("peercert") or {}).get("subject", ((("", "no certificate"),),))
+            name = subject[0][0][1].encode()
+            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (len(name), name))
+            await writer.drain()
+        writer.close()
+
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cadata=CA)
+    context.load_cert_chain(TLS / "server.pem", TLS / "server.key")
+    context.verify_mode = ssl.CERT_REQUIRED if asks else ssl.CERT_NONE
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=context)
+    async with server:
+        url = f"https://localhost:{server.sockets[0].getsockname()[1]}"
+        outgoing, settings = Outgoing(), ErpSettings(base_url=Url(url), **given)
+        http = outgoing.client(settings, NOON + timedelta(minutes=1), lambda: NOON, Traffic())
+        try:
+            response = await http.get(url)
+            seen = f"{response.status_code}, {response.text}"
+        except Retry as error:
+            seen = error.message
+        await outgoing.aclose()
+
+    assert answered in seen or (answered == "ReadError" and "had no answer" in seen)
+
+
+def test_other_handlers_keep_their_connections() -> None:
+    async def work() -> list[bool]:
+        outgoing, url = Outgoing(), Url(SHOP)
+        own = ErpSettings(base_url=url, ca=CA), ErpSettings(base_url=url, ca=CA, certificate=OURS)
+        transports = [outgoing._connections(each) for each in (ShopSettings(), ErpSettings(base_url=url), *own, own[0])]
+        await outgoing.aclose()
+        return [each is transports[0] for each in transports] + [
+            transports[2] is transports[4],
+            transports[2] is transports[3],
+        ]
+
+    assert asyncio.run(work()) == [True, True, False, False, False, True, False]
+
+
+def test_norce_may_not_change_whom_a_handler_trusts() -> None:
+    assert changeable(ErpSettings) == frozenset()
 
 
 # --- time -----------------------------------------------------------------------------------------------------------

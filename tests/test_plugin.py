@@ -23,6 +23,7 @@ import adapter.plugin
 from adapter.orders import Order, read_order
 from adapter.plugin import (
     MAX_CODE_LENGTH,
+    ClientCertificate,
     Context,
     Done,
     Misconfigured,
@@ -32,6 +33,8 @@ from adapter.plugin import (
     Orders,
     Outcome,
     Patch,
+    PlainUrl,
+    PrivateCa,
     Problem,
     Refuse,
     Reject,
@@ -123,6 +126,65 @@ def test_an_address_is_https_or_loopback(text: str, kept: str, origin: tuple[str
 def test_other_addresses_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"address"):
         Url(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "origin"),
+    [
+        ("http://erp.internal:8080/api", ("http", "erp.internal", 8080)),
+        ("http://10.1.2.3", ("http", "10.1.2.3", 80)),
+        ("https://erp.internal", ("https", "erp.internal", 443)),
+    ],
+)
+def test_a_plain_address_may_be_http_on_any_host(text: str, origin: tuple[str, str, int]) -> None:
+    url = PlainUrl(text)
+
+    assert (url, url.origin, isinstance(url, Url)) == (text, origin, True)
+
+
+@pytest.mark.parametrize(
+    "text", ["ftp://erp.internal", "erp.internal", "http://a:b@erp.internal", "http://erp.internal?a"]
+)
+def test_a_plain_address_is_still_an_address(text: str) -> None:
+    with pytest.raises(ValueError, match=r"address"):
+        PlainUrl(text)
+
+
+# --- certificates -----------------------------------------------------------------------------------------------------
+
+
+def tls(name: str) -> str:
+    return (ROOT / "tests" / "tls" / name).read_text("ascii")
+
+
+def test_certificates_are_checked_when_they_are_read() -> None:
+    assert PrivateCa(tls("ca.pem")) == tls("ca.pem")
+    ClientCertificate(certificate=tls("client.pem"), key=Secret(tls("client.key")))
+
+
+@pytest.mark.parametrize(
+    "pem", ["", "/etc/ssl/ca.pem", "-----BEGIN CERTIFICATE-----\ncanary\n-----END CERTIFICATE-----", "å"]
+)
+def test_a_text_that_holds_no_authority_is_refused(pem: str) -> None:
+    with pytest.raises(ValueError, match=r"^must be certificates in PEM$"):
+        PrivateCa(pem)
+
+
+ENCRYPTED = """-----BEGIN ENCRYPTED PRIVATE KEY-----
+canary
+-----END ENCRYPTED PRIVATE KEY-----"""
+
+
+@pytest.mark.parametrize(
+    ("certificate", "key"),
+    [("client.pem", "server.key"), ("client.key", "client.key"), ("client.pem", None)],
+    ids=["of another", "no certificate", "not readable"],
+)
+def test_a_certificate_without_its_key_is_refused(certificate: str, key: str | None) -> None:
+    with pytest.raises(ValueError, match="belong together") as raised:
+        ClientCertificate(certificate=tls(certificate), key=Secret(ENCRYPTED if key is None else tls(key)))
+
+    assert "canary" not in str(raised.value)
 
 
 # --- secrets --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from msgspec import Meta
 
 from adapter.config.problems import HOW_TO_REFER, Reference, under
 from adapter.config.yaml_source import NOTHING
-from adapter.plugin import Secret, Url
+from adapter.plugin import PlainUrl, PrivateCa, Secret, Url
 
 LEAST_LETTERS_OF_A_SECRET = 12
 _DURATION = re.compile(r"(\d{1,9})(ms|s|m|h|d)")
@@ -252,6 +252,8 @@ _WORDS = {
     timedelta: "a duration such as 500ms, 2s, 5m, 2h or 1d",
     Secret: f"a secret by reference: {HOW_TO_REFER}",
     Url: "an https:// address",
+    PlainUrl: "an http:// or https:// address",
+    PrivateCa: "certificates in PEM",
     Any: "any value",
 }
 

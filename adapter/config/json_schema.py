@@ -16,7 +16,7 @@ from msgspec import inspect
 from msgspec.structs import FieldInfo
 
 from adapter.config.model import ConfigFile
-from adapter.plugin import Secret, Settings, Url
+from adapter.plugin import PrivateCa, Secret, Settings, Url
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REFERENCE = {"type": "string", "pattern": r"^\$\{(env|file):[^{}]+\}$", "description": "By reference."}
@@ -116,11 +116,11 @@ def _route(name: str, type_: type[Settings], parts: dict[str, Any]) -> dict[str,
 
 
 def changeable(type_: type[Settings]) -> frozenset[str]:
-    """Return the settings that Norce may change: those without a `Url` or a `Secret`."""
+    """Return the settings that Norce may change: those without hosts, secrets and authorities."""
     return frozenset(
         field.encode_name
         for field in msgspec.structs.fields(type_)
-        if not any(issubclass(custom, Url | Secret) for custom in _custom_types(_info(field.type), []))
+        if not any(issubclass(custom, Url | Secret | PrivateCa) for custom in _custom_types(_info(field.type), []))
     )
 
 

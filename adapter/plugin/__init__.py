@@ -48,7 +48,19 @@ from adapter.orders import (
     Shipping,
     Transition,
 )
-from adapter.plugin.settings import Conditional, NoSettings, OAuth2, Pace, Secret, Settings, Undecided, Url
+from adapter.plugin.settings import (
+    ClientCertificate,
+    Conditional,
+    NoSettings,
+    OAuth2,
+    Pace,
+    PlainUrl,
+    PrivateCa,
+    Secret,
+    Settings,
+    Undecided,
+    Url,
+)
 
 if TYPE_CHECKING:
     import httpx
@@ -56,6 +68,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Address",
     "Cart",
+    "ClientCertificate",
     "CompiledCondition",
     "Condition",
     "ConditionInvalid",
@@ -84,8 +97,10 @@ __all__ = [
     "Pace",
     "Patch",
     "Payment",
+    "PlainUrl",
     "Previous",
     "Price",
+    "PrivateCa",
     "Problem",
     "Refuse",
     "Reject",

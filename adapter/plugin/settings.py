@@ -1,12 +1,16 @@
 """The types of handlers' settings."""
 
+import os
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import msgspec
 
 from adapter.conditions import CompiledCondition, Condition, ConditionInvalid, Result
 from adapter.orders import Order
+
+if TYPE_CHECKING:
+    import ssl
 
 # An address that needs no parser. Importing httpx takes a quarter of the time of a command that lists.
 _PLAIN_ADDRESS = re.compile(
@@ -104,13 +108,14 @@ class Pace:
 class Url(str):
     """An address that a handler may call: `https://…`, or `http://…` on this machine.
 
-    A trailing slash is removed. Creating one raises `ValueError` for any other address, and for one with credentials, a
-    query or a fragment.
+    A `PlainUrl` may also be `http://…` on another one. A trailing slash is removed. Creating one raises `ValueError`
+    for any other address, and for one with credentials, a query or a fragment.
     """
 
     __slots__ = ()
+    _may_be_plain: ClassVar[bool] = False
 
-    def __new__(cls, text: str) -> "Url":
+    def __new__(cls, text: str) -> Self:
         if _PLAIN_ADDRESS.fullmatch(text):
             return super().__new__(cls, text.rstrip("/"))
         import httpx
@@ -122,7 +127,10 @@ class Url(str):
         if any(character.isspace() for character in text) or not 0 < (1 if parts.port is None else parts.port) < 65536:
             raise ValueError("is not an address")
         loopback = parts.host in ("localhost", "127.0.0.1", "::1")
-        if not parts.host or not (parts.scheme == "https" or (parts.scheme == "http" and loopback)):
+        may_be_plain = loopback or cls._may_be_plain
+        if not parts.host or not (parts.scheme == "https" or (parts.scheme == "http" and may_be_plain)):
+            if cls._may_be_plain:
+                raise ValueError("must be an http:// or https:// address")
             raise ValueError("must be an https:// address; only localhost, 127.0.0.1 and [::1] may have http://")
         authority = text.partition("://")[2].partition("/")[0]
         if "@" in authority or "?" in text or "#" in text:
@@ -136,6 +144,31 @@ class Url(str):
 
         parts = httpx.URL(self)
         return parts.scheme, parts.raw_host.decode("ascii"), parts.port or {"https": 443, "http": 80}[parts.scheme]
+
+
+class PlainUrl(Url):
+    """An address that may be `http://…` on any host, without encryption: for private networks."""
+
+    __slots__ = ()
+    _may_be_plain = True
+
+
+class PrivateCa(str):
+    """Certificates of authorities in PEM, which a handler trusts beside the public ones.
+
+    They count for all hosts in the settings that hold them. Give them by reference (`${file:PATH}`) or as a text.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, pem: str) -> Self:
+        import ssl
+
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem)
+        except (ssl.SSLError, ValueError, TypeError):  # a TypeError for text beyond ASCII
+            raise ValueError("must be certificates in PEM") from None
+        return super().__new__(cls, pem)
 
 
 class Secret:
@@ -160,6 +193,32 @@ class Secret:
         return "***"
 
     __str__ = __repr__
+
+
+class ClientCertificate(Settings, frozen=True, kw_only=True):
+    """A certificate with which a handler identifies itself to the hosts in its settings.
+
+    It is shown to those that ask for one. Settings hold at most one.
+    """
+
+    certificate: Annotated[str, msgspec.Meta(description="The certificate and its chain in PEM, by reference.")]
+    key: Annotated[Secret, msgspec.Meta(description="The private key in PEM, not encrypted, by reference.")]
+
+    def __post_init__(self) -> None:
+        import ssl
+
+        try:
+            self.load(ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+        except OSError:
+            raise ValueError("certificate and key must be in PEM, without a password, and belong together") from None
+
+    def load(self, context: "ssl.SSLContext") -> None:
+        """Let a TLS context use it."""
+        # OpenSSL reads files only. This one is in memory, and ends here.
+        with open(os.memfd_create("client-certificate"), "w", encoding="ascii", errors="replace") as file:
+            file.write(f"{self.certificate}\n{self.key.reveal()}\n")
+            file.flush()
+            context.load_cert_chain(f"/proc/self/fd/{file.fileno()}", password="")  # so that nobody is asked for it
 
 
 class OAuth2(Settings, frozen=True, kw_only=True):
