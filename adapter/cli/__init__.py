@@ -18,6 +18,7 @@ import click
 
 COMMANDS = {
     "init": "init.init",
+    "new": "new.new",
     "serve": "serve.serve",
     "check": "serve.check",
     "demo": "demo.demo_command",
