@@ -84,8 +84,8 @@ async def _serve(config: Config, routes: "Routes", *, hold: bool) -> None:
 def check(*, strict: bool, online: bool, config_path: Path) -> None:
     """Check the configuration, the handlers and their settings. Print every problem.
 
-    Conditions, watches and targets are compared with Norce's order: what can have no effect is a warning. If there is a
-    ledger, names that are gone and still used, and orphaned queues, are warnings as well; --strict allows those.
+    A warning names each condition, watch and target that can have no effect on Norce's order. If there is a ledger,
+    other warnings name what is gone and still used, and orphaned queues; --strict allows these.
 
     With --online: try the database, each token at Norce, each destination whose handler can check its credentials, and
     the public address, which needs a running service. Nothing is changed anywhere.

@@ -414,7 +414,7 @@ class Queries:
         }
         return Overview(by_route=by_route, oldest_waiting_seconds=oldest, paused=paused)
 
-    def orders(self, name: str, *, merchant: str | None = None, channel: str | None = None) -> list[dict[str, str]]:
+    def orders(self, name: str) -> list[dict[str, str]]:
         """Return the orders with this id, beginning of an id, or reference: at most `MOST_ORDERS`.
 
         Each has `merchant`, `channel` and `order_id`. An order is known by a notification or a recorded verdict.
@@ -435,9 +435,8 @@ class Queries:
             rows = self.connection.execute(statement.distinct().limit(MOST_ORDERS))
             found.update((row.merchant, row.channel, row.order_id) for row in rows)
         return [
-            {"merchant": of_merchant, "channel": of_channel, "order_id": order_id}
-            for of_merchant, of_channel, order_id in sorted(found)[:MOST_ORDERS]
-            if merchant in (None, of_merchant) and channel in (None, of_channel)
+            {"merchant": merchant, "channel": channel, "order_id": order_id}
+            for merchant, channel, order_id in sorted(found)[:MOST_ORDERS]
         ]
 
     def _rows(self, statement: Select[Any], newest: Sequence[Any], limit: int) -> Rows:

@@ -297,14 +297,7 @@ class Reconciliation:
         callback, channel = self._callback(event), Channel(event.merchant, event.channel)
         if callback is None or channel not in self._channels:
             return None
-        raw = RawCallback(
-            method="POST",
-            order_id=event.order_id,
-            callback=callback.name,
-            query={},
-            headers={"content-type": "application/json"},
-            body=bytes(event.payload),
-        )
+        raw = missing_call(event.order_id, callback, bytes(event.payload))
         try:
             return await parse_notification(raw, reconciled(channel), callback, self._channels, now)
         except (CallbackInvalid, Unauthenticated) as error:
@@ -327,6 +320,12 @@ async def start_of(merchant: str, watermarks: Watermarks, now: int) -> int:
     if start is None:
         await watermarks.put(f"{START} {merchant}", now)
     return now if start is None else start
+
+
+def missing_call(order_id: str, callback: Callback, body: bytes) -> RawCallback:
+    """Return a call as Norce would have made it."""
+    headers = {"content-type": "application/json"}
+    return RawCallback(method="POST", order_id=order_id, callback=callback.name, query={}, headers=headers, body=body)
 
 
 class _Registered(msgspec.Struct):

@@ -20,7 +20,7 @@ import structlog
 
 from adapter.callbacks.intake import Intake
 from adapter.callbacks.parsing import CallbackInvalid, parse_notification
-from adapter.callbacks.senders import RawCallback, Unauthenticated, reconciled
+from adapter.callbacks.senders import Unauthenticated, reconciled
 from adapter.conditions import Result
 from adapter.identifiers import Channel
 from adapter.ledger.commands import record_action
@@ -34,7 +34,7 @@ from adapter.moments import in_milliseconds, to_datetime, to_milliseconds
 from adapter.norce.client import ListedOrder, Norce, NorceError, OrderNotFound, parse_order
 from adapter.offload import offload
 from adapter.orders import instant
-from adapter.reconciliation.events import MAX_CLOCK_DIFFERENCE, run_when_due, start_of
+from adapter.reconciliation.events import MAX_CLOCK_DIFFERENCE, missing_call, run_when_due, start_of
 from adapter.reconciliation.listing import Listing
 from adapter.routing.routes import Callback
 
@@ -135,8 +135,7 @@ class OrderReconciliation:
 
         Args:
             since: By default 48 hours ago. Never before the memory of the ledger.
-            by: The person who has missing orders put through the intake, as Norce has them now. None: they are only
-                reported.
+            by: The person who has missing orders received, as Norce has them now. With None they are only reported.
 
         Raises:
             NorceError: At the end, if orders could not be read.
@@ -268,14 +267,7 @@ class OrderReconciliation:
         return stored
 
     async def _store_order(self, channel: Channel, order_id: str, callback: Callback, body: bytes) -> bool:
-        raw = RawCallback(
-            method="POST",
-            order_id=order_id,
-            callback=callback.name,
-            query={},
-            headers={"content-type": "application/json"},
-            body=body,
-        )
+        raw = missing_call(order_id, callback, body)
         try:
             parsed = await parse_notification(
                 raw, reconciled(channel, "orders"), callback, frozenset(self._channels), self._clock()
