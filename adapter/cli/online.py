@@ -1,7 +1,7 @@
 """The trials of `check --online`.
 
 They try the database, Norce, the destinations and the public address, in parallel and each within a limit of time. They
-change nothing, and what they print holds no secret.
+change nothing and print no secret.
 """
 
 import asyncio

@@ -41,7 +41,7 @@ from adapter.identifiers import Channel
 from adapter.norce.client import Norce, NorceError, NotFound
 from adapter.plugin import Secret
 from adapter.registrations.on_channels import channels_at_norce, is_switched_off
-from adapter.registrations.on_many_orders import HandledOrder, OrderBatch, given
+from adapter.registrations.on_many_orders import HandledOrder, OrderBatch, candidates
 from adapter.registrations.on_orders import CallbacksRejected, Registrar
 
 TOKEN_VARIABLE = "NORCE_ADAPTER_NORCE_TOKEN"  # noqa: S105 - the name of a variable
@@ -292,7 +292,7 @@ class _Work:
                 orders = (
                     batch.listed(only_open=self._only_open, progress=show)
                     if order_ids is None
-                    else given(order_ids, show)
+                    else candidates(order_ids, show)
                 )
                 try:
                     async for handled in batch.handle(orders):

@@ -3,15 +3,12 @@
 from collections.abc import Collection
 
 import msgspec
-from sqlalchemy import ColumnElement, literal_column, select
+from sqlalchemy import select
 
 from adapter.identifiers import Channel
+from adapter.ledger.queries import IS_UNWANTED
 from adapter.ledger.schema import deliveries, lanes, notifications, queues
 from adapter.ledger.store import Store, StoreUnavailable
-
-_IS_UNWANTED: ColumnElement[bool] = literal_column(
-    "NOT notifications.is_wanted"
-)  # as in the condition of the partial index
 
 
 class KnownOrders(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,7 +42,7 @@ def known_orders(store: Store, channel: Channel, order_ids: Collection[str]) -> 
             unwanted = connection.execute(
                 select(n.order_id, n.callback)
                 .where(
-                    _IS_UNWANTED, n.order_id.in_(order_ids), n.merchant == channel.merchant, n.channel == channel.name
+                    IS_UNWANTED, n.order_id.in_(order_ids), n.merchant == channel.merchant, n.channel == channel.name
                 )
                 .distinct()
             ).all()

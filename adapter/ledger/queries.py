@@ -1,6 +1,6 @@
 """Queries for people: what the ledger contains, as plain values.
 
-They read beside the writer and change nothing. They show no body, and nothing of an order but its id.
+They read beside the writer and change nothing. Of an order they show its id and its references, and no body.
 """
 
 import json
@@ -108,10 +108,10 @@ class Author(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 def is_order(column: Column[str], name: str, *conditions: ColumnElement[bool]) -> ColumnElement[bool]:
-    """Return the condition that an order has this id, or else that its id begins so.
+    """Return the condition that an order has this id, or an id that begins with it.
 
-    A range, because an index in the order of bytes serves it, and no character in it is a wildcard. A name of fewer
-    than six characters must be the whole id.
+    The beginning counts only if no order has the whole id, and only from six characters on. The condition is a range,
+    because an index in the order of bytes serves it, and no character in it is a wildcard.
 
     Args:
         column: The column of the id.
@@ -131,7 +131,7 @@ def check_one_order(connection: Connection, matching: DeliveryFilter) -> None:
         in_queues = lanes.c.queue_id.in_(select(queues.c.id))
         ids = select(lanes.c.order_id).where(in_queues, is_order(lanes.c.order_id, matching.order_id))
         if len(connection.execute(ids.distinct().limit(2)).all()) > 1:
-            raise ValueError("the ids of several orders begin so; give more of the id")
+            raise ValueError("the ids of several orders begin like this; give more of the id")
 
 
 def orders_named(reference: str) -> Any:

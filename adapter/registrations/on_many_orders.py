@@ -1,7 +1,7 @@
 """Registration on many orders: open ones, those of a list, or all of a merchant.
 
-Norce's list shows the callbacks of every order, so an order that needs no change costs no request of its own. That is
-why an interrupted run can simply be started again.
+Norce's list shows the callbacks of every order, so an order that needs no change costs no request of its own. An
+interrupted run can therefore be started again.
 """
 
 import asyncio
@@ -181,8 +181,8 @@ class OrderBatch:
         return await act(self._channel, order_id)
 
 
-async def given(order_ids: Iterable[str], progress: Callable[[int, int | None], None]) -> AsyncIterator[Candidate]:
-    """Yield the orders of a list."""
+async def candidates(order_ids: Iterable[str], progress: Callable[[int, int | None], None]) -> AsyncIterator[Candidate]:
+    """Yield the orders with these ids."""
     order_ids = list(order_ids)
     for number, order_id in enumerate(order_ids, 1):
         yield Candidate(order_id)

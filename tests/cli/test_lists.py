@@ -214,7 +214,7 @@ def test_a_change_refuses_the_beginning_of_several_ids(config: Path) -> None:
                       config=config)  # fmt: skip
 
     assert result.exit_code == USAGE
-    assert "several orders begin so" in result.stderr
+    assert "several orders begin like this" in result.stderr
 
 
 def test_the_verdicts_of_an_order_say_who_refused_it_and_which_hook_changed_it(config: Path) -> None:

@@ -339,7 +339,7 @@ def test_a_change_needs_more_of_an_id_if_several_orders_begin_so(ledger: Ledger)
     dead(ledger, "order-1", "order-22", "order-23")
 
     for name in ("retry", "discard"):
-        with pytest.raises(ValueError, match="several orders begin so"):
+        with pytest.raises(ValueError, match="several orders begin like this"):
             run(ledger, name, order_id="order-2")
 
     assert {state for _, state, _ in stands(ledger)} == {"dead"}

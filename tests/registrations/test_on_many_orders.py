@@ -15,7 +15,7 @@ import pytest
 from adapter.config import Config
 from adapter.norce.client import Account, Norce, NorceError
 from adapter.plugin import Secret
-from adapter.registrations.on_many_orders import AT_ONCE, TRIES, Candidate, HandledOrder, OrderBatch, given
+from adapter.registrations.on_many_orders import AT_ONCE, TRIES, Candidate, HandledOrder, OrderBatch, candidates
 from adapter.registrations.on_orders import Registered, Registrar
 from adapter.testing.virtual_time import run
 from tests.registrations.stage import CHANNEL, OURS, configured
@@ -130,7 +130,9 @@ def handle(
             handled.progress.append((done, total))
 
         orders = (
-            batch.listed(only_open=only_open, progress=progress) if order_ids is None else given(order_ids, progress)
+            batch.listed(only_open=only_open, progress=progress)
+            if order_ids is None
+            else candidates(order_ids, progress)
         )
         try:
             async for each in batch.handle(orders):
