@@ -110,7 +110,7 @@ def loaded(folder: Path, norce: str = "http://127.0.0.1:1") -> configuration.Con
 SCHEMA = schemathesis.openapi.from_dict(
     DESCRIPTION,
     config=schemathesis.Config.from_dict(
-        {"seed": 1, "generation": {"deterministic": True, "max-examples": 20, "database": "none"}}
+        {"seed": 1, "generation": {"deterministic": True, "max-examples": 8, "database": "none"}}
     ),
 )
 
