@@ -137,6 +137,7 @@ def context(
         attempt=attempt,
         previous=previous,
         is_resend=is_resend,
+        log_fields=handler.log_fields,
     )
 
 
