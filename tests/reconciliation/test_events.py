@@ -28,13 +28,13 @@ from adapter.ledger.lanes import Lanes
 from adapter.ledger.lease import Lease
 from adapter.ledger.names import Names
 from adapter.ledger.schema import deliveries, lanes, notifications
-from adapter.ledger.store import Store
+from adapter.ledger.store import Store, StoreUnavailable
 from adapter.ledger.uses import Uses
 from adapter.metrics import Metrics
 from adapter.moments import to_text
 from adapter.norce.client import Norce, NorceError
 from adapter.plugin import Context, Done, Notification, NotificationHandler, Settings
-from adapter.reconciliation.events import MAX_CLOCK_DIFFERENCE, LogProgress
+from adapter.reconciliation.events import CHECK_EVERY_SECONDS, MAX_CLOCK_DIFFERENCE, LogProgress, run_when_due
 from adapter.reconciliation.from_config import reconciliation
 from adapter.reconciliation.listing import PAGE_SIZE
 from adapter.registrations.on_orders import Registrar
@@ -42,6 +42,7 @@ from adapter.routing.from_config import norce_client, queue_keys
 from adapter.routing.routes import build
 from adapter.sandbox.caller import Caller
 from adapter.sandbox.norce import Simulator
+from adapter.testing import virtual_time
 from tests.databases import Files, rows
 from tests.ledgers import POLICY
 from tests.simulators import TickingClock
@@ -630,3 +631,29 @@ def test_of_a_thousand_the_few_that_are_lost_are_found(files: Files, tmp_path: P
         assert len(stored) == 1000  # gap 0
         assert {deliveries for *_, deliveries in stored} == {1}  # doubled 0
         assert house.reconciled().missed == 0
+
+
+@pytest.mark.parametrize(
+    ("every", "ran"), [(timedelta(days=1), ["start", "start", "due", "due"]), (timedelta(0), [])], ids=str
+)
+def test_a_run_follows_the_start_and_later_ones_are_tried_until_due(every: timedelta, ran: list[str]) -> None:
+    """The first one is repeated after a failure of the store; 0 is never."""
+    calls: list[str] = []
+
+    async def at_start(_every: timedelta) -> None:
+        calls.append("start")
+        if calls == ["start"]:
+            raise StoreUnavailable("the disk is full")
+
+    async def if_due(given: timedelta) -> None:
+        assert given == every
+        calls.append("due")
+
+    async def work() -> None:
+        task = asyncio.create_task(run_when_due(if_due, every, first=at_start))
+        await asyncio.sleep(3.5 * CHECK_EVERY_SECONDS)
+        task.cancel()
+
+    virtual_time.run(work())
+
+    assert calls == ran
