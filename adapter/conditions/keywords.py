@@ -37,8 +37,7 @@ class OwnKeywords:
             self.validate = self._validate
 
     def _validate(self, value: Any) -> None:
-        kind = type(value)
-        if kind is int or kind is float:
+        if self._numeric and ((kind := type(value)) is int or kind is float):
             for holds in self._numeric:
                 if not holds(value):
                     raise ValueError
@@ -72,7 +71,7 @@ def own_keywords(schema: dict[str, Any]) -> list[str]:
 
 def is_simple_step(step: float) -> bool:
     """Return True if every integer is a multiple of a step, such as 0.01 or 0.25."""
-    return isinstance(step, int) or Decimal(1) % Decimal(repr(step)) == 0
+    return isinstance(step, int) or _CONTEXT.remainder(Decimal(1), Decimal(repr(step))) == 0
 
 
 def has_scalars(schema: dict[str, Any]) -> bool:
@@ -120,8 +119,8 @@ def _multiple_check(step: int | float) -> _Holds:
     def is_multiple(value: int | float) -> bool:
         if isinstance(value, int):
             return takes_integers or bool(value * scale % steps == 0)
-        if takes_integers and value.is_integer():
-            return True
+        if value.is_integer() and (takes_integers or scale == 1):
+            return takes_integers or int(value) % steps == 0
         if scale < _EXACT and -_EXACT < value * scale < _EXACT:
             number = round(value * scale)
             return bool(number / scale == value and number % steps == 0)
@@ -141,9 +140,10 @@ def _is_one_of(values: list[Any]) -> _Holds:
     others = [value for value in values if isinstance(value, (list, dict))]
 
     def is_one_of(value: Any) -> bool:
-        if isinstance(value, (list, dict)):
+        kind = type(value)
+        if kind is list or kind is dict:
             return any(_equal(value, other) for other in others)
-        return _key(value) in scalars
+        return (value if kind is not bool else (value,)) in scalars
 
     return is_one_of
 
