@@ -14,9 +14,10 @@ import pytest
 
 from adapter.config import load
 from adapter.handlers.http import HttpHandler, HttpSettings, HttpSignature
-from adapter.plugin import Done, Misconfigured, Outcome, Previous, Problem, Reject, Retry, Secret, Unknown
+from adapter.plugin import Done, Misconfigured, Notification, Outcome, Previous, Problem, Reject, Retry, Secret, Unknown
 from adapter.routing.routes import GROUP, build
 from adapter.testing import HandClock, NetworkFault, PlayedDelivery, ask, context, notification, order, play
+from adapter.testing.builders import settings_of
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 BEARER = {"type": "bearer", "token": "a-token"}
@@ -46,6 +47,11 @@ class Destination:
 def deliver(destination: Callable[..., Any], *faults: NetworkFault | None, **given: Any) -> PlayedDelivery:
     keywords = {name: given.pop(name) for name in ("previous", "is_resend") if name in given}
     return play(HttpHandler, None, destination, settings=SETTINGS | given, faults=faults, **keywords)
+
+
+async def deliver_once(about: Notification, settings: Any, destination: Destination) -> Any:
+    given = context(HttpHandler, settings, destination, of=about.order)
+    return await HttpHandler().deliver(about, given)
 
 
 def kinds(played: PlayedDelivery) -> list[str]:
@@ -81,11 +87,9 @@ def test_members_are_named_by_pointers_and_left_out_if_the_order_lacks_them() ->
 
 def test_the_address_may_hold_the_order_and_the_key() -> None:
     destination, about = Destination(), notification(order({"/id": "a/b ö"}))
-    given = context(
-        HttpHandler, SETTINGS | {"method": "PUT", "path": "/o/{order_id}/{key}"}, destination, of=about.order
-    )
+    settings = SETTINGS | {"method": "PUT", "path": "/o/{order_id}/{key}"}
 
-    asyncio.run(HttpHandler().deliver(about, given))
+    asyncio.run(deliver_once(about, settings, destination))
 
     (sent,) = destination.requests
     assert sent.method == "PUT"
@@ -94,12 +98,10 @@ def test_the_address_may_hold_the_order_and_the_key() -> None:
 
 @pytest.mark.parametrize("order_id", [".", ".."])
 def test_an_order_id_that_would_change_the_address_is_not_sent(order_id: str) -> None:
-    destination = Destination()
-    about = notification(order({"/id": order_id}))
-    given = context(HttpHandler, SETTINGS | {"path": "/orders/{order_id}"}, destination, of=about.order)
+    destination, about = Destination(), notification(order({"/id": order_id}))
 
     with pytest.raises(Reject, match="/id cannot be part of an address"):
-        asyncio.run(HttpHandler().deliver(about, given))
+        asyncio.run(deliver_once(about, SETTINGS | {"path": "/orders/{order_id}"}, destination))
 
     assert destination.requests == []
 
@@ -308,11 +310,14 @@ def test_every_other_answer_to_a_validation_counts_as_none(answer: httpx.Respons
 
 def test_a_question_is_no_write_and_each_is_another_message() -> None:
     destination, clock = Destination(200), HandClock()
-    given = context(HttpHandler, SETTINGS, destination, clock=clock)
 
-    for _ in range(2):
-        asyncio.run(HttpHandler().validate(order(), given))
-        clock.move(timedelta(seconds=1))
+    async def ask_twice() -> None:
+        given = context(HttpHandler, SETTINGS, destination, clock=clock)
+        for _ in range(2):
+            await HttpHandler().validate(order(), given)
+            clock.move(timedelta(seconds=1))
+
+    asyncio.run(ask_twice())
 
     first, second = destination.requests
     assert first.extensions["write"] is False
@@ -343,7 +348,7 @@ WRONG = {
 @pytest.mark.parametrize(("changes", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        context(HttpHandler, SETTINGS | changes)
+        settings_of(HttpHandler, SETTINGS | changes)
 
 
 CONFIG = """\
