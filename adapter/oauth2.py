@@ -8,6 +8,7 @@ Everything here runs on the service's own loop. The ready `httpx.Auth` runs on a
 """
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -105,7 +106,9 @@ class AccessTokens:
         self._outgoing: Outgoing | None = None
         self._clock = clock
         self._poll = poll
-        self._loop = asyncio.get_running_loop()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        with contextlib.suppress(RuntimeError):  # created outside of a loop, for tests: the loop of the request serves
+            self._loop = asyncio.get_running_loop()
         self._known: dict[tuple[str, str], AccessToken] = {}
         self._fetching: dict[tuple[str, str], asyncio.Task[AccessToken]] = {}
 
@@ -115,7 +118,9 @@ class AccessTokens:
 
         async def token(refused: AccessToken | None) -> AccessToken:
             work = self.token(login, refused)
-            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+            return await asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(work, self._loop or asyncio.get_running_loop())
+            )
 
         return TokenAuth(token)
 
