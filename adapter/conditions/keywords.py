@@ -17,6 +17,7 @@ _RANGE = ("minimum", "maximum")
 _NUMERIC = (*_RANGE, "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 _BIG = 2**63
 _EXACT = 1e15  # a double holds all decimals of 15 digits
+_DECIMALS = 17  # at most, of a double that is at least 1
 _CONTEXT = Context(prec=700)  # for the quotient of any two doubles
 _DATA = frozenset(("const", "enum", "default", "examples"))  # keywords whose values are no schemas
 
@@ -115,6 +116,7 @@ def _multiple_check(step: int | float) -> _Holds:
     scale = 10 ** max(-exponent, 0)
     steps = step if isinstance(step, int) else int(_CONTEXT.multiply(exact, scale))
     takes_integers = scale > 1 and is_simple_step(step)
+    whole = steps * 10**_DECIMALS
 
     def is_multiple(value: int | float) -> bool:
         if isinstance(value, int):
@@ -124,6 +126,9 @@ def _multiple_check(step: int | float) -> _Holds:
         if scale < _EXACT and -_EXACT < value * scale < _EXACT:
             number = round(value * scale)
             return bool(number / scale == value and number % steps == 0)
+        if takes_integers and 1 <= abs(value) < math.inf:  # only the decimals matter, and there is no exponent
+            decimals = int(repr(value).partition(".")[2].ljust(_DECIMALS, "0"))
+            return bool(decimals * scale % whole == 0)
         return bool(_CONTEXT.remainder(Decimal(repr(value)), exact) == 0)
 
     return is_multiple
