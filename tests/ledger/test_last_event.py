@@ -172,11 +172,11 @@ def test_after_the_last_true_event_the_route_has_run_against_the_order_as_norce_
         clear(url)
         return url
 
-    @settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+    @settings(deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
     @given(happened=st.lists(steps, max_size=30))
     def holds(happened: list[tuple[str, Any]]) -> None:
         with asyncio.Runner() as loop:
-            ledger = Ledger(fresh(), HandClock(), loop)
+            ledger = Ledger(fresh(), HandClock(), loop, migrated=True)
             try:
                 world = World(ledger)
                 for name, value in happened:
