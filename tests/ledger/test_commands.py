@@ -810,8 +810,10 @@ def test_of_repeated_members_the_last_counts(ledger: Ledger) -> None:
 
 @pytest.mark.parametrize("name", ["", "erase", "do", "_retry", "retry "])
 def test_an_unknown_command_is_refused_with_the_known_names(ledger: Ledger, name: str) -> None:
-    with pytest.raises(NoSuchCommand, match="retry, resend, discard, pause, resume"):
+    with pytest.raises(NoSuchCommand) as refused:
         ledger.do(Commands(ledger.store).run(name, b"{}"))
+
+    assert {"retry", "resend", "discard", "pause", "resume"} <= set(refused.value.names)
 
 
 def test_as_many_ids_as_may_be_given_are_taken(ledger: Ledger) -> None:
