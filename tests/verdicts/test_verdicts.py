@@ -150,16 +150,6 @@ def returning(value: Any) -> type[ValidationHandler[Settings]]:
     return Returns
 
 
-class NotACoroutine(ValidationHandler[Settings]):
-    def validate(self, order: Order, context: Context[Settings]) -> Any:  # type: ignore[override]
-        return []
-
-
-class RaisesAtTheCall(ValidationHandler[Settings]):
-    def validate(self, order: Order, context: Context[Settings]) -> Any:  # type: ignore[override]
-        raise ValueError("before there was a coroutine")
-
-
 class Point:
     def __init__(self, name: str, class_: Any) -> None:
         self.name = name
@@ -386,8 +376,6 @@ BROKEN: dict[str, Any] = {
     "a problem without words": returning([Problem("a-code", None)]),  # type: ignore[arg-type]
     "a problem with an object for words": returning([Problem("a-code", object())]),  # type: ignore[arg-type]
     "a problem that is no text": returning([Problem("a-code", "\ud800")]),
-    "no coroutine": NotACoroutine,
-    "an exception at the call": RaisesAtTheCall,
     "a call that it may not make": Networker,
 }
 
