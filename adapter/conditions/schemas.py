@@ -130,7 +130,7 @@ _GOES_ON = frozenset(("contains", "not", "anyOf", "oneOf", "if", *UNEVALUATED))
 # Nodes that the keywords count as that are checked in Python (`keywords.py`).
 _CALL_NODES, _FAILURE_NODES = 32, 25  # for each value; more if it may fail and the evaluation goes on
 _EQUALITY_NODES, _OTHER_NODES = 25, 4
-_STEP_NODES, _ODD_STEP_NODES = 30, 120  # `multipleOf`, if every integer is a multiple, and otherwise
+_STEP_NODES, _ODD_STEP_NODES = 55, 120  # `multipleOf`, if every integer is a multiple, and otherwise
 _UNIQUE_RATE = 2.5  # for each byte of an array
 _PATTERN_RATE = 0.5  # for each byte of a text
 
