@@ -18,6 +18,7 @@ import contextlib
 import io
 import json
 import unittest
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def _test_of(check: Callable[[Any], None], name: str) -> Callable[[Any], None]:
     return test
 
 
-class _Suite(Generic[H]):
+class _Suite(ABC, Generic[H]):
     """The checks of every kind of handler.
 
     Attributes:
@@ -141,8 +142,8 @@ class _Suite(Generic[H]):
 
     # --- plays ---
 
-    def _play_on(self, stage: Stage, orders: Sequence[Order]) -> list[Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _play_on(self, stage: Stage, orders: Sequence[Order]) -> list[Any]: ...
 
     def _play_all(self, orders: Sequence[Order], plan: Plan = NO_FAULT) -> list[Any]:
         """Play with a new system; keep what is printed."""
