@@ -108,7 +108,8 @@ def _other_checks(keywords: dict[str, Any]) -> Iterator[_Holds]:
 def _multiple_check(step: int | float) -> _Holds:
     """Return the check of `multipleOf`.
 
-    Numbers are taken as they are written: 19.99 is a multiple of 0.01.
+    Numbers are taken as they are written: 19.99 is a multiple of 0.01. Beyond 10^15, a fraction is taken as the exact
+    double for a step that is an integer.
     """
     exact = Decimal(repr(step))
     exponent = exact.normalize(_CONTEXT).as_tuple().exponent
